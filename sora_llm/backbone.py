@@ -1,0 +1,210 @@
+"""The frozen model and its tokenizer: the only place that knows transformers' loading and bitsandbytes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from sora_llm.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What to load and how; dtypes by name.  `quant_storage` is resolved ("uint8", "bfloat16", …), never "auto"."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "bfloat16"
+    quant_storage: str = "uint8"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def resolve_quant_storage(quant_storage: str, compute_dtype: str, strategy: str) -> str:
+    """`auto`: the compute dtype under ZeRO-3 (which shards only storage of one dtype on GPUs), else uint8."""
+    if quant_storage != "auto":
+        return quant_storage
+    return compute_dtype if strategy == "zero3" else "uint8"
+
+
+def load_config(spec: BackboneSpec) -> Any:
+    """The model's transformers config.
+
+    Raises:
+        UserError: no such folder or hub id, an unreadable config, or not a decoder that can be loaded.
+    """
+    folder = Path(spec.name_or_path).expanduser()
+    looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
+    config = _from_pretrained(AutoConfig, spec, "config")
+    if config.get_text_config().__class__ not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
+        raise UserError(
+            f"model.name_or_path: {spec.name_or_path} is a {config.model_type!r} model, which is not a decoder that "
+            "AutoModelForCausalLM loads; name a causal language model"
+        )
+    return config
+
+
+def load_tokenizer(spec: BackboneSpec) -> Any:
+    """The model's tokenizer, unchanged: no token is added, padding is masked by position and needs none."""
+    return _from_pretrained(AutoTokenizer, spec, "tokenizer")
+
+
+def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(str(Path(spec.name_or_path).expanduser()), **spec.source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the {what} of model.name_or_path {spec.name_or_path} cannot be loaded: {reason[:300]}"
+        ) from error
+    except Exception as error:  # safetensors and tokenizers raise types of their own for a damaged file
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
+            raise
+        raise UserError(
+            f"the {what} of model.name_or_path {spec.name_or_path} is damaged: {str(error).splitlines()[0][:300]}"
+        ) from error
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """An id to fill rows with; any will do, since padding is masked by position and never enters the loss."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def check_sequence_len(config: Any, sequence_len: int, name_or_path: str) -> None:
+    """UserError if rows of `sequence_len` tokens do not fit into the model's positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and sequence_len > positions:
+        raise UserError(
+            f"data.sequence_len is {sequence_len} but {name_or_path} has {positions} positions; set data.sequence_len "
+            f"to {positions} or less"
+        )
+
+
+def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
+    """The model without its weights (meta device): names and shapes before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_checkpointing: bool = False) -> nn.Module:
+    """The frozen model on `device`, quantised as `spec` says, ready to be injected.
+
+    Raises:
+        UserError: weights missing or damaged, or a quantisation that this machine cannot run.
+    """
+    device = torch.device(device)
+    options: dict[str, Any] = {
+        "dtype": DTYPES[spec.dtype],
+        "attn_implementation": spec.attn_implementation,
+        "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
+    }
+    quantization = _quantization(spec)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    # Under ZeRO-3 transformers would shard while loading, which it cannot do for quantised weights: every process
+    # loads the whole model, and the engine shards it afterwards.
+    unset_hf_deepspeed_config()
+    model = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
+    model.requires_grad_(False)
+    model.config.use_cache = False  # a cache also changes what packed samples see
+    if spec.load_in_4bit:
+        _forbid_cpu_repack(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:
+    if spec.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=spec.quant_type,
+            bnb_4bit_use_double_quant=spec.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[spec.compute_dtype],
+            bnb_4bit_quant_storage=DTYPES[spec.quant_storage],
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if spec.load_in_8bit else None
+
+
+def _forbid_cpu_repack(model: nn.Module) -> None:
+    """bitsandbytes repacks 4-bit weights in place at the first CPU forward in eval mode (AVX512-BF16 machines):
+    outputs change, and gradients of later training are wrong without any error."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def causal_loss_sum(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Σ cross-entropy (float32) over the supervised tokens of a right-padded batch.
+
+    `input_ids` and `labels` are (B, T); labels are −100 where a token is not supervised, and the label of token t is
+    predicted at t − 1.  There is no attention mask: with causal attention no real token sees the padding behind it.
+    Where the model can, logits are computed for the supervised columns alone.
+    """
+    targets = labels[:, 1:]
+    columns = (targets != -100).any(0).nonzero().flatten()
+    if columns.numel() == 0:  # a process without rows joins with zero weight, its gradients exactly 0
+        columns = columns.new_zeros(1)
+    if takes_columns(model):
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
+    else:
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, columns]
+    kept = targets[:, columns]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), kept.flatten(), ignore_index=-100, reduction="sum")
+
+
+def takes_columns(model: nn.Module) -> bool:
+    """Whether the model's forward has `logits_to_keep` (LLaMA, Mistral, Qwen, Gemma have)."""
+    while hasattr(model, "module"):
+        model = model.module
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def tokenizer_files(spec: BackboneSpec) -> list[Path]:
+    """The files of the base's tokenizer, as they are (`save_pretrained` would not write tokenizer.model)."""
+    folder = Path(spec.name_or_path).expanduser()
+    if folder.is_dir():
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    from transformers.utils import cached_file
+
+    found = (
+        cached_file(spec.name_or_path, name, revision=spec.revision, _raise_exceptions_for_missing_entries=False)
+        for name in TOKENIZER_FILES
+    )
+    return [Path(path) for path in found if path is not None]

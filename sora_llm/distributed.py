@@ -1,0 +1,485 @@
+"""Processes: the accelerator and its guards, every collective, float32 masters.  The only file that knows deepspeed.
+
+A collective must be called by all processes; with one process it is the identity.  None stands inside a
+main-process branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+from torch import Tensor, nn
+
+from sora_llm.consensus import disagreements, tensor_hash
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.inject import adapter_parameters, adapters
+from sora_llm.optim import GATES, ProxAdamW
+from sora_llm.topology import ZERO_STAGES, World
+
+T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# ---------------------------------------------------------------------------------------------------- accelerator
+
+
+def make_accelerator(
+    strategy: str,
+    world: World,
+    *,
+    deepspeed_config: dict[str, Any] | None = None,
+    timeout_minutes: float = 30,
+    trackers: list[str] | None = None,
+    project_dir: str | None = None,
+) -> Accelerator:
+    """The Accelerator of a strategy, on CPU (gloo) or CUDA (nccl), with what goes wrong silently asserted.
+
+    Named backend: without it accelerate under DeepSpeed on a CPU reports one process on every process.
+    `mixed_precision` is always "no": the config sets dtypes, nothing runs under autocast.
+    """
+    cuda = torch.cuda.is_available()
+    if world.num_processes == 1 and strategy != "none":
+        _announce_single_process_world()
+    handlers: list[Any] = []
+    if strategy != "none":
+        backend = "nccl" if cuda else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)))
+        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+    options: dict[str, Any] = {"mixed_precision": "no", "log_with": trackers or None, "kwargs_handlers": handlers}
+    if project_dir is not None:
+        options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)
+    if strategy in ZERO_STAGES:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # Not zero.Init: transformers skips it for quantised models, so every process loads the whole model anyway.
+        options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config, zero3_init_flag=False)
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        options["cpu"] = not cuda  # without it several CPU processes are never synchronised
+    accelerator = Accelerator(**options)
+    _assert_world(accelerator, strategy, world)
+    return accelerator
+
+
+def _announce_single_process_world() -> None:
+    """DDP and ZeRO with one process and no launcher: give torch.distributed the environment it wants."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+
+
+def _assert_world(accelerator: Accelerator, strategy: str, world: World) -> None:
+    kinds = {
+        "none": {DistributedType.NO},
+        "ddp": {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.NO},
+    }.get(strategy, {DistributedType.DEEPSPEED})
+    group_size = dist.get_world_size() if dist.is_initialized() else 1
+    assert accelerator.num_processes == group_size == world.num_processes, (
+        f"accelerate sees {accelerator.num_processes} processes, torch {group_size}, the launcher {world.num_processes}"
+    )
+    assert accelerator.distributed_type in kinds, f"strategy {strategy} was prepared as {accelerator.distributed_type}"
+    assert world.num_processes == 1 or accelerator.distributed_type != DistributedType.NO
+
+
+# ---------------------------------------------------------------------------------------------------- collectives
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if _several():
+        dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's (small, picklable) value, in the order of processes, on every process."""
+    if not _several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cpu") -> list[float]:
+    """The float64 sums of some scalars over all processes."""
+    local = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().to(device) for value in values])
+    if _several():
+        dist.all_reduce(local)
+    return local.tolist()
+
+
+def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The main process's named tensors on every process, on the CPU; the others' argument is ignored.
+
+    Their bits are hashed on every process afterwards.
+
+    Raises:
+        RunFailed: the bits that arrived differ.
+    """
+    if not _several():
+        return tensors
+    description = gather_objects({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})[0]
+    received = {}
+    for name, (shape, dtype) in description.items():
+        buffer = (
+            tensors[name].to(device).contiguous()
+            if dist.get_rank() == 0
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
+        if buffer.numel():
+            dist.broadcast(buffer, src=0)
+        received[name] = buffer.cpu()
+    agree({name: tensor_hash(tensor) for name, tensor in received.items()}, "the broadcast adapter")
+    return received
+
+
+def agree(hashes: Mapping[str, str], what: str) -> None:
+    """Raise RunFailed on every process, naming tensors and processes, unless all processes hold the same hashes."""
+    odd = disagreements(gather_objects(dict(hashes)))
+    if odd:
+        shown = "; ".join(f"{name} on process {', '.join(map(str, who))}" for name, who in list(odd.items())[:5])
+        raise RunFailed(
+            f"{what} differs between processes: {shown}{' …' if len(odd) > 5 else ''} ({len(odd)} tensors); nothing "
+            "was written: restart from the last checkpoint and look at the memory of the machine named"
+        )
+
+
+def on_main(action: Callable[[], T], world: World) -> T:
+    """Run `action` on the main process and give its (small, picklable) result to all.
+
+    What it raises is raised on every process: a main process that failed alone would leave the others waiting.
+    """
+    return _shared_outcome(action, world.is_main, main=0)
+
+
+def on_every(action: Callable[[], T]) -> T:
+    """Run `action` on every process; if it raised a UserError or RunFailed anywhere, raise that everywhere."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except (UserError, RunFailed) as error:
+        failure = error
+    first = next((error for error in gather_objects(failure) if error is not None), None)
+    if first is not None:
+        raise first
+    return result
+
+
+def _shared_outcome(action: Callable[[], T], is_runner: bool, main: int) -> T:
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_runner:
+        try:
+            outcome = (action(), None)
+        except (UserError, RunFailed) as error:
+            outcome = (None, error)
+        except Exception as error:
+            if not _several():
+                raise
+            gather_objects((None, RunFailed(f"the main process failed: {type(error).__name__}: {error}")))
+            raise
+    result, failure = gather_objects(outcome)[main]
+    if failure is not None:
+        raise failure
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- engine
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """`grad_norm` is the global L2 norm before clipping; a step with a non-finite one is skipped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A model and its ProxAdamW under one strategy: the same four calls for one process, DDP and ZeRO-1/2/3.
+
+    `model` is what to call in the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
+    `param_groups` carry lr and λ.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: ProxAdamW,
+        strategy: str,
+        max_grad_norm: float | None,
+    ):
+        gates_before = {
+            name: p.detach().clone() for name, p in adapter_parameters(model).items() if name.endswith(".gate")
+        }
+        self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
+        self.module, self.optimizer = model, optimizer
+        self._adapter_parameters = adapter_parameters(model)
+        self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
+        if self.is_zero:
+            self._zero = prepared_optimizer.optimizer  # DeepSpeed's sharding optimizer around ours
+            inner = self._zero.optimizer
+            assert self.model.zero_optimization_stage() == ZERO_STAGES[strategy]
+        else:
+            inner = prepared_optimizer.optimizer
+        assert inner is optimizer, f"the optimizer was replaced by {type(inner).__name__}: the prox would be gone"
+        self._assert_gates_untouched(gates_before)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.strategy in ZERO_STAGES
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The stage DeepSpeed's engine runs, None without it."""
+        return int(self.model.zero_optimization_stage()) if self.is_zero else None
+
+    def set_rates(self, learning_rate: float, gate_lr: float, sparse_lambda: float) -> None:
+        """Write this step's learning rates and λ into the optimizer's groups."""
+        for group in self.optimizer.param_groups:
+            gated = group["name"] == GATES
+            group["lr"] = gate_lr if gated else learning_rate
+            group["sparse_lambda"] = sparse_lambda if gated else 0.0
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Context of one forward and backward; gradients are reduced after the `last` one of a step."""
+        if self.is_zero:
+            self.model.set_gradient_accumulation_boundary(is_boundary=last)
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; over processes they are averaged."""
+        if self.is_zero:
+            self.model.backward(loss)
+        else:
+            loss.backward()
+
+    def step(self) -> StepOutcome:
+        """Clip, step, prox, zero the gradients; if the global gradient norm is not finite only the last of these."""
+        if self.is_zero:
+            self.model.step()
+            norm = float(self.model.get_global_grad_norm())
+            return StepOutcome(norm, skipped=bool(self._zero.overflow))
+        limit = self.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self._adapter_parameters.values()), limit))
+        finite = norm not in (float("inf"), float("-inf")) and norm == norm
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(norm, skipped=not finite)
+
+    # ------------------------------------------------------------------------------------------ reading and writing
+
+    def gates(self) -> dict[str, Tensor]:
+        """{module: gate (R,)} on the CPU, as the model uses them (collective under ZeRO-3)."""
+        parameters = {name: layer.gate for name, layer in adapters(self.module).items() if layer.gate is not None}
+        with self._whole(list(parameters.values())):
+            return {name: gate.detach().float().cpu().clone() for name, gate in parameters.items()}
+
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 value of every adapter tensor, by "<module>.lora_A|lora_B|gate", on the CPU (collective)."""
+        if not self.is_zero:
+            return {
+                name: self.optimizer.state.get(p, {}).get("master", p).detach().float().cpu().clone()
+                for name, p in self._adapter_parameters.items()
+            }
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).float().cpu().clone() for name, p in self._adapter_parameters.items()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
+        """Both Adam moments of every adapter tensor as "<tensor>.exp_avg[_sq]" and the number of steps (collective)."""
+        if self.num_optimizer_steps == 0:
+            return {}, 0
+        moments = {}
+        if self.is_zero:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            self._link_optimizer_state()
+            for name, p in self._adapter_parameters.items():
+                for key in MOMENTS:
+                    moments[f"{name}.{key}"] = safe_get_full_optimizer_state(p, key).float().cpu().clone()
+        else:
+            for name, p in self._adapter_parameters.items():
+                for key in MOMENTS:
+                    moments[f"{name}.{key}"] = self.optimizer.state[p][key].detach().cpu().clone()
+        return moments, self.num_optimizer_steps
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Steps taken by the optimizer (skipped ones are not counted)."""
+        steps = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        assert len(steps) <= 1, f"parameters disagree about the number of steps: {steps}"
+        return steps.pop() if steps else 0
+
+    def load(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+        """Put back what `masters` and `optimizer_state` gave (collective under ZeRO).
+
+        Under ZeRO the module must have held `masters` before it was prepared: writing masters alone would leave the
+        model's copies old until the next step.
+        """
+        if self.is_zero:
+            self._load_zero(masters, moments, num_steps)
+            return
+        with torch.no_grad():
+            for name, p in self._adapter_parameters.items():
+                p.copy_(masters[name])
+                if num_steps == 0:
+                    continue
+                state: dict[str, Any] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in MOMENTS}
+                if p.dtype != torch.float32:
+                    state["master"] = masters[name].to(p.device).clone()
+                self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **state}
+
+    def _load_zero(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, p in self._adapter_parameters.items():
+            safe_set_full_fp32_param(p, masters[name].to(self.device))
+        if num_steps == 0:
+            return
+        for shard in self.master_shards():
+            self.optimizer.state[shard] = {
+                "step": torch.tensor(float(num_steps)),
+                **{key: torch.zeros_like(shard) for key in MOMENTS},
+            }
+        self._link_optimizer_state()
+        for name, p in self._adapter_parameters.items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, moments[f"{name}.{key}"].to(self.device), key)
+
+    def master_shards(self) -> list[Tensor]:
+        """This process's flat float32 shards under ZeRO, one per group (ZeRO-3: per sub-group)."""
+        if self.strategy == "zero3":
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _link_optimizer_state(self) -> None:
+        # DeepSpeed 0.19.8 links the fragments of ZeRO-1/2 once, after the first group's step, so the moments of later
+        # groups (the gates) are not found; linking again is harmless.
+        if self.strategy != "zero3":
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Context in which ZeRO-3's partitioned parameters are whole."""
+        if self.strategy != "zero3" or not parameters:
+            return contextlib.nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters(parameters)
+
+    # --------------------------------------------------------------------------------------------------- agreement
+
+    def prove_agreement(self) -> None:
+        """Compare what this strategy replicates; call it between steps, before the next one heals a copy.
+
+        DDP: parameters and moments.  ZeRO-1/2: the model copies, and each process's master shard, cast, against its
+        slice of the copy, bit for bit.  ZeRO-3 keeps no replica: nothing can be compared here.
+
+        Raises:
+            RunFailed: naming tensors and processes.
+        """
+        if self.strategy in ("none", "zero3"):
+            return
+        hashes = {name: tensor_hash(p) for name, p in self._adapter_parameters.items()}
+        if self.strategy == "ddp" and self.num_optimizer_steps:
+            moments, _ = self.optimizer_state()
+            hashes |= {name: tensor_hash(moment) for name, moment in moments.items()}
+        agree(hashes, "the adapter")
+        if self.is_zero:
+            self._prove_masters()
+
+    def _prove_masters(self) -> None:
+        process = self.accelerator.process_index
+        problems = []
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            copy = self._zero.parallel_partitioned_bit16_groups[index][process]
+            if not torch.equal(master.detach().to(copy.dtype), copy.detach()):
+                problems.append(f"group {index} of process {process}: {self._names_in_shard(index, master, copy)}")
+        found = [problem for per_process in gather_objects(problems) for problem in per_process]
+        if found:
+            raise RunFailed(
+                f"a master shard is not what the model holds ({'; '.join(found[:3])}); nothing was written: restart "
+                "from the last checkpoint"
+            )
+
+    def _names_in_shard(self, index: int, master: Tensor, copy: Tensor) -> str:
+        """The adapter tensors of group `index` in whose range master and copy differ, on this process."""
+        differs = (master.detach().to(copy.dtype) != copy.detach()).nonzero().flatten()
+        start = self.accelerator.process_index * master.numel()
+        names, offset = [], 0
+        by_parameter = {id(p): name for name, p in self._adapter_parameters.items()}
+        for p in self._zero.bit16_groups[index]:
+            low, high = offset - start, offset + p.numel() - start
+            if bool(((differs >= low) & (differs < high)).any()):
+                names.append(by_parameter.get(id(p), "?"))
+            offset += p.numel()
+        return ", ".join(names[:3]) or "padding"
+
+    def _assert_gates_untouched(self, before: dict[str, Tensor]) -> None:
+        after = self.gates()
+        for name, gate in before.items():
+            module = name.removesuffix(".gate")
+            assert torch.equal(after[module], gate.float().cpu()), (
+                f"preparing the optimizer changed the gate of {module}"
+            )
+
+    # ----------------------------------------------------------------------------------------------------- release
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[nn.Module]:
+        """The module without wrappers and hooks, whole on every process; the engine is spent (collective).
+
+        Under ZeRO-3 the frozen weights are gathered for the duration: as much memory as when the model was loaded.
+        """
+        module = self.module
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.is_zero:
+            yield module
+            return
+        self.model.destroy()
+        with self._whole(list(module.parameters())):
+            yield module
+
+
+def end(accelerator: Accelerator) -> None:
+    """Close trackers and the process group."""
+    accelerator.end_training()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tracker_dir(run_dir: Path) -> str:
+    """Where trackers write inside a run directory."""
+    return str(run_dir / "trackers")

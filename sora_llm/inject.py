@@ -1,0 +1,99 @@
+"""Find the linear layers of a decoder, wrap them with SoRA, walk over the adapters, cut them to their rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm.errors import UserError
+from sora_llm.sora import SoraLinear
+
+ALL_LINEAR = "all-linear"
+
+
+def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
+    """The linear layers to adapt, by name, in the model's order.
+
+    `target_modules` is "all-linear" (every nn.Linear, 4-bit and 8-bit ones included, never the output head), or one
+    or several suffixes of module names ("q_proj", "mlp.down_proj").
+
+    Raises:
+        UserError: a suffix that matches no linear layer, or a model without any.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
+    }
+    if not linears:
+        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
+    if target_modules == ALL_LINEAR:
+        return linears
+    suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    for suffix in suffixes:
+        if not any(_ends_with(name, suffix) for name in linears):
+            known = sorted({name.rpartition(".")[2] for name in linears})
+            raise UserError(
+                f"target module {suffix!r} matches no linear layer of {type(model).__name__}; it has {', '.join(known)}"
+            )
+    return {name: linear for name, linear in linears.items() if any(_ends_with(name, s) for s in suffixes)}
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def inject_sora(
+    model: nn.Module,
+    r: int = 64,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Wrap the target linears of `model` with SoRA adapters, in place, and freeze everything else.
+
+    Factors start from torch's global generator in the order of the modules: seed it for a repeatable start.
+
+    Returns: the same model.
+    Raises:
+        UserError: no such target modules.
+        ValueError: adapters are already there, or r < 1.
+    """
+    if adapters(model):
+        raise ValueError("this model already has SoRA adapters")
+    targets = target_linears(model, target_modules)
+    model.requires_grad_(False)
+    for name, linear in targets.items():
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
+    model.train()  # from_pretrained returns a model in eval mode
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, SoraLinear]:
+    """The SoRA layers by the name that their module has in the base model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter tensor as "<module>.lora_A", "<module>.lora_B", "<module>.gate", in the model's order."""
+    return {
+        f"{name}.{kind}": parameter
+        for name, layer in adapters(model).items()
+        for kind, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give every adapter its plain factors {module: (A (R', I), B (O, R'))}; R' = 0 removes the branch.
+
+    Optimizers made before this hold the old parameters: make a new one.
+    """
+    layers = adapters(model)
+    assert layers.keys() == factors.keys(), "factors must name exactly the model's adapters"
+    for name, layer in layers.items():
+        layer.cut(*factors[name])

@@ -1,0 +1,69 @@
+"""Learning rate, λ and phases as pure functions of the step: nothing here holds state, so resuming is calling again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+DENSE, SPARSIFY, FINETUNE = "dense", "sparsify", "finetune"
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Steps [0, dense_end) are dense, [dense_end, sparsify_end) sparsify, [sparsify_end, total_steps) finetune."""
+
+    dense_end: int
+    sparsify_end: int
+    total_steps: int
+
+    def at(self, step: int) -> str:
+        """The phase that optimizer step number `step` (from 0) belongs to."""
+        if step < self.dense_end:
+            return DENSE
+        return SPARSIFY if step < self.sparsify_end else FINETUNE
+
+
+def phases(total_steps: int, dense_ratio: float, consensus_at: float) -> Phases:
+    """Boundaries at floor(ratio · total_steps), the ratio taken as the decimal that was written (0.29 · 100 is 29)."""
+    dense_end = math.floor(Fraction(str(dense_ratio)) * total_steps)
+    sparsify_end = math.floor(Fraction(str(consensus_at)) * total_steps)
+    return Phases(dense_end, sparsify_end, total_steps)
+
+
+def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
+    """ceil(warmup_ratio · total_steps), as transformers counts them."""
+    return math.ceil(Fraction(str(warmup_ratio)) * total_steps)
+
+
+def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
+    """The learning rate's factor (peak 1) at optimizer step `step` (from 0), with transformers' formulas.
+
+    `kind` is linear, cosine, constant or constant_with_warmup; `constant` honours a warm-up as well.
+    """
+    if step < warmup:
+        return step / warmup
+    if kind in ("constant", "constant_with_warmup"):
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    raise ValueError(f"lr_scheduler_type {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
+
+
+def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
+    """Σ f_t over the sparsify window: how far, in units of its learning rate, a gate can travel there."""
+    window = range(run_phases.dense_end, run_phases.sparsify_end)
+    return math.fsum(lr_factor(step, run_phases.total_steps, warmup, kind) for step in window)
+
+
+def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:
+    """`gate_lr: auto` = min(0.25, max(learning_rate, 4 / Σ f_t)): gates must be able to travel from 1 to 0."""
+    return 0.25 if factor_sum == 0 else min(0.25, max(learning_rate, 4.0 / factor_sum))
+
+
+def lambda_at(step: int, run_phases: Phases, sparse_lambda: float) -> float:
+    """λ of optimizer step `step`: 0 outside the sparsify window (with B = 0 a prox would prune blindly)."""
+    return sparse_lambda if run_phases.at(step) == SPARSIFY else 0.0

@@ -1,0 +1,191 @@
+"""What the launcher said and which strategy follows from it: pure functions of the environment, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_llm.errors import UserError
+
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+STRATEGIES = ("none", "ddp", *ZERO_STAGES)
+_PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The process group as the launcher announced it in the environment."""
+
+    num_processes: int
+    process_index: int
+    local_process_index: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.process_index == 0
+
+
+def launched_world(environ: Mapping[str, str]) -> World:
+    """Read WORLD_SIZE, RANK and LOCAL_RANK (torchrun, accelerate); one process where they are missing.
+
+    SORA_EXPECTED_WORLD_SIZE, where set, must agree: a multi-node launch whose nodes did not find each other starts
+    several complete little worlds otherwise.
+    """
+    try:
+        world = World(
+            num_processes=int(environ.get("WORLD_SIZE", 1)),
+            process_index=int(environ.get("RANK", 0)),
+            local_process_index=int(environ.get("LOCAL_RANK", environ.get("RANK", 0))),
+        )
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE, RANK and LOCAL_RANK must be whole numbers ({error})") from None
+    expected = environ.get("SORA_EXPECTED_WORLD_SIZE")
+    if expected is not None and expected != str(world.num_processes):
+        raise UserError(
+            f"the launcher started a world of {world.num_processes} processes but SORA_EXPECTED_WORLD_SIZE is "
+            f"{expected}; check the number of machines and the rendezvous address"
+        )
+    return world
+
+
+def resolve_strategy(strategy: str, world: World, environ: Mapping[str, str], dtype: str) -> str:
+    """The strategy a run uses: none, ddp, zero1, zero2 or zero3.
+
+    `auto` is none for one process and zero2 for several; under `accelerate launch --use_deepspeed` it is the stage
+    that the launcher states, else zero2.  `dtype` is the config's model.dtype.
+
+    Raises:
+        UserError: the launcher states something else than the config (both are named).
+    """
+    under_deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    _refuse_other_precision(environ, dtype)
+    if not under_deepspeed:
+        if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise UserError(
+                "the launcher asks for FSDP, which is not supported; use distributed.strategy zero2 or zero3"
+            )
+        if strategy == "auto":
+            return "none" if world.num_processes == 1 else "zero2"
+        if strategy == "none" and world.num_processes > 1:
+            raise UserError(
+                f"distributed.strategy is none but the launcher started {world.num_processes} processes; "
+                "use auto, ddp, zero1, zero2 or zero3, or launch one process"
+            )
+        return strategy
+    if strategy in ("none", "ddp"):
+        raise UserError(
+            f"distributed.strategy is {strategy} but the launcher was given --use_deepspeed; "
+            "launch without that flag, or set the strategy to zero1, zero2 or zero3"
+        )
+    stated = _stated_stage(environ)
+    if strategy == "auto":
+        return f"zero{stated}" if stated else "zero2"
+    if stated and stated != ZERO_STAGES[strategy]:
+        raise UserError(
+            f"distributed.strategy is {strategy} but the launcher states ZeRO stage {stated}; make them agree, or "
+            "leave the stage to the config"
+        )
+    return strategy
+
+
+def _refuse_other_precision(environ: Mapping[str, str], dtype: str) -> None:
+    stated = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if stated not in ("no", "", _PRECISION_OF_DTYPE[dtype]):
+        raise UserError(
+            f"the launcher states --mixed_precision {stated} but model.dtype is {dtype}; precision belongs to the "
+            "config: launch with --mixed_precision no"
+        )
+
+
+def _stated_stage(environ: Mapping[str, str]) -> int | None:
+    """The ZeRO stage in ACCELERATE_DEEPSPEED_ZERO_STAGE or in the launcher's DeepSpeed config file."""
+    device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+    if device not in ("none", ""):
+        raise UserError(
+            f"the launcher asks for optimizer offload to {device}, which would replace the proximal optimizer; "
+            "launch without --offload_optimizer_device (adapter state is small)"
+        )
+    config_file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    stage: Any = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if config_file and config_file != "none":
+        stated = read_deepspeed_config(config_file)
+        _refuse_optimizer_offload(stated)
+        stage = stated.get("zero_optimization", {}).get("stage", stage)
+    if stage is None or stage == "auto":
+        return None
+    if str(stage) not in ("1", "2", "3"):
+        raise UserError(f"the launcher states ZeRO stage {stage}; stages 1, 2 and 3 are supported")
+    return int(stage)
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON config file as a dict; UserError if it is missing or is not a JSON object."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"the DeepSpeed config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"the DeepSpeed config {path} must hold a JSON object")
+    return content
+
+
+def deepspeed_config(
+    strategy: str, *, max_grad_norm: float | None, adapter_dtype: str, user_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed config of a run: the user's, merged under ours.
+
+    Gradient accumulation is 1 here: the loop sets the boundary itself, so the last, smaller step of an epoch can have
+    fewer micro-batches.  bf16 is enabled for bf16 adapters alone; float32 adapters train as they are beside a
+    backbone of any dtype.
+
+    Raises:
+        UserError: a key of the user's that contradicts ours, or optimizer offload.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # an accounting figure only: batches are cut by the loader
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_optimization": {"stage": ZERO_STAGES[strategy]},
+        # check_grad_overflow: with it a non-finite gradient is agreed by all processes and the step is skipped
+        "bf16": {"enabled": adapter_dtype == "bfloat16", "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if adapter_dtype != "bfloat16":
+        ours["bf16"] = {"enabled": False}
+    if user_config is None:
+        return ours
+    _refuse_optimizer_offload(user_config)
+    if "optimizer" in user_config or "scheduler" in user_config:
+        raise UserError("the DeepSpeed config names an optimizer or a scheduler; both belong to sora_llm: remove them")
+    return _merged_under(user_config, ours, "")
+
+
+def _refuse_optimizer_offload(config: Mapping[str, Any]) -> None:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        raise UserError(
+            "the DeepSpeed config offloads the optimizer, which would replace the proximal optimizer; remove "
+            "zero_optimization.offload_optimizer (adapter state is small)"
+        )
+
+
+def _merged_under(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    merged = dict(theirs)
+    for key, value in ours.items():
+        given = theirs.get(key, "auto")
+        if isinstance(value, dict) and isinstance(given, Mapping):
+            merged[key] = _merged_under(given, value, f"{prefix}{key}.")
+        elif given in ("auto", value):
+            merged[key] = value
+        else:
+            raise UserError(
+                f"the DeepSpeed config sets {prefix}{key} to {given!r} but this run needs {value!r}; remove that key"
+            )
+    return merged
