@@ -167,7 +167,7 @@ def _forbid_cpu_repack(model: nn.Module) -> None:
     outputs change, and gradients of later training are wrong without any error."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def causal_loss_sum(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -191,9 +191,10 @@ def causal_loss_sum(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tens
 
 def takes_columns(model: nn.Module) -> bool:
     """Whether the model's forward has `logits_to_keep` (LLaMA, Mistral, Qwen, Gemma have)."""
-    while hasattr(model, "module"):
-        model = model.module
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    inner = model
+    while isinstance(wrapped := getattr(inner, "module", None), nn.Module):
+        inner = wrapped
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def tokenizer_files(spec: BackboneSpec) -> list[Path]:

@@ -190,6 +190,19 @@ def on_every(action: Callable[[], T]) -> T:
     return result
 
 
+def local_main_first(action: Callable[[], T], world: World) -> T:
+    """Run `action` on one process per machine, then on the others, which find what it left on disk (collective).
+
+    A UserError or RunFailed of any process is raised on every process.
+    """
+    first = world.local_process_index == 0
+    result = on_every(lambda: action() if first else None)
+    rest = on_every(lambda: None if first else action())
+    outcome = result if first else rest
+    assert outcome is not None
+    return outcome
+
+
 def _shared_outcome(action: Callable[[], T], is_runner: bool, main: int) -> T:
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_runner:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     Raises:
         UserError: a suffix that matches no linear layer, or a model without any.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -97,3 +99,16 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
     assert layers.keys() == factors.keys(), "factors must name exactly the model's adapters"
     for name, layer in layers.items():
         layer.cut(*factors[name])
+
+
+@contextlib.contextmanager
+def bare(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its base layers back in place of the adapters, for the duration."""
+    layers = adapters(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield model
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)

@@ -81,7 +81,7 @@ class SoraLinear(nn.Module):
     """A frozen linear layer and its gated low-rank branch.
 
     Args:
-        base_layer: nn.Linear or a bitsandbytes 4-bit / 8-bit linear, `in_features` I and `out_features` O; it is frozen.
+        base_layer: nn.Linear or a bitsandbytes 4-bit / 8-bit linear, I = in_features, O = out_features; it is frozen.
         r: number of slots R at the start.
         lora_alpha: s = lora_alpha / r, fixed for the layer's life, also after cutting.
         lora_dropout: probability of dropping an element of x before A, in training mode only.
@@ -97,7 +97,7 @@ class SoraLinear(nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Linear,
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
@@ -106,8 +106,8 @@ class SoraLinear(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot")
-        self.base_layer = base_layer.requires_grad_(False)
-        self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
+        self.base_layer: nn.Linear = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.scaling, self.lora_dropout = lora_alpha / r, lora_dropout
         device = base_layer.weight.device
         # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.

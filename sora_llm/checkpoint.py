@@ -1,0 +1,207 @@
+"""Canonical checkpoints, the run's lock and its status file.
+
+A checkpoint holds the adapter's float32 masters and Adam moments by name in safetensors, the rest in JSON: nothing
+about processes or strategies, nothing of the frozen backbone, nothing that is unpickled.
+
+    checkpoints/step-N/adapter.safetensors   "<module>.lora_A", "<module>.lora_A.exp_avg", …
+    checkpoints/step-N/state.json            step, counters, the resolved config
+    checkpoints/step-N/COMPLETE              SHA-256 of the other two, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sora_llm.errors import RunFailed, UserError
+
+TENSORS, STATE, COMPLETE = "adapter.safetensors", "state.json", "COMPLETE"
+LOCK_WAIT_SECONDS = 60
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save(
+    run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int | None = None
+) -> Path:
+    """Write checkpoints/step-N beside its place, complete, and rename it there; then drop all but the newest `keep`.
+
+    Call it on one process.
+
+    Raises:
+        RunFailed: the disk is full or read-only; older checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+        hashes = {name: file_sha256(temporary / name) for name in (TENSORS, STATE)}
+        for name in hashes:
+            _fsync(temporary / name)
+        write_text_atomically(temporary / COMPLETE, json.dumps(hashes, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(
+            f"the checkpoint of step {step} could not be saved in {folder.parent} ({error}); earlier checkpoints are "
+            "whole: free some space and start the same command again"
+        ) from error
+    if keep is not None:
+        for old in _folders(run_dir)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Checkpoint folders that claim to be complete, newest first."""
+    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{COMPLETE}")]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The verified state.json of a checkpoint (every file's hash is checked first).
+
+    Raises:
+        UserError: not a complete checkpoint, or its files are not the ones that were written.
+    """
+    try:
+        hashes = json.loads((folder / COMPLETE).read_text())
+        damaged = [name for name in (TENSORS, STATE) if file_sha256(folder / name) != hashes[name]]
+        if not damaged:
+            return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from None
+    raise UserError(f"the checkpoint {folder} is damaged: {', '.join(damaged)} is not what was saved")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that `read_state` has accepted."""
+    return load_file(folder / TENSORS)
+
+
+def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete, undamaged checkpoint of a run, and why newer ones were passed over."""
+    warnings = []
+    for folder in _folders(run_dir):
+        try:
+            read_state(folder)
+        except UserError as error:
+            warnings.append(str(error))
+        else:
+            return folder, warnings
+    return None, warnings
+
+
+# ---------------------------------------------------------------------------------------------------------- status
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """The content of status.json, None where there is none that can be read."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_status(
+    run_dir: Path,
+    state: str,
+    *,
+    step: int,
+    phase: str,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """Replace status.json (paths relative to the run directory); returns its content."""
+    content = {
+        "state": state,
+        "step": step,
+        "phase": phase,
+        "checkpoint": None if checkpoint is None else str(checkpoint.relative_to(run_dir)),
+        "adapter": None if adapter is None else str(adapter.relative_to(run_dir)),
+        "error": error,
+    }
+    write_text_atomically(run_dir / "status.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+    """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
+
+    Raises:
+        UserError: somebody else still holds it after `wait_seconds`, or the directory cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
+    with file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"output.output_dir {run_dir} is in use by {file.read().strip() or 'another run'}; wait for "
+                        "it to end, or name another folder"
+                    ) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,361 @@
+"""A plain, verified LoRA on disk: padded or ragged layout, self-check by PEFT, certificate, model card.
+
+The gate and the scale s are folded into the factors, so the right scale is 1 in every engine whatever its rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sora_llm.checkpoint import file_sha256
+from sora_llm.consensus import product_distance
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.inject import adapters, bare, target_linears
+from sora_llm.sora import SoraLinear, fold
+
+LAYOUTS = ("padded", "ragged")
+WEIGHTS = "adapter_model.safetensors"
+MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
+# Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
+MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A' (R', I), B' (O, R') of scale 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the model card says about where an adapter comes from."""
+
+    base_model: str = ""
+    data: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tokenizer_files: Sequence[Path] = ()
+    chat_template: str | None = None
+
+
+def with_metrics(provenance: Provenance, metrics: Mapping[str, float]) -> Provenance:
+    """The same provenance with other metrics."""
+    return replace(provenance, metrics=metrics)
+
+
+def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The adapters of a model as plain LoRA factors of scale 1, float32 on the CPU, dead slots dropped."""
+    folded = {}
+    for name, layer in adapters(model).items():
+        if layer.lora_A is None or layer.lora_B is None:
+            folded[name] = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
+            continue
+        tensors = (layer.lora_A, layer.lora_B, layer.gate)
+        A, B, gate = (None if t is None else t.detach().float().cpu() for t in tensors)
+        assert A is not None and B is not None
+        folded[name] = fold(A, B, gate, layer.scaling)
+    return folded
+
+
+def export_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    layout: str = "padded",
+    *,
+    allow_empty: bool = False,
+    provenance: Provenance | None = None,
+    probe_ids: Tensor | None = None,
+) -> dict[str, Any]:
+    """Write the adapters of `model` as a plain LoRA that PEFT reloads with the same ΔW and logits; one process.
+
+    `layout` is "padded" (every target module at one rank: every engine loads it) or "ragged" (own ranks, pruned
+    modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
+    folder appears complete or not at all; an older one of the same name is replaced.
+
+    Returns: the certificate.
+    Raises:
+        UserError: unknown layout, or no adapters.
+        RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
+    """
+    folder = Path(folder)
+    provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
+    temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
+    with reloaded(model, temporary) as check:
+        logits_error = check.logits_error(default_probe(model) if probe_ids is None else probe_ids)
+        delta_errors = check.delta_errors
+    return certify_and_publish(model, temporary, folder, layout, delta_errors, logits_error, provenance)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: bool, provenance: Provenance) -> Path:
+    """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    factors = folded_factors(model)
+    if not factors:
+        raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
+    if all(A.shape[0] == 0 for A, _ in factors.values()) and not allow_empty:
+        raise RunFailed(
+            "every rank of the adapter was pruned, so it would change nothing: lower sora.sparse_lambda, train longer, "
+            "or set output.allow_empty_adapter: true"
+        )
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    config = _peft_config(model, factors, layout, provenance.base_model)
+    config.save_pretrained(str(temporary))
+    tensors = _padded(factors, config.r) if layout == "padded" else _ragged(factors)
+    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    for path in provenance.tokenizer_files:
+        shutil.copyfile(path, temporary / path.name)
+    if provenance.chat_template is not None:
+        (temporary / "chat_template.jinja").write_text(provenance.chat_template)
+    return temporary
+
+
+def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, base_model: str) -> Any:
+    from peft import LoraConfig
+
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    r = max(1, *ranks.values())
+    options: dict[str, Any] = {"target_modules": _target_names(model, list(factors))}
+    if layout == "ragged":
+        live = {name: rank for name, rank in ranks.items() if rank}
+        # Full names, also as pattern keys: a suffix would match the pruned modules too.
+        options["target_modules"] = sorted(live) or [next(iter(factors))]
+        options |= {"rank_pattern": live, "alpha_pattern": dict(live)}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        r=r,
+        lora_alpha=r,  # with the scale folded into B, alpha / r = 1 is right under every engine's rule
+        lora_dropout=0.0,
+        bias="none",
+        use_rslora=False,
+        inference_mode=True,
+        **options,
+    )
+
+
+def _target_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Plain suffixes ("q_proj") if they match exactly these modules, else the full names."""
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    with bare(model):
+        matched = target_linears(model, suffixes)
+    return suffixes if set(matched) == set(names) else names
+
+
+def _padded(factors: PlainFactors, r: int) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (A, B) in factors.items():
+        padding = r - A.shape[0]
+        tensors[_key(name, "A")] = torch.cat([A, A.new_zeros(padding, A.shape[1])])
+        tensors[_key(name, "B")] = torch.cat([B, B.new_zeros(B.shape[0], padding)], dim=1)
+    return tensors
+
+
+def _ragged(factors: PlainFactors) -> dict[str, Tensor]:
+    live = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    if not live:  # PEFT refuses rank 0: an empty adapter is one slot of zeros
+        name, (A, B) = next(iter(factors.items()))
+        live = {name: (A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1))}
+    return {_key(name, kind): t.contiguous() for name, pair in live.items() for kind, t in zip("AB", pair, strict=True)}
+
+
+def _key(name: str, kind: str) -> str:
+    return f"base_model.model.{name}.lora_{kind}.weight"
+
+
+# -------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A finished adapter as PEFT loads it from disk, on the base that the adapter was trained on."""
+
+    peft_model: nn.Module
+    delta_errors: dict[str, float]
+    trained_logits: Callable[[Tensor], Tensor]
+    logits_of: Callable[[Tensor], Tensor]
+
+    def logits_error(self, probe_ids: Tensor) -> float:
+        """‖logits(PEFT) − logits(trained)‖ / ‖logits(trained)‖ over all positions of `probe_ids` (B, T)."""
+        trained = self.trained_logits(probe_ids)
+        return float((self.logits_of(probe_ids) - trained).norm() / trained.norm())
+
+
+@contextlib.contextmanager
+def reloaded(model: nn.Module, folder: Path) -> Iterator[Reloaded]:
+    """PEFT's view of the adapter in `folder` on the base inside `model`, whose own adapters step aside meanwhile.
+
+    Comparisons are by module (‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's scale included) and by logits.
+    """
+    from peft import PeftModel
+
+    training = model.training
+    model.eval()
+    layers = adapters(model)
+
+    def trained_logits(ids: Tensor) -> Tensor:
+        # While PEFT's layers stand in the model, ours are put back for one forward.
+        with _standing(model, layers):
+            return _logits(model, ids)
+
+    with bare(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = PeftModel.from_pretrained(model, str(folder))
+        peft_model.eval()
+        yield Reloaded(
+            peft_model, _delta_errors(peft_model, layers), trained_logits, lambda ids: _logits(peft_model, ids)
+        )
+        peft_model.unload()
+    model.train(training)
+
+
+@contextlib.contextmanager
+def _standing(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    present = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    yield
+    for name, module in present.items():
+        model.set_submodule(name, module)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def _delta_errors(peft_model: nn.Module, layers: Mapping[str, SoraLinear]) -> dict[str, float]:
+    base = peft_model.get_base_model()  # type: ignore[operator]
+    errors = {}
+    for name, trained in layers.items():
+        A, B = _trained_product(trained)
+        layer = base.get_submodule(name)
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+            peft_A = layer.lora_A["default"].weight.detach().cpu()
+            peft_B = layer.lora_B["default"].weight.detach().cpu().double() * layer.scaling["default"]
+        else:
+            peft_A, peft_B = A.new_zeros(0, A.shape[1]), B.new_zeros(B.shape[0], 0)
+        errors[name] = product_distance(A, B, peft_A, peft_B)
+    return errors
+
+
+def _trained_product(layer: SoraLinear) -> tuple[Tensor, Tensor]:
+    """ΔW = B A of a layer as it is trained, in float64: A (R, I) and s · B diag(g) (O, R)."""
+    if layer.lora_A is None or layer.lora_B is None:
+        return torch.zeros(0, layer.in_features).double(), torch.zeros(layer.out_features, 0).double()
+    gate = 1.0 if layer.gate is None else layer.gate.detach().cpu().double()
+    return layer.lora_A.detach().cpu().double(), layer.scaling * layer.lora_B.detach().cpu().double() * gate
+
+
+def default_probe(model: nn.Module) -> Tensor:
+    """Fixed random token ids (2, 32) within the model's vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def certify_and_publish(
+    model: nn.Module,
+    temporary: Path,
+    folder: Path,
+    layout: str,
+    delta_errors: Mapping[str, float],
+    logits_error: float,
+    provenance: Provenance,
+) -> dict[str, Any]:
+    """Write certificate and model card and rename `temporary` to `folder`; RunFailed if the self-check did not pass."""
+    import peft
+
+    ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
+    worst = max(delta_errors, key=lambda name: delta_errors[name])
+    passed = delta_errors[worst] <= MAX_DELTA_ERROR and logits_error <= limit
+    if not passed:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(
+            f"the exported adapter is not the trained one: ΔW of {worst} differs by {delta_errors[worst]:.2e} "
+            f"(allowed {MAX_DELTA_ERROR:g}), logits by {logits_error:.2e} (allowed {limit:g}); nothing was exported"
+        )
+    certificate = {
+        "passed": passed,
+        "layout": layout,
+        "modules": {name: {"rank": ranks[name], "delta_error": delta_errors[name]} for name in ranks},
+        "logits_error": logits_error,
+        "peft_version": peft.__version__,
+        "sha256": file_sha256(temporary / WEIGHTS),
+    }
+    (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
+    (temporary / "README.md").write_text(model_card(folder, layout, ranks, shapes, certificate, provenance))
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return certificate
+
+
+# ------------------------------------------------------------------------------------------------------ model card
+
+
+def model_card(
+    folder: Path,
+    layout: str,
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    certificate: Mapping[str, Any],
+    provenance: Provenance,
+) -> str:
+    """README.md of an adapter: what it is, its ranks, how to load it."""
+    base = provenance.base_model or "the base model"
+    costs = {name: i + o for name, (i, o) in shapes.items()}
+    mean = sum(ranks[n] * c for n, c in costs.items()) / sum(costs.values())
+    parameters = sum(ranks[n] * c for n, c in costs.items())
+    served_rank = next((limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= max(ranks.values())), 512)
+    metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
+    data = "".join(f"* {path}\n" for path in provenance.data)
+    table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora, sora]
+---
+# LoRA adapter for {base}
+
+Trained with SoRA (a gate per rank, pruned by proximal gradient) and exported as a plain LoRA: layout `{layout}`, scale
+folded into the factors (`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules, {parameters:,} live
+parameters.
+
+{metrics}
+Self-check: PEFT {certificate["peft_version"]} reloads it with the trained ΔW of every module (largest relative
+difference {max(m["delta_error"] for m in certificate["modules"].values()):.1e}) and logits (relative difference
+{certificate["logits_error"]:.1e}).
+
+## Load it
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder.name}")
+```
+vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter={folder.name}`
+
+## Data
+{data}
+## Ranks
+| module | rank |
+|---|---|
+{table}
+"""

@@ -1,0 +1,243 @@
+"""What a config points to, checked and unpacked before any weight is loaded: model folder, tokenizer, data, output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from sora_llm import backbone
+from sora_llm.backbone import BackboneSpec
+from sora_llm.config import Config, Dataset
+from sora_llm.data import loader
+from sora_llm.data.formats import DatasetSpec, check_paths
+from sora_llm.data.loader import DataReport, TokenDataset
+from sora_llm.data.tokenize import encode_prompt, resolve_template
+from sora_llm.distributed import local_main_first
+from sora_llm.errors import UserError
+from sora_llm.inject import target_linears
+from sora_llm.pipeline import MemoryEstimate, estimate
+from sora_llm.topology import World
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the config points to; `skeleton` is the model on the meta device."""
+
+    backbone: BackboneSpec
+    skeleton: nn.Module
+    tokenizer: Any
+    chat_template: str
+    datasets: list[DatasetSpec]
+    val_datasets: list[DatasetSpec]
+
+    @property
+    def pad_token_id(self) -> int:
+        return backbone.pad_token_id(self.tokenizer)
+
+
+def check_inputs(config: Config, strategy: str) -> Inputs:
+    """Look at everything the config names, cheap things first.
+
+    Raises:
+        UserError: files, model folder, tokenizer, template, target modules or lengths that cannot work.
+    """
+    datasets = [dataset_spec(dataset) for dataset in config.data.datasets]
+    val_datasets = [dataset_spec(dataset) for dataset in config.data.val_datasets or ()]
+    for tracker in config.output.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(f"output.report_to names {tracker}, which is not installed: pip install {tracker}")
+    check_paths([*datasets, *val_datasets])
+    _quiet_libraries()
+    spec = backbone_spec(config, strategy)
+    if spec.load_in_8bit and strategy == "zero3":
+        raise UserError("load_in_8bit under zero3 is known to give wrong losses; use zero2, or load_in_4bit")
+    model_config = backbone.load_config(spec)
+    backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
+    skeleton = backbone.skeleton(model_config, spec)
+    target_linears(skeleton, target_modules(config))
+    tokenizer = backbone.load_tokenizer(spec)
+    template = resolve_template(tokenizer, config.data.chat_template)
+    return Inputs(spec, skeleton, tokenizer, template, datasets, val_datasets)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' progress bars and advice out of the run's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------- unpacking
+
+
+def dataset_spec(dataset: Dataset) -> DatasetSpec:
+    """One entry of data.datasets as the loader's plain description."""
+    return DatasetSpec(
+        path=dataset.path,
+        type=dataset.type,
+        split=dataset.split,
+        revision=dataset.revision,
+        columns=dataset.columns,
+        separator=dataset.separator,
+    )
+
+
+def backbone_spec(config: Config, strategy: str) -> BackboneSpec:
+    """The sections model and quantization as the backbone's plain description."""
+    model, quantization = config.model, config.quantization
+    return BackboneSpec(
+        name_or_path=model.name_or_path,
+        revision=model.revision,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        load_in_4bit=quantization.load_in_4bit,
+        load_in_8bit=quantization.load_in_8bit,
+        quant_type=quantization.bnb_4bit_quant_type,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+        compute_dtype=quantization.bnb_4bit_compute_dtype,
+        quant_storage=backbone.resolve_quant_storage(
+            quantization.bnb_4bit_quant_storage, quantization.bnb_4bit_compute_dtype, strategy
+        ),
+    )
+
+
+def adapter_dtype(config: Config) -> str:
+    """sora.dtype with `auto` resolved: float32 adapters, cast inside the forward."""
+    return "float32" if config.sora.dtype == "auto" else config.sora.dtype
+
+
+def target_modules(config: Config) -> str | list[str]:
+    """sora.target_modules as inject_sora takes them."""
+    targets = config.sora.target_modules
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def memory_estimate(config: Config, inputs: Inputs, strategy: str, num_processes: int) -> MemoryEstimate:
+    """Memory per process of weights, adapters, gradients and optimizer state."""
+    return estimate(
+        inputs.skeleton,
+        inputs.backbone,
+        r=config.sora.r,
+        target_modules=target_modules(config),
+        adapter_bytes_each=2 if adapter_dtype(config) == "bfloat16" else 4,
+        strategy=strategy,
+        num_processes=num_processes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- output
+
+
+def check_output(run_dir: Path, resume: str) -> None:
+    """UserError if the run directory cannot be made or written, or `resume` cannot be followed; writes nothing."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output.output_dir {run_dir}: {existing} is a file, not a folder; name another one")
+    try:
+        if existing == run_dir:
+            if not os.access(run_dir, os.W_OK | os.X_OK):
+                raise PermissionError(13, "permission denied")
+        else:
+            with tempfile.TemporaryDirectory(dir=existing):
+                pass
+    except OSError as error:
+        raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
+    if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(
+            f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
+        )
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        raise UserError(f"output.resume is {resume!r}: it must be auto, never, or the folder of a checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Train and dev rows as tokens (no dev rows: None), and a line about each source."""
+
+    train: TokenDataset
+    dev: TokenDataset | None
+    descriptions: list[str]
+
+
+def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
+    """Tokenise, or read the cache: one process per machine prepares, the others read what it wrote (collective).
+
+    Raises:
+        UserError: bad rows, nothing to train on, fewer rows than processes.
+    """
+    train, report = prepare_rows(config, inputs, inputs.datasets, world)
+    descriptions, dev = [f"data: {describe(report)}"], None
+    if inputs.val_datasets:
+        dev, dev_report = prepare_rows(config, inputs, inputs.val_datasets, world)
+        descriptions.append(f"dev data: {describe(dev_report)}")
+    elif config.data.val_set_size is not None:
+        train, dev = loader.split_validation(train, config.data.val_set_size, config.train.seed)
+        descriptions.append(f"dev data: {len(dev)} of these rows are held out")
+    if len(train) < world.num_processes:
+        raise UserError(
+            f"data.datasets gives {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
+            "launch fewer processes, or add data"
+        )
+    return TrainingData(train, dev, descriptions)
+
+
+def prepare_rows(
+    config: Config, inputs: Inputs, specs: Sequence[DatasetSpec], world: World
+) -> tuple[TokenDataset, DataReport]:
+    """The rows of some data sets with the config's options (collective)."""
+    data = config.data
+    return local_main_first(
+        lambda: loader.prepare(
+            specs,
+            inputs.tokenizer,
+            chat_template=data.chat_template,
+            train_on_inputs=data.train_on_inputs,
+            train_on_last_turn_only=data.train_on_last_turn_only,
+            sequence_len=data.sequence_len,
+            excess_length=data.excess_length,
+            max_bad_row_fraction=data.max_bad_row_fraction,
+            drop_duplicates=data.drop_duplicates,
+            num_proc=data.num_proc,
+            cache_dir=data.cache_dir,
+        ),
+        world,
+    )
+
+
+def describe(report: DataReport) -> str:
+    """A data report in one line."""
+    parts = [f"{report.rows_kept:,} rows, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)"]
+    left_out = (
+        (report.num_bad_rows, "malformed"),
+        (report.too_long, "too long"),
+        (report.no_supervised, "without an answer"),
+    )
+    parts += [f"left out {count:,} {why}" for count, why in left_out if count]
+    if report.truncated:
+        parts.append(f"truncated {report.truncated:,}")
+    if report.num_bad_rows:
+        parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
+    return "; ".join(parts)
+
+
+def prompt_ids(config: Config, inputs: Inputs, prompt: str) -> list[int]:
+    """A sample prompt as tokens: through the chat template where the first data set is made of conversations."""
+    first = config.data.datasets[0]
+    if first.type in ("completion", "prompt_completion"):
+        return encode_prompt(inputs.tokenizer, prompt + first.separator, None)
+    return encode_prompt(inputs.tokenizer, prompt, inputs.chat_template)

@@ -1,0 +1,316 @@
+"""What happens around the loop: evaluate, estimate, agree on the support, cut, export with the self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm import export
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, pad_token_id
+from sora_llm.consensus import cut_slots, kept_params, kept_ranks, mean_rank, tensor_hash
+from sora_llm.distributed import (
+    Engine,
+    agree,
+    broadcast_tensors,
+    on_main,
+    sum_over_processes,
+)
+from sora_llm.errors import UserError
+from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, target_linears
+from sora_llm.sora import SoraLinear
+from sora_llm.topology import World
+
+
+class Rows(Protocol):
+    """Tokenised rows: what evaluate needs of a data set."""
+
+    lengths: Any
+
+    def __len__(self) -> int: ...
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`loss` = Σ cross-entropy / Σ supervised tokens over the whole data set."""
+
+    loss: float
+    supervised_tokens: int
+
+
+def evaluate(
+    model: nn.Module,
+    rows: Rows,
+    collate: Callable[[list[int]], Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    world: World,
+    device: torch.device | str,
+) -> EvalResult:
+    """The loss of `model` over all rows, shared out over the processes (collective).
+
+    `collate` makes a padded batch {"input_ids", "labels"} (B, T) of some row numbers; of none it makes a batch
+    without supervised tokens.  Rows of like length go together; every process runs the same number of batches (under
+    ZeRO-3 each forward is a collective).  The model comes back in the mode it was in, without a gradient touched.
+    """
+    by_length = sorted(range(len(rows)), key=lambda row: (-int(rows.lengths[row]), row))
+    stride = batch_size * world.num_processes
+    training = model.training
+    model.eval()
+    loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    with torch.no_grad():
+        for start in range(0, len(by_length), stride):
+            mine = by_length[start + world.process_index : start + stride : world.num_processes]
+            batch = collate(mine)
+            num_tokens += int((batch["labels"][:, 1:] != -100).sum())
+            loss_sum += causal_loss_sum(model, batch["input_ids"].to(device), batch["labels"].to(device)).double()
+    model.train(training)
+    total, tokens = sum_over_processes(loss_sum, num_tokens, device=device)
+    return EvalResult(total / tokens, int(tokens))
+
+
+# ------------------------------------------------------------------------------------------------------- estimate
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per process of what does not depend on the batch.  Activations come on top."""
+
+    trainable_parameters: int
+    frozen_parameters: int
+    weight_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def estimate(
+    skeleton: nn.Module,
+    spec: BackboneSpec,
+    *,
+    r: int,
+    target_modules: str | Sequence[str],
+    adapter_bytes_each: int,
+    strategy: str,
+    num_processes: int,
+) -> MemoryEstimate:
+    """Memory of weights, adapters, gradients and optimizer state per process, from the model's shapes alone.
+
+    `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
+    weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
+    unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
+    with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
+    weights and adapters in stage 3).
+    """
+    targets = target_linears(skeleton, target_modules)
+    quantised = target_linears(skeleton) if spec.load_in_4bit or spec.load_in_8bit else {}
+    num_quantised = sum(linear.weight.numel() for linear in quantised.values())
+    num_frozen = sum(parameter.numel() for parameter in skeleton.parameters())
+    constants = 1 if spec.double_quant else 4
+    if spec.load_in_4bit:
+        quantised_bytes = num_quantised // 2 + num_quantised // 64 * constants
+    else:
+        quantised_bytes = num_quantised + 4 * sum(linear.out_features for linear in quantised.values())
+    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * _itemsize(spec.dtype)
+    num_trainable = sum(r * (1 + linear.in_features + linear.out_features) for linear in targets.values())
+    zero = int(strategy.removeprefix("zero")) if strategy.startswith("zero") else 0
+    master_bytes = 4 if zero or adapter_bytes_each < 4 else 0
+
+    def share(size: int, from_stage: int) -> int:
+        return -(-size // num_processes) if zero >= from_stage else size
+
+    return MemoryEstimate(
+        trainable_parameters=num_trainable,
+        frozen_parameters=num_frozen,
+        weight_bytes=share(weight_bytes, 3),
+        adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
+        gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
+        optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
+    )
+
+
+def memory_table(memory: MemoryEstimate) -> str:
+    """The estimate as indented lines, GiB per process."""
+    parts = (
+        ("frozen weights", memory.weight_bytes),
+        ("adapters", memory.adapter_bytes),
+        ("gradients", memory.gradient_bytes),
+        ("optimizer state", memory.optimizer_bytes),
+        ("sum, + activations", memory.total_bytes),
+    )
+    return "\n".join(f"  {name:<21} {size / 2**30:.3f} GiB per process" for name, size in parts)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+# ------------------------------------------------------------------------------------------------ ranks, consensus
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """`ranks` {module: kept slots}, their cost-weighted mean, and the parameters they stand for."""
+
+    ranks: dict[str, int]
+    mean_rank: float
+    kept_params: int
+
+
+def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
+    """Ranks by the gates given (a gated run), or by the factors' own shapes (after the cut)."""
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    if gates is None:
+        ranks = {name: 0 if layer.lora_A is None else layer.lora_A.shape[0] for name, layer in layers.items()}
+    else:
+        ranks = kept_ranks(gates)
+    costs = {name: i + o for name, (i, o) in shapes.items()}
+    return RankReport(ranks, mean_rank(ranks, costs), kept_params(ranks, shapes))
+
+
+def cut_by_consensus(engine: Engine, model: nn.Module, masters: Mapping[str, Tensor], world: World) -> RankReport:
+    """Cut `model` to the slots that are alive in the agreed float32 `masters`; all processes end with the same bits.
+
+    The main process cuts, its factors are broadcast, and their hashes are compared on every process (collective).
+
+    Raises:
+        RunFailed: the bits that arrived differ.
+    """
+    names = list(adapters(model))
+    flat = {}
+    if world.is_main:
+        factors = {
+            name: (masters[f"{name}.lora_A"], masters[f"{name}.lora_B"], masters.get(f"{name}.gate")) for name in names
+        }
+        for name, (A, B) in cut_slots(factors).items():
+            flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
+    flat = broadcast_tensors(flat, engine.device)
+    cut_adapters(model, {name: (flat[f"{name}.lora_A"], flat[f"{name}.lora_B"]) for name in names})
+    agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
+    return rank_report(adapters(model))
+
+
+def consensus_prune(
+    model: nn.Module,
+    target_rank: float | None = None,
+    target_params: int | None = None,
+    consensus: str = "slots",
+    min_rank: int = 0,
+) -> nn.Module:
+    """Cut the adapters of an injected model to their live slots, in place; the gates are folded into the factors.
+
+    For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  Make a
+    new optimizer afterwards: the parameters are new ones.
+
+    Returns: the same model.
+    Raises:
+        UserError: anything but consensus="slots" without a budget, or a model without gated adapters.
+        RunFailed: processes hold different adapters.
+    """
+    if consensus != "slots" or target_rank is not None or target_params is not None or min_rank:
+        raise UserError(
+            "consensus_prune cuts by consensus='slots' alone in this version; leave target_rank, target_params and "
+            "min_rank out and choose sparsity by sparse_lambda"
+        )
+    layers = adapters(model)
+    if not any(layer.gate is not None for layer in layers.values()):
+        raise UserError("the model has no gated SoRA adapters: call inject_sora(model) and train it first")
+    agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the adapter")
+    factors = {
+        name: (layer.lora_A.detach(), layer.lora_B.detach(), None if layer.gate is None else layer.gate.detach())
+        for name, layer in layers.items()
+        if layer.lora_A is not None and layer.lora_B is not None
+    }
+    cut_adapters(model, cut_slots(factors))
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`eval_loss` is the reloaded adapter's, None without a dev set."""
+
+    folder: Path
+    certificate: dict[str, Any]
+    eval_loss: float | None
+
+
+def export_verified(
+    model: nn.Module,
+    folder: Path,
+    layout: str,
+    *,
+    world: World,
+    provenance: export.Provenance,
+    allow_empty: bool,
+    probe_ids: Tensor,
+    eval_loss_of: Callable[[nn.Module], float] | None,
+) -> Exported:
+    """Export the cut adapter of `model`, which every process holds whole, and prove it from disk (collective).
+
+    The main process writes; every process reloads the files with PEFT, compares, and takes its share of the dev set.
+
+    Raises:
+        RunFailed: an empty adapter that is not allowed, or the self-check found a difference.
+    """
+    temporary = Path(
+        on_main(
+            lambda: str(export.write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)),
+            world,
+        )
+    )
+    with export.reloaded(model, temporary) as check:
+        delta_errors = check.delta_errors
+        logits_error = check.logits_error(probe_ids)
+        eval_loss = None if eval_loss_of is None else eval_loss_of(check.peft_model)
+    if eval_loss is not None:
+        metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
+        provenance = export.with_metrics(provenance, metrics)
+    certificate = on_main(
+        lambda: export.certify_and_publish(model, temporary, folder, layout, delta_errors, logits_error, provenance),
+        world,
+    )
+    return Exported(folder, certificate, eval_loss)
+
+
+def sample_answers(
+    model: nn.Module, tokenizer: Any, prompts: Mapping[str, Sequence[int]], max_new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Greedy answers of the base and of the adapted model: [{"prompt", "base", "adapted"}]; one process.
+
+    `prompts` maps each prompt to its token ids.
+    """
+    training = model.training
+    model.eval()
+
+    def answer(ids: Sequence[int]) -> str:
+        tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        with torch.no_grad():
+            output = model.generate(  # type: ignore[operator]
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad_token_id(tokenizer),
+            )
+        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+    adapted = {prompt: answer(ids) for prompt, ids in prompts.items()}
+    with bare(model):
+        base = {prompt: answer(ids) for prompt, ids in prompts.items()}
+    model.train(training)
+    return [{"prompt": prompt, "base": base[prompt], "adapted": adapted[prompt]} for prompt in prompts]

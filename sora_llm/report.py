@@ -1,0 +1,83 @@
+"""What a run says while it runs: metrics.jsonl, ranks.jsonl, the progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class JsonLines:
+    """An append-only file of one JSON object per line; every line is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Continue `path` after `last_step`: later lines and a torn last one are dropped."""
+        self.path = path
+        kept = [line for line in read_json_lines(path) if line["step"] <= last_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""
+        line = {key: value for key, value in line.items() if value is not None and not _is_nan(value)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, [] where it is missing; reading stops at a torn line."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Progress:
+    """One progress line per logged step: overwritten in place on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO | None = None):
+        self.total_steps, self.first_step = total_steps, first_step
+        self.stream = stream or sys.stdout
+        self.started = time.monotonic()
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Print a metrics line."""
+        parts = [f"step {line['step']}/{self.total_steps} {line['phase']}"]
+        for key, label, form in (
+            ("loss", "loss", ".4f"),
+            ("eval_loss", "eval loss", ".4f"),
+            ("mean_rank", "mean rank", ".2f"),
+            ("lambda", "λ", ".3g"),
+            ("tokens_per_second", "tokens/s", ",.0f"),
+        ):
+            if key in line:
+                parts.append(f"{label} {line[key]:{form}}")
+        done = line["step"] - self.first_step
+        if done > 0 and line["step"] < self.total_steps:
+            left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
+            parts.append(f"{_duration(left)} left")
+        text = "  ".join(parts)
+        if self.stream.isatty():
+            end = "\n" if "eval_loss" in line or line["step"] == self.total_steps else ""
+            self.stream.write(f"\r\033[K{text}{end}")
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

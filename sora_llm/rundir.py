@@ -1,0 +1,126 @@
+"""The run directory: who holds it, and every small file that a run writes there beside checkpoints and adapter."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sora_llm import __version__
+from sora_llm.checkpoint import write_status, write_text_atomically
+from sora_llm.report import JsonLines, Progress
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
+
+
+class RunDirectory:
+    """The main process's pen: metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
+
+    Every process has one and calls the same methods; only the main process's writes.  `step`, `phase`, `checkpoint`
+    and `adapter` are what the next status.json will say.
+    """
+
+    def __init__(self, path: Path, *, is_main: bool, tracker: Any = None):
+        self.path, self.is_main, self._tracker = path, is_main, tracker
+        self.step, self.phase = 0, "prepare"
+        self.checkpoint: Path | None = None
+        self.adapter: Path | None = None
+        self.last_metrics: dict[str, Any] = {}
+        self.last_status: dict[str, Any] = {}
+
+    def begin(self, *, config_yaml: str, env: Mapping[str, Any], first_step: int, total_steps: int) -> None:
+        """Write config.yaml and env.json, and drop the lines of steps after `first_step`."""
+        self.step = first_step
+        if not self.is_main:
+            return
+        write_text_atomically(self.path / "config.yaml", config_yaml)
+        write_text_atomically(self.path / "env.json", _json(env))
+        # a step-0 line belongs to the run only if a checkpoint carries it on
+        last_step = first_step if self.checkpoint else -1
+        self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
+        self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
+        self._progress = Progress(total_steps, first_step)
+        self.status("running")
+
+    def metrics(self, step: int, phase: str, fields: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, of the progress display and of the trackers."""
+        self.step, self.phase = step, phase
+        if not self.is_main:
+            return
+        line = self._metrics.write({"step": step, "phase": phase, **fields})
+        self.last_metrics = line
+        self._progress.show(line)
+        if self._tracker is not None:
+            self._tracker({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
+
+    def ranks(self, step: int, ranks: Mapping[str, int]) -> None:
+        """One line of ranks.jsonl."""
+        if self.is_main:
+            self._ranks.write({"step": step, "ranks": dict(ranks)})
+
+    def samples(self, answers: Sequence[Mapping[str, str]]) -> None:
+        """samples.jsonl: {"prompt", "base", "adapted"} per prompt."""
+        if self.is_main:
+            write_text_atomically(self.path / "samples.jsonl", "".join(_json(answer, None) for answer in answers))
+
+    def status(self, state: str, *, phase: str | None = None, error: str | None = None) -> None:
+        """Replace status.json."""
+        self.phase = phase or self.phase
+        if self.is_main:
+            self.last_status = write_status(
+                self.path,
+                state,
+                step=self.step,
+                phase=self.phase,
+                checkpoint=self.checkpoint,
+                adapter=self.adapter,
+                error=error,
+            )
+
+
+def _json(value: Mapping[str, Any], indent: int | None = 1) -> str:
+    import json
+
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+
+
+def environment(*, num_processes: int, strategy: str, zero_stage: int | None) -> dict[str, Any]:
+    """Versions, hardware and topology for env.json: never a token, never the process environment."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    content: dict[str, Any] = {
+        "versions": {
+            "sora_llm": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": gpus,
+        },
+        "num_processes": num_processes,
+        "strategy": strategy,
+        "git_commit": _git_commit(),
+    }
+    if zero_stage is not None:
+        content["zero_stage"] = zero_stage
+    return content
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, None where it is not in a git checkout."""
+    try:
+        output = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return output.stdout.strip() or None if output.returncode == 0 else None

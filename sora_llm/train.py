@@ -1,0 +1,586 @@
+"""The story of a run: one YAML in, a pruned and verified LoRA out.
+
+    accelerate launch -m sora_llm.train configs/llama7b.yaml [section.key=value ...]
+
+check the input → prepare the data → load and inject → train (dense, sparsify) → agree and cut → export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm import checkpoint, distributed, pipeline, schedule
+from sora_llm.backbone import DTYPES, load_backbone, tokenizer_files
+from sora_llm.config import Config, load_config, resume_conflicts, to_dict, to_yaml
+from sora_llm.data.loader import TokenDataset, collate, share, step_rows, steps_per_epoch
+from sora_llm.distributed import Engine, on_main
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.export import Provenance
+from sora_llm.inject import adapter_parameters, adapters, inject_sora
+from sora_llm.inputs import (
+    Inputs,
+    TrainingData,
+    adapter_dtype,
+    backbone_spec,
+    check_inputs,
+    check_output,
+    load_data,
+    memory_estimate,
+    prompt_ids,
+    target_modules,
+)
+from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
+from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.report import read_json_lines
+from sora_llm.rundir import RunDirectory, environment
+from sora_llm.schedule import SPARSIFY, Phases
+from sora_llm.topology import (
+    ZERO_STAGES,
+    World,
+    deepspeed_config,
+    launched_world,
+    read_deepspeed_config,
+    resolve_strategy,
+)
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` gives a pipeline.
+
+    `adapter` is the exported folder (None after a dry run), `metrics` the last line of metrics.jsonl, `status` the
+    content of status.json.
+    """
+
+    adapter: Path | None
+    metrics: dict[str, Any]
+    status: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
+    """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (a sentence, printed once)."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values read as YAML; null unsets")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
+    arguments = parser.parse_intermixed_args(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        if arguments.print_config:
+            config = load_config(arguments.config, arguments.overrides)
+            if is_main:
+                print(to_yaml(config), end="")
+        else:
+            run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
+    except (UserError, RunFailed) as error:
+        if is_main:
+            print(f"sora_llm: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+    return EXIT_FINISHED
+
+
+def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunResult:
+    """Run a config to its end, in this process or as one of the processes that a launcher started.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        RunFailed: a run that could not go on; status.json says so too.
+    """
+    config = load_config(config_path, overrides)
+    world = launched_world(os.environ)
+    strategy = resolve_strategy(config.distributed.strategy, world, os.environ, config.model.dtype)
+    zero_options = deepspeed_options(config, strategy)
+    inputs = check_inputs(config, strategy)
+    run_dir = Path(config.output.output_dir).expanduser()
+    check_output(run_dir, config.output.resume)
+
+    with contextlib.ExitStack() as stack:
+        accelerator = stack.enter_context(process_group(config, strategy, world, run_dir, zero_options))
+        data = load_data(config, inputs, world)
+        plan = make_plan(config, strategy, world, len(data.train))
+        if not dry_run and (finished := finished_before(plan, run_dir, world)):
+            return finished
+        job = Job(inputs, plan, world, accelerator, data)
+        announce(job)
+        if dry_run:
+            return rehearse(job)
+        on_main(lambda: stack.enter_context(checkpoint.run_lock(run_dir)) and None, world)
+        return run_in(job, run_dir)
+
+
+# ------------------------------------------------------------------------------------------------ before the weights
+
+
+def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
+    """The DeepSpeed config of a ZeRO run, None for the other strategies."""
+    user_file = config.distributed.deepspeed_config
+    if strategy not in ZERO_STAGES:
+        if user_file is not None:
+            raise UserError(
+                f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"
+            )
+        return None
+    return deepspeed_config(
+        strategy,
+        max_grad_norm=config.train.max_grad_norm,
+        adapter_dtype=adapter_dtype(config),
+        user_config=None if user_file is None else read_deepspeed_config(user_file),
+    )
+
+
+@contextlib.contextmanager
+def process_group(
+    config: Config, strategy: str, world: World, run_dir: Path, zero_options: dict[str, Any] | None
+) -> Iterator[Any]:
+    """The accelerator of this run, ended with it."""
+    accelerator = distributed.make_accelerator(
+        strategy,
+        world,
+        deepspeed_config=zero_options,
+        timeout_minutes=config.distributed.timeout_minutes,
+        trackers=list(config.output.report_to),
+        project_dir=str(run_dir / "trackers"),
+    )
+    try:
+        yield accelerator
+    finally:
+        distributed.end(accelerator)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The config with every `auto` filled in, and the numbers that follow from it and the data.
+
+    `gate_travel` = gate_lr · Σ f_t over the sparsify window: below 1 no gate can get from 1 to 0.
+    """
+
+    config: Config
+    strategy: str
+    rows_per_step: int
+    total_steps: int
+    phases: Phases
+    warmup_steps: int
+    gate_lr: float
+    gate_travel: float
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rates and λ of optimizer step `step` (from 0), as Engine.set_rates takes them."""
+        sora, train = self.config.sora, self.config.train
+        assert sora.sparse_lambda is not None
+        factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, train.lr_scheduler_type)
+        return {
+            "learning_rate": factor * train.learning_rate,
+            "gate_lr": factor * self.gate_lr,
+            "sparse_lambda": schedule.lambda_at(step, self.phases, sora.sparse_lambda),
+        }
+
+
+def make_plan(config: Config, strategy: str, world: World, num_rows: int) -> Plan:
+    """Steps, phases and rates of the run.
+
+    Raises:
+        UserError: a sparsify window without a step.
+    """
+    sora, train = config.sora, config.train
+    rows_per_step = train.per_device_train_batch_size * world.num_processes * train.gradient_accumulation_steps
+    if train.max_steps is not None:
+        total_steps = train.max_steps
+    else:
+        total_steps = math.ceil((train.num_train_epochs or 0) * steps_per_epoch(num_rows, rows_per_step))
+    phases = schedule.phases(total_steps, sora.dense_ratio, sora.consensus_at)
+    if phases.dense_end == phases.sparsify_end:
+        raise UserError(
+            f"the sparsify phase has no step: {total_steps} steps, sora.dense_ratio {sora.dense_ratio}, "
+            f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
+        )
+    warmup = schedule.warmup_steps(total_steps, train.warmup_ratio)
+    travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
+    gate_lr = schedule.auto_gate_lr(train.learning_rate, travel) if sora.gate_lr == "auto" else sora.gate_lr
+    threshold = "decoupled" if sora.threshold == "auto" else sora.threshold
+    storage = backbone_spec(config, strategy).quant_storage
+    # The values are of the fields' own literal types; mypy cannot see that through plain strings.
+    filled = replace(
+        config,
+        sora=replace(sora, gate_lr=gate_lr, dtype=adapter_dtype(config), threshold=threshold),  # type: ignore[arg-type]
+        distributed=replace(config.distributed, strategy=strategy),  # type: ignore[arg-type]
+        quantization=replace(config.quantization, bnb_4bit_quant_storage=storage),  # type: ignore[arg-type]
+    )
+    return Plan(filled, strategy, rows_per_step, total_steps, phases, warmup, gate_lr, gate_lr * travel)
+
+
+def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
+    """The result of the finished run in this directory, or None.
+
+    Raises:
+        UserError: the directory, or the checkpoint to resume from, belongs to a run of another config.
+    """
+    resume = plan.config.output.resume
+    if resume not in ("auto", "never"):
+        state = checkpoint.read_state(Path(resume).expanduser())
+        _refuse_other_config(plan, state["config"], state["num_processes"], world, resume)
+        return None
+    saved, env = run_dir / "config.yaml", run_dir / "env.json"
+    if not saved.exists() or not env.exists():
+        return None
+    num_processes = json.loads(env.read_text())["num_processes"]
+    _refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
+    status = checkpoint.read_status(run_dir)
+    if status is None or status["state"] != "finished":
+        return None
+    adapter = run_dir / status["adapter"]
+    say(
+        world,
+        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
+    )
+    return RunResult(adapter, read_json_lines(run_dir / "metrics.jsonl")[-1], status)
+
+
+def _refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:
+    conflicts = resume_conflicts(dict(old), to_dict(plan.config), old_processes, world.num_processes)
+    if conflicts:
+        raise UserError(
+            f"{where} belongs to a run of another config, different in {', '.join(conflicts)}; undo that, or name a "
+            "new output.output_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, checked and in memory, but for the weights."""
+
+    inputs: Inputs
+    plan: Plan
+    world: World
+    accelerator: Any
+    data: TrainingData
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    def batch(self, rows: TokenDataset, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A padded batch of some rows."""
+        return collate([rows[number] for number in numbers], self.inputs.pad_token_id)
+
+
+def announce(job: Job) -> None:
+    """Say what is about to run."""
+    plan, world = job.plan, job.world
+    memory = memory_estimate(plan.config, job.inputs, plan.strategy, world.num_processes)
+    for line in job.data.descriptions:
+        say(world, line)
+    say(
+        world,
+        f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
+        f"{plan.total_steps} steps of {plan.rows_per_step} rows, pruning in steps "
+        f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
+        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
+    )
+    if plan.gate_travel < 1 and plan.config.sora.threshold != "constant":
+        say(
+            world,
+            f"warning: gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, "
+            "or raise sora.gate_lr",
+        )
+
+
+def say(world: World, text: str) -> None:
+    """Print a line once, however many processes there are."""
+    if world.is_main:
+        print(text, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+def run_in(job: Job, run_dir: Path) -> RunResult:
+    """Train, cut and export into `run_dir`, which the main process holds; its status is true however this ends."""
+    start = resume_point(job, run_dir)
+    directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
+    directory.checkpoint = start.folder
+    zero_stage = ZERO_STAGES.get(job.plan.strategy)
+    env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
+    on_main(
+        lambda: directory.begin(
+            config_yaml=to_yaml(job.config), env=env, first_step=start.step, total_steps=job.plan.total_steps
+        ),
+        job.world,
+    )
+    try:
+        job.accelerator.init_trackers("sora_llm")
+        engine, tally = load_and_inject(job, start)
+        assert engine.zero_stage == zero_stage
+        train(job, engine, tally, directory, start.step)
+        return agree_cut_export(job, engine, directory)
+    except BaseException as error:
+        directory.status("failed", error=str(error) or type(error).__name__)
+        raise
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Step 0, or a checkpoint: `state` is its state.json."""
+
+    step: int = 0
+    folder: Path | None = None
+    state: Mapping[str, Any] | None = None
+
+
+def resume_point(job: Job, run_dir: Path) -> StartPoint:
+    """Where the run starts; the main process looks, everybody gets the same answer (collective)."""
+    resume = job.config.output.resume
+
+    def look() -> tuple[Path | None, list[str]]:
+        if resume in ("auto", "never"):
+            return checkpoint.newest(run_dir)
+        return Path(resume).expanduser(), []
+
+    folder, warnings = on_main(look, job.world)
+    for warning in warnings:
+        say(job.world, f"passed over: {warning}")
+    if folder is None:
+        return StartPoint()
+    state = checkpoint.read_state(folder)
+    say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
+    return StartPoint(state["step"], folder, state)
+
+
+def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
+    """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
+    sora, settings = job.config.sora, job.config.train
+    model = load_backbone(
+        job.inputs.backbone, job.accelerator.device, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    torch.manual_seed(settings.seed)
+    inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
+    parameters = adapter_parameters(model)
+    tensors = {} if start.folder is None else checkpoint.read_tensors(start.folder)
+    if tensors:  # before the engine is made: ZeRO copies its masters from the module
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+    groups = parameter_groups(
+        model,
+        settings.learning_rate,
+        job.plan.gate_lr,
+        weight_decay=settings.weight_decay,
+        threshold=sora.threshold,
+    )
+    engine = Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm)
+    tally = Tally.start(engine.device)
+    if start.state is not None:
+        masters = {name: tensors.pop(name) for name in parameters}
+        engine.load(masters, tensors, start.state["optimizer_steps"])
+        tally.load(start.state["tally"], job.world.is_main)
+    return engine, tally
+
+
+def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, first_step: int) -> None:
+    """The loop: next rows, forward, backward, step, log (collective).
+
+    Raises:
+        RunFailed: processes disagree, or too many non-finite steps in a row.
+    """
+    config, plan, world = job.config, job.plan, job.world
+    if first_step == 0 and job.data.dev is not None:
+        directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **rank_fields(engine)})
+    tally.restart_clock()
+    for step in range(first_step, plan.total_steps):
+        done = step + 1
+        last = done == plan.total_steps
+        rates = plan.rates(step)
+        engine.set_rates(**rates)
+        seed_step(config.train.seed, step, world.process_index)
+        batches, step_tokens, tokens = next_batches(job, step)
+        check = engine.prove_agreement if last or is_due(config.distributed.check_every, done) else None
+        loss_sum, outcome = train_step(engine, batches, step_tokens, world.num_processes, before_step=check)
+        tally.add(loss_sum, outcome, step_tokens, tokens)
+        if tally.skipped_in_a_row >= config.train.max_skipped_steps:
+            raise RunFailed(
+                f"the last {tally.skipped_in_a_row} steps, up to step {done}, had a non-finite loss or gradient and "
+                "were skipped; lower train.learning_rate or look at the data, and start the command again"
+            )
+        evaluate_now = job.data.dev is not None and is_due(config.evaluation.eval_steps, done)
+        if last or evaluate_now or is_due(config.output.logging_steps, done):
+            fields = {
+                **tally.flush(),
+                "learning_rate": rates["learning_rate"],
+                "gate_learning_rate": rates["gate_lr"],
+                "lambda": rates["sparse_lambda"],
+                "grad_norm": outcome.grad_norm,
+                "supervised_tokens": step_tokens,
+                "skipped_steps": tally.skipped_steps,
+                "peak_memory_gib": peak_memory_gib(),
+                **rank_fields(engine),
+            }
+            if evaluate_now:
+                fields["eval_loss"] = dev_loss(job, engine.model)
+            directory.metrics(done, plan.phases.at(step), fields)
+            if plan.phases.at(step) == SPARSIFY:
+                directory.ranks(done, current_ranks(engine).ranks)
+            tally.restart_clock()
+        if last or is_due(config.output.save_steps, done):
+            save_checkpoint(job, engine, tally, directory, done)
+            tally.restart_clock()
+
+
+def is_due(interval: int | None, done: int) -> bool:
+    """Whether something that happens every `interval` steps happens after `done` steps; None is never."""
+    return interval is not None and done % interval == 0
+
+
+def next_batches(job: Job, step: int) -> tuple[list[dict[str, Tensor]], int, int]:
+    """This process's micro-batches of a step, and the step's supervised and read tokens over all processes."""
+    rows, settings = job.data.train, job.config.train
+    numbers = step_rows(len(rows), job.plan.rows_per_step, settings.seed, step)
+    mine = share(numbers, job.world.process_index, job.world.num_processes, settings.per_device_train_batch_size)
+    supervised, read = rows.supervised_lengths[numbers].sum(), rows.lengths[numbers].sum()
+    return [job.batch(rows, micro_batch) for micro_batch in mine], int(supervised), int(read)
+
+
+def dev_loss(job: Job, model: nn.Module) -> float:
+    """The loss of `model` over all dev rows (collective)."""
+    dev = job.data.dev
+    assert dev is not None
+    result = pipeline.evaluate(
+        model,
+        dev,
+        lambda numbers: job.batch(dev, numbers),
+        batch_size=job.config.evaluation.per_device_eval_batch_size,
+        world=job.world,
+        device=job.accelerator.device,
+    )
+    return result.loss
+
+
+def current_ranks(engine: Engine) -> pipeline.RankReport:
+    """Ranks by the gates as they are (collective)."""
+    return pipeline.rank_report(adapters(engine.module), engine.gates())
+
+
+def rank_fields(engine: Engine) -> dict[str, float]:
+    """mean_rank and kept_params as metrics.jsonl has them (collective)."""
+    report = current_ranks(engine)
+    return {"mean_rank": report.mean_rank, "kept_params": report.kept_params}
+
+
+def save_checkpoint(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, step: int) -> None:
+    """Write the canonical state of the run after `step` steps (collective; the main process writes)."""
+    moments, optimizer_steps = engine.optimizer_state()
+    tensors = {**engine.masters(), **moments}
+    state = {
+        "phase": job.plan.phases.at(step - 1),
+        "optimizer_steps": optimizer_steps,
+        "tally": tally.state(),
+        "num_processes": job.world.num_processes,
+        "config": to_dict(job.config),
+    }
+    keep = job.config.output.save_total_limit
+    directory.checkpoint = on_main(lambda: checkpoint.save(directory.path, step, tensors, state, keep), job.world)
+    directory.step = step
+    directory.status("running", phase=job.plan.phases.at(step - 1))
+
+
+def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunResult:
+    """Cut every adapter to the slots the processes agree on, export it, reload it from disk (collective)."""
+    config, total_steps = job.config, job.plan.total_steps
+    directory.step = total_steps
+    directory.status("running", phase="export")
+    engine.prove_agreement()
+    masters = engine.masters()
+    with engine.released() as model:
+        ranks = pipeline.cut_by_consensus(engine, model, masters, job.world)
+        fields: dict[str, Any] = {"mean_rank": ranks.mean_rank, "kept_params": ranks.kept_params}
+        if job.data.dev is not None:
+            fields["eval_loss"] = dev_loss(job, model)
+        exported = pipeline.export_verified(
+            model,
+            directory.path / "adapter",
+            config.output.export_layout,
+            world=job.world,
+            provenance=Provenance(
+                base_model=config.model.name_or_path,
+                data=[dataset.path for dataset in config.data.datasets],
+                metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
+                tokenizer_files=tokenizer_files(job.inputs.backbone),
+                chat_template=job.inputs.chat_template if config.data.chat_template else None,
+            ),
+            allow_empty=config.output.allow_empty_adapter,
+            probe_ids=probe(job),
+            eval_loss_of=None if job.data.dev is None else lambda peft_model: dev_loss(job, peft_model),
+        )
+        if config.evaluation.sample_prompts and job.world.is_main:
+            prompts = {text: prompt_ids(config, job.inputs, text) for text in config.evaluation.sample_prompts}
+            answers = pipeline.sample_answers(model, job.inputs.tokenizer, prompts)
+            directory.samples(answers)
+            for answer in answers:
+                print(f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
+    if exported.eval_loss is not None:
+        fields["eval_loss_exported"] = exported.eval_loss
+    directory.metrics(total_steps, "export", fields)
+    directory.ranks(total_steps, ranks.ranks)
+    directory.adapter = exported.folder
+    directory.status("finished", phase="done")
+    worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
+    say(
+        job.world,
+        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
+        f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
+    )
+    return RunResult(exported.folder, directory.last_metrics, directory.last_status)
+
+
+def probe(job: Job, num_tokens: int = 64) -> Tensor:
+    """Token ids (1, T) of real text for the export's logits check: the start of the first row that is long enough."""
+    rows = job.data.dev if job.data.dev is not None else job.data.train
+    longest = int(rows.lengths.argmax())
+    return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
+
+
+def rehearse(job: Job) -> RunResult:
+    """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine, tally = load_and_inject(job, StartPoint())
+        engine.set_rates(**job.plan.rates(0))
+        batches, step_tokens, tokens = next_batches(job, 0)
+        loss_sum, outcome = train_step(engine, batches, step_tokens, job.world.num_processes)
+        tally.add(loss_sum, outcome, step_tokens, tokens)
+        directory = RunDirectory(Path(folder), is_main=job.world.is_main)
+        save_checkpoint(job, engine, tally, directory, 1)
+        line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
+    plan, memory = job.plan, memory_estimate(job.config, job.inputs, job.plan.strategy, job.world.num_processes)
+    epochs = plan.total_steps / steps_per_epoch(len(job.data.train), plan.rows_per_step)
+    say(
+        job.world,
+        "dry run: one step and one save worked, nothing was kept\n"
+        f"  trainable parameters  {memory.trainable_parameters:,} of {memory.frozen_parameters:,} frozen\n"
+        f"  steps                 {plan.total_steps} of {plan.rows_per_step} rows ({epochs:.2f} epochs)\n"
+        f"  tokens                about {epochs * job.data.train.num_tokens:,.0f}, of which "
+        f"{epochs * job.data.train.num_supervised:,.0f} supervised\n"
+        f"{pipeline.memory_table(memory)}\n"
+        f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"
+        f"  first loss            {line['loss']:.4f}, gradient norm {line['grad_norm']:.4g}",
+    )
+    return RunResult(None, line, {"state": "dry run"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

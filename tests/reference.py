@@ -1,0 +1,224 @@
+"""An independent float64 SoRA, written from the paper's equations alone; it shares no code with `sora_llm`.
+
+    ΔW = s · B diag(g) A,  s = lora_alpha / r          minimise  L(A, B, g) + λ Σ ‖g‖₁
+    g ← S_τ(AdamW_step(g)) once per optimizer step, after clipping by the global norm of all A, B and g
+
+Where the library has a choice of structure, this file takes the other one: the effective weight W + ΔW is put into the
+model (no adapter branch), gradients come from `torch.autograd.grad`, AdamW and the cross-entropy are written out, and
+the soft threshold is written by cases.
+
+Shapes: B batch, T tokens, V vocabulary, I in, O out, R rank (A_RI, B_OR and g_R are SoRA's A, B and g).
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Factors = tuple[Tensor, Tensor, Tensor]  # A (R, I), B (O, R), g (R,)
+MicroBatch = tuple[Tensor, Tensor]  # input_ids (B, T), labels (B, T) with -100 where unsupervised
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """What a run did: one entry per optimizer step, then the end state per module name."""
+
+    losses: list[float]  # before the step's update
+    grad_norms: list[float]  # over all A, B and g, before clipping
+    factors: dict[str, Factors]
+    delta_weights: dict[str, Tensor]  # ΔW (O, I), s included
+
+
+def use_float64_norms(model: nn.Module) -> nn.Module:
+    """Let the RMSNorms of `model` compute in float64, in place; returns `model`.
+
+    Transformers casts to float32 inside RMSNorm whatever the model's dtype, so a `.double()` model still carries a
+    relative error of 1e-7 per layer. Apply it to both sides of a comparison that is to hold more tightly than that.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_rms_norm, module)
+    return model
+
+
+def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    mean_square = (x * x).mean(dim=-1, keepdim=True)
+    return module.weight * x / (mean_square + module.variance_epsilon).sqrt()
+
+
+def delta_weight(factors: Factors, s: float) -> Tensor:
+    """ΔW (O, I) = s · B diag(g) A."""
+    A_RI, B_OR, g_R = factors
+    return s * (B_OR @ torch.diag(g_R) @ A_RI)
+
+
+def loss_and_gradients(
+    model: nn.Module, factors: Mapping[str, Factors], s: float, micro_batches: Sequence[MicroBatch]
+) -> tuple[float, dict[str, Factors]]:
+    """Mean cross-entropy over all supervised tokens of one step and its gradients in (A, B, g).
+
+    loss = Σ CE over the supervised tokens of all micro-batches / their number. The label at position i is predicted
+    from position i − 1, so a label at position 0 is never predicted and not counted.
+    """
+    num_supervised = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in micro_batches)
+    assert num_supervised > 0, "a step without supervised tokens has no loss"
+    leaves = {name: tuple(t.detach().clone().requires_grad_() for t in triple) for name, triple in factors.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for input_ids, labels in micro_batches:
+        weights = {
+            f"{name}.weight": model.get_submodule(name).weight.detach() + delta_weight(triple, s)
+            for name, triple in leaves.items()
+        }
+        # tie_weights=False: an adapter on lm_head must not change the embedding that shares its weight.
+        output = torch.func.functional_call(
+            model, weights, (), {"input_ids": input_ids, "use_cache": False}, tie_weights=False
+        )
+        total = total + _summed_cross_entropy(output.logits, labels)
+    loss = total / num_supervised
+    flat = torch.autograd.grad(loss, [t for triple in leaves.values() for t in triple])
+    gradients = {name: (flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]) for i, name in enumerate(leaves)}
+    return loss.item(), gradients
+
+
+def _summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    assert logits_BTV.dtype == torch.float64, f"logits are {logits_BTV.dtype}: the reference needs a float64 model"
+    predicted, expected = logits_BTV[:, :-1], labels_BT[:, 1:]
+    supervised = expected != IGNORED
+    rows, targets = predicted[supervised], expected[supervised]  # (N, V), (N,)
+    return (torch.logsumexp(rows, dim=-1) - rows[torch.arange(len(targets)), targets]).sum()
+
+
+def soft_threshold_reference(z: Tensor, tau: Tensor | float) -> Tensor:
+    """argmin over x of ½(x − z)² + τ|x|, by cases: z − τ above τ, z + τ below −τ, exactly 0 between."""
+    tau = torch.as_tensor(tau, dtype=z.dtype)
+    assert bool((tau >= 0).all()), "a threshold is not negative"
+    return torch.where(z > tau, z - tau, torch.where(z < -tau, z + tau, torch.zeros_like(z)))
+
+
+def reference_run(
+    model: nn.Module,
+    modules: Sequence[str],
+    factors: Mapping[str, Factors],
+    batches: Sequence[Sequence[MicroBatch]],
+    *,
+    r: int,
+    lora_alpha: float,
+    learning_rates: Sequence[float],
+    gate_learning_rates: Sequence[float],
+    lambdas: Sequence[float],
+    threshold: str,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    max_grad_norm: float | None,
+) -> ReferenceResult:
+    """Train SoRA on a frozen float64 causal LM and return everything a library run can be compared with.
+
+    Args:
+        model: a transformers causal LM, `.double()` and `.eval()`; its parameters are read, never written.
+        modules: names of the adapted `nn.Linear` modules, the keys of `factors`.
+        factors: the start (A (R, I), B (O, R), g (R,)) per module, copied to float64.
+        batches: per optimizer step a list of micro-batches (input_ids (B, T), labels (B, T)), right-padded.
+        r, lora_alpha: s = lora_alpha / r for the whole run.
+        learning_rates, gate_learning_rates, lambdas: one value per optimizer step; λ = 0 is a step without prox.
+        threshold: τ = lr_gate·λ (`decoupled`), lr_gate·λ / (√v̂ + ε) (`proxgen`) or λ (`constant`).
+        weight_decay: decoupled, on A and B only, times `learning_rates`.
+        max_grad_norm: limit of the global norm over all A, B and g; None does not clip.
+    """
+    num_steps = len(batches)
+    assert len(learning_rates) == len(gate_learning_rates) == len(lambdas) == num_steps, "one value per step"
+    assert set(modules) == set(factors), "factors are given for exactly the target modules"
+    assert threshold in ("decoupled", "proxgen", "constant"), threshold
+    assert not model.training, "dropout would make the reference random"
+    assert all(p.dtype == torch.float64 for p in model.parameters()), "the reference needs a float64 model"
+
+    s = lora_alpha / r
+    state: dict[str, Factors] = {}
+    for name in modules:
+        A, B, g = (t.detach().to(torch.float64).clone() for t in factors[name])
+        state[name] = (A, B, g)
+    first_moments = {name: tuple(torch.zeros_like(t) for t in state[name]) for name in modules}
+    second_moments = {name: tuple(torch.zeros_like(t) for t in state[name]) for name in modules}
+    beta1, beta2 = betas
+    losses, grad_norms = [], []
+
+    for t, micro_batches in enumerate(batches, start=1):
+        lr, lr_gate, lam = learning_rates[t - 1], gate_learning_rates[t - 1], lambdas[t - 1]
+        loss, gradients = loss_and_gradients(model, state, s, micro_batches)
+        squares = [float((grad * grad).sum()) for triple in gradients.values() for grad in triple]
+        norm = math.sqrt(math.fsum(squares))
+        assert math.isfinite(loss) and math.isfinite(norm), f"step {t}: loss {loss}, gradient norm {norm}"
+        clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+        losses.append(loss)
+        grad_norms.append(norm)
+
+        for name in modules:
+            grads = [clip * grad for grad in gradients[name]]
+            first = [beta1 * m + (1 - beta1) * grad for m, grad in zip(first_moments[name], grads, strict=True)]
+            second = [beta2 * v + (1 - beta2) * grad**2 for v, grad in zip(second_moments[name], grads, strict=True)]
+            first_moments[name], second_moments[name] = tuple(first), tuple(second)
+            m_A, m_B, m_g = (m / (1 - beta1**t) for m in first)
+            d_A, d_B, d_g = ((v / (1 - beta2**t)).sqrt() + eps for v in second)  # √v̂ + ε
+
+            A, B, g = state[name]
+            A = A - lr * m_A / d_A - lr * weight_decay * A
+            B = B - lr * m_B / d_B - lr * weight_decay * B
+            g = g - lr_gate * m_g / d_g
+            if lam != 0:
+                tau = {"decoupled": lr_gate * lam, "proxgen": lr_gate * lam / d_g, "constant": lam}[threshold]
+                g = soft_threshold_reference(g, tau)
+            state[name] = (A, B, g)
+
+    return ReferenceResult(losses, grad_norms, state, {name: delta_weight(state[name], s) for name in modules})
+
+
+def fold_slots(A: Tensor, B: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut to the k slots with g ≠ 0 and fold g evenly: A (k, I) = diag(√|g|)·A, B (O, k) = B·diag(sign(g)·√|g|).
+
+    s stays outside: s · B_out A_out = s · B diag(g) A.
+    """
+    rows, columns = [], []
+    for i, gate in enumerate(g.tolist()):
+        if gate == 0:
+            continue
+        root = math.sqrt(abs(gate))
+        rows.append(root * A[i])
+        columns.append(math.copysign(root, gate) * B[:, i])
+    if not rows:
+        return A[:0].clone(), B[:, :0].clone()
+    return torch.stack(rows, dim=0), torch.stack(columns, dim=1)
+
+
+def lr_factor_reference(step: int, total: int, warmup: int, kind: str) -> float:
+    """Factor on the peak learning rate used by optimizer step `step` (from 0), as `transformers.get_scheduler` has it.
+
+    `constant` has no warmup there, whatever `warmup` is; `constant_with_warmup` has.
+    """
+    if kind == "constant":
+        return 1.0
+    if step < warmup:
+        return step / warmup
+    if kind == "constant_with_warmup":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        # Not 1 − progress: with warmup ≥ total transformers gives (total − step) / 1 here, cut at 0.
+        return max(0.0, (total - step) / max(1, total - warmup))
+    if kind == "cosine":
+        return max(0.0, (1 + math.cos(math.pi * progress)) / 2)
+    raise ValueError(f"kind {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
+
+
+def gate_lr_auto_reference(learning_rate: float, factors_in_window: Sequence[float]) -> float:
+    """`gate_lr: auto` = min(0.25, max(learning_rate, 4 / Σ f_t)) over the sparsify window; 0.25 where the sum is 0."""
+    total = math.fsum(factors_in_window)
+    if total == 0:
+        return 0.25
+    wanted = 4 / total
+    if wanted < learning_rate:
+        wanted = learning_rate
+    return 0.25 if wanted > 0.25 else wanted
