@@ -145,9 +145,18 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     if spec.load_in_4bit:
         _forbid_cpu_repack(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Non-reentrant: reentrant checkpointing loses the gradients of frozen inputs."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.20 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:

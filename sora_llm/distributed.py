@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def make_accelerator(
         options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)
     if strategy in ZERO_STAGES:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        _quiet_deepspeed(cuda)
         # Not zero.Init: transformers skips it for quantised models, so every process loads the whole model anyway.
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config, zero3_init_flag=False)
     else:
@@ -76,6 +78,14 @@ def make_accelerator(
     accelerator = Accelerator(**options)
     _assert_world(accelerator, strategy, world)
     return accelerator
+
+
+def _quiet_deepspeed(cuda: bool) -> None:
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.redirect_stdout(sys.stderr):  # it prints while it is imported
+        from deepspeed.utils import logger
+    logger.setLevel("ERROR")
 
 
 def _announce_single_process_world() -> None:

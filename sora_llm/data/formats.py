@@ -43,7 +43,7 @@ _SHAREGPT_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "ass
 _WEIGHT_KEYS = ("loss_weight", "weight", "train")  # LLaMA-Factory's, OpenAI's and axolotl's names for one idea
 
 
-class BadRow(Exception):  # noqa: N818 - it names the row, and is counted more often than it is raised
+class BadRow(Exception):
     """A row that cannot be trained on; the message is the reason."""
 
 
