@@ -75,6 +75,8 @@ def make_accelerator(
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         options["cpu"] = not cuda  # without it several CPU processes are never synchronised
+    if strategy == "none":
+        os.environ.pop("LOCAL_RANK", None)  # of torchrun with one process: accelerate would make a group of one
     accelerator = Accelerator(**options)
     _assert_world(accelerator, strategy, world)
     return accelerator

@@ -199,8 +199,6 @@ def reloaded(model: nn.Module, folder: Path) -> Iterator[Reloaded]:
 
     Comparisons are by module (‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's scale included) and by logits.
     """
-    from peft import PeftModel
-
     training = model.training
     model.eval()
     layers = adapters(model)
@@ -210,15 +208,22 @@ def reloaded(model: nn.Module, folder: Path) -> Iterator[Reloaded]:
         with _standing(model, layers):
             return _logits(model, ids)
 
-    with bare(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft_model = PeftModel.from_pretrained(model, str(folder))
-        peft_model.eval()
+    with bare(model):
+        peft_model = load_adapter(model, folder)
         yield Reloaded(
             peft_model, _delta_errors(peft_model, layers), trained_logits, lambda ids: _logits(peft_model, ids)
         )
         peft_model.unload()
     model.train(training)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """A plain base model with the PEFT adapter of `folder` on it, in eval mode."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from sora_llm import backbone
 from sora_llm.backbone import BackboneSpec
@@ -44,6 +44,10 @@ class Inputs:
     def pad_token_id(self) -> int:
         return backbone.pad_token_id(self.tokenizer)
 
+    def batch(self, rows: TokenDataset, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A padded batch of some rows: input_ids and labels (B, T)."""
+        return loader.collate([rows[number] for number in numbers], self.pad_token_id)
+
 
 def check_inputs(config: Config, strategy: str) -> Inputs:
     """Look at everything the config names, cheap things first.
@@ -51,12 +55,24 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     Raises:
         UserError: files, model folder, tokenizer, template, target modules or lengths that cannot work.
     """
-    datasets = [dataset_spec(dataset) for dataset in config.data.datasets]
-    val_datasets = [dataset_spec(dataset) for dataset in config.data.val_datasets or ()]
     for tracker in config.output.report_to:
         if find_spec(tracker) is None:
             raise UserError(f"output.report_to names {tracker}, which is not installed: pip install {tracker}")
+    datasets = [dataset_spec(dataset) for dataset in config.data.datasets]
+    val_datasets = [dataset_spec(dataset) for dataset in config.data.val_datasets or ()]
     check_paths([*datasets, *val_datasets])
+    spec, skeleton = check_backbone(config, strategy)
+    tokenizer = backbone.load_tokenizer(spec)
+    template = resolve_template(tokenizer, config.data.chat_template)
+    return Inputs(spec, skeleton, tokenizer, template, datasets, val_datasets)
+
+
+def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Module]:
+    """The backbone's description and its skeleton (meta device).
+
+    Raises:
+        UserError: model folder, target modules or lengths that cannot work.
+    """
     _quiet_libraries()
     spec = backbone_spec(config, strategy)
     if spec.load_in_8bit and strategy == "zero3":
@@ -65,9 +81,7 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
     skeleton = backbone.skeleton(model_config, spec)
     target_linears(skeleton, target_modules(config))
-    tokenizer = backbone.load_tokenizer(spec)
-    template = resolve_template(tokenizer, config.data.chat_template)
-    return Inputs(spec, skeleton, tokenizer, template, datasets, val_datasets)
+    return spec, skeleton
 
 
 def _quiet_libraries() -> None:
@@ -127,11 +141,13 @@ def target_modules(config: Config) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def memory_estimate(config: Config, inputs: Inputs, strategy: str, num_processes: int) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
+) -> MemoryEstimate:
     """Memory per process of weights, adapters, gradients and optimizer state."""
     return estimate(
-        inputs.skeleton,
-        inputs.backbone,
+        skeleton,
+        spec,
         r=config.sora.r,
         target_modules=target_modules(config),
         adapter_bytes_each=2 if adapter_dtype(config) == "bfloat16" else 4,

@@ -61,6 +61,17 @@ class ProxAdamW(torch.optim.AdamW):
         self._swap_out_masters(low_precision)
         return loss
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which however casts the state to each parameter's dtype: masters and moments stay float32."""
+        super().load_state_dict(state_dict)
+        saved_keys = (key for group in state_dict["param_groups"] for key in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for key, param in zip(saved_keys, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name != "step" and param.dtype not in (torch.float32, torch.float64):
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+
     def _tau(self, gate: Tensor, group: dict[str, Any]) -> float | Tensor:
         lr, sparse_lambda = float(group["lr"]), float(group["sparse_lambda"])
         if group["threshold"] == "constant":

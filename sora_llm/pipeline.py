@@ -141,7 +141,7 @@ def estimate(
 
 
 def memory_table(memory: MemoryEstimate) -> str:
-    """The estimate as indented lines, GiB per process."""
+    """The estimate as indented lines."""
     parts = (
         ("frozen weights", memory.weight_bytes),
         ("adapters", memory.adapter_bytes),
@@ -149,7 +149,11 @@ def memory_table(memory: MemoryEstimate) -> str:
         ("optimizer state", memory.optimizer_bytes),
         ("sum, + activations", memory.total_bytes),
     )
-    return "\n".join(f"  {name:<21} {size / 2**30:.3f} GiB per process" for name, size in parts)
+    return "\n".join(f"  {name:<21} {_readable(size)} per process" for name, size in parts)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def _itemsize(dtype: str) -> int:

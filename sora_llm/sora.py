@@ -16,8 +16,11 @@ from torch.autograd.function import once_differentiable
 
 
 def soft_threshold(z: Tensor, tau: float | Tensor) -> Tensor:
-    """S_τ(z) = sign(z) · max(|z| − τ, 0), the proximal map of τ|·|; `tau` ≥ 0 is a number or broadcasts with `z`."""
-    return torch.sign(z) * torch.clamp(z.abs() - tau, min=0)
+    """S_τ(z) = sign(z) · max(|z| − τ, 0), the proximal map of τ|·|; `tau` ≥ 0 is a number or broadcasts with `z`.
+
+    What dies becomes +0, never −0: ZeRO's gathers would turn that into +0, and bits are compared between strategies.
+    """
+    return z - z.clamp(min=-tau, max=tau)
 
 
 class SoraBranch(torch.autograd.Function):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sora_llm import checkpoint, distributed, pipeline, schedule
 from sora_llm.backbone import DTYPES, load_backbone, tokenizer_files
 from sora_llm.config import Config, load_config, resume_conflicts, to_dict, to_yaml
-from sora_llm.data.loader import TokenDataset, collate, share, step_rows, steps_per_epoch
+from sora_llm.data.loader import share, step_rows, steps_per_epoch
 from sora_llm.distributed import Engine, on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
@@ -37,8 +37,8 @@ from sora_llm.inputs import (
     backbone_spec,
     check_inputs,
     check_output,
+    estimate_memory,
     load_data,
-    memory_estimate,
     prompt_ids,
     target_modules,
 )
@@ -276,15 +276,17 @@ class Job:
     def config(self) -> Config:
         return self.plan.config
 
-    def batch(self, rows: TokenDataset, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """A padded batch of some rows."""
-        return collate([rows[number] for number in numbers], self.inputs.pad_token_id)
+    @property
+    def memory(self) -> pipeline.MemoryEstimate:
+        """Per process, without activations."""
+        inputs, strategy = self.inputs, self.plan.strategy
+        return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
 
 
 def announce(job: Job) -> None:
     """Say what is about to run."""
     plan, world = job.plan, job.world
-    memory = memory_estimate(plan.config, job.inputs, plan.strategy, world.num_processes)
+    memory = job.memory
     for line in job.data.descriptions:
         say(world, line)
     say(
@@ -453,7 +455,7 @@ def next_batches(job: Job, step: int) -> tuple[list[dict[str, Tensor]], int, int
     numbers = step_rows(len(rows), job.plan.rows_per_step, settings.seed, step)
     mine = share(numbers, job.world.process_index, job.world.num_processes, settings.per_device_train_batch_size)
     supervised, read = rows.supervised_lengths[numbers].sum(), rows.lengths[numbers].sum()
-    return [job.batch(rows, micro_batch) for micro_batch in mine], int(supervised), int(read)
+    return [job.inputs.batch(rows, micro_batch) for micro_batch in mine], int(supervised), int(read)
 
 
 def dev_loss(job: Job, model: nn.Module) -> float:
@@ -463,7 +465,7 @@ def dev_loss(job: Job, model: nn.Module) -> float:
     result = pipeline.evaluate(
         model,
         dev,
-        lambda numbers: job.batch(dev, numbers),
+        lambda numbers: job.inputs.batch(dev, numbers),
         batch_size=job.config.evaluation.per_device_eval_batch_size,
         world=job.world,
         device=job.accelerator.device,
@@ -566,7 +568,7 @@ def rehearse(job: Job) -> RunResult:
         directory = RunDirectory(Path(folder), is_main=job.world.is_main)
         save_checkpoint(job, engine, tally, directory, 1)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
-    plan, memory = job.plan, memory_estimate(job.config, job.inputs, job.plan.strategy, job.world.num_processes)
+    plan, memory = job.plan, job.memory
     epochs = plan.total_steps / steps_per_epoch(len(job.data.train), plan.rows_per_step)
     say(
         job.world,

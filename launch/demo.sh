@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The main job on an embedded default: no hub, no GPU, about five minutes on two cores, the installation included.
+#
+#   bash launch/demo.sh [section.key=value ...]
+#
+# .venv → a small base model and question–answer data from Python's own documentation → two processes, ZeRO-2, NF4
+# backbone, proximal gates → consensus → export → self-check → three lines that load the adapter.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+install_into_venv .
+
+echo "base model and data (once, about a minute; outputs/demo)"
+warm_deepspeed &
+warming=$!
+python launch/demo_base.py --out outputs/demo
+wait "$warming"
+
+accelerate launch --config_file launch/cpu.yaml -m sora_llm.train configs/demo.yaml "$@"
+python launch/demo_summary.py outputs/demo/run

@@ -1,0 +1,43 @@
+# Sourced by the other scripts here: makes .venv once, installs what constraints.txt pins, and activates it.
+#
+#   SORA_PYTHON   the Python to make it with (3.10, 3.11 or 3.12; default: the first of these on the PATH)
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  local candidate
+  for candidate in ${SORA_PYTHON:-python3 python3.12 python3.11 python3.10}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "sora_llm needs Python 3.10, 3.11 or 3.12; install one, or name it: SORA_PYTHON=/path/to/python bash $0" >&2
+  return 1
+}
+
+install_into_venv() { # the first argument: what to install, e.g. ".[dev]"
+  local wanted stamp=.venv/installed.txt
+  wanted="$1 $(cat pyproject.toml constraints.txt | cksum)"
+  if [ ! -x .venv/bin/python ]; then
+    local python
+    python=$(find_python) || exit 1
+    echo "making .venv with $("$python" --version)"
+    "$python" -m venv .venv || { echo "python3 -m venv failed: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+  fi
+  if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
+    echo "installing $1 into .venv (some minutes)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$1" || exit 1
+    echo "$wanted" >>"$stamp"
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  # DeepSpeed compiles one small operator on CPU machines: once per environment, apart from other programs' builds.
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
+}
+
+warm_deepspeed() { # compile that operator now, so that two processes need not wait for each other
+  DS_ACCELERATOR=cpu python -c '
+from deepspeed.comm.torch import build_shm_op
+build_shm_op()' >.venv/deepspeed_build.log 2>&1 || { cat .venv/deepspeed_build.log >&2; return 1; }
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint, type check and tests, installing first where needed.  Extra arguments go to pytest:
+#
+#   bash launch/test.sh                    what CI runs
+#   bash launch/test.sh -m matrix          the full strategy × phase × precision matrix (hours on two cores)
+#   bash launch/test.sh -m gpu             on a machine with a GPU
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+install_into_venv ".[dev]"
+
+ruff check .
+ruff format --check .
+mypy
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions_tests"
+warm_deepspeed
+python -m pytest "$@"

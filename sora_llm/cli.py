@@ -1,0 +1,44 @@
+"""`sora-llm <command>`: which commands there are.  Each is imported when it is called, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("sora_llm.train", "train a config, cut the ranks, export a verified LoRA"),
+    "evaluate": ("sora_llm.commands.cmd_evaluate", "the loss of a base model, and of an adapter on it, on a data set"),
+    "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (2 for a command that does not exist)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from sora_llm import __version__
+
+        print(f"sora-llm {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"sora-llm: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
+    return command
+
+
+def usage() -> str:
+    """The help page."""
+    commands = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+    return f"""usage: sora-llm <command> [...]        (sora-llm <command> --help)
+
+SoRA adapters for large language models: a gate per rank, pruned while training, exported as a plain LoRA.
+
+{commands}
+
+Over several processes: accelerate launch -m sora_llm.train configs/llama7b.yaml"""

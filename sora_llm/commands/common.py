@@ -1,0 +1,34 @@
+"""What the commands share: arguments of a config, one process, errors as a sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.topology import World
+
+ALONE = World(num_processes=1, process_index=0, local_process_index=0)
+
+
+def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with a config, overrides and --json."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> int:
+    """Run a command and print its result: 0, 1 (failed) or 2 (bad input; a sentence)."""
+    try:
+        result = command()
+    except (UserError, RunFailed) as error:
+        print(f"sora_llm: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print(json.dumps(result, indent=1) if as_json else as_text(result))
+    return 0
