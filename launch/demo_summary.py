@@ -19,13 +19,14 @@ def main(run_dir: Path) -> None:
     modules = certificate["modules"].values()
     verdict = "passed" if certificate["passed"] else "FAILED"
     delta_error = max(module["delta_error"] for module in modules)
+    reloaded = last["eval_loss_exported"]
     num_pruned = sum(module["rank"] == 0 for module in modules)
     base, adapter = config["base_model_name_or_path"], weights.parent
     print(f"""
-dev loss     {first["eval_loss"]:.3f} before, {last["eval_loss"]:.3f} after ({last["eval_loss_exported"]:.3f} reloaded)
-mean rank    {first["mean_rank"]:g} before, {last["mean_rank"]:.2f} after; {num_pruned} of {len(modules)} modules pruned away
+dev loss     {first["eval_loss"]:.3f} before, {last["eval_loss"]:.3f} after ({reloaded:.3f} reloaded)
+mean rank    {first["mean_rank"]:g} before, {last["mean_rank"]:.2f} after; {num_pruned} of {len(modules)} modules at 0
 adapter      {adapter} ({weights.stat().st_size / 2**20:.2f} MiB, {last["kept_params"]:,} live parameters)
-self-check   {verdict}: reloaded by PEFT, ΔW within {delta_error:.0e} and logits within {certificate["logits_error"]:.0e}
+self-check   {verdict}: PEFT reloads it, ΔW within {delta_error:.0e}, logits within {certificate["logits_error"]:.0e}
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

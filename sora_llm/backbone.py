@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -59,7 +60,7 @@ def load_config(spec: BackboneSpec) -> Any:
     """The model's transformers config.
 
     Raises:
-        UserError: no such folder or hub id, an unreadable config, or not a decoder that can be loaded.
+        UserError: no such folder or hub id, an unreadable config, damaged weights, or not a decoder that can be loaded.
     """
     folder = Path(spec.name_or_path).expanduser()
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
@@ -67,6 +68,8 @@ def load_config(spec: BackboneSpec) -> Any:
         raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
+    if folder.is_dir():
+        _check_folder(folder, spec)
     config = _from_pretrained(AutoConfig, spec, "config")
     if config.get_text_config().__class__ not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise UserError(
@@ -74,6 +77,26 @@ def load_config(spec: BackboneSpec) -> Any:
             "AutoModelForCausalLM loads; name a causal language model"
         )
     return config
+
+
+def _check_folder(folder: Path, spec: BackboneSpec) -> None:
+    """A local checkpoint's files, as far as that costs nothing: headers of the weights, presence of a tokenizer."""
+    if spec.revision is not None:
+        raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not any(folder.glob("*.bin")):
+        raise UserError(f"model.name_or_path: the folder {folder} holds no weights (*.safetensors)")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):  # reads the header and compares the file's size with it
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.name_or_path: the weights {path} are damaged: {error}") from None
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"model.name_or_path: the folder {folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the "
+            "base model's tokenizer files into it"
+        )
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:
@@ -116,9 +139,21 @@ def check_sequence_len(config: Any, sequence_len: int, name_or_path: str) -> Non
 
 
 def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
-    """The model without its weights (meta device): names and shapes before anything is loaded."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    """The model without its weights (meta device): names and shapes before anything is loaded.
+
+    Raises:
+        UserError: an attention implementation that this machine or this model does not have.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=spec.trust_remote_code, attn_implementation=spec.attn_implementation
+            )
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model.attn_implementation {spec.attn_implementation} cannot be used: {reason[:300]}"
+        ) from error
 
 
 def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_checkpointing: bool = False) -> nn.Module:

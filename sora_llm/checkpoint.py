@@ -104,7 +104,8 @@ def save(
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders that claim to be complete, newest first."""
     found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{COMPLETE}")]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    steps = {int(number): folder for folder in found if (number := folder.name.removeprefix("step-")).isdecimal()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

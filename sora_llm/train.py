@@ -320,6 +320,10 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     directory.checkpoint = start.folder
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
+    engine, tally = load_and_inject(
+        job, start
+    )  # before anything is written: a model that cannot be loaded is bad input
+    assert engine.zero_stage == zero_stage
     on_main(
         lambda: directory.begin(
             config_yaml=to_yaml(job.config), env=env, first_step=start.step, total_steps=job.plan.total_steps
@@ -328,8 +332,6 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     )
     try:
         job.accelerator.init_trackers("sora_llm")
-        engine, tally = load_and_inject(job, start)
-        assert engine.zero_stage == zero_stage
         train(job, engine, tally, directory, start.step)
         return agree_cut_export(job, engine, directory)
     except BaseException as error:
