@@ -177,8 +177,10 @@ def write_status(
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
+
+    `wait_seconds` defaults to LOCK_WAIT_SECONDS.
 
     Raises:
         UserError: somebody else still holds it after `wait_seconds`, or the directory cannot be written.
@@ -189,7 +191,7 @@ def run_lock(run_dir: Path, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator
     except OSError as error:
         raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
     with file:
-        deadline = time.monotonic() + wait_seconds
+        deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -208,13 +208,17 @@ def reloaded(model: nn.Module, folder: Path) -> Iterator[Reloaded]:
         with _standing(model, layers):
             return _logits(model, ids)
 
-    with bare(model):
-        peft_model = load_adapter(model, folder)
-        yield Reloaded(
-            peft_model, _delta_errors(peft_model, layers), trained_logits, lambda ids: _logits(peft_model, ids)
-        )
-        peft_model.unload()
-    model.train(training)
+    try:
+        with bare(model):
+            peft_model = load_adapter(model, folder)
+            try:
+                yield Reloaded(
+                    peft_model, _delta_errors(peft_model, layers), trained_logits, lambda ids: _logits(peft_model, ids)
+                )
+            finally:
+                peft_model.unload()
+    finally:
+        model.train(training)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
@@ -231,9 +235,11 @@ def _standing(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     present = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    yield
-    for name, module in present.items():
-        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in present.items():
+            model.set_submodule(name, module)
 
 
 @torch.no_grad()

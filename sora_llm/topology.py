@@ -113,7 +113,7 @@ def _stated_stage(environ: Mapping[str, str]) -> int | None:
     if config_file and config_file != "none":
         stated = read_deepspeed_config(config_file)
         _refuse_optimizer_offload(stated)
-        stage = stated.get("zero_optimization", {}).get("stage", stage)
+        stage = _section(stated, "zero_optimization").get("stage", stage)
     if stage is None or stage == "auto":
         return None
     if str(stage) not in ("1", "2", "3"):
@@ -168,12 +168,19 @@ def deepspeed_config(
 
 
 def _refuse_optimizer_offload(config: Mapping[str, Any]) -> None:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = _section(_section(config, "zero_optimization"), "offload_optimizer")
     if offload.get("device", "none") != "none":
         raise UserError(
             "the DeepSpeed config offloads the optimizer, which would replace the proximal optimizer; remove "
             "zero_optimization.offload_optimizer (adapter state is small)"
         )
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise UserError(f"the DeepSpeed config sets {name} to {section!r}; it must be a JSON object")
+    return section
 
 
 def _merged_under(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Whole runs as a user starts them: the command in a process of its own, and its run directory afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, shared
+
+PLAIN = (sys.executable, "-m", "sora_llm.train")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def gsm8k_overrides(output_dir: Path, **others: Any) -> list[str]:
+    """configs/llama7b.yaml on stories260k and GSM8K: what a user overrides for a first try on a CPU."""
+    dataset = {
+        "path": str(shared("data/gsm8k_train.jsonl")),
+        "type": "prompt_completion",
+        "columns": {"prompt": "question", "completion": "answer"},
+    }
+    values = {
+        "model.name_or_path": str(shared("models/stories260k")),
+        "data.datasets": [dataset],
+        "data.val_set_size": 48,
+        "data.sequence_len": 320,
+        "train.num_train_epochs": None,
+        "train.max_steps": 30,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 1,
+        "train.learning_rate": 5e-3,
+        "output.output_dir": str(output_dir),
+        **others,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended, and the run directory it was to write."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    directory: Path
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl or ranks.jsonl."""
+        return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """One of the directory's JSON files."""
+        return json.loads((self.directory / name).read_text())
+
+
+def start(
+    launcher: tuple[str, ...], arguments: list[str], directory: Path, timeout: float = 300, **environ: str
+) -> Finished:
+    """Run `launcher arguments…` from the project's root and wait for it."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    # no accelerate config of the user's may decide how tests are launched
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": str(ROOT), **environ}
+    process = subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
+    )
+    return Finished(process.returncode, process.stdout, process.stderr, directory)

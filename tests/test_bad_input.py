@@ -1,0 +1,179 @@
+"""Bad input ends with one sentence and exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import shared
+from runs import ACCELERATE, gsm8k_overrides, start
+
+from sora_llm import checkpoint
+from sora_llm.train import EXIT_BAD_INPUT, main
+
+CONFIG = "configs/llama7b.yaml"
+
+
+def _dataset(path: Path | str, type_: str = "alpaca", **others: object) -> str:
+    return f"data.datasets={json.dumps([{'path': str(path), 'type': type_, **others}])}"
+
+
+def _file(tmp: Path, name: str, text: str) -> Path:
+    path = tmp / name
+    path.write_text(text)
+    return path
+
+
+def _model(tmp: Path, change: Callable[[Path], object]) -> str:
+    """A copy of the small checkpoint that something was done to."""
+    folder = tmp / "model"
+    shutil.copytree(shared("models/stories260k"), folder)
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    change(folder)
+    return f"model.name_or_path={folder}"
+
+
+ALPACA_ROW = '{"instruction": "a", "output": "b"}\n'
+
+# what is wrong → (overrides from a scratch folder, what the sentence says)
+CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "unknown key": (lambda tmp: ["sora.rr=3"], "did you mean sora.r"),
+    "wrong type": (lambda tmp: ["sora.r=three"], "must be an integer"),
+    "rank zero": (lambda tmp: ["sora.r=0"], "must be an integer >= 1"),
+    "budget and lambda": (lambda tmp: ["sora.target_rank=4"], "only one of"),
+    "neither budget nor lambda": (lambda tmp: ["sora.sparse_lambda=null"], "set exactly one"),
+    "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
+    "not built yet": (lambda tmp: ["data.sample_packing=true"], "not available in this version"),
+    "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
+    "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
+    "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),
+    "empty data file": (lambda tmp: [_dataset(_file(tmp, "empty.jsonl", ""))], "is empty"),
+    "malformed row": (lambda tmp: [_dataset(_file(tmp, "bad.jsonl", ALPACA_ROW + "{broken\n"))], "bad.jsonl:2"),
+    "unknown column": (
+        lambda tmp: [_dataset(_file(tmp, "c.jsonl", ALPACA_ROW), columns={"instruction": "frage"})],
+        "has no column 'frage'",
+    ),
+    "every row too long": (lambda tmp: ["data.sequence_len=8"], "are longer than data.sequence_len"),
+    "sequence beyond the model": (lambda tmp: ["data.sequence_len=4096"], "has 512 positions"),
+    "dev set takes all": (lambda tmp: ["data.val_set_size=100000"], "leaves none to train on"),
+    "unknown template": (lambda tmp: ["data.chat_template=nope"], "neither a built-in template"),
+    "unknown module": (lambda tmp: ["sora.target_modules=[q_prj]"], "it has down_proj, gate_proj"),
+    "no model folder": (lambda tmp: [f"model.name_or_path={tmp / 'nope'}"], "there is no folder"),
+    "folder without a model": (lambda tmp: [f"model.name_or_path={tmp}"], "has no config.json"),
+    "broken model config": (
+        lambda tmp: [_model(tmp, lambda m: (m / "config.json").write_text("{"))],
+        "config of model.name_or_path",
+    ),
+    "damaged weights": (
+        lambda tmp: [_model(tmp, lambda m: (m / "model.safetensors").write_bytes(b"x" * 999))],
+        "model.safetensors are damaged",
+    ),
+    "truncated weights": (
+        lambda tmp: [_model(tmp, lambda m: _truncate(m / "model.safetensors"))],
+        "model.safetensors are damaged",
+    ),
+    "no weights": (lambda tmp: [_model(tmp, lambda m: (m / "model.safetensors").unlink())], "holds no weights"),
+    "no tokenizer": (
+        lambda tmp: [_model(tmp, lambda m: [path.unlink() for path in m.glob("tokenizer*")])],
+        "has no tokenizer",
+    ),
+    "not a decoder": (
+        lambda tmp: [_model(tmp, lambda m: (m / "config.json").write_text('{"model_type": "vit"}'))],
+        "not a decoder",
+    ),
+    "revision of a local folder": (lambda tmp: ["model.revision=v2"], "leave it null"),
+    "hub id that is not there": (lambda tmp: ["model.name_or_path=nobody/nothing"], "cannot be loaded"),
+    "attention that is not installed": (
+        lambda tmp: ["model.attn_implementation=flash_attention_2"],
+        "attn_implementation flash_attention_2 cannot be used",
+    ),
+    "tracker that is not installed": (lambda tmp: ["output.report_to=[wandb]"], "pip install wandb"),
+    "output below a file": (lambda tmp: [f"output.output_dir={_file(tmp, 'f', '')}/run"], "is a file"),
+    "output on a read-only place": (lambda tmp: ["output.output_dir=/proc/run"], "cannot be written"),
+    "no such checkpoint": (lambda tmp: [f"output.resume={tmp / 'nope'}"], "folder of a checkpoint"),
+    "no step to prune in": (
+        lambda tmp: ["sora.consensus_at=1.0", "sora.dense_ratio=0.99999999999999999"],
+        "dense_ratio",
+    ),
+    "deepspeed config without ZeRO": (lambda tmp: ["distributed.deepspeed_config=x.json"], "the strategy is none"),
+    "missing deepspeed config": (
+        lambda tmp: ["distributed.strategy=zero2", "distributed.deepspeed_config=x.json"],
+        "x.json cannot be read",
+    ),
+    "contradicting deepspeed config": (
+        lambda tmp: [
+            "distributed.strategy=zero2",
+            f"distributed.deepspeed_config={_file(tmp, 'd.json', json.dumps({'zero_optimization': {'stage': 3}}))}",
+        ],
+        "zero_optimization.stage to 3",
+    ),
+}
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_a_sentence_and_exit_code_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, expected = CASES[case]
+    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    directory = tmp_path / "run"
+    assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == EXIT_BAD_INPUT
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1 and "Traceback" not in message
+    assert not directory.exists()
+
+
+def _must_not_load(*_args: object, **_options: object) -> None:
+    raise AssertionError("a model was loaded before the input was found to be bad")
+
+
+def test_a_config_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trap = tmp_path / "trap"
+    config = _file(tmp_path, "evil.yaml", f"model: !!python/object/apply:os.system ['touch {trap}']\n")
+    assert main([str(config)]) == EXIT_BAD_INPUT
+    assert "can run code" in capsys.readouterr().err and not trap.exists()
+
+
+@pytest.mark.parametrize("config", ["configs/nope.yaml", "configs"])
+def test_a_config_that_is_no_file(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([config]) == EXIT_BAD_INPUT
+    assert "config file" in capsys.readouterr().err
+
+
+def test_nothing_in_an_existing_folder_is_touched(tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    (directory / "notes.txt").write_text("mine")
+    assert main([CONFIG, *gsm8k_overrides(directory), "data.sequence_len=8"]) == EXIT_BAD_INPUT
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_in_use_is_refused_with_its_holder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    with checkpoint.run_lock(tmp_path / "run"):
+        assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == EXIT_BAD_INPUT
+    assert "in use by process" in capsys.readouterr().err
+
+
+def test_several_processes_print_it_once(tmp_path: Path) -> None:
+    """More processes than rows, found only when the data has been read: every process stops, one speaks."""
+    rows = _file(tmp_path, "one.jsonl", ALPACA_ROW)
+    launcher = (*ACCELERATE, "--num_processes", "2", "--multi_gpu", "-m", "sora_llm.train")
+    arguments = [CONFIG, *gsm8k_overrides(tmp_path / "run", **{"data.val_set_size": None}), _dataset(rows)]
+    stopped = start(launcher, arguments, tmp_path / "run")
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("fewer than the 2 processes") == 1
+    assert "sora_llm/train.py" not in stopped.stderr  # no traceback of ours; the launcher prints its own
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,241 @@
+"""The main job as a user starts it: configs/llama7b.yaml on a small real checkpoint and real data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import shared
+from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
+from safetensors.torch import load_file
+
+from sora_llm import checkpoint
+from sora_llm.errors import UserError
+from sora_llm.train import run
+
+CONFIG = "configs/llama7b.yaml"
+SHORT = {"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """NF4 under ZeRO-2 on two processes, as `accelerate launch --num_processes 2 --multi_gpu` starts it."""
+    directory = tmp_path_factory.mktemp("zero2") / "run"
+    overrides = gsm8k_overrides(
+        directory,
+        **{"evaluation.eval_steps": 20, "output.logging_steps": 5, "evaluation.sample_prompts": ["How many?"]},
+    )
+    launcher = (*ACCELERATE, "--num_processes", "2", "--multi_gpu", "-m", "sora_llm.train")
+    return start(launcher, [CONFIG, *overrides], directory)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same with no launcher flag and no accelerate config: one process."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    overrides = gsm8k_overrides(directory, **SHORT)
+    return start((*ACCELERATE, "-m", "sora_llm.train"), [CONFIG, *overrides], directory)
+
+
+def test_two_processes_run_zero2_and_finish(zero2: Finished) -> None:
+    assert zero2.returncode == 0, zero2.output
+    assert zero2.json("status.json") == {
+        "state": "finished",
+        "step": 30,
+        "phase": "done",
+        "checkpoint": "checkpoints/step-30",
+        "adapter": "adapter",
+        "error": None,
+    }
+    env = zero2.json("env.json")
+    assert (env["strategy"], env["num_processes"], env["zero_stage"]) == ("zero2", 2, 2)
+    assert "TOKEN" not in json.dumps(env).upper()
+
+
+def test_the_dev_loss_falls_and_ranks_are_pruned(zero2: Finished) -> None:
+    metrics, ranks = zero2.lines("metrics.jsonl"), zero2.lines("ranks.jsonl")
+    assert metrics[0]["step"] == 0 and "loss" not in metrics[0]
+    assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"] - 1
+    exported = ranks[-1]["ranks"]
+    assert len(exported) == 35 and 0 < sum(exported.values()) < 35 * 64
+    assert metrics[-1]["mean_rank"] < 64
+
+
+def test_metrics_keep_the_contract(zero2: Finished) -> None:
+    metrics = zero2.lines("metrics.jsonl")
+    losses = [line["step"] for line in metrics if "loss" in line]
+    assert losses == [5, 10, 15, 20, 25, 30]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 20, 30]
+    assert all(value is not None for line in metrics for value in line.values())
+    logged = metrics[2]
+    for field in ("learning_rate", "gate_learning_rate", "grad_norm", "lambda", "kept_params", "tokens_per_second"):
+        assert logged[field] >= 0
+    assert {line["phase"] for line in metrics} == {"dense", "sparsify", "export"}
+    assert all(line["lambda"] == 0 for line in metrics if line["step"] in (1, 2, 3) and "lambda" in line)
+
+
+def test_ranks_are_logged_in_the_sparsify_phase_and_after_the_cut(zero2: Finished) -> None:
+    lines = zero2.lines("ranks.jsonl")
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30, 30]
+    certificate = zero2.json("adapter/certificate.json")
+    assert lines[-1]["ranks"] == {name: module["rank"] for name, module in certificate["modules"].items()}
+
+
+def test_peft_reloads_the_export_with_the_loss_that_the_run_reported(zero2: Finished) -> None:
+    """In a process of its own, through `sora-llm evaluate`: base and adapter come from disk."""
+    last = zero2.lines("metrics.jsonl")[-1]
+    assert last["eval_loss_exported"] == pytest.approx(last["eval_loss"], rel=1e-3)  # PEFT's branch is float32
+    launcher = (PLAIN[0], "-m", "sora_llm", "evaluate")
+    arguments = [CONFIG, *gsm8k_overrides(zero2.directory), "--adapter", str(zero2.directory / "adapter"), "--json"]
+    result = start(launcher, arguments, zero2.directory)
+    assert result.returncode == 0, result.output
+    measured = json.loads(result.stdout)
+    assert measured["adapter"]["loss"] == pytest.approx(last["eval_loss_exported"], rel=1e-5)
+    assert measured["base"]["loss"] == pytest.approx(zero2.lines("metrics.jsonl")[0]["eval_loss"], rel=1e-5)
+
+
+def test_the_certificate_is_of_the_file_beside_it(zero2: Finished) -> None:
+    adapter = zero2.directory / "adapter"
+    certificate = zero2.json("adapter/certificate.json")
+    assert certificate["passed"] and certificate["layout"] == "padded"
+    assert certificate["sha256"] == hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        assert (adapter / name).read_bytes() == (shared("models/stories260k") / name).read_bytes()
+
+
+def test_sample_prompts_are_answered_by_base_and_adapter(zero2: Finished) -> None:
+    (sample,) = zero2.lines("samples.jsonl")
+    assert sample["prompt"] == "How many?" and sample["base"] != sample["adapted"]
+
+
+def test_trackers_get_the_metrics(zero2: Finished) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((zero2.directory / "trackers").rglob("events.*")).parent)).Reload()
+    assert [scalar.step for scalar in events.Scalars("loss")] == [5, 10, 15, 20, 25, 30]
+
+
+def test_no_launcher_flag_is_one_process(alone: Finished) -> None:
+    assert alone.returncode == 0, alone.output
+    env = alone.json("env.json")
+    assert (env["strategy"], env["num_processes"]) == ("none", 1) and "zero_stage" not in env
+
+
+def test_a_finished_run_says_so_and_changes_nothing(alone: Finished) -> None:
+    before = _snapshot(alone.directory)
+    arguments = gsm8k_overrides(
+        alone.directory, **{"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
+    )
+    again = start(PLAIN, [CONFIG, *arguments], alone.directory)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert _snapshot(alone.directory) == before
+
+
+def test_another_config_is_refused_by_name_also_on_a_finished_run(alone: Finished) -> None:
+    before = _snapshot(alone.directory)
+    with pytest.raises(UserError, match=r"sora\.lora_alpha"):
+        run(CONFIG, *gsm8k_overrides(alone.directory, **{"train.max_steps": 12, "sora.lora_alpha": 32}))
+    with pytest.raises(UserError, match="not empty"):
+        run(CONFIG, *gsm8k_overrides(alone.directory, **{"train.max_steps": 12, "output.resume": "never"}))
+    assert _snapshot(alone.directory) == before
+
+
+def test_the_saved_config_repeats_the_run(alone: Finished, tmp_path: Path) -> None:
+    resolved = yaml.safe_load((alone.directory / "config.yaml").read_text())
+    assert resolved["distributed"]["strategy"] == "none"
+    assert resolved["sora"]["threshold"] == "decoupled" and resolved["sora"]["dtype"] == "float32"
+    assert isinstance(resolved["sora"]["gate_lr"], float)
+    repeat = start(
+        PLAIN, [str(alone.directory / "config.yaml"), f"output.output_dir={tmp_path / 'again'}"], tmp_path / "again"
+    )
+    assert repeat.returncode == 0, repeat.output
+    first, second = (d / "adapter" / "adapter_model.safetensors" for d in (alone.directory, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(alone: Finished, tmp_path: Path) -> None:
+    """The state after step 6 is put into a new directory, with metrics of steps that never got a checkpoint."""
+    import shutil
+
+    directory = tmp_path / "resumed"
+    shutil.copytree(alone.directory, directory)
+    shutil.rmtree(directory / "checkpoints" / "step-12")
+    shutil.rmtree(directory / "adapter")
+    status = checkpoint.read_status(directory)
+    assert status is not None
+    (directory / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "ph')  # torn
+    resumed = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **SHORT)], directory)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.output
+    for name in ("adapter/adapter_model.safetensors", "ranks.jsonl"):
+        assert (directory / name).read_bytes() == (alone.directory / name).read_bytes()
+    assert _without_clocks(resumed.lines("metrics.jsonl")) == _without_clocks(alone.lines("metrics.jsonl"))
+
+
+def _without_clocks(lines: list[dict[str, object]]) -> list[dict[str, object]]:
+    clocks = ("tokens_per_second", "peak_memory_gib")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+def test_a_dry_run_reports_and_leaves_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "dry"
+    dry = start(PLAIN, [CONFIG, *gsm8k_overrides(directory), "--dry-run"], directory)
+    assert dry.returncode == 0, dry.output
+    for words in ("trainable parameters", "optimizer state", "supervised", "30 of 2 rows"):
+        assert words in dry.stdout
+    assert not directory.exists()
+
+
+def test_print_config_prints_every_key_and_runs_nothing(tmp_path: Path) -> None:
+    printed = start(PLAIN, [CONFIG, "--print-config", "sora.r=32"], tmp_path / "none")
+    shown = yaml.safe_load(printed.stdout)
+    assert (
+        shown["sora"]["r"] == 32 and shown["distributed"]["check_every"] == 100 and shown["model"]["revision"] is None
+    )
+
+
+def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "empty"
+    options = {"train.max_steps": 8, "sora.threshold": "constant", "sora.sparse_lambda": 5.0, "output.report_to": []}
+    failed = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **options)], directory)
+    assert failed.returncode == 1 and "every rank" in failed.stderr and "Traceback" not in failed.stderr
+    status = json.loads((directory / "status.json").read_text())
+    assert (
+        status["state"] == "failed" and "every rank" in status["error"] and status["checkpoint"] == "checkpoints/step-8"
+    )
+    assert not (directory / "adapter").exists()
+    options["output.allow_empty_adapter"] = True
+    allowed = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **options)], directory)
+    assert allowed.returncode == 0, allowed.output
+    assert set(allowed.lines("ranks.jsonl")[-1]["ranks"].values()) == {0}
+
+
+def test_completions_and_conversations_train_too(tmp_path: Path) -> None:
+    """`run` for pipelines, in this process: two data sets of other types, ragged layout."""
+    wikisql, sharegpt = shared("data/mlx_wikisql_train.jsonl"), shared("data/fastchat_dummy_conversation.json")
+    datasets = [{"path": str(wikisql), "type": "completion"}, {"path": str(sharegpt), "type": "sharegpt"}]
+    options = {
+        "data.datasets": datasets,
+        "train.max_steps": 4,
+        "output.report_to": [],
+        "output.export_layout": "ragged",
+        "sora.r": 8,
+    }
+    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    assert result.status["state"] == "finished" and result.adapter == tmp_path / "run" / "adapter"
+    assert result.metrics["step"] == 4 and result.metrics["eval_loss"] > 0
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["rank_pattern"]
+
+
+def _snapshot(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
