@@ -16,6 +16,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sora_llm.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+SENTENCEPIECE_PROBES = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
+    "def f(x):\n    return x ** 2  # naïve 数学 🙂",
+    "How many dollars is $1,234.56 + 7%?\n\n### Response:\n",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -100,8 +105,30 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> None:
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:
-    """The model's tokenizer, unchanged: no token is added, padding is masked by position and needs none."""
-    return _from_pretrained(AutoTokenizer, spec, "tokenizer")
+    """The model's tokenizer, unchanged: no token is added, padding is masked by position and needs none.
+
+    Raises:
+        UserError: it cannot be loaded, or was made from a tokenizer.model alone and does not tokenise as that does.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, spec, "tokenizer")
+    folder = Path(spec.name_or_path).expanduser()
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        _check_against_sentencepiece(tokenizer, folder / "tokenizer.model")
+    return tokenizer
+
+
+def _check_against_sentencepiece(tokenizer: Any, path: Path) -> None:
+    """transformers 5.23 converts some tokenizer.model files to a tokenizer that splits some texts differently."""
+    from sentencepiece import SentencePieceProcessor
+
+    reference = SentencePieceProcessor(model_file=str(path))
+    for text in SENTENCEPIECE_PROBES:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids != reference.encode(text):
+            raise UserError(
+                f"the tokenizer that transformers makes of {path} alone splits {text!r} otherwise than sentencepiece "
+                "does; put the base model's tokenizer.json beside it"
+            )
 
 
 def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any) -> Any:
