@@ -280,8 +280,9 @@ def mean_loss(model: Any, windows: Any) -> float:
 
 
 def num_threads() -> int:
-    """The cores this process may use, at most four: more do not help a model this small."""
-    return min(len(os.sched_getaffinity(0)), 4)
+    """All cores this process may use but one (at most four): more do not help a model this small, and threads that
+    wait for a core that something else uses make a step many times slower."""
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, 4))
 
 
 if __name__ == "__main__":
