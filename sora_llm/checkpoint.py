@@ -53,6 +53,16 @@ def write_text_atomically(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def publish(temporary: Path, folder: Path) -> None:
+    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last."""
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -85,10 +95,7 @@ def save(
         for name in hashes:
             _fsync(temporary / name)
         write_text_atomically(temporary / COMPLETE, json.dumps(hashes, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _fsync(folder.parent)
+        publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_llm.checkpoint import file_sha256
+from sora_llm.checkpoint import file_sha256, publish
 from sora_llm.consensus import product_distance
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import adapters, bare, target_linears
@@ -29,7 +28,7 @@ LAYOUTS = ("padded", "ragged")
 WEIGHTS = "adapter_model.safetensors"
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
 # Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
-MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A' (R', I), B' (O, R') of scale 1
 
@@ -87,10 +86,9 @@ def export_adapter(
     folder = Path(folder)
     provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
-    with reloaded(model, temporary) as check:
-        logits_error = check.logits_error(default_probe(model) if probe_ids is None else probe_ids)
-        delta_errors = check.delta_errors
-    return certify_and_publish(model, temporary, folder, layout, delta_errors, logits_error, provenance)
+    with reloaded(model, temporary, default_probe(model) if probe_ids is None else probe_ids) as check:
+        pass
+    return certify_and_publish(model, temporary, folder, layout, check, provenance)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -180,41 +178,34 @@ def _key(name: str, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """A finished adapter as PEFT loads it from disk, on the base that the adapter was trained on."""
+    """A finished adapter as PEFT loads it from disk, on the base that it was trained on, and how far it is off.
+
+    `delta_errors`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
+    `logits_error`: ‖PEFT − trained‖ / max(‖trained‖, ‖trained − base‖) over all logits of some token ids.
+    """
 
     peft_model: nn.Module
     delta_errors: dict[str, float]
-    trained_logits: Callable[[Tensor], Tensor]
-    logits_of: Callable[[Tensor], Tensor]
-
-    def logits_error(self, probe_ids: Tensor) -> float:
-        """‖logits(PEFT) − logits(trained)‖ / ‖logits(trained)‖ over all positions of `probe_ids` (B, T)."""
-        trained = self.trained_logits(probe_ids)
-        return float((self.logits_of(probe_ids) - trained).norm() / trained.norm())
+    logits_error: float
 
 
 @contextlib.contextmanager
-def reloaded(model: nn.Module, folder: Path) -> Iterator[Reloaded]:
-    """PEFT's view of the adapter in `folder` on the base inside `model`, whose own adapters step aside meanwhile.
+def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Reloaded]:
+    """The adapter in `folder` on the base inside `model`, whose own adapters step aside meanwhile.
 
-    Comparisons are by module (‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's scale included) and by logits.
+    `probe_ids` (B, T) are the tokens that logits are compared on.
     """
-    training = model.training
+    training, layers = model.training, adapters(model)
     model.eval()
-    layers = adapters(model)
-
-    def trained_logits(ids: Tensor) -> Tensor:
-        # While PEFT's layers stand in the model, ours are put back for one forward.
-        with _standing(model, layers):
-            return _logits(model, ids)
-
     try:
+        trained = _logits(model, probe_ids)
         with bare(model):
+            base = _logits(model, probe_ids)
             peft_model = load_adapter(model, folder)
             try:
-                yield Reloaded(
-                    peft_model, _delta_errors(peft_model, layers), trained_logits, lambda ids: _logits(peft_model, ids)
-                )
+                difference = (_logits(peft_model, probe_ids) - trained).norm()
+                logits_error = float(difference / torch.maximum(trained.norm(), (trained - base).norm()))
+                yield Reloaded(peft_model, _delta_errors(peft_model, layers), logits_error)
             finally:
                 peft_model.unload()
     finally:
@@ -225,21 +216,11 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """A plain base model with the PEFT adapter of `folder` on it, in eval mode."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    # PEFT draws its initial factors from the global generator; a loop that exports in the middle must not notice.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
-@contextlib.contextmanager
-def _standing(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    present = {name: model.get_submodule(name) for name in layers}
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    try:
-        yield
-    finally:
-        for name, module in present.items():
-            model.set_submodule(name, module)
 
 
 @torch.no_grad()
@@ -282,8 +263,7 @@ def certify_and_publish(
     temporary: Path,
     folder: Path,
     layout: str,
-    delta_errors: Mapping[str, float],
-    logits_error: float,
+    check: Reloaded,
     provenance: Provenance,
 ) -> dict[str, Any]:
     """Write certificate and model card and rename `temporary` to `folder`; RunFailed if the self-check did not pass."""
@@ -292,6 +272,7 @@ def certify_and_publish(
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
+    delta_errors, logits_error = check.delta_errors, check.logits_error
     worst = max(delta_errors, key=lambda name: delta_errors[name])
     passed = delta_errors[worst] <= MAX_DELTA_ERROR and logits_error <= limit
     if not passed:
@@ -311,11 +292,7 @@ def certify_and_publish(
     (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     (temporary / "README.md").write_text(model_card(folder, layout, ranks, shapes, certificate, provenance))
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    publish(temporary, folder)
     return certificate
 
 

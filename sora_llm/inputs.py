@@ -79,8 +79,8 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
         raise UserError("load_in_8bit under zero3 is known to give wrong losses; use zero2, or load_in_4bit")
     if strategy in ZERO_STAGES and adapter_dtype(config) == "bfloat16" and spec.quant_storage in ("float16", "float32"):
         raise UserError(
-            f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would be "
-            "cast like a weight; leave it on auto"
+            f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would "
+            "be cast like a weight; leave it on auto"
         )
     model_config = backbone.load_config(spec)
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)

@@ -16,6 +16,7 @@ from sora_llm.consensus import cut_slots, kept_params, kept_ranks, mean_rank, te
 from sora_llm.distributed import (
     Engine,
     agree,
+    barrier,
     broadcast_tensors,
     on_main,
     sum_over_processes,
@@ -276,15 +277,14 @@ def export_verified(
             world,
         )
     )
-    with export.reloaded(model, temporary) as check:
-        delta_errors = check.delta_errors
-        logits_error = check.logits_error(probe_ids)
+    with export.reloaded(model, temporary, probe_ids) as check:
         eval_loss = None if eval_loss_of is None else eval_loss_of(check.peft_model)
     if eval_loss is not None:
         metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
         provenance = export.with_metrics(provenance, metrics)
+    barrier()  # the main process renames the folder that the others may still be reading
     certificate = on_main(
-        lambda: export.certify_and_publish(model, temporary, folder, layout, delta_errors, logits_error, provenance),
+        lambda: export.certify_and_publish(model, temporary, folder, layout, check, provenance),
         world,
     )
     return Exported(folder, certificate, eval_loss)

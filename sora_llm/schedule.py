@@ -32,7 +32,7 @@ def phases(total_steps: int, dense_ratio: float, consensus_at: float) -> Phases:
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    """ceil(warmup_ratio · total_steps), as transformers counts them."""
+    """ceil(warmup_ratio · total_steps), the ratio taken as the decimal that was written."""
     return math.ceil(Fraction(str(warmup_ratio)) * total_steps)
 
 

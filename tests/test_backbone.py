@@ -1,0 +1,64 @@
+"""Loading: the tokenizer's guard, the CPU repack guard, the loss that a batch's padding cannot change."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from sora_llm import backbone
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone, load_tokenizer
+from sora_llm.data.loader import collate
+from sora_llm.errors import UserError
+
+
+def test_a_tokenizer_made_of_tokenizer_model_alone_is_compared_with_sentencepiece(stories, tmp_path, monkeypatch):
+    """transformers drops one of the blanks at the start of a text that sentencepiece keeps."""
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(stories / name, tmp_path / name)
+    spec = BackboneSpec(str(tmp_path))
+    load_tokenizer(spec)
+    monkeypatch.setattr(backbone, "SENTENCEPIECE_PROBES", ("  two blanks",))
+    with pytest.raises(UserError, match=r"put the base model's tokenizer\.json beside it"):
+        load_tokenizer(spec)
+    load_tokenizer(BackboneSpec(str(stories)))  # with tokenizer.json nothing is compared
+
+
+def test_an_eval_forward_does_not_change_4_bit_weights(stories):
+    """bitsandbytes repacks them for AVX512-BF16 at the first CPU forward in eval mode unless it is forbidden."""
+    model = load_backbone(BackboneSpec(str(stories), load_in_4bit=True), "cpu")
+    linears = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert linears and not any(module.support_avx512bf16_for_cpu for module in linears)
+    before = [module.weight.detach().clone() for module in linears]
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(8)[None])
+    assert all(torch.equal(old, module.weight) for old, module in zip(before, linears, strict=True))
+
+
+@pytest.mark.parametrize("pad_id", [0, 2, 77])
+def test_padding_changes_no_loss_whatever_its_id(stories, pad_id):
+    model = load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu").eval()
+    rows = [([1, 5, 9, 30, 2], [False, False, True, True, True]), ([1, 8, 2], [False, True, True])]
+    together = collate(rows, pad_id, pad_to=9)
+    with torch.no_grad():
+        sums = [causal_loss_sum(model, **collate([row], pad_id)) for row in rows]
+        padded = causal_loss_sum(model, **together)
+    torch.testing.assert_close(padded, sum(sums), rtol=1e-6, atol=1e-5)  # another order of float32 sums
+
+
+def test_a_model_that_cannot_select_columns_gives_the_same_loss(stories, monkeypatch):
+    model = load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu").eval()
+    batch = collate([([1, 5, 9, 30, 2], [False, False, True, False, True])], 0)
+    with torch.no_grad():
+        selected = causal_loss_sum(model, **batch)
+        monkeypatch.setattr(backbone, "takes_columns", lambda model: False)
+        torch.testing.assert_close(causal_loss_sum(model, **batch), selected, rtol=1e-6, atol=0)
+
+
+def test_a_batch_without_supervised_tokens_weighs_nothing(stories):
+    model = load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu")
+    model.get_input_embeddings().requires_grad_(True)
+    loss = causal_loss_sum(model, **collate([], 0))
+    loss.backward()
+    assert loss.item() == 0 and not model.get_input_embeddings().weight.grad.any()

@@ -1,0 +1,368 @@
+"""What is exported is what was trained: in PEFT and in transformers, from disk, on a base that never saw training."""
+
+import hashlib
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import randomise_all, relative_error, tiny_llama
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sora_llm import export
+from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.export import Provenance, export_adapter
+from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
+from sora_llm.sora import keep_live_slots
+
+R, LORA_ALPHA = 6, 9.0  # s = 1.5
+# Relative, of an adapter that changes the logits by more than a fifth.
+# float32 rounds at 6e-8; in bf16 PEFT computes its branch in float32 and the trained model in bf16 (2⁻⁸, five layers)
+LOGITS_TOLERANCE = {"float32": 2e-5, "nf4": 2e-5, "bfloat16": 2e-2}
+
+
+def spec_of(kind, stories):
+    if kind == "nf4":
+        return BackboneSpec(str(stories), dtype="float32", load_in_4bit=True, compute_dtype="float32")
+    return BackboneSpec(str(stories), dtype=kind)
+
+
+def trained_model(kind, stories, seed=0):
+    """stories260k with adapters of uneven ranks, one module fully pruned, one fully alive."""
+    model = inject_sora(load_backbone(spec_of(kind, stories), "cpu"), R, LORA_ALPHA)
+    return randomise_all(model, seed, size=0.1)
+
+
+def kill(model):
+    for layer in adapters(model).values():
+        torch.nn.init.zeros_(layer.gate)
+    return model
+
+
+def cut(model):
+    factors = {n: keep_live_slots(m.lora_A, m.lora_B, m.gate) for n, m in adapters(model).items()}
+    cut_adapters(model, factors)
+    return model
+
+
+IDS = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model):
+    model.eval()
+    return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def in_peft(kind, stories, folder):
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(load_backbone(spec_of(kind, stories), "cpu"), str(folder))
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+# ----- the same model elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "cut"])
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("kind", ["float32", "nf4", "bfloat16"])
+def test_peft_and_transformers_give_the_trained_logits_on_a_fresh_base(stories, tmp_path, kind, layout, gated):
+    model = trained_model(kind, stories)
+    if not gated:
+        cut(model)
+    expected = logits(model)
+    with bare(model):
+        base = logits(model)
+    assert relative_error(base, expected) > 0.2, "the adapter must matter"
+    export_adapter(model, tmp_path / "adapter", layout)
+
+    assert relative_error(logits(in_peft(kind, stories, tmp_path / "adapter")), expected) < LOGITS_TOLERANCE[kind]
+    fresh = load_backbone(spec_of(kind, stories), "cpu")
+    fresh.load_adapter(str(tmp_path / "adapter"))
+    assert relative_error(logits(fresh), expected) < LOGITS_TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_merged_export_is_the_base_weight_plus_delta(stories, tmp_path, layout):
+    """Every module's ΔW, the pruned ones' 0 included, by PEFT's own merge."""
+    model = trained_model("float32", stories)
+    export_adapter(model, tmp_path / "adapter", layout)
+    merged = in_peft("float32", stories, tmp_path / "adapter").merge_and_unload()
+    for name, layer in adapters(model).items():
+        A, B, g = (t.detach().double() for t in (layer.lora_A, layer.lora_B, layer.gate))
+        expected = layer.weight.double() + LORA_ALPHA / R * B @ torch.diag(g) @ A
+        # the merged weight is rounded to float32 once
+        torch.testing.assert_close(merged.get_submodule(name).weight.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+# ----- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_padded_has_every_target_module_at_one_rank_and_nothing_to_interpret(stories, tmp_path):
+    model = trained_model("float32", stories)
+    export_adapter(model, tmp_path / "adapter", "padded")
+    config = config_of(tmp_path / "adapter")
+    assert config["r"] == config["lora_alpha"] == R
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["use_rslora"] is False and config["use_dora"] is False and config["bias"] == "none"
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM"
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(config["target_modules"]) == projections
+    assert config["base_model_name_or_path"] == str(stories)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert set(tensors) == {
+        f"base_model.model.{name}.lora_{kind}.weight" for name in adapters(model) for kind in ("A", "B")
+    }
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    for name, layer in adapters(model).items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{kind}.weight"] for kind in "AB")
+        assert A.shape == (R, layer.in_features) and B.shape == (layer.out_features, R)
+        live = int((layer.gate != 0).sum())
+        assert (A[:live] != 0).any(dim=1).all() and not A[live:].any() and not B[:, live:].any()
+
+
+def test_the_padded_rank_is_the_largest_kept_one(stories, tmp_path):
+    model = inject_sora(load_backbone(spec_of("float32", stories), "cpu"), R, LORA_ALPHA, target_modules=["q_proj"])
+    randomise_all(model)
+    for layer in adapters(model).values():
+        with torch.no_grad():
+            layer.gate[2:] = 0
+    export_adapter(model, tmp_path / "adapter")
+    config = config_of(tmp_path / "adapter")
+    assert config["r"] == config["lora_alpha"] == 2
+    assert config["target_modules"] == ["q_proj"]
+
+
+def test_ragged_has_the_live_modules_at_their_own_rank(stories, tmp_path):
+    model = trained_model("float32", stories)
+    ranks = {name: int((layer.gate != 0).sum()) for name, layer in adapters(model).items()}
+    assert min(ranks.values()) == 0 and len(set(ranks.values())) > 3
+    certificate = export_adapter(model, tmp_path / "adapter", "ragged")
+    config = config_of(tmp_path / "adapter")
+    live = {name: rank for name, rank in ranks.items() if rank}
+    assert config["rank_pattern"] == config["alpha_pattern"] == live
+    assert config["r"] == config["lora_alpha"] == max(live.values())
+    assert set(config["target_modules"]) == set(live)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    expected = {}
+    for name, rank in live.items():
+        layer = adapters(model)[name]
+        expected[f"base_model.model.{name}.lora_A.weight"] = (rank, layer.in_features)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, rank)
+    assert shapes == expected
+    assert {name: entry["rank"] for name, entry in certificate["modules"].items()} == ranks
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_selection_that_no_suffix_describes_hits_exactly_its_modules(tmp_path, layout):
+    """q_proj of layer 1 alone: the suffix "q_proj" would make PEFT adapt layer 0 as well."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    target = "model.layers.1.self_attn.q_proj"
+    model = randomise_all(inject_sora(base, 3, 3, target_modules=[target]))
+    export_adapter(model, tmp_path / "adapter", layout)
+    assert config_of(tmp_path / "adapter")["target_modules"] == [target]
+
+
+def test_an_unknown_layout_and_a_model_without_adapters_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'flat' is not one of padded, ragged"):
+        export_adapter(inject_sora(tiny_llama(), 2), tmp_path / "adapter", "flat")
+    with pytest.raises(UserError, match="inject_sora"):
+        export_adapter(tiny_llama(), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+# ----- the certificate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path, layout):
+    import peft
+
+    model = trained_model("float32", stories)
+    certificate = export_adapter(model, tmp_path / "adapter", layout)
+    assert json.loads((tmp_path / "adapter" / "certificate.json").read_text()) == certificate
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert certificate.keys() == {"passed", "layout", "modules", "logits_error", "peft_version", "sha256"}
+    assert certificate["passed"] is True and certificate["layout"] == layout
+    assert certificate["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert certificate["peft_version"] == peft.__version__
+    assert list(certificate["modules"]) == list(adapters(model))
+    # float32 factors of a float64 product; and two float32 forward passes
+    assert max(entry["delta_error"] for entry in certificate["modules"].values()) < 1e-6
+    assert certificate["logits_error"] < 2e-5
+
+
+def damage_tensors(change):
+    def tampered(tensors, path, **options):
+        name = next(name for name, t in tensors.items() if ".lora_B." in name and t.any())
+        real_save({**tensors, name: change(tensors[name])}, path, **options)
+
+    real_save = export.save_file
+    return tampered
+
+
+def damage_config(**changes):
+    def tampered(model, factors, layout, base_model):
+        config = real(model, factors, layout, base_model)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        return config
+
+    real = export._peft_config
+    return tampered
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        ("save_file", lambda: damage_tensors(lambda t: t * 1.001)),
+        ("save_file", lambda: damage_tensors(lambda t: t.flip(1))),
+        ("save_file", lambda: damage_tensors(lambda t: -t)),
+        ("save_file", lambda: damage_tensors(torch.zeros_like)),
+        ("_peft_config", lambda: damage_config(lora_alpha=2 * R)),
+        ("_peft_config", lambda: damage_config(use_rslora=True)),
+        ("_peft_config", lambda: damage_config(target_modules=["q_proj", "down_proj"])),
+        ("_peft_config", lambda: damage_config(alpha_pattern={"q_proj": 1})),
+    ],
+    ids=["scaled", "reordered", "negated", "zeroed", "alpha", "rslora", "targets", "pattern"],
+)
+@pytest.mark.parametrize("older", [False, True], ids=["new", "over-an-older-one"])
+def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_path, monkeypatch, what, damage, older):
+    folder = tmp_path / "adapter"
+    if older:
+        folder.mkdir()
+        (folder / "precious").write_text("kept")
+    model = trained_model("float32", stories)
+    expected = logits(model)
+    monkeypatch.setattr(export, what, damage())
+    with pytest.raises(RunFailed, match=r"the exported adapter is not the trained one: ΔW of .*nothing was exported"):
+        export_adapter(model, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "precious"] if older else [])
+    assert torch.equal(logits(model), expected)
+
+
+def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, tmp_path, monkeypatch):
+    """The model that PEFT sees may differ elsewhere, where no ΔW shows it."""
+    model = trained_model("float32", stories)
+    real = export._logits
+
+    def skewed(of_model, ids):
+        return real(of_model, ids) * (1.01 if type(of_model).__name__.startswith("Peft") else 1.0)
+
+    monkeypatch.setattr(export, "_logits", skewed)
+    with pytest.raises(RunFailed, match="logits by"):
+        export_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+# ----- empty adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_fully_pruned_adapter_is_explained_unless_it_is_allowed(stories, tmp_path, layout):
+    model = kill(trained_model("float32", stories))
+    with pytest.raises(RunFailed, match=r"every rank .* was pruned.*sparse_lambda.*allow_empty_adapter"):
+        export_adapter(model, tmp_path / "adapter", layout)
+    assert not list(tmp_path.iterdir())
+    certificate = export_adapter(cut(model), tmp_path / "adapter", layout, allow_empty=True)
+    assert certificate["passed"] and {entry["rank"] for entry in certificate["modules"].values()} == {0}
+    base = load_backbone(spec_of("float32", stories), "cpu")
+    expected = logits(base)
+    assert torch.equal(logits(in_peft("float32", stories, tmp_path / "adapter")), expected)
+
+
+# ----- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(stories, tmp_path):
+    files = tokenizer_files(BackboneSpec(str(stories)))
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} <= {path.name for path in files}
+    provenance = Provenance(base_model="some/base", tokenizer_files=files, chat_template="{{ messages }}")
+    export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
+    for path in files:
+        assert (tmp_path / "adapter" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "adapter" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == "some/base"
+
+
+def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
+    model = trained_model("float32", stories)
+    provenance = Provenance(base_model="some/base", data=["train.jsonl"], metrics={"dev loss": 1.25})
+    export_adapter(model, tmp_path / "adapter", provenance=provenance)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "base_model: some/base" in header and "library_name: peft" in header
+    assert "train.jsonl" in card and "dev loss: 1.2500" in card
+    for name, layer in adapters(model).items():
+        assert f"| {name} | {int((layer.gate != 0).sum())} |" in card
+
+
+def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp_path):
+    folder = tmp_path / "adapter"
+    export_adapter(trained_model("float32", stories, seed=0), folder, "ragged")
+    (folder / "stale.txt").write_text("from the run before")
+    first = (folder / "adapter_model.safetensors").read_bytes()
+    export_adapter(trained_model("float32", stories, seed=50), folder, "padded")
+    assert not (folder / "stale.txt").exists()
+    assert (folder / "adapter_model.safetensors").read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+# ----- the model afterwards -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_the_exported_model_goes_on_training_as_if_nothing_had_happened(stories, tmp_path, kind, mode):
+    def gradients(model):
+        model.zero_grad()
+        model.train(mode)
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = trained_model(kind, stories)
+    before, layers, names = gradients(model), adapters(model), dict(model.named_parameters())
+    export_adapter(model, tmp_path / "adapter")
+    assert model.training is mode
+    assert adapters(model) == layers
+    after_names = dict(model.named_parameters())
+    assert after_names.keys() == names.keys()
+    assert all(after_names[name] is p and p.requires_grad == (name in before) for name, p in names.items())
+    after = gradients(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def test_a_failed_export_leaves_the_model_training_too(stories, tmp_path, monkeypatch):
+    model = trained_model("float32", stories)
+    expected, layers = logits(model), adapters(model)
+    model.train()
+
+    def broken(peft_model, layers):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(export, "_delta_errors", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        export_adapter(model, tmp_path / "adapter")
+    assert adapters(model) == layers and model.training and not hasattr(model, "peft_config")
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_export_leaves_the_random_state_alone(stories, tmp_path):
+    model = trained_model("float32", stories)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    export_adapter(model, tmp_path / "adapter")
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,165 @@
+"""Any decoder's linears are found and wrapped, the model starts as it was, and everything else is frozen."""
+
+import pytest
+import torch
+from helpers import linear4bit, randomise_all, tiny_llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sora_llm.errors import UserError
+from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, inject_sora, target_linears
+from sora_llm.sora import SoraLinear, keep_live_slots
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
+IDS = torch.arange(20).reshape(2, 10)
+
+
+def tiny(family, tied=False):
+    """A random model of two layers of this family."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_every_projection_under_its_own_name_and_never_the_head(family, tied):
+    model = tiny(family, tied)
+    expected = [name for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
+    assert len(expected) == 14 and isinstance(model.lm_head, nn.Linear)
+    assert list(target_linears(model)) == expected
+    before = {name: model.get_submodule(name) for name in expected}
+    inject_sora(model, r=2)
+    assert list(adapters(model)) == expected
+    assert all(layer.base_layer is before[name] for name, layer in adapters(model).items())
+    assert type(model.lm_head) is nn.Linear and (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_injected_model_starts_bit_identical_to_its_base_and_then_learns(family):
+    model = tiny(family)
+    expected = logits(model)
+    assert inject_sora(model, r=3) is model
+    assert model.training, "from_pretrained returns a model in eval mode"
+    assert torch.equal(logits(model), expected)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == sum(1 for _ in tiny(family).parameters())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(adapter_parameters(model)) and len(trainable) == 3 * 14
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    # with B = 0 the gradient is B's alone
+    assert all(layer.lora_B.grad.any() for layer in adapters(model).values())
+    randomise_all(model)
+    assert not torch.equal(logits(model), expected)
+
+
+def test_a_4_bit_model_starts_bit_identical_too():
+    model = tiny("llama")
+    for name in target_linears(model):
+        model.set_submodule(name, linear4bit(model.get_submodule(name).weight.detach()))
+    expected = logits(model)
+    assert not torch.equal(expected, logits(tiny("llama"))), "the layers are quantised"
+    inject_sora(model, r=2)
+    assert torch.equal(logits(model), expected)
+    assert len(adapters(model)) == 14
+
+
+def test_suffixes_choose_and_keep_the_models_order():
+    model = tiny("llama")
+    chosen = list(target_linears(model, ["mlp.down_proj", "q_proj"]))
+    assert chosen == [
+        f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    assert list(target_linears(model, "v_proj")) == [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
+    full = "model.layers.1.mlp.up_proj"
+    assert list(target_linears(model, [full])) == [full]
+    inject_sora(model, r=2, target_modules=["k_proj"])
+    assert list(adapters(model)) == [f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)]
+
+
+@pytest.mark.parametrize("suffix", ["query", "proj", "_proj", "lm_head", "layers", "q_proj.weight"])
+def test_a_suffix_that_matches_no_linear_is_refused_with_those_that_exist(suffix):
+    model = tiny("llama")
+    with pytest.raises(UserError, match=rf"'{suffix}' matches no linear layer.*down_proj.*q_proj"):
+        inject_sora(model, target_modules=["q_proj", suffix])
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_without_linears_is_refused():
+    with pytest.raises(UserError, match="no linear layers"):
+        inject_sora(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
+
+
+def test_injecting_twice_is_refused_and_changes_nothing():
+    model = inject_sora(tiny("llama"), r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="already has SoRA adapters"):
+        inject_sora(model, r=2)
+    assert len(adapters(model)) == 2 and not any(isinstance(m.base_layer, SoraLinear) for m in adapters(model).values())
+
+
+def test_the_start_is_determined_by_torchs_seed_and_not_by_the_adapters_dtype():
+    def start(seed, dtype=torch.float32):
+        model = tiny("llama")
+        torch.manual_seed(seed)
+        return [layer.lora_A.detach() for layer in adapters(inject_sora(model, r=2, dtype=dtype)).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(start(1), start(1), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(start(1), start(2), strict=True))
+    for low, full in zip(start(1, torch.bfloat16), start(1), strict=True):
+        assert low.dtype == torch.bfloat16 and torch.equal(low, full.bfloat16())
+
+
+def test_options_reach_every_layer():
+    model = inject_sora(tiny("llama"), r=4, lora_alpha=10, lora_dropout=0.25, dtype=torch.bfloat16)
+    for layer in adapters(model).values():
+        assert (layer.scaling, layer.lora_dropout) == (2.5, 0.25)
+        assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.gate)} == {torch.bfloat16}
+        assert layer.lora_A.shape == (4, layer.in_features) and layer.lora_B.shape == (layer.out_features, 4)
+
+
+def test_adapter_parameters_are_named_by_module_and_kind_also_after_a_cut():
+    model = randomise_all(inject_sora(tiny("llama"), r=3, target_modules=["q_proj"]))
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert list(adapter_parameters(model)) == [f"{n}.{kind}" for n in names for kind in ("lora_A", "lora_B", "gate")]
+    before = logits(model)
+    factors = {n: keep_live_slots(m.lora_A, m.lora_B, m.gate) for n, m in adapters(model).items()}
+    cut_adapters(model, factors)
+    # the second module was all dead: no parameter is left of it
+    assert list(adapter_parameters(model)) == [f"{names[0]}.lora_A", f"{names[0]}.lora_B"]
+    assert list(adapters(model)) == names
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)  # float32, √|g| on either side
+
+
+def test_bare_shows_the_base_model_and_puts_the_adapters_back_whatever_happens():
+    model = tiny_llama()
+    expected, names = logits(model), [name for name, _ in model.named_modules()]
+    layers = adapters(randomise_all(inject_sora(model, r=2)))
+    adapted = logits(model)
+    with pytest.raises(KeyError), bare(model) as base:
+        assert base is model and not adapters(model)
+        assert [name for name, _ in model.named_modules()] == names
+        assert torch.equal(logits(model), expected)
+        raise KeyError
+    assert all(adapters(model)[name] is layer for name, layer in layers.items())
+    assert torch.equal(logits(model), adapted)

@@ -1,0 +1,257 @@
+"""ProxAdamW is torch's AdamW, then the prox on the gate group, on float32 values."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import tiny_llama
+from reference import soft_threshold_reference
+from torch import nn
+
+from sora_llm.inject import adapters, cut_adapters, inject_sora
+from sora_llm.optim import ProxAdamW, parameter_groups
+
+LR, GATE_LR, LAMBDA, DECAY, EPS = 3e-3, 0.05, 0.4, 0.1, 1e-8
+
+
+def parameters(dtype=torch.float64, seed=0):
+    """A factor (6, 5) and a gate vector (40,) around 0.1, so that some thresholds bite and some do not."""
+    generator = torch.Generator().manual_seed(seed)
+    factor, gate = torch.randn(6, 5, generator=generator), 0.1 * torch.randn(40, generator=generator)
+    return nn.Parameter(factor.to(dtype)), nn.Parameter(gate.to(dtype))
+
+
+def groups(factor, gate, **gate_options):
+    return [
+        {"name": "factors", "params": [factor], "lr": LR, "weight_decay": DECAY},
+        {"name": "gates", "params": [gate], "lr": GATE_LR, "weight_decay": 0.0, **gate_options},
+    ]
+
+
+def gradients(step, *params):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def zeros(tensor):
+    return tensor == 0
+
+
+# ----- AdamW ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_lambda_it_is_torchs_adamw_bit_for_bit(dtype):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer = ProxAdamW(groups(*ours, sparse_lambda=0.0))
+    reference = torch.optim.AdamW(groups(*theirs))
+    for step in range(8):
+        for both in (ours, theirs):
+            gradients(step, *both)
+        for each in (optimizer, reference):
+            each.param_groups[1]["lr"] = GATE_LR / (1 + step)  # rates change as under a schedule
+            each.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        state, expected = optimizer.state[a], reference.state[b]
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+    assert not torch.equal(ours[0], parameters(dtype)[0])
+
+
+@pytest.mark.parametrize("threshold", ["decoupled", "proxgen", "constant"])
+def test_the_step_is_adamw_and_then_the_threshold_on_the_gates_alone(threshold):
+    """Against torch's AdamW and the case-by-case prox: the order, the group, and each rule's τ."""
+    ours, theirs = parameters(), parameters()
+    lam = 0.01 if threshold == "constant" else LAMBDA
+    optimizer = ProxAdamW(groups(*ours, sparse_lambda=lam, threshold=threshold))
+    reference = torch.optim.AdamW(groups(*theirs))
+    for step in range(1, 7):
+        for both in (ours, theirs):
+            gradients(step, *both)
+        optimizer.step()
+        reference.step()
+        factor, gate = theirs
+        root_v = (reference.state[gate]["exp_avg_sq"] / (1 - 0.999**step)).sqrt()
+        tau = {"decoupled": GATE_LR * lam, "proxgen": GATE_LR * lam / (root_v + EPS), "constant": lam}[threshold]
+        with torch.no_grad():
+            gate.copy_(soft_threshold_reference(gate, tau))
+        assert torch.equal(ours[0], factor)
+        torch.testing.assert_close(ours[1], gate, rtol=1e-12, atol=1e-14)  # float64; √v̂ is rounded in another order
+        assert torch.equal(zeros(ours[1]), zeros(gate))
+    assert 0 < zeros(ours[1]).sum() < 40
+
+
+def test_the_three_thresholds_are_three_different_rules():
+    ends = []
+    for threshold in ("decoupled", "proxgen", "constant"):
+        params = parameters()
+        optimizer = ProxAdamW(groups(*params, sparse_lambda=LAMBDA, threshold=threshold))
+        gradients(0, *params)
+        for p in params:
+            p.grad *= 0.5  # so that √v̂ is not near 1, where proxgen and decoupled would agree
+        optimizer.step()
+        ends.append(params[1].detach())
+    assert not any(torch.equal(ends[i], ends[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_decoupled_follows_the_learning_rate_of_the_step_and_constant_does_not():
+    moved = {}
+    for threshold in ("decoupled", "constant"):
+        gate = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        options = {"lr": 0.1, "weight_decay": 0.0, "threshold": threshold, "sparse_lambda": 0.2}
+        optimizer = ProxAdamW([{"params": [gate], **options}])
+        gate.grad = torch.zeros(1, dtype=torch.float64)  # Adam stands still: the prox alone moves
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.step()
+        moved[threshold] = 1 - gate.item()
+    assert moved["decoupled"] == pytest.approx(0.2 * 0.11, rel=1e-12)
+    assert moved["constant"] == pytest.approx(0.4, rel=1e-12)
+
+
+def test_a_dead_gate_revives_when_its_gradient_insists():
+    gate = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    group = {"params": [gate], "lr": 0.1, "weight_decay": 0.0, "sparse_lambda": 0.5}
+    optimizer = ProxAdamW([group])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        noise = torch.randn(1, generator=generator, dtype=torch.float64).item()
+        gate.grad = torch.tensor([-1.0, 0.01 * noise], dtype=torch.float64)  # signal, and noise alone
+        optimizer.step()
+    # A steady gradient moves lr a step against a threshold of lr/2.
+    assert gate[0].item() == pytest.approx(30 * 0.1 * 0.5, rel=1e-6)
+
+
+def test_gates_without_a_gradient_are_left_alone():
+    factor, gate = parameters()
+    optimizer = ProxAdamW(groups(factor, gate, sparse_lambda=LAMBDA))
+    before = gate.detach().clone()
+    gradients(0, factor)
+    optimizer.step()
+    assert torch.equal(gate, before)
+
+
+def test_a_closure_is_run_with_gradients_and_its_loss_returned():
+    gate = nn.Parameter(torch.tensor([2.0]))
+    optimizer = ProxAdamW([gate], lr=0.1)
+
+    def closure():
+        loss = gate.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    assert gate.item() < 2.0
+
+
+# ----- low precision --------------------------------------------------------------------------------------------------
+
+
+def test_bf16_parameters_follow_their_float32_masters():
+    """bf16 of the float32 run at every step, though each single step and threshold is below bf16's resolution."""
+    low = parameters(torch.bfloat16)
+    nn.init.ones_(low[1])
+    full = [nn.Parameter(p.detach().float()) for p in low]
+    optimizer, reference = (
+        ProxAdamW([{"params": [factor], "lr": 1e-4}, {"params": [gate], "lr": 1e-4, "sparse_lambda": 0.5}])
+        for factor, gate in (low, full)
+    )
+    for step in range(60):
+        gradients(step, *low)
+        for p, q in zip(low, full, strict=True):
+            q.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        assert all(torch.equal(p, q.to(torch.bfloat16)) for p, q in zip(low, full, strict=True))
+    assert all(torch.equal(optimizer.state[p]["master"], q) for p, q in zip(low, full, strict=True))
+    # one threshold is 5e-5, a hundredth of bf16's spacing below 1 (2⁻⁸): in bf16 nothing would ever have moved
+    assert (low[1] < 1).any()
+
+
+def test_tiny_thresholds_act_on_bf16_gates_without_any_gradient_signal():
+    gate = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = ProxAdamW([{"params": [gate], "lr": 1e-3, "weight_decay": 0.0, "sparse_lambda": 0.5}])
+    for _ in range(40):
+        gate.grad = torch.zeros_like(gate)
+        optimizer.step()
+    assert gate.dtype == torch.bfloat16 and optimizer.param_groups[0]["params"][0] is gate
+    assert gate.tolist() == pytest.approx([1 - 40 * 5e-4] * 4, abs=2**-8)  # rounded once to bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_survives_a_round_trip_through_state_dict(dtype):
+    """torch casts a loaded state to the parameter's dtype: a bf16 parameter's float32 master would be lost."""
+    factor, gate = parameters(dtype)
+    optimizer = ProxAdamW(groups(factor, gate, sparse_lambda=LAMBDA))
+    for step in range(3):
+        gradients(step, factor, gate)
+        optimizer.step()
+    twins = [nn.Parameter(p.detach().clone()) for p in (factor, gate)]
+    other = ProxAdamW(groups(*twins))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(saved)
+    assert other.param_groups[1]["sparse_lambda"] == LAMBDA
+    for step in range(3, 6):
+        for both in ((factor, gate), twins):
+            gradients(step, *both)
+        optimizer.step()
+        other.step()
+        assert torch.equal(factor, twins[0]) and torch.equal(gate, twins[1])
+
+
+# ----- options --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_thresholds_and_negative_lambdas_are_refused():
+    with pytest.raises(ValueError, match=r"'soft' is not one of decoupled, proxgen, constant"):
+        ProxAdamW(groups(*parameters(), threshold="soft"))
+    with pytest.raises(ValueError, match=r"sparse_lambda is -0\.1"):
+        ProxAdamW(groups(*parameters(), sparse_lambda=-0.1))
+
+
+def test_parameter_groups_hold_factors_and_gates_apart_and_nothing_else():
+    model = inject_sora(tiny_llama(), r=4, target_modules=["q_proj", "down_proj"])
+    factors, gates = parameter_groups(model, 2e-4, 1e-2, sparse_lambda=0.3, weight_decay=0.1, threshold="proxgen")
+    layers = list(adapters(model).values())
+    assert [id(p) for p in factors["params"]] == [id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    assert [id(p) for p in gates["params"]] == [id(layer.gate) for layer in layers]
+    assert {k: v for k, v in factors.items() if k != "params"} == {"name": "factors", "lr": 2e-4, "weight_decay": 0.1}
+    assert {k: v for k, v in gates.items() if k != "params"} == {
+        "name": "gates",
+        "lr": 1e-2,
+        "weight_decay": 0.0,
+        "sparse_lambda": 0.3,
+        "threshold": "proxgen",
+    }
+    optimizer = ProxAdamW([factors, gates])
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
+    assert optimizer.param_groups[0]["sparse_lambda"] == 0
+
+
+def test_after_the_cut_there_are_no_gates_and_pruned_modules_have_no_parameters():
+    model = inject_sora(tiny_llama(), r=4, target_modules=["q_proj"])
+    first, second = adapters(model).items()
+    factors = {first[0]: (torch.ones(2, 32), torch.ones(32, 2)), second[0]: (torch.ones(0, 32), torch.ones(32, 0))}
+    cut_adapters(model, factors)
+    (group,) = parameter_groups(model, 1e-3, 1e-2, sparse_lambda=0.3)
+    assert [tuple(p.shape) for p in group["params"]] == [(2, 32), (32, 2)]
+
+
+def test_a_model_without_adapters_has_no_parameter_groups():
+    with pytest.raises(ValueError, match="inject_sora"):
+        parameter_groups(tiny_llama(), 1e-3, 1e-2)
+
+
+def test_gates_at_rest_reach_zero_after_the_promised_number_of_steps():
+    """Without signal a gate of 1 is dead once Σ lr·λ has passed 1, and not a step earlier."""
+    gate = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = ProxAdamW([{"params": [gate], "lr": 0.1, "weight_decay": 0.0, "sparse_lambda": 0.3}])
+    steps = math.ceil(1 / 0.03)
+    for step in range(1, steps + 1):
+        gate.grad = torch.zeros_like(gate)
+        optimizer.step()
+        assert (gate.item() == 0) == (step == steps)

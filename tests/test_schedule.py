@@ -1,0 +1,81 @@
+"""Schedules are pure functions of the step, with transformers' formulas and the boundaries that were written down."""
+
+import pytest
+import torch
+from reference import gate_lr_auto_reference, lr_factor_reference
+from transformers import get_scheduler
+
+from sora_llm.schedule import auto_gate_lr, lambda_at, lr_factor, phases, warmup_steps, window_sum
+
+KINDS = ["linear", "cosine", "constant_with_warmup"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("total", "warmup"), [(20, 0), (20, 5), (20, 1), (1, 0), (7, 7), (7, 9), (3, 2)])
+def test_the_factor_is_transformers_and_the_references_at_every_step(kind, total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        factor = lr_factor(step, total, warmup, kind)
+        assert factor == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        assert factor == pytest.approx(lr_factor_reference(step, total, warmup, kind), rel=1e-12, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_constant_honours_a_warm_up():
+    """transformers' `constant` ignores it silently; a key that exists works."""
+    assert [lr_factor(step, 6, 2, "constant") for step in range(6)] == [0, 0.5, 1, 1, 1, 1]
+    assert [lr_factor(step, 3, 0, "constant") for step in range(3)] == [1, 1, 1]
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="'sqrt' is not one of linear, cosine"):
+        lr_factor(5, 10, 0, "sqrt")
+
+
+@pytest.mark.parametrize(
+    ("total", "ratio", "boundary"),
+    # floats: 0.29 · 100 is 28.999…, 0.57 · 100 is 56.999…, 0.1 · 30 is 3.0000000000000004, 1.1e-3 · 1000 is 1.1
+    [(100, 0.29, 29), (100, 0.57, 57), (30, 0.1, 3), (9, 0.1, 0), (1000, 1.1e-3, 1), (1000, 0.001, 1), (7, 0.5, 3)],
+)
+def test_boundaries_are_the_floor_of_the_decimal_that_was_written(total, ratio, boundary):
+    assert phases(total, ratio, 1.0).dense_end == boundary
+    assert phases(total, 0.0, ratio).sparsify_end == boundary
+
+
+def test_a_run_is_dense_then_sparsifies_then_finetunes():
+    run = phases(10, 0.2, 0.7)
+    assert [run.at(step) for step in range(10)] == ["dense"] * 2 + ["sparsify"] * 5 + ["finetune"] * 3
+    assert {phases(10, 0.0, 1.0).at(step) for step in range(10)} == {"sparsify"}
+
+
+def test_lambda_is_zero_outside_the_sparsify_window():
+    run = phases(10, 0.2, 0.7)
+    assert [lambda_at(step, run, 0.3) for step in range(10)] == [0.0] * 2 + [0.3] * 5 + [0.0] * 3
+
+
+# in floats 0.07 · 100 is 7.000000000000001 and 0.1 · 30 is 3.0000000000000004
+@pytest.mark.parametrize(("total", "ratio", "steps"), [(100, 0.07, 7), (101, 0.03, 4), (50, 0.0, 0), (30, 0.1, 3)])
+def test_warm_up_steps_are_rounded_up(total, ratio, steps):
+    assert warmup_steps(total, ratio) == steps
+
+
+def test_the_window_sum_counts_the_sparsify_steps_alone():
+    run = phases(40, 0.1, 0.75)
+    factors = [lr_factor_reference(step, 40, 6, "cosine") for step in range(4, 30)]
+    assert window_sum(run, 6, "cosine") == pytest.approx(sum(factors), rel=1e-12)
+    assert window_sum(phases(10, 0.5, 0.5), 0, "linear") == 0
+
+
+@pytest.mark.parametrize("learning_rate", [2e-4, 5e-3, 0.1, 0.4])
+@pytest.mark.parametrize("factors", [[], [0.0], [0.5], [1.0] * 16, [1.0] * 17, [0.3] * 400, [1.0] * 100_000])
+def test_the_automatic_gate_rate_is_the_references(learning_rate, factors):
+    found = auto_gate_lr(learning_rate, sum(factors))
+    assert found == pytest.approx(gate_lr_auto_reference(learning_rate, factors), rel=1e-12)
+
+
+def test_a_gate_without_signal_dies_within_the_window_unless_the_cap_binds():
+    total = 50.0
+    assert auto_gate_lr(1e-4, total) * total == pytest.approx(4)  # so that it needs 1/(4λ) of the window
+    assert auto_gate_lr(1e-4, 3.0) == 0.25
