@@ -10,21 +10,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sora_llm import checkpoint, distributed, pipeline, schedule
+from sora_llm import checkpoint, distributed, pipeline
 from sora_llm.backbone import DTYPES, load_backbone, tokenizer_files
-from sora_llm.config import Config, load_config, resume_conflicts, to_dict, to_yaml
+from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.data.loader import share, step_rows, steps_per_epoch
 from sora_llm.distributed import Engine, on_main
 from sora_llm.errors import RunFailed, UserError
@@ -34,7 +33,6 @@ from sora_llm.inputs import (
     Inputs,
     TrainingData,
     adapter_dtype,
-    backbone_spec,
     check_inputs,
     check_output,
     estimate_memory,
@@ -44,9 +42,10 @@ from sora_llm.inputs import (
 )
 from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.plan import Plan, make_plan, refuse_other_config
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
-from sora_llm.schedule import SPARSIFY, Phases
+from sora_llm.schedule import SPARSIFY
 from sora_llm.topology import (
     ZERO_STAGES,
     World,
@@ -165,67 +164,6 @@ def process_group(
         distributed.end(accelerator)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The config with every `auto` filled in, and the numbers that follow from it and the data.
-
-    `gate_travel` = gate_lr · Σ f_t over the sparsify window: below 1 no gate can get from 1 to 0.
-    """
-
-    config: Config
-    strategy: str
-    rows_per_step: int
-    total_steps: int
-    phases: Phases
-    warmup_steps: int
-    gate_lr: float
-    gate_travel: float
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Learning rates and λ of optimizer step `step` (from 0), as Engine.set_rates takes them."""
-        sora, train = self.config.sora, self.config.train
-        assert sora.sparse_lambda is not None
-        factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, train.lr_scheduler_type)
-        return {
-            "learning_rate": factor * train.learning_rate,
-            "gate_lr": factor * self.gate_lr,
-            "sparse_lambda": schedule.lambda_at(step, self.phases, sora.sparse_lambda),
-        }
-
-
-def make_plan(config: Config, strategy: str, world: World, num_rows: int) -> Plan:
-    """Steps, phases and rates of the run.
-
-    Raises:
-        UserError: a sparsify window without a step.
-    """
-    sora, train = config.sora, config.train
-    rows_per_step = train.per_device_train_batch_size * world.num_processes * train.gradient_accumulation_steps
-    if train.max_steps is not None:
-        total_steps = train.max_steps
-    else:
-        total_steps = math.ceil((train.num_train_epochs or 0) * steps_per_epoch(num_rows, rows_per_step))
-    phases = schedule.phases(total_steps, sora.dense_ratio, sora.consensus_at)
-    if phases.dense_end == phases.sparsify_end:
-        raise UserError(
-            f"the sparsify phase has no step: {total_steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-            f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
-        )
-    warmup = schedule.warmup_steps(total_steps, train.warmup_ratio)
-    travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
-    gate_lr = schedule.auto_gate_lr(train.learning_rate, travel) if sora.gate_lr == "auto" else sora.gate_lr
-    threshold = "decoupled" if sora.threshold == "auto" else sora.threshold
-    storage = backbone_spec(config, strategy).quant_storage
-    # The values are of the fields' own literal types; mypy cannot see that through plain strings.
-    filled = replace(
-        config,
-        sora=replace(sora, gate_lr=gate_lr, dtype=adapter_dtype(config), threshold=threshold),  # type: ignore[arg-type]
-        distributed=replace(config.distributed, strategy=strategy),  # type: ignore[arg-type]
-        quantization=replace(config.quantization, bnb_4bit_quant_storage=storage),  # type: ignore[arg-type]
-    )
-    return Plan(filled, strategy, rows_per_step, total_steps, phases, warmup, gate_lr, gate_lr * travel)
-
-
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
     """The result of the finished run in this directory, or None.
 
@@ -235,13 +173,13 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     resume = plan.config.output.resume
     if resume not in ("auto", "never"):
         state = checkpoint.read_state(Path(resume).expanduser())
-        _refuse_other_config(plan, state["config"], state["num_processes"], world, resume)
+        refuse_other_config(plan, state["config"], state["num_processes"], world, resume)
         return None
     saved, env = run_dir / "config.yaml", run_dir / "env.json"
     if not saved.exists() or not env.exists():
         return None
     num_processes = json.loads(env.read_text())["num_processes"]
-    _refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
+    refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
     status = checkpoint.read_status(run_dir)
     if status is None or status["state"] != "finished":
         return None
@@ -251,15 +189,6 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
     )
     return RunResult(adapter, read_json_lines(run_dir / "metrics.jsonl")[-1], status)
-
-
-def _refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:
-    conflicts = resume_conflicts(dict(old), to_dict(plan.config), old_processes, world.num_processes)
-    if conflicts:
-        raise UserError(
-            f"{where} belongs to a run of another config, different in {', '.join(conflicts)}; undo that, or name a "
-            "new output.output_dir"
-        )
 
 
 @dataclass(frozen=True)
