@@ -14,10 +14,17 @@ class JsonLines:
     """An append-only file of one JSON object per line; every line is on its way to the disk when `write` returns."""
 
     def __init__(self, path: Path, last_step: int):
-        """Continue `path` after `last_step`: later lines and a torn last one are dropped."""
+        """Continue `path` after `last_step`.
+
+        Dropped are later lines, a torn last one, and a step's second line: it was written after training, which is
+        going to be over again.
+        """
         self.path = path
-        kept = [line for line in read_json_lines(path) if line["step"] <= last_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept: dict[int, str] = {}
+        for line in read_json_lines(path):
+            if line["step"] <= last_step:
+                kept.setdefault(line["step"], json.dumps(line) + "\n")
+        path.write_text("".join(kept.values()))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""

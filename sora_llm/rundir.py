@@ -35,15 +35,24 @@ class RunDirectory:
         self.last_metrics: dict[str, Any] = {}
         self.last_status: dict[str, Any] = {}
 
-    def begin(self, *, config_yaml: str, env: Mapping[str, Any], first_step: int, total_steps: int) -> None:
-        """Write config.yaml and env.json, and drop the lines of steps after `first_step`."""
+    def begin(
+        self,
+        *,
+        config_yaml: str,
+        env: Mapping[str, Any],
+        total_steps: int,
+        first_step: int = 0,
+        resumed_from: Path | None = None,
+    ) -> None:
+        """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again)."""
         self.step = first_step
+        if resumed_from is not None and resumed_from.resolve().is_relative_to(self.path.resolve()):
+            self.checkpoint = self.path / resumed_from.resolve().relative_to(self.path.resolve())
         if not self.is_main:
             return
         write_text_atomically(self.path / "config.yaml", config_yaml)
         write_text_atomically(self.path / "env.json", _json(env))
-        # a step-0 line belongs to the run only if a checkpoint carries it on
-        last_step = first_step if self.checkpoint else -1
+        last_step = -1 if resumed_from is None else first_step
         self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
         self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
         self._progress = Progress(total_steps, first_step)
@@ -57,6 +66,7 @@ class RunDirectory:
         line = self._metrics.write({"step": step, "phase": phase, **fields})
         self.last_metrics = line
         self._progress.show(line)
+        self.status("running")
         if self._tracker is not None:
             self._tracker({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
 

@@ -188,7 +188,8 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         world,
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
     )
-    return RunResult(adapter, read_json_lines(run_dir / "metrics.jsonl")[-1], status)
+    metrics = read_json_lines(run_dir / "metrics.jsonl")
+    return RunResult(adapter, metrics[-1] if metrics else {}, status)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,6 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     """Train, cut and export into `run_dir`, which the main process holds; its status is true however this ends."""
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
-    directory.checkpoint = start.folder
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
     engine, tally = load_and_inject(
@@ -255,7 +255,11 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     assert engine.zero_stage == zero_stage
     on_main(
         lambda: directory.begin(
-            config_yaml=to_yaml(job.config), env=env, first_step=start.step, total_steps=job.plan.total_steps
+            config_yaml=to_yaml(job.config),
+            env=env,
+            total_steps=job.plan.total_steps,
+            first_step=start.step,
+            resumed_from=start.folder,
         ),
         job.world,
     )

@@ -1,0 +1,72 @@
+"""metrics.jsonl, ranks.jsonl and the progress line."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from sora_llm.report import JsonLines, Progress, read_json_lines
+from sora_llm.rundir import RunDirectory, environment
+
+
+def test_fields_without_a_value_are_left_out(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl", -1)
+    lines.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "eval_loss": None, "lambda": 0.0})
+    assert read_json_lines(tmp_path / "m.jsonl") == [{"step": 1, "lambda": 0.0}]
+
+
+def test_a_resumed_file_has_no_step_twice(tmp_path):
+    path = tmp_path / "m.jsonl"
+    steps = [0, 5, 10, 10, 15]
+    path.write_text("".join(json.dumps({"step": s, "nth": n}) + "\n" for n, s in enumerate(steps)) + '{"step": 2')
+    lines = JsonLines(path, last_step=10)
+    lines.write({"step": 11})
+    assert [(line["step"], line.get("nth")) for line in read_json_lines(path)] == [(0, 0), (5, 1), (10, 2), (11, None)]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    progress = Progress(total_steps=20, first_step=0, stream=stream)
+    progress.show({"step": 10, "phase": "dense", "loss": 1.5, "mean_rank": 8.0, "lambda": 0.5})
+    progress.show({"step": 20, "phase": "sparsify", "loss": 1.25, "mean_rank": 4.0, "lambda": 0.5})
+    text = stream.getvalue()
+    assert "step 10/20 dense  loss 1.5000  mean rank 8.00  λ 0.5" in text and "left" in text
+    assert ("\r" in text) is terminal and text.count("\n") == (1 if terminal else 2)
+
+
+def test_only_the_main_process_writes(tmp_path):
+    directory = RunDirectory(tmp_path, is_main=False)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=2)
+    directory.metrics(1, "dense", {"loss": 1.0})
+    directory.ranks(1, {"q": 1})
+    directory.status("running")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_follows_the_metrics_with_paths_relative_to_the_directory(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step-3"
+    checkpoint.mkdir(parents=True)
+    directory = RunDirectory(tmp_path, is_main=True)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=9, first_step=3, resumed_from=checkpoint)
+    directory.metrics(4, "sparsify", {"loss": 1.0})
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["phase"]) == ("running", 4, "sparsify")
+    assert status["checkpoint"] == "checkpoints/step-3" and status["adapter"] is None
+
+
+def test_a_checkpoint_of_another_directory_is_not_in_the_status(tmp_path):
+    elsewhere, here = tmp_path / "a" / "checkpoints" / "step-3", tmp_path / "b"
+    elsewhere.mkdir(parents=True)
+    here.mkdir()
+    directory = RunDirectory(here, is_main=True)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=9, first_step=3, resumed_from=elsewhere)
+    assert json.loads((here / "status.json").read_text())["checkpoint"] is None
+
+
+def test_env_holds_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert "hf_secret" not in json.dumps(environment(num_processes=1, strategy="none", zero_stage=None))
