@@ -1,0 +1,116 @@
+"""`sora-llm`: what it lists works, and the estimate is what the tensors weigh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import shared
+from runs import gsm8k_overrides
+
+from sora_llm import cli
+from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton
+from sora_llm.inject import adapter_parameters, inject_sora
+from sora_llm.pipeline import estimate
+
+CONFIG = "configs/llama7b.yaml"
+
+
+def test_help_lists_every_command_without_loading_torch():
+    check = "import sys; from sora_llm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for command in cli.COMMANDS:
+        assert f"  {command} " in shown.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_help_page(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0 and f"sora-llm {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_bad_input(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "there are train, evaluate, estimate" in capsys.readouterr().err
+
+
+def test_estimate_prints_json(tmp_path, capsys):
+    overrides = gsm8k_overrides(tmp_path / "run")
+    assert cli.main(["estimate", CONFIG, *overrides, "--num-processes", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["strategy"], printed["num_processes"], printed["frozen_parameters"]) == ("zero2", 2, 260032)
+
+
+@pytest.mark.parametrize("arguments", [["--num-processes", "0"], ["model.name_or_path=/nope/x"]])
+def test_estimate_refuses_bad_input(tmp_path, capsys, arguments):
+    assert cli.main(["estimate", CONFIG, *gsm8k_overrides(tmp_path / "run"), *arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_evaluate_refuses_an_adapter_that_is_none(tmp_path, capsys):
+    assert cli.main(["evaluate", CONFIG, *gsm8k_overrides(tmp_path / "run"), "--adapter", str(tmp_path)]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"load_in_4bit": True}, 0.02),  # bitsandbytes keeps a code book of 16 floats and an offset per weight as well
+        ({"load_in_4bit": True, "double_quant": False}, 0.02),
+        ({"load_in_8bit": True}, 0.02),
+        ({}, 0.0),
+        ({"dtype": "float32"}, 0.0),
+    ],
+)
+def test_the_estimate_is_what_the_tensors_weigh(options, tolerance):
+    spec = BackboneSpec(str(shared("models/base5m")), **options)
+    memory = estimate(
+        skeleton(load_config(spec), spec),
+        spec,
+        r=8,
+        target_modules="all-linear",
+        adapter_bytes_each=4,
+        strategy="none",
+        num_processes=1,
+    )
+    model = load_backbone(spec, "cpu")
+    assert memory.weight_bytes == pytest.approx(_weight_bytes(model), rel=tolerance)
+    inject_sora(model, r=8)
+    adapters = list(adapter_parameters(model).values())
+    assert memory.trainable_parameters == sum(p.numel() for p in adapters)
+    assert memory.adapter_bytes == memory.gradient_bytes == sum(p.nbytes for p in adapters)
+    assert memory.optimizer_bytes == 2 * memory.adapter_bytes  # two float32 moments
+
+
+def _weight_bytes(model: torch.nn.Module) -> int:
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            total += state.absmax.nbytes
+            state = getattr(state, "state2", None)
+        scales = getattr(parameter, "SCB", None)
+        total += 0 if scales is None else scales.nbytes
+    return total
+
+
+def test_zero_divides_what_it_shards():
+    spec = BackboneSpec(str(shared("models/base5m")), load_in_4bit=True)
+    bones = skeleton(load_config(spec), spec)
+
+    def of(strategy: str):
+        return estimate(
+            bones, spec, r=8, target_modules=["q_proj"], adapter_bytes_each=4, strategy=strategy, num_processes=2
+        )
+
+    alone, ddp, zero1, zero2, zero3 = (of(strategy) for strategy in ("none", "ddp", "zero1", "zero2", "zero3"))
+    assert ddp == alone
+    assert zero1.optimizer_bytes == alone.trainable_parameters * 12 // 2  # with the float32 master
+    assert zero1.gradient_bytes == alone.gradient_bytes and zero2.gradient_bytes == alone.gradient_bytes // 2
+    assert zero2.weight_bytes == alone.weight_bytes and zero3.weight_bytes == -(-alone.weight_bytes // 2)
