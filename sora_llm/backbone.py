@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sora_llm.errors import UserError
+from sora_llm.files import user_path
+from sora_llm.inject import forbid_cpu_repack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -50,6 +52,11 @@ class BackboneSpec:
     quant_storage: str = "uint8"
 
     @property
+    def folder(self) -> Path:
+        """The local folder, which exists unless this is a hub id."""
+        return user_path(self.name_or_path, "model.name_or_path")
+
+    @property
     def source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
@@ -67,7 +74,7 @@ def load_config(spec: BackboneSpec) -> Any:
     Raises:
         UserError: no such folder or hub id, an unreadable config, damaged weights, or not a decoder that can be loaded.
     """
-    folder = Path(spec.name_or_path).expanduser()
+    folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}")
@@ -80,6 +87,12 @@ def load_config(spec: BackboneSpec) -> Any:
         raise UserError(
             f"model.name_or_path: {spec.name_or_path} is a {config.model_type!r} model, which is not a decoder that "
             "AutoModelForCausalLM loads; name a causal language model"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        raise UserError(
+            f"model.name_or_path: {spec.name_or_path} is already quantised, so the section quantization could not be "
+            "honoured; name the unquantised model, it is quantised while it is loaded"
         )
     return config
 
@@ -111,9 +124,9 @@ def load_tokenizer(spec: BackboneSpec) -> Any:
         UserError: it cannot be loaded, or was made from a tokenizer.model alone and does not tokenise as that does.
     """
     tokenizer = _from_pretrained(AutoTokenizer, spec, "tokenizer")
-    folder = Path(spec.name_or_path).expanduser()
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        _check_against_sentencepiece(tokenizer, folder / "tokenizer.model")
+    files = {path.name: path for path in tokenizer_files(spec)}
+    if "tokenizer.model" in files and "tokenizer.json" not in files:
+        _check_against_sentencepiece(tokenizer, files["tokenizer.model"])
     return tokenizer
 
 
@@ -133,7 +146,7 @@ def _check_against_sentencepiece(tokenizer: Any, path: Path) -> None:
 
 def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any) -> Any:
     try:
-        return factory.from_pretrained(str(Path(spec.name_or_path).expanduser()), **spec.source, **options)
+        return factory.from_pretrained(str(spec.folder), **spec.source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -204,8 +217,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache also changes what packed samples see
-    if spec.load_in_4bit:
-        _forbid_cpu_repack(model)
+    forbid_cpu_repack(model)
     if gradient_checkpointing:
         _enable_checkpointing(model)
         model.enable_input_require_grads()
@@ -233,14 +245,6 @@ def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True) if spec.load_in_8bit else None
 
 
-def _forbid_cpu_repack(model: nn.Module) -> None:
-    """bitsandbytes repacks 4-bit weights in place at the first CPU forward in eval mode (AVX512-BF16 machines):
-    outputs change, and gradients of later training are wrong without any error."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
 def causal_loss_sum(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Σ cross-entropy (float32) over the supervised tokens of a right-padded batch.
 
@@ -262,7 +266,8 @@ def causal_loss_sum(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tens
 
 def takes_columns(model: nn.Module) -> bool:
     """Whether the model's forward has `logits_to_keep` (LLaMA, Mistral, Qwen, Gemma have)."""
-    inner = model
+    peft_base = getattr(model, "get_base_model", None)
+    inner = peft_base() if callable(peft_base) else model  # PEFT passes it on
     while isinstance(wrapped := getattr(inner, "module", None), nn.Module):
         inner = wrapped
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
@@ -270,13 +275,19 @@ def takes_columns(model: nn.Module) -> bool:
 
 def tokenizer_files(spec: BackboneSpec) -> list[Path]:
     """The files of the base's tokenizer, as they are (`save_pretrained` would not write tokenizer.model)."""
-    folder = Path(spec.name_or_path).expanduser()
+    folder = spec.folder
     if folder.is_dir():
         return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     from transformers.utils import cached_file
 
     found = (
-        cached_file(spec.name_or_path, name, revision=spec.revision, _raise_exceptions_for_missing_entries=False)
+        cached_file(
+            spec.name_or_path,
+            name,
+            revision=spec.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         for name in TOKENIZER_FILES
     )
     return [Path(path) for path in found if path is not None]

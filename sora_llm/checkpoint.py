@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -27,48 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.files import file_sha256, fsync, publish, write_text_atomically
 
 TENSORS, STATE, COMPLETE = "adapter.safetensors", "state.json", "COMPLETE"
 LOCK_WAIT_SECONDS = 60
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    _fsync(temporary)
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last."""
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -77,9 +38,9 @@ def _fsync(path: Path) -> None:
 def save(
     run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int | None = None
 ) -> Path:
-    """Write checkpoints/step-N beside its place, complete, and rename it there; then drop all but the newest `keep`.
+    """Write checkpoints/step-N beside its place, complete, and rename it there.
 
-    Call it on one process.
+    Then all but this one and the newest `keep` − 1 others are dropped.  Call it on one process.
 
     Raises:
         RunFailed: the disk is full or read-only; older checkpoints are untouched.
@@ -93,7 +54,7 @@ def save(
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
         hashes = {name: file_sha256(temporary / name) for name in (TENSORS, STATE)}
         for name in hashes:
-            _fsync(temporary / name)
+            fsync(temporary / name)
         write_text_atomically(temporary / COMPLETE, json.dumps(hashes, indent=1))
         publish(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -103,7 +64,8 @@ def save(
             "whole: free some space and start the same command again"
         ) from error
     if keep is not None:
-        for old in _folders(run_dir)[keep:]:
+        others = [other for other in _folders(run_dir) if other != folder]
+        for old in others[keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -132,8 +94,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that `read_state` has accepted."""
-    return load_file(folder / TENSORS)
+    """The tensors of a checkpoint that `read_state` has accepted.
+
+    Raises:
+        UserError: they cannot be read, on a machine that does not see the folder for example.
+    """
+    try:
+        return load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -192,17 +161,16 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
     Raises:
         UserError: somebody else still holds it after `wait_seconds`, or the directory cannot be written.
     """
+    deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
+    path = run_dir / ".lock"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
-    with file:
-        deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
         while True:
+            file = path.open("a+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break  # otherwise its last holder removed the file that was waited for
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.seek(0)
@@ -210,8 +178,18 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                         f"output.output_dir {run_dir} is in use by {file.read().strip() or 'another run'}; wait for "
                         "it to end, or name another folder"
                     ) from None
-                time.sleep(0.2)
+            file.close()
+            time.sleep(0.2)
+    except OSError as error:
+        raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
+    with file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if not (run_dir / "config.yaml").exists():  # nothing was begun here: leave no trace
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()

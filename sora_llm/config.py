@@ -118,7 +118,7 @@ class Data:
     excess_length: Literal["drop", "truncate", "error"] = "drop"  # what happens to longer rows
     max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unreadable rows that is skipped, not fatal
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
-    cache_dir: str | None = None  # of the tokenised data; null: the default of `datasets`
+    cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Evaluation:
 
     eval_steps: Count | None = None  # optimizer steps between evaluations; null: before and after training only
     per_device_eval_batch_size: Count = 8
-    sample_prompts: tuple[str, ...] = ()  # answered by the model at every evaluation
+    sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
     early_stopping_patience: Count | None = None  # evaluations without improvement that end the finetune phase
 
 

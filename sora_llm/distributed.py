@@ -10,16 +10,17 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -56,7 +57,12 @@ def make_accelerator(
     Named backend: without it accelerate under DeepSpeed on a CPU reports one process on every process.
     `mixed_precision` is always "no": the config sets dtypes, nothing runs under autocast.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    if cuda and world.local_process_index >= torch.cuda.device_count():
+        raise UserError(
+            f"process {world.local_process_index} of this machine has no GPU of its own (there are "
+            f"{torch.cuda.device_count()}); launch that many processes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
     if world.num_processes == 1 and strategy != "none":
         _announce_single_process_world()
     handlers: list[Any] = []
@@ -181,25 +187,19 @@ def agree(hashes: Mapping[str, str], what: str) -> None:
 
 
 def on_main(action: Callable[[], T], world: World) -> T:
-    """Run `action` on the main process and give its (small, picklable) result to all.
+    """Run `action` on the main process and give its (small, picklable) result to all (collective).
 
     What it raises is raised on every process: a main process that failed alone would leave the others waiting.
     """
-    return _shared_outcome(action, world.is_main, main=0)
+    outcome, failure = _attempt(action) if world.is_main else (None, None)
+    outcomes = gather_objects((outcome, failure))
+    return _unless_failed(outcomes[0][0], [outcomes[0][1]])
 
 
 def on_every(action: Callable[[], T]) -> T:
-    """Run `action` on every process; if it raised a UserError or RunFailed anywhere, raise that everywhere."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except (UserError, RunFailed) as error:
-        failure = error
-    first = next((error for error in gather_objects(failure) if error is not None), None)
-    if first is not None:
-        raise first
-    return result
+    """Run `action` on every process; what it raises on any of them is raised on all (collective)."""
+    outcome, failure = _attempt(action)
+    return _unless_failed(outcome, gather_objects(failure))
 
 
 def local_main_first(action: Callable[[], T], world: World) -> T:
@@ -215,22 +215,25 @@ def local_main_first(action: Callable[[], T], world: World) -> T:
     return outcome
 
 
-def _shared_outcome(action: Callable[[], T], is_runner: bool, main: int) -> T:
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if is_runner:
-        try:
-            outcome = (action(), None)
-        except (UserError, RunFailed) as error:
-            outcome = (None, error)
-        except Exception as error:
-            if not _several():
-                raise
-            gather_objects((None, RunFailed(f"the main process failed: {type(error).__name__}: {error}")))
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result or the error of an action; an error that is not ours goes to the others as a RunFailed."""
+    try:
+        return action(), None
+    except (UserError, RunFailed) as error:
+        return None, error
+    except Exception as error:
+        if not _several():
             raise
-    result, failure = gather_objects(outcome)[main]
-    if failure is not None:
-        raise failure
-    return result
+        traceback.print_exc()
+        process = dist.get_rank()
+        return None, RunFailed(f"process {process} failed with {type(error).__name__}: {error}")
+
+
+def _unless_failed(outcome: Any, failures: Sequence[Exception | None]) -> Any:
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return outcome
 
 
 # --------------------------------------------------------------------------------------------------------- engine
@@ -439,8 +442,8 @@ class Engine:
             return
         hashes = {name: tensor_hash(p) for name, p in self._adapter_parameters.items()}
         if self.strategy == "ddp" and self.num_optimizer_steps:
-            moments, _ = self.optimizer_state()
-            hashes |= {name: tensor_hash(moment) for name, moment in moments.items()}
+            for name, p in self._adapter_parameters.items():
+                hashes |= {f"{name}.{key}": tensor_hash(self.optimizer.state[p][key]) for key in MOMENTS}
         agree(hashes, "the adapter")
         if self.is_zero:
             self._prove_masters()
@@ -498,13 +501,18 @@ class Engine:
             yield module
 
 
-def end(accelerator: Accelerator) -> None:
-    """Close trackers and the process group."""
+def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
+    """Close trackers and the process group, and forget both, so that this process can run again.
+
+    `environ` is what os.environ held before `make_accelerator`.
+    """
     accelerator.end_training()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def tracker_dir(run_dir: Path) -> str:
-    """Where trackers write inside a run directory."""
-    return str(run_dir / "trackers")
+    if "deepspeed" in sys.modules:
+        sys.modules["deepspeed"].comm.comm.cdb = None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    os.environ.update(environ)

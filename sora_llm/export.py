@@ -10,17 +10,18 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.checkpoint import file_sha256, publish
 from sora_llm.consensus import product_distance
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.files import file_sha256, publish
 from sora_llm.inject import adapters, bare, target_linears
 from sora_llm.sora import SoraLinear, fold
 
@@ -29,6 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
 # Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+MIN_EFFECT, MAX_GAIN_ERROR = 1e-3, 0.5
 
 PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A' (R', I), B' (O, R') of scale 1
 
@@ -42,11 +44,6 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
-
-
-def with_metrics(provenance: Provenance, metrics: Mapping[str, float]) -> Provenance:
-    """The same provenance with other metrics."""
-    return replace(provenance, metrics=metrics)
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -80,15 +77,18 @@ def export_adapter(
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, or no adapters.
+        UserError: unknown layout, no adapters, or a `folder` that holds something else than an adapter.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
     folder = Path(folder)
     provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
-    with reloaded(model, temporary, default_probe(model) if probe_ids is None else probe_ids) as check:
-        pass
-    return certify_and_publish(model, temporary, folder, layout, check, provenance)
+    try:
+        with reloaded(model, temporary, default_probe(model) if probe_ids is None else probe_ids) as check:
+            pass
+        return certify_and_publish(model, temporary, folder, layout, check.errors, provenance)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -98,6 +98,8 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
     """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if folder.exists() and not (folder / "adapter_config.json").is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and holds no adapter; name another folder, this one would be replaced")
     factors = folded_factors(model)
     if not factors:
         raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
@@ -107,16 +109,20 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
             "or set output.allow_empty_adapter: true"
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     config = _peft_config(model, factors, layout, provenance.base_model)
-    config.save_pretrained(str(temporary))
     tensors = _padded(factors, config.r) if layout == "padded" else _ragged(factors)
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    for path in provenance.tokenizer_files:
-        shutil.copyfile(path, temporary / path.name)
-    if provenance.chat_template is not None:
-        (temporary / "chat_template.jinja").write_text(provenance.chat_template)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        config.save_pretrained(str(temporary))
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        for path in provenance.tokenizer_files:
+            shutil.copyfile(path, temporary / path.name)
+        if provenance.chat_template is not None:
+            (temporary / "chat_template.jinja").write_text(provenance.chat_template)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
     return temporary
 
 
@@ -177,16 +183,41 @@ def _key(name: str, kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reloaded:
-    """A finished adapter as PEFT loads it from disk, on the base that it was trained on, and how far it is off.
+class Errors:
+    """How far an adapter, as PEFT loads it from disk, is from the trained one.
 
-    `delta_errors`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
-    `logits_error`: ‖PEFT − trained‖ / max(‖trained‖, ‖trained − base‖) over all logits of some token ids.
+    `delta`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
+    `logits`: ‖PEFT − trained‖ / max(‖trained‖, ‖trained − base‖) over all logits of some token ids.
+    `gain`: how much of the adapter's effect on these logits PEFT reproduces, ⟨PEFT − base, trained − base⟩ /
+    ‖trained − base‖²: 1 if all, 0 if its forward leaves the adapter out, however small the effect is beside rounding;
+    None if the effect is below MIN_EFFECT of the logits.
     """
 
+    delta: dict[str, float]
+    logits: float
+    gain: float | None
+
+
+def worst_of(errors: Sequence[Errors]) -> Errors:
+    """What the least favourable of several processes saw (each reloads and compares for itself)."""
+
+    def worst(values: Sequence[float]) -> float:
+        return next((value for value in values if value != value), max(values))  # NaN is the worst
+
+    gains = [e.gain for e in errors if e.gain is not None]
+    return Errors(
+        delta={name: worst([e.delta[name] for e in errors]) for name in errors[0].delta},
+        logits=worst([e.logits for e in errors]),
+        gain=max(gains, key=lambda gain: abs(gain - 1)) if gains else None,
+    )
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A finished adapter as PEFT loads it from disk, on the base that it was trained on."""
+
     peft_model: nn.Module
-    delta_errors: dict[str, float]
-    logits_error: float
+    errors: Errors
 
 
 @contextlib.contextmanager
@@ -201,11 +232,19 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
         trained = _logits(model, probe_ids)
         with bare(model):
             base = _logits(model, probe_ids)
-            peft_model = load_adapter(model, folder)
             try:
-                difference = (_logits(peft_model, probe_ids) - trained).norm()
-                logits_error = float(difference / torch.maximum(trained.norm(), (trained - base).norm()))
-                yield Reloaded(peft_model, _delta_errors(peft_model, layers), logits_error)
+                peft_model = load_adapter(model, folder)
+            except UserError as error:
+                raise RunFailed(
+                    f"the exported adapter is not the trained one: {error}; nothing was exported"
+                ) from error
+            try:
+                logits = _logits(peft_model, probe_ids)
+                effect = trained - base
+                off = float((logits - trained).norm() / torch.maximum(trained.norm(), effect.norm()))
+                gain = float((logits - base).flatten() @ effect.flatten() / effect.norm() ** 2)
+                seen = float(effect.norm() / trained.norm()) >= MIN_EFFECT
+                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain if seen else None))
             finally:
                 peft_model.unload()
     finally:
@@ -213,14 +252,26 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """A plain base model with the PEFT adapter of `folder` on it, in eval mode."""
-    from peft import PeftModel
+    """A plain base model with the PEFT adapter of `folder` on it, in eval mode.
 
+    Raises:
+        UserError: the adapter does not fit this base (PEFT itself drops tensors without a module silently).
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    device = next(model.parameters()).device
     # PEFT draws its initial factors from the global generator; a loop that exports in the middle must not notice.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [device] if device.type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        try:
+            loaded = PeftModel.from_pretrained(model, str(folder), torch_device=str(device)).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the adapter {folder} does not fit this base: {str(error).splitlines()[0]}") from error
+    missing = set(load_file(folder / WEIGHTS)) - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if missing:
+        raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")
+    return loaded
 
 
 @torch.no_grad()
@@ -263,7 +314,7 @@ def certify_and_publish(
     temporary: Path,
     folder: Path,
     layout: str,
-    check: Reloaded,
+    errors: Errors,
     provenance: Provenance,
 ) -> dict[str, Any]:
     """Write certificate and model card and rename `temporary` to `folder`; RunFailed if the self-check did not pass."""
@@ -272,20 +323,19 @@ def certify_and_publish(
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
-    delta_errors, logits_error = check.delta_errors, check.logits_error
-    worst = max(delta_errors, key=lambda name: delta_errors[name])
-    passed = delta_errors[worst] <= MAX_DELTA_ERROR and logits_error <= limit
-    if not passed:
+    problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
+    if not errors.logits <= limit:
+        problems.append(f"logits are off by {errors.logits:.2e} (allowed {limit:g})")
+    if errors.gain is not None and not abs(errors.gain - 1) <= MAX_GAIN_ERROR:
+        problems.append(f"PEFT's forward shows {errors.gain:.2f} of the adapter's effect on the logits")
+    if problems:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFailed(
-            f"the exported adapter is not the trained one: ΔW of {worst} differs by {delta_errors[worst]:.2e} "
-            f"(allowed {MAX_DELTA_ERROR:g}), logits by {logits_error:.2e} (allowed {limit:g}); nothing was exported"
-        )
+        raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {
-        "passed": passed,
+        "passed": True,
         "layout": layout,
-        "modules": {name: {"rank": ranks[name], "delta_error": delta_errors[name]} for name in ranks},
-        "logits_error": logits_error,
+        "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
+        "logits_error": errors.logits,
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
     }
@@ -297,6 +347,12 @@ def certify_and_publish(
 
 
 # ------------------------------------------------------------------------------------------------------ model card
+
+
+def _template_line(provenance: Provenance) -> str:
+    if provenance.chat_template is None:
+        return ""
+    return "Prompts were rendered with the template in chat_template.jinja; use the same (the tokenizer here does).\n"
 
 
 def model_card(
@@ -328,6 +384,7 @@ folded into the factors (`lora_alpha == r`). Mean rank {mean:.2f} over {len(rank
 parameters.
 
 {metrics}
+{_template_line(provenance)}
 Self-check: PEFT {certificate["peft_version"]} reloads it with the trained ΔW of every module (largest relative
 difference {max(m["delta_error"] for m in certificate["modules"].values()):.1e}) and logits (relative difference
 {certificate["logits_error"]:.1e}).

@@ -69,11 +69,20 @@ def inject_sora(
         raise ValueError("this model already has SoRA adapters")
     targets = target_linears(model, target_modules)
     model.requires_grad_(False)
+    forbid_cpu_repack(model)
     for name, linear in targets.items():
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
     model.train()  # from_pretrained returns a model in eval mode
     return model
+
+
+def forbid_cpu_repack(model: nn.Module) -> None:
+    """bitsandbytes repacks 4-bit weights in place at the first CPU forward in eval mode (AVX512-BF16 machines):
+    outputs change, and gradients of later training are wrong without any error.  Its layers can be told not to."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def adapters(model: nn.Module) -> dict[str, SoraLinear]:

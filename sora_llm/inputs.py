@@ -24,6 +24,7 @@ from sora_llm.data.loader import DataReport, TokenDataset
 from sora_llm.data.tokenize import encode_prompt, resolve_template
 from sora_llm.distributed import local_main_first
 from sora_llm.errors import UserError
+from sora_llm.files import user_path
 from sora_llm.inject import target_linears
 from sora_llm.pipeline import MemoryEstimate, estimate
 from sora_llm.topology import ZERO_STAGES, World
@@ -31,11 +32,12 @@ from sora_llm.topology import ZERO_STAGES, World
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the config points to; `skeleton` is the model on the meta device."""
+    """What the config points to; `skeleton` is the model on the meta device, `chat_template` the one that is used."""
 
     backbone: BackboneSpec
     skeleton: nn.Module
     tokenizer: Any
+    tokenizer_files: list[Path]
     chat_template: str
     datasets: list[DatasetSpec]
     val_datasets: list[DatasetSpec]
@@ -64,7 +66,7 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     spec, skeleton = check_backbone(config, strategy)
     tokenizer = backbone.load_tokenizer(spec)
     template = resolve_template(tokenizer, config.data.chat_template)
-    return Inputs(spec, skeleton, tokenizer, template, datasets, val_datasets)
+    return Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
 
 
 def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Module]:
@@ -165,11 +167,11 @@ def estimate_memory(
 
 
 def check_output(run_dir: Path, resume: str) -> None:
-    """UserError if the run directory cannot be made or written, or `resume` cannot be followed; writes nothing."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output.output_dir {run_dir}: {existing} is a file, not a folder; name another one")
+    """UserError if the run directory cannot be made or written, or `resume` cannot be followed; leaves nothing."""
     try:
+        existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(f"output.output_dir {run_dir}: {existing} is a file, not a folder; name another one")
         if existing == run_dir:
             if not os.access(run_dir, os.W_OK | os.X_OK):
                 raise PermissionError(13, "permission denied")
@@ -182,7 +184,7 @@ def check_output(run_dir: Path, resume: str) -> None:
         raise UserError(
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
-    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+    if resume not in ("auto", "never") and not user_path(resume, "output.resume").is_dir():
         raise UserError(f"output.resume is {resume!r}: it must be auto, never, or the folder of a checkpoint")
 
 
@@ -196,6 +198,12 @@ class TrainingData:
     train: TokenDataset
     dev: TokenDataset | None
     descriptions: list[str]
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What a checkpoint remembers of the training rows: an order of other rows would be another run."""
+        rows = self.train
+        return {"rows": len(rows), "tokens": rows.num_tokens, "supervised_tokens": rows.num_supervised}
 
 
 def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
@@ -257,6 +265,14 @@ def describe(report: DataReport) -> str:
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return "; ".join(parts)
+
+
+def exported_template(config: Config, inputs: Inputs) -> str | None:
+    """The chat template to put beside the adapter: the one that was used, unless the tokenizer has it already."""
+    data = config.data.datasets
+    if all(dataset.type in ("completion", "prompt_completion") for dataset in data):
+        return None
+    return None if inputs.chat_template == inputs.tokenizer.chat_template else inputs.chat_template
 
 
 def prompt_ids(config: Config, inputs: Inputs, prompt: str) -> list[int]:

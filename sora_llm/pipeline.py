@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from sora_llm.distributed import (
     agree,
     barrier,
     broadcast_tensors,
+    gather_objects,
     on_main,
     sum_over_processes,
 )
@@ -172,6 +173,11 @@ class RankReport:
     mean_rank: float
     kept_params: int
 
+    @property
+    def fields(self) -> dict[str, float]:
+        """As metrics.jsonl has them."""
+        return {"mean_rank": self.mean_rank, "kept_params": self.kept_params}
+
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
     """Ranks by the gates given (a gated run), or by the factors' own shapes (after the cut)."""
@@ -229,15 +235,17 @@ def consensus_prune(
             "min_rank out and choose sparsity by sparse_lambda"
         )
     layers = adapters(model)
-    if not any(layer.gate is not None for layer in layers.values()):
+    if not layers or any(layer.gate is None for layer in layers.values()):
         raise UserError("the model has no gated SoRA adapters: call inject_sora(model) and train it first")
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the adapter")
     factors = {
-        name: (layer.lora_A.detach(), layer.lora_B.detach(), None if layer.gate is None else layer.gate.detach())
+        name: (layer.lora_A.detach().float(), layer.lora_B.detach().float(), layer.gate.detach().float())
         for name, layer in layers.items()
-        if layer.lora_A is not None and layer.lora_B is not None
+        if layer.lora_A is not None and layer.lora_B is not None and layer.gate is not None
     }
-    cut_adapters(model, cut_slots(factors))
+    dtypes = {name: layer.lora_A.dtype for name, layer in layers.items() if layer.lora_A is not None}
+    cut = cut_slots(factors)
+    cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
     return model
 
 
@@ -279,13 +287,13 @@ def export_verified(
     )
     with export.reloaded(model, temporary, probe_ids) as check:
         eval_loss = None if eval_loss_of is None else eval_loss_of(check.peft_model)
+    worst = export.worst_of(gather_objects(check.errors))
     if eval_loss is not None:
         metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
-        provenance = export.with_metrics(provenance, metrics)
+        provenance = replace(provenance, metrics=metrics)
     barrier()  # the main process renames the folder that the others may still be reading
     certificate = on_main(
-        lambda: export.certify_and_publish(model, temporary, folder, layout, check, provenance),
-        world,
+        lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance), world
     )
     return Exported(folder, certificate, eval_loss)
 

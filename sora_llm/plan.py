@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from sora_llm import schedule
@@ -55,7 +56,8 @@ def make_plan(config: Config, strategy: str, world: World, num_rows: int) -> Pla
     if train.max_steps is not None:
         total_steps = train.max_steps
     else:
-        total_steps = math.ceil((train.num_train_epochs or 0) * steps_per_epoch(num_rows, rows_per_step))
+        epochs = Fraction(str(train.num_train_epochs))  # as the decimal that was written: 1.1 · 100 steps are 110
+        total_steps = math.ceil(epochs * steps_per_epoch(num_rows, rows_per_step))
     phases = schedule.phases(total_steps, sora.dense_ratio, sora.consensus_at)
     if phases.dense_end == phases.sparsify_end:
         raise UserError(

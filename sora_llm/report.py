@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from sora_llm.files import write_text_atomically
+
 
 class JsonLines:
     """An append-only file of one JSON object per line; every line is on its way to the disk when `write` returns."""
@@ -22,9 +24,9 @@ class JsonLines:
         self.path = path
         kept: dict[int, str] = {}
         for line in read_json_lines(path):
-            if line["step"] <= last_step:
+            if line.get("step", math.inf) <= last_step:
                 kept.setdefault(line["step"], json.dumps(line) + "\n")
-        path.write_text("".join(kept.values()))
+        write_text_atomically(path, "".join(kept.values()))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""
@@ -39,15 +41,18 @@ def _is_nan(value: Any) -> bool:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, [] where it is missing; reading stops at a torn line."""
+    """The objects of a .jsonl file, [] where it is missing; reading stops at a line that is no JSON object."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
     for text in path.read_text().splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
 
 

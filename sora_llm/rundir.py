@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import psutil
 import torch
 
 from sora_llm import __version__
-from sora_llm.checkpoint import write_status, write_text_atomically
+from sora_llm.checkpoint import write_status
+from sora_llm.errors import RunFailed
+from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
@@ -50,11 +54,12 @@ class RunDirectory:
             self.checkpoint = self.path / resumed_from.resolve().relative_to(self.path.resolve())
         if not self.is_main:
             return
-        write_text_atomically(self.path / "config.yaml", config_yaml)
-        write_text_atomically(self.path / "env.json", _json(env))
         last_step = -1 if resumed_from is None else first_step
-        self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
-        self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
+        with self._writing():
+            write_text_atomically(self.path / "config.yaml", config_yaml)
+            write_text_atomically(self.path / "env.json", _json(env))
+            self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
+            self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
 
@@ -63,7 +68,8 @@ class RunDirectory:
         self.step, self.phase = step, phase
         if not self.is_main:
             return
-        line = self._metrics.write({"step": step, "phase": phase, **fields})
+        with self._writing():
+            line = self._metrics.write({"step": step, "phase": phase, **fields})
         self.last_metrics = line
         self._progress.show(line)
         self.status("running")
@@ -73,17 +79,21 @@ class RunDirectory:
     def ranks(self, step: int, ranks: Mapping[str, int]) -> None:
         """One line of ranks.jsonl."""
         if self.is_main:
-            self._ranks.write({"step": step, "ranks": dict(ranks)})
+            with self._writing():
+                self._ranks.write({"step": step, "ranks": dict(ranks)})
 
     def samples(self, answers: Sequence[Mapping[str, str]]) -> None:
         """samples.jsonl: {"prompt", "base", "adapted"} per prompt."""
         if self.is_main:
-            write_text_atomically(self.path / "samples.jsonl", "".join(_json(answer, None) for answer in answers))
+            with self._writing():
+                write_text_atomically(self.path / "samples.jsonl", "".join(_json(answer, None) for answer in answers))
 
     def status(self, state: str, *, phase: str | None = None, error: str | None = None) -> None:
         """Replace status.json."""
         self.phase = phase or self.phase
-        if self.is_main:
+        if not self.is_main:
+            return
+        with self._writing():
             self.last_status = write_status(
                 self.path,
                 state,
@@ -94,10 +104,18 @@ class RunDirectory:
                 error=error,
             )
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(
+                f"{self.path} cannot be written ({error.strerror}); checkpoints are whole: make room and start the "
+                "same command again"
+            ) from error
+
 
 def _json(value: Mapping[str, Any], indent: int | None = 1) -> str:
-    import json
-
     return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
@@ -126,11 +144,12 @@ def environment(*, num_processes: int, strategy: str, zero_stage: int | None) ->
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, None where it is not in a git checkout."""
+    """The commit of the code that runs, None where the package is not in its own git checkout."""
+    package = Path(__file__).resolve().parent
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        output = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        output = subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return output.stdout.strip() or None if output.returncode == 0 else None
+    top, _, commit = output.stdout.strip().partition("\n")
+    return commit if output.returncode == 0 and Path(top) == package.parent else None

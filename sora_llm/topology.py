@@ -162,8 +162,12 @@ def deepspeed_config(
     if user_config is None:
         return ours
     _refuse_optimizer_offload(user_config)
-    if "optimizer" in user_config or "scheduler" in user_config:
-        raise UserError("the DeepSpeed config names an optimizer or a scheduler; both belong to sora_llm: remove them")
+    for key in ("optimizer", "scheduler", "amp", "torch_autocast", "train_batch_size"):
+        if user_config.get(key, "auto") != "auto":
+            raise UserError(
+                f"the DeepSpeed config sets {key}, which belongs to this run's own config (batch sizes, optimizer and "
+                "precision are taken from there); remove that key"
+            )
     return _merged_under(user_config, ours, "")
 
 

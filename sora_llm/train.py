@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import checkpoint, distributed, pipeline
-from sora_llm.backbone import DTYPES, load_backbone, tokenizer_files
+from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.data.loader import share, step_rows, steps_per_epoch
-from sora_llm.distributed import Engine, on_main
+from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
+from sora_llm.files import user_path
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.inputs import (
     Inputs,
@@ -36,6 +37,7 @@ from sora_llm.inputs import (
     check_inputs,
     check_output,
     estimate_memory,
+    exported_template,
     load_data,
     prompt_ids,
     target_modules,
@@ -108,20 +110,22 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     strategy = resolve_strategy(config.distributed.strategy, world, os.environ, config.model.dtype)
     zero_options = deepspeed_options(config, strategy)
     inputs = check_inputs(config, strategy)
-    run_dir = Path(config.output.output_dir).expanduser()
+    run_dir = user_path(config.output.output_dir, "output.output_dir")
     check_output(run_dir, config.output.resume)
 
     with contextlib.ExitStack() as stack:
         accelerator = stack.enter_context(process_group(config, strategy, world, run_dir, zero_options))
         data = load_data(config, inputs, world)
         plan = make_plan(config, strategy, world, len(data.train))
-        if not dry_run and (finished := finished_before(plan, run_dir, world)):
+        if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
         job = Job(inputs, plan, world, accelerator, data)
         announce(job)
         if dry_run:
             return rehearse(job)
-        on_main(lambda: stack.enter_context(checkpoint.run_lock(run_dir)) and None, world)
+        on_main(lambda: stack.enter_context(checkpoint.run_lock(run_dir)), world)
+        if finished := on_main(lambda: finished_before(plan, run_dir, world), world):  # while this one waited
+            return finished
         return run_in(job, run_dir)
 
 
@@ -131,12 +135,15 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
 def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
     """The DeepSpeed config of a ZeRO run, None for the other strategies."""
     user_file = config.distributed.deepspeed_config
+    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if strategy not in ZERO_STAGES:
         if user_file is not None:
             raise UserError(
                 f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"
             )
         return None
+    if user_file is None and launcher_file != "none":
+        user_file = launcher_file
     return deepspeed_config(
         strategy,
         max_grad_norm=config.train.max_grad_norm,
@@ -150,6 +157,7 @@ def process_group(
     config: Config, strategy: str, world: World, run_dir: Path, zero_options: dict[str, Any] | None
 ) -> Iterator[Any]:
     """The accelerator of this run, ended with it."""
+    environ = dict(os.environ)
     accelerator = distributed.make_accelerator(
         strategy,
         world,
@@ -160,8 +168,12 @@ def process_group(
     )
     try:
         yield accelerator
-    finally:
-        distributed.end(accelerator)
+    except BaseException:
+        # The others may be in a collective that this process will never join: leave the group to its end with us.
+        if world.num_processes == 1:
+            distributed.end(accelerator, environ)
+        raise
+    distributed.end(accelerator, environ)
 
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
@@ -172,16 +184,18 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     """
     resume = plan.config.output.resume
     if resume not in ("auto", "never"):
-        state = checkpoint.read_state(Path(resume).expanduser())
+        state = checkpoint.read_state(user_path(resume, "output.resume"))
         refuse_other_config(plan, state["config"], state["num_processes"], world, resume)
-        return None
     saved, env = run_dir / "config.yaml", run_dir / "env.json"
     if not saved.exists() or not env.exists():
         return None
-    num_processes = json.loads(env.read_text())["num_processes"]
+    try:
+        num_processes = json.loads(env.read_text())["num_processes"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
     refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
     status = checkpoint.read_status(run_dir)
-    if status is None or status["state"] != "finished":
+    if status is None or status.get("state") != "finished" or resume not in ("auto", "never"):
         return None
     adapter = run_dir / status["adapter"]
     say(
@@ -244,7 +258,7 @@ def say(world: World, text: str) -> None:
 
 
 def run_in(job: Job, run_dir: Path) -> RunResult:
-    """Train, cut and export into `run_dir`, which the main process holds; its status is true however this ends."""
+    """Train, cut and export into `run_dir`, which the main process holds; an exception leaves the status "failed"."""
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
@@ -255,7 +269,7 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     assert engine.zero_stage == zero_stage
     on_main(
         lambda: directory.begin(
-            config_yaml=to_yaml(job.config),
+            config_yaml=to_yaml(replace(job.config, output=replace(job.config.output, resume="auto"))),
             env=env,
             total_steps=job.plan.total_steps,
             first_step=start.step,
@@ -264,11 +278,12 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         job.world,
     )
     try:
-        job.accelerator.init_trackers("sora_llm")
+        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config))
         train(job, engine, tally, directory, start.step)
         return agree_cut_export(job, engine, directory)
     except BaseException as error:
-        directory.status("failed", error=str(error) or type(error).__name__)
+        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
+            directory.status("failed", error=str(error) or type(error).__name__)
         raise
 
 
@@ -282,20 +297,31 @@ class StartPoint:
 
 
 def resume_point(job: Job, run_dir: Path) -> StartPoint:
-    """Where the run starts; the main process looks, everybody gets the same answer (collective)."""
+    """Where the run starts; the main process looks, everybody gets the same answer (collective).
+
+    Raises:
+        UserError: the checkpoint is of another config or of other data.
+    """
+    return on_main(lambda: _newest_start(job, run_dir), job.world)
+
+
+def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     resume = job.config.output.resume
-
-    def look() -> tuple[Path | None, list[str]]:
-        if resume in ("auto", "never"):
-            return checkpoint.newest(run_dir)
-        return Path(resume).expanduser(), []
-
-    folder, warnings = on_main(look, job.world)
-    for warning in warnings:
-        say(job.world, f"passed over: {warning}")
+    if resume in ("auto", "never"):
+        folder, warnings = checkpoint.newest(run_dir)
+        for warning in warnings:
+            say(job.world, f"passed over: {warning}")
+    else:
+        folder = user_path(resume, "output.resume")
     if folder is None:
         return StartPoint()
     state = checkpoint.read_state(folder)
+    refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
+    if state["data"] != job.data.fingerprint:
+        raise UserError(
+            f"the data is not what {folder} was trained on ({job.data.fingerprint} now, {state['data']} then); restore "
+            "the files, or name a new output.output_dir"
+        )
     say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
     return StartPoint(state["step"], folder, state)
 
@@ -303,13 +329,16 @@ def resume_point(job: Job, run_dir: Path) -> StartPoint:
 def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
     """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
     sora, settings = job.config.sora, job.config.train
-    model = load_backbone(
-        job.inputs.backbone, job.accelerator.device, gradient_checkpointing=settings.gradient_checkpointing
+    model = on_every(
+        lambda: load_backbone(
+            job.inputs.backbone, job.accelerator.device, gradient_checkpointing=settings.gradient_checkpointing
+        )
     )
     torch.manual_seed(settings.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
     parameters = adapter_parameters(model)
-    tensors = {} if start.folder is None else checkpoint.read_tensors(start.folder)
+    folder = start.folder
+    tensors = {} if folder is None else on_every(lambda: checkpoint.read_tensors(folder))
     if tensors:  # before the engine is made: ZeRO copies its masters from the module
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -338,7 +367,9 @@ def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, first
     """
     config, plan, world = job.config, job.plan, job.world
     if first_step == 0 and job.data.dev is not None:
-        directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **rank_fields(engine)})
+        directory.metrics(
+            0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **current_ranks(engine).fields}
+        )
     tally.restart_clock()
     for step in range(first_step, plan.total_steps):
         done = step + 1
@@ -357,6 +388,7 @@ def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, first
             )
         evaluate_now = job.data.dev is not None and is_due(config.evaluation.eval_steps, done)
         if last or evaluate_now or is_due(config.output.logging_steps, done):
+            ranks = current_ranks(engine)
             fields = {
                 **tally.flush(),
                 "learning_rate": rates["learning_rate"],
@@ -366,13 +398,13 @@ def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, first
                 "supervised_tokens": step_tokens,
                 "skipped_steps": tally.skipped_steps,
                 "peak_memory_gib": peak_memory_gib(),
-                **rank_fields(engine),
+                **ranks.fields,
             }
             if evaluate_now:
                 fields["eval_loss"] = dev_loss(job, engine.model)
             directory.metrics(done, plan.phases.at(step), fields)
             if plan.phases.at(step) == SPARSIFY:
-                directory.ranks(done, current_ranks(engine).ranks)
+                directory.ranks(done, ranks.ranks)
             tally.restart_clock()
         if last or is_due(config.output.save_steps, done):
             save_checkpoint(job, engine, tally, directory, done)
@@ -413,12 +445,6 @@ def current_ranks(engine: Engine) -> pipeline.RankReport:
     return pipeline.rank_report(adapters(engine.module), engine.gates())
 
 
-def rank_fields(engine: Engine) -> dict[str, float]:
-    """mean_rank and kept_params as metrics.jsonl has them (collective)."""
-    report = current_ranks(engine)
-    return {"mean_rank": report.mean_rank, "kept_params": report.kept_params}
-
-
 def save_checkpoint(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, step: int) -> None:
     """Write the canonical state of the run after `step` steps (collective; the main process writes)."""
     moments, optimizer_steps = engine.optimizer_state()
@@ -428,6 +454,7 @@ def save_checkpoint(job: Job, engine: Engine, tally: Tally, directory: RunDirect
         "optimizer_steps": optimizer_steps,
         "tally": tally.state(),
         "num_processes": job.world.num_processes,
+        "data": job.data.fingerprint,
         "config": to_dict(job.config),
     }
     keep = job.config.output.save_total_limit
@@ -445,7 +472,7 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
     masters = engine.masters()
     with engine.released() as model:
         ranks = pipeline.cut_by_consensus(engine, model, masters, job.world)
-        fields: dict[str, Any] = {"mean_rank": ranks.mean_rank, "kept_params": ranks.kept_params}
+        fields: dict[str, Any] = ranks.fields
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
         exported = pipeline.export_verified(
@@ -457,19 +484,15 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
                 base_model=config.model.name_or_path,
                 data=[dataset.path for dataset in config.data.datasets],
                 metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
-                tokenizer_files=tokenizer_files(job.inputs.backbone),
-                chat_template=job.inputs.chat_template if config.data.chat_template else None,
+                tokenizer_files=job.inputs.tokenizer_files,
+                chat_template=exported_template(config, job.inputs),
             ),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
             eval_loss_of=None if job.data.dev is None else lambda peft_model: dev_loss(job, peft_model),
         )
-        if config.evaluation.sample_prompts and job.world.is_main:
-            prompts = {text: prompt_ids(config, job.inputs, text) for text in config.evaluation.sample_prompts}
-            answers = pipeline.sample_answers(model, job.inputs.tokenizer, prompts)
-            directory.samples(answers)
-            for answer in answers:
-                print(f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
+        if job.world.is_main:
+            answer_samples(job, model, directory)
     if exported.eval_loss is not None:
         fields["eval_loss_exported"] = exported.eval_loss
     directory.metrics(total_steps, "export", fields)
@@ -482,11 +505,39 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
-    return RunResult(exported.folder, directory.last_metrics, directory.last_status)
+    metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
+    return RunResult(exported.folder, metrics, status)
+
+
+def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
+    """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
+
+    A model that cannot generate costs the samples, not the run.
+    """
+    prompts = {text: prompt_ids(job.config, job.inputs, text) for text in job.config.evaluation.sample_prompts}
+    if not prompts:
+        return
+    try:
+        answers = pipeline.sample_answers(model, job.inputs.tokenizer, prompts)
+    except Exception as error:
+        say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
+        return
+    directory.samples(answers)
+    for answer in answers:
+        say(job.world, f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
+
+
+def hyperparameters(config: Config) -> dict[str, int | float | str]:
+    """The config as trackers take it: one flat dict of plain values."""
+    return {
+        f"{section}.{key}": value if isinstance(value, int | float | str) else json.dumps(value)
+        for section, values in to_dict(config).items()
+        for key, value in values.items()
+    }
 
 
 def probe(job: Job, num_tokens: int = 64) -> Tensor:
-    """Token ids (1, T) of real text for the export's logits check: the start of the first row that is long enough."""
+    """Token ids (1, T) of real text for the export's logits check: the start of the longest row."""
     rows = job.data.dev if job.data.dev is not None else job.data.train
     longest = int(rows.lengths.argmax())
     return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
@@ -499,6 +550,10 @@ def rehearse(job: Job) -> RunResult:
         engine.set_rates(**job.plan.rates(0))
         batches, step_tokens, tokens = next_batches(job, 0)
         loss_sum, outcome = train_step(engine, batches, step_tokens, job.world.num_processes)
+        if outcome.skipped:
+            raise RunFailed(
+                "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
+            )
         tally.add(loss_sum, outcome, step_tokens, tokens)
         directory = RunDirectory(Path(folder), is_main=job.world.is_main)
         save_checkpoint(job, engine, tally, directory, 1)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from sora_llm import checkpoint
+from sora_llm import files as file_functions
 from sora_llm.errors import RunFailed, UserError
 
 TENSORS = {
@@ -176,7 +177,7 @@ def test_a_full_disk_fails_the_run_and_leaves_older_checkpoints_whole(tmp_path, 
     assert checkpoint.newest(tmp_path) == (folder, [])
 
 
-@pytest.mark.parametrize("failing", ["write_text_atomically", "_fsync", "file_sha256"])
+@pytest.mark.parametrize("failing", ["write_text_atomically", "fsync", "file_sha256"])
 def test_a_disk_that_fails_at_any_later_moment_does_no_more_harm(tmp_path, monkeypatch, failing):
     folder = saved(tmp_path, 1)
     before = files(tmp_path)
@@ -226,7 +227,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_status(tmp_path, monkeypatch
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_fsync", fail)
+    monkeypatch.setattr(file_functions, "fsync", fail)
     with pytest.raises(OSError):
         checkpoint.write_status(tmp_path, "finished", step=2, phase="done")
     assert checkpoint.read_status(tmp_path)["state"] == "running"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import randomise_all, relative_error, tiny_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import export
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
@@ -202,6 +202,13 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     assert certificate["logits_error"] < 2e-5
 
 
+def gradients(model):
+    model.zero_grad()
+    model.train(mode)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def damage_tensors(change):
     def tampered(tensors, path, **options):
         name = next(name for name, t in tensors.items() if ".lora_B." in name and t.any())
@@ -241,13 +248,13 @@ def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_
     folder = tmp_path / "adapter"
     if older:
         folder.mkdir()
-        (folder / "precious").write_text("kept")
+        (folder / "adapter_config.json").write_text("kept")
     model = trained_model("float32", stories)
     expected = logits(model)
     monkeypatch.setattr(export, what, damage())
-    with pytest.raises(RunFailed, match=r"the exported adapter is not the trained one: ΔW of .*nothing was exported"):
+    with pytest.raises(RunFailed, match=r"the exported adapter is not the trained one: .*nothing was exported"):
         export_adapter(model, folder)
-    assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "precious"] if older else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "adapter_config.json"] if older else [])
     assert torch.equal(logits(model), expected)
 
 
@@ -260,9 +267,48 @@ def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, t
         return real(of_model, ids) * (1.01 if type(of_model).__name__.startswith("Peft") else 1.0)
 
     monkeypatch.setattr(export, "_logits", skewed)
-    with pytest.raises(RunFailed, match="logits by"):
+    with pytest.raises(RunFailed, match="logits are off by"):
         export_adapter(model, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_forward_that_leaves_the_adapter_out_is_noticed_even_if_its_effect_is_small(stories, tmp_path, monkeypatch):
+    """Beside bf16 rounding a young adapter's effect on the logits is small; its direction still tells."""
+    model = trained_model("bfloat16", stories)
+    for layer in adapters(model).values():
+        layer.lora_B.data.mul_(0.02)
+    real = export.load_adapter
+
+    def inactive(base, folder):
+        loaded = real(base, folder)
+        loaded.disable_adapter_layers()
+        return loaded
+
+    monkeypatch.setattr(export, "load_adapter", inactive)
+    with pytest.raises(RunFailed, match=r"PEFT's forward shows -?0\.00 of the adapter's effect"):
+        export_adapter(model, tmp_path / "adapter")
+    monkeypatch.setattr(export, "load_adapter", real)
+    export_adapter(model, tmp_path / "adapter")
+
+
+def test_a_folder_with_something_else_in_it_is_not_replaced(stories, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no adapter"):
+        export_adapter(trained_model("float32", stories), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_an_export_in_the_middle_changes_no_gradient_on_a_4_bit_base_of_ones_own(stories, tmp_path):
+    """The base comes from transformers, not from our loader: bitsandbytes would repack its weights in eval mode."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(stories, quantization_config=quantization, dtype=torch.bfloat16)
+    inject_sora(model, r=4)
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    before = gradients(model)
+    export_adapter(model, tmp_path / "adapter")
+    after = gradients(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 # ----- empty adapters -------------------------------------------------------------------------------------------------
@@ -324,11 +370,6 @@ def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp
 @pytest.mark.parametrize("kind", ["float32", "nf4"])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_the_exported_model_goes_on_training_as_if_nothing_had_happened(stories, tmp_path, kind, mode):
-    def gradients(model):
-        model.zero_grad()
-        model.train(mode)
-        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     model = trained_model(kind, stories)
     before, layers, names = gradients(model), adapters(model), dict(model.named_parameters())

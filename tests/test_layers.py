@@ -12,12 +12,12 @@ PACKAGE = Path(sora_llm.__file__).parent
 # From the bottom up; a module imports only from the lines below its own. `config` stands beside them all.
 LAYERS = [
     {"errors"},
+    {"files"},
     {"topology", "sora", "schedule"},
     {"consensus", "inject", "optim"},
     {"distributed"},
     {"backbone"},
-    {"data", "checkpoint", "report"},
-    {"export"},  # takes file_sha256 from checkpoint
+    {"data", "checkpoint", "report", "export"},
     {"pipeline", "loop", "rundir"},
     {"inputs"},
     {"plan"},

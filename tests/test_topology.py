@@ -192,8 +192,8 @@ def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
         ({"zero_optimization": 2}, "zero_optimization to 2; it must be a JSON object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer to 'cpu'; it must be a JSON object"),
         ({"bf16": True}, "bf16 to True"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer or a scheduler"),
-        ({"scheduler": {"type": "WarmupLR"}}, "optimizer or a scheduler"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer and precision"),
+        ({"scheduler": {"type": "WarmupLR"}}, "optimizer and precision"),
     ],
 )
 def test_a_key_that_contradicts_the_run_is_named(user, named):

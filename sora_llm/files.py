@@ -1,0 +1,57 @@
+"""Files that are complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from sora_llm.errors import UserError
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last."""
+    for path in temporary.iterdir():
+        fsync(path)
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def user_path(text: str, key: str) -> Path:
+    """A path as the config has it, ~ expanded; UserError for a home that does not exist."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key} is {text!r}: {error}") from None
