@@ -202,7 +202,7 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     assert certificate["logits_error"] < 2e-5
 
 
-def gradients(model):
+def gradients(model, mode=True):
     model.zero_grad()
     model.train(mode)
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
@@ -372,14 +372,14 @@ def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp
 def test_the_exported_model_goes_on_training_as_if_nothing_had_happened(stories, tmp_path, kind, mode):
 
     model = trained_model(kind, stories)
-    before, layers, names = gradients(model), adapters(model), dict(model.named_parameters())
+    before, layers, names = gradients(model, mode), adapters(model), dict(model.named_parameters())
     export_adapter(model, tmp_path / "adapter")
     assert model.training is mode
     assert adapters(model) == layers
     after_names = dict(model.named_parameters())
     assert after_names.keys() == names.keys()
     assert all(after_names[name] is p and p.requires_grad == (name in before) for name, p in names.items())
-    after = gradients(model)
+    after = gradients(model, mode)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False)
