@@ -1,0 +1,223 @@
+"""Run a worker function in real processes of one process group and bring back what each of them returns.
+
+    results = spawn("worlds:strategy_world", 2, {"strategy": "zero2"}, timeout=120)
+
+The worker is a module-level function "module:function" of this folder, called with the keyword arguments (anything JSON
+holds) in every process, after RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT have been set as a launcher
+sets them.  What it returns is whatever torch.save takes and torch.load takes back with weights_only=True.
+
+A worker that fails or hangs gives a WorkerError that quotes the end of every process's output, and everything that was
+started is ended.  A worker whose pytest is gone ends itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+GRACE_SECONDS = 20  # after one process failed: how long the others get to fail for their own, better reasons
+QUOTED_LINES = 25
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class WorkerError(AssertionError):
+    """A spawned process failed or did not end in time."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher would have said, one thread per process."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith("ACCELERATE_")
+    }
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), str(TESTS), os.environ.get("PYTHONPATH")]))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+
+
+def spawn(
+    worker: str, num_processes: int, arguments: Mapping[str, Any] | None = None, *, timeout: float = 120
+) -> list[Any]:
+    """What `worker(**arguments)` returned in each of `num_processes` processes, in their order.
+
+    Raises:
+        WorkerError: a process failed, or not all had ended after `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="sora_llm_spawn_") as name:
+        folder = Path(name)
+        (folder / "call.json").write_text(json.dumps({"worker": worker, "arguments": dict(arguments or {})}))
+        port = str(free_port())
+        processes = []
+        try:
+            for index in range(num_processes):
+                launched = {
+                    "RANK": str(index),
+                    "LOCAL_RANK": str(index),
+                    "WORLD_SIZE": str(num_processes),
+                    "LOCAL_WORLD_SIZE": str(num_processes),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                with (folder / f"output-{index}").open("w") as output:
+                    process = subprocess.Popen(
+                        [sys.executable, __file__, str(folder)],
+                        env=environment(**launched),
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                processes.append(process)
+            verdict = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                end_group(process)
+        if verdict is not None:
+            outputs = [(folder / f"output-{index}").read_text(errors="replace") for index in range(num_processes)]
+            raise WorkerError(f"{worker}: {verdict}\n" + "\n".join(map(_quote, range(num_processes), outputs)))
+
+        import torch
+
+        return [torch.load(folder / f"result-{index}.pt", weights_only=True) for index in range(num_processes)]
+
+
+def _wait(processes: Sequence[subprocess.Popen], timeout: float) -> str | None:
+    """None when all ended well, else what went wrong."""
+    deadline, failed = time.monotonic() + timeout, False
+    while any(process.poll() is None for process in processes):
+        if not failed and any(process.poll() for process in processes):
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = {index: process.poll() for index, process in enumerate(processes)}
+    if not any(code != 0 for code in codes.values()):
+        return None
+    bad = [
+        f"process {i} {'did not end' if code is None else f'ended with {code}'}"
+        for i, code in codes.items()
+        if code != 0
+    ]
+    hung = not any(codes.values())  # nobody failed: time was up
+    return ", ".join(bad) + (f" within {timeout:g} s" if hung else "")
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process that was started in a session of its own, and all it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _quote(index: int, output: str) -> str:
+    lines = output.rstrip().splitlines()[-QUOTED_LINES:]
+    return "\n".join([f"--- process {index}", *lines])
+
+
+def run_command(command: Sequence[str], *, timeout: float = 180, **variables: str) -> tuple[int, str]:
+    """(exit code, stdout and stderr) of a command in the repository's root; all it started is ended with it.
+
+    Raises:
+        WorkerError: it did not end in time.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            list(command),
+            cwd=REPOSITORY,
+            env=environment(**variables),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end_family(process)
+        output.seek(0)
+        text = output.read()
+    if code is None:
+        raise WorkerError(f"{' '.join(command)} did not end within {timeout:g} s\n{_quote(0, text)}")
+    return code, text
+
+
+def _end_family(process: subprocess.Popen) -> None:
+    """End a launcher and its workers, each of which has a session of its own."""
+    import psutil
+
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    end_group(process)
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@functools.cache
+def warm_deepspeed(timeout: float = 540) -> None:
+    """Build DeepSpeed's one CPU op into TORCH_EXTENSIONS_DIR, once, so that no test's timeout has to allow for it.
+
+    A build that was killed leaves a lock file there on which every later process would wait for ever: it is removed.
+    """
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm"
+    if not (folder / "deepspeed_shm_comm.so").exists():
+        (folder / "lock").unlink(missing_ok=True)
+        spawn("spawn:build_deepspeed_op", 1, timeout=timeout)
+
+
+def build_deepspeed_op() -> None:
+    """Worker of `warm_deepspeed`."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load()
+
+
+def _end_with_parent() -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _main(folder: Path) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    call = json.loads((folder / "call.json").read_text())
+    module, function = call["worker"].split(":")
+
+    import torch
+
+    torch.set_num_threads(1)
+    result = getattr(importlib.import_module(module), function)(**call["arguments"])
+    temporary = folder / f"result-{os.environ['RANK']}.tmp"
+    torch.save(result, temporary)
+    temporary.rename(temporary.with_suffix(".pt"))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may still hold the connection of a group whose other members are gone
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
