@@ -8,6 +8,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 install_into_venv .
+export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also where there is one GPU
 
 echo "base model and data (once, about a minute; outputs/demo)"
 warm_deepspeed &

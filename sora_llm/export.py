@@ -137,7 +137,7 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, base_mode
         # Full names, also as pattern keys: a suffix would match the pruned modules too.
         options["target_modules"] = sorted(live) or [next(iter(factors))]
         options |= {"rank_pattern": live, "alpha_pattern": dict(live)}
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         r=r,
@@ -148,6 +148,8 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, base_mode
         inference_mode=True,
         **options,
     )
+    config.target_modules = options["target_modules"]  # PEFT makes a set of it, whose order is random
+    return config
 
 
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
