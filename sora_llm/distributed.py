@@ -509,8 +509,11 @@ def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     accelerator.end_training()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if "deepspeed" in sys.modules:
-        sys.modules["deepspeed"].comm.comm.cdb = None
+    if "deepspeed" in sys.modules:  # its groups belong to the process group that is gone
+        import deepspeed
+
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in set(os.environ) - set(environ):
