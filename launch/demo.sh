@@ -17,4 +17,9 @@ python launch/demo_base.py --out outputs/demo
 wait "$warming"
 
 accelerate launch --config_file launch/cpu.yaml -m sora_llm.train configs/demo.yaml "$@"
-python launch/demo_summary.py outputs/demo/run
+
+run=outputs/demo/run
+for override in "$@"; do
+  case $override in output.output_dir=*) run=${override#output.output_dir=} ;; esac
+done
+python launch/demo_summary.py "$run"

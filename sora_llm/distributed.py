@@ -7,6 +7,7 @@ main-process branch.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import sys
@@ -83,7 +84,8 @@ def make_accelerator(
         options["cpu"] = not cuda  # without it several CPU processes are never synchronised
     if strategy == "none":
         os.environ.pop("LOCAL_RANK", None)  # of torchrun with one process: accelerate would make a group of one
-    accelerator = Accelerator(**options)
+    with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
+        accelerator = Accelerator(**options)  # DeepSpeed says on every process what it compiled
     _assert_world(accelerator, strategy, world)
     return accelerator
 
