@@ -278,7 +278,8 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         job.world,
     )
     try:
-        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config))
+        own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
+        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
         train(job, engine, tally, directory, start.step)
         return agree_cut_export(job, engine, directory)
     except BaseException as error:
