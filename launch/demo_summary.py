@@ -25,7 +25,7 @@ def main(run_dir: Path) -> None:
     print(f"""
 dev loss     {first["eval_loss"]:.3f} before, {last["eval_loss"]:.3f} after ({reloaded:.3f} reloaded)
 mean rank    {first["mean_rank"]:g} before, {last["mean_rank"]:.2f} after; {num_pruned} of {len(modules)} modules at 0
-adapter      {adapter} ({weights.stat().st_size / 2**20:.2f} MiB, {last["kept_params"]:,} live parameters)
+adapter      {adapter} ({weights.stat().st_size / 2**20:.2f} MiB, {last["kept_params"]:,} parameters kept)
 self-check   {verdict}: PEFT reloads it, ΔW within {delta_error:.0e}, logits within {certificate["logits_error"]:.0e}
 
 from peft import PeftModel

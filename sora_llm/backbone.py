@@ -57,6 +57,20 @@ class BackboneSpec:
         return user_path(self.name_or_path, "model.name_or_path")
 
     @property
+    def load_call(self) -> str:
+        """The arguments of from_pretrained, as Python text, that load this backbone as it is trained beside."""
+        options = f"dtype=torch.{self.dtype}"
+        if self.load_in_8bit:
+            return f"{options}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+        if not self.load_in_4bit:
+            return options
+        return (
+            f"{options}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+            f'bnb_4bit_quant_type="{self.quant_type}",'
+            f" bnb_4bit_use_double_quant={self.double_quant}, bnb_4bit_compute_dtype=torch.{self.compute_dtype})"
+        )
+
+    @property
     def source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
@@ -149,6 +163,8 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
         return factory.from_pretrained(str(spec.folder), **spec.source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
+        if not spec.folder.is_dir():
+            reason = f"there is no such folder, and from the hub: {reason}"
         raise UserError(
             f"the {what} of model.name_or_path {spec.name_or_path} cannot be loaded: {reason[:300]}"
         ) from error

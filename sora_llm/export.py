@@ -44,6 +44,8 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
+    load_options: str = ""
+    """How the base was loaded: the other arguments of from_pretrained, as Python text."""
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -351,6 +353,15 @@ def certify_and_publish(
 # ------------------------------------------------------------------------------------------------------ model card
 
 
+def _trained_beside(provenance: Provenance) -> str:
+    if not provenance.load_options:
+        return ""
+    return (
+        "The adapter was trained and evaluated beside the base loaded with (`import torch`, "
+        f"`from transformers import BitsAndBytesConfig`)\n\n    {provenance.load_options}\n"
+    )
+
+
 def _template_line(provenance: Provenance) -> str:
     if provenance.chat_template is None:
         return ""
@@ -382,8 +393,8 @@ tags: [lora, sora]
 # LoRA adapter for {base}
 
 Trained with SoRA (a gate per rank, pruned by proximal gradient) and exported as a plain LoRA: layout `{layout}`, scale
-folded into the factors (`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules, {parameters:,} live
-parameters.
+folded into the factors (`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size),
+{parameters:,} parameters in them.
 
 {metrics}
 {_template_line(provenance)}
@@ -397,6 +408,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder.name}")
 ```
+{_trained_beside(provenance)}
 vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter={folder.name}`
 
 ## Data

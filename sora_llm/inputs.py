@@ -213,7 +213,7 @@ def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
         UserError: bad rows, nothing to train on, fewer rows than processes.
     """
     train, report = prepare_rows(config, inputs, inputs.datasets, world)
-    descriptions, dev = [f"data: {describe(report)}"], None
+    descriptions, dev = [f"data: {describe(report)}", *loss_warning(report, config.data.sequence_len)], None
     if inputs.val_datasets:
         dev, dev_report = prepare_rows(config, inputs, inputs.val_datasets, world)
         descriptions.append(f"dev data: {describe(dev_report)}")
@@ -265,6 +265,16 @@ def describe(report: DataReport) -> str:
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return "; ".join(parts)
+
+
+def loss_warning(report: DataReport, sequence_len: int) -> list[str]:
+    """A line if more than a twentieth of the rows was left out for its length."""
+    if report.too_long <= 0.05 * report.rows_read:
+        return []
+    return [
+        f"warning: {report.too_long / report.rows_read:.0%} of the rows are longer than data.sequence_len "
+        f"{sequence_len} and were left out; raise it, or set data.excess_length: truncate"
+    ]
 
 
 def exported_template(config: Config, inputs: Inputs) -> str | None:

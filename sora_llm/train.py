@@ -57,7 +57,7 @@ from sora_llm.topology import (
     resolve_strategy,
 )
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values read as YAML; null unsets")
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; overrides have no dashes: train.max_steps=5")
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         if arguments.print_config:
@@ -95,6 +97,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
         if is_main:
             print(f"sora_llm: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        if is_main:
+            print("sora_llm: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return EXIT_FINISHED
 
 
@@ -247,6 +253,13 @@ def announce(job: Job) -> None:
             "or raise sora.gate_lr",
         )
 
+    if plan.config.sora.threshold == "decoupled" and (plan.config.sora.sparse_lambda or 0) >= 1:
+        say(
+            world,
+            f"warning: sora.sparse_lambda is {plan.config.sora.sparse_lambda:g}; from 1 on the decoupled threshold "
+            "shrinks every gate whatever its gradient",
+        )
+
 
 def say(world: World, text: str) -> None:
     """Print a line once, however many processes there are."""
@@ -284,7 +297,8 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         return agree_cut_export(job, engine, directory)
     except BaseException as error:
         with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
-            directory.status("failed", error=str(error) or type(error).__name__)
+            interrupted = isinstance(error, KeyboardInterrupt)
+            directory.status("failed", error="interrupted" if interrupted else str(error) or type(error).__name__)
         raise
 
 
@@ -487,6 +501,7 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
                 metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
                 tokenizer_files=job.inputs.tokenizer_files,
                 chat_template=exported_template(config, job.inputs),
+                load_options=job.inputs.backbone.load_call,
             ),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
@@ -564,7 +579,7 @@ def rehearse(job: Job) -> RunResult:
     say(
         job.world,
         "dry run: one step and one save worked, nothing was kept\n"
-        f"  trainable parameters  {memory.trainable_parameters:,} of {memory.frozen_parameters:,} frozen\n"
+        f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
         f"  steps                 {plan.total_steps} of {plan.rows_per_step} rows ({epochs:.2f} epochs)\n"
         f"  tokens                about {epochs * job.data.train.num_tokens:,.0f}, of which "
         f"{epochs * job.data.train.num_supervised:,.0f} supervised\n"

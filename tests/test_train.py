@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sora_llm import checkpoint
 from sora_llm.errors import UserError
-from sora_llm.train import run
+from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"
 SHORT = {"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
@@ -239,3 +239,36 @@ def _snapshot(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def test_rows_that_are_left_out_for_their_length_are_a_warning(tmp_path: Path) -> None:
+    short = start(PLAIN, [CONFIG, *gsm8k_overrides(tmp_path / "run"), "data.sequence_len=256", "--dry-run"], tmp_path)
+    assert "warning: 73% of the rows are longer than data.sequence_len 256" in short.stdout
+
+
+def test_the_card_says_how_the_base_was_loaded(zero2: Finished) -> None:
+    card = (zero2.directory / "adapter" / "README.md").read_text()
+    assert 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"' in card
+
+
+def test_ctrl_c_is_a_sentence_and_the_run_goes_on_later(tmp_path: Path, capsys, monkeypatch) -> None:
+    directory = tmp_path / "run"
+    options = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "data.val_set_size": None}
+    overrides = gsm8k_overrides(directory, **options)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sora_llm.train.agree_cut_export", interrupt)
+        assert main([CONFIG, *overrides]) == 130
+    assert "goes on from the newest checkpoint" in capsys.readouterr().err
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["error"], status["checkpoint"]) == ("failed", "interrupted", "checkpoints/step-4")
+    assert main([CONFIG, *overrides]) == 0
+
+
+def test_a_flag_for_a_key_gets_advice(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([CONFIG, "--train.max_steps=5"])
+    assert stopped.value.code == 2 and "overrides have no dashes" in capsys.readouterr().err
