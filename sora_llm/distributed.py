@@ -129,12 +129,6 @@ def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if _several():
-        dist.barrier()
-
-
 def gather_objects(value: T) -> list[T]:
     """Every process's (small, picklable) value, in the order of processes, on every process."""
     if not _several():

@@ -16,7 +16,6 @@ from sora_llm.consensus import cut_slots, kept_params, kept_ranks, mean_rank, te
 from sora_llm.distributed import (
     Engine,
     agree,
-    barrier,
     broadcast_tensors,
     gather_objects,
     on_main,
@@ -287,11 +286,11 @@ def export_verified(
     )
     with export.reloaded(model, temporary, probe_ids) as check:
         eval_loss = None if eval_loss_of is None else eval_loss_of(check.peft_model)
+    # Also the wait for the others: the main process is about to rename the folder that they are reading.
     worst = export.worst_of(gather_objects(check.errors))
     if eval_loss is not None:
         metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
         provenance = replace(provenance, metrics=metrics)
-    barrier()  # the main process renames the folder that the others may still be reading
     certificate = on_main(
         lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance), world
     )

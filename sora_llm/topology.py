@@ -11,7 +11,6 @@ from typing import Any
 from sora_llm.errors import UserError
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-STRATEGIES = ("none", "ddp", *ZERO_STAGES)
 _PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 

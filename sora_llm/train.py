@@ -186,12 +186,8 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     """The result of the finished run in this directory, or None.
 
     Raises:
-        UserError: the directory, or the checkpoint to resume from, belongs to a run of another config.
+        UserError: the directory belongs to a run of another config.
     """
-    resume = plan.config.output.resume
-    if resume not in ("auto", "never"):
-        state = checkpoint.read_state(user_path(resume, "output.resume"))
-        refuse_other_config(plan, state["config"], state["num_processes"], world, resume)
     saved, env = run_dir / "config.yaml", run_dir / "env.json"
     if not saved.exists() or not env.exists():
         return None
@@ -201,7 +197,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
     refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
     status = checkpoint.read_status(run_dir)
-    if status is None or status.get("state") != "finished" or resume not in ("auto", "never"):
+    if status is None or status.get("state") != "finished" or plan.config.output.resume not in ("auto", "never"):
         return None
     adapter = run_dir / status["adapter"]
     say(
@@ -252,7 +248,6 @@ def announce(job: Job) -> None:
             f"warning: gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, "
             "or raise sora.gate_lr",
         )
-
     if plan.config.sora.threshold == "decoupled" and (plan.config.sora.sparse_lambda or 0) >= 1:
         say(
             world,
@@ -276,9 +271,8 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
-    engine, tally = load_and_inject(
-        job, start
-    )  # before anything is written: a model that cannot be loaded is bad input
+    # Before anything is written: a model that cannot be loaded is bad input.
+    engine, tally = load_and_inject(job, start)
     assert engine.zero_stage == zero_stage
     on_main(
         lambda: directory.begin(

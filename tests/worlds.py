@@ -574,7 +574,7 @@ def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
     def save_and_die(*arguments: Any) -> None:
         plain_save(*arguments)
         if arguments[-1] == at:
-            distributed.barrier()
+            distributed.gather_objects(None)
             os._exit(9)
 
     train.save_checkpoint = save_and_die
