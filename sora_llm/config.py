@@ -88,16 +88,16 @@ class Sora:
 class Dataset:
     """One source of rows."""
 
-    path: str = ""  # required: a jsonl, json, parquet or csv file, a folder of them, or a hub id
+    path: str = ""  # required: a jsonl, json, parquet, csv or txt file (or .gz), a folder, a glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
         "alpaca"
     )
-    function: str | None = None  # custom only: "module:function", a row → messages
+    function: str | None = None  # custom only: "module:function", a row → messages; it is imported and run
     separator: str = ""  # prompt_completion only: put between prompt and completion
-    streaming: bool = False  # read while training instead of before it
+    streaming: bool = False  # read while training instead of before it; for all data sets or none
     split: str | None = None  # null: train
     revision: str | None = None  # of a hub data set
-    weight: Annotated[float, "> 0"] | None = None  # share in a mixture; null: every row once
+    weight: Annotated[float, "> 0"] | None = None  # share of the rows in an epoch; null: every row once
     columns: dict[str, str] = field(default_factory=dict)  # our field: the file's column, where they differ
 
 
@@ -109,12 +109,12 @@ class Data:
     val_set_size: Annotated[int, ">= 1"] | Annotated[float, "> 0", "< 1"] | None = None
     # dev rows taken from datasets: below 1 a fraction, else a count
     val_datasets: tuple[Dataset, ...] | None = None  # dev rows of their own
-    chat_template: str | None = None  # null: the tokenizer's; or alpaca, chatml, llama-2, llama-3, a jinja file
+    chat_template: str | None = None  # null: the tokenizer's; or a built-in, or a jinja file
     train_on_inputs: bool = False  # true: the loss covers the prompt too
     train_on_last_turn_only: bool = False  # true: the loss covers the last answer of a conversation only
     drop_duplicates: bool = False
     sequence_len: Annotated[int, ">= 2"] = 2048  # longest row, in tokens
-    sample_packing: bool = False  # several rows per sequence
+    sample_packing: bool = True  # several rows per sequence, which do not see each other
     excess_length: Literal["drop", "truncate", "error"] = "drop"  # what happens to longer rows
     max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unreadable rows that is skipped, not fatal
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
@@ -218,14 +218,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "sora.consensus": (("slots",), "use slots"),
     "sora.min_rank": ((0,), "use 0"),
     "sora.budgets": (({},), "leave it empty"),
-    "data.sample_packing": ((False,), "use false"),
-    "dataset.type": (
-        ("alpaca", "messages", "sharegpt", "completion", "prompt_completion"),
-        "use alpaca, messages, sharegpt, completion or prompt_completion",
-    ),
-    "dataset.function": ((None,), "leave it null and convert the file to one of the other types"),
-    "dataset.streaming": ((False,), "use false"),
-    "dataset.weight": ((None,), "leave it null, so that every row counts once"),
     "distributed.sync_every": ((1,), "use 1"),
     "distributed.replica": (("process",), "use process"),
     "distributed.outer_learning_rate": ((1.0,), "use 1.0"),
@@ -266,7 +258,7 @@ NO_EQUIVALENT = {
     "eval_strategy": "set evaluation.eval_steps; dev loss is always measured before and after training",
     "save_strategy": "set output.save_steps",
     "logging_strategy": "set output.logging_steps",
-    "group_by_length": "leave it out; rows are taken in the epoch's shuffled order",
+    "group_by_length": "leave it out; without data.sample_packing rows of like length go together anyway",
     "warmup_steps": "set train.warmup_ratio, the share of the steps",
     "optim": "leave it out; the optimizer is always AdamW with the proximal step",
     "optimizer": "leave it out; the optimizer is always AdamW with the proximal step",
@@ -673,6 +665,36 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield f"{key}.separator goes with type prompt_completion only, not {dataset.type}; leave it out."
         if (dataset.function is None) == (dataset.type == "custom"):
             yield f"{key}.function (module:function) goes with type custom and no other; its type is {dataset.type}."
+    yield from _mixture_problems(data.datasets)
+    for index, dataset in enumerate(data.val_datasets or ()):
+        for name in ("weight", "streaming"):
+            if getattr(dataset, name):
+                yield f"data.val_datasets.{index}.{name} does not go with dev rows, which are all read; leave it out."
+    if data.datasets and all(dataset.streaming for dataset in data.datasets):
+        yield from _streaming_problems(config)
+
+
+def _mixture_problems(datasets: Sequence[Dataset]) -> Iterator[str]:
+    for name, rule in (
+        ("weight", "its share of an epoch's rows is relative to the others'; give every data set one, or none"),
+        ("streaming", "data sets are all streamed or all read before training; set it for every one, or for none"),
+    ):
+        stated = [index for index, dataset in enumerate(datasets) if getattr(dataset, name)]
+        if stated and len(stated) < len(datasets):
+            without = next(index for index in range(len(datasets)) if index not in stated)
+            yield f"data.datasets.{stated[0]} has {name} and data.datasets.{without} has not: {rule}."
+
+
+def _streaming_problems(config: Config) -> Iterator[str]:
+    if config.train.num_train_epochs is not None:
+        yield (
+            "data.datasets are streamed, so that nobody knows how long an epoch is; "
+            "set train.max_steps, and train.num_train_epochs to null."
+        )
+    if config.data.val_set_size is not None:
+        yield "data.val_set_size cannot hold out rows of streamed data sets; name dev rows in data.val_datasets."
+    if config.data.drop_duplicates:
+        yield "data.drop_duplicates would have to remember every row of a streamed data set; set it to false."
 
 
 # -------------------------------------------------------------------------------------------- from a Config to text

@@ -129,6 +129,11 @@ def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def in_process_group() -> bool:
+    """Whether this process belongs to a group with others."""
+    return _several()
+
+
 def gather_objects(value: T) -> list[T]:
     """Every process's (small, picklable) value, in the order of processes, on every process."""
     if not _several():
@@ -144,6 +149,11 @@ def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cp
     if _several():
         dist.all_reduce(local)
     return local.tolist()
+
+
+def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether `flag` is true on some process; every process has to ask."""
+    return sum_over_processes(float(flag), device=device)[0] > 0
 
 
 def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -196,19 +206,6 @@ def on_every(action: Callable[[], T]) -> T:
     """Run `action` on every process; what it raises on any of them is raised on all (collective)."""
     outcome, failure = _attempt(action)
     return _unless_failed(outcome, gather_objects(failure))
-
-
-def local_main_first(action: Callable[[], T], world: World) -> T:
-    """Run `action` on one process per machine, then on the others, which find what it left on disk (collective).
-
-    A UserError or RunFailed of any process is raised on every process.
-    """
-    first = world.local_process_index == 0
-    result = on_every(lambda: action() if first else None)
-    rest = on_every(lambda: None if first else action())
-    outcome = result if first else rest
-    assert outcome is not None
-    return outcome
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -1,4 +1,6 @@
-"""The two ways in which a run ends early on purpose."""
+"""The ways in which a run ends early on purpose."""
+
+from typing import Any
 
 
 class UserError(ValueError):
@@ -9,3 +11,11 @@ class UserError(ValueError):
 class RunFailed(RuntimeError):
     """A run that started well cannot go on (processes disagree, losses stay non-finite).  The message says what
     was seen and what to do next.  The commands print it, record it in status.json and exit with 1."""
+
+
+class Preempted(BaseException):
+    """The run was asked to stop, by a signal or a STOP file.  Not an `Exception`: nobody between the place that
+    notices and the one that saves may take it for an error.  The commands exit with 75.  `status` is what was written
+    to status.json, None before a run is that far."""
+
+    status: dict[str, Any] | None = None

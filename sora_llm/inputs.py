@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -18,16 +19,23 @@ from torch import Tensor, nn
 from sora_llm import backbone
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Dataset
-from sora_llm.data import loader
-from sora_llm.data.formats import DatasetSpec, check_paths
-from sora_llm.data.loader import DataReport, TokenDataset
-from sora_llm.data.tokenize import encode_prompt, resolve_template
-from sora_llm.distributed import local_main_first
+from sora_llm.data.batches import collate
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.dataset import TokenDataset, TokenRow
+from sora_llm.data.order import EpochOrder, Order, split_validation
+from sora_llm.data.prepare import DataReport, prepare
+from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
+from sora_llm.data.stream import StreamOrder, WindowTokenizer
+from sora_llm.data.templates import resolve_template
+from sora_llm.data.tokenize import encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.inject import target_linears
 from sora_llm.pipeline import MemoryEstimate, estimate
 from sora_llm.topology import ZERO_STAGES, World
+
+DATA_REPORT = "data_report.json"  # what `sora-llm preprocess` leaves in the run directory, before the run
+_HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,10 @@ class Inputs:
     def pad_token_id(self) -> int:
         return backbone.pad_token_id(self.tokenizer)
 
-    def batch(self, rows: TokenDataset, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """A padded batch of some rows: input_ids and labels (B, T)."""
-        return loader.collate([rows[number] for number in numbers], self.pad_token_id)
+    def batch(self, sequences: Sequence[Sequence[TokenRow]], packed: bool = False) -> dict[str, Tensor]:
+        """A batch as `collate` makes it; packed sequences lie as the model's attention needs it."""
+        flat = packed and backbone.packs_flat(self.backbone.attn_implementation)
+        return collate(sequences, self.pad_token_id, packed=packed, flat=flat)
 
 
 def check_inputs(config: Config, strategy: str) -> Inputs:
@@ -114,6 +123,9 @@ def dataset_spec(dataset: Dataset) -> DatasetSpec:
         revision=dataset.revision,
         columns=dataset.columns,
         separator=dataset.separator,
+        function=dataset.function,
+        weight=dataset.weight,
+        streaming=dataset.streaming,
     )
 
 
@@ -180,7 +192,7 @@ def check_output(run_dir: Path, resume: str) -> None:
                 pass
     except OSError as error:
         raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
-    if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+    if resume == "never" and run_dir.is_dir() and any(path.name != DATA_REPORT for path in run_dir.iterdir()):
         raise UserError(
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
@@ -193,62 +205,110 @@ def check_output(run_dir: Path, resume: str) -> None:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Train and dev rows as tokens (no dev rows: None), and a line about each source."""
+    """Train and dev rows as tokens, and what became of the rows of the files.
 
-    train: TokenDataset
+    `train` and its report are None where rows are streamed, `dev` where there are no dev rows, its report also where
+    dev rows were held out.
+    """
+
+    train: TokenDataset | None
     dev: TokenDataset | None
-    descriptions: list[str]
+    train_report: DataReport | None
+    dev_report: DataReport | None
 
     @property
-    def fingerprint(self) -> dict[str, int]:
-        """What a checkpoint remembers of the training rows: an order of other rows would be another run."""
-        rows = self.train
-        return {"rows": len(rows), "tokens": rows.num_tokens, "supervised_tokens": rows.num_supervised}
+    def fingerprint(self) -> dict[str, int | str]:
+        """What a checkpoint remembers of the training rows: an order of other rows would be another run.  (The
+        position in a stream has a digest of its own.)"""
+        if self.train is None or self.train_report is None:
+            return {}
+        return {"rows": len(self.train), "tokens": self.train.num_tokens, "digest": self.train_report.digest}
 
 
 def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
-    """Tokenise, or read the cache: one process per machine prepares, the others read what it wrote (collective).
+    """Tokenise, or read the cache.  No collective: processes wait for the one that writes as long as it takes.
 
     Raises:
         UserError: bad rows, nothing to train on, fewer rows than processes.
     """
-    train, report = prepare_rows(config, inputs, inputs.datasets, world)
-    descriptions, dev = [f"data: {describe(report)}", *loss_warning(report, config.data.sequence_len)], None
+    train, report = None, None
+    if not config.data.datasets[0].streaming:  # all are streamed or none is
+        train, report = prepare_rows(config, inputs, inputs.datasets, world)
+    dev, dev_report = None, None
     if inputs.val_datasets:
         dev, dev_report = prepare_rows(config, inputs, inputs.val_datasets, world)
-        descriptions.append(f"dev data: {describe(dev_report)}")
-    elif config.data.val_set_size is not None:
-        train, dev = loader.split_validation(train, config.data.val_set_size, config.train.seed)
-        descriptions.append(f"dev data: {len(dev)} of these rows are held out")
-    if len(train) < world.num_processes:
+    elif train is not None and config.data.val_set_size is not None:
+        train, dev = split_validation(train, config.data.val_set_size, config.train.seed)
+    if train is not None and len(train) < world.num_processes:
         raise UserError(
             f"data.datasets gives {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
             "launch fewer processes, or add data"
         )
-    return TrainingData(train, dev, descriptions)
+    return TrainingData(train, dev, report, dev_report)
 
 
 def prepare_rows(
     config: Config, inputs: Inputs, specs: Sequence[DatasetSpec], world: World
 ) -> tuple[TokenDataset, DataReport]:
-    """The rows of some data sets with the config's options (collective)."""
-    data = config.data
-    return local_main_first(
-        lambda: loader.prepare(
-            specs,
-            inputs.tokenizer,
-            chat_template=data.chat_template,
-            train_on_inputs=data.train_on_inputs,
-            train_on_last_turn_only=data.train_on_last_turn_only,
-            sequence_len=data.sequence_len,
-            excess_length=data.excess_length,
-            max_bad_row_fraction=data.max_bad_row_fraction,
-            drop_duplicates=data.drop_duplicates,
-            num_proc=data.num_proc,
-            cache_dir=data.cache_dir,
-        ),
-        world,
+    """The rows of some data sets with the config's options; a machine's first process goes first."""
+    return prepare(
+        tokenizing(config, inputs, specs),
+        max_bad_row_fraction=config.data.max_bad_row_fraction,
+        num_proc=config.data.num_proc,
+        cache_dir=config.data.cache_dir,
+        wait_first=_HEAD_START_SECONDS if world.local_process_index else 0.0,
     )
+
+
+def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> Tokenizing:
+    """How rows become tokens."""
+    data = config.data
+    return Tokenizing(
+        tuple(specs),
+        inputs.tokenizer,
+        inputs.chat_template,
+        train_on_inputs=data.train_on_inputs,
+        train_on_last_turn_only=data.train_on_last_turn_only,
+        sequence_len=data.sequence_len,
+        excess_length=data.excess_length,
+        drop_duplicates=data.drop_duplicates,
+    )
+
+
+def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_step: int) -> Order:
+    """Which rows each optimizer step takes.
+
+    Raises:
+        UserError: a stream that cannot be read, or whose first rows cannot be used.
+    """
+    weights = [dataset.weight for dataset in config.data.datasets if dataset.weight is not None]
+    mixture = weights or None
+    pack_to = config.data.sequence_len if config.data.sample_packing else None
+    if data.train is not None:
+        return EpochOrder(data.train, rows_per_step, config.train.seed, pack_to, mixture)
+    order = StreamOrder(
+        [functools.partial(read_rows, spec) for spec in inputs.datasets],
+        WindowTokenizer(tokenizing(config, inputs, inputs.datasets), config.data.max_bad_row_fraction),
+        rows_per_step,
+        config.train.seed,
+        pack_to,
+        mixture,
+    )
+    order.sample()
+    return order
+
+
+def describe_data(config: Config, data: TrainingData) -> list[str]:
+    """The data of a run, a line about each source."""
+    if data.train_report is None:
+        lines = ["data: streamed"]
+    else:
+        lines = [f"data: {describe(data.train_report)}", *loss_warning(data.train_report, config.data.sequence_len)]
+    if data.dev_report is not None:
+        lines.append(f"dev data: {describe(data.dev_report)}")
+    elif data.dev is not None:
+        lines.append(f"dev data: {len(data.dev)} of these rows are held out")
+    return lines
 
 
 def describe(report: DataReport) -> str:

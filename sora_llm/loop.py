@@ -12,31 +12,61 @@ import torch
 from torch import Tensor
 
 from sora_llm.backbone import causal_loss_sum
+from sora_llm.data.dataset import TokenRow
+from sora_llm.data.order import PackedRows, share
 from sora_llm.distributed import Engine, StepOutcome, sum_over_processes
+from sora_llm.topology import World
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One process's micro-batches of a step; the other figures are of the whole step, over all processes."""
+
+    micro_batches: Sequence[Mapping[str, Tensor]]
+    """The arguments of `causal_loss_sum`."""
+    weight: float
+    """Of the supervised tokens: their number, unless the data gives weights."""
+    supervised_tokens: int
+    tokens: int
+
+
+def step_batches(
+    sequences: Sequence[PackedRows],
+    world: World,
+    micro_batch_size: int,
+    collate: Callable[[list[list[TokenRow]]], Mapping[str, Tensor]],
+) -> StepBatches:
+    """What a step that takes `sequences` is made of on this process."""
+    mine = share(sequences, world.process_index, world.num_processes, micro_batch_size)
+    return StepBatches(
+        [collate([sequence.read() for sequence in micro_batch]) for micro_batch in mine],
+        sum(sequence.weight for sequence in sequences),
+        sum(sequence.num_supervised for sequence in sequences),
+        sum(sequence.num_tokens for sequence in sequences),
+    )
 
 
 def train_step(
     engine: Engine,
-    batches: Sequence[Mapping[str, Tensor]],
-    step_tokens: int,
+    batches: StepBatches,
     num_processes: int,
     before_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, StepOutcome]:
     """Forward and backward over this process's micro-batches, then the step.
 
-    The loss is Σ cross-entropy / `step_tokens`, the supervised tokens of the whole step over all processes and
+    The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all processes and
     micro-batches; engines average gradients over processes, hence the factor.  A non-finite loss makes this process's
     gradients NaN, so the reduced norm is NaN on every process and all skip the step together.  `before_step` is
     called between the two: there the copies of the step before are still what every process computed with.
 
-    Returns: this process's Σ cross-entropy (float64) and what became of the step.
+    Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    weight = torch.tensor(num_processes / step_tokens, device=engine.device)
-    for index, batch in enumerate(batches):
-        with engine.micro_batch(last=index == len(batches) - 1):
-            input_ids, labels = (batch[key].to(engine.device, non_blocking=True) for key in ("input_ids", "labels"))
-            loss = causal_loss_sum(engine.model, input_ids, labels)
+    weight = torch.tensor(num_processes / batches.weight, device=engine.device)
+    for index, batch in enumerate(batches.micro_batches):
+        with engine.micro_batch(last=index == len(batches.micro_batches) - 1):
+            on_device = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+            loss = causal_loss_sum(engine.model, **on_device)
             engine.backward(loss * torch.where(loss.detach().isfinite(), weight, torch.nan))
             loss_sum += loss.detach().double()
     if before_step is not None:
@@ -46,11 +76,11 @@ def train_step(
 
 @dataclass
 class Tally:
-    """Loss and tokens since the last logged line, and non-finite steps in a row."""
+    """Loss, its weight and tokens since the last logged line, and non-finite steps in a row."""
 
     device: torch.device
     loss_sum: Tensor
-    supervised_tokens: int = 0
+    weight: float = 0.0
     skipped_in_a_row: int = 0
     skipped_steps: int = 0
     tokens: int = 0
@@ -60,29 +90,29 @@ class Tally:
     def start(cls, device: torch.device) -> Tally:
         return cls(device, torch.zeros((), dtype=torch.float64, device=device), since=time.monotonic())
 
-    def add(self, loss_sum: Tensor, outcome: StepOutcome, step_tokens: int, tokens: int) -> None:
-        """Count one step (`step_tokens` supervised and `tokens` read, over all processes)."""
-        self.tokens += tokens
+    def add(self, loss_sum: Tensor, outcome: StepOutcome, batches: StepBatches) -> None:
+        """Count one step."""
+        self.tokens += batches.tokens
         if outcome.skipped:
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
             return
         self.skipped_in_a_row = 0
         self.loss_sum += loss_sum
-        self.supervised_tokens += step_tokens
+        self.weight += batches.weight
 
     def total_loss(self) -> float:
-        """Σ cross-entropy since the last line over all processes (collective)."""
+        """Σ weight · cross-entropy since the last line over all processes (collective)."""
         return sum_over_processes(self.loss_sum, device=self.device)[0]
 
     def flush(self) -> dict[str, float]:
         """loss and tokens_per_second since the last line, which ends here (collective)."""
         total = self.total_loss()
         line = {"tokens_per_second": self.tokens / max(time.monotonic() - self.since, 1e-9)}
-        if self.supervised_tokens:
-            line["loss"] = total / self.supervised_tokens
+        if self.weight:
+            line["loss"] = total / self.weight
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.supervised_tokens, self.tokens = 0, 0
+        self.weight, self.tokens = 0.0, 0
         return line
 
     def restart_clock(self) -> None:
@@ -93,7 +123,7 @@ class Tally:
         """What a checkpoint keeps of it (collective)."""
         return {
             "loss_sum": self.total_loss(),
-            "supervised_tokens": self.supervised_tokens,
+            "weight": self.weight,
             "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_steps": self.skipped_steps,
         }
@@ -102,7 +132,7 @@ class Tally:
         """Put back `state`; the sum over processes counts the main process's part alone."""
         if is_main:
             self.loss_sum += state["loss_sum"]
-        self.supervised_tokens = int(state["supervised_tokens"])
+        self.weight = float(state["weight"])
         self.skipped_in_a_row, self.skipped_steps = int(state["skipped_in_a_row"]), int(state["skipped_steps"])
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from sora_llm import schedule
 from sora_llm.config import Config, resume_conflicts, to_dict
-from sora_llm.data.loader import steps_per_epoch
 from sora_llm.errors import UserError
 from sora_llm.inputs import adapter_dtype, backbone_spec
 from sora_llm.schedule import Phases
@@ -45,19 +43,23 @@ class Plan:
         }
 
 
-def make_plan(config: Config, strategy: str, world: World, num_rows: int) -> Plan:
-    """Steps, phases and rates of the run.
+def rows_in_step(config: Config, world: World) -> int:
+    """G, the rows (packed: sequences) that an optimizer step takes over all processes."""
+    train = config.train
+    return train.per_device_train_batch_size * world.num_processes * train.gradient_accumulation_steps
+
+
+def make_plan(config: Config, strategy: str, world: World, steps_in: Callable[[Fraction], int]) -> Plan:
+    """Steps, phases and rates of the run; `steps_in` gives the optimizer steps of so many epochs.
 
     Raises:
         UserError: a sparsify window without a step.
     """
     sora, train = config.sora, config.train
-    rows_per_step = train.per_device_train_batch_size * world.num_processes * train.gradient_accumulation_steps
     if train.max_steps is not None:
         total_steps = train.max_steps
     else:
-        epochs = Fraction(str(train.num_train_epochs))  # as the decimal that was written: 1.1 · 100 steps are 110
-        total_steps = math.ceil(epochs * steps_per_epoch(num_rows, rows_per_step))
+        total_steps = steps_in(Fraction(str(train.num_train_epochs)))  # as written: 1.1 · 100 steps are 110
     phases = schedule.phases(total_steps, sora.dense_ratio, sora.consensus_at)
     if phases.dense_end == phases.sparsify_end:
         raise UserError(
@@ -76,7 +78,7 @@ def make_plan(config: Config, strategy: str, world: World, num_rows: int) -> Pla
         distributed=replace(config.distributed, strategy=strategy),  # type: ignore[arg-type]
         quantization=replace(config.quantization, bnb_4bit_quant_storage=storage),  # type: ignore[arg-type]
     )
-    return Plan(filled, strategy, rows_per_step, total_steps, phases, warmup, gate_lr, gate_lr * travel)
+    return Plan(filled, strategy, rows_in_step(config, world), total_steps, phases, warmup, gate_lr, gate_lr * travel)
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,8 @@ import psutil
 import torch
 
 from sora_llm import __version__
-from sora_llm.checkpoint import write_status
-from sora_llm.errors import RunFailed
+from sora_llm.checkpoint import run_lock, write_status
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 
@@ -103,6 +104,26 @@ class RunDirectory:
                 adapter=self.adapter,
                 error=error,
             )
+
+    def record_loss(self, sentence: str) -> None:
+        """The status of a run of which a process, or the launcher, died while the others hung.
+
+        The main process writes it; if it is the one that died, whoever finds its lock free does.
+        """
+        if self.is_main:
+            self.status("failed", error=sentence)
+            print(f"sora_llm: {sentence}", file=sys.stderr, flush=True)
+        else:
+            with contextlib.suppress(UserError, OSError), run_lock(self.path, 0):
+                write_status(
+                    self.path,
+                    "failed",
+                    step=self.step,
+                    phase=self.phase,
+                    checkpoint=self.checkpoint,
+                    adapter=self.adapter,
+                    error=sentence,
+                )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -13,8 +13,10 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from torch import Tensor, nn
 from sora_llm import checkpoint, distributed, pipeline
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.data.loader import share, step_rows, steps_per_epoch
-from sora_llm.distributed import Engine, on_every, on_main
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.data.order import Order
+from sora_llm.distributed import Engine, gather_objects, on_every, on_main
+from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
@@ -36,18 +38,22 @@ from sora_llm.inputs import (
     adapter_dtype,
     check_inputs,
     check_output,
+    describe_data,
     estimate_memory,
     exported_template,
     load_data,
     prompt_ids,
     target_modules,
+    training_order,
 )
-from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
+from sora_llm.lifeline import Lifeline
+from sora_llm.loop import StepBatches, Tally, peak_memory_gib, seed_step, step_batches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.plan import Plan, make_plan, refuse_other_config
+from sora_llm.plan import Plan, make_plan, refuse_other_config, rows_in_step
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import SPARSIFY
+from sora_llm.stop import StopRequest
 from sora_llm.topology import (
     ZERO_STAGES,
     World,
@@ -57,15 +63,15 @@ from sora_llm.topology import (
     resolve_strategy,
 )
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 
 @dataclass(frozen=True)
 class RunResult:
     """What `run` gives a pipeline.
 
-    `adapter` is the exported folder (None after a dry run), `metrics` the last line of metrics.jsonl, `status` the
-    content of status.json.
+    `adapter` is the exported folder (None after a dry run and where the run was asked to stop), `metrics` the last line
+    of metrics.jsonl, `status` the content of status.json.
     """
 
     adapter: Path | None
@@ -74,7 +80,7 @@ class RunResult:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
-    """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (a sentence, printed once)."""
+    """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
     parser = argparse.ArgumentParser(
         prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
     )
@@ -92,40 +98,66 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
             if is_main:
                 print(to_yaml(config), end="")
         else:
-            run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
+            result = run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
+            if result.status["state"] == "preempted":
+                return EXIT_PREEMPTED
     except (UserError, RunFailed) as error:
-        if is_main:
+        if not is_main and not distributed.in_process_group():  # in it, errors are agreed and the main process's too
+            let_main_speak()
+        if is_main or not distributed.in_process_group():
             print(f"sora_llm: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
     except KeyboardInterrupt:
         if is_main:
-            print("sora_llm: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print("sora_llm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_FINISHED
 
 
+def let_main_speak() -> None:
+    """Wait: an error that the main process has too ends all of them meanwhile, through the launcher.  The first
+    process of a machine waits less, and so speaks for the others there."""
+    time.sleep(3.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 6.0)
+
+
 def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunResult:
     """Run a config to its end, in this process or as one of the processes that a launcher started.
+
+    In the main thread TERM, USR1 and INT, anywhere a file STOP in the run directory, make it stop with a checkpoint and
+    the status "preempted".
 
     Raises:
         UserError: bad input; nothing was written.
         RunFailed: a run that could not go on; status.json says so too.
     """
     config = load_config(config_path, overrides)
+    run_dir = user_path(config.output.output_dir, "output.output_dir")
+    with StopRequest(run_dir) as stop:
+        try:
+            return run_config(config, run_dir, stop, dry_run)
+        except Preempted as request:
+            return leave_preempted(run_dir, stop, request, dry_run)
+
+
+def run_config(config: Config, run_dir: Path, stop: StopRequest, dry_run: bool) -> RunResult:
+    """Check, prepare and run."""
     world = launched_world(os.environ)
     strategy = resolve_strategy(config.distributed.strategy, world, os.environ, config.model.dtype)
     zero_options = deepspeed_options(config, strategy)
     inputs = check_inputs(config, strategy)
-    run_dir = user_path(config.output.output_dir, "output.output_dir")
     check_output(run_dir, config.output.resume)
 
+    data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
+    order = training_order(config, inputs, data, rows_in_step(config, world))
+    plan = make_plan(config, strategy, world, order.steps_in)
+
     with contextlib.ExitStack() as stack:
-        accelerator = stack.enter_context(process_group(config, strategy, world, run_dir, zero_options))
-        data = load_data(config, inputs, world)
-        plan = make_plan(config, strategy, world, len(data.train))
+        accelerator, lifeline = stack.enter_context(process_group(config, strategy, world, run_dir, zero_options))
+        stop.at_once = False
+        refuse_other_data(data, world)
         if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
-        job = Job(inputs, plan, world, accelerator, data)
+        job = Job(inputs, plan, world, accelerator, data, order, stop, lifeline)
         announce(job)
         if dry_run:
             return rehearse(job)
@@ -161,8 +193,8 @@ def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def process_group(
     config: Config, strategy: str, world: World, run_dir: Path, zero_options: dict[str, Any] | None
-) -> Iterator[Any]:
-    """The accelerator of this run, ended with it."""
+) -> Iterator[tuple[Any, Lifeline]]:
+    """The accelerator of this run and what watches its processes, both ended with it."""
     environ = dict(os.environ)
     accelerator = distributed.make_accelerator(
         strategy,
@@ -172,14 +204,32 @@ def process_group(
         trackers=list(config.output.report_to),
         project_dir=str(run_dir / "trackers"),
     )
+    lifeline = Lifeline(world.process_index, world.num_processes, gather_objects)
     try:
-        yield accelerator
-    except BaseException:
+        yield accelerator, lifeline
+    except Preempted:  # agreed by all
+        lifeline.close()
+        distributed.end(accelerator, environ)
+        raise
+    except BaseException as error:
+        lifeline.close(failure=str(error) or type(error).__name__)
         # The others may be in a collective that this process will never join: leave the group to its end with us.
         if world.num_processes == 1:
             distributed.end(accelerator, environ)
         raise
+    lifeline.close()
     distributed.end(accelerator, environ)
+
+
+def refuse_other_data(data: TrainingData, world: World) -> None:
+    """UserError if processes found other rows than the main one: each machine reads its own files (collective)."""
+    found = gather_objects(data.fingerprint)
+    for process, fingerprint in enumerate(found):
+        if fingerprint != found[0]:
+            raise UserError(
+                f"data.datasets is not the same everywhere: process {process} found {fingerprint}, process 0 "
+                f"{found[0]}; give every machine the same files"
+            )
 
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
@@ -217,10 +267,33 @@ class Job:
     world: World
     accelerator: Any
     data: TrainingData
+    order: Order
+    stop: StopRequest
+    lifeline: Lifeline
+
+    def heed_stop(self) -> None:
+        """Raise Preempted on every process if one of them was asked to stop (collective)."""
+        reason = self.stop.reason(look_for_file=self.world.is_main)
+        if distributed.any_process(reason is not None, self.accelerator.device):
+            raise Preempted(reason)
 
     @property
     def config(self) -> Config:
         return self.plan.config
+
+    @property
+    def step_size(self) -> str:
+        """What a step takes, in words."""
+        unit = "packed sequence" if self.config.data.sample_packing else "row"
+        return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
+
+    def batches(self, step: int) -> StepBatches:
+        """What optimizer step `step` trains on."""
+        packed = self.config.data.sample_packing
+        batch_size = self.config.train.per_device_train_batch_size
+        return step_batches(
+            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed)
+        )
 
     @property
     def memory(self) -> pipeline.MemoryEstimate:
@@ -233,12 +306,12 @@ def announce(job: Job) -> None:
     """Say what is about to run."""
     plan, world = job.plan, job.world
     memory = job.memory
-    for line in job.data.descriptions:
+    for line in describe_data(job.config, job.data):
         say(world, line)
     say(
         world,
         f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
-        f"{plan.total_steps} steps of {plan.rows_per_step} rows, pruning in steps "
+        f"{plan.total_steps} steps of {job.step_size}, pruning in steps "
         f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
         f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
     )
@@ -266,14 +339,22 @@ def say(world: World, text: str) -> None:
 
 
 def run_in(job: Job, run_dir: Path) -> RunResult:
-    """Train, cut and export into `run_dir`, which the main process holds; an exception leaves the status "failed"."""
+    """Train, cut and export into `run_dir`, which the main process holds.
+
+    An exception leaves the status "failed", a request to stop a checkpoint and the status "preempted".
+    """
+    job.heed_stop()
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
-    # Before anything is written: a model that cannot be loaded is bad input.
+    # Before anything is written: a stream without its place, or a model that cannot be loaded, is bad input.
+    if start.state is not None:
+        position = start.state["order"]
+        on_every(lambda: job.order.seek(position))
     engine, tally = load_and_inject(job, start)
     assert engine.zero_stage == zero_stage
+    job.heed_stop()
     on_main(
         lambda: directory.begin(
             config_yaml=to_yaml(replace(job.config, output=replace(job.config.output, resume="auto"))),
@@ -284,16 +365,46 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         ),
         job.world,
     )
+    job.lifeline.on_loss = directory.record_loss
     try:
         own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
         job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
-        train(job, engine, tally, directory, start.step)
+        train(job, engine, tally, directory, start)
         return agree_cut_export(job, engine, directory)
-    except BaseException as error:
-        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
-            interrupted = isinstance(error, KeyboardInterrupt)
-            directory.status("failed", error="interrupted" if interrupted else str(error) or type(error).__name__)
+    except Preempted as request:
+        directory.status("preempted")
+        request.status = directory.last_status
         raise
+    except BaseException as error:
+        loss = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_loss()
+        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
+            directory.status("failed", error=loss or str(error) or type(error).__name__)
+        if loss is not None:
+            raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
+        raise
+
+
+def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
+    """What is left to do after a request to stop, once its checkpoint is complete: say so, remove the STOP file.
+
+    A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.
+    """
+    status = request.status
+    is_main = launched_world(os.environ).is_main
+    if status is None:
+        status = {"state": "preempted", "checkpoint": None}
+        if is_main and not dry_run:
+            with contextlib.suppress(UserError), checkpoint.run_lock(run_dir, 0):  # else another run is in there
+                found, _ = checkpoint.newest(run_dir)
+                step = 0 if found is None else checkpoint.read_state(found)["step"]
+                status = checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
+    if is_main:
+        stop.file.unlink(missing_ok=True)
+        saved = status["checkpoint"]
+        where = f"{run_dir / saved} is complete; start the same command again to go on" if saved else "nothing to save"
+        print(f"stopped by {request}: {where}", flush=True)
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    return RunResult(None, lines[-1] if lines else {}, status)
 
 
 @dataclass(frozen=True)
@@ -335,14 +446,19 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     return StartPoint(state["step"], folder, state)
 
 
+def load_model(job: Job) -> nn.Module:
+    """The frozen backbone on this process's device."""
+    spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
+    model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
+    if data.sample_packing:
+        pipeline.prove_packing(model, spec.attn_implementation, device)
+    return model
+
+
 def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
     """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
     sora, settings = job.config.sora, job.config.train
-    model = on_every(
-        lambda: load_backbone(
-            job.inputs.backbone, job.accelerator.device, gradient_checkpointing=settings.gradient_checkpointing
-        )
-    )
+    model = on_every(lambda: load_model(job))
     torch.manual_seed(settings.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
     parameters = adapter_parameters(model)
@@ -368,70 +484,86 @@ def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
     return engine, tally
 
 
-def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, first_step: int) -> None:
+def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, start: StartPoint) -> None:
     """The loop: next rows, forward, backward, step, log (collective).
 
     Raises:
         RunFailed: processes disagree, or too many non-finite steps in a row.
+        Preempted: the run was asked to stop; a checkpoint of the last step is complete.
     """
     config, plan, world = job.config, job.plan, job.world
-    if first_step == 0 and job.data.dev is not None:
-        directory.metrics(
-            0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **current_ranks(engine).fields}
-        )
+    if start.step == 0 and job.data.dev is not None:
+        ranks = current_ranks(engine).fields
+        directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **ranks})
+    if start.state is not None and start.state["unlogged"] is not None:
+        log_step(job, engine, tally, directory, start.step, start.state["unlogged"])
     tally.restart_clock()
-    for step in range(first_step, plan.total_steps):
+    for step in range(start.step, plan.total_steps):
         done = step + 1
         last = done == plan.total_steps
-        rates = plan.rates(step)
-        engine.set_rates(**rates)
+        engine.set_rates(**plan.rates(step))
         seed_step(config.train.seed, step, world.process_index)
-        batches, step_tokens, tokens = next_batches(job, step)
+        batches = job.batches(step)
         check = engine.prove_agreement if last or is_due(config.distributed.check_every, done) else None
-        loss_sum, outcome = train_step(engine, batches, step_tokens, world.num_processes, before_step=check)
-        tally.add(loss_sum, outcome, step_tokens, tokens)
+        loss_sum, outcome = train_step(engine, batches, world.num_processes, before_step=check)
+        tally.add(loss_sum, outcome, batches)
         if tally.skipped_in_a_row >= config.train.max_skipped_steps:
             raise RunFailed(
                 f"the last {tally.skipped_in_a_row} steps, up to step {done}, had a non-finite loss or gradient and "
                 "were skipped; lower train.learning_rate or look at the data, and start the command again"
             )
-        evaluate_now = job.data.dev is not None and is_due(config.evaluation.eval_steps, done)
-        if last or evaluate_now or is_due(config.output.logging_steps, done):
-            ranks = current_ranks(engine)
-            fields = {
-                **tally.flush(),
-                "learning_rate": rates["learning_rate"],
-                "gate_learning_rate": rates["gate_lr"],
-                "lambda": rates["sparse_lambda"],
-                "grad_norm": outcome.grad_norm,
-                "supervised_tokens": step_tokens,
-                "skipped_steps": tally.skipped_steps,
-                "peak_memory_gib": peak_memory_gib(),
-                **ranks.fields,
-            }
-            if evaluate_now:
-                fields["eval_loss"] = dev_loss(job, engine.model)
-            directory.metrics(done, plan.phases.at(step), fields)
-            if plan.phases.at(step) == SPARSIFY:
-                directory.ranks(done, ranks.ranks)
-            tally.restart_clock()
-        if last or is_due(config.output.save_steps, done):
+        if last or is_due(config.output.logging_steps, done) or evaluation_due(job, done):
+            seen = {"grad_norm": outcome.grad_norm, "supervised_tokens": batches.supervised_tokens}
+            try:
+                log_step(job, engine, tally, directory, done, seen)
+            except Preempted:  # in the evaluation: the resumed run begins with this line
+                save_checkpoint(job, engine, tally, directory, done, unlogged=seen)
+                raise
+        saved = last or is_due(config.output.save_steps, done)
+        if saved:
             save_checkpoint(job, engine, tally, directory, done)
             tally.restart_clock()
+        try:
+            job.heed_stop()
+        except Preempted:
+            if not saved:
+                save_checkpoint(job, engine, tally, directory, done)
+            raise
+
+
+def evaluation_due(job: Job, done: int) -> bool:
+    """Whether the dev loss is measured after `done` steps."""
+    return job.data.dev is not None and is_due(job.config.evaluation.eval_steps, done)
+
+
+def log_step(
+    job: Job, engine: Engine, tally: Tally, directory: RunDirectory, done: int, seen: Mapping[str, float]
+) -> None:
+    """The line of step `done` (collective); `seen` is what only the step itself knew."""
+    phase = job.plan.phases.at(done - 1)
+    rates = job.plan.rates(done - 1)
+    ranks = current_ranks(engine)
+    evaluated = {"eval_loss": dev_loss(job, engine.model)} if evaluation_due(job, done) else {}
+    fields = {
+        **tally.flush(),
+        "learning_rate": rates["learning_rate"],
+        "gate_learning_rate": rates["gate_lr"],
+        "lambda": rates["sparse_lambda"],
+        **seen,
+        "skipped_steps": tally.skipped_steps,
+        "peak_memory_gib": peak_memory_gib(),
+        **ranks.fields,
+        **evaluated,
+    }
+    directory.metrics(done, phase, fields)
+    if phase == SPARSIFY:
+        directory.ranks(done, ranks.ranks)
+    tally.restart_clock()
 
 
 def is_due(interval: int | None, done: int) -> bool:
     """Whether something that happens every `interval` steps happens after `done` steps; None is never."""
     return interval is not None and done % interval == 0
-
-
-def next_batches(job: Job, step: int) -> tuple[list[dict[str, Tensor]], int, int]:
-    """This process's micro-batches of a step, and the step's supervised and read tokens over all processes."""
-    rows, settings = job.data.train, job.config.train
-    numbers = step_rows(len(rows), job.plan.rows_per_step, settings.seed, step)
-    mine = share(numbers, job.world.process_index, job.world.num_processes, settings.per_device_train_batch_size)
-    supervised, read = rows.supervised_lengths[numbers].sum(), rows.lengths[numbers].sum()
-    return [job.inputs.batch(rows, micro_batch) for micro_batch in mine], int(supervised), int(read)
 
 
 def dev_loss(job: Job, model: nn.Module) -> float:
@@ -441,10 +573,11 @@ def dev_loss(job: Job, model: nn.Module) -> float:
     result = pipeline.evaluate(
         model,
         dev,
-        lambda numbers: job.inputs.batch(dev, numbers),
+        job.inputs.batch,
         batch_size=job.config.evaluation.per_device_eval_batch_size,
         world=job.world,
         device=job.accelerator.device,
+        before_batch=job.heed_stop,
     )
     return result.loss
 
@@ -454,16 +587,28 @@ def current_ranks(engine: Engine) -> pipeline.RankReport:
     return pipeline.rank_report(adapters(engine.module), engine.gates())
 
 
-def save_checkpoint(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, step: int) -> None:
-    """Write the canonical state of the run after `step` steps (collective; the main process writes)."""
+def save_checkpoint(
+    job: Job,
+    engine: Engine,
+    tally: Tally,
+    directory: RunDirectory,
+    step: int,
+    unlogged: Mapping[str, float] | None = None,
+) -> None:
+    """Write the canonical state of the run after `step` steps (collective; the main process writes).
+
+    `unlogged` is what the line of this step still needs where it has not been written.
+    """
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
     state = {
         "phase": job.plan.phases.at(step - 1),
         "optimizer_steps": optimizer_steps,
         "tally": tally.state(),
+        "unlogged": unlogged,
         "num_processes": job.world.num_processes,
         "data": job.data.fingerprint,
+        "order": job.order.position(),
         "config": to_dict(job.config),
     }
     keep = job.config.output.save_total_limit
@@ -548,7 +693,7 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
 
 def probe(job: Job, num_tokens: int = 64) -> Tensor:
     """Token ids (1, T) of real text for the export's logits check: the start of the longest row."""
-    rows = job.data.dev if job.data.dev is not None else job.data.train
+    rows = job.data.dev if job.data.dev is not None else job.order.sample()
     longest = int(rows.lengths.argmax())
     return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
 
@@ -558,25 +703,29 @@ def rehearse(job: Job) -> RunResult:
     with tempfile.TemporaryDirectory() as folder:
         engine, tally = load_and_inject(job, StartPoint())
         engine.set_rates(**job.plan.rates(0))
-        batches, step_tokens, tokens = next_batches(job, 0)
-        loss_sum, outcome = train_step(engine, batches, step_tokens, job.world.num_processes)
+        batches = job.batches(0)
+        loss_sum, outcome = train_step(engine, batches, job.world.num_processes)
         if outcome.skipped:
             raise RunFailed(
                 "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
             )
-        tally.add(loss_sum, outcome, step_tokens, tokens)
+        tally.add(loss_sum, outcome, batches)
         directory = RunDirectory(Path(folder), is_main=job.world.is_main)
         save_checkpoint(job, engine, tally, directory, 1)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
-    plan, memory = job.plan, job.memory
-    epochs = plan.total_steps / steps_per_epoch(len(job.data.train), plan.rows_per_step)
+    memory, steps = job.memory, job.plan.total_steps
+    if job.data.train is None:
+        tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
+    else:
+        epochs = steps / job.order.steps_in(Fraction(1))
+        tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
+        tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
     say(
         job.world,
         "dry run: one step and one save worked, nothing was kept\n"
         f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
-        f"  steps                 {plan.total_steps} of {plan.rows_per_step} rows ({epochs:.2f} epochs)\n"
-        f"  tokens                about {epochs * job.data.train.num_tokens:,.0f}, of which "
-        f"{epochs * job.data.train.num_supervised:,.0f} supervised\n"
+        f"  steps                 {steps} of {job.step_size}\n"
+        f"  tokens                about {tokens}\n"
         f"{pipeline.memory_table(memory)}\n"
         f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"
         f"  first loss            {line['loss']:.4f}, gradient norm {line['grad_norm']:.4g}",

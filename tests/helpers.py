@@ -1,5 +1,6 @@
 """Small models and layers that several test files need."""
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,3 +81,9 @@ def dense_delta(layer: SoraLinear) -> torch.Tensor:
     A_RI, B_OR = layer.lora_A.detach().double(), layer.lora_B.detach().double()
     g_R = torch.ones(A_RI.shape[0]).double() if layer.gate is None else layer.gate.detach().double()
     return layer.scaling * torch.einsum("or,r,ri->oi", B_OR, g_R, A_RI)
+
+
+def token_row(ids, weights=None):
+    """A row as data sets give it; without `weights` all but the first token is supervised."""
+    default = np.arange(len(ids)) > 0
+    return np.array(ids, dtype=np.int32), np.array(default if weights is None else weights, dtype=np.float32)

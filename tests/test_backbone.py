@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from helpers import token_row
 
 from sora_llm import backbone
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone, load_tokenizer
-from sora_llm.data.loader import collate
+from sora_llm.data.batches import collate
 from sora_llm.errors import UserError
 
 
@@ -39,17 +40,17 @@ def test_an_eval_forward_does_not_change_4_bit_weights(stories):
 @pytest.mark.parametrize("pad_id", [0, 2, 77])
 def test_padding_changes_no_loss_whatever_its_id(stories, pad_id):
     model = load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu").eval()
-    rows = [([1, 5, 9, 30, 2], [False, False, True, True, True]), ([1, 8, 2], [False, True, True])]
-    together = collate(rows, pad_id, pad_to=9)
+    rows = [token_row([1, 5, 9, 30, 2], [0, 0, 1, 1, 1]), token_row([1, 8, 2], [0, 1, 1])]
+    together = collate([[row] for row in rows], pad_id)
     with torch.no_grad():
-        sums = [causal_loss_sum(model, **collate([row], pad_id)) for row in rows]
+        sums = [causal_loss_sum(model, **collate([[row]], pad_id)) for row in rows]
         padded = causal_loss_sum(model, **together)
     torch.testing.assert_close(padded, sum(sums), rtol=1e-6, atol=1e-5)  # another order of float32 sums
 
 
 def test_a_model_that_cannot_select_columns_gives_the_same_loss(stories, monkeypatch):
     model = load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu").eval()
-    batch = collate([([1, 5, 9, 30, 2], [False, False, True, False, True])], 0)
+    batch = collate([[token_row([1, 5, 9, 30, 2], [0, 0, 1, 0, 1])]], 0)
     with torch.no_grad():
         selected = causal_loss_sum(model, **batch)
         monkeypatch.setattr(backbone, "takes_columns", lambda model: False)

@@ -60,7 +60,7 @@ def test_the_required_keys_are_enough_and_the_rest_has_the_documented_defaults(l
     assert config.model.name_or_path == "some/model"
     assert config.data.datasets[0].type == "alpaca"
     assert (config.sora.r, config.sora.lora_alpha, config.sora.gate_lr) == (64, 16.0, "auto")
-    assert (config.sora.consensus, config.sora.consensus_at, config.data.sample_packing) == ("slots", 1.0, False)
+    assert (config.sora.consensus, config.sora.consensus_at, config.data.sample_packing) == ("slots", 1.0, True)
     assert (config.train.seed, config.distributed.strategy, config.output.report_to) == (42, "auto", ("tensorboard",))
 
 
@@ -289,7 +289,7 @@ BAD_OVERRIDES = [
     ("output.zzzz=1", "allowed there: output_dir, logging_steps"),
     ("evaluation.evaluation_strategy=steps", "set evaluation.eval_steps"),
     ("train.evaluation_strategy=steps", "set evaluation.eval_steps"),
-    ("train.group_by_length=true", "leave it out; rows are taken in the epoch's shuffled order"),
+    ("train.group_by_length=true", "leave it out; without data.sample_packing rows of like length go together"),
     ("train.warmup_steps=10", "set train.warmup_ratio"),
     ("train.optim=adamw_8bit", "the optimizer is always AdamW"),
     # overrides that cannot be read
@@ -434,7 +434,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data.sample_packing=true"],
         ["sora.sparse_lambda=null", "sora.target_rank=8"],
         ["sora.sparse_lambda=null", "sora.target_params=1000"],
         ["sora.threshold=adaptive"],
@@ -456,11 +455,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
         ["output.hub_model_id=me/mine"],
         ["model.adapter=runs/a/adapter"],
         ["evaluation.early_stopping_patience=3"],
-        ["data.datasets.0.type=self_instruct"],
-        ["data.datasets.0.type=custom", "data.datasets.0.function=mine:rows"],
-        ["data.datasets.0.streaming=true"],
-        ["data.datasets.0.weight=0.5"],
-        ["data.val_datasets=[{path: x, type: custom, function: 'a:b'}]"],
     ],
     ids=lambda overrides: overrides[-1],
 )
@@ -486,13 +480,46 @@ def test_every_line_of_the_table_is_about_a_key_and_its_default_works(load):
         (["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"], "does not go with sora.target_"),
         (["sora.consensus_at=0.1"], "sora.dense_ratio (0.1, by default) must be below sora.consensus_at (0.1, on the"),
         (["evaluation.early_stopping_patience=2"], "needs dev rows"),
-        (["data.datasets.0.type=custom"], "goes with type custom and no other"),
-        (["data.datasets.0.function='a:b'"], "goes with type custom and no other"),
     ],
 )
 def test_combinations_of_what_comes_later_are_checked_once_it_is_there(load, monkeypatch, overrides, fragment):
     monkeypatch.setattr(sora_llm.config, "NOT_YET", {})
     assert fragment in message_of(load, *overrides)
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+TWO = "data.datasets=[{path: a.jsonl, %s}, {path: b.jsonl%s}]"
+STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["data.datasets.0.type=custom"], "goes with type custom and no other"),
+        (["data.datasets.0.function='a:b'"], "goes with type custom and no other"),
+        ([TWO % ("weight: 2", "")], "data.datasets.0 has weight and data.datasets.1 has not: its share of an epoch's"),
+        ([TWO % ("type: alpaca", ", weight: 2")], "data.datasets.1 has weight and data.datasets.0 has not"),
+        ([TWO % ("streaming: true", "")], "data.datasets.0 has streaming and data.datasets.1 has not"),
+        ([TWO % ("weight: 0", ", weight: 1")], "data.datasets.0.weight is 0 on the command line; it must be"),
+        (["data.val_datasets=[{path: x, weight: 1}]"], "data.val_datasets.0.weight does not go with dev rows"),
+        (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming does not go with dev rows"),
+        ([STREAMED, "train.max_steps=null", "train.num_train_epochs=1"], "set train.max_steps, and train.num_train_ep"),
+        ([STREAMED, "data.val_set_size=10"], "data.val_set_size cannot hold out rows of streamed data sets"),
+        ([STREAMED, "data.drop_duplicates=true"], "data.drop_duplicates would have to remember every row"),
+    ],
+)
+def test_settings_of_data_sets_that_do_not_go_together_are_refused(load, overrides, fragment):
+    assert fragment in message_of(load, *overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [TWO % ("weight: 3", ", weight: 0.5"), TWO % ("streaming: true, weight: 1", ", streaming: true, weight: 2")],
+)
+def test_mixtures_and_streams_are_settings_like_others(load, override):
+    assert len(load(override).data.datasets) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- resume

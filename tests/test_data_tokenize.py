@@ -1,21 +1,32 @@
-"""Token ids and loss masks: whole sequences against golden ones, and what must hold for all."""
+"""Token ids and weights: whole sequences against golden ones, and what must hold for all.
 
-import random
+tests/test_data_masks.py looks for exceptions among random conversations.
+"""
+
+import itertools
+from typing import Any
 
 import pytest
-from test_data_formats import SHARED, needs_data
+from conftest import SHARED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from sora_llm.data.formats import BadRow, Conversation, DatasetSpec, Message, PromptCompletion, Text, read_rows
-from sora_llm.data.tokenize import TEMPLATES, resolve_template, tokenize_example
+from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text
+from sora_llm.data.sources import BadRow, DatasetSpec, read_rows
+from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
+from sora_llm.data.tokenize import encode_prompt, tokenize_examples
 from sora_llm.errors import UserError
 
 needs_models = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason=f"no test models in {SHARED}")
+needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason=f"no test data in {SHARED}")
 
 
 def byte_tokenizer(
-    *, adds_bos: bool = True, special: tuple[str, ...] = (), merges: tuple[tuple[str, str], ...] = ()
+    *,
+    adds_bos: bool = True,
+    special: tuple[str | AddedToken, ...] = (),
+    merges: tuple[tuple[str, str], ...] = (),
+    trim_offsets: bool = False,
 ) -> PreTrainedTokenizerFast:
     """One token per byte, but for `special` tokens and `merges` (of two characters each)."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -23,10 +34,16 @@ def byte_tokenizer(
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<bos>", "<eos>", *special)])
+    added = [token if isinstance(token, AddedToken) else AddedToken(token, special=True) for token in special]
+    backend.add_special_tokens([*(AddedToken(token, special=True) for token in ("<bos>", "<eos>")), *added])
+    trims = [processors.ByteLevel(trim_offsets=True)] if trim_offsets else []
     if adds_bos:
         bos = backend.token_to_id("<bos>")
-        backend.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", bos)])
+        backend.post_processor = processors.Sequence(
+            [*trims, processors.TemplateProcessing("<bos> $A", None, [("<bos>", bos)])]
+        )
+    elif trims:
+        backend.post_processor = trims[0]
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
 
 
@@ -40,51 +57,67 @@ def base5m():
     return AutoTokenizer.from_pretrained(SHARED / "models" / "base5m")
 
 
-def chat(*turns: tuple[str, str] | Message) -> Conversation:
-    return Conversation(tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns))
+def chat(*turns: tuple[str, str] | Message, tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
+    return Conversation(tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns), tools)
 
 
 TWO_TURNS = chat(("user", "Hi"), ("assistant", "Hello!"), ("user", "Two?"), ("assistant", "Yes."))
 WITH_SYSTEM = chat(("system", "Be brief."), *TWO_TURNS.messages)
 
 
-def supervised_texts(tokenizer, ids: list[int], supervised: list[bool]) -> list[str]:
-    """The decoded runs of supervised tokens."""
-    runs: list[list[int]] = []
-    for i, (token, wanted) in enumerate(zip(ids, supervised, strict=True)):
-        if wanted:
-            if i == 0 or not supervised[i - 1]:
-                runs.append([])
-            runs[-1].append(token)
-    return [tokenizer.decode(run) for run in runs]
+def tokens_and_weights(example, tokenizer, template: str, **options) -> tuple[list[int], list[float]]:
+    """Of one example; raises the `BadRow` that it gives."""
+    (row,) = tokenize_examples([example], tokenizer, template, **options)
+    if isinstance(row, BadRow):
+        raise row
+    ids, weights = row
+    assert ids.dtype.name == "int32" and weights.dtype.name == "float32" and ids.shape == weights.shape
+    return ids.tolist(), weights.tolist()
+
+
+def weighted_texts(tokenizer, ids: list[int], weights: list[float]) -> list[tuple[float, str]]:
+    """Of each run of tokens with one weight above 0, the weight and the text."""
+    runs = itertools.groupby(range(len(ids)), key=lambda i: weights[i])
+    return [(weight, tokenizer.decode([ids[i] for i in run])) for weight, run in runs if weight]
 
 
 def answers(example, tokenizer, template: str, **options: object) -> list[str]:
-    return supervised_texts(tokenizer, *tokenize_example(example, tokenizer, template, **options))
+    """The texts that are supervised, all with weight 1."""
+    found = weighted_texts(tokenizer, *tokens_and_weights(example, tokenizer, template, **options))
+    assert {weight for weight, _ in found} <= {1.0}
+    return [text for _, text in found]
 
 
-# ----- golden sequences: pieces of base5m, supervised ones in brackets; checked by reading them ---------------------
+# ----- golden sequences, checked by reading: tokens with weight 1 stand in brackets, those with 0.5 as 0.5[...] -------
 
 GOLDEN = {
-    "alpaca": """
+    ("base5m", "alpaca"): """
         <s> ▁Be ▁bri ef . <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁In st ruction : <0x0A> H i <0x0A> <0x0A> <0x23>
         <0x23> <0x23> ▁R es pon se : <0x0A> [H] [ell] [o] [!] [</s>] <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁In st
-        ruction : <0x0A> T w o ? <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁R es pon se : <0x0A> [Yes] [.] [</s>]
+        ruction : <0x0A> T w o ? <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁R es pon se : <0x0A>
+        0.5[Yes] 0.5[.] 0.5[</s>]
     """,
-    "chatml": """
+    ("base5m", "chatml"): """
         <s> ▁ <0x3C> <0x7C> im _ st art <0x7C> <0x3E> s y stem <0x0A> B e ▁bri ef . <0x3C> <0x7C> im _ end
         <0x7C> <0x3E> <0x0A> <0x3C> <0x7C> im _ st art <0x7C> <0x3E> us er <0x0A> H i <0x3C> <0x7C> im _ end
         <0x7C> <0x3E> <0x0A> <0x3C> <0x7C> im _ st art <0x7C> <0x3E> ass ist ant <0x0A> [H] [ell] [o] [!]
         [<0x3C>] [<0x7C>] [im] [_] [end] [<0x7C>] [<0x3E>] <0x0A> <0x3C> <0x7C> im _ st art <0x7C> <0x3E> us er
         <0x0A> T w o ? <0x3C> <0x7C> im _ end <0x7C> <0x3E> <0x0A> <0x3C> <0x7C> im _ st art <0x7C> <0x3E> ass
-        ist ant <0x0A> [Yes] [.] [<0x3C>] [<0x7C>] [im] [_] [end] [<0x7C>] [<0x3E>] <0x0A>
+        ist ant <0x0A> 0.5[Yes] 0.5[.] 0.5[<0x3C>] 0.5[<0x7C>] 0.5[im] 0.5[_] 0.5[end] 0.5[<0x7C>] 0.5[<0x3E>] <0x0A>
     """,
-    "llama-2": """
+    ("base5m", "gemma"): """
+        <s> <0x3C> st art _ of _ t urn <0x3E> us er <0x0A> B e ▁bri ef . <0x0A> <0x0A> H i <0x3C> end _ of _ t
+        urn <0x3E> <0x0A> <0x3C> st art _ of _ t urn <0x3E> m od el <0x0A> [H] [ell] [o] [!] [<0x3C>] [end] [_]
+        [of] [_] [t] [urn] [<0x3E>] <0x0A> <0x3C> st art _ of _ t urn <0x3E> us er <0x0A> T w o ? <0x3C> end _
+        of _ t urn <0x3E> <0x0A> <0x3C> st art _ of _ t urn <0x3E> m od el <0x0A> 0.5[Yes] 0.5[.] 0.5[<0x3C>]
+        0.5[end] 0.5[_] 0.5[of] 0.5[_] 0.5[t] 0.5[urn] 0.5[<0x3E>] <0x0A>
+    """,
+    ("base5m", "llama-2"): """
         <s> <0x5B> IN S T <0x5D> ▁ <0x3C> <0x3C> S Y S <0x3E> <0x3E> <0x0A> B e ▁bri ef . <0x0A> <0x3C> <0x3C>
         <0x2F> S Y S <0x3E> <0x3E> <0x0A> <0x0A> H i ▁ <0x5B> <0x2F> IN S T <0x5D> [▁He] [ll] [o] [!] [▁] [</s>]
-        <0x5B> IN S T <0x5D> ▁Two ? ▁ <0x5B> <0x2F> IN S T <0x5D> [▁Yes] [.] [▁] [</s>]
+        <0x5B> IN S T <0x5D> ▁Two ? ▁ <0x5B> <0x2F> IN S T <0x5D> 0.5[▁Yes] 0.5[.] 0.5[▁] 0.5[</s>]
     """,
-    "llama-3": """
+    ("base5m", "llama-3"): """
         <s> <0x3C> <0x7C> st art _ head er _ id <0x7C> <0x3E> s y stem <0x3C> <0x7C> end _ head er _ id <0x7C>
         <0x3E> <0x0A> <0x0A> B e ▁bri ef . <0x3C> <0x7C> e ot _ id <0x7C> <0x3E> <0x3C> <0x7C> st art _ head er
         _ id <0x7C> <0x3E> us er <0x3C> <0x7C> end _ head er _ id <0x7C> <0x3E> <0x0A> <0x0A> H i <0x3C> <0x7C>
@@ -92,8 +125,35 @@ GOLDEN = {
         _ head er _ id <0x7C> <0x3E> <0x0A> <0x0A> [H] [ell] [o] [!] [<0x3C>] [<0x7C>] [e] [ot] [_] [id]
         [<0x7C>] [<0x3E>] <0x3C> <0x7C> st art _ head er _ id <0x7C> <0x3E> us er <0x3C> <0x7C> end _ head er _
         id <0x7C> <0x3E> <0x0A> <0x0A> T w o ? <0x3C> <0x7C> e ot _ id <0x7C> <0x3E> <0x3C> <0x7C> st art _ head
-        er _ id <0x7C> <0x3E> ass ist ant <0x3C> <0x7C> end _ head er _ id <0x7C> <0x3E> <0x0A> <0x0A> [Yes] [.]
-        [<0x3C>] [<0x7C>] [e] [ot] [_] [id] [<0x7C>] [<0x3E>]
+        er _ id <0x7C> <0x3E> ass ist ant <0x3C> <0x7C> end _ head er _ id <0x7C> <0x3E> <0x0A> <0x0A> 0.5[Yes]
+        0.5[.] 0.5[<0x3C>] 0.5[<0x7C>] 0.5[e] 0.5[ot] 0.5[_] 0.5[id] 0.5[<0x7C>] 0.5[<0x3E>]
+    """,
+    ("base5m", "mistral"): """
+        <s> <0x5B> IN S T <0x5D> ▁Be ▁bri ef . <0x0A> <0x0A> H i <0x5B> <0x2F> IN S T <0x5D> [▁He] [ll] [o] [!]
+        [</s>] <0x5B> IN S T <0x5D> ▁Two ? <0x5B> <0x2F> IN S T <0x5D> 0.5[▁Yes] 0.5[.] 0.5[</s>]
+    """,
+    ("base5m", "vicuna"): """
+        <s> ▁Be ▁bri ef . ▁US ER : ▁H i ▁A S S IS T AN T : [▁He] [ll] [o] [!] [</s>] US ER : ▁Two ? ▁A S S IS T
+        AN T : 0.5[▁Yes] 0.5[.] 0.5[</s>]
+    """,
+    ("stories260k", "alpaca"): """
+        <s> ▁B e ▁b ri e f . <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁I n st r u c t i on : <0x0A> H i <0x0A> <0x0A>
+        <0x23> <0x23> <0x23> ▁ R es p on se : <0x0A> [H] [e] [ll] [o] [!] [</s>] <0x0A> <0x0A> <0x23> <0x23>
+        <0x23> ▁I n st r u c t i on : <0x0A> T w o ? <0x0A> <0x0A> <0x23> <0x23> <0x23> ▁ R es p on se : <0x0A>
+        0.5[Y] 0.5[es] 0.5[.] 0.5[</s>]
+    """,
+    ("stories260k", "llama-2"): """
+        <s> [ I N S T ] ▁ < < S Y S > > <0x0A> B e ▁b ri e f . <0x0A> < < / S Y S > > <0x0A> <0x0A> H i ▁ [ / I
+        N S T ] [▁He] [ll] [o] [!] [▁] [</s>] [ I N S T ] ▁T w o ? ▁ [ / I N S T ] 0.5[▁] 0.5[Y] 0.5[es] 0.5[.]
+        0.5[▁] 0.5[</s>]
+    """,
+    ("stories260k", "mistral"): """
+        <s> [ I N S T ] ▁B e ▁b ri e f . <0x0A> <0x0A> H i [ / I N S T ] [▁He] [ll] [o] [!] [</s>] [ I N S T ] ▁T
+        w o ? [ / I N S T ] 0.5[▁] 0.5[Y] 0.5[es] 0.5[.] 0.5[</s>]
+    """,
+    ("stories260k", "vicuna"): """
+        <s> ▁B e ▁b ri e f . ▁ U S E R : ▁H i ▁ A S S I S T A N T : [▁He] [ll] [o] [!] [</s>] U S E R : ▁T w o ? ▁
+        A S S I S T A N T : 0.5[▁] 0.5[Y] 0.5[es] 0.5[.] 0.5[</s>]
     """,
 }
 GOLDEN_ALPACA_INPUT = """
@@ -104,24 +164,26 @@ GOLDEN_ALPACA_INPUT = """
 """
 
 
-def pieces(tokenizer, ids: list[int], supervised: list[bool]) -> str:
-    return " ".join(
-        f"[{piece}]" if wanted else piece
-        for piece, wanted in zip(tokenizer.convert_ids_to_tokens(ids), supervised, strict=True)
-    )
+def pieces(tokenizer, ids: list[int], weights: list[float]) -> list[str]:
+    named = {0.0: "{}", 1.0: "[{}]"}
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return [named.get(w, f"{w:g}[{{}}]").format(token) for token, w in zip(tokens, weights, strict=True)]
 
 
 @needs_models
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_conversation_gives_the_golden_sequence(base5m, name):
-    assert pieces(base5m, *tokenize_example(WITH_SYSTEM, base5m, TEMPLATES[name])).split() == GOLDEN[name].split()
+@pytest.mark.parametrize(("model", "name"), GOLDEN)
+def test_a_conversation_gives_the_golden_sequence(model, name):
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
+    example = chat(*WITH_SYSTEM.messages[:-1], Message("assistant", "Yes.", weight=0.5))
+    sequence = pieces(tokenizer, *tokens_and_weights(example, tokenizer, TEMPLATES[name]))
+    assert sequence == GOLDEN[model, name].split()
 
 
 @needs_models
 def test_alpaca_s_input_gives_the_golden_sequence(base5m):
     example = chat(Message("user", "Add.", input="1 2"), ("assistant", "3"))
-    sequence = pieces(base5m, *tokenize_example(example, base5m, TEMPLATES["alpaca"]))
-    assert sequence.split() == GOLDEN_ALPACA_INPUT.split()
+    sequence = pieces(base5m, *tokens_and_weights(example, base5m, TEMPLATES["alpaca"]))
+    assert sequence == GOLDEN_ALPACA_INPUT.split()
 
 
 RENDERED = {
@@ -129,85 +191,70 @@ RENDERED = {
     "\n\n### Instruction:\nTwo?\n\n### Response:\nYes.<eos>",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!"
     "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
+    "gemma": "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
+    "<start_of_turn>user\nTwo?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n",
     "llama-2": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello! <eos>[INST] Two? [/INST] Yes. <eos>",
     "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
+    "mistral": "[INST] Be brief.\n\nHi[/INST] Hello!<eos>[INST] Two?[/INST] Yes.<eos>",
+    "vicuna": "Be brief. USER: Hi ASSISTANT: Hello!<eos>USER: Two? ASSISTANT: Yes.<eos>",
+}
+WITHOUT_SYSTEM = {
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\nHi",
+    "chatml": "<|im_start|>user\nHi",
+    "gemma": "<start_of_turn>user\nHi",
+    "llama-2": "[INST] Hi",
+    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\nHi",
+    "mistral": "[INST] Hi",
+    "vicuna": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: Hi",
 }
 
 
-@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_built_in_template_writes_its_format_to_the_letter(byte, name):
-    ids, _ = tokenize_example(WITH_SYSTEM, byte, TEMPLATES[name])
+    ids, _ = tokens_and_weights(WITH_SYSTEM, byte, TEMPLATES[name])
     assert byte.decode(ids) == "<bos>" + RENDERED[name]
+    ids, _ = tokens_and_weights(TWO_TURNS, byte, TEMPLATES[name])
+    assert byte.decode(ids).startswith("<bos>" + WITHOUT_SYSTEM[name])
+
+
+TRIMMED = {"gemma": {"user", "assistant"}, "llama-2": {"system", "user", "assistant"}, "mistral": {"assistant"}}
+TRIMMED["llama-3"] = TRIMMED["llama-2"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_blanks_around_texts_go_where_the_published_template_trims_them_and_stay_elsewhere(byte, name):
+    padded = chat(("system", "\n S \n"), ("user", "\n U \n"), ("assistant", "\n A \n"))
+    text = byte.decode(tokens_and_weights(padded, byte, TEMPLATES[name])[0])
+    kept = {turn.role for turn in padded.messages if turn.content in text}
+    assert kept == {"system", "user", "assistant"} - TRIMMED.get(name, set())
 
 
 # ----- what is supervised ---------------------------------------------------------------------------------------------
 
-END_OF_TURN = {"alpaca": "<eos>", "chatml": "<|im_end|>", "llama-2": " <eos>", "llama-3": "<|eot_id|>"}
-
-
-def random_conversations(seed: int, count: int) -> list[Conversation]:
-    """Texts full of what masks are lost by: markers of the templates, role names, line breaks, other scripts."""
-    rng = random.Random(seed)
-    words = [
-        "### Response:",
-        "\n\n",
-        "<|im_end|>",
-        "assistant\n",
-        "[/INST]",
-        "user",
-        " ",
-        "x",
-        "né",
-        "数",
-        "🙂",
-        "12",
-        ".",
-    ]
-
-    def text() -> str:
-        return rng.choice("aQ1") + "".join(rng.choices(words, k=rng.randrange(6))) + rng.choice("bZ?")
-
-    return [
-        chat(
-            *[("system", text())] * rng.randrange(2),
-            *[turn for _ in range(rng.randrange(1, 4)) for turn in (("user", text()), ("assistant", text()))],
-        )
-        for _ in range(count)
-    ]
+END_OF_TURN = {
+    "alpaca": "<eos>",
+    "chatml": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "llama-2": " <eos>",
+    "llama-3": "<|eot_id|>",
+    "mistral": "<eos>",
+    "vicuna": "<eos>",
+}
+LEAD = {"llama-2": " ", "mistral": " ", "vicuna": " "}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_supervised_tokens_are_exactly_the_answers_with_their_end_of_turn(name, adds_bos):
-    tokenizer = byte_tokenizer(adds_bos=adds_bos, special=("<|eot_id|>",))
-    for conversation in random_conversations(seed=1, count=40):
-        lead = " " if name == "llama-2" else ""
-        expected = [
-            lead + turn.content + END_OF_TURN[name] for turn in conversation.messages if turn.role == "assistant"
-        ]
-        assert answers(conversation, tokenizer, TEMPLATES[name]) == expected
-
-
-@needs_models
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_prompt_of_every_answer_is_what_the_model_will_see_when_it_has_to_answer(base5m, name):
-    """For real BPE merges: the unsupervised tokens before an answer are the rendered prompt's own tokens."""
-    for conversation in random_conversations(seed=2, count=20):
-        ids, supervised = tokenize_example(conversation, base5m, TEMPLATES[name])
-        prompt = base5m.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in conversation.messages[:-1]],
-            chat_template=TEMPLATES[name],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        prompt_ids = base5m(prompt, add_special_tokens=False)["input_ids"]
-        prompt_ids = prompt_ids if prompt_ids[0] == base5m.bos_token_id else [base5m.bos_token_id, *prompt_ids]
-        last_answer = max(i for i in range(1, len(ids)) if supervised[i] and not supervised[i - 1])
-        assert ids[:last_answer] == prompt_ids
+def test_supervised_are_the_answers_with_their_end_of_turn(name, adds_bos):
+    tokenizer = byte_tokenizer(adds_bos=adds_bos, special=("<|eot_id|>", "<end_of_turn>"))
+    expected = [LEAD.get(name, "") + text + END_OF_TURN[name] for text in ("Hello!", "Yes.")]
+    assert answers(WITH_SYSTEM, tokenizer, TEMPLATES[name]) == expected
 
 
 def test_the_end_of_turn_is_supervised_where_the_tokenizer_merges_it_with_the_line_break():
@@ -216,53 +263,256 @@ def test_the_end_of_turn_is_supervised_where_the_tokenizer_merges_it_with_the_li
     assert answers(TWO_TURNS, tokenizer, TEMPLATES["chatml"]) == ["Hello!<|im_end|>\n", "Yes.<|im_end|>\n"]
 
 
+def test_a_token_that_lies_across_the_start_of_an_answer_belongs_to_it():
+    """Two line breaks are one token, the template writes one and the answer begins with another."""
+    tokenizer = byte_tokenizer(merges=(("Ċ", "Ċ"),))
+    example = chat(("user", "Hi"), ("assistant", "\nHo"))
+    assert answers(example, tokenizer, TEMPLATES["chatml"]) == ["\n\nHo<|im_end|>"]
+
+
+def test_a_marker_that_swallows_the_blanks_after_it_stays_with_the_prompt():
+    """Phi-3's <|assistant|> stands for the line break after it as well, and for blanks that begin an answer."""
+    marker = AddedToken("<|assistant|>", special=True, rstrip=True)
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{{ '<|assistant|>\n' if add_generation_prompt }}"
+    for content in ("Ho", " \n Ho"):
+        example = chat(("user", "Hi"), ("assistant", content))
+        assert answers(example, byte_tokenizer(special=(marker,)), template) == ["Ho<eos>"]
+
+
+def test_masks_are_right_where_the_tokenizer_leaves_blanks_out_of_its_offsets():
+    """GPT-NeoX's does (trim_offsets): a token of blanks then says that it is nowhere."""
+    tokenizer = byte_tokenizer(trim_offsets=True, merges=(("Ġ", "Ġ"), ("Ġ", "x")))
+    assert tokenizer("  x", return_offsets_mapping=True)["offset_mapping"] == [(0, 0), (2, 2), (2, 3)]
+    example = chat(("user", " Hi "), ("assistant", "  x"), ("user", " x "), ("assistant", "  "), ("user", "  "))
+    assert answers(example, tokenizer, TEMPLATES["vicuna"]) == ["   x<eos>", "   <eos>"]
+    assert answers(example, tokenizer, TEMPLATES["chatml"]) == ["  x<|im_end|>", "  <|im_end|>"]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_come_from_gives_the_same_masks():
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    assert answers(WITH_SYSTEM, tokenizer, TEMPLATES["chatml"]) == ["Hello!<|im_end|>", "Yes.<|im_end|>"]
+    assert answers(PromptCompletion("ab", "cd"), tokenizer, "") == ["cd</s>"]
+
+
+def test_a_tokenizer_without_offsets_that_joins_the_end_of_turn_with_the_line_break_keeps_it_supervised():
+    fast = byte_tokenizer(merges=((">", "Ċ"),))
+    assert answers(TWO_TURNS, WithoutOffsets(fast), TEMPLATES["chatml"]) == ["Hello!<|im_end|>\n", "Yes.<|im_end|>\n"]
+
+
+class WithoutOffsets:
+    """A tokenizer that gives ids alone, as slow ones do."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        encoded = self.tokenizer(*args, **kwargs)
+        encoded._encodings = None
+        return encoded
+
+
 def test_position_0_is_never_supervised(byte):
     for tokenizer in (byte, byte_tokenizer(adds_bos=False)):
         for example in (Text("ab"), PromptCompletion("", "ab"), chat(("user", "a"), ("assistant", "b"))):
-            _, supervised = tokenize_example(example, tokenizer, TEMPLATES["chatml"], train_on_inputs=True)
-            assert supervised == [False] + [True] * (len(supervised) - 1)
+            _, weights = tokens_and_weights(example, tokenizer, TEMPLATES["chatml"], train_on_inputs=True)
+            assert weights == [0] + [1] * (len(weights) - 1)
 
 
 def test_only_the_last_answer_is_supervised_on_request(byte):
     for name in TEMPLATES:
-        texts = answers(TWO_TURNS, byte, TEMPLATES[name], train_on_last_turn_only=True)
-        assert len(texts) == 1 and texts[0].strip().startswith("Yes.")
+        expected = [LEAD.get(name, "") + "Yes." + END_OF_TURN[name]]
+        unanswered = chat(*TWO_TURNS.messages, ("user", "Bye"))
+        for example in (TWO_TURNS, unanswered):
+            assert answers(example, byte, TEMPLATES[name], train_on_last_turn_only=True) == expected
 
 
-def test_messages_say_for_themselves_whether_to_train_on_them(byte):
-    skip_first = chat(("user", "Hi"), Message("assistant", "Hello!", False), ("user", "Two?"), ("assistant", "Yes."))
-    assert answers(skip_first, byte, TEMPLATES["chatml"]) == ["Yes.<|im_end|>"]
-    user_too = chat(Message("user", "Hi"), ("assistant", "Ho"), Message("user", "Two?", True), ("assistant", "Yes."))
+def test_a_message_s_weight_says_how_much_to_train_on_it(byte):
+    first, second = Message("assistant", "Hello!", weight=0.0), Message("assistant", "Yes.", weight=0.5)
+    example = chat(("user", "Hi"), first, ("user", "Two?"), second)
+    assert weighted_texts(byte, *tokens_and_weights(example, byte, TEMPLATES["chatml"])) == [(0.5, "Yes.<|im_end|>")]
+    example = chat(("user", "Hi"), ("assistant", "Ho"), Message("user", "Two?", weight=2.0), second)
+    found = weighted_texts(byte, *tokens_and_weights(example, byte, TEMPLATES["chatml"]))
     asked = "<|im_start|>user\nTwo?<|im_end|>"
-    assert answers(user_too, byte, TEMPLATES["chatml"]) == ["Ho<|im_end|>", asked, "Yes.<|im_end|>"]
-    no_user = chat(Message("user", "Hi", False), ("assistant", "Ho"))
-    for name in TEMPLATES:
-        whole, part = (answers(no_user, byte, TEMPLATES[name], train_on_inputs=inputs) for inputs in (True, False))
-        assert part[0] in whole[0] and "Hi" not in whole[0]
+    assert found == [(1.0, "Ho<|im_end|>"), (2.0, asked), (0.5, "Yes.<|im_end|>")]
+
+
+def test_a_message_s_weight_comes_before_the_options(byte):
+    last = Message("assistant", "Yes.", weight=0.5)
+    example = chat(Message("user", "Hi", weight=0.0), ("assistant", "Ho"), ("user", "Two?"), last)
+    options = {"train_on_inputs": True}
+    found = weighted_texts(byte, *tokens_and_weights(example, byte, TEMPLATES["llama-3"], **options))
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    between = header.format("assistant") + "Ho<|eot_id|>" + header.format("user") + "Two?<|eot_id|>"
+    assert found == [(1.0, between + header.format("assistant")), (0.5, "Yes.<|eot_id|>")]
+    only_last = weighted_texts(
+        byte, *tokens_and_weights(example, byte, TEMPLATES["llama-3"], train_on_last_turn_only=True)
+    )
+    assert only_last == [(0.5, "Yes.<|eot_id|>")]
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama-2", "mistral"])
+def test_a_system_message_inside_the_first_question_has_its_own_weight(byte, name):
+    example = chat(Message("system", "Sys", weight=0.25), Message("user", "Q", weight=0.5), ("assistant", "A"))
+    found = weighted_texts(byte, *tokens_and_weights(example, byte, TEMPLATES[name]))
+    assert [weight for weight, _ in found] == [0.25, 0.5, 1.0]
+    assert "Sys" in found[0][1] and "Q" not in found[0][1] and found[1][1].startswith("Q")
 
 
 def test_a_turn_that_follows_no_question_is_supervised_where_the_template_can_render_it(byte):
     greeting = chat(("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Ho"))
     assert answers(greeting, byte, TEMPLATES["chatml"]) == ["Welcome.<|im_end|>", "Ho<|im_end|>"]
-    with pytest.raises(BadRow, match=r"refuses|begins with the assistant"):
-        tokenize_example(greeting, byte, TEMPLATES["llama-2"])
+    with pytest.raises(BadRow, match="the alpaca template"):
+        tokens_and_weights(chat(("system", "a"), ("system", "b"), ("assistant", "c")), byte, TEMPLATES["alpaca"])
+    with pytest.raises(BadRow, match="begins with the assistant"):
+        tokens_and_weights(greeting, byte, TEMPLATES["alpaca"])
 
 
-@pytest.mark.parametrize("name", ["alpaca", "llama-2"])
-def test_a_conversation_that_the_template_refuses_is_a_bad_row(byte, name):
-    with pytest.raises(BadRow, match=r"refuses the conversation: the .* template"):
-        tokenize_example(chat(("user", "a"), ("tool", "b"), ("assistant", "c")), byte, TEMPLATES[name])
+OUT_OF_TURN = {
+    "two questions": ("user", "user", "assistant"),
+    "two answers": ("user", "assistant", "assistant"),
+    "an answer first": ("assistant", "user", "assistant"),
+    "a second system message": ("user", "assistant", "system", "user", "assistant"),
+    "a tool": ("user", "tool", "assistant"),
+}
+
+
+@pytest.mark.parametrize("roles", OUT_OF_TURN.values(), ids=OUT_OF_TURN)
+@pytest.mark.parametrize("name", ["gemma", "llama-2", "mistral", "vicuna"])
+def test_turns_in_an_order_that_the_model_has_never_seen_are_a_bad_row(byte, name, roles):
+    with pytest.raises(BadRow, match=f"refuses the conversation: the {name} template has no place for this"):
+        tokens_and_weights(chat(*[(role, "x") for role in roles]), byte, TEMPLATES[name])
+
+
+def test_one_bad_row_leaves_the_others_of_a_chunk_alone(byte):
+    bad = chat(("user", "a"), ("tool", "b"), ("assistant", "c"))
+    rows = tokenize_examples([Text("ab"), bad, TWO_TURNS, bad], byte, TEMPLATES["alpaca"])
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False, True]
+    assert byte.decode(rows[0][0]) == "<bos>ab<eos>" and "Hello!" in byte.decode(rows[2][0])
+    assert tokenize_examples([], byte, "") == []
 
 
 def test_alpaca_s_input_is_part_of_the_question_under_other_templates(byte):
-    ids, _ = tokenize_example(chat(Message("user", "Add.", input="1 2"), ("assistant", "3")), byte, TEMPLATES["chatml"])
+    example = chat(Message("user", "Add.", input="1 2"), ("assistant", "3"))
+    ids, _ = tokens_and_weights(example, byte, TEMPLATES["chatml"])
     assert "<|im_start|>user\nAdd.\n\n1 2<|im_end|>" in byte.decode(ids)
+
+
+def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
+    for name in TEMPLATES:
+        ids, weights = tokens_and_weights(chat(("user", "Hi"), ("assistant", "Ho")), byte, TEMPLATES[name])
+        assert encode_prompt(byte, "Hi", TEMPLATES[name]) == ids[: weights.index(1)]
+    assert byte.decode(encode_prompt(byte, "Hi", None)) == "<bos>Hi"
+
+
+# ----- tools ----------------------------------------------------------------------------------------------------------
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}
+
+
+def call(a: int, **more: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "arguments": {"a": a}}, **more}
+
+
+WITH_TOOLS = chat(
+    ("system", "Sys"),
+    ("user", "Q"),
+    Message("assistant", "", extra={"tool_calls": [call(1, id="c1")]}),
+    Message("tool", '{"sum": 3}', extra={"tool_call_id": "c1", "name": "add"}),
+    ("assistant", "3"),
+    tools=(ADD,),
+)
+TOOL_TEXTS = {
+    "chatml": "<|im_start|>system\nSys\n\n"
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    '{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}\n</tools>\n\n'
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+    "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]\n'
+    '<|im_start|>tool\n<tool_response>\n{"sum": 3}\n</tool_response><|im_end|>\n'
+    "<|im_start|>assistant\n[[3<|im_end|>]]\n",
+    "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n\nSys<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
+    "function call with its proper arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    'Do not use variables.\n\n{\n    "type": "function",\n    "function": {\n        "name": "add",\n'
+    '        "parameters": {\n            "a": "ü"\n        }\n    }\n}\n\nQ<|eot_id|>'
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    '[[{"name": "add", "parameters": {"a": 1}}<|eot_id|>]]'
+    '<|start_header_id|>ipython<|end_header_id|>\n\n"{\\"sum\\": 3}"<|eot_id|>'
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[3<|eot_id|>]]",
+    "mistral": '[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}]'
+    "[/AVAILABLE_TOOLS][INST] Sys\n\nQ[/INST]"
+    '[[[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "c1"}]<eos>]]'
+    '[TOOL_RESULTS] {"content": {"sum": 3}, "call_id": "c1"}[/TOOL_RESULTS][[ 3<eos>]]',
+}
+
+
+@pytest.mark.parametrize("name", TOOL_TEXTS)
+def test_tools_are_written_to_the_letter_and_calls_are_supervised_like_answers(byte, name):
+    ids, weights = tokens_and_weights(WITH_TOOLS, byte, TEMPLATES[name])
+    runs = itertools.groupby(range(len(ids)), key=lambda i: weights[i])
+    texts = [(weight, byte.decode([ids[i] for i in run])) for weight, run in runs]
+    assert "".join(f"[[{text}]]" if weight else text for weight, text in texts) == "<bos>" + TOOL_TEXTS[name]
+
+
+def test_calls_beside_text_and_several_calls_are_written_where_the_format_has_them_and_refused_elsewhere(byte):
+    both = Message("assistant", "Wait.", extra={"tool_calls": [call(1), call(2)]})
+    two_results = [Message("tool", "3"), Message("tool", "4")]
+    example = chat(("user", "Q"), both, *two_results, ("assistant", "7"), tools=(ADD,))
+    assert answers(example, byte, TEMPLATES["chatml"])[0] == (
+        'Wait.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
+    )
+    assert answers(example, byte, TEMPLATES["mistral"])[0] == (
+        ' Wait.[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]<eos>'
+    )
+    text = byte.decode(tokens_and_weights(example, byte, TEMPLATES["mistral"])[0])
+    assert '[TOOL_RESULTS] {"content": "3"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": "4"}[/TOOL_RESULTS]' in text
+    with pytest.raises(BadRow, match="one tool call per message"):
+        tokens_and_weights(example, byte, TEMPLATES["llama-3"])
+    greeting = chat(("assistant", "Welcome."), ("user", "Q"), ("assistant", "A"), tools=(ADD,))
+    with pytest.raises(BadRow, match="writes the tools into the first question"):
+        tokens_and_weights(greeting, byte, TEMPLATES["llama-3"])
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - TOOL_TEXTS.keys()))
+def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
+    for example, part in (
+        (chat(*TWO_TURNS.messages, tools=(ADD,)), "tools"),
+        (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
+        (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
+    ):
+        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
+            tokens_and_weights(example, byte, TEMPLATES[name])
+    with pytest.raises(BadRow, match=f"the {name} template has no place for this tool message"):
+        tokens_and_weights(chat(("user", "Q"), ("tool", "R"), ("assistant", "A")), byte, TEMPLATES[name])
+    names_alone = chat(Message("user", "Q", extra={"name": "Ann", "tool_calls": None}), ("assistant", "A"))
+    assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
+
+
+def test_reasoning_reaches_a_template_under_either_of_its_names(byte):
+    for given in ("reasoning_content", "thinking"):
+        for read in ("reasoning_content", "thinking"):
+            template = "{% for m in messages %}" + f"({{{{ m.{read} }}}})" + "{{ m.content }}|{% endfor %}"
+            example = chat(("user", "Q"), Message("assistant", "A", extra={given: "Hm"}))
+            assert byte.decode(tokens_and_weights(example, byte, template)[0]) == "<bos>()Q|(Hm)A|"
 
 
 # ----- other people's templates ---------------------------------------------------------------------------------------
 
 # Phi-3's habit: eos after the last turn, whatever it is.
 CLOSING_EOS = TEMPLATES["chatml"] + "{{ '' if add_generation_prompt else eos_token }}"
+# The same where eos begins like the next turn, so that the two have more in common than the turn before.
+CLOSING_LIKE_OPENING = """{%- for m in messages -%}
+{{ '<e' + m.role + '>' + m.content + '|' }}
+{%- endfor -%}{{ '<euser>' if false else eos_token if not add_generation_prompt else '<eassistant>' }}"""
 # Qwen3's habit: the last answer has an (empty) block of thoughts, earlier ones have none.
 THINKING = """{%- for m in messages -%}
 {{ '<|im_start|>' + m.role + '\\n' }}
@@ -284,10 +534,18 @@ MARKED = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}{{ '# ' }}{% generation %}{{ m.content + ';' }}{% endgeneration %}
 {%- else -%}{{ '> ' + m.content + ';' }}{%- endif -%}
 {%- endfor -%}"""
+# SmolLM3's habit: thoughts and answer are marked each by itself.
+MARKED_TWICE = MARKED.replace("{% generation %}", "{% generation %}{{ 'hm;' }}{% endgeneration %} {% generation %}")
+# The tools' texts of every format and the names of tokens, written by what others' templates read them with.
+GENERAL = "{{ bos_token }}{{ tools | tojson }}{{ messages | tojson }}{{ documents }}{{ eos_token }}{{ pad_token }}"
 
 
-def test_tokens_that_close_every_text_do_not_disturb_the_masks(byte):
-    assert answers(TWO_TURNS, byte, CLOSING_EOS) == ["Hello!<|im_end|>", "Yes.<|im_end|>\n<eos>"]
+@pytest.mark.parametrize("template", [CLOSING_EOS, CLOSING_LIKE_OPENING])
+def test_tokens_that_close_every_text_do_not_disturb_the_masks(byte, template):
+    first, second = answers(TWO_TURNS, byte, template)
+    assert (first, second) == (
+        ("Hello!<|im_end|>", "Yes.<|im_end|>\n<eos>") if template == CLOSING_EOS else ("Hello!|", "Yes.|<eos>")
+    )
 
 
 def test_a_prompt_that_opens_more_than_the_answer_has_does_not_disturb_the_masks(byte):
@@ -297,18 +555,69 @@ def test_a_prompt_that_opens_more_than_the_answer_has_does_not_disturb_the_masks
 @pytest.mark.parametrize("template", [THINKING, MOVED_SYSTEM, MARKED_LAST_QUESTION])
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_not_masked_wrongly(byte, template):
     with pytest.raises(BadRow, match="writes a turn differently"):
-        tokenize_example(WITH_SYSTEM, byte, template)
+        tokens_and_weights(WITH_SYSTEM, byte, template)
 
 
 def test_the_last_turn_can_be_trained_on_under_a_template_that_rewrites_earlier_ones(byte):
     assert answers(TWO_TURNS, byte, THINKING, train_on_last_turn_only=True) == ["<think></think>Yes.<|im_end|>"]
 
 
+def test_a_template_that_leaves_out_a_turn_to_train_on_is_refused(byte):
+    template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}|{% endfor %}"
+    with pytest.raises(BadRow, match=r"writes nothing in the place of messages\[1\] \(assistant\)"):
+        tokens_and_weights(TWO_TURNS, byte, template)
+
+
+def test_blanks_are_supervised_where_a_template_ends_answers_with_nothing_else(byte):
+    """A model that never learns to write them would never stop."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    template += "{{ 'assistant: ' if add_generation_prompt }}"
+    assert answers(TWO_TURNS, byte, template) == ["Hello!\n\n", "Yes.\n\n"]
+
+
 def test_generation_markers_are_used_where_a_template_has_them(byte):
     assert answers(TWO_TURNS, byte, MARKED) == ["Hello!;", "Yes.;"]
     assert answers(TWO_TURNS, byte, MARKED, train_on_last_turn_only=True) == ["Yes.;"]
-    ids, _ = tokenize_example(TWO_TURNS, byte, MARKED)
+    ids, _ = tokens_and_weights(TWO_TURNS, byte, MARKED)
     assert byte.decode(ids) == "<bos>> Hi;# Hello!;> Two?;# Yes.;"
+
+
+def test_weights_hold_under_generation_markers(byte):
+    half = Message("assistant", "Hello!", weight=0.5)
+    example = chat(Message("user", "Hi", weight=2.0), half, *TWO_TURNS.messages[2:])
+    found = weighted_texts(byte, *tokens_and_weights(example, byte, MARKED))
+    assert found == [(2.0, "> Hi;"), (0.5, "Hello!;"), (1.0, "Yes.;")]
+    inputs_too = tokens_and_weights(example, byte, MARKED, train_on_inputs=True)
+    assert weighted_texts(byte, *inputs_too) == [(2.0, "> Hi;"), (1.0, "# "), (0.5, "Hello!;"), (1.0, "> Two?;# Yes.;")]
+
+
+def test_several_marked_spans_in_an_answer_have_its_weight_where_all_answers_have_the_same(byte):
+    assert answers(TWO_TURNS, byte, MARKED_TWICE) == ["hm;", "Hello!;", "hm;", "Yes.;"]
+    with pytest.raises(BadRow, match="give 4 spans for 2 assistant turns"):
+        tokens_and_weights(TWO_TURNS, byte, MARKED_TWICE, train_on_last_turn_only=True)
+    marks_nothing = MARKED.replace("m.role == 'assistant'", "m.role == 'nobody'")
+    with pytest.raises(BadRow, match="give 0 spans for 2 assistant turns"):
+        tokens_and_weights(TWO_TURNS, byte, marks_nothing)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), MARKED, CLOSING_EOS, GENERAL])
+def test_a_conversation_is_rendered_as_transformers_renders_it(byte, template, prompt):
+    nulls = {"name": None, "tool_call_id": "x", "reasoning_content": "Hm"}
+    with_nulls = chat(*WITH_SYSTEM.messages[:-1], Message("assistant", "é<", extra=nulls))
+    for example in (TWO_TURNS, WITH_SYSTEM, WITH_TOOLS, with_nulls):
+        dicts, tools = as_dicts(example.messages), list(example.tools) or None
+        try:
+            expected = byte.apply_chat_template(
+                dicts, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as refused:
+            with pytest.raises(BadRow, match="refuses the conversation") as bad:
+                render(dicts, template, byte.special_tokens_map, tools=example.tools, prompt=prompt)
+            assert str(refused) in str(bad.value)
+        else:
+            found = render(dicts, template, byte.special_tokens_map, tools=example.tools, prompt=prompt)
+            assert found == expected
 
 
 # ----- one BOS --------------------------------------------------------------------------------------------------------
@@ -317,16 +626,26 @@ def test_generation_markers_are_used_where_a_template_has_them(byte):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_there_is_exactly_one_bos(byte, name):
     for template in (TEMPLATES[name], "{{ bos_token }}" + TEMPLATES["chatml"]):
-        ids, _ = tokenize_example(TWO_TURNS, byte, template)
+        ids, _ = tokens_and_weights(TWO_TURNS, byte, template)
         assert ids[0] == byte.bos_token_id and ids.count(byte.bos_token_id) == 1
-    for example in (Text("ab"), PromptCompletion("a", "b"), Text("<bos>ab")):
-        ids, _ = tokenize_example(example, byte, "")
+    for example in (Text("ab"), PromptCompletion("a", "b"), PromptCompletion("", "b"), Text("<bos>ab")):
+        ids, _ = tokens_and_weights(example, byte, "")
         assert ids[0] == byte.bos_token_id and ids.count(byte.bos_token_id) == 1
+
+
+@needs_models
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("model", ["base5m", "stories260k"])
+def test_there_is_exactly_one_bos_under_the_real_tokenizers(model, name):
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
+    for example in (TWO_TURNS, WITH_SYSTEM):
+        ids, _ = tokens_and_weights(example, tokenizer, TEMPLATES[name])
+        assert ids[0] == 1 and ids.count(1) == 1
 
 
 def test_there_is_no_bos_where_neither_tokenizer_nor_template_wants_one():
     tokenizer = byte_tokenizer(adds_bos=False)
-    ids, _ = tokenize_example(TWO_TURNS, tokenizer, TEMPLATES["chatml"])
+    ids, _ = tokens_and_weights(TWO_TURNS, tokenizer, TEMPLATES["chatml"])
     assert tokenizer.bos_token_id not in ids
 
 
@@ -334,17 +653,18 @@ def test_there_is_no_bos_where_neither_tokenizer_nor_template_wants_one():
 
 
 @needs_models
+@needs_data
 def test_prompt_and_completion_are_tokenised_together_and_supervised_after_the_common_prefix(base5m):
     """ "ab" + "cd" as one text: where the pieces merge over the border, the merged piece belongs to the completion."""
     for row in read_rows(DatasetSpec(str(SHARED / "data/gsm8k_train.jsonl"), "completion", columns={"text": "answer"})):
         text = row[1]["answer"]
         for cut in (len(text) // 3, len(text) // 2):
             prompt, completion = text[:cut], text[cut:]
-            ids, supervised = tokenize_example(PromptCompletion(prompt, completion), base5m, "")
+            ids, weights = tokens_and_weights(PromptCompletion(prompt, completion), base5m, "")
             prompt_ids = base5m(prompt)["input_ids"]
-            start = supervised.index(True)
+            start = weights.index(1)
             assert ids == [*base5m(text)["input_ids"], base5m.eos_token_id]
-            assert ids[:start] == prompt_ids[:start] and all(supervised[start:])
+            assert ids[:start] == prompt_ids[:start] and all(weights[start:])
             assert start == len(prompt_ids) or ids[start] != prompt_ids[start]
         if row[0].endswith(":60"):
             break
@@ -353,14 +673,14 @@ def test_prompt_and_completion_are_tokenised_together_and_supervised_after_the_c
 def test_the_separator_belongs_to_the_prompt(byte):
     pair = PromptCompletion("Q", "A")
     assert answers(pair, byte, "", separator="\n") == ["A<eos>"]
-    assert byte.decode(tokenize_example(pair, byte, "", separator="\n")[0]) == "<bos>Q\nA<eos>"
+    assert byte.decode(tokens_and_weights(pair, byte, "", separator="\n")[0]) == "<bos>Q\nA<eos>"
     assert answers(pair, byte, "", separator="\n", train_on_inputs=True) == ["Q\nA<eos>"]
 
 
 def test_a_text_is_supervised_as_a_whole_and_ends_with_one_eos(byte):
     for text in ("ab", "ab<eos>"):
-        ids, supervised = tokenize_example(Text(text), byte, "")
-        assert byte.decode(ids) == "<bos>ab<eos>" and supervised == [False, True, True, True]
+        ids, weights = tokens_and_weights(Text(text), byte, "")
+        assert byte.decode(ids) == "<bos>ab<eos>" and weights == [0, 1, 1, 1]
 
 
 @needs_models
@@ -374,12 +694,41 @@ def test_texts_and_conversations_are_tokenised_as_sentencepiece_does(model):
     columns = {"prompt": "question", "completion": "answer"}
     rows = read_rows(DatasetSpec(str(SHARED / "data/gsm8k_train.jsonl"), "prompt_completion", columns=columns))
     for _, (_, row) in zip(range(300), rows, strict=False):
-        ids, _ = tokenize_example(PromptCompletion(row["question"] + "\n", row["answer"]), tokenizer, "")
+        ids, _ = tokens_and_weights(PromptCompletion(row["question"] + "\n", row["answer"]), tokenizer, "")
         assert ids == [1, *reference.encode(row["question"] + "\n" + row["answer"]), 2]
         conversation = chat(("system", "Think."), ("user", row["question"]), ("assistant", row["answer"]))
-        ids, _ = tokenize_example(conversation, tokenizer, TEMPLATES["alpaca"])
+        ids, _ = tokens_and_weights(conversation, tokenizer, TEMPLATES["alpaca"])
         text = f"Think.\n\n### Instruction:\n{row['question']}\n\n### Response:\n{row['answer']}"
         assert ids == [1, *reference.encode(text), 2]
+
+
+# ----- cost -----------------------------------------------------------------------------------------------------------
+
+
+class Counting(WithoutOffsets):
+    """A tokenizer that notes the texts of every call."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.calls: list[list[str]] = []
+
+    def __call__(self, texts, **kwargs):
+        self.calls.append([texts] if isinstance(texts, str) else list(texts))
+        return self.tokenizer(texts, **kwargs)
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["chatml"], TEMPLATES["llama-2"], MARKED, CLOSING_EOS])
+def test_the_cost_of_a_chunk_is_one_call_that_sees_every_character_once_however_many_turns_there_are(byte, template):
+    """(and one call that asks for the BOS)"""
+    exchanges = [("user", "Why is that so?"), ("assistant", "Because it is.")]
+    chunk = [chat(*exchanges * number) for number in (1, 40, 80)]
+    counting = Counting(byte)
+    rows = tokenize_examples(chunk, counting, template)
+    assert len(counting.calls) <= 2
+    seen = sum(len(text) for texts in counting.calls for text in texts)
+    assert seen <= sum(len(byte.decode(ids)) for ids, _ in rows) + 1
+    one, forty, eighty = (int((weights > 0).sum()) for _, weights in rows)
+    assert (eighty - forty) / 40 == (forty - one) / 39 > 0
 
 
 # ----- which template -------------------------------------------------------------------------------------------------
@@ -399,7 +748,7 @@ def test_a_template_can_be_a_file(byte, tmp_path):
 
 
 def test_a_template_that_does_not_exist_is_refused_with_the_names_that_do(byte):
-    with pytest.raises(UserError, match=r"'chat-ml' is neither .* \(alpaca, chatml, llama-2, llama-3\)"):
+    with pytest.raises(UserError, match=r"'chat-ml' is neither .* \(alpaca, chatml, gemma, llama-2, .*, vicuna\)"):
         resolve_template(byte, "chat-ml")
 
 

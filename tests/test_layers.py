@@ -12,7 +12,7 @@ PACKAGE = Path(sora_llm.__file__).parent
 # From the bottom up; a module imports only from the lines below its own. `config` stands beside them all.
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "stop", "lifeline"},
     {"topology", "sora", "schedule"},
     {"consensus", "inject", "optim"},
     {"distributed"},

@@ -8,11 +8,13 @@ from helpers import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm.backbone import BackboneSpec, load_backbone, pad_token_id
-from sora_llm.data.formats import DatasetSpec
-from sora_llm.data.loader import collate, prepare
+from sora_llm.data.batches import collate
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.prepare import prepare
+from sora_llm.data.sources import DatasetSpec
 from sora_llm.distributed import Engine, make_accelerator
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.loop import train_step
+from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.topology import World
 
@@ -28,11 +30,11 @@ def batches(stories, gsm8k, tmp_path_factory):
     columns = {"prompt": "question", "completion": "answer"}
     tokenizer = AutoTokenizer.from_pretrained(stories)
     spec = DatasetSpec(path=str(few), type="prompt_completion", columns=columns)
-    rows, _ = prepare([spec], tokenizer, sequence_len=512, cache_dir=few.parent / "cache")
+    rows, _ = prepare(Tokenizing((spec,), tokenizer, "", sequence_len=512), cache_dir=few.parent / "cache")
     short = [row for row in range(len(rows)) if rows.lengths[row] < 300][: STEPS * ROWS]
     assert len(short) == STEPS * ROWS
     pad = pad_token_id(tokenizer)
-    return [collate([rows[row] for row in short[start : start + ROWS]], pad) for start in range(0, len(short), ROWS)]
+    return [collate([[rows[row]] for row in short[start : start + ROWS]], pad) for start in range(0, len(short), ROWS)]
 
 
 def peft_run(stories, batches):
@@ -80,7 +82,7 @@ def sora_run(stories, batches, start):
     losses = []
     for batch in batches:
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        loss_sum, _ = train_step(engine, [batch], tokens, num_processes=1)
+        loss_sum, _ = train_step(engine, StepBatches([batch], tokens, tokens, tokens), num_processes=1)
         losses.append(loss_sum.item() / tokens)
     return losses, layers
 

@@ -23,11 +23,13 @@ from torch import Tensor
 from sora_llm import distributed, loop, pipeline, train
 from sora_llm.backbone import DTYPES, BackboneSpec, load_backbone, resolve_quant_storage
 from sora_llm.consensus import tensor_hash
-from sora_llm.data.loader import TokenDataset, collate, share, step_rows
+from sora_llm.data.batches import collate
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.order import EpochOrder, share
 from sora_llm.distributed import Engine, make_accelerator, sum_over_processes
 from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
-from sora_llm.loop import seed_step, train_step
+from sora_llm.loop import StepBatches, seed_step, step_batches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, launched_world
@@ -58,24 +60,16 @@ def gsm8k_rows(model: str, data: str) -> TokenDataset:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids, supervised = [], []
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     with Path(data).open() as file:
         for row in map(json.loads, file):
             question = tokenizer(row["question"]).input_ids
             answer = tokenizer(row["answer"], add_special_tokens=False).input_ids
             if len(question) + len(answer) <= MAX_TOKENS[Path(model).name]:
-                ids.append(question + answer)
-                supervised.append([False] * len(question) + [True] * len(answer))
-            if len(ids) == NUM_ROWS:
+                rows.append((np.array(question + answer), np.array([0.0] * len(question) + [1.0] * len(answer))))
+            if len(rows) == NUM_ROWS:
                 break
-    lengths = np.array([len(row) for row in ids])
-    ends = np.cumsum(lengths)
-    return TokenDataset(
-        np.concatenate(ids).astype(np.int32),
-        np.concatenate(supervised),
-        np.stack([ends - lengths, ends], axis=1),
-        np.array([sum(row) for row in supervised]),
-    )
+    return TokenDataset.of(rows)
 
 
 @dataclasses.dataclass
@@ -128,14 +122,16 @@ class Place:
         groups = parameter_groups(model, LEARNING_RATE, GATE_LR, weight_decay=WEIGHT_DECAY)
         return Engine(self.accelerator, model, ProxAdamW(groups), self.strategy, MAX_GRAD_NORM)
 
-    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        return collate([self.rows[number] for number in numbers], pad_id=0)
+    def row_numbers(self, step: int) -> list[list[int]]:
+        """This process's rows of a step, by micro-batch."""
+        sequences = EpochOrder(self.rows, ROWS_PER_STEP, seed=0).step(step)
+        mine = share(sequences, self.world.process_index, self.world.num_processes, MICRO_BATCH)
+        return [[int(sequence.rows[0]) for sequence in micro_batch] for micro_batch in mine]
 
-    def micro_batches(self, step: int, micro_batch: int = MICRO_BATCH) -> tuple[list[list[int]], int]:
-        """This process's rows of a step, and the supervised tokens of the whole step."""
-        numbers = step_rows(len(self.rows), ROWS_PER_STEP, 0, step)
-        mine = share(numbers, self.world.process_index, self.world.num_processes, micro_batch)
-        return mine, int(self.rows.supervised_lengths[numbers].sum())
+    def batches(self, step: int, micro_batch: int = MICRO_BATCH) -> StepBatches:
+        """What a step trains on."""
+        sequences = EpochOrder(self.rows, ROWS_PER_STEP, seed=0).step(step)
+        return step_batches(sequences, self.world, micro_batch, functools.partial(collate, pad_id=0))
 
     def train(
         self,
@@ -153,11 +149,10 @@ class Place:
             applied = sparse_lambda if step >= DENSE_STEPS else 0.0
             engine.set_rates(LEARNING_RATE, GATE_LR, applied)
             seed_step(0, step, self.world.process_index)
-            mine, step_tokens = self.micro_batches(step, micro_batch)
-            batches = [self.collate(numbers) for numbers in mine]
-            loss_sum, outcome = train_step(engine, batches, step_tokens, self.world.num_processes)
+            batches = self.batches(step, micro_batch)
+            loss_sum, outcome = train_step(engine, batches, self.world.num_processes)
             assert not outcome.skipped
-            losses.append(sum_over_processes(loss_sum, device=engine.device)[0] / step_tokens)
+            losses.append(sum_over_processes(loss_sum, device=engine.device)[0] / batches.weight)
             if after_step is not None:
                 after_step(step, GATE_LR)
             if step == evaluate_after:
@@ -165,9 +160,8 @@ class Place:
         return losses
 
     def evaluate(self, engine: Engine) -> float:
-        result = pipeline.evaluate(
-            engine.model, self.rows, self.collate, batch_size=4, world=self.world, device=engine.device
-        )
+        pad = functools.partial(collate, pad_id=0)
+        result = pipeline.evaluate(engine.model, self.rows, pad, batch_size=4, world=self.world, device=engine.device)
         return result.loss
 
 
@@ -225,7 +219,7 @@ def strategy_world(
     """
     place = Place.make(strategy, f"{models}/base5m", data)
     small = place.with_model(f"{models}/stories260k", data)
-    report: dict[str, Any] = {"rows": [place.micro_batches(step)[0] for step in range(NUM_STEPS)], "seconds": {}}
+    report: dict[str, Any] = {"rows": [place.row_numbers(step) for step in range(NUM_STEPS)], "seconds": {}}
     run_folder = f"{folder}/{{}}-{strategy}"
     questions: dict[str, Callable[[], Any]] = {
         "runs": lambda: {precision: long_run(place, precision) for precision in precisions},
@@ -316,10 +310,10 @@ def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
     """The last process's losses are multiplied by `factor` after its first `from_call` micro-batches."""
     plain, calls = loop.causal_loss_sum, 0
 
-    def poisoned_loss(*arguments: Any) -> Tensor:
+    def poisoned_loss(*arguments: Any, **options: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        loss = plain(*arguments)
+        loss = plain(*arguments, **options)
         last = place.world.process_index == place.world.num_processes - 1
         return loss * factor if last and calls > from_call else loss
 
@@ -338,10 +332,8 @@ def skipped_step(place: Place) -> dict[str, Any]:
     before = state_of(engine), copies(engine)
     outcomes = []
     for factor in (float("nan"), float("inf")):
-        mine, step_tokens = place.micro_batches(poisoned_step)
         with poisoned(place, factor, from_call=1):
-            batches = [place.collate(numbers) for numbers in mine]
-            outcomes.append(train_step(engine, batches, step_tokens, place.world.num_processes)[1].skipped)
+            outcomes.append(train_step(engine, place.batches(poisoned_step), place.world.num_processes)[1].skipped)
     after = state_of(engine), copies(engine)
     place.train(engine, range(poisoned_step, SHORT))
     with_skips = engine.masters()

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
             found = evaluate(
                 some_model,
                 rows,
-                lambda numbers: inputs.batch(rows, numbers),
+                inputs.batch,
                 batch_size=config.evaluation.per_device_eval_batch_size,
                 world=ALONE,
                 device=accelerator.device,

@@ -1,9 +1,9 @@
-"""Example → token ids and, per token, whether it is trained on.
+"""Examples → token ids and the weight of each as a target.
 
-`supervised[i]` says that token i is a target, predicted from the tokens before it: the model shifts, we do not.
-Which tokens belong to an answer is found by comparing tokens: those of the whole sequence with those of the
-conversation up to the answer, as the model will see it when it has to answer.  Searching the text for role names
-would find them in what users write.
+A weight above 0 says that the token is trained on, predicted from the tokens before it: the model shifts, we do not.
+Which tokens belong to an answer is found by position: an answer is what the template's own markers enclose, or what
+the answer's message adds to the rendered conversation before it, and its tokens are those that reach into these
+characters.  Searching the text for role names would find them in what users write.
 
 Texts are tokenised as the tokenizer does it and its vocabulary is never changed: under a base model the markers of
 chatml or llama-3 are then several ordinary tokens each, which the model learns like any text.
@@ -11,180 +11,261 @@ chatml or llama-3 are then several ordinary tokens each, which the model learns 
 
 from __future__ import annotations
 
-import functools
-import re
-from itertools import groupby, takewhile
-from operator import eq
-from pathlib import Path
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq, itemgetter
 from typing import Any
 
-import jinja2
+import numpy as np
 
-from sora_llm.data.formats import BadRow, Conversation, Example, Message, PromptCompletion
-from sora_llm.errors import UserError
-
-# The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), a system message in place of its preamble,
-# further turns as further sections.  Every answer ends with eos, whose token every base model has.
-_ALPACA = """
-{%- if messages[0].role == 'system' -%}
-  {{- messages[0].content -}}
-{%- elif messages[0].input -%}
-  {{- 'Below is an instruction that describes a task, paired with an input that provides further context. ' -}}
-  {{- 'Write a response that appropriately completes the request.' -}}
-{%- else -%}
-  {{- 'Below is an instruction that describes a task. ' -}}
-  {{- 'Write a response that appropriately completes the request.' -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {%- if message.role == 'user' -%}
-    {{- '\\n\\n### Instruction:\\n' + (message.instruction or message.content) -}}
-    {{- '\\n\\n### Input:\\n' + message.input if message.input else '' -}}
-  {%- elif message.role == 'assistant' -%}
-    {{- '\\n\\n### Response:\\n' + message.content + eos_token -}}
-  {%- elif message.role != 'system' or not loop.first -%}
-    {{- raise_exception('the alpaca template has no place for this ' + message.role + ' message') -}}
-  {%- endif -%}
-{%- endfor -%}
-{{- '\\n\\n### Response:\\n' if add_generation_prompt else '' -}}
-"""
-
-_CHATML = """
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
-"""
-
-# Meta's format but for one thing: Meta writes <s> before every question, we only at the start, so that a sequence
-# has exactly one.  (A chat model that expects the others brings its own template.)
-_LLAMA_2 = """
-{%- if messages[0].role == 'system' -%}
-  {%- set system = '<<SYS>>\\n' + messages[0].content | trim + '\\n<</SYS>>\\n\\n' -%}
-  {%- set turns = messages[1:] -%}
-{%- else -%}
-  {%- set system = '' -%}
-  {%- set turns = messages -%}
-{%- endif -%}
-{{- bos_token -}}
-{%- for message in turns -%}
-  {%- if message.role != ('user' if loop.index0 is even else 'assistant') -%}
-    {{- raise_exception('the llama-2 template needs user and assistant in turn, after at most one system message') -}}
-  {%- elif message.role == 'user' -%}
-    {{- '[INST] ' + (system if loop.first else '') + message.content | trim + ' [/INST]' -}}
-  {%- else -%}
-    {{- ' ' + message.content | trim + ' ' + eos_token -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
-
-_LLAMA_3 = """
-{{- bos_token -}}
-{%- for message in messages -%}
-  {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
-{%- endfor -%}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}
-"""
-
-TEMPLATES = {"alpaca": _ALPACA, "chatml": _CHATML, "llama-2": _LLAMA_2, "llama-3": _LLAMA_3}
-"""The built-in chat templates, jinja sources by name."""
-
-DEFAULT_TEMPLATE = "alpaca"
-"""For tokenizers without a template, those of base models: plain text, and answers that end with eos."""
+from sora_llm.data.dataset import TokenRow
+from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion
+from sora_llm.data.sources import BadRow
+from sora_llm.data.templates import as_dicts, check_has_place, ends_answers_visibly, has_markers, render, render_marked
 
 
-def resolve_template(tokenizer: Any, name: str | None) -> str:
-    """The jinja source of the chat template to use.
-
-    Args:
-        name: a built-in (`TEMPLATES`), the path of a jinja file, or None for the tokenizer's own template and, where
-            it has none, `DEFAULT_TEMPLATE`.
-
-    Raises `UserError` for an unknown name and for a template that is not valid jinja.
-    """
-    source = _template_source(tokenizer, name)
-    try:
-        _render(tokenizer, source, (Message("user", "?"),))
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"chat template {name or 'of the tokenizer'}:{error.lineno} is not valid jinja: {error.message}"
-        ) from None
-    except BadRow:
-        pass  # a template may refuse this one message and still serve the data; rows that it refuses are counted
-    return source
-
-
-def _template_source(tokenizer: Any, name: str | None) -> str:
-    if name is None:
-        return _own_template(tokenizer) or TEMPLATES[DEFAULT_TEMPLATE]
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise UserError(
-            f"data.chat_template {name!r} is neither a built-in template ({', '.join(TEMPLATES)}) nor a jinja file"
-        )
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template {name} cannot be read: {error}") from None
-
-
-def _own_template(tokenizer: Any) -> str | None:
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:  # several named templates and none called "default"
-        raise UserError(
-            f"the tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and no default: save the "
-            "one you want as a .jinja file and name it in data.chat_template"
-        ) from None
-
-
-def tokenize_example(
-    example: Example,
+def tokenize_examples(
+    examples: Sequence[Example],
     tokenizer: Any,
     template: str,
     *,
     train_on_inputs: bool = False,
     train_on_last_turn_only: bool = False,
     separator: str = "",
-) -> tuple[list[int], list[bool]]:
-    """Token ids of an example and which of them are supervised.
+) -> list[TokenRow | BadRow]:
+    """Token ids and weights of some examples, all tokenised in one call; of an example that has none, the reason.
 
-    Conversations: `template` renders them; supervised are the assistant's turns with their end-of-turn token, all
-    but what their messages exclude.  Prompt and completion: joined as text with `separator` and tokenised together,
-    supervised from the end of the longest common prefix with the tokenised prompt.  Texts: everything.  The latter
-    two end with eos.  There is exactly one BOS at the start where the tokenizer uses one, whether it or the template
-    writes it; position 0 has nothing before it and is never supervised.
+    Conversations: `template` renders them; supervised are the assistant's turns with their end-of-turn token, but not
+    the line break after it.  A message's own weight comes before the options.  Prompt and completion: joined as text
+    with `separator` and tokenised together, supervised from the end of the longest common prefix with the tokenised
+    prompt.  Texts: everything.  The latter two end with eos.  There is exactly one BOS at the start where the
+    tokenizer uses one, whether it or the template writes it; position 0 has nothing before it and has weight 0.
+
+    A token that lies across the start or the end of a turn belongs to the turn.  Such a token is rare: it takes a
+    template that writes a line break before answers and does not trim them, an answer that begins with another, and a
+    tokenizer that has a token for both.  To split it would train on tokens that the tokenizer never gives.
 
     Args:
         template: jinja source, from `resolve_template`.
         train_on_inputs: supervise prompts as well.
         train_on_last_turn_only: supervise the last assistant turn alone.
+        separator: between prompt and completion.
 
-    Raises `BadRow` where the template refuses the conversation or hides which tokens belong to a turn.
+    Bad rows: the template refuses the conversation, has no place for a part of it, or hides which tokens belong to a
+    turn.
     """
-    if isinstance(example, Conversation):
-        ids, supervised = _tokenize_conversation(
-            example.messages, tokenizer, template, train_on_inputs, train_on_last_turn_only
+    drafting = _Drafting(
+        template,
+        tokenizer.special_tokens_map,
+        tokenizer.all_special_tokens,
+        train_on_inputs,
+        train_on_last_turn_only,
+        separator,
+    )
+    drafts = [drafting.draft(example) for example in examples]
+    rows = iter(_rows([draft for draft in drafts if isinstance(draft, _Draft)], tokenizer))
+    return [draft if isinstance(draft, BadRow) else next(rows) for draft in drafts]
+
+
+def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
+    """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
+    as it is."""
+    if template is not None:
+        prompt = render(as_dicts([Message("user", prompt)]), template, tokenizer.special_tokens_map, prompt=True)
+    return _tokenize([prompt], tokenizer)[0].ids
+
+
+# ----- example → text and the weights of its characters ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is to be tokenised."""
+
+    text: str
+    weight: float
+    """Of every character that no span covers."""
+    spans: Sequence[tuple[int, int, float]] = ()
+    """(first character, one past the last, weight)."""
+    prompt: str | None = None
+    """The beginning of the text whose tokens, as far as they are the same when it stands alone, have weight 0."""
+    ends_with_eos: bool = False
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """How examples become texts; one for a chunk of examples."""
+
+    template: str
+    special_tokens: Mapping[str, Any]
+    closing_tokens: Sequence[str]
+    """Those that templates may write after the last turn of any conversation."""
+    train_on_inputs: bool
+    last_turn_only: bool
+    separator: str
+
+    def draft(self, example: Example) -> _Draft | BadRow:
+        if isinstance(example, Conversation):
+            try:
+                return self._conversation(example)
+            except BadRow as bad:
+                return bad
+        if isinstance(example, PromptCompletion):
+            prompt = example.prompt + self.separator
+            context = None if self.train_on_inputs else prompt
+            return _Draft(prompt + example.completion, 1.0, prompt=context, ends_with_eos=True)
+        return _Draft(example.text, 1.0, ends_with_eos=True)
+
+    def _conversation(self, conversation: Conversation) -> _Draft:
+        check_has_place(conversation, self.template)
+        dicts, usual = as_dicts(conversation.messages), float(self.train_on_inputs)
+
+        def rendered(num_messages: int, prompt: bool = False) -> str:
+            part = dicts[:num_messages]
+            return render(part, self.template, self.special_tokens, tools=conversation.tools, prompt=prompt)
+
+        weights = self._weights(conversation.messages)
+        turns = {i: weight for i, weight in enumerate(weights) if weight != usual}
+        spans: list[tuple[int, int, float]] = []
+        if has_markers(self.template):
+            text, marked = render_marked(dicts, self.template, self.special_tokens, tools=conversation.tools)
+            answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+            of_answers = _weights_of_marked(marked, [weights[i] for i in answers])
+            spans += [(*span, weight) for span, weight in zip(marked, of_answers, strict=True)]
+            turns = {i: weight for i, weight in turns.items() if i not in answers}
+        else:
+            text = rendered(len(dicts))
+        spans += [(*self._turn(i, dicts, text, rendered), weight) for i, weight in turns.items()]
+        return _Draft(text, usual, spans)
+
+    def _weights(self, messages: Sequence[Message]) -> list[float]:
+        """The weight of each turn: what the message says of itself, else what the options say."""
+        last_answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+
+        def weight(i: int, message: Message) -> float:
+            if self.last_turn_only and i != last_answer:
+                return 0.0
+            if message.weight is not None:
+                return message.weight
+            return float(self.train_on_inputs or message.role == "assistant")
+
+        return [weight(i, message) for i, message in enumerate(messages)]
+
+    def _turn(
+        self, i: int, messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[..., str]
+    ) -> tuple[int, int]:
+        """Where turn i begins and ends in the rendered text, by what it adds to the conversation before it."""
+        end = len(text) if i + 1 == len(messages) else self._length_in(text, rendered(i + 1))
+        if messages[i]["role"] != "assistant":
+            start = self._length_in(text, rendered(i)) if i else 0
+        elif text.startswith(prompt := rendered(i, prompt=True)):
+            start = len(prompt)
+        else:  # the prompt opens more than this answer has, such as thoughts
+            start = max(self._length_in(text, rendered(i)), _common_prefix(text, prompt))
+        if ends_answers_visibly(self.template):
+            end = start + len(text[start:end].rstrip())
+        if end <= start and (messages[i]["content"].strip() or messages[i].get("tool_calls")):
+            raise BadRow(f"the chat template writes nothing in the place of messages[{i}] ({messages[i]['role']})")
+        return start, max(start, end)
+
+    def _length_in(self, text: str, part: str) -> int:
+        """How much of the text a rendered part of its conversation is: all, but for what closes every text (some
+        templates end with eos whatever comes last).  Templates that move the system message or drop old thoughts
+        write a turn differently once others follow; what the two have in common then ends too early, and the loss
+        would miss the answer or cover the question."""
+        while not text.startswith(part):
+            closing = next((token for token in self.closing_tokens if token and part.endswith(token)), "")
+            shorter = part.removesuffix(closing).rstrip() if closing else part.rstrip()
+            if shorter == part:
+                raise BadRow(
+                    "the chat template writes a turn differently when others follow, so that its tokens cannot be "
+                    "found: use train_on_last_turn_only, or a template with {% generation %} markers"
+                )
+            part = shorter
+        return len(part)
+
+
+def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[float]) -> Sequence[float]:
+    """The weight of each marked span: of the answer that it is, or, where answers have several, of all of them."""
+    if len(marked) == len(of_answers):
+        return of_answers
+    if len(marked) < len(of_answers) or len(set(of_answers)) != 1:
+        raise BadRow(
+            f"the template's generation markers give {len(marked)} spans for {len(of_answers)} assistant turns"
         )
-    elif isinstance(example, PromptCompletion):
-        prompt = example.prompt + separator
-        ids = _with_eos(tokenizer, prompt + example.completion)
-        answer_start = 0 if train_on_inputs else _common_prefix(ids, _encode(tokenizer, prompt))
-        supervised = [i >= answer_start for i in range(len(ids))]
-    else:
-        ids = _with_eos(tokenizer, example.text)
-        supervised = [True] * len(ids)
-    supervised[:1] = [False] * len(supervised[:1])
-    return ids, supervised
+    return [of_answers[0]] * len(marked)
 
 
-# ----- text → ids -----------------------------------------------------------------------------------------------------
+# ----- text → tokens --------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
+class _Tokens:
+    """A tokenised text: its ids, and which of them stand for a stretch of its characters."""
+
+    def __init__(self, text: str, ids: list[int], num_added: int, encoding: Any, tokenizer: Any) -> None:
+        """Args:
+        num_added: of the ids, those at the start that are no part of the text (a BOS).
+        encoding: of the tokenizers library, None where the tokenizer is not one of its.
+        """
+        self.text, self.ids = text, ids
+        self._num_added, self._encoding, self._tokenizer = num_added, encoding, tokenizer
+
+    def of(self, start: int, end: int) -> slice:
+        """The tokens that reach into the characters from `start` to before `end`."""
+        if self._encoding is None:
+            return self._of_by_prefixes(start, end)
+        first, last = self._token_at(start), self._token_at(end)
+        if self._begins_before(start, first) and self._is_added(first):
+            first += 1  # a marker that swallows the blanks after it (Phi-3's do) stays with what is before
+        last += self._begins_before(end, last)
+        return slice(first + self._num_added, last + self._num_added)
+
+    def begin_at(self, char: int) -> bool:
+        """Whether a token is known to begin with this character, so that none lies across its beginning."""
+        if self._encoding is None:
+            return False
+        before = self._encoding.char_to_token(char - 1) if char else -1
+        after = self._encoding.char_to_token(char)
+        return before is not None and after is not None and before != after
+
+    def _token_at(self, char: int) -> int:
+        """The first of the text's tokens that ends after a character begins."""
+        if char >= len(self.text):
+            return len(self._encoding)
+        token = self._encoding.char_to_token(char)
+        if token is None:  # a blank that the tokenizer (GPT-NeoX's) leaves out of where it says that a token is
+            token = bisect_right(self._encoding.offsets, char, key=itemgetter(1))
+        return token
+
+    def _begins_before(self, char: int, token: int) -> bool:
+        return token < len(self._encoding) and self._encoding.token_to_chars(token)[0] < char
+
+    def _is_added(self, token: int) -> bool:
+        return self.ids[token + self._num_added] in self._tokenizer.get_added_vocab().values()
+
+    def _of_by_prefixes(self, start: int, end: int) -> slice:
+        """For tokenizers that do not say where tokens come from: as far as the text tokenised up to a character has
+        the same tokens, they are before it."""
+        before, until = (tokens.ids for tokens in _tokenize([self.text[:start], self.text[:end]], self._tokenizer))
+        last = _common_prefix(self.ids, until)
+        return slice(_common_prefix(self.ids, before), last + (last < len(until)))
+
+
+def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[_Tokens]:
+    """Tokens of texts, after one BOS where the tokenizer uses one; never an EOS (a prefix of a text has none)."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    bos = _automatic_bos(tokenizer)
+    tokens = []
+    for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings or [None] * len(texts), strict=True):
+        missing = [] if bos is None or ids[:1] == [bos] else [bos]
+        tokens.append(_Tokens(text, missing + ids, len(missing), encoding, tokenizer))
+    return tokens
+
+
 def _automatic_bos(tokenizer: Any) -> int | None:
     """The BOS id if the tokenizer puts one before a text.  Asked by doing: in transformers 5 `add_bos_token` is
     False on LLaMA's tokenizers, which add it all the same."""
@@ -192,146 +273,33 @@ def _automatic_bos(tokenizer: Any) -> int | None:
     return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, after one BOS where the tokenizer uses one; never an EOS (a prefix of a text has none)."""
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    bos = _automatic_bos(tokenizer)
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
+    tokenized = _tokenize([draft.text for draft in drafts], tokenizer)
+    # Where no token lies across a prompt's end, nothing has joined the two sides, and the prompt has the same tokens
+    # when it stands alone, unless it ends with several blanks, which tokenizers cut according to what follows.
+    uncertain = {
+        i: draft.prompt
+        for i, (draft, tokens) in enumerate(zip(drafts, tokenized, strict=True))
+        if draft.prompt is not None
+        and (not tokens.begin_at(len(draft.prompt)) or (draft.prompt[-2:].isspace() and len(draft.prompt) > 1))
+    }
+    prompts = dict(zip(uncertain, _tokenize(list(uncertain.values()), tokenizer), strict=True))
+    rows = []
+    for i, (draft, tokens) in enumerate(zip(drafts, tokenized, strict=True)):
+        ids = tokens.ids
+        if draft.ends_with_eos and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        weights = np.full(len(ids), draft.weight, dtype=np.float32)
+        for start, end, weight in draft.spans:
+            weights[tokens.of(start, end)] = weight
+        if i in prompts:
+            weights[: _common_prefix(ids, prompts[i].ids)] = 0
+        elif draft.prompt is not None:
+            weights[: tokens.of(0, len(draft.prompt)).stop] = 0
+        weights[:1] = 0
+        rows.append((np.array(ids, dtype=np.int32), weights))
+    return rows
 
 
-def _with_eos(tokenizer: Any, text: str) -> list[int]:
-    ids = _encode(tokenizer, text)
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))
-
-
-# ----- conversations --------------------------------------------------------------------------------------------------
-
-
-def _tokenize_conversation(
-    messages: tuple[Message, ...], tokenizer: Any, template: str, train_on_inputs: bool, last_turn_only: bool
-) -> tuple[list[int], list[bool]]:
-    text = _render(tokenizer, template, messages)
-    ids = _encode(tokenizer, text)
-    supervised = [train_on_inputs] * len(ids)
-    wanted = _wanted_turns(messages, train_on_inputs, last_turn_only)
-    marked = _marked_spans(messages, tokenizer, template, ids) if _has_markers(template) and tokenizer.is_fast else {}
-    for i, want in enumerate(wanted):
-        if want != train_on_inputs:
-            start, end = marked.get(i) or _turn_span(i, messages, tokenizer, template, text, ids)
-            supervised[start:end] = [want] * (end - start)
-    return ids, supervised
-
-
-def _wanted_turns(messages: tuple[Message, ...], train_on_inputs: bool, last_turn_only: bool) -> list[bool]:
-    """Which turns to train on: what a message says of itself, else what the options say."""
-    last_answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    return [
-        (message.supervise if message.supervise is not None else train_on_inputs or message.role == "assistant")
-        and (not last_turn_only or i == last_answer)
-        for i, message in enumerate(messages)
-    ]
-
-
-def _as_dicts(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    """Messages as templates expect them.  Alpaca's input is part of the content, and there by itself for the one
-    template that has a section for it."""
-    return [
-        {"role": message.role, "content": message.content}
-        if not message.input
-        else {
-            "role": message.role,
-            "content": f"{message.content}\n\n{message.input}",
-            "instruction": message.content,
-            "input": message.input,
-        }
-        for message in messages
-    ]
-
-
-def _render(tokenizer: Any, template: str, messages: tuple[Message, ...], *, prompt: bool = False) -> str:
-    """The text of a conversation; with `prompt` it ends where the assistant's next turn begins."""
-    try:
-        # A batch of one: on its own, a conversation without messages yet is refused by transformers.
-        return tokenizer.apply_chat_template(
-            [_as_dicts(messages)], chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )[0]
-    except jinja2.TemplateSyntaxError:
-        raise
-    except (jinja2.TemplateError, TypeError) as error:
-        if not messages:
-            raise BadRow("the conversation begins with the assistant, which the chat template cannot render") from None
-        raise BadRow(f"the chat template refuses the conversation: {error}") from None
-
-
-def _turn_span(
-    i: int, messages: tuple[Message, ...], tokenizer: Any, template: str, text: str, ids: list[int]
-) -> tuple[int, int]:
-    """First token of turn i and the one after its last, by what the turn adds to the conversation before it."""
-    before, is_answer = messages[:i], messages[i].role == "assistant"
-    so_far = _render(tokenizer, template, messages[: i + 1]) if i + 1 < len(messages) else text
-    _check_prefix(so_far, tokenizer, text, ids)
-    end = _common_prefix(ids, _encode(tokenizer, so_far))
-    start = 0
-    if before:
-        _check_prefix(_render(tokenizer, template, before), tokenizer, text, ids)
-    if before or is_answer:
-        start = _common_prefix(ids, _encode(tokenizer, _render(tokenizer, template, before, prompt=is_answer)))
-    return start, _without_trailing_blanks(tokenizer, ids, start, end)
-
-
-def _check_prefix(part: str, tokenizer: Any, text: str, ids: list[int]) -> None:
-    """The rendered part must begin the rendered whole, but for closing tokens (some templates end every text with
-    eos).  Templates that move the system message or drop old reasoning write a turn differently once others follow;
-    a common prefix then ends too early, and the loss would miss the answer or cover the question."""
-    if text.startswith(part):
-        return
-    part_ids = _encode(tokenizer, part)
-    for token in part_ids[_common_prefix(part_ids, ids) :]:
-        if token not in tokenizer.all_special_ids and not _is_blank(tokenizer, token):
-            raise BadRow(
-                "the chat template writes a turn differently when others follow, so that its tokens cannot be found: "
-                "use train_on_last_turn_only, or a template with {% generation %} markers"
-            )
-
-
-def _without_trailing_blanks(tokenizer: Any, ids: list[int], start: int, end: int) -> int:
-    """The end of a turn without the line break that templates write after its end-of-turn marker."""
-    while end > start and _is_blank(tokenizer, ids[end - 1]):
-        end -= 1
-    return end
-
-
-def _is_blank(tokenizer: Any, token: int) -> bool:
-    return not tokenizer.decode([token]).strip()
-
-
-def _has_markers(template: str) -> bool:
-    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
-
-
-def _marked_spans(
-    messages: tuple[Message, ...], tokenizer: Any, template: str, ids: list[int]
-) -> dict[int, tuple[int, int]]:
-    """The assistant's turns and the token spans that the template's generation markers give them."""
-    marked = tokenizer.apply_chat_template(
-        [_as_dicts(messages)], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-    )
-    mask = marked["assistant_masks"][0]
-    offset = len(ids) - len(mask)  # the BOS that the template left to us
-    runs = [list(run) for inside, run in groupby(range(len(mask)), key=lambda i: mask[i]) if inside]
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    if len(runs) != len(answers):
-        raise BadRow(f"the template's generation markers give {len(runs)} spans for {len(answers)} assistant turns")
-    return {i: (run[0] + offset, run[-1] + 1 + offset) for i, run in zip(answers, runs, strict=True)}
-
-
-def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
-    """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
-    as it is."""
-    if template is None:
-        return _encode(tokenizer, prompt)
-    return _encode(tokenizer, _render(tokenizer, template, (Message("user", prompt),), prompt=True))

@@ -1,0 +1,111 @@
+"""`sora-llm preprocess CONFIG`: fill the cache of tokens, so that training starts at once, and say what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sora_llm.commands.common import ALONE, config_parser, exit_code
+from sora_llm.config import Config, load_config
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.prepare import default_cache_dir, sample
+from sora_llm.data.report import DataReport
+from sora_llm.data.show import decoded, table
+from sora_llm.data.templates import DEFAULT_TEMPLATE
+from sora_llm.errors import UserError
+from sora_llm.files import user_path, write_text_atomically
+from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs, load_data, prepare_rows, tokenizing
+
+_STREAM_SAMPLE_ROWS = 1000
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -> int:
+    parser = config_parser(
+        prog,
+        "Tokenise a config's data into the cache, where training finds it, and report rows, lengths, masks and losses.",
+    )
+    parser.add_argument("--report", metavar="FILE", help="default: data_report.json in output.output_dir")
+    parser.add_argument("--color", action="store_true", help="dim masked text also where the output is no terminal")
+    arguments = parser.parse_intermixed_args(argv)
+
+    def command() -> dict[str, Any]:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.report is None:
+            file = user_path(config.output.output_dir, "output.output_dir") / DATA_REPORT
+        else:
+            file = user_path(arguments.report, "--report")
+        content = {**report_on_data(config, check_inputs(config, "none")), "report": str(file)}
+        _write(file, content)
+        return content
+
+    colour = arguments.color or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    return exit_code(command, arguments.json, lambda content: as_text(content, colour))
+
+
+def report_on_data(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """Prepare a config's data, or look at the first rows of streamed data, and say what it is made of."""
+    content: dict[str, Any] = {
+        "chat_template": _template_name(config, inputs),
+        "sequence_len": config.data.sequence_len,
+        "sample_packing": config.data.sample_packing,
+        "cache": config.data.cache_dir or str(default_cache_dir()),
+    }
+    if inputs.datasets[0].streaming:  # then all of them are
+        dev = prepare_rows(config, inputs, inputs.val_datasets, ALONE) if inputs.val_datasets else None
+        work = tokenizing(config, inputs, inputs.datasets)
+        first_rows = sample(work, _STREAM_SAMPLE_ROWS, config.data.max_bad_row_fraction)
+        train = _section(*first_rows, inputs) | {"sample_rows": _STREAM_SAMPLE_ROWS}
+        return content | {"train": train, "dev": dev and _section(*dev, inputs)}
+    data = load_data(config, inputs, ALONE)
+    reports = {"train": data.train_report, "dev": data.dev_report}
+    sections = {
+        name: report and _section(TokenDataset.load(Path(report.cache_folder)), report, inputs)
+        for name, report in reports.items()
+    }
+    return content | sections | {"held_out": None if data.dev is None or data.dev_report else len(data.dev)}
+
+
+def _template_name(config: Config, inputs: Inputs) -> str | None:
+    """None where no data set is made of conversations."""
+    if all(spec.type in ("completion", "prompt_completion") for spec in (*inputs.datasets, *inputs.val_datasets)):
+        return None
+    own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE
+    return config.data.chat_template or own
+
+
+def _section(rows: TokenDataset, report: DataReport, inputs: Inputs) -> dict[str, Any]:
+    """A report as JSON, with its sample rows decoded."""
+    samples = [
+        {
+            "row": row,
+            "tokens": int(rows.lengths[row]),
+            "supervised_tokens": int(rows.supervised_lengths[row]),
+            "segments": decoded(rows[row], inputs.tokenizer),
+        }
+        for row in report.samples
+    ]
+    return report.to_json() | {"samples": samples}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"the report {file} cannot be written ({error.strerror}): name another --report") from None
+
+
+def as_text(content: dict[str, Any], colour: bool) -> str:
+    """The tables of train and dev data, and where everything is."""
+    parts = [table(name, content[name], colour=colour) for name in ("train", "dev") if content[name] is not None]
+    ends = [f"chat template   {content['chat_template'] or 'none is used'}"]
+    if content.get("held_out"):
+        ends.append(
+            f"dev rows        {content['held_out']:,} of the train rows, drawn by train.seed (data.val_set_size)"
+        )
+    ends += [f"cache           {content['cache']}", f"report          {content['report']}"]
+    return "\n\n".join([*parts, "\n".join(ends)])

@@ -1,0 +1,179 @@
+"""A chunk of rows → a few arrays of tokens: `Tokenizing.tokenize`, what a process of the pool does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sora_llm.data.dataset import TokenRow
+from sora_llm.data.formats import Conversation, Example, to_examples
+from sora_llm.data.sources import BadRow, DatasetSpec, RowOrBad
+from sora_llm.data.tokenize import tokenize_examples
+from sora_llm.errors import UserError
+
+ExcessLength = Literal["drop", "truncate", "error"]
+
+RawChunk = tuple[int, Sequence[tuple[str, RowOrBad]]]
+"""The number of a data set and some of its rows with their locations."""
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Rows to train on, one after the other in two arrays (one pickle instead of hundreds), and what became of the
+    chunk's other rows."""
+
+    source: int
+    """Number of the data set."""
+    ids: np.ndarray
+    weights: np.ndarray
+    """(tokens,) int32 and float32."""
+    lengths: np.ndarray
+    """(rows,) int64."""
+    hashes: np.ndarray
+    """(rows,) uint64, of a row's ids and weights."""
+    rows_read: int
+    bad_rows: Sequence[tuple[str, str]]
+    """(location, reason)."""
+    too_long: int
+    truncated: int
+    first_too_long: tuple[str, int] | None
+    """(location, tokens)."""
+    unsupervised: Mapping[str, int]
+    """Why rows have no supervised token → how many."""
+
+    def rows(self) -> list[TokenRow]:
+        """Ids and weights of each row."""
+        ends = np.cumsum(self.lengths)
+        return [
+            (self.ids[end - length : end], self.weights[end - length : end])
+            for end, length in zip(ends, self.lengths, strict=True)
+        ]
+
+    def without(self, rows: np.ndarray) -> TokenChunk:
+        """Without the rows of which the mask (rows,) is true."""
+        if not rows.any():
+            return self
+        kept = np.repeat(~rows, self.lengths)
+        return replace(
+            self,
+            ids=self.ids[kept],
+            weights=self.weights[kept],
+            lengths=self.lengths[~rows],
+            hashes=self.hashes[~rows],
+        )
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """All that tokens depend on but the rows themselves."""
+
+    specs: tuple[DatasetSpec, ...]
+    tokenizer: Any
+    template: str
+    """Jinja source, see `resolve_template`; of no use to data sets without conversations."""
+    train_on_inputs: bool = False
+    train_on_last_turn_only: bool = False
+    sequence_len: int = 2048
+    """Tokens of the longest row that is kept whole."""
+    excess_length: ExcessLength = "drop"
+    """What happens to longer rows."""
+    drop_duplicates: bool = False
+    """Of rows with the same tokens and weights only the first is kept."""
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for options that make no sense."""
+        if self.train_on_inputs and self.train_on_last_turn_only:
+            raise UserError("data.train_on_inputs and data.train_on_last_turn_only exclude each other: set one of them")
+        if self.sequence_len < 2:
+            raise UserError(f"data.sequence_len is {self.sequence_len}; a row needs at least 2 tokens")
+        if self.excess_length not in get_args(ExcessLength):
+            known = ", ".join(get_args(ExcessLength))
+            raise UserError(f"data.excess_length is {self.excess_length!r}; known are {known}")
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos token, with which answers end: choose a model that has one")
+
+    def tokenize(self, chunk: RawChunk) -> TokenChunk:
+        """The rows of a chunk that can be trained on, in order.  A row of which one example cannot be used is left
+        out whole."""
+        source, rows = chunk
+        spec = self.specs[source]
+        reasons: dict[int, BadRow] = {}
+        examples: list[tuple[int, Example]] = []
+        for i, (_, row) in enumerate(rows):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                examples += [(i, example) for example in to_examples(row, spec)]
+            except BadRow as reason:
+                reasons[i] = reason
+        tokenized = tokenize_examples(
+            [example for _, example in examples],
+            self.tokenizer,
+            self.template,
+            train_on_inputs=self.train_on_inputs,
+            train_on_last_turn_only=self.train_on_last_turn_only,
+            separator=spec.separator,
+        )
+        for (i, _), result in zip(examples, tokenized, strict=True):
+            if isinstance(result, BadRow):
+                reasons.setdefault(i, result)
+        kept, counts, unsupervised, first_too_long = [], Counter[str](), Counter[str](), None
+        for (i, example), result in zip(examples, tokenized, strict=True):
+            if i in reasons or isinstance(result, BadRow):
+                continue
+            ids, weights = result
+            is_cut = len(ids) > self.sequence_len
+            if is_cut:
+                first_too_long = first_too_long or (rows[i][0], len(ids))
+                if self.excess_length != "truncate":
+                    counts["too_long"] += 1
+                    continue
+                counts["truncated"] += 1
+                ids, weights = ids[: self.sequence_len], weights[: self.sequence_len]
+            if weights.any():
+                kept.append((ids, weights))
+            else:
+                unsupervised[_why_unsupervised(example, is_cut and bool(result[1].any()))] += 1
+        return TokenChunk(
+            source,
+            *_joined(kept),
+            rows_read=len(rows),
+            bad_rows=[(rows[i][0], str(reason)) for i, reason in sorted(reasons.items())],
+            too_long=counts["too_long"],
+            truncated=counts["truncated"],
+            first_too_long=first_too_long,
+            unsupervised=unsupervised,
+        )
+
+
+def _why_unsupervised(example: Example, was_cut_off: bool) -> str:
+    if was_cut_off:
+        return "the answer begins after sequence_len"
+    if not isinstance(example, Conversation):
+        return "no token that another could predict"
+    if not any(message.role == "assistant" for message in example.messages):
+        return "no assistant turn"
+    return "what would be trained on has weight 0"
+
+
+def _joined(rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids, weights, lengths and hashes of some rows."""
+    return (
+        _concatenated((ids for ids, _ in rows), np.int32),
+        _concatenated((weights for _, weights in rows), np.float32),
+        np.array([len(ids) for ids, _ in rows], dtype=np.int64),
+        np.array([_hash(ids, weights) for ids, weights in rows], dtype=np.uint64),
+    )
+
+
+def _concatenated(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def _hash(ids: np.ndarray, weights: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes() + weights.tobytes(), digest_size=8).digest(), "little")

@@ -1,0 +1,95 @@
+"""Work shared among processes, results in order: `map_in_order`."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from sora_llm.errors import RunFailed
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: int) -> Generator[R]:
+    """`function` of every item, in their order, computed by so many processes (1: by this one).
+
+    Few items are under way at any time, so that memory does not grow with their number.  `function` reaches the
+    workers without being pickled.  Closing the generator ends them.
+
+    Raises `RunFailed` if a worker is killed.
+    """
+    if num_processes == 1:
+        yield from map(function, items)
+        return
+    with ExitStack() as stack:
+        stack.enter_context(_single_threaded_tokenizers())
+        # Forked, not spawned: a spawned worker imports the caller's main module again, which costs seconds of
+        # imports and breaks scripts without a __main__ guard.  The workers run no torch and no collective.
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function,))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting: deque[Future[R]] = deque()
+        remaining = iter(items)
+        try:
+            for item in itertools.islice(remaining, 2 * num_processes):
+                waiting.append(pool.submit(_apply, item))
+            while waiting:
+                result = waiting.popleft().result()
+                for item in itertools.islice(remaining, 1):
+                    waiting.append(pool.submit(_apply, item))
+                yield result
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a process that tokenised the data was killed, perhaps for lack of memory: start again with "
+                "data.num_proc=1"
+            ) from None
+
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Keeps the tokenizers library from warning about threads that a fork has lost."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_function: Callable[[Any], Any]  # of a worker: inherited once, not sent with every item
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    # Not the trainer's handlers, which a fork inherits: they only note that a stop was asked for.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for items for ever, and keep the parent's lock."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _apply(item: Any) -> Any:
+    return _function(item)

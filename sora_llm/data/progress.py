@@ -1,0 +1,41 @@
+"""How far a long preparation is: `Progress`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_SILENT_SECONDS = 2.0  # what takes less needs no bar
+_SECONDS_PER_LINE = 10.0
+
+
+class Progress:
+    """Rows so far and rows per second on stderr: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self._rows, self._started = 0, time.monotonic()
+        self._next_line = self._started + _SECONDS_PER_LINE
+        self._bar = tqdm(
+            desc="preparing data",
+            unit=" rows",
+            unit_scale=True,
+            file=sys.stderr,
+            delay=_SILENT_SECONDS,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def add(self, num_rows: int) -> None:
+        """So many more rows are done."""
+        self._rows += num_rows
+        self._bar.update(num_rows)
+        now = time.monotonic()
+        if self._bar.disable and now >= self._next_line:
+            self._next_line = now + _SECONDS_PER_LINE
+            rate = self._rows / (now - self._started)
+            print(f"preparing data: {self._rows:,} rows so far, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves a bar that was shown as it is."""
+        self._bar.close()

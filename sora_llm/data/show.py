@@ -1,0 +1,243 @@
+"""Prepared data for the eye: rows decoded with their masks (`decoded`), a report as a table (`table`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_llm.data.dataset import TokenRow
+
+_WIDTH = 100
+_BAR_WIDTH = 40
+_SAMPLE_CHARACTERS = 2400  # of a decoded row; long stretches are cut in their middle
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+Section = Mapping[str, Any]
+"""A `DataReport` as JSON, "samples" replaced by {"row", "tokens", "supervised_tokens", "segments"} each."""
+
+
+def decoded(row: TokenRow, tokenizer: Any) -> list[tuple[str, float]]:
+    """(text, weight) of the stretches of a row that have one weight.  A character whose bytes are in two stretches
+    belongs to the second."""
+    ids, weights = row
+    ends = [end for _, end in _stretches(weights)]
+    text = _decode(tokenizer, ids)
+    # Each stretch by itself would lose the space before its first word, which sentencepiece leaves out at a start.
+    cuts = [0, *(_common_prefix(_decode(tokenizer, ids[:end]), text) for end in ends[:-1]), len(text)]
+    return [(text[cuts[i] : cuts[i + 1]], float(weights[end - 1])) for i, end in enumerate(ends)]
+
+
+def _stretches(weights: Iterable[float]) -> Iterator[tuple[float, int]]:
+    """(weight, end) of each."""
+    end = 0
+    for weight, run in groupby(weights):
+        end += sum(1 for _ in run)
+        yield weight, end
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _decode(tokenizer: Any, ids: np.ndarray) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+# ----- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, section: Section, *, colour: bool = False) -> str:
+    """A report in words: what was read and kept, lengths, bad rows, samples.
+
+    Args:
+        name: of the rows, "train" for example.
+        colour: dim masked text instead of putting the other text between ⟦ ⟧.
+    """
+    parts = [
+        [_heading(f"{name}  {_origin(section)}", colour)],
+        _dataset_lines(section),
+        _loss_lines(section),
+        _length_lines(section),
+        _bad_row_lines(section),
+        *(_sample_lines(sample, section, colour) for sample in section["samples"]),
+    ]
+    if section["samples"]:
+        parts.insert(-len(section["samples"]), [_legend(colour)])
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _heading(text: str, colour: bool) -> str:
+    line = f"━━ {text} "
+    line += "━" * (_WIDTH - len(line))
+    return f"{_BOLD}{line}{_PLAIN}" if colour else line
+
+
+def _origin(section: Section) -> str:
+    if section.get("sample_rows"):
+        return f"a sample: at most {section['sample_rows']:,} rows of each data set, nothing is prepared"
+    return "from the cache" if section["from_cache"] else "prepared now"
+
+
+def _dataset_lines(section: Section) -> list[str]:
+    columns = [("read", "rows_read"), ("kept", "rows_kept")]
+    columns += [
+        (title, key)
+        for title, key in (
+            ("malformed", "num_bad_rows"),
+            ("too long", "too_long"),
+            ("truncated", "truncated"),
+            ("untrained", "no_supervised"),
+            ("repeated", "duplicates"),
+        )
+        if section[key]
+    ]
+    columns += [("tokens", "tokens")]
+    rows = [["data set", "type", *(title for title, _ in columns), "supervised"]]
+    for dataset in section["datasets"]:
+        rows.append([_short_path(dataset["path"]), dataset["type"], *_numbers(dataset, columns)])
+    if len(section["datasets"]) > 1:
+        rows.append(["all", "", *_numbers(section, columns)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells))
+    return lines
+
+
+def _numbers(counts: Section, columns: Sequence[tuple[str, str]]) -> list[str]:
+    return [*(f"{counts[key]:,}" for _, key in columns), f"{counts['supervised_fraction']:.1%}"]
+
+
+def _short_path(path: str, width: int = 40) -> str:
+    """The end of a path, from a folder's name on where that fits."""
+    path = str(Path(path))
+    if len(path) <= width:
+        return path
+    end = path[-(width - 2) :]
+    return "…/" + end.partition("/")[2] if "/" in end else f"…{path[-(width - 1) :]}"
+
+
+def _loss_lines(section: Section) -> list[str]:
+    lines = []
+    if section["first_too_long"] is not None:
+        location, tokens = section["first_too_long"]
+        fate = "cut" if section["excess_length"] == "truncate" else "dropped"
+        lines.append(
+            f"  too long    {section['truncated'] + section['too_long']:,} {fate} at sequence_len = "
+            f"{section['sequence_len']:,}, the first {location} with {tokens:,} tokens"
+        )
+    for dataset in section["datasets"]:
+        for reason, count in dataset["unsupervised"].items():
+            of = f" ({_short_path(dataset['path'])})" if len(section["datasets"]) > 1 else ""
+            lines.append(f"  untrained   {count:,} dropped: {reason}{of}")
+    if section["duplicates"]:
+        fate = "dropped" if section["drop_duplicates"] else "kept; data.drop_duplicates drops them"
+        lines.append(f"  repeated    {section['duplicates']:,} the same as earlier rows ({fate})")
+    return lines
+
+
+def _length_lines(section: Section) -> list[str]:
+    if not section["rows_kept"]:
+        return []
+    lines = [
+        f"  length      mean {section['mean_length']:,.0f}, median {section['median_length']:,.0f}, longest "
+        f"{section['max_length']:,} tokens; packed into sequences of {section['sequence_len']:,} they fill "
+        f"{section['fill_rate']:.1%}"
+    ]
+    bins = section["length_histogram"]
+    most = max(rows for _, _, rows in bins)
+    width = len(f"{bins[-1][1]:,}")
+    for low, high, rows in bins:
+        lines.append(
+            f"  {low:>{width},} – {high:>{width},}  {_bar(rows / most):<{_BAR_WIDTH}}  {rows:>9,}  "
+            f"{rows / section['rows_kept']:>6.1%}"
+        )
+    return lines
+
+
+def _bar(share: float) -> str:
+    """A bar of `_BAR_WIDTH` cells at share 1; anything above 0 is seen."""
+    eighths = max(round(share * _BAR_WIDTH * 8), 1 if share > 0 else 0)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
+
+
+def _bad_row_lines(section: Section) -> list[str]:
+    total, listed = section["num_bad_rows"], section["bad_rows"]
+    if not total:
+        return []
+    shown = "" if total == len(listed) else f", the first {len(listed)}"
+    lines = [f"  malformed   {total:,} of {section['rows_read']:,} rows{shown}:"]
+    lines += [f"    {location}: {visible(reason, line_break=' ')}" for location, reason in listed]
+    if total > len(listed):
+        counts = "; ".join(f"{count:,} × {reason}" for reason, count in list(section["bad_reasons"].items())[:5])
+        lines.append(f"    most often: {visible(counts, line_break=' ')}")
+    return lines
+
+
+def _legend(colour: bool) -> str:
+    how = "dim is context" if colour else "between ⟦ ⟧ is trained on"
+    return f"  samples     {how}, the rest is {'trained on' if colour else 'context'}; ↵ ends a line"
+
+
+def _sample_lines(sample: Mapping[str, Any], section: Section, colour: bool) -> list[str]:
+    title = (
+        f"row {sample['row'] + 1:,} of {section['rows_kept']:,}: {sample['tokens']:,} tokens, "
+        f"{sample['supervised_tokens']:,} trained on"
+    )
+    budget = max(200, _SAMPLE_CHARACTERS // max(1, len(sample["segments"])))
+    segments = [(visible(_shortened(text, budget)), weight) for text, weight in sample["segments"]]
+    return [f"  ┌ {title}", *(f"  │ {line}" for line in _wrapped(segments, colour)), "  └"]
+
+
+def _wrapped(segments: Sequence[tuple[str, float]], colour: bool) -> list[str]:
+    """Lines of the width that is left beside the frame, each with colours of its own: the frame has none."""
+    lines, column, width = [""], 0, _WIDTH - 4
+    for text, weight in segments:
+        if weight and not colour:
+            text = f"⟦{text}⟧"
+        if weight not in (0, 1):
+            text = f"×{weight:g} {text}"
+        for word in re.findall(rf"\n|\S{{1,{width}}} *| +", text):
+            if word == "\n" or (column and column + len(word.rstrip()) > width):
+                lines.append("")
+                column = 0
+            if word != "\n":
+                lines[-1] += f"{_DIM}{word}{_PLAIN}" if colour and not weight else word
+                column += len(word)
+    return [line.replace(f"{_PLAIN}{_DIM}", "") for line in lines]
+
+
+def _shortened(text: str, budget: int) -> str:
+    left_out = len(text) - budget
+    if left_out <= budget // 4:  # leaving out so little only makes it harder to read
+        return text
+    return f"{text[: budget * 2 // 3]} […{left_out:,} characters…] {text[-(budget // 3) :]}"
+
+
+def visible(text: str, line_break: str = "↵\n") -> str:
+    """Text with its control and other invisible characters shown, so that it cannot command a terminal."""
+    return "".join(_visible(character, line_break) for character in text)
+
+
+def _visible(character: str, line_break: str) -> str:
+    if character == "\n":
+        return line_break
+    if character == "\t":
+        return "⇥"
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if code < 32:
+        return chr(0x2400 + code)  # the picture of the control character
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

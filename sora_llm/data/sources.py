@@ -1,0 +1,317 @@
+"""Where rows come from: `read_rows` (files, folders, globs, hub data sets → rows with a location).
+
+Nothing here knows what a row means.  A line that is no row is a `BadRow`, counted by the caller; a file or a setting
+that cannot be used is a `UserError`, which ends the run.
+
+Locations: ``file:line`` (json lines, csv, txt), ``file#index`` (a json list, parquet; from 0) and
+``hub_id[split]#index``.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_row, kind_of, reading, type_in_words
+from sora_llm.data.readers import BadRow as BadRow
+from sora_llm.errors import UserError
+from sora_llm.files import file_sha256
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "completion": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "self_instruct": ("instruction", "instances"),
+    "custom": (),
+}
+"""Each type of data set and our fields, the keys that `DatasetSpec.columns` may map."""
+
+OPTIONAL_FIELDS = {"input"}
+_PEEKED_ROWS = 100  # a column that none of the first rows has is taken for a mistake in the config
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set of the config: where its rows are and how to read them."""
+
+    path: str
+    """A file, a folder, a glob or a hub id."""
+    type: str
+    """One of `FIELDS`."""
+    split: str | None = None
+    """Of a hub data set ("train" where none is given); a local file has no splits."""
+    revision: str | None = None
+    """Of a hub data set."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our field → the column of the file that holds it, where the names differ."""
+    separator: str = ""
+    """Written between prompt and completion of prompt_completion."""
+    function: str | None = None
+    """Of type custom: "module:function", which makes messages of a row."""
+    weight: float | None = None
+    """Share of the rows in a mixture of data sets; None: every row once."""
+    streaming: bool = False
+    """Read while training instead of before it."""
+
+    def column(self, name: str) -> str:
+        """The file's column that holds our field `name`."""
+        return self.columns.get(name, name)
+
+
+# ----- what can be said before a row is read ------------------------------------------------------------------------
+
+
+def check_paths(specs: Sequence[DatasetSpec]) -> None:
+    """Find what is wrong with the data sets without reading them: types, columns, functions that cannot be imported,
+    files missing, empty, unreadable or of an unknown kind.  Raises `UserError`.  Hub ids are not looked up."""
+    if not specs:
+        raise UserError("data.datasets is empty: name at least one data set")
+    for spec in specs:
+        _check_settings(spec)
+        if is_local(spec.path):
+            for file in _local_files(spec):
+                _check_file(file)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` means this machine rather than the hub, also when nothing is there: a misspelt file name
+    should be called missing, not looked up on the network.  A hub id is "name" or "owner/name"."""
+    if path.startswith((".", "~", "/")) or _is_glob(path) or kind_of(Path(path)) or path.count("/") > 1:
+        return True
+    return Path(path).exists() or ("/" in path and Path(path).parent.is_dir())
+
+
+def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_sha256) -> str:
+    """A hash of what the rows are made of: the bytes of the files, or the fingerprint of a hub data set (one that is
+    streamed has none), and the source of the module that holds a custom function (not of those that it imports)."""
+    digest = hashlib.sha256()
+    if spec.function is not None:
+        load_function(spec.function)
+        source = getattr(sys.modules[spec.function.partition(":")[0]], "__file__", None)  # modules in C have none
+        digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
+    if not is_local(spec.path):
+        digest.update(_load_hub(spec.path, spec.split or "train", spec.revision)._fingerprint.encode())
+        return digest.hexdigest()
+    for file in _local_files(spec):
+        with reading(file):
+            # Each file is hashed by itself: two files cut at another place are other rows.
+            digest.update(f"{file.name}:{file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_settings(spec: DatasetSpec) -> None:
+    if spec.type not in FIELDS:
+        raise UserError(f"data set {spec.path}: type {spec.type!r} is unknown; known are {', '.join(FIELDS)}")
+    for name in spec.columns:
+        if name not in FIELDS[spec.type]:
+            raise UserError(
+                f"data set {spec.path}: columns maps {name!r}, which is no field of type {spec.type}; its fields are "
+                f"{', '.join(FIELDS[spec.type]) or 'up to its function'}"
+            )
+    _check_function(spec)
+    if spec.separator and spec.type != "prompt_completion":
+        raise UserError(f"data set {spec.path}: separator is for type prompt_completion, not {spec.type}; remove it")
+    if is_local(spec.path) and spec.split not in (None, "train"):
+        raise UserError(
+            f"data set {spec.path}: split {spec.split!r} is for hub data sets, local files have no splits; remove it "
+            "and name the files of that split in path"
+        )
+    if is_local(spec.path) and spec.revision is not None:
+        raise UserError(f"data set {spec.path}: revision is for hub data sets, this is a local path; remove it")
+
+
+def _check_function(spec: DatasetSpec) -> None:
+    if (spec.function is None) == (spec.type == "custom"):
+        raise UserError(
+            f"data set {spec.path}: function (module:function) goes with type custom and no other, the type is "
+            f"{spec.type}; {'name the function' if spec.function is None else 'remove it'}"
+        )
+    if spec.function is not None:
+        try:
+            load_function(spec.function)
+        except UserError as error:
+            raise UserError(f"data set {spec.path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def load_function(name: str) -> Callable[[Row], Any]:
+    """The function that a data set of type custom names as "module:function".  Modules are also found in the current
+    folder, which a console script does not have on its path.
+
+    Raises `UserError`: no such form, the module cannot be imported, it has no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"function {name!r} is not of the form module:function")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever its code raises
+        raise UserError(
+            f"function {name!r}: module {module_name} cannot be imported ({type(error).__name__}: {error}); it is "
+            "looked for in the current folder and on PYTHONPATH"
+        ) from error
+    place = f"module {module_name} ({getattr(module, '__file__', 'built in')})"
+    if not hasattr(module, function_name):
+        raise UserError(f"function {name!r}: {place} has no {function_name!r}")
+    function: Callable[[Row], Any] = getattr(module, function_name)
+    if not callable(function):
+        raise UserError(f"function {name!r}: {function_name} of {place} is {type_in_words(function)}, not a function")
+    return function
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"data set {file} does not exist" if not file.exists() else f"data set {file} is not a file")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"data set {file} cannot be read: permission denied")
+    if file.stat().st_size == 0:
+        raise UserError(f"data set {file} is empty")
+
+
+# ----- files ----------------------------------------------------------------------------------------------------------
+
+
+def _is_glob(path: str) -> bool:
+    return not Path(path).exists() and glob.has_magic(path)
+
+
+def _local_files(spec: DatasetSpec) -> list[Path]:
+    """The files behind `spec.path`, sorted; each of a kind that can be read."""
+    path = Path(spec.path).expanduser()
+    if _is_glob(spec.path):
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+        files = sorted(Path(name) for name in found if Path(name).is_file())
+        if not files:
+            raise UserError(f"data set {spec.path}: no file matches this pattern")
+    elif path.is_dir():
+        files = _folder_files(path, spec.type)
+    else:
+        files = [path]
+    for file in files:
+        _check_kind(file, spec.type)
+    return files
+
+
+def _folder_files(folder: Path, type_: str) -> list[Path]:
+    """The data files anywhere below a folder, without hidden ones.  Text files count only where text is wanted: the
+    README beside conversations is not data."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and kind_of(file) is not None
+        and (type_ == "completion" or kind_of(file) != ".txt")
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
+    return files
+
+
+def _check_kind(file: Path, type_: str) -> None:
+    if kind_of(file) is None:
+        if not file.exists():
+            raise UserError(f"data set {file} does not exist")
+        raise UserError(f"data set {file} is of an unknown kind; known are {_kinds_in_words()}")
+    if kind_of(file) == ".txt" and type_ != "completion":
+        raise UserError(f"data set {file}: a .txt file holds plain text, which only type completion can read")
+
+
+def _kinds_in_words() -> str:
+    return ", ".join(READERS) + " (.gz of all but parquet)"
+
+
+# ----- rows -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(spec: DatasetSpec, skip: int = 0) -> Iterator[tuple[str, RowOrBad]]:
+    """The rows of a data set in order, each with its location.  A line that is no row comes as a `BadRow`.
+
+    Args:
+        skip: leave out so many rows, bad ones included, and give the rest the same locations.  They are counted, not
+            parsed.
+
+    Raises `UserError` for a file (or hub data set) that cannot be read or holds no rows, and for a column that none
+    of its first rows has: that is a mistake in the config, not in a row.
+    """
+    _check_settings(spec)
+    if not is_local(spec.path):
+        name = f"{spec.path}[{spec.split or 'train'}]"
+        yield from _checked(name, _read_hub(name, spec, skip), spec, skip)
+        return
+    for file in _local_files(spec):
+        _check_file(file)
+        with reading(file):
+            placed = READERS[str(kind_of(file))](file)
+            skipped = sum(1 for _ in itertools.islice(placed, skip))
+            skip -= skipped
+            yield from _checked(str(file), placed, spec, skipped)
+
+
+def _checked(name: str, placed: Placed, spec: DatasetSpec, skipped: int) -> Iterator[tuple[str, RowOrBad]]:
+    rows = ((position, make()) for position, make in placed)
+    head = list(itertools.islice(rows, _PEEKED_ROWS))
+    if not head and not skipped:
+        raise UserError(f"data set {name} holds no rows")
+    _check_columns(name, [row for _, row in head if isinstance(row, dict)], spec)
+    for position, row in itertools.chain(head, rows):
+        yield name + position, row
+
+
+def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
+    present = {column for row in rows for column in row}
+    for our_field in FIELDS[spec.type]:
+        column = spec.column(our_field)
+        wanted = our_field not in OPTIONAL_FIELDS or our_field in spec.columns
+        if rows and wanted and column not in present:
+            raise UserError(
+                f"data set {name} has no column {column!r} (the {our_field} of type {spec.type}); it has "
+                f"{', '.join(sorted(map(str, present))) or 'none'}: name the right one in columns, or another type"
+            )
+
+
+def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
+    dataset = _load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)
+    if skip and not spec.streaming and skip >= len(dataset):  # which dataset.skip does not accept
+        return
+    rows = iter(dataset.skip(skip) if skip else dataset)
+    for index in itertools.count(skip):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # network, a damaged file of the data set: each has a class of its own
+            raise UserError(f"data set {name}#{index} cannot be read: {_first_line(error)}") from error
+        yield f"#{index}", partial(as_row, row)
+
+
+@functools.lru_cache(maxsize=4)  # the cache's key and the rows need the same data set
+def _load_hub(path: str, split: str, revision: str | None, streaming: bool = False) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # hub, http, offline mode, wrong split, missing config: each has a class of its own
+        raise UserError(
+            f"data set {path!r} (split {split!r}) is neither a file or folder here nor could it be loaded from the "
+            f"hub: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

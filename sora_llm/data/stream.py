@@ -1,0 +1,264 @@
+"""The order of data that is read while it is trained on, with a position to go on from.
+
+Rows are taken in windows, in the order of the files: a window is tokenised, shuffled and packed by itself, and steps
+take its sequences.  Everything is a function of the seed and the position, so every process reads the whole stream and
+takes its share of each step, as `order.share` has it; the next window is made while the last one is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from sora_llm.data.chunks import TokenChunk, Tokenizing
+from sora_llm.data.dataset import TokenDataset, TokenRow
+from sora_llm.data.order import PackedRows, arranged
+from sora_llm.data.sources import RowOrBad
+from sora_llm.errors import UserError
+
+WINDOW_ROWS = 4096
+"""Rows that are shuffled and packed together."""
+
+CHUNK_ROWS = 200
+"""Rows that are tokenised together."""
+
+Item = tuple[str, RowOrBad, int]
+"""Where a row stands, the row, and the number of its data set."""
+
+Source = Callable[[int], Iterator[tuple[str, RowOrBad]]]
+"""The rows of a data set with their locations, from row number n on."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far the stream has been read, before a window."""
+
+    window: int
+    read: tuple[int, ...]
+    """Rows read of each data set since its beginning, or since it began again."""
+    taken: tuple[int, ...]
+    """Rows taken of each data set in all."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window's sequences in order, and where the next window begins."""
+
+    start: Cursor
+    end: Cursor
+    dataset: TokenDataset
+    sequences: list[PackedRows]
+    begins_epoch: bool
+    digest: str
+    rows: _Rows
+    """Stands at `end`."""
+
+
+class StreamOrder:
+    """The order of streamed data sets.
+
+    Without `mixture` they are read one after the other, which is an epoch, and then again; a step never crosses an
+    epoch.  With it, rows are taken from each so that its share is always as near to its weight as can be, and a data
+    set that ends begins again; there are no epochs.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenise: Callable[[list[Item]], Sequence[TokenRow]],
+        rows_per_step: int,
+        seed: int,
+        pack_to: int | None = None,
+        mixture: Sequence[float] | None = None,
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        """Args:
+        tokenise: the rows of a window that are trained on, in order; it is called with window after window, in a
+            thread, and may raise `UserError`.
+        rows_per_step, pack_to, mixture: as for `EpochOrder`.
+        """
+        self._sources, self._tokenise, self._mixture = list(sources), tokenise, mixture
+        self._rows_per_step, self._seed, self._pack_to, self._window_rows = rows_per_step, seed, pack_to, window_rows
+        self._thread = ThreadPoolExecutor(1, "stream")
+        self._last: list[PackedRows] = []
+        self._next_step = 0
+        nothing = (0,) * len(self._sources)
+        self._restart(Cursor(0, nothing, nothing), next_step=0)
+
+    def step(self, step: int) -> list[PackedRows]:
+        """What optimizer step `step` takes.  Steps are asked for one after the other; the last one may be asked for
+        again.  Raises `UserError`: rows that cannot be read, too many bad ones, none to train on."""
+        if step == self._next_step - 1:
+            return self._last
+        assert step == self._next_step, f"step {step} of a stream whose next step is {self._next_step}"
+        taken: list[PackedRows] = []
+        while len(taken) < self._rows_per_step:
+            if self._waiting:
+                taken.append(self._waiting.popleft())
+                self._offset += 1
+            elif self._next_window().begins_epoch and taken:
+                break
+        self._last, self._next_step = taken, step + 1
+        return taken
+
+    def steps_in(self, epochs: Fraction) -> int:
+        """Nobody knows how long an epoch is: runs of streamed data are given in steps."""
+        raise UserError("data.datasets are streamed: set train.max_steps, and train.num_train_epochs to null")
+
+    def position(self) -> dict[str, Any]:
+        """Where the next step begins, as JSON holds it."""
+        assert self._window is not None
+        return {
+            "step": self._next_step,
+            "cursor": asdict(self._window.start),
+            "offset": self._offset,
+            "digest": self._window.digest,
+        }
+
+    def seek(self, position: Mapping[str, Any] | None) -> None:
+        """Go to a `position`.  Raises `UserError` if its window holds other rows now."""
+        assert position is not None
+        cursor = Cursor(position["cursor"]["window"], *(tuple(position["cursor"][key]) for key in ("read", "taken")))
+        self._restart(cursor, position["step"])
+        if self._next_window().digest != position["digest"]:
+            raise UserError(
+                "the streamed data is not what the checkpoint was trained on: restore the files, or name a new "
+                "output.output_dir"
+            )
+        for _ in range(position["offset"]):
+            self._waiting.popleft()
+        self._offset = position["offset"]
+
+    def sample(self) -> TokenDataset:
+        """Rows of the present window."""
+        window = self._next_window() if self._window is None else self._window
+        return window.dataset
+
+    # ----- windows ----------------------------------------------------------------------------------------------------
+
+    def _restart(self, cursor: Cursor, next_step: int) -> None:
+        self._waiting: deque[PackedRows] = deque()
+        self._window: Window | None = None
+        self._offset = 0
+        self._next_step = next_step
+        self._last = []
+        rows = _Rows(self._sources, self._mixture, cursor)
+        self._coming: Future[Window] = self._thread.submit(self._read_window, rows, cursor)
+
+    def _next_window(self) -> Window:
+        """Go on to the window that was made meanwhile, and have the one after it made."""
+        self._window = self._coming.result()
+        self._waiting.extend(self._window.sequences)
+        self._offset = 0
+        self._coming = self._thread.submit(self._read_window, self._window.rows, self._window.end)
+        return self._window
+
+    def _read_window(self, stream: _Rows, start: Cursor) -> Window:
+        """The window that begins at `start`, where `stream` stands."""
+        items, begins_epoch = stream.take(self._window_rows)
+        rows = TokenDataset.of(self._tokenise(items))
+        if not len(rows) and (len(items) == self._window_rows or not any(start.read)):
+            raise UserError(f"none of the {len(items)} streamed rows from {items[0][0]} on is left to train on")
+        rng = np.random.Generator(np.random.PCG64([self._seed, start.window]))
+        order = arranged(np.arange(len(rows)), rows.lengths, self._rows_per_step, self._pack_to, rng)
+        digest = hashlib.sha256(b"".join(part.tobytes() for row in range(len(rows)) for part in rows[row])).hexdigest()
+        end = Cursor(start.window + 1, tuple(stream.read), tuple(stream.taken))
+        return Window(start, end, rows, order.take(rows, 0, len(order)), begins_epoch, digest, stream)
+
+
+class WindowTokenizer:
+    """Tokenises window after window and counts the rows that cannot be used."""
+
+    def __init__(self, work: Tokenizing, max_bad_row_fraction: float) -> None:
+        """Args:
+        max_bad_row_fraction: of the rows so far; where more are malformed after a window the run stops.
+        """
+        self._work, self._max_bad_row_fraction = work, max_bad_row_fraction
+        self._rows_read, self._num_bad_rows = 0, 0
+
+    def __call__(self, items: list[Item]) -> list[TokenRow]:
+        """The rows of a window that are trained on, data set by data set.
+
+        Raises `UserError`: too many bad rows, or a row too long where that is an error.
+        """
+        rows: list[TokenRow] = []
+        bad_rows: list[tuple[str, str]] = []
+        for source in range(len(self._work.specs)):
+            own = [(place, row) for place, row, number in items if number == source]
+            for start in range(0, len(own), CHUNK_ROWS):
+                chunk = self._work.tokenize((source, own[start : start + CHUNK_ROWS]))
+                self._refuse_too_long(chunk)
+                bad_rows += chunk.bad_rows
+                rows += chunk.rows()
+        self._rows_read += len(items)
+        self._num_bad_rows += len(bad_rows)
+        if self._num_bad_rows > self._max_bad_row_fraction * self._rows_read:
+            quoted = "; ".join(f"{place}: {reason}" for place, reason in bad_rows[:3])
+            raise UserError(
+                f"{self._num_bad_rows} of {self._rows_read} streamed rows cannot be used, more than "
+                f"data.max_bad_row_fraction = {self._max_bad_row_fraction:g} allows: {quoted}"
+            )
+        return rows
+
+    def _refuse_too_long(self, chunk: TokenChunk) -> None:
+        if self._work.excess_length == "error" and chunk.first_too_long is not None:
+            place, length = chunk.first_too_long
+            raise UserError(
+                f"{place} has {length} tokens, more than data.sequence_len = {self._work.sequence_len}: raise it, or "
+                "set data.excess_length to drop or truncate"
+            )
+
+
+class _Rows:
+    """The rows of several sources as one stream, from a cursor on."""
+
+    def __init__(self, sources: Sequence[Source], mixture: Sequence[float] | None, start: Cursor) -> None:
+        self._sources, self._mixture = sources, mixture
+        self.read, self.taken = list(start.read), list(start.taken)
+        self._open: dict[int, Iterator[tuple[str, RowOrBad]]] = {}
+        # One after the other: the last one that was begun.
+        self._current = max((source for source, count in enumerate(self.read) if count), default=0)
+
+    def take(self, num_rows: int) -> tuple[list[Item], bool]:
+        """The next rows, and whether an epoch begins with them; rows of two epochs never come together."""
+        items: list[Item] = []
+        begins_epoch = not any(self.read)
+        while len(items) < num_rows:
+            source = self._current if self._mixture is None else self._furthest_behind()
+            if source not in self._open:
+                self._open[source] = self._sources[source](self.read[source])
+            found = next(self._open[source], None)
+            if found is not None:
+                items.append((*found, source))
+                self.read[source] += 1
+                self.taken[source] += 1
+            elif self._mixture is not None:
+                self._begin_again(source)
+            elif source + 1 < len(self._sources):
+                self._current += 1
+            else:
+                self._current = 0
+                for each in range(len(self._sources)):
+                    self._begin_again(each)
+                if items:
+                    break
+                begins_epoch = True
+        return items, begins_epoch
+
+    def _begin_again(self, source: int) -> None:
+        assert self.read[source], "a source without rows raises an error of its own"
+        self.read[source] = 0
+        self._open.pop(source, None)
+
+    def _furthest_behind(self) -> int:
+        """The source whose share of the rows, with the next one, would be furthest below its weight."""
+        assert self._mixture is not None
+        due = (sum(self.taken) + 1) / sum(self._mixture)
+        return max(range(len(self.taken)), key=lambda i: (self._mixture[i] * due - self.taken[i], -i))  # type: ignore[index]

@@ -1,0 +1,743 @@
+"""Preparation: files → cached tokens, once for all processes, and a report that says what became of every row."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import shared
+from test_data_formats import ALPACA, json_lines, write
+from test_data_tokenize import byte_tokenizer
+from transformers import AutoTokenizer
+
+from sora_llm.data import cache, pool, prepare, progress
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.order import fill_rate
+from sora_llm.data.prepare import default_cache_dir
+from sora_llm.data.report import DataReport, length_histogram
+from sora_llm.data.sources import DatasetSpec
+from sora_llm.data.templates import resolve_template
+from sora_llm.errors import RunFailed, UserError
+
+TEXTS = [{"text": letter * 3} for letter in "abcdefghij"]  # 5 tokens each with BOS and eos
+QUESTION = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def byte():
+    return byte_tokenizer()
+
+
+def run(
+    specs: list[DatasetSpec],
+    tokenizer,
+    *,
+    chat_template: str | None = None,
+    cache_dir: Path,
+    num_proc: int | None = None,
+    max_bad_row_fraction: float = 0.01,
+    wait_first: float = 0.0,
+    **options: object,
+) -> tuple[TokenDataset, DataReport]:
+    """`prepare` with the options of `Tokenizing`."""
+    work = Tokenizing(tuple(specs), tokenizer, resolve_template(tokenizer, chat_template), **options)  # type: ignore[arg-type]
+    return prepare.prepare(
+        work,
+        cache_dir=cache_dir,
+        num_proc=num_proc,
+        max_bad_row_fraction=max_bad_row_fraction,
+        wait_first=wait_first,
+    )
+
+
+def texts(folder: Path, *rows: object, name: str = "a.jsonl") -> DatasetSpec:
+    return DatasetSpec(write(folder / name, json_lines(*rows)), "completion")
+
+
+def chats(folder: Path, *conversations: list, name: str = "chats.jsonl") -> DatasetSpec:
+    rows = [{"messages": messages} for messages in conversations]
+    return DatasetSpec(write(folder / name, json_lines(*rows)), "messages")
+
+
+@pytest.fixture
+def prepared(tmp_path, byte):
+    """A function that prepares rows of text, always with the same cache."""
+
+    def prepare_texts(*rows: object, **options: object) -> tuple[TokenDataset, DataReport]:
+        options = {"cache_dir": tmp_path / "cache", **options}
+        return run([texts(tmp_path, *rows)], byte, **options)  # type: ignore[arg-type]
+
+    return prepare_texts
+
+
+def decoded(dataset: TokenDataset, tokenizer) -> list[str]:
+    return [tokenizer.decode(dataset[i][0]) for i in range(len(dataset))]
+
+
+def entries(folder: Path) -> list[str]:
+    """What is in a cache folder, finished folders as "done"."""
+    return sorted("done" if path.is_dir() and len(path.name) == 32 else path.name for path in folder.iterdir())
+
+
+# ----- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_in_order_with_weights_lengths_and_counts(prepared, byte):
+    dataset, report = prepared({"text": "ab"}, {"text": "cdef"})
+    assert decoded(dataset, byte) == ["<bos>ab<eos>", "<bos>cdef<eos>"]
+    ids, weights = dataset[1]
+    assert ids.dtype == np.int32 and weights.dtype == np.float32 and weights.tolist() == [0, 1, 1, 1, 1, 1]
+    assert dataset.lengths.tolist() == [4, 6] and dataset.num_tokens == 10 and dataset.num_supervised == 8
+    assert dataset.supervised_lengths.tolist() == [3, 5] and dataset.weight_sums.tolist() == [3, 5]
+    assert (report.rows_read, report.rows_kept, report.tokens, report.supervised_tokens) == (2, 2, 10, 8)
+    assert report.supervised_fraction == 0.8
+
+
+def test_several_data_sets_follow_each_other_each_read_in_its_own_way(tmp_path, byte):
+    specs = [
+        texts(tmp_path, {"text": "ab"}),
+        DatasetSpec(write(tmp_path / "b.json", json.dumps([ALPACA])), "alpaca"),
+        DatasetSpec(write(tmp_path / "c.csv", "prompt,completion\nx,y\nx,\nx,z\n"), "prompt_completion", separator=":"),
+    ]
+    dataset, report = run(specs, byte, chat_template="llama-2", cache_dir=tmp_path / "cache", max_bad_row_fraction=0.5)
+    assert decoded(dataset, byte) == [
+        "<bos>ab<eos>",
+        "<bos>[INST] Add.\n\n1 2 [/INST] 3 <eos>",
+        "<bos>x:y<eos>",
+        "<bos>x:z<eos>",
+    ]
+    assert dataset.sources.tolist() == [0, 1, 2, 2] and dataset.supervised_lengths.tolist() == [3, 4, 2, 2]
+    of_each = [(one.type, one.rows_read, one.rows_kept, one.num_bad_rows, one.tokens) for one in report.datasets]
+    assert of_each == [("completion", 1, 1, 0, 4), ("alpaca", 1, 1, 0, 29), ("prompt_completion", 3, 2, 1, 10)]
+    assert [one.path for one in report.datasets] == [spec.path for spec in specs]
+    assert (report.rows_read, report.rows_kept, report.num_bad_rows, report.tokens) == (5, 4, 1, 43)
+
+
+def test_a_row_may_hold_several_examples_and_is_left_out_whole_if_one_is_bad(tmp_path, byte):
+    good = {"instruction": "Add.", "instances": [{"input": "1", "output": "2"}, {"input": "3", "output": "4"}]}
+    bad = {"instruction": "Add.", "instances": [{"input": "1", "output": "2"}, {"input": "3"}]}
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", json_lines(good, bad)), "self_instruct")
+    dataset, report = run([spec], byte, cache_dir=tmp_path, max_bad_row_fraction=0.5)
+    assert (len(dataset), report.rows_read, report.rows_kept, report.num_bad_rows) == (2, 2, 2, 1)
+    refused = {"instruction": "Add.", "instances": [{"input": "", "output": "2"}, {"input": "", "output": "bad"}]}
+    template = (
+        "{%- for m in messages -%}{{ raise_exception('bad') if m.content == 'bad' else m.content }}{%- endfor -%}"
+    )
+    spec = DatasetSpec(write(tmp_path / "b.jsonl", json_lines(good, refused)), "self_instruct")
+    options = {"chat_template": write(tmp_path / "own.jinja", template), "max_bad_row_fraction": 0.5}
+    dataset, report = run([spec], byte, cache_dir=tmp_path, **options)
+    assert (len(dataset), report.num_bad_rows, report.bad_rows[0][0]) == (2, 1, f"{spec.path}:2")
+
+
+def test_options_reach_the_weights(tmp_path, byte):
+    spec = chats(tmp_path, [QUESTION, ANSWER] * 2)
+    counts = {}
+    for option in (None, "train_on_last_turn_only", "train_on_inputs"):
+        options = {} if option is None else {option: True}
+        dataset, _ = run([spec], byte, cache_dir=tmp_path, **options)
+        counts[option] = dataset.num_supervised
+    assert counts[None] == 2 * counts["train_on_last_turn_only"] == 12
+    assert counts["train_on_inputs"] == dataset.num_tokens - 1
+
+
+def test_rows_that_are_too_long_are_dropped_or_truncated_or_the_first_is_named(prepared, byte, fills, tmp_path):
+    rows = {"text": "abc"}, {"text": "abcdefgh"}, {"text": "abcdefghi"}
+    place = f"{tmp_path / 'a.jsonl'}:2"
+    dataset, report = prepared(*rows, sequence_len=5)
+    assert decoded(dataset, byte) == ["<bos>abc<eos>"] and (report.too_long, report.truncated) == (2, 0)
+    assert report.first_too_long == (place, 10)
+    dataset, report = prepared(*rows, sequence_len=5, excess_length="truncate")
+    assert decoded(dataset, byte) == ["<bos>abc<eos>", "<bos>abcd", "<bos>abcd"]
+    assert (report.too_long, report.truncated, report.first_too_long) == (0, 2, (place, 10))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a.jsonl:2 has 10 tokens, more than data.sequence_len = 5"):
+            prepared(*rows, sequence_len=5, excess_length="error")
+    assert len(fills) == 3, "the second time the error is in the report"
+
+
+def test_the_first_row_too_long_ends_the_reading_where_that_is_an_error(prepared, monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 2)
+    with pytest.raises(UserError, match=r"a\.jsonl:3 has 10 tokens"):
+        prepared(*TEXTS[:2], {"text": "abcdefgh"}, *TEXTS, sequence_len=5, excess_length="error")
+    report = DataReport.load(next((tmp_path / "cache").glob("*/")), from_cache=True)
+    assert report.rows_read == 4
+
+
+def test_a_row_that_truncation_leaves_without_an_answer_is_dropped_and_counted(tmp_path, byte):
+    rows = json_lines({"prompt": "abcdef", "completion": "g"}, {"prompt": "a", "completion": "b"})
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", rows), "prompt_completion")
+    dataset, report = run([spec], byte, sequence_len=5, excess_length="truncate", cache_dir=tmp_path)
+    assert len(dataset) == 1 and report.no_supervised == 1 and (dataset.supervised_lengths > 0).all()
+    assert report.datasets[0].unsupervised == {"the answer begins after sequence_len": 1}
+
+
+def test_repeated_rows_are_counted_and_dropped_on_request_over_all_data_sets(tmp_path, byte):
+    specs = [
+        texts(tmp_path, {"text": "a"}, {"text": "b"}, {"text": "a"}),
+        texts(tmp_path, {"text": "c"}, {"text": "b"}, name="b.jsonl"),
+    ]
+    dataset, report = run(specs, byte, cache_dir=tmp_path)
+    assert len(dataset) == 5 and report.duplicates == 2
+    dataset, report = run(specs, byte, cache_dir=tmp_path, drop_duplicates=True)
+    assert decoded(dataset, byte) == ["<bos>a<eos>", "<bos>b<eos>", "<bos>c<eos>"] and report.duplicates == 2
+    assert [(one.rows_kept, one.duplicates) for one in report.datasets] == [(2, 1), (1, 1)]
+
+
+def test_equal_tokens_with_other_weights_are_no_duplicates(tmp_path, byte):
+    silent = {**QUESTION, "weight": 0}
+    spec = chats(tmp_path, [QUESTION, ANSWER, QUESTION, ANSWER], [QUESTION, {**ANSWER, "weight": 0}, silent, ANSWER])
+    assert run([spec], byte, cache_dir=tmp_path)[1].duplicates == 0
+
+
+def test_what_has_come_before_is_known_whatever_the_chunks():
+    hashes = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint64)
+    expected = [value in hashes[:i] for i, value in enumerate(hashes)]
+    for size in (1, 7, 300, 1000):
+        seen = prepare._SeenBefore()
+        found = np.concatenate([seen.add(hashes[i : i + size]) for i in range(0, 1000, size)])
+        assert found.tolist() == expected
+        assert sum(map(len, seen._runs)) == len(set(hashes)), "each is kept once"
+        assert len(seen._runs) <= 10, "so that looking one up stays cheap"
+
+
+# ----- rows that cannot be used ---------------------------------------------------------------------------------------
+
+
+def test_few_bad_rows_are_reported_with_file_and_line_and_many_stop_the_run(prepared, tmp_path):
+    rows = {"text": "a"}, {"other": 1}, {"text": "b"}, {"text": 3}
+    path = tmp_path / "a.jsonl"
+    dataset, report = prepared(*rows, max_bad_row_fraction=0.5)
+    assert len(dataset) == 2 and report.num_bad_rows == 2
+    assert report.bad_rows == ((f"{path}:2", "text is missing"), (f"{path}:4", "text is a number, not text"))
+    with pytest.raises(UserError, match=r"2 of 4 rows .*a.jsonl:2: text is missing; .*a.jsonl:4: text is a number"):
+        prepared(*rows, max_bad_row_fraction=0.49)
+
+
+def test_no_bad_row_is_allowed_at_fraction_0(prepared):
+    with pytest.raises(UserError, match="1 of 301 rows"):
+        prepared({"text": ""}, *TEXTS * 30, max_bad_row_fraction=0.0)
+    assert prepared({"text": ""}, *TEXTS * 30)[1].num_bad_rows == 1
+
+
+def test_the_list_of_bad_rows_is_bounded_and_their_count_is_not(prepared, tmp_path):
+    lines = [json.dumps({"text": ""})] * 50 + ["{" + " " * i for i in range(1, 31)] + [json.dumps({"text": "a"})]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    spec = DatasetSpec(str(tmp_path / "b.jsonl"), "completion")
+    _, report = run([spec], byte_tokenizer(), cache_dir=tmp_path, max_bad_row_fraction=1.0)
+    assert report.num_bad_rows == 80 and len(report.bad_rows) == 20
+    assert sorted(report.bad_reasons.values()) == [30, 50], "columns in a message do not make it another reason"
+
+
+def test_nothing_left_to_train_on_is_refused_with_the_counts(prepared):
+    with pytest.raises(UserError, match=r"none of the 10 rows .*: 10 are longer than data.sequence_len = 4"):
+        prepared(*TEXTS, sequence_len=4)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "why"),
+    [
+        ([QUESTION], "no assistant turn"),
+        ([QUESTION, {**ANSWER, "weight": 0}], "what would be trained on has weight 0"),
+    ],
+)
+def test_a_data_set_without_a_supervised_token_is_named_with_the_reason(tmp_path, byte, fills, conversation, why):
+    specs = [texts(tmp_path, *TEXTS), chats(tmp_path, conversation, conversation)]
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"chats.jsonl: none of the 2 rows .*2 × {why}"):
+            run(specs, byte, cache_dir=tmp_path)
+    assert len(fills) == 1
+
+
+def test_a_data_set_of_which_only_repeated_rows_are_left_is_named(tmp_path, byte):
+    specs = [texts(tmp_path, *TEXTS), texts(tmp_path, *TEXTS[:2], name="b.jsonl")]
+    with pytest.raises(UserError, match=r"b.jsonl: none of the 2 rows .*2 are the same as earlier ones"):
+        run(specs, byte, cache_dir=tmp_path, drop_duplicates=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"train_on_inputs": True, "train_on_last_turn_only": True}, "exclude each other"),
+        ({"sequence_len": 1}, "at least 2 tokens"),
+        ({"excess_length": "cut"}, "known are drop, truncate, error"),
+        ({"num_proc": 0}, "at least 1"),
+        ({"chat_template": "vicunja"}, "neither a built-in template"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(prepared, options, match):
+    with pytest.raises(UserError, match=match):
+        prepared(*TEXTS, **options)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no eos token"):
+        run([texts(tmp_path, *TEXTS)], tokenizer, cache_dir=tmp_path)
+
+
+# ----- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_describes_the_rows_that_are_left(prepared):
+    dataset, report = prepared(*[{"text": "a" * n} for n in (1, 2, 3, 8, 30)], sequence_len=32)
+    assert (report.max_length, report.mean_length, report.median_length) == (32, 10.8, 5.0)
+    assert report.length_histogram == (
+        (3, 3, 1),
+        (4, 4, 1),
+        (5, 6, 1),
+        (7, 8, 0),
+        (9, 12, 1),
+        (13, 16, 0),
+        (17, 24, 0),
+        (25, 32, 1),
+    )
+    assert report.fill_rate == fill_rate(dataset, 32) == 54 / 64
+    assert report.samples == (0, 2, 4)
+
+
+def test_every_length_is_in_its_bin():
+    lengths = np.arange(1, 3000)
+    bins = length_histogram(lengths)
+    assert all(rows == sum(low <= n <= high for n in lengths) for low, high, rows in bins)
+    assert sum(rows for _, _, rows in bins) == len(lengths)
+    assert [high for _, high, _ in bins][-3:] == [1536, 2048, 3072] and length_histogram(lengths[:0]) == ()
+
+
+def test_a_report_survives_json(prepared):
+    _, report = prepared({"text": ""}, *TEXTS, {"text": "a" * 99}, sequence_len=50, max_bad_row_fraction=1.0)
+    assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_the_digest_is_of_the_rows_however_they_were_cut_into_chunks(prepared, monkeypatch, tmp_path):
+    _, report = prepared(*TEXTS)
+    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 3)
+    assert prepared(*TEXTS, cache_dir=tmp_path / "other")[1].digest == report.digest
+    _, changed = prepared(*TEXTS[:-1], {"text": "jjx"})
+    assert (changed.rows_kept, changed.tokens) == (report.rows_kept, report.tokens)
+    assert changed.digest != report.digest
+    assert prepared(*TEXTS[1:], TEXTS[0])[1].digest != report.digest, "another order is other training data"
+    chunk = Tokenizing((texts(tmp_path, *TEXTS),), byte_tokenizer(), "").tokenize((0, [("a:1", TEXTS[0])] * 2))
+    digests = set()
+    for lengths in (chunk.lengths, chunk.lengths + np.array([1, -1])):
+        digest = prepare._Digest()
+        digest.add(replace(chunk, lengths=lengths))
+        digests.add(digest.hex())
+    assert len(digests) == 2, "the same tokens cut into other rows"
+
+
+def test_a_sample_takes_the_first_rows_of_each_data_set(tmp_path, byte):
+    specs = [texts(tmp_path, *TEXTS), texts(tmp_path, *TEXTS[5:], name="b.jsonl")]
+    dataset, report = prepare.sample(Tokenizing(tuple(specs), byte, ""), 2)
+    assert decoded(dataset, byte) == [f"<bos>{letter * 3}<eos>" for letter in "abfg"]
+    assert report.rows_read == 4
+    with pytest.raises(UserError, match="1 of 3 rows"):
+        prepare.sample(Tokenizing((texts(tmp_path, {"text": "a"}, {"text": ""}, *TEXTS),), byte, ""), 3, 0.1)
+
+
+# ----- the cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fills(monkeypatch, tmp_path):
+    """A line for each time that tokens were made rather than taken from the cache, whatever the process."""
+
+    class Fills:
+        path = tmp_path / "fills"
+
+        def __len__(self) -> int:
+            return len(self.path.read_text().splitlines()) if self.path.exists() else 0
+
+    fill = prepare._fill
+
+    def counted(*arguments: object) -> None:
+        with Fills.path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        fill(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare, "_fill", counted)
+    return Fills()
+
+
+def test_the_same_is_prepared_once(prepared, fills):
+    first, report = prepared(*TEXTS)
+    second, report_again = prepared(*TEXTS)
+    assert len(fills) == 1 and report_again == report
+    assert (report.from_cache, report_again.from_cache) == (False, True)
+    assert all((first[i][0] == second[i][0]).all() for i in range(10))
+    assert (TokenDataset.load(Path(report.cache_folder))[3][0] == first[3][0]).all()
+
+
+def test_whatever_changes_the_tokens_prepares_anew_and_nothing_else(prepared, fills, tmp_path, byte):
+    prepared(*TEXTS)
+    prepared(*TEXTS[:-1], {"text": "jjx"})
+    prepared(*TEXTS, sequence_len=100)
+    prepared(*TEXTS, train_on_inputs=True)
+    prepared(*TEXTS, chat_template="chatml")
+    prepared(*TEXTS, drop_duplicates=True)
+    spec = texts(tmp_path, *TEXTS)
+    for tokenizer in (byte_tokenizer(adds_bos=False), byte_tokenizer(merges=(("a", "a"),))):
+        run([spec], tokenizer, cache_dir=tmp_path / "cache")
+    assert len(fills) == 8
+    prepared(*TEXTS, num_proc=2, max_bad_row_fraction=0.5, wait_first=1.0)
+    weighted = DatasetSpec(spec.path, spec.type, weight=2.0)
+    run([weighted], byte, cache_dir=tmp_path / "cache")
+    assert len(fills) == 8, "processes, the bound on bad rows and weights in a mixture change no token"
+
+
+def test_cached_data_is_still_checked_for_bad_rows(prepared):
+    rows = {"text": "a"}, {"text": ""}
+    prepared(*rows, max_bad_row_fraction=0.5)
+    with pytest.raises(UserError, match="1 of 2 rows"):
+        prepared(*rows, max_bad_row_fraction=0.1)
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "weights.bin", "lengths.npy", "table.npy", "report.json"])
+def test_a_damaged_cache_is_named_and_not_trained_on(prepared, tmp_path, file):
+    prepared(*TEXTS)
+    damaged = next((tmp_path / "cache").glob(f"*/{file}"))
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"is damaged: delete this folder"):
+        prepared(*TEXTS)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path, byte):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*: set data.cache_dir"):
+        run([texts(tmp_path, *TEXTS)], byte, cache_dir=tmp_path / "file")
+
+
+def test_a_finished_cache_is_read_where_nothing_can_be_written(prepared, monkeypatch):
+    prepared(*TEXTS)
+    monkeypatch.setattr(cache, "_wait_or_write", _refuse)
+    assert len(prepared(*TEXTS)[0]) == 10
+
+
+def _refuse(*arguments: object, **options: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_cached_data_is_not_read_again_but_to_be_hashed_and_not_even_that_where_the_hash_is_remembered(
+    tmp_path, byte, monkeypatch
+):
+    spec = texts(tmp_path, *TEXTS)
+    monkeypatch.setattr(cache, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1)
+    run([spec], byte, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(prepare, "read_rows", _refuse)
+    monkeypatch.setattr(cache, "file_sha256", _refuse)
+    assert len(run([spec], byte, cache_dir=tmp_path / "cache")[0]) == 10
+
+
+def test_the_cache_is_in_the_user_s_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "sora_llm" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "sora_llm" / "data"
+
+
+# ----- one writer -----------------------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """Run a function in a process of its own."""
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.01)
+
+
+def _prepare_and_tell(folder: Path, barrier, results) -> None:
+    barrier.wait(timeout=60)
+    spec = DatasetSpec(str(folder / "a.jsonl"), "completion")
+    try:
+        dataset, report = run([spec], byte_tokenizer(), cache_dir=folder / "cache", num_proc=1)
+        results.put((decoded(dataset, byte_tokenizer()), report.to_json() | {"from_cache": None}))
+    except UserError as error:
+        results.put(str(error))
+
+
+def together(count: int, folder: Path) -> list:
+    """What so many processes get that prepare a.jsonl of a folder at once."""
+    barrier, results = FORK.Barrier(count), FORK.Queue()
+    processes = [start(_prepare_and_tell, folder, barrier, results) for _ in range(count)]
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return found
+
+
+def test_of_eight_processes_one_writes_and_all_read_the_same(tmp_path, fills):
+    texts(tmp_path, *TEXTS * 20)
+    results = together(8, tmp_path)
+    assert len(fills) == 1
+    assert all(result == results[0] and len(result[0]) == 200 for result in results)
+    assert entries(tmp_path / "cache") == ["done"]
+
+
+def test_an_error_of_the_writer_is_that_of_all_who_waited_and_is_not_run_into_again(tmp_path, fills, monkeypatch):
+    """Each of eight processes would read a hundred gigabytes up to the line that is no csv."""
+    texts(tmp_path, *TEXTS)
+    counted = prepare._fill
+
+    def slow(*arguments: object) -> None:
+        time.sleep(1)  # the others are there by then
+        counted(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare, "_fill", slow)
+    monkeypatch.setattr(prepare, "_tokenized", _cannot_read)
+    assert together(4, tmp_path) == ["a.csv:7 is not valid csv"] * 4
+    assert len(fills) == 1
+    assert together(1, tmp_path) == ["a.csv:7 is not valid csv"] and len(fills) == 2, "a later run tries again"
+
+
+def _cannot_read(*arguments: object):
+    raise UserError("a.csv:7 is not valid csv")
+    yield
+
+
+def _write_for_ever(folder: Path, num_proc: int) -> None:
+    tokenize = Tokenizing.tokenize
+
+    def stuck(self, chunk):
+        if "last" in chunk[1][-1][1]["text"]:
+            time.sleep(1000)
+        return tokenize(self, chunk)
+
+    Tokenizing.tokenize = stuck
+    spec = DatasetSpec(str(folder / "a.jsonl"), "completion")
+    run([spec], byte_tokenizer(), cache_dir=folder / "cache", num_proc=num_proc)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_where_the_writer_is_killed_midway_the_next_takes_over_and_cleans_up(
+    tmp_path, byte, fills, monkeypatch, num_proc
+):
+    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 5)
+    spec = texts(tmp_path, *TEXTS * 20, {"text": "last"})
+    cache_dir = tmp_path / "cache"
+    writer = start(_write_for_ever, tmp_path, num_proc)
+    until(lambda: list(cache_dir.glob("*.tmp-*/tokens.bin")))
+    barrier, results = FORK.Barrier(2), FORK.Queue()
+    waiting = [start(_prepare_and_tell, tmp_path, barrier, results) for _ in range(2)]
+    time.sleep(0.5)
+    assert results.empty() and len(fills) == 1, "they wait"
+    os.kill(writer.pid, signal.SIGKILL)
+    rows = [results.get(timeout=30)[0] for _ in waiting]
+    assert rows[0] == rows[1] and len(rows[0]) == 201
+    assert len(fills) == 2 and entries(cache_dir) == ["done"]
+    for process in (writer, *waiting):
+        process.join(timeout=30)
+    assert len(run([spec], byte, cache_dir=cache_dir)[0]) == 201
+
+
+def test_what_another_machine_writes_is_left_alone_until_it_is_abandoned(prepared, tmp_path):
+    """Where locks of a network file system are local, a lock says nothing about other machines."""
+    _, report = prepared(*TEXTS)
+    folder = Path(report.cache_folder)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    names = [f"{folder.name}.tmp-{host}-x" for host in (socket.gethostname(), "new", "old")]
+    for name in names:
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "tokens.bin").write_text("…")
+    for path in (folder.parent / names[2] / "tokens.bin", folder.parent / names[2]):
+        os.utime(path, (0, 0))
+    prepared(*TEXTS)
+    assert entries(tmp_path / "cache") == sorted(["done", names[1]])
+
+
+def test_without_locks_everybody_writes_and_the_first_wins(tmp_path, fills, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", _no_locks)
+    texts(tmp_path, *TEXTS * 20)
+    results = together(4, tmp_path)
+    assert 1 <= len(fills) <= 4
+    assert all(result == results[0] and len(result[0]) == 200 for result in results)
+    assert entries(tmp_path / "cache") == ["done"]
+
+
+def _no_locks(*arguments: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+# ----- several processes that tokenise --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(prepare, "_SERIAL_CHUNKS", 2)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, byte, small_chunks, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    spec = texts(tmp_path, *[{"text": str(i % 400)} if i % 9 else {"text": ""} for i in range(500)])
+    found = {}
+    for num_proc in (1, 2, 3):
+        options = {"num_proc": num_proc, "cache_dir": tmp_path / str(num_proc), "drop_duplicates": True}
+        dataset, report = run([spec], byte, max_bad_row_fraction=1.0, **options)
+        found[num_proc] = decoded(dataset, byte), report
+    assert found[1] == found[2] == found[3]
+    assert found[1][1].num_bad_rows == 56 and found[1][1].duplicates > 50
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_the_processes_work_at_the_same_time_and_give_back_in_order():
+    pids = []
+    for value, pid in pool.map_in_order(_slow_at_first, range(40), 3):
+        assert value == len(pids)
+        pids.append(pid)
+    assert len(set(pids)) == 3 and os.getpid() not in pids
+
+
+def _slow_at_first(value: int) -> tuple[int, int]:
+    time.sleep(0.3 if value < 3 else 0.005)
+    return value, os.getpid()
+
+
+def test_few_items_are_under_way_at_any_time():
+    taken = []
+    results = pool.map_in_order(lambda value: value, (taken.append(i) or i for i in range(1000)), 2)
+    for _ in range(10):
+        next(results)
+    assert len(taken) <= 10 + 2 * 2
+    results.close()
+
+
+def test_a_row_that_stops_the_run_ends_the_processes_as_well(tmp_path, byte, small_chunks, monkeypatch):
+    spec = texts(tmp_path, *TEXTS * 10)
+    monkeypatch.setattr(prepare._Tally, "add", _cannot_count)
+    with pytest.raises(UserError, match="cannot count") as stopped:
+        run([spec], byte, num_proc=2, cache_dir=tmp_path / "cache")
+    assert stopped.tb is not None, "a caller who keeps the traceback keeps the generators"
+    assert multiprocessing.active_children() == []
+
+
+def _cannot_count(*arguments: object) -> None:
+    raise UserError("cannot count")
+
+
+def test_a_killed_process_ends_the_run_with_a_sentence(tmp_path, byte, small_chunks, monkeypatch):
+    monkeypatch.setattr(pool, "_apply", _die)
+    with pytest.raises(RunFailed, match=r"was killed.*data.num_proc=1"):
+        run([texts(tmp_path, *TEXTS * 2)], byte, num_proc=2, cache_dir=tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def _die(item: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_memory_grows_by_the_arrays_alone(tmp_path, byte, monkeypatch, num_proc):
+    """A row costs 40 bytes while it is written (length, table, hash) and some while the report is made; a list of
+    Python's numbers for each would take several times that."""
+    spec = texts(tmp_path, *TEXTS)
+    count = 0
+    monkeypatch.setattr(prepare, "read_rows", lambda spec: ((f"a.jsonl:{i}", {"text": f"{i:x}"}) for i in range(count)))
+    peaks = []
+    for count in (10_000, 10_000, 60_000):  # noqa: B007 - the rows that are read; the first time warms caches up
+        tracemalloc.start()
+        run([spec], byte, num_proc=num_proc, cache_dir=tmp_path / f"{len(peaks)}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[2] - peaks[1]) / 50_000 < 150, peaks
+
+
+# ----- the bar --------------------------------------------------------------------------------------------------------
+
+
+class Stderr:
+    def __init__(self, is_terminal: bool) -> None:
+        self.written, self.isatty = "", lambda: is_terminal
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, seconds_per_line: float) -> str:
+    """What is written by a preparation of 50 rows in five chunks of 50 ms each."""
+    stderr = Stderr(is_terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
+    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", seconds_per_line)
+    shown = progress.Progress()
+    for _ in range(5):
+        time.sleep(0.05)
+        shown.add(10)
+    shown.close()
+    return stderr.written
+
+
+def test_progress_is_a_bar_on_a_terminal_lines_elsewhere_and_silent_where_it_is_quick(monkeypatch):
+    assert progress_of(monkeypatch, is_terminal=False, silent_seconds=0.0, seconds_per_line=100.0) == ""
+    assert progress_of(monkeypatch, is_terminal=True, silent_seconds=100.0, seconds_per_line=0.0) == ""
+    lines = progress_of(monkeypatch, is_terminal=False, silent_seconds=100.0, seconds_per_line=0.12).splitlines()
+    assert 1 <= len(lines) <= 2, "not one for every chunk"
+    assert re.fullmatch(r"preparing data: [2-5]0 rows so far, \d+ rows/s", lines[0])
+    bar = progress_of(monkeypatch, is_terminal=True, silent_seconds=0.0, seconds_per_line=100.0)
+    assert re.search(r"preparing data: 50\.0 rows \[00:00, .* rows/s\]", bar)
+
+
+# ----- the real files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "columns", "num_rows"),
+    [
+        ("self_instruct_seed_tasks.jsonl", "self_instruct", {}, 175),
+        ("gpteacher_roleplay.json", "alpaca", {"output": "response"}, 1923),
+        ("fastchat_dummy_conversation.json", "sharegpt", {}, 500),
+        ("lf_v1_sft_demo.jsonl", "messages", {}, 500),
+        ("mlx_wikisql_train.jsonl", "completion", {}, 1000),
+    ],
+)
+@pytest.mark.parametrize("model", ["base5m", "stories260k"])
+def test_the_real_files_are_prepared_whole(tmp_path, name, type_, columns, num_rows, model):
+    tokenizer = AutoTokenizer.from_pretrained(shared(f"models/{model}"))
+    spec = DatasetSpec(str(shared(f"data/{name}")), type_, columns=columns)
+    dataset, report = run([spec], tokenizer, sequence_len=8192, cache_dir=tmp_path)
+    assert report.num_bad_rows == report.no_supervised == report.too_long == 0
+    assert report.rows_read == num_rows <= report.rows_kept == len(dataset)
+    for row in range(0, len(dataset), 50):
+        ids, weights = dataset[row]
+        assert ids[0] == tokenizer.bos_token_id and (ids == tokenizer.bos_token_id).sum() == 1
+        assert ids[-1] == tokenizer.eos_token_id and weights[-1] > 0 and weights[0] == 0
+
+
+def test_gsm8k_has_the_known_number_of_tokens_and_fills_its_sequences(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared("models/base5m"))
+    columns = {"prompt": "question", "completion": "answer"}
+    spec = DatasetSpec(str(shared("data/gsm8k_train.jsonl")), "prompt_completion", columns=columns)
+    dataset, report = run([spec], tokenizer, sequence_len=1024, cache_dir=tmp_path)
+    assert len(dataset) == 7473 and round(dataset.num_tokens / len(dataset)) == 238  # its README: 237 and our eos
+    assert report.fill_rate >= 0.97

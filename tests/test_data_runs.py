@@ -1,0 +1,136 @@
+"""Whole runs on every kind of data: what a few lines of YAML train on, and that a resume meets the very next row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import shared
+from runs import gsm8k_overrides
+
+from sora_llm.errors import UserError
+from sora_llm.train import main, run
+
+CONFIG = "configs/llama7b.yaml"
+QUICK = {
+    "train.max_steps": 2,
+    "train.per_device_train_batch_size": 1,
+    "sora.r": 2,
+    "sora.lora_dropout": 0.05,
+    "data.val_set_size": None,
+    "output.report_to": [],
+}
+
+FILES = {
+    "gsm8k_train.jsonl": {"type": "alpaca", "columns": {"instruction": "question", "output": "answer"}},
+    "self_instruct_seed_tasks.jsonl": {"type": "self_instruct"},
+    "gpteacher_roleplay.json": {"type": "alpaca", "columns": {"output": "response"}},
+    "fastchat_dummy_conversation.json": {"type": "sharegpt"},
+    "lf_v1_sft_demo.jsonl": {"type": "messages"},
+    "mlx_wikisql_train.jsonl": {"type": "completion"},
+    "mlx_wikisql_valid.jsonl": {"type": "completion"},
+    "wikitext2_valid.txt": {"type": "completion"},
+    "gutenberg_sherlock_holmes.txt": {"type": "completion"},
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache of prepared data for all runs here."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_trains_through_a_few_lines_of_yaml(name, tmp_path, cache):
+    dataset = {"path": str(shared(f"data/{name}")), **FILES[name]}
+    options = {**QUICK, "data.datasets": [dataset], "data.cache_dir": cache, "data.excess_length": "truncate"}
+    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert result.status["state"] == "finished" and (result.adapter / "adapter_model.safetensors").exists()
+    assert all(line["loss"] > 0 and line["supervised_tokens"] > 0 for line in lines if "loss" in line)
+
+
+# ----- resume in the middle of an epoch -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two files of short rows, 30 and 12."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [line for line in shared("data/gsm8k_train.jsonl").read_text().splitlines() if len(line) < 240]
+    (folder / "a.jsonl").write_text("\n".join(lines[:30]))
+    (folder / "b.jsonl").write_text("\n".join(lines[30:42]))
+    return [
+        {
+            "path": str(folder / name),
+            "type": "prompt_completion",
+            "columns": {"prompt": "question", "completion": "answer"},
+        }
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+
+
+MODES = {
+    "packed": ({}, {}),
+    "one row a sequence": ({"data.sample_packing": False}, {}),
+    "accumulated": ({"train.gradient_accumulation_steps": 2}, {}),
+    "a packed mixture": ({}, {"weight": 1}),
+    "streamed": ({}, {"streaming": True}),
+    "a streamed mixture, not packed": ({"data.sample_packing": False}, {"streaming": True, "weight": 2}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one_bit_by_bit(mode, small, tmp_path, cache):
+    """Seven steps at once, and the same from the checkpoint of step 3 on, under dropout."""
+    overrides, dataset = MODES[mode]
+    options = {
+        **QUICK,
+        "data.datasets": [{**one, **dataset} for one in small],
+        "data.cache_dir": cache,
+        "train.max_steps": 7,
+        "train.per_device_train_batch_size": 2,
+        "output.save_steps": 3,
+        "output.save_total_limit": None,
+        "output.logging_steps": 1,
+        **overrides,
+    }
+    run(CONFIG, *gsm8k_overrides(tmp_path / "straight", **options))
+    start = {"output.resume": str(tmp_path / "straight" / "checkpoints" / "step-3")}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "resumed", **options, **start))
+
+    def files(name: str) -> tuple[bytes, list]:
+        folder = tmp_path / name
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept = ("step", "loss", "grad_norm", "supervised_tokens", "mean_rank")
+        return (
+            (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+            [{key: line.get(key) for key in kept} for line in lines if line["step"] > 3],
+        )
+
+    assert files("resumed") == files("straight")
+
+
+def test_streamed_rows_that_cannot_be_used_stop_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sora_llm.train.load_backbone", lambda *_a, **_o: pytest.fail("a model was loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 5 + "{broken\n")
+    options = {**QUICK, "data.datasets": [{"path": str(rows), "type": "alpaca", "streaming": True}]}
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options)]) == 2
+    message = capsys.readouterr().err
+    assert "1 of 6 streamed rows cannot be used" in message and f"{rows}:6" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = Path(small[0]["path"]).read_text().splitlines()
+    path.write_text("\n".join(lines))
+    options = {**QUICK, "data.datasets": [{**small[0], "path": str(path), "streaming": True}], "output.save_steps": 1}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    path.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-1")}
+    with pytest.raises(UserError, match="is not what the checkpoint was trained on"):
+        run(CONFIG, *gsm8k_overrides(tmp_path / "other", **options, **start))
+    assert not (tmp_path / "other").exists()
