@@ -177,3 +177,22 @@ def test_several_processes_print_it_once(tmp_path: Path) -> None:
     assert stopped.stderr.count("fewer than the 2 processes") == 1
     assert "sora_llm/train.py" not in stopped.stderr  # no traceback of ours; the launcher prints its own
     assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
+    """Each machine reads its own files: other rows there would be another run, in silence."""
+    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.train.gather_objects", lambda value: [value, {**value, "rows": value["rows"] - 1}])
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == EXIT_BAD_INPUT
+    message = capsys.readouterr().err
+    assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1
+
+
+def test_what_only_another_process_finds_is_said_by_it(tmp_path, capsys, monkeypatch) -> None:
+    """A file that is missing on the second machine only: the main process waits for it in vain."""
+    waited = []
+    monkeypatch.setattr("sora_llm.train.let_main_speak", lambda: waited.append(True))
+    for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset("nope.jsonl")]) == EXIT_BAD_INPUT
+    assert waited and "nope.jsonl does not exist" in capsys.readouterr().err

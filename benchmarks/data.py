@@ -1,0 +1,218 @@
+"""How fast data becomes training tokens: `python benchmarks/data.py` from the project's root, on an idle machine.
+
+`tokenise`: rows → token ids and weights (our formats, template, masks) against `datasets.map` with the bare tokenizer
+over the same texts, already rendered.  Both on one core, in turn, medians of several rounds.
+
+`start`: preparing a data set, and the time from there to the first batch of a run that finds it in the cache, with the
+memory of both, for data sets of several sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # both sides on one core
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sora_llm.data.formats import Conversation, PromptCompletion, to_examples
+from sora_llm.data.sources import DatasetSpec
+from sora_llm.data.templates import TEMPLATES, as_dicts, render
+from sora_llm.data.tokenize import tokenize_examples
+
+SHARED = Path(os.environ.get("SORA_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared"))
+ROWS_PER_CALL = 200  # as preparation cuts them
+
+# ----- tokenise -------------------------------------------------------------------------------------------------------
+
+
+def tokenise(num_rows: int, rounds: int) -> None:
+    """Prints rows per second of both sides and their ratio, for every kind of rows and every tokenizer."""
+    lines = (SHARED / "data/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in itertools.islice(itertools.cycle(lines), num_rows)]
+    specs = {
+        "alpaca": {"instruction": "question", "output": "answer"},
+        "prompt_completion": {"prompt": "question", "completion": "answer"},
+    }
+    print(f"{num_rows:,} rows of GSM8K, medians of {rounds} rounds, one core")
+    for vocabulary, tokenizer in {"base5m": base5m(), "bytes": byte_level(32_000)}.items():
+        for type_, columns in specs.items():
+            spec = DatasetSpec("rows", type_, columns=columns, separator="\n" if type_ == "prompt_completion" else "")
+            texts = datasets.Dataset.from_dict({"text": list(rendered(rows, spec, tokenizer))})
+            ours, theirs = in_turn(
+                lambda spec=spec, tokenizer=tokenizer: tokenise_rows(rows, spec, tokenizer),
+                lambda texts=texts, tokenizer=tokenizer: tokenise_texts(texts, tokenizer),
+                rounds,
+            )
+            print(
+                f"{vocabulary:6} vocabulary {len(tokenizer):6,}  {type_:17}  ours {num_rows / ours:7,.0f} rows/s   "
+                f"datasets.map {num_rows / theirs:7,.0f} rows/s   ratio {theirs / ours:.2f}"
+            )
+
+
+def tokenise_rows(rows: list[dict[str, Any]], spec: DatasetSpec, tokenizer: Any) -> None:
+    """Our side: what a row says, rendered, tokenised, masked."""
+    for start in range(0, len(rows), ROWS_PER_CALL):
+        examples = [example for row in rows[start : start + ROWS_PER_CALL] for example in to_examples(row, spec)]
+        tokenize_examples(examples, tokenizer, TEMPLATES["alpaca"], separator=spec.separator)
+
+
+def tokenise_texts(texts: datasets.Dataset, tokenizer: Any) -> None:
+    """Their side: the tokenizer alone."""
+    texts.map(lambda batch: tokenizer(batch["text"]), batched=True)
+
+
+def rendered(rows: list[dict[str, Any]], spec: DatasetSpec, tokenizer: Any) -> Iterator[str]:
+    """The same rows as texts."""
+    for row in rows:
+        for example in to_examples(row, spec):
+            if isinstance(example, Conversation):
+                yield render(as_dicts(example.messages), TEMPLATES["alpaca"], tokenizer.special_tokens_map)
+            elif isinstance(example, PromptCompletion):
+                yield example.prompt + spec.separator + example.completion
+
+
+def base5m() -> Any:
+    """A sentencepiece tokenizer."""
+    return AutoTokenizer.from_pretrained(SHARED / "models/base5m")
+
+
+def byte_level(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer as GPT-2's, Llama 3's and Qwen's are built, trained on what text there is."""
+    files = ("gsm8k_train.jsonl", "gutenberg_sherlock_holmes.txt", "wikitext2_valid.txt", "mlx_wikisql_train.jsonl")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train([str(SHARED / "data" / file) for file in files], trainer)
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", backend.token_to_id("<bos>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+
+
+def in_turn(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """Median seconds of each, run A B A B so that a busy machine slows both; the first round only warms up."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        for run, times in zip((a, b), seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
+
+
+# ----- start ----------------------------------------------------------------------------------------------------------
+
+FIRST_BATCH = """
+import json, resource, sys, time
+from sora_llm import inputs, plan, train
+from sora_llm.config import load_config
+from sora_llm.topology import World
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+imported, began = peak(), time.perf_counter()
+config, alone = load_config(sys.argv[1]), World(1, 0, 0)
+found = inputs.check_inputs(config, "none")
+data = inputs.load_data(config, found, alone)
+order = inputs.training_order(config, found, data, plan.rows_in_step(config, alone))
+batch = found.batch([sequence.read() for sequence in order.step(0)], packed=True)
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds": seconds, "mib": peak() - imported, "shape": list(batch["input_ids"].shape)}))
+"""
+
+
+PREPARE = """
+import json, resource, sys
+from sora_llm.commands.cmd_preprocess import main
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+imported, out = peak(), sys.stdout
+sys.stdout = sys.stderr
+code = main([sys.argv[1], "--json"])
+sys.stdout = out
+print(json.dumps({"code": code, "mib": peak() - imported}))
+"""
+
+
+def start(num_rows: Sequence[int]) -> None:
+    """Prints what preparing takes, and what it takes to have the first batch of what was prepared."""
+    print(
+        "\nprepared with two processes, then: from the end of the imports to the first packed batch of 4 × 1,024 tokens"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        for count in num_rows:
+            config = write_config(Path(name), count)
+            began = time.perf_counter()
+            prepared = child([sys.executable, "-c", PREPARE, str(config)])
+            seconds = time.perf_counter() - began
+            first = child([sys.executable, "-c", FIRST_BATCH, str(config)])
+            print(
+                f"{count:9,} rows   prepared in {seconds:6.1f} s, {prepared['mib']:5.0f} MiB at most   "
+                f"first batch after {first['seconds']:.2f} s, {first['mib']:4.0f} MiB more than after the imports"
+            )
+
+
+def write_config(folder: Path, num_rows: int) -> Path:
+    """A config on so many different rows, made of GSM8K's, with a cache of its own."""
+    lines = (SHARED / "data/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
+    with (folder / f"{num_rows}.jsonl").open("w") as file:
+        for number, line in enumerate(itertools.islice(itertools.cycle(lines), num_rows)):
+            row = json.loads(line)
+            file.write(json.dumps({**row, "question": f"{number}. {row['question']}"}) + "\n")
+    dataset = {"path": str(folder / f"{num_rows}.jsonl"), "columns": {"instruction": "question", "output": "answer"}}
+    config = {
+        "model": {"name_or_path": str(SHARED / "models/base5m")},
+        "sora": {"sparse_lambda": 0.6},
+        "data": {"datasets": [dataset], "sequence_len": 1024, "num_proc": 2, "cache_dir": str(folder / "cache")},
+        "train": {"max_steps": 100, "per_device_train_batch_size": 4},
+        "output": {"output_dir": str(folder / f"run-{num_rows}")},
+    }
+    path = folder / f"{num_rows}.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def child(command: list[str]) -> dict[str, Any]:
+    """What a process of its own prints last, as JSON."""
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+# ----- command line ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=30_000)
+    parser.add_argument("--rounds", type=int, default=5, help="of tokenise; 0 leaves it out")
+    parser.add_argument(
+        "--start", type=int, nargs="*", default=[50_000, 200_000], help="rows of the sets to start with"
+    )
+    args = parser.parse_args()
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    if args.rounds:
+        tokenise(args.rows, args.rounds)
+    start(args.start)
+
+
+if __name__ == "__main__":
+    main()
