@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.files import file_sha256, fsync, publish, write_text_atomically
+from sora_llm.files import file_sha256, fsync, make_folder, publish, write_text_atomically
 
 TENSORS, STATE, COMPLETE = "adapter.safetensors", "state.json", "COMPLETE"
 LOCK_WAIT_SECONDS = 60
@@ -48,14 +48,16 @@ def save(
     folder = run_dir / "checkpoints" / f"step-{step}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(folder.parent)
+        for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
         hashes = {name: file_sha256(temporary / name) for name in (TENSORS, STATE)}
         for name in hashes:
             fsync(temporary / name)
-        write_text_atomically(temporary / COMPLETE, json.dumps(hashes, indent=1))
+        write_text_atomically(temporary / COMPLETE, _complete(hashes))
         publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -66,8 +68,14 @@ def save(
     if keep is not None:
         others = [other for other in _folders(run_dir) if other != folder]
         for old in others[keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")), ignore_errors=True)
     return folder
+
+
+def _complete(hashes: Mapping[str, str]) -> str:
+    """The content of COMPLETE."""
+    return json.dumps(hashes, indent=1)
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -84,25 +92,30 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: not a complete checkpoint, or its files are not the ones that were written.
     """
     try:
-        hashes = json.loads((folder / COMPLETE).read_text())
-        damaged = [name for name in (TENSORS, STATE) if file_sha256(folder / name) != hashes[name]]
-        if not damaged:
-            return json.loads((folder / STATE).read_text())
+        said = (folder / COMPLETE).read_text()
+        hashes = json.loads(said)
+        found = {name: file_sha256(folder / name) for name in (TENSORS, STATE)}
+        damaged = [name for name in found if found[name] != hashes[name]]
+        if said == _complete(found):
+            state: dict[str, Any] = json.loads((folder / STATE).read_text())
+            return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from None
-    raise UserError(f"the checkpoint {folder} is damaged: {', '.join(damaged)} is not what was saved")
+    raise UserError(f"the checkpoint {folder} is damaged: {', '.join(damaged) or COMPLETE} is not what was saved")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that `read_state` has accepted.
+    """The tensors of a checkpoint that `read_state` has accepted, perhaps on another machine: checked once more.
 
     Raises:
         UserError: they cannot be read, on a machine that does not see the folder for example.
     """
     try:
-        return load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
+        if file_sha256(folder / TENSORS) == json.loads((folder / COMPLETE).read_text())[TENSORS]:
+            return load_file(folder / TENSORS)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
+    raise UserError(f"the checkpoint {folder} is damaged: {TENSORS} is not what was saved")
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -116,6 +129,17 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, warnings
     return None, warnings
+
+
+def set_aside_damaged(run_dir: Path) -> None:
+    """Rename what is no whole checkpoint to damaged-step-N, so that it does not count as one of those to keep."""
+    for folder in _folders(run_dir):
+        try:
+            read_state(folder)
+        except UserError:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 # ---------------------------------------------------------------------------------------------------------- status
@@ -152,6 +176,10 @@ def write_status(
     return content
 
 
+class DirectoryInUse(UserError):
+    """Another run holds the run directory."""
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
@@ -159,33 +187,38 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
     `wait_seconds` defaults to LOCK_WAIT_SECONDS.
 
     Raises:
-        UserError: somebody else still holds it after `wait_seconds`, or the directory cannot be written.
+        DirectoryInUse: somebody else still holds it after `wait_seconds`.
+        UserError: the directory cannot be written.
     """
     deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
     path = run_dir / ".lock"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         while True:
-            file = path.open("a+")
+            try:
+                make_folder(run_dir)
+                file = path.open("a+")
+            except FileNotFoundError:
+                continue  # its last holder, who left no trace, was just removing it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     break  # otherwise its last holder removed the file that was waited for
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"output.output_dir {run_dir} is in use by {file.read().strip() or 'another run'}; wait for "
-                        "it to end, or name another folder"
+                    with file:
+                        file.seek(0)
+                        holder = file.read().strip() or "another run"
+                    raise DirectoryInUse(
+                        f"output.output_dir {run_dir} is in use by {holder}; wait for it to end, or name another folder"
                     ) from None
             file.close()
             time.sleep(0.2)
-    except OSError as error:
-        raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
-    with file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+    except OSError as error:
+        raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
+    with file:
         try:
             yield
         finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from sora_llm.errors import UserError
@@ -21,23 +23,41 @@ def file_sha256(path: Path) -> str:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    fsync(temporary)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        temporary.write_text(text)
+        fsync(temporary)
+        temporary.replace(path)
+    except OSError:  # a full disk needs the room
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     fsync(path.parent)
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Put a complete folder in its place; an older one of that name is moved aside first and deleted last."""
-    for path in temporary.iterdir():
+    for path in (*temporary.iterdir(), temporary):
         fsync(path)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, so that they are there after a crash too."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
 
 
 def fsync(path: Path) -> None:

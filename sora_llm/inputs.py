@@ -24,7 +24,7 @@ from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import EpochOrder, Order, split_validation
 from sora_llm.data.prepare import DataReport, prepare
-from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
+from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import resolve_template
 from sora_llm.data.tokenize import encode_prompt
@@ -75,7 +75,13 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     spec, skeleton = check_backbone(config, strategy)
     tokenizer = backbone.load_tokenizer(spec)
     template = resolve_template(tokenizer, config.data.chat_template)
-    return Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
+    inputs = Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
+    for prompt in config.evaluation.sample_prompts:
+        try:
+            prompt_ids(config, inputs, prompt)
+        except BadRow as refused:
+            raise UserError(f"evaluation.sample_prompts: {prompt!r} cannot be asked: {refused}") from None
+    return inputs
 
 
 def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Module]:
@@ -216,12 +222,12 @@ class TrainingData:
     train_report: DataReport | None
     dev_report: DataReport | None
 
-    @property
-    def fingerprint(self) -> dict[str, int | str]:
-        """What a checkpoint remembers of the training rows: an order of other rows would be another run.  (The
-        position in a stream has a digest of its own.)"""
+    def fingerprint(self, order: Order) -> dict[str, int | str]:
+        """What a checkpoint remembers of the training rows: an order of other rows would be another run.  Of a stream
+        it is the present window, the first one before a run has begun."""
         if self.train is None or self.train_report is None:
-            return {}
+            assert isinstance(order, StreamOrder)
+            return {"digest": order.digest}
         return {"rows": len(self.train), "tokens": self.train.num_tokens, "digest": self.train_report.digest}
 
 
@@ -239,12 +245,24 @@ def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
         dev, dev_report = prepare_rows(config, inputs, inputs.val_datasets, world)
     elif train is not None and config.data.val_set_size is not None:
         train, dev = split_validation(train, config.data.val_set_size, config.train.seed)
+    if train is not None:
+        _check_sources(config, train)
     if train is not None and len(train) < world.num_processes:
         raise UserError(
             f"data.datasets gives {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
             "launch fewer processes, or add data"
         )
     return TrainingData(train, dev, report, dev_report)
+
+
+def _check_sources(config: Config, train: TokenDataset) -> None:
+    """UserError if a data set of a mixture has no row left once dev rows are held out."""
+    for index, dataset in enumerate(config.data.datasets):
+        if dataset.weight is not None and not (train.sources == index).any():
+            raise UserError(
+                f"data.datasets.{index} ({dataset.path}) has a weight but no row of it is left to train on; add rows, "
+                "or make data.val_set_size smaller"
+            )
 
 
 def prepare_rows(
@@ -294,16 +312,19 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
         pack_to,
         mixture,
     )
-    order.sample()
+    order.sample()  # so that what is wrong with the first window is said now
     return order
 
 
-def describe_data(config: Config, data: TrainingData) -> list[str]:
+def describe_data(config: Config, data: TrainingData, order: Order) -> list[str]:
     """The data of a run, a line about each source."""
-    if data.train_report is None:
-        lines = ["data: streamed"]
+    if isinstance(order, StreamOrder):
+        lines = describe_stream(config, order)
     else:
-        lines = [f"data: {describe(data.train_report)}", *loss_warning(data.train_report, config.data.sequence_len)]
+        assert data.train_report is not None
+        packing = f"; packed sequences are {data.train_report.fill_rate:.1%} full" if config.data.sample_packing else ""
+        lines = [f"data: {describe(data.train_report)}{packing}"]
+        lines += loss_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")
     elif data.dev is not None:
@@ -318,6 +339,7 @@ def describe(report: DataReport) -> str:
         (report.num_bad_rows, "malformed"),
         (report.too_long, "too long"),
         (report.no_supervised, "without an answer"),
+        (report.duplicates if report.drop_duplicates else 0, "repeated"),
     )
     parts += [f"left out {count:,} {why}" for count, why in left_out if count]
     if report.truncated:
@@ -327,13 +349,28 @@ def describe(report: DataReport) -> str:
     return "; ".join(parts)
 
 
-def loss_warning(report: DataReport, sequence_len: int) -> list[str]:
+def describe_stream(config: Config, order: StreamOrder) -> list[str]:
+    """What became of the streamed rows so far, a line about each data set."""
+    lines = []
+    for dataset, counts in zip(config.data.datasets, order.counts, strict=True):
+        if not counts.get("rows_read"):
+            continue
+        names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
+        left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
+        cut = [f"truncated {counts['truncated']:,}"] if counts["truncated"] else []
+        read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
+        lines += ["; ".join([read, *left_out, *cut])]
+        lines += loss_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
+    return lines
+
+
+def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
     """A line if more than a twentieth of the rows was left out for its length."""
-    if report.too_long <= 0.05 * report.rows_read:
+    if num_too_long <= 0.05 * num_read:
         return []
     return [
-        f"warning: {report.too_long / report.rows_read:.0%} of the rows are longer than data.sequence_len "
-        f"{sequence_len} and were left out; raise it, or set data.excess_length: truncate"
+        f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
+        "left out; raise it, or set data.excess_length: truncate"
     ]
 
 

@@ -12,47 +12,62 @@ import os
 import secrets
 import selectors
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 8.0
-"""For the main thread to end by itself, with its own error, after a loss."""
+"""For the main thread to end by itself, with its own error, after another process was lost."""
+LAUNCHER_GRACE_SECONDS = 3.0
+"""For the signal that has ended the launcher to arrive here too."""
 
 _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class Lifeline:
-    """Watches the other processes and the launcher in a thread; `loss` says who was lost, None while all live.
+    """Watches the launcher, and from `connect` on the other processes, in a thread.
 
-    After a loss `on_loss` is called once with the sentence, `GRACE_SECONDS` later the process is ended.
+    `loss` says who was lost, None while all live.  A process that is merely stopped or slow is no loss.  A process that
+    has not ended by itself `GRACE_SECONDS` after a loss is ended; what it says last is for `on_loss`.
     """
 
-    def __init__(
-        self,
-        process_index: int,
-        num_processes: int,
-        exchange: Callable[[Any], list[Any]],
-        on_loss: Callable[[str], None] = lambda sentence: None,
-    ) -> None:
+    def __init__(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """Args:
+        is_stopping: whether this process was asked to stop.  It will, and needs no launcher for that: USR1 to all
+            processes of a job, before its time is up, kills launchers, and there is a checkpoint to be saved.
+        """
+        self._is_stopping = is_stopping
+        self._orphaned_at: float | None = None
+        self.loss: str | None = None
+        self.on_loss: Callable[[str], None] = lambda sentence: say(sentence)
+        self._name = f"a process on {socket.gethostname()}"
+        self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
+        self._closing = threading.Event()
+        self._lost = threading.Event()
+        self._peers: dict[socket.socket, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        if self._parent is not None:
+            self._thread.start()
+
+    def connect(self, process_index: int, num_processes: int, exchange: Callable[[Any], list[Any]]) -> None:
         """Call it on every process.
 
         Args:
             exchange: gathers a value from every process on every process, in their order.
         """
-        self.loss: str | None = None
-        self.on_loss = on_loss
-        self._process_index = process_index
-        self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
-        self._closing = threading.Event()
-        self._lost = threading.Event()
-        self._peers: dict[socket.socket, int] = {}
-        self._names = exchange(f"process {process_index} on {socket.gethostname()}")
-        if num_processes > 1:
-            self._connect(num_processes, exchange)
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
-        if self._peers or self._parent is not None:
+        self._name = f"process {process_index} on {socket.gethostname()}"
+        if num_processes == 1:
+            return
+        for index, peer in _star(process_index, num_processes, exchange).items():
+            self._peers[peer] = index
+        names = exchange(self._name)
+        for peer, index in self._peers.items():
+            self._selector.register(peer, selectors.EVENT_READ, names[index])
+        if not self._thread.is_alive():
             self._thread.start()
 
     def close(self, failure: str | None = None) -> None:
@@ -61,70 +76,38 @@ class Lifeline:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._selector.close()
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.sendall(b"bye\n" if failure is None else f"lost {self._own(failure)}\n".encode())
-                peer.close()
+            peer.close()
 
     def wait_for_loss(self, seconds: float = 2.0) -> str | None:
         """Who was lost, if anybody is found to be within `seconds`: errors of collectives come a little sooner."""
-        self._lost.wait(seconds)
+        if self._thread.is_alive():
+            self._lost.wait(seconds)
         return self.loss
-
-    # ----- connections ------------------------------------------------------------------------------------------------
-
-    def _connect(self, num_processes: int, exchange: Callable[[Any], list[Any]]) -> None:
-        """A star around process 0, whose address everybody knows as MASTER_ADDR."""
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        server = place = None
-        if self._process_index == 0:
-            server = _listen(host)
-            place = (server.getsockname()[1], secrets.token_hex(16))
-        port, token = exchange(place)[0]
-        if server is None:
-            peer = socket.create_connection((host, port), timeout=60)
-            peer.sendall(f"{token} {self._process_index}\n".encode())
-            self._peers[_kept_alive(peer)] = 0
-            return
-        with server:
-            server.settimeout(60)
-            while len(self._peers) < num_processes - 1:
-                peer, _ = server.accept()
-                peer.settimeout(5)
-                said, _, index = peer.makefile("r").readline().strip().partition(" ")
-                if secrets.compare_digest(said, token):
-                    self._peers[_kept_alive(peer)] = int(index)
-                else:
-                    peer.close()
 
     # ----- the thread -------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for peer in self._peers:
-                selector.register(peer, selectors.EVENT_READ)
-            while not self._closing.is_set():
-                for key, _ in selector.select(POLL_SECONDS):
-                    sentence = self._heard(key.fileobj)  # type: ignore[arg-type]
-                    selector.unregister(key.fileobj)
-                    if sentence is not None:
-                        self._lose(sentence)
-                        return
-                if self._parent is not None and os.getppid() != self._parent:
-                    self._lose(f"the launcher of {self._names[self._process_index]} died")
+        while not self._closing.is_set():
+            for key, _ in self._selector.select(POLL_SECONDS):
+                sentence = _heard(key.fileobj, name=key.data)  # type: ignore[arg-type]
+                self._selector.unregister(key.fileobj)
+                if sentence is not None:
+                    self._lose(sentence)
                     return
+            if self._has_outlived_launcher():
+                self._lose(f"the launcher of {self._name} died")
+                return
 
-    def _heard(self, peer: socket.socket) -> str | None:
-        """What a connection that has something to say says: None is goodbye."""
-        try:
-            said = peer.recv(4096).decode(errors="replace")
-        except OSError:
-            said = ""
-        if said.startswith("bye"):
-            return None
-        if said.startswith("lost "):
-            return said.removeprefix("lost ").strip()
-        return f"{self._names[self._peers[peer]]} died"
+    def _has_outlived_launcher(self) -> bool:
+        """Whether it has been dead for LAUNCHER_GRACE_SECONDS, in which nobody has asked this process to stop."""
+        if self._parent is None or os.getppid() == self._parent:
+            return False
+        self._orphaned_at = self._orphaned_at or time.monotonic()
+        return not self._is_stopping() and time.monotonic() - self._orphaned_at > LAUNCHER_GRACE_SECONDS
 
     def _lose(self, sentence: str) -> None:
         self.loss = sentence
@@ -132,19 +115,82 @@ class Lifeline:
             with contextlib.suppress(OSError):
                 peer.sendall(f"lost {sentence}\n".encode())
         self._lost.set()
-        if not self._closing.wait(GRACE_SECONDS):
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and not self._has_outlived_launcher():
+            if self._closing.wait(POLL_SECONDS):
+                return
+        try:
             self.on_loss(sentence)
+        finally:
             os._exit(1)
 
     def _own(self, failure: str) -> str:
-        return f"{self._names[self._process_index]} failed: {' '.join(failure.split())[:1000]}"
+        return f"{self._name} failed: {' '.join(failure.split())[:1000]}"
+
+
+def say(sentence: str) -> None:
+    """Print a last sentence."""
+    print(f"sora_llm: {sentence}", file=sys.stderr, flush=True)
+
+
+# ----- connections ----------------------------------------------------------------------------------------------------
+
+
+def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list[Any]]) -> dict[int, socket.socket]:
+    """Connections by process: process 0, which everybody knows as MASTER_ADDR, has one to each of the others."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    server = place = None
+    if process_index == 0:
+        server = _listen(host)
+        place = (server.getsockname()[1], secrets.token_hex(16))
+    port, token = exchange(place)[0]
+    if server is None:
+        peer = socket.create_connection((host, port), timeout=60)
+        peer.sendall(f"{token} {process_index}\n".encode())
+        return {0: _kept_alive(peer)}
+    peers: dict[int, socket.socket] = {}
+    with server:
+        server.settimeout(60)
+        while len(peers) < num_processes - 1:
+            peer, _ = server.accept()
+            said, _, index = _first_line(peer).partition(" ")
+            if secrets.compare_digest(said.encode(), token.encode()):
+                peers[int(index)] = _kept_alive(peer)
+            else:  # a stranger
+                peer.close()
+    return peers
 
 
 def _listen(host: str) -> socket.socket:
     try:
         return socket.create_server((host, 0))
-    except OSError:  # the name others know this machine by is none of its own addresses
+    except OSError:  # the name others know this machine by is none of its own addresses, or none of IPv4
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", 0))
+
+
+def _first_line(peer: socket.socket) -> str:
+    """What a connection says first, byte by byte: what comes after it is for the watching thread."""
+    peer.settimeout(5)
+    said = b""
+    with contextlib.suppress(OSError):
+        while not said.endswith(b"\n") and len(said) < 100 and (byte := peer.recv(1)):
+            said += byte
+    return said.decode(errors="replace").strip()
+
+
+def _heard(peer: socket.socket, name: str) -> str | None:
+    """What a connection that has something to say says: None is goodbye."""
+    try:
+        said = peer.recv(4096).decode(errors="replace")
+    except OSError:
+        said = ""
+    if said.startswith("bye"):
+        return None
+    if said.startswith("lost "):
+        return said.removeprefix("lost ").strip()
+    return f"{name} died"
 
 
 def _kept_alive(peer: socket.socket) -> socket.socket:

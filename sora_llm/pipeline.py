@@ -81,7 +81,9 @@ def evaluate(
 # -------------------------------------------------------------------------------------------------------- packing
 
 
-def prove_packing(model: nn.Module, attn_implementation: str, device: torch.device | str) -> None:
+def prove_packing(
+    model: nn.Module, attn_implementation: str, device: torch.device | str, is_8bit: bool = False
+) -> None:
     """Raise UserError unless rows packed into one sequence give the logits that each gives alone.
 
     Whether packed rows see each other depends on the model's code, its attention and the version of transformers, and
@@ -109,9 +111,11 @@ def prove_packing(model: nn.Module, attn_implementation: str, device: torch.devi
     leak = (logits([other, *rows[1:]]) - together).norm()
     full_leak = (logits([other, *rows[1:]], isolated=False) - logits(rows, isolated=False)).norm()
     error = (together - alone).norm() / alone.norm()
+    # LLM.int8 looks for outliers over the whole batch, so that rows share roundings without seeing each other.
+    leaks = not is_8bit and bool(leak > 1e-3 * full_leak)
     # Measured on two small checkpoints: a leak of exactly 0, errors of 1e-7 (float32) to 4e-3 (bf16); without the
     # position ids the error is above 1e-1.
-    if leak > 1e-3 * full_leak or error > 2e-2:
+    if leaks or error > 5e-2:
         raise UserError(
             f"data.sample_packing: packed rows see each other in this model under attn_implementation "
             f"{attn_implementation} (logits off by {float(error):.1e}, {float(leak / full_leak):.1e} of a full leak); "
@@ -311,7 +315,8 @@ def export_verified(
     provenance: export.Provenance,
     allow_empty: bool,
     probe_ids: Tensor,
-    eval_loss_of: Callable[[nn.Module], float] | None,
+    eval_loss_of: Callable[[nn.Module], float | None],
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Export the cut adapter of `model`, which every process holds whole, and prove it from disk (collective).
 
@@ -328,7 +333,8 @@ def export_verified(
     )
     try:
         with export.reloaded(model, temporary, probe_ids) as check:
-            eval_loss = None if eval_loss_of is None else eval_loss_of(check.peft_model)
+            eval_loss = eval_loss_of(check.peft_model)
+        before_publishing()
     except Preempted:
         on_main(lambda: shutil.rmtree(temporary, ignore_errors=True), world)
         raise

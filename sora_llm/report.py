@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from sora_llm.files import write_text_atomically
 
 
 class JsonLines:
-    """An append-only file of one JSON object per line; every line is on its way to the disk when `write` returns."""
+    """An append-only file of one JSON object per line; every line is on the disk when `write` returns."""
 
     def __init__(self, path: Path, last_step: int):
         """Continue `path` after `last_step`.
@@ -24,8 +25,9 @@ class JsonLines:
         self.path = path
         kept: dict[int, str] = {}
         for line in read_json_lines(path):
-            if line.get("step", math.inf) <= last_step:
-                kept.setdefault(line["step"], json.dumps(line) + "\n")
+            step = line.get("step")
+            if isinstance(step, int) and step <= last_step:
+                kept.setdefault(step, json.dumps(line) + "\n")
         write_text_atomically(path, "".join(kept.values()))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +35,8 @@ class JsonLines:
         line = {key: value for key, value in line.items() if value is not None and not _is_nan(value)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         return line
 
 
@@ -41,11 +45,11 @@ def _is_nan(value: Any) -> bool:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, [] where it is missing; reading stops at a line that is no JSON object."""
+    """The objects of a .jsonl file, [] where it is missing; reading stops at a torn line or one that is no object."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
         except ValueError:

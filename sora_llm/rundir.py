@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 import torch
 
 from sora_llm import __version__
-from sora_llm.checkpoint import run_lock, write_status
+from sora_llm.checkpoint import read_status, run_lock, write_status
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
@@ -39,6 +38,8 @@ class RunDirectory:
         self.adapter: Path | None = None
         self.last_metrics: dict[str, Any] = {}
         self.last_status: dict[str, Any] = {}
+        self.is_begun = False
+        self._status_before = read_status(path)
 
     def begin(
         self,
@@ -48,21 +49,33 @@ class RunDirectory:
         total_steps: int,
         first_step: int = 0,
         resumed_from: Path | None = None,
+        is_logged: bool = True,
     ) -> None:
-        """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again)."""
-        self.step = first_step
-        if resumed_from is not None and resumed_from.resolve().is_relative_to(self.path.resolve()):
-            self.checkpoint = self.path / resumed_from.resolve().relative_to(self.path.resolve())
+        """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again).
+
+        `is_logged`: whether the line of the step `resumed_from` was written before its checkpoint.
+        """
+        self.is_begun = True
+        self.start_at(first_step, resumed_from)
         if not self.is_main:
             return
-        last_step = -1 if resumed_from is None else first_step
+        last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
         with self._writing():
+            for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
             write_text_atomically(self.path / "config.yaml", config_yaml)
             write_text_atomically(self.path / "env.json", _json(env))
             self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
             self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
+
+    def start_at(self, step: int, resumed_from: Path | None) -> None:
+        """Say from now on that the run is at `step`, and that its checkpoint is the one it goes on from."""
+        self.step = step
+        if resumed_from is not None and resumed_from.resolve().is_relative_to(self.path.resolve()):
+            self.checkpoint = self.path / resumed_from.resolve().relative_to(self.path.resolve())
 
     def metrics(self, step: int, phase: str, fields: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, of the progress display and of the trackers."""
@@ -95,35 +108,41 @@ class RunDirectory:
         if not self.is_main:
             return
         with self._writing():
-            self.last_status = write_status(
-                self.path,
-                state,
-                step=self.step,
-                phase=self.phase,
-                checkpoint=self.checkpoint,
-                adapter=self.adapter,
-                error=error,
-            )
+            self._write_status(state, error)
 
-    def record_loss(self, sentence: str) -> None:
-        """The status of a run of which a process, or the launcher, died while the others hung.
+    def _write_status(self, state: str, error: str | None) -> None:
+        self.last_status = write_status(
+            self.path,
+            state,
+            step=self.step,
+            phase=self.phase,
+            checkpoint=self.checkpoint,
+            adapter=self.adapter,
+            error=error,
+        )
 
-        The main process writes it; if it is the one that died, whoever finds its lock free does.
+    def preempted(self) -> dict[str, Any] | None:
+        """Say in the status that the run was asked to stop; None before `begin`.  Call it on the main process."""
+        if not self.is_begun:
+            return None
+        self.status("preempted")
+        return self.last_status
+
+    def record_loss(self, sentence: str) -> bool:
+        """The status of a run of which a process, or the launcher, was lost; returns whether this process wrote it.
+
+        The main process does; if it is the one that died, who finds its lock free and no last word of its own.
         """
-        if self.is_main:
-            self.status("failed", error=sentence)
-            print(f"sora_llm: {sentence}", file=sys.stderr, flush=True)
-        else:
-            with contextlib.suppress(UserError, OSError), run_lock(self.path, 0):
-                write_status(
-                    self.path,
-                    "failed",
-                    step=self.step,
-                    phase=self.phase,
-                    checkpoint=self.checkpoint,
-                    adapter=self.adapter,
-                    error=sentence,
-                )
+        with contextlib.suppress(UserError, RunFailed, OSError):  # a disk that fails too must not keep this one alive
+            if self.is_main:
+                self.status("failed", error=sentence)
+                return True
+            with run_lock(self.path, 0):
+                found = read_status(self.path)
+                if found is None or found == self._status_before or found.get("state") == "running":
+                    self._write_status("failed", sentence)
+                    return True
+        return False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

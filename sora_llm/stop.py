@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,40 +18,119 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers, batch scripts and Ctrl-C send."""
 
 STOP_FILE = "STOP"
+LOOK_SECONDS = 0.2
 
 
 class StopRequest:
     """A request to stop: one of `SIGNALS`, or a STOP file in the run directory.
 
-    Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts).  While
-    `at_once` is true a signal raises `Preempted` where it meets the program: there is nothing to save yet, and no
-    other process waits.  Afterwards it is only noted, so that all processes can stop together at the same step.
+    Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts, where it is asked
+    for).  From `start` on, while `at_once` is true, a request raises `Preempted` where it meets the program: there is
+    nothing to save yet, and no other process waits.  Afterwards it is only noted, so that all processes can stop
+    together at the same step.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_main: bool = True,
+        others_wait: Callable[[], bool] = lambda: False,
+        look_for_file: bool = True,
+    ) -> None:
+        """Args:
+        is_main: the main process removes the file.  Others must not be the first to leave because of it: their
+            launcher would end the main one before it has obeyed.
+        others_wait: whether this process is in a group already, where it must not leave alone.
+        look_for_file: whether a STOP file counts while `at_once` is true.
+        """
         self.file = run_dir / STOP_FILE
-        self.at_once = True
-        self._signal: str | None = None
+        self.at_once = False
+        self._is_main, self._others_wait, self._looks = is_main, others_wait, look_for_file
+        self._asked_by: str | None = None
+        self._has_arrived = self._raised = False
         self._before: dict[int, Any] = {}
+        self._arrivals: int | None = None
+        self._left = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_file, name="stop file", daemon=True)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
+            self._arrivals, self._wakeup = os.pipe()
+            for end in (self._arrivals, self._wakeup):
+                os.set_blocking(end, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._noted)
         return self
 
+    def start(self) -> None:
+        """From here on `Preempted` is raised, also for a signal that has come already."""
+        self.at_once = True
+        if self._asked_by is not None:
+            self._raise_once()
+        if self._before and self._looks:
+            self._watcher.start()
+
     def __exit__(self, *_error: object) -> None:
+        self.at_once = False
+        self._left.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._arrivals is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            arrivals, self._arrivals = self._arrivals, None
+            os.close(arrivals)
+            os.close(self._wakeup)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
-        first = self._signal is None
-        self._signal = self._signal or signal.Signals(number).name
-        if self.at_once and first:  # a second one must not end what the first one has begun to put in order
-            raise Preempted(self._signal)
+        self._asked_by = self._asked_by or signal.Signals(number).name
+        if self.at_once and not self._others_wait():
+            self._raise_once()
+
+    def _raise_once(self) -> None:
+        """A second request must not end what the first one has begun to put in order."""
+        if not self._raised:
+            self._raised = True
+            raise Preempted(self._asked_by)
+
+    def _watch_file(self) -> None:
+        """Make a signal of a STOP file, as long as nobody asks for `reason`."""
+        seen = False
+        while self.at_once:
+            seen_before, seen = seen, self.file.exists()
+            if seen if self._is_main else seen_before and not seen:
+                self._asked_by = self._asked_by or f"the file {self.file}"
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
+            if self._left.wait(LOOK_SECONDS):
+                return
 
     def reason(self, look_for_file: bool) -> str | None:
         """What asked for it, or None."""
-        if self._signal is None and look_for_file and self.file.exists():
+        if self._asked_by is None and look_for_file and self.file.exists():
             return f"the file {self.file}"
-        return self._signal
+        return self._asked_by
+
+    def is_asked(self) -> bool:
+        """Whether it was asked for by a signal, for other threads: also by one that the main thread, which may wait for
+        a device for a minute, has not been able to note yet."""
+        if self._asked_by is None and self._arrivals is not None:
+            with contextlib.suppress(OSError):  # nothing has arrived
+                self._has_arrived |= any(number in SIGNALS for number in os.read(self._arrivals, 64))
+        return self._asked_by is not None or self._has_arrived
+
+    def remove_file(self) -> None:
+        """The request has been obeyed.  Other processes that look for the file themselves have seen it by then."""
+        if self.file.exists():
+            time.sleep(2 * LOOK_SECONDS)
+            self.file.unlink(missing_ok=True)
+
+
+def ignore_signals() -> None:
+    """For a process that has stopped and is about to end: another signal must not change its exit code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

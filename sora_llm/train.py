@@ -47,13 +47,14 @@ from sora_llm.inputs import (
     training_order,
 )
 from sora_llm.lifeline import Lifeline
+from sora_llm.lifeline import say as say_last
 from sora_llm.loop import StepBatches, Tally, peak_memory_gib, seed_step, step_batches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.plan import Plan, make_plan, refuse_other_config, rows_in_step
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import SPARSIFY
-from sora_llm.stop import StopRequest
+from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import (
     ZERO_STAGES,
     World,
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
         else:
             result = run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
             if result.status["state"] == "preempted":
+                ignore_signals()
                 return EXIT_PREEMPTED
     except (UserError, RunFailed) as error:
         if not is_main and not distributed.in_process_group():  # in it, errors are agreed and the main process's too
@@ -132,14 +134,21 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     """
     config = load_config(config_path, overrides)
     run_dir = user_path(config.output.output_dir, "output.output_dir")
-    with StopRequest(run_dir) as stop:
+    stop = StopRequest(
+        run_dir,
+        is_main=os.environ.get("RANK", "0") == "0",
+        others_wait=distributed.in_process_group,
+        look_for_file=not dry_run,
+    )
+    with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
         try:
-            return run_config(config, run_dir, stop, dry_run)
+            stop.start()
+            return run_config(config, run_dir, stop, lifeline, dry_run)
         except Preempted as request:
             return leave_preempted(run_dir, stop, request, dry_run)
 
 
-def run_config(config: Config, run_dir: Path, stop: StopRequest, dry_run: bool) -> RunResult:
+def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
     """Check, prepare and run."""
     world = launched_world(os.environ)
     strategy = resolve_strategy(config.distributed.strategy, world, os.environ, config.model.dtype)
@@ -152,16 +161,18 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, dry_run: bool) 
     plan = make_plan(config, strategy, world, order.steps_in)
 
     with contextlib.ExitStack() as stack:
-        accelerator, lifeline = stack.enter_context(process_group(config, strategy, world, run_dir, zero_options))
+        group = process_group(config, strategy, world, run_dir, zero_options, lifeline)
+        accelerator = stack.enter_context(group)
         stop.at_once = False
-        refuse_other_data(data, world)
+        fingerprint = data.fingerprint(order)
+        refuse_other_data(fingerprint, data)
         if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
-        job = Job(inputs, plan, world, accelerator, data, order, stop, lifeline)
+        job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, lifeline)
         announce(job)
         if dry_run:
             return rehearse(job)
-        on_main(lambda: stack.enter_context(checkpoint.run_lock(run_dir)), world)
+        hold_directory(job, run_dir, stack)
         if finished := on_main(lambda: finished_before(plan, run_dir, world), world):  # while this one waited
             return finished
         return run_in(job, run_dir)
@@ -192,9 +203,14 @@ def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def process_group(
-    config: Config, strategy: str, world: World, run_dir: Path, zero_options: dict[str, Any] | None
-) -> Iterator[tuple[Any, Lifeline]]:
-    """The accelerator of this run and what watches its processes, both ended with it."""
+    config: Config,
+    strategy: str,
+    world: World,
+    run_dir: Path,
+    zero_options: dict[str, Any] | None,
+    lifeline: Lifeline,
+) -> Iterator[Any]:
+    """The accelerator of this run, ended with it; `lifeline` watches its processes meanwhile."""
     environ = dict(os.environ)
     accelerator = distributed.make_accelerator(
         strategy,
@@ -204,9 +220,9 @@ def process_group(
         trackers=list(config.output.report_to),
         project_dir=str(run_dir / "trackers"),
     )
-    lifeline = Lifeline(world.process_index, world.num_processes, gather_objects)
+    lifeline.connect(world.process_index, world.num_processes, gather_objects)
     try:
-        yield accelerator, lifeline
+        yield accelerator
     except Preempted:  # agreed by all
         lifeline.close()
         distributed.end(accelerator, environ)
@@ -221,15 +237,17 @@ def process_group(
     distributed.end(accelerator, environ)
 
 
-def refuse_other_data(data: TrainingData, world: World) -> None:
+def refuse_other_data(fingerprint: Mapping[str, int | str], data: TrainingData) -> None:
     """UserError if processes found other rows than the main one: each machine reads its own files (collective)."""
-    found = gather_objects(data.fingerprint)
-    for process, fingerprint in enumerate(found):
-        if fingerprint != found[0]:
-            raise UserError(
-                f"data.datasets is not the same everywhere: process {process} found {fingerprint}, process 0 "
-                f"{found[0]}; give every machine the same files"
-            )
+    dev = {} if data.dev_report is None else {"digest": data.dev_report.digest}
+    for key, own in (("data.datasets", fingerprint), ("data.val_datasets", dev)):
+        found = gather_objects(own)
+        for process, other in enumerate(found):
+            if other != found[0]:
+                raise UserError(
+                    f"{key} is not the same everywhere: process {process} found {other}, process 0 {found[0]}; give "
+                    "every machine the same files"
+                )
 
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
@@ -268,6 +286,7 @@ class Job:
     accelerator: Any
     data: TrainingData
     order: Order
+    fingerprint: Mapping[str, int | str]
     stop: StopRequest
     lifeline: Lifeline
 
@@ -275,7 +294,8 @@ class Job:
         """Raise Preempted on every process if one of them was asked to stop (collective)."""
         reason = self.stop.reason(look_for_file=self.world.is_main)
         if distributed.any_process(reason is not None, self.accelerator.device):
-            raise Preempted(reason)
+            process, asked_by = next((i, said) for i, said in enumerate(gather_objects(reason)) if said is not None)
+            raise Preempted(asked_by if process == 0 else f"{asked_by} to process {process}")
 
     @property
     def config(self) -> Config:
@@ -306,7 +326,7 @@ def announce(job: Job) -> None:
     """Say what is about to run."""
     plan, world = job.plan, job.world
     memory = job.memory
-    for line in describe_data(job.config, job.data):
+    for line in describe_data(job.config, job.data, job.order):
         say(world, line)
     say(
         world,
@@ -338,6 +358,28 @@ def say(world: World, text: str) -> None:
 # -------------------------------------------------------------------------------------------------------- the run
 
 
+def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None:
+    """Let the main process hold the run directory until the end of `stack` (collective).
+
+    Raises:
+        UserError: another run keeps it too long, or it cannot be written.
+        Preempted: this run was asked to stop while it waited.
+    """
+    deadline = time.monotonic() + checkpoint.LOCK_WAIT_SECONDS
+
+    def is_held() -> bool:
+        try:
+            stack.enter_context(checkpoint.run_lock(run_dir, wait_seconds=1))
+        except checkpoint.DirectoryInUse:
+            if time.monotonic() > deadline:
+                raise
+            return False
+        return True
+
+    while not on_main(is_held, job.world):
+        job.heed_stop()
+
+
 def run_in(job: Job, run_dir: Path) -> RunResult:
     """Train, cut and export into `run_dir`, which the main process holds.
 
@@ -346,9 +388,42 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     job.heed_stop()
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
+    directory.start_at(start.step, start.folder)
+    job.lifeline.on_loss = lambda loss: tell_loss(directory, loss)
+    try:
+        engine, tally = begin(job, directory, start)
+        train(job, engine, tally, directory, start)
+        return agree_cut_export(job, engine, directory)
+    except Preempted as request:
+        request.status = on_main(directory.preempted, job.world)
+        raise
+    except BaseException as error:
+        loss = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_loss()
+        if loss is not None:
+            if job.world.is_main:  # which says what it raises
+                directory.record_loss(loss)
+            else:
+                tell_loss(directory, loss)
+            raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
+        if directory.is_begun or not isinstance(error, UserError):
+            with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
+                directory.status("failed", error=str(error) or type(error).__name__)
+        raise
+
+
+def tell_loss(directory: RunDirectory, loss: str) -> None:
+    """Let one of the processes that are left say who was lost, in the status and on the terminal."""
+    if directory.record_loss(loss):
+        say_last(loss)
+
+
+def begin(job: Job, directory: RunDirectory, start: StartPoint) -> tuple[Engine, Tally]:
+    """Load the model, then write the first files (collective).
+
+    Before anything is written: a stream without its place, or a model that cannot be loaded, is bad input.
+    """
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
-    # Before anything is written: a stream without its place, or a model that cannot be loaded, is bad input.
     if start.state is not None:
         position = start.state["order"]
         on_every(lambda: job.order.seek(position))
@@ -362,26 +437,15 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
             total_steps=job.plan.total_steps,
             first_step=start.step,
             resumed_from=start.folder,
+            is_logged=start.state is None or start.state["unlogged"] is None,
         ),
         job.world,
     )
-    job.lifeline.on_loss = directory.record_loss
-    try:
-        own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
-        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
-        train(job, engine, tally, directory, start)
-        return agree_cut_export(job, engine, directory)
-    except Preempted as request:
-        directory.status("preempted")
-        request.status = directory.last_status
-        raise
-    except BaseException as error:
-        loss = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_loss()
-        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
-            directory.status("failed", error=loss or str(error) or type(error).__name__)
-        if loss is not None:
-            raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
-        raise
+    if start.passed_over:
+        on_main(lambda: checkpoint.set_aside_damaged(directory.path), job.world)
+    own_options = {"wandb": {"dir": str(directory.path), "name": directory.path.name}}
+    job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
+    return engine, tally
 
 
 def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
@@ -395,11 +459,9 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         status = {"state": "preempted", "checkpoint": None}
         if is_main and not dry_run:
             with contextlib.suppress(UserError), checkpoint.run_lock(run_dir, 0):  # else another run is in there
-                found, _ = checkpoint.newest(run_dir)
-                step = 0 if found is None else checkpoint.read_state(found)["step"]
-                status = checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
-    if is_main:
-        stop.file.unlink(missing_ok=True)
+                status = note_preempted(run_dir)
+    if is_main and not dry_run:
+        stop.remove_file()
         saved = status["checkpoint"]
         where = f"{run_dir / saved} is complete; start the same command again to go on" if saved else "nothing to save"
         print(f"stopped by {request}: {where}", flush=True)
@@ -407,13 +469,24 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
     return RunResult(None, lines[-1] if lines else {}, status)
 
 
+def note_preempted(run_dir: Path) -> dict[str, Any]:
+    """The status of a run that was stopped before it began; a finished one stays finished."""
+    before = checkpoint.read_status(run_dir)
+    found, _ = checkpoint.newest(run_dir)
+    if before is not None and before.get("state") == "finished":
+        return {**before, "state": "preempted"}
+    step = 0 if found is None else checkpoint.read_state(found)["step"]
+    return checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
+
+
 @dataclass(frozen=True)
 class StartPoint:
-    """Step 0, or a checkpoint: `state` is its state.json."""
+    """Step 0, or a checkpoint: `state` is its state.json; `passed_over` are newer ones that are damaged, in words."""
 
     step: int = 0
     folder: Path | None = None
     state: Mapping[str, Any] | None = None
+    passed_over: Sequence[str] = ()
 
 
 def resume_point(job: Job, run_dir: Path) -> StartPoint:
@@ -427,23 +500,26 @@ def resume_point(job: Job, run_dir: Path) -> StartPoint:
 
 def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     resume = job.config.output.resume
+    warnings: list[str] = []
     if resume in ("auto", "never"):
         folder, warnings = checkpoint.newest(run_dir)
         for warning in warnings:
-            say(job.world, f"passed over: {warning}")
+            say(job.world, f"warning: passed over: {warning}")
     else:
         folder = user_path(resume, "output.resume")
     if folder is None:
-        return StartPoint()
+        if warnings:
+            say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
+        return StartPoint(passed_over=warnings)
     state = checkpoint.read_state(folder)
     refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
-    if state["data"] != job.data.fingerprint:
+    if state["data"] != job.fingerprint:
         raise UserError(
-            f"the data is not what {folder} was trained on ({job.data.fingerprint} now, {state['data']} then); restore "
+            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
             "the files, or name a new output.output_dir"
         )
     say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
-    return StartPoint(state["step"], folder, state)
+    return StartPoint(state["step"], folder, state, warnings)
 
 
 def load_model(job: Job) -> nn.Module:
@@ -451,7 +527,7 @@ def load_model(job: Job) -> nn.Module:
     spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
     model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
     if data.sample_packing:
-        pipeline.prove_packing(model, spec.attn_implementation, device)
+        pipeline.prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
     return model
 
 
@@ -464,6 +540,10 @@ def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
     parameters = adapter_parameters(model)
     folder = start.folder
     tensors = {} if folder is None else on_every(lambda: checkpoint.read_tensors(folder))
+    if folder is not None:
+        for name, parameter in parameters.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise UserError(f"the checkpoint {folder} is not of this model: {name} is missing or of another shape")
     if tensors:  # before the engine is made: ZeRO copies its masters from the module
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -607,7 +687,7 @@ def save_checkpoint(
         "tally": tally.state(),
         "unlogged": unlogged,
         "num_processes": job.world.num_processes,
-        "data": job.data.fingerprint,
+        "data": job.fingerprint,
         "order": job.order.position(),
         "config": to_dict(job.config),
     }
@@ -626,6 +706,7 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
     masters = engine.masters()
     with engine.released() as model:
         ranks = pipeline.cut_by_consensus(engine, model, masters, job.world)
+        job.heed_stop()
         fields: dict[str, Any] = ranks.fields
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
@@ -644,7 +725,8 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
             ),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
-            eval_loss_of=None if job.data.dev is None else lambda peft_model: dev_loss(job, peft_model),
+            eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
+            before_publishing=job.heed_stop,
         )
         if job.world.is_main:
             answer_samples(job, model, directory)

@@ -1,10 +1,17 @@
 """Where tests find the real data and models, and a DeepSpeed extension cache of their own."""
 
+from __future__ import annotations
+
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from small_runs import Playground
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve()
@@ -39,3 +46,32 @@ def base5m() -> Path:
 def gsm8k() -> Path:
     """GSM8K's training rows: question, answer."""
     return shared("data/gsm8k_train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Playground]:
+    """Where small runs are started in real processes."""
+    from nursery import Nursery
+    from small_runs import MODULES, Playground, short_rows
+    from spawn import warm_deepspeed
+
+    warm_deepspeed()
+    folder = tmp_path_factory.mktemp("ground")
+    short_rows(folder)
+    (folder / "processes").mkdir()
+    with Nursery(folder / "processes", *MODULES) as nursery:
+        yield Playground(folder, nursery)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ground: Playground) -> dict[int, Path]:
+    """By number of processes (2: under zero2): the directory of a small run, with a checkpoint of every step."""
+    from small_runs import WORLDS
+
+    directories = {}
+    for num_processes, options in WORLDS.items():
+        name = f"undisturbed-{num_processes}"
+        codes = ground.codes(name, num_processes, audit=True, **options, **{"output.save_steps": 1})
+        assert codes == [0] * num_processes
+        directories[num_processes] = ground.run_dir(name)
+    return directories

@@ -182,7 +182,7 @@ def test_several_processes_print_it_once(tmp_path: Path) -> None:
 def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
     """Each machine reads its own files: other rows there would be another run, in silence."""
     monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
-    monkeypatch.setattr("sora_llm.train.gather_objects", lambda value: [value, {**value, "rows": value["rows"] - 1}])
+    monkeypatch.setattr("sora_llm.train.gather_objects", lambda value: [value, {**value, "digest": "other"}])
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == EXIT_BAD_INPUT
     message = capsys.readouterr().err
     assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1

@@ -19,6 +19,7 @@ from sora_llm.config import (
     to_dict,
     to_yaml,
 )
+from sora_llm.data.sources import FIELDS
 from sora_llm.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -490,6 +491,11 @@ def test_combinations_of_what_comes_later_are_checked_once_it_is_there(load, mon
 # ------------------------------------------------------------------------------------------------------- data sets
 
 
+def test_the_fields_of_each_type_are_those_that_the_reader_knows():
+    """The config stands beside the code that reads files, so it has a list of its own."""
+    assert sora_llm.config.DATASET_FIELDS == FIELDS
+
+
 TWO = "data.datasets=[{path: a.jsonl, %s}, {path: b.jsonl%s}]"
 STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
 
@@ -507,6 +513,7 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
         (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming does not go with dev rows"),
         ([STREAMED, "train.max_steps=null", "train.num_train_epochs=1"], "set train.max_steps, and train.num_train_ep"),
         ([STREAMED, "data.val_set_size=10"], "data.val_set_size cannot hold out rows of streamed data sets"),
+        ([STREAMED, "data.num_proc=2"], "data.num_proc is for data that is prepared"),
         ([STREAMED, "data.drop_duplicates=true"], "data.drop_duplicates would have to remember every row"),
     ],
 )

@@ -654,8 +654,7 @@ def test_the_nulls_that_parquet_fills_in_are_absent_keys(tmp_path):
         tmp_path / "a.parquet", [{"messages": row["messages"], "tools": row.get("tools")} for row in rows]
     )
     (_, first), (_, second) = rows_of(path, "messages")
-    assert first["messages"][0]["tool_calls"] is None and second["tools"] is None, "nothing was filled in"
-    assert "day" in first["messages"][1]["tool_calls"][0]["function"]["arguments"], "nothing was filled in"
+    assert "tool_calls" not in first["messages"][0] and second["tools"] is None, "columns stay, filled-in keys do not"
     assert [example_of(row, "messages") for row in (first, second)] == [example_of(row, "messages") for row in rows]
 
 
@@ -789,3 +788,59 @@ def test_the_weights_of_the_real_messages_are_respected():
     spec = DatasetSpec(str(SHARED / "data" / "lf_v1_sft_demo.jsonl"), "messages")
     for _, row in read_rows(spec):
         assert [turn.weight for turn in to_examples(row, spec)[0].messages] == [0.0, 1.0]
+
+
+# ----- what is easily lost --------------------------------------------------------------------------------------------
+
+
+def test_text_files_of_windows_teach_no_carriage_returns(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n")
+    assert [row["text"] for _, row in read_rows(DatasetSpec(str(path), "completion"))] == ["one\ntwo", "three"]
+
+
+def test_a_csv_column_that_is_named_twice_is_refused(tmp_path):
+    spec = DatasetSpec(write(tmp_path / "a.csv", "instruction,output,output\na,b,c\n"), "alpaca")
+    with pytest.raises(UserError, match=r"a\.csv:1 names the column 'output' twice"):
+        list(read_rows(spec))
+
+
+def test_alpaca_rows_may_have_a_system_message_and_a_history():
+    row = {"instruction": "c", "output": "d", "system": "Be brief.", "history": [["a", "b"]]}
+    (conversation,) = to_examples(row, DatasetSpec("x", "alpaca"))
+    assert [(message.role, message.content) for message in conversation.messages] == [
+        ("system", "Be brief."),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
+    for history, reason in (
+        ([["a"]], "history\\[0\\] is a list, not a pair"),
+        ([["a", ""]], "history\\[0\\].text is empty"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            to_examples({**row, "history": history}, DatasetSpec("x", "alpaca"))
+
+
+def test_messages_may_have_their_system_message_and_openai_s_old_functions_in_columns_of_their_own():
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "system": "Be brief.",
+        "functions": [{"name": "f", "parameters": {}}],
+    }
+    (conversation,) = to_examples(row, DatasetSpec("x", "messages"))
+    assert conversation.messages[0].content == "Be brief." and conversation.tools[0]["function"]["name"] == "f"
+
+
+def test_a_null_that_json_gives_to_a_tool_is_kept():
+    call = {"function": {"name": "f", "arguments": {"a": None, "b": 1}}}
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}
+    (conversation,) = to_examples(row, DatasetSpec("x", "messages"))
+    assert conversation.messages[1].extra["tool_calls"][0]["function"]["arguments"] == {"a": None, "b": 1}
+
+
+def test_a_column_that_is_filled_at_the_start_only_does_not_stop_who_goes_on_in_the_middle(tmp_path):
+    rows = [{"instruction": "a", "output": "b", **({"context": "c"} if i < 5 else {})} for i in range(300)]
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", json_lines(*rows)), "alpaca", columns={"input": "context"})
+    assert len(list(read_rows(spec, skip=150))) == 150

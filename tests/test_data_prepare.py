@@ -22,7 +22,7 @@ from test_data_formats import ALPACA, json_lines, write
 from test_data_tokenize import byte_tokenizer
 from transformers import AutoTokenizer
 
-from sora_llm.data import cache, pool, prepare, progress
+from sora_llm.data import cache, chunks, pool, prepare, progress
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import fill_rate
@@ -170,7 +170,7 @@ def test_rows_that_are_too_long_are_dropped_or_truncated_or_the_first_is_named(p
 
 
 def test_the_first_row_too_long_ends_the_reading_where_that_is_an_error(prepared, monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
     with pytest.raises(UserError, match=r"a\.jsonl:3 has 10 tokens"):
         prepared(*TEXTS[:2], {"text": "abcdefgh"}, *TEXTS, sequence_len=5, excess_length="error")
     report = DataReport.load(next((tmp_path / "cache").glob("*/")), from_cache=True)
@@ -325,7 +325,7 @@ def test_a_report_survives_json(prepared):
 
 def test_the_digest_is_of_the_rows_however_they_were_cut_into_chunks(prepared, monkeypatch, tmp_path):
     _, report = prepared(*TEXTS)
-    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 3)
     assert prepared(*TEXTS, cache_dir=tmp_path / "other")[1].digest == report.digest
     _, changed = prepared(*TEXTS[:-1], {"text": "jjx"})
     assert (changed.rows_kept, changed.tokens) == (report.rows_kept, report.tokens)
@@ -538,7 +538,7 @@ def _write_for_ever(folder: Path, num_proc: int) -> None:
 def test_where_the_writer_is_killed_midway_the_next_takes_over_and_cleans_up(
     tmp_path, byte, fills, monkeypatch, num_proc
 ):
-    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 5)
     spec = texts(tmp_path, *TEXTS * 20, {"text": "last"})
     cache_dir = tmp_path / "cache"
     writer = start(_write_for_ever, tmp_path, num_proc)
@@ -591,7 +591,7 @@ def _no_locks(*arguments: object) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(prepare, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
     monkeypatch.setattr(prepare, "_SERIAL_CHUNKS", 2)
 
 
@@ -741,3 +741,31 @@ def test_gsm8k_has_the_known_number_of_tokens_and_fills_its_sequences(tmp_path):
     dataset, report = run([spec], tokenizer, sequence_len=1024, cache_dir=tmp_path)
     assert len(dataset) == 7473 and round(dataset.num_tokens / len(dataset)) == 238  # its README: 237 and our eos
     assert report.fill_rate >= 0.97
+
+
+def test_the_digest_knows_from_which_data_set_a_row_comes(tmp_path, byte):
+    """In a mixture the same rows under another weight are other training data."""
+    digests = set()
+    for cut in (1, 2):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        specs = [
+            DatasetSpec(write(folder / f"{i}.jsonl", json_lines(*rows)), "completion")
+            for i, rows in enumerate((TEXTS[:cut], TEXTS[cut:4]))
+        ]
+        digests.add(prepare.prepare(Tokenizing(tuple(specs), byte, ""), cache_dir=tmp_path / "cache")[1].digest)
+    assert len(digests) == 2
+
+
+def test_a_chunk_is_cut_where_its_rows_are_long(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    rows = [(str(i), {"messages": [{"content": "x" * size}]}) for i, size in enumerate((10, 20, 80, 5, 200, 1))]
+    assert [[place for place, _ in chunk] for chunk in chunks.in_chunks(rows)] == [["0", "1", "2"], ["3", "4"], ["5"]]
+
+
+def test_settings_of_a_tokenizer_that_change_ids_are_another_key(tmp_path, byte):
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", json_lines(*TEXTS)), "completion")
+    before = prepare.prepare(Tokenizing((spec,), byte, ""), cache_dir=tmp_path)[1].cache_folder
+    other = byte_tokenizer()
+    other.split_special_tokens = True
+    assert prepare.prepare(Tokenizing((spec,), other, ""), cache_dir=tmp_path)[1].cache_folder != before

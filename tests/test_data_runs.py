@@ -119,7 +119,7 @@ def test_streamed_rows_that_cannot_be_used_stop_before_the_model_is_loaded(tmp_p
     options = {**QUICK, "data.datasets": [{"path": str(rows), "type": "alpaca", "streaming": True}]}
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options)]) == 2
     message = capsys.readouterr().err
-    assert "1 of 6 streamed rows cannot be used" in message and f"{rows}:6" in message and message.count("\n") == 1
+    assert "1 of 6 rows cannot be used" in message and f"{rows}:6" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -131,6 +131,29 @@ def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
     path.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
     start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-1")}
-    with pytest.raises(UserError, match="is not what the checkpoint was trained on"):
+    with pytest.raises(UserError, match=r"the data is not what .* was trained on"):
         run(CONFIG, *gsm8k_overrides(tmp_path / "other", **options, **start))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_mixture_that_loses_a_data_set_to_the_dev_rows_is_refused(small, tmp_path, capsys):
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(Path(small[0]["path"]).read_text().splitlines()[:2]))
+    datasets = [{**small[0], "weight": 1}, {**small[0], "path": str(short), "weight": 1}]
+    for seed in range(8):  # some seed holds both rows out
+        options = {**QUICK, "data.datasets": datasets, "data.val_set_size": 20, "train.seed": seed}
+        if main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 2:
+            assert "has a weight but no row of it is left to train on" in capsys.readouterr().err
+            return
+    pytest.fail("no seed holds both rows out")
+
+
+def test_a_sample_prompt_that_the_template_refuses_is_said_before_training(small, tmp_path, capsys):
+    template = tmp_path / "strict.jinja"
+    template.write_text("{{ raise_exception('a system message, please') if messages[0].role != 'system' else 'x' }}")
+    options = {**QUICK, "data.chat_template": str(template), "evaluation.sample_prompts": ["Who?"]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    options["data.datasets"] = [{"path": str(rows), "type": "alpaca"}]
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options)]) == 2
+    assert "'Who?' cannot be asked" in capsys.readouterr().err

@@ -24,9 +24,10 @@ def stream(*sizes, rows_per_step=4, mixture=None, pack_to=None, window_rows=16, 
 
         return rows_from
 
-    def tokenise(items):
+    def tokenise(items, before):
         numbers = [row["number"] for _, row, _ in items if row["number"] % 1000 != 13]
-        return [token_row([number + change] * (3 + number % 4)) for number in numbers]
+        counts = [{"rows_read": one.get("rows_read", 0) + len(items)} for one in before]
+        return [token_row([number + change] * (3 + number % 4)) for number in numbers], counts
 
     sources = [source(k, size) for k, size in enumerate(sizes)]
     return StreamOrder(sources, tokenise, rows_per_step, seed, pack_to, mixture, window_rows)
@@ -82,6 +83,7 @@ def test_a_stream_goes_on_with_the_very_next_row(at, pack_to, mixture):
     resumed.sample()  # a run looks at the first window before it looks for a checkpoint
     resumed.seek(position)
     assert [numbers(resumed.step(step)) for step in range(at, 40)] == steps[at:]
+    assert resumed.counts == straight.counts, "what was counted before is not forgotten"
     assert at != 9 or max(start for _, start in opened) > 0, "what was read is skipped, not tokenised again"
 
 
@@ -110,7 +112,7 @@ def test_a_step_may_be_asked_for_again_but_none_is_skipped():
 
 
 def test_a_stream_without_a_row_to_train_on_stops():
-    order = StreamOrder([lambda start: iter([("f:1", {})][start:])], lambda items: [], 1, 0)
+    order = StreamOrder([lambda start: iter([("f:1", {})][start:])], lambda items, before: ([], before), 1, 0)
     with pytest.raises(UserError, match="none of the 1 streamed rows from f:1 on is left to train on"):
         order.step(0)
 

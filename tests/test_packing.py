@@ -101,6 +101,11 @@ def test_the_probe_finds_an_untrained_model_isolated_whose_logits_hardly_depend_
         pipeline.prove_packing(tiny_llama(initializer_range=0.02).to(dtype), "sdpa", "cpu")
 
 
+def test_the_probe_accepts_8_bit_weights_whose_roundings_depend_on_the_batch():
+    model = load_backbone(BackboneSpec(str(shared("models/base5m")), load_in_8bit=True), "cpu")
+    pipeline.prove_packing(model, "sdpa", "cpu", is_8bit=True)
+
+
 class Leaking(torch.nn.Module):
     """A model whose code does not pass the position ids on."""
 

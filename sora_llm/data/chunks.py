@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -18,8 +18,38 @@ from sora_llm.errors import UserError
 
 ExcessLength = Literal["drop", "truncate", "error"]
 
+CHUNK_ROWS = 200
+"""Rows that are tokenised together ..."""
+CHUNK_CHARACTERS = 2_000_000
+"""... or fewer, where they are long: a process needs about 45 bytes per character of its chunk."""
+
 RawChunk = tuple[int, Sequence[tuple[str, RowOrBad]]]
 """The number of a data set and some of its rows with their locations."""
+
+
+def in_chunks(rows: Iterable[tuple[str, RowOrBad]]) -> Iterator[list[tuple[str, RowOrBad]]]:
+    """Rows with their locations, cut into chunks."""
+    chunk: list[tuple[str, RowOrBad]] = []
+    characters = 0
+    for place, row in rows:
+        chunk.append((place, row))
+        characters += _characters(row)
+        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(map(_characters, value))
 
 
 @dataclass(frozen=True)
@@ -45,6 +75,18 @@ class TokenChunk:
     """(location, tokens)."""
     unsupervised: Mapping[str, int]
     """Why rows have no supervised token → how many."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the rows, by the names of `report.Counts`."""
+        return {
+            "rows_read": self.rows_read,
+            "rows_kept": len(self.lengths),
+            "num_bad_rows": len(self.bad_rows),
+            "too_long": self.too_long,
+            "truncated": self.truncated,
+            "no_supervised": sum(self.unsupervised.values()),
+        }
 
     def rows(self) -> list[TokenRow]:
         """Ids and weights of each row."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,27 @@ def to_examples(row: Row, spec: DatasetSpec) -> list[Example]:
 def _alpaca(row: Row, spec: DatasetSpec) -> list[Example]:
     instruction = _filled_text(row, spec.column("instruction"))
     answer = _filled_text(row, spec.column("output"))
-    return [_question_and_answer(instruction, _text(row, spec.column("input"), optional=True), answer)]
+    asked = _question_and_answer(instruction, _text(row, spec.column("input"), optional=True), answer)
+    return [Conversation(_with_system(row, (*_history(row), *asked.messages), "the instruction"))]
+
+
+def _history(row: Row) -> Iterator[Message]:
+    """The earlier questions and answers that some alpaca files give as pairs in a column `history`."""
+    for i, pair in enumerate(row.get("history") or ()):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"history[{i}] is {type_in_words(pair)}, not a pair of question and answer")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield Message(role, _filled_text({"text": text}, "text", f"history[{i}]."))
+
+
+def _with_system(row: Row, messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    """The messages, after the system message that the row has in a column of its own."""
+    system = _text(row, "system", optional=True)
+    if not system.strip():
+        return messages
+    if any(message.role == "system" for message in messages):
+        raise BadRow(f"system is given twice: in a column of its own and in {place}")
+    return (Message("system", system), *messages)
 
 
 def _self_instruct(row: Row, spec: DatasetSpec) -> list[Example]:
@@ -111,19 +131,15 @@ def _completion(row: Row, spec: DatasetSpec) -> list[Example]:
 
 
 def _openai(row: Row, spec: DatasetSpec) -> list[Example]:
-    messages = _messages(row, spec.column("messages"), _OPENAI_KEYS, _OPENAI_ROLES)
-    return [Conversation(messages, _tools(row))]
+    column = spec.column("messages")
+    messages = _messages(row, column, _OPENAI_KEYS, _OPENAI_ROLES)
+    return [Conversation(_with_system(row, messages, column), _tools(row))]
 
 
 def _sharegpt(row: Row, spec: DatasetSpec) -> list[Example]:
     column = spec.column("conversations")
     messages = _messages(row, column, _SHAREGPT_KEYS, _SHAREGPT_ROLES)
-    system = _text(row, "system", optional=True)
-    if system.strip():
-        if any(message.role == "system" for message in messages):
-            raise BadRow(f"system is given twice: in a column of its own and in {column}")
-        messages = (Message("system", system), *messages)
-    return [Conversation(messages, _tools(row))]
+    return [Conversation(_with_system(row, messages, column), _tools(row))]
 
 
 def _custom(row: Row, spec: DatasetSpec) -> list[Example]:
@@ -204,22 +220,15 @@ def _check_object(value: Any, place: str) -> None:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """A value given as json text or as it is, without the nulls of tables; templates can write it as json again."""
-    is_text = isinstance(value, str)
+    """A value given as json text or as it is; templates can write it as json again."""
     try:
-        value = json.loads(value) if is_text else value
+        value = json.loads(value) if isinstance(value, str) else value
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise BadRow(f"{place} is not valid JSON ({error})") from None
     if nested_too_deeply(value):
         raise BadRow(f"{place} is {TOO_DEEP}")
-    return value if is_text else _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    return value
 
 
 # ----- conversations --------------------------------------------------------------------------------------------------
@@ -291,8 +300,8 @@ def _weight(turn: dict[str, Any], place: str) -> float | None:
 
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers: a list of them, or its json text."""
-    value = row.get("tools")
+    """The tools that a row offers: a list of them, or its json text; in OpenAI's old files they are `functions`."""
+    value = row.get("tools") or row.get("functions")
     if value is None or value == "":
         return ()
     tools = _parsed(value, "tools")

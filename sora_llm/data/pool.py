@@ -20,6 +20,9 @@ from sora_llm.errors import RunFailed
 T = TypeVar("T")
 R = TypeVar("R")
 
+TERM_GRACE_SECONDS = 5
+"""For which a worker outlives a TERM, so that its parent can stop in order."""
+
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: int) -> Generator[R]:
     """`function` of every item, in their order, computed by so many processes (1: by this one).
@@ -77,9 +80,12 @@ _function: Callable[[Any], Any]  # of a worker: inherited once, not sent with ev
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # Not the trainer's handlers, which a fork inherits: they only note that a stop was asked for.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Not the trainer's handlers, which a fork inherits.  A scheduler that wants a job to stop sends these signals to
+    # all its processes, and the parent decides what becomes of it; the pool itself sends TERM to those that should end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from sora_llm.data.cache import fill_once, remembered_sha256
-from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing
+from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenWriter
 from sora_llm.data.order import fill_rate
 from sora_llm.data.pool import map_in_order
@@ -41,9 +41,9 @@ from sora_llm.data.report import (
 )
 from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_digest
 from sora_llm.errors import UserError
+from sora_llm.files import user_path
 
-_FORMAT_VERSION = 3  # of the cache: raise it when the same input gives other tokens or files
-_CHUNK_ROWS = 200
+_FORMAT_VERSION = 4  # of the cache: raise it when the same input gives other tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
 _MOST_PROCESSES = 8  # that are taken unasked: more would wait for the one that reads
 _MAX_REASONS = 50  # that are counted by themselves: reasons may quote the row
@@ -76,7 +76,7 @@ def prepare(
     if num_proc is not None and num_proc < 1:
         raise UserError(f"data.num_proc is {num_proc}; it is a number of processes, at least 1")
     check_paths(work.specs)
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    cache = user_path(str(cache_dir), "data.cache_dir") if cache_dir is not None else default_cache_dir()
     folder = cache / _key(work, cache / "digests")
     was_there = fill_once(folder, lambda temporary: _fill(temporary, work, num_proc), wait_first)
     report = DataReport.load(folder, from_cache=was_there)
@@ -123,13 +123,19 @@ def _what_changes_tokens(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of how a tokenizer turns text into ids: all of a fast one, vocabulary and class of another."""
+    """A hash of how a tokenizer turns text into ids: what a fast one is made of, vocabulary and class of another, and
+    the settings of both but for where it was loaded from."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
         content = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{content}\n{special}".encode()).hexdigest()
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if not _is_place(name)}
+    settings |= {"special": tokenizer.special_tokens_map, "split": getattr(tokenizer, "split_special_tokens", None)}
+    return hashlib.sha256(f"{content}\n{json.dumps(settings, sort_keys=True, default=str)}".encode()).hexdigest()
+
+
+def _is_place(name: str) -> bool:
+    return name.endswith(("_file", "_path", "_dir")) or name in ("name_or_path", "is_local", "local_files_only")
 
 
 # ----- rows → files ---------------------------------------------------------------------------------------------------
@@ -168,8 +174,7 @@ def _tokenized(work: Tokenizing, num_proc: int | None, rows_each: int | None) ->
 
 
 def _raw_chunks(spec: DatasetSpec, source: int, rows_each: int | None) -> Iterator[RawChunk]:
-    rows = itertools.islice(read_rows(spec), rows_each)
-    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+    for chunk in in_chunks(itertools.islice(read_rows(spec), rows_each)):
         yield source, chunk
 
 
@@ -200,13 +205,14 @@ class _SeenBefore:
 
 
 class _Digest:
-    """SHA-256 of all rows in order, however they are cut into chunks."""
+    """SHA-256 of all rows in order and of where each comes from, however they are cut into chunks."""
 
     def __init__(self) -> None:
-        self._parts = [hashlib.sha256() for _ in range(3)]
+        self._parts = [hashlib.sha256() for _ in range(4)]
 
     def add(self, rows: TokenChunk) -> None:
-        for part, array in zip(self._parts, (rows.ids, rows.weights, rows.lengths), strict=True):
+        sources = np.full(len(rows.lengths), rows.source, dtype=np.int64)
+        for part, array in zip(self._parts, (rows.ids, rows.weights, rows.lengths, sources), strict=True):
             part.update(array.tobytes())
 
     def hex(self) -> str:
@@ -225,16 +231,9 @@ class _Tally:
         self._first_too_long: tuple[str, int] | None = None
 
     def add(self, chunk: TokenChunk, duplicates: int) -> None:
-        kept = len(chunk.lengths) - (duplicates if self._work.drop_duplicates else 0)
-        self._counts[chunk.source].update(
-            rows_read=chunk.rows_read,
-            rows_kept=kept,
-            num_bad_rows=len(chunk.bad_rows),
-            too_long=chunk.too_long,
-            truncated=chunk.truncated,
-            no_supervised=sum(chunk.unsupervised.values()),
-            duplicates=duplicates,
-        )
+        dropped = duplicates if self._work.drop_duplicates else 0
+        self._counts[chunk.source].update(chunk.counts)
+        self._counts[chunk.source].update(rows_kept=-dropped, duplicates=duplicates)
         self._unsupervised[chunk.source].update(chunk.unsupervised)
         self._bad_rows += chunk.bad_rows[: REPORTED_BAD_ROWS - len(self._bad_rows)]
         for _, reason in chunk.bad_rows:

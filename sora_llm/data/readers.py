@@ -48,6 +48,18 @@ def as_row(value: Any) -> RowOrBad:
     return BadRow(TOO_DEEP) if nested_too_deeply(value) else value
 
 
+def as_table_row(value: Any) -> RowOrBad:
+    """A row of a table with typed columns, without the nulls that fill the keys an object does not have.  (Its own
+    keys are the columns and stay.)"""
+    return as_row({key: _without_nulls(item) for key, item in value.items()} if isinstance(value, dict) else value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def nested_too_deeply(value: Any) -> bool:
     """Whether lists and objects are nested so deeply that to send a row to another process, or to write it in a
     template, could fail: both recurse, as reading json does."""
@@ -179,6 +191,8 @@ def _read_csv(file: Path) -> Placed:
         line, header = next(records, (1, []))
         if isinstance(header, BadRow):
             raise UserError(f"data set {file}:{line} is no header for a csv file: {header}")
+        if repeated := [name for name in header if header.count(name) > 1]:
+            raise UserError(f"data set {file}:{line} names the column {repeated[0]!r} twice; rename one of them")
         for line, fields in records:
             yield f":{line}", partial(_csv_row, header, fields)
 
@@ -230,7 +244,7 @@ def _read_parquet(file: Path) -> Placed:
 
 def _parquet_row(batch: Any, i: int) -> RowOrBad:
     try:
-        return as_row(batch.slice(i, 1).to_pylist()[0])
+        return as_table_row(batch.slice(i, 1).to_pylist()[0])
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
         return BadRow(f"the row cannot be read: {error}")
 
@@ -247,7 +261,7 @@ def _read_text(file: Path) -> Placed:
 
 
 def _text_row(lines: list[tuple[int, str]]) -> RowOrBad:
-    text = "".join(line for _, line in lines).rstrip("\r\n")
+    text = "".join(line for _, line in lines).replace("\r\n", "\n").rstrip("\r\n")  # a model need not learn \\r
     return _not_utf8(text, lines[0][0]) or {"text": text}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -132,24 +132,33 @@ def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
     """Raises `UserError` where no run should start: a row is too long and none may be, more than
     `max_bad_row_fraction` of the rows read are malformed, or a data set has nothing to train on."""
     if report.excess_length == "error" and report.first_too_long is not None:
-        location, num_tokens = report.first_too_long
-        raise UserError(
-            f"{location} has {num_tokens} tokens, more than data.sequence_len = {report.sequence_len}: raise it, or "
-            "set data.excess_length to drop or truncate"
-        )
+        raise too_long(*report.first_too_long, report.sequence_len)
     if report.num_bad_rows > max_bad_row_fraction * report.rows_read:
-        quoted = "; ".join(f"{location}: {reason}" for location, reason in report.bad_rows[:_QUOTED_BAD_ROWS])
-        more = "; ..." if report.num_bad_rows > _QUOTED_BAD_ROWS else ""
-        raise UserError(
-            f"{report.num_bad_rows} of {report.rows_read} rows cannot be used, more than data.max_bad_row_fraction = "
-            f"{max_bad_row_fraction:g} allows: {quoted}{more}"
-        )
+        raise too_many_bad_rows(report.num_bad_rows, report.rows_read, report.bad_rows, max_bad_row_fraction)
     for dataset in report.datasets:
         if dataset.supervised_tokens == 0:
             raise UserError(
                 f"data set {dataset.path}: none of the {dataset.rows_read} rows is left to train on: "
                 f"{', '.join(losses(dataset, report))}"
             )
+
+
+def too_long(location: str, num_tokens: int, sequence_len: int) -> UserError:
+    """What is said of a row that is too long where that is an error."""
+    return UserError(
+        f"{location} has {num_tokens} tokens, more than data.sequence_len = {sequence_len}: raise it, or set "
+        "data.excess_length to drop or truncate"
+    )
+
+
+def too_many_bad_rows(num_bad: int, num_read: int, bad_rows: Sequence[tuple[str, str]], allowed: float) -> UserError:
+    """What is said where more rows are malformed than may be."""
+    quoted = "; ".join(f"{location}: {reason}" for location, reason in bad_rows[:_QUOTED_BAD_ROWS])
+    more = "; ..." if num_bad > _QUOTED_BAD_ROWS else ""
+    return UserError(
+        f"{num_bad} of {num_read} rows cannot be used, more than data.max_bad_row_fraction = {allowed:g} allows: "
+        f"{quoted}{more}"
+    )
 
 
 def losses(counts: DatasetReport, report: DataReport) -> Iterator[str]:

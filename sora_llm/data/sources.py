@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_row, kind_of, reading, type_in_words
+from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
 from sora_llm.data.readers import BadRow as BadRow
 from sora_llm.errors import UserError
-from sora_llm.files import file_sha256
+from sora_llm.files import file_sha256, user_path
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
@@ -102,7 +102,7 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
         source = getattr(sys.modules[spec.function.partition(":")[0]], "__file__", None)  # modules in C have none
         digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
     if not is_local(spec.path):
-        digest.update(_load_hub(spec.path, spec.split or "train", spec.revision)._fingerprint.encode())
+        digest.update(_load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)._fingerprint.encode())
         return digest.hexdigest()
     for file in _local_files(spec):
         with reading(file):
@@ -192,7 +192,7 @@ def _is_glob(path: str) -> bool:
 
 def _local_files(spec: DatasetSpec) -> list[Path]:
     """The files behind `spec.path`, sorted; each of a kind that can be read."""
-    path = Path(spec.path).expanduser()
+    path = user_path(spec.path, "the path of a data set")
     if _is_glob(spec.path):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
         files = sorted(Path(name) for name in found if Path(name).is_file())
@@ -268,7 +268,8 @@ def _checked(name: str, placed: Placed, spec: DatasetSpec, skipped: int) -> Iter
     head = list(itertools.islice(rows, _PEEKED_ROWS))
     if not head and not skipped:
         raise UserError(f"data set {name} holds no rows")
-    _check_columns(name, [row for _, row in head if isinstance(row, dict)], spec)
+    if not skipped:  # of rows in the middle none may have a column that is seldom filled
+        _check_columns(name, [row for _, row in head if isinstance(row, dict)], spec)
     for position, row in itertools.chain(head, rows):
         yield name + position, row
 
@@ -297,7 +298,7 @@ def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
             return
         except Exception as error:  # network, a damaged file of the data set: each has a class of its own
             raise UserError(f"data set {name}#{index} cannot be read: {_first_line(error)}") from error
-        yield f"#{index}", partial(as_row, row)
+        yield f"#{index}", partial(as_table_row, row)
 
 
 @functools.lru_cache(maxsize=4)  # the cache's key and the rows need the same data set

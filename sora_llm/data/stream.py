@@ -8,32 +8,40 @@ takes its share of each step, as `order.share` has it; the next window is made w
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from sora_llm.data.chunks import TokenChunk, Tokenizing
+from sora_llm.data.chunks import Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import PackedRows, arranged
+from sora_llm.data.report import too_long, too_many_bad_rows
 from sora_llm.data.sources import RowOrBad
 from sora_llm.errors import UserError
 
 WINDOW_ROWS = 4096
 """Rows that are shuffled and packed together."""
 
-CHUNK_ROWS = 200
-"""Rows that are tokenised together."""
+_ENOUGH_ROWS = 100  # of which none can be used say that a data set cannot be
 
 Item = tuple[str, RowOrBad, int]
 """Where a row stands, the row, and the number of its data set."""
 
 Source = Callable[[int], Iterator[tuple[str, RowOrBad]]]
 """The rows of a data set with their locations, from row number n on."""
+
+Counts = Mapping[str, int]
+"""What became of the rows of a data set so far, as `TokenChunk.counts` has it."""
+
+Tokenise = Callable[[list[Item], Sequence[Counts]], tuple[Sequence[TokenRow], Sequence[Counts]]]
+"""A window's rows and the counts before it → the rows that are trained on, in order, and the counts after it.  It is
+called in a thread and may raise `UserError`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,13 @@ class Cursor:
     """Rows read of each data set since its beginning, or since it began again."""
     taken: tuple[int, ...]
     """Rows taken of each data set in all."""
+    counts: tuple[Counts, ...]
+    """Of each data set."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Cursor:
+        """What `asdict` made."""
+        return cls(value["window"], *(tuple(value[name]) for name in ("read", "taken", "counts")))
 
 
 @dataclass(frozen=True)
@@ -65,32 +80,27 @@ class StreamOrder:
     """The order of streamed data sets.
 
     Without `mixture` they are read one after the other, which is an epoch, and then again; a step never crosses an
-    epoch.  With it, rows are taken from each so that its share is always as near to its weight as can be, and a data
-    set that ends begins again; there are no epochs.
+    epoch.  With it, rows are taken from each so that its share of the rows read is always as near to its weight as can
+    be, and a data set that ends begins again; there are no epochs.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        tokenise: Callable[[list[Item]], Sequence[TokenRow]],
+        tokenise: Tokenise,
         rows_per_step: int,
         seed: int,
         pack_to: int | None = None,
         mixture: Sequence[float] | None = None,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
-        """Args:
-        tokenise: the rows of a window that are trained on, in order; it is called with window after window, in a
-            thread, and may raise `UserError`.
-        rows_per_step, pack_to, mixture: as for `EpochOrder`.
-        """
+        """rows_per_step, pack_to, mixture: as for `EpochOrder`."""
         self._sources, self._tokenise, self._mixture = list(sources), tokenise, mixture
         self._rows_per_step, self._seed, self._pack_to, self._window_rows = rows_per_step, seed, pack_to, window_rows
-        self._thread = ThreadPoolExecutor(1, "stream")
         self._last: list[PackedRows] = []
         self._next_step = 0
         nothing = (0,) * len(self._sources)
-        self._restart(Cursor(0, nothing, nothing), next_step=0)
+        self._restart(Cursor(0, nothing, nothing, tuple({} for _ in self._sources)), next_step=0)
 
     def step(self, step: int) -> list[PackedRows]:
         """What optimizer step `step` takes.  Steps are asked for one after the other; the last one may be asked for
@@ -125,8 +135,7 @@ class StreamOrder:
     def seek(self, position: Mapping[str, Any] | None) -> None:
         """Go to a `position`.  Raises `UserError` if its window holds other rows now."""
         assert position is not None
-        cursor = Cursor(position["cursor"]["window"], *(tuple(position["cursor"][key]) for key in ("read", "taken")))
-        self._restart(cursor, position["step"])
+        self._restart(Cursor.from_json(position["cursor"]), position["step"])
         if self._next_window().digest != position["digest"]:
             raise UserError(
                 "the streamed data is not what the checkpoint was trained on: restore the files, or name a new "
@@ -138,8 +147,20 @@ class StreamOrder:
 
     def sample(self) -> TokenDataset:
         """Rows of the present window."""
-        window = self._next_window() if self._window is None else self._window
-        return window.dataset
+        return self._present().dataset
+
+    @property
+    def digest(self) -> str:
+        """Of the present window's rows: equal digests are equal data, as far as it has been read."""
+        return self._present().digest
+
+    @property
+    def counts(self) -> tuple[Counts, ...]:
+        """What became of the rows of each data set, up to the end of the present window."""
+        return self._present().end.counts
+
+    def _present(self) -> Window:
+        return self._next_window() if self._window is None else self._window
 
     # ----- windows ----------------------------------------------------------------------------------------------------
 
@@ -150,70 +171,82 @@ class StreamOrder:
         self._next_step = next_step
         self._last = []
         rows = _Rows(self._sources, self._mixture, cursor)
-        self._coming: Future[Window] = self._thread.submit(self._read_window, rows, cursor)
+        self._coming = self._begin(rows, cursor)
 
     def _next_window(self) -> Window:
         """Go on to the window that was made meanwhile, and have the one after it made."""
         self._window = self._coming.result()
         self._waiting.extend(self._window.sequences)
         self._offset = 0
-        self._coming = self._thread.submit(self._read_window, self._window.rows, self._window.end)
+        self._coming = self._begin(self._window.rows, self._window.end)
         return self._window
+
+    def _begin(self, stream: _Rows, start: Cursor) -> Future[Window]:
+        """Have a window made in a thread that does not keep a process alive which ends."""
+        window: Future[Window] = Future()
+
+        def make() -> None:
+            try:
+                window.set_result(self._read_window(stream, start))
+            except BaseException as error:
+                window.set_exception(error)
+
+        threading.Thread(target=make, name="stream", daemon=True).start()
+        return window
 
     def _read_window(self, stream: _Rows, start: Cursor) -> Window:
         """The window that begins at `start`, where `stream` stands."""
         items, begins_epoch = stream.take(self._window_rows)
-        rows = TokenDataset.of(self._tokenise(items))
+        kept, counts = self._tokenise(items, start.counts)
+        rows = TokenDataset.of(kept)
         if not len(rows) and (len(items) == self._window_rows or not any(start.read)):
             raise UserError(f"none of the {len(items)} streamed rows from {items[0][0]} on is left to train on")
         rng = np.random.Generator(np.random.PCG64([self._seed, start.window]))
         order = arranged(np.arange(len(rows)), rows.lengths, self._rows_per_step, self._pack_to, rng)
         digest = hashlib.sha256(b"".join(part.tobytes() for row in range(len(rows)) for part in rows[row])).hexdigest()
-        end = Cursor(start.window + 1, tuple(stream.read), tuple(stream.taken))
+        end = Cursor(start.window + 1, tuple(stream.read), tuple(stream.taken), tuple(counts))
         return Window(start, end, rows, order.take(rows, 0, len(order)), begins_epoch, digest, stream)
 
 
 class WindowTokenizer:
-    """Tokenises window after window and counts the rows that cannot be used."""
+    """`Tokenise` for data sets."""
 
     def __init__(self, work: Tokenizing, max_bad_row_fraction: float) -> None:
         """Args:
         max_bad_row_fraction: of the rows so far; where more are malformed after a window the run stops.
         """
         self._work, self._max_bad_row_fraction = work, max_bad_row_fraction
-        self._rows_read, self._num_bad_rows = 0, 0
 
-    def __call__(self, items: list[Item]) -> list[TokenRow]:
-        """The rows of a window that are trained on, data set by data set.
-
-        Raises `UserError`: too many bad rows, or a row too long where that is an error.
-        """
+    def __call__(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
+        """Raises `UserError`: too many bad rows, a row too long where that is an error, nothing to train on in one of
+        the data sets."""
         rows: list[TokenRow] = []
         bad_rows: list[tuple[str, str]] = []
-        for source in range(len(self._work.specs)):
-            own = [(place, row) for place, row, number in items if number == source]
-            for start in range(0, len(own), CHUNK_ROWS):
-                chunk = self._work.tokenize((source, own[start : start + CHUNK_ROWS]))
-                self._refuse_too_long(chunk)
+        counts: list[Counts] = []
+        for source, so_far in enumerate(before):
+            counted = Counter(so_far)
+            for raw in in_chunks((place, row) for place, row, number in items if number == source):
+                chunk = self._work.tokenize((source, raw))
+                if self._work.excess_length == "error" and chunk.first_too_long is not None:
+                    raise too_long(*chunk.first_too_long, self._work.sequence_len)
+                counted.update(chunk.counts)
                 bad_rows += chunk.bad_rows
                 rows += chunk.rows()
-        self._rows_read += len(items)
-        self._num_bad_rows += len(bad_rows)
-        if self._num_bad_rows > self._max_bad_row_fraction * self._rows_read:
-            quoted = "; ".join(f"{place}: {reason}" for place, reason in bad_rows[:3])
-            raise UserError(
-                f"{self._num_bad_rows} of {self._rows_read} streamed rows cannot be used, more than "
-                f"data.max_bad_row_fraction = {self._max_bad_row_fraction:g} allows: {quoted}"
-            )
-        return rows
+            counts.append(counted)
+        self._check(counts, bad_rows)
+        return rows, counts
 
-    def _refuse_too_long(self, chunk: TokenChunk) -> None:
-        if self._work.excess_length == "error" and chunk.first_too_long is not None:
-            place, length = chunk.first_too_long
-            raise UserError(
-                f"{place} has {length} tokens, more than data.sequence_len = {self._work.sequence_len}: raise it, or "
-                "set data.excess_length to drop or truncate"
-            )
+    def _check(self, counts: Sequence[Counts], bad_rows: Sequence[tuple[str, str]]) -> None:
+        rows_read, num_bad_rows = (sum(one.get(key, 0) for one in counts) for key in ("rows_read", "num_bad_rows"))
+        if num_bad_rows > self._max_bad_row_fraction * rows_read:
+            raise too_many_bad_rows(num_bad_rows, rows_read, bad_rows, self._max_bad_row_fraction)
+        for spec, one in zip(self._work.specs, counts, strict=True):
+            if one.get("rows_read", 0) >= _ENOUGH_ROWS and not one.get("rows_kept", 0):
+                raise UserError(
+                    f"data set {spec.path}: none of the first {one['rows_read']:,} streamed rows is left to train on: "
+                    f"{one['num_bad_rows']:,} malformed, {one['too_long']:,} longer than data.sequence_len = "
+                    f"{self._work.sequence_len}, {one['no_supervised']:,} without a supervised token"
+                )
 
 
 class _Rows:
