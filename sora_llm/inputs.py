@@ -27,7 +27,7 @@ from sora_llm.data.prepare import DataReport, prepare
 from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import resolve_template
-from sora_llm.data.tokenize import encode_prompt
+from sora_llm.data.tokenize import encode_prompt, served_template
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.inject import target_linears
@@ -375,11 +375,13 @@ def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[st
 
 
 def exported_template(config: Config, inputs: Inputs) -> str | None:
-    """The chat template to put beside the adapter: the one that was used, unless the tokenizer has it already."""
+    """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
+    before it, unless the tokenizer has it already."""
     data = config.data.datasets
     if all(dataset.type in ("completion", "prompt_completion") for dataset in data):
         return None
-    return None if inputs.chat_template == inputs.tokenizer.chat_template else inputs.chat_template
+    template = served_template(inputs.tokenizer, inputs.chat_template)
+    return None if template == inputs.tokenizer.chat_template else template
 
 
 def prompt_ids(config: Config, inputs: Inputs, prompt: str) -> list[int]:

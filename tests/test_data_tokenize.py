@@ -4,17 +4,21 @@ tests/test_data_masks.py looks for exceptions among random conversations.
 """
 
 import itertools
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import SHARED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from sora_llm.data import templates
 from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text
 from sora_llm.data.sources import BadRow, DatasetSpec, read_rows
 from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
-from sora_llm.data.tokenize import encode_prompt, tokenize_examples
+from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template, tokenize_examples
 from sora_llm.errors import UserError
 
 needs_models = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason=f"no test models in {SHARED}")
@@ -355,6 +359,12 @@ def test_a_message_s_weight_comes_before_the_options(byte):
     assert only_last == [(0.5, "Yes.<|eot_id|>")]
 
 
+def test_an_early_answer_is_not_trained_on_whatever_its_weight_where_only_the_last_one_is_asked_for(byte):
+    early = Message("assistant", "Hello!", weight=1.0)
+    example = chat(("user", "Hi"), early, ("user", "Two?"), ("assistant", "Yes."))
+    assert answers(example, byte, TEMPLATES["chatml"], train_on_last_turn_only=True) == ["Yes.<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["gemma", "llama-2", "mistral"])
 def test_a_system_message_inside_the_first_question_has_its_own_weight(byte, name):
     example = chat(Message("system", "Sys", weight=0.25), Message("user", "Q", weight=0.5), ("assistant", "A"))
@@ -407,6 +417,39 @@ def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
         ids, weights = tokens_and_weights(chat(("user", "Hi"), ("assistant", "Ho")), byte, TEMPLATES[name])
         assert encode_prompt(byte, "Hi", TEMPLATES[name]) == ids[: weights.index(1)]
     assert byte.decode(encode_prompt(byte, "Hi", None)) == "<bos>Hi"
+
+
+@needs_models
+@pytest.mark.parametrize("name", [*TEMPLATES, "one of the tokenizer"])
+@pytest.mark.parametrize("model", ["base5m", "stories260k", "bytes", "bytes without bos"])
+def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, name):
+    """Clients add no BOS to what it renders (and, under sentencepiece, no blank before it)."""
+    if model.startswith("bytes"):
+        tokenizer = byte_tokenizer(adds_bos=model == "bytes")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
+    template = TEMPLATES.get(name, THINKING)
+    served = served_template(tokenizer, template)
+    for question in ("Hi", " two\n", "\n# x"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            chat_template=served,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert ids == encode_prompt(tokenizer, question, template)
+    assert served_template(tokenizer, served) == served
+    writes_bos = name in ("gemma", "llama-2", "llama-3", "mistral")
+    assert (served == template) == (writes_bos or model == "bytes without bos")
+
+
+def test_a_template_says_whether_generation_finds_the_end_of_an_answer():
+    base = byte_tokenizer()
+    visible = {name for name in TEMPLATES if ends_visibly(base, TEMPLATES[name])}
+    assert visible == {"alpaca", "llama-2", "mistral", "vicuna"}
+    assert ends_visibly(byte_tokenizer(special=("<|im_end|>",)), TEMPLATES["chatml"])
+    assert not ends_visibly(base, "{% for m in messages %}{{ m.content }}\n\n{% endfor %}")
 
 
 # ----- tools ----------------------------------------------------------------------------------------------------------
@@ -528,6 +571,48 @@ MOVED_SYSTEM = """{%- for m in messages if m.role != 'system' -%}
 MARKED_LAST_QUESTION = """{%- for m in messages -%}
 {{ '(now) ' if loop.last and m.role == 'user' else '' }}{{ m.content + '|' }}
 {%- endfor -%}"""
+# Qwen 3: thoughts stand in the answers since the last question, in the last one even when it has none.
+QWEN_3 = """{%- if tools -%}
+  {{- '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}
+{%- endif -%}
+{%- set ns = namespace(searching=true, last_query=messages | length - 1) -%}
+{%- for m in messages[::-1] -%}
+  {%- set index = (messages | length - 1) - loop.index0 -%}
+  {%- if ns.searching and m.role == 'user' and not m.content.startswith('<tool_response>') -%}
+    {%- set ns.searching = false -%}{%- set ns.last_query = index -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- for m in messages -%}
+  {%- if m.role in ('user', 'system') -%}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+  {%- elif m.role == 'assistant' -%}
+    {%- set content, thoughts = m.content, m.reasoning_content or '' -%}
+    {%- if not thoughts and '</think>' in content -%}
+      {%- set thoughts = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+      {%- set content = m.content.split('</think>')[-1].lstrip('\\n') -%}
+    {%- endif -%}
+    {{- '<|im_start|>assistant\\n' -}}
+    {%- if loop.index0 > ns.last_query and (loop.last or thoughts) -%}
+      {{- '<think>\\n' + thoughts.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') -}}
+    {%- else -%}{{- content -}}{%- endif -%}
+    {%- for call in m.tool_calls or [] -%}
+      {{- '\\n' if content or not loop.first else '' }}{{ '<tool_call>\\n{"name": "' + call.function.name -}}
+      {{- '", "arguments": ' }}{{ call.function.arguments | tojson }}{{ '}\\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\\n' -}}
+  {%- elif m.role == 'tool' -%}
+    {{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' else '' -}}
+    {{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' -}}
+    {{- '<|im_end|>\\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}"""
+# gpt-oss: the last answer ends with eos, the others with another token.
+GPT_OSS = """{%- for m in messages -%}
+  {{- '<|start|>' + m.role + '<|message|>' + m.content -}}
+  {{- eos_token if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' -}}
+{%- endfor -%}
+{{- '<|start|>assistant' if add_generation_prompt else '' -}}"""
 # DeepSeek's habit: the prompt opens the thoughts, which the written answer need not have.
 OPENED_THOUGHTS = TEMPLATES["chatml"] + "{{ '<think>' if add_generation_prompt else '' }}"
 MARKED = """{%- for m in messages -%}
@@ -552,10 +637,165 @@ def test_a_prompt_that_opens_more_than_the_answer_has_does_not_disturb_the_masks
     assert answers(TWO_TURNS, byte, OPENED_THOUGHTS) == ["Hello!<|im_end|>", "Yes.<|im_end|>"]
 
 
-@pytest.mark.parametrize("template", [THINKING, MOVED_SYSTEM, MARKED_LAST_QUESTION])
+@pytest.mark.parametrize("template", [MOVED_SYSTEM, MARKED_LAST_QUESTION])
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_not_masked_wrongly(byte, template):
     with pytest.raises(BadRow, match="writes a turn differently"):
         tokens_and_weights(WITH_SYSTEM, byte, template)
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def test_an_answer_that_loses_its_empty_thoughts_when_others_follow_is_supervised_as_it_stands(byte):
+    """Qwen 3's template writes them into the last answer alone; every row with two answers was refused."""
+    assert answers(WITH_SYSTEM, byte, THINKING) == ["Hello!<|im_end|>", "<think></think>Yes.<|im_end|>"]
+    for tokenizer in (byte, byte_tokenizer(special=CHATML_TOKENS), WithoutOffsets(byte)):
+        assert answers(WITH_SYSTEM, tokenizer, QWEN_3) == ["Hello!<|im_end|>", f"{EMPTY}Yes.<|im_end|>"]
+    for same in ("Two?", "<|im_end|>", "assistant\n", "Lorem ipsum"):  # nothing is found by what is written in it
+        example = chat(("user", same), ("assistant", same), ("user", same), ("assistant", same))
+        assert answers(example, byte, QWEN_3) == [f"{same}<|im_end|>", f"{EMPTY}{same}<|im_end|>"]
+    with_closing = QWEN_3 + "{{ '' if add_generation_prompt else eos_token }}"
+    assert answers(TWO_TURNS, byte, with_closing)[0] == "Hello!<|im_end|>"
+
+
+@pytest.mark.parametrize("text", ["", "Wait."])
+def test_calls_are_found_under_a_template_that_rewrites_them_when_their_results_follow(byte, text):
+    def written(*numbers: int) -> str:
+        calls = [f'<tool_call>\n{{"name": "add", "arguments": {{"a": {i}}}}}\n</tool_call>' for i in numbers]
+        return "\n".join([*[text] * bool(text), *calls]) + "<|im_end|>"
+
+    rounds = [
+        Message("assistant", text, extra={"tool_calls": [call(1)]}),
+        Message("tool", "3"),
+        Message("assistant", text, extra={"tool_calls": [call(1), call(2)]}),
+        Message("tool", "add"),
+        Message("tool", text),
+    ]
+    example = chat(("user", "Q"), *rounds, ("assistant", "7"), ("user", "Q"), *rounds, ("assistant", "8"), tools=(ADD,))
+    found = answers(example, byte, QWEN_3)
+    assert found == [*[written(1), written(1, 2)], "7<|im_end|>", *[written(1), written(1, 2)], f"{EMPTY}8<|im_end|>"]
+
+
+@pytest.mark.parametrize("thinks", ["in a field", "in the text"])
+def test_an_earlier_answer_whose_thoughts_the_template_drops_is_refused_and_the_last_one_s_are_supervised(byte, thinks):
+    def answer(text: str) -> Message:
+        if thinks == "in a field":
+            return Message("assistant", text, extra={"reasoning_content": "Hm"})
+        return Message("assistant", f"<think>\nHm\n</think>\n\n{text}")
+
+    last = chat(("user", "Q"), ("assistant", "A"), ("user", "Q"), answer("B"))
+    assert answers(last, byte, QWEN_3) == ["A<|im_end|>", "<think>\nHm\n</think>\n\nB<|im_end|>"]
+    both = chat(("user", "Q"), answer("A"), ("user", "Q"), answer("B"))
+    with pytest.raises(BadRow, match="writes a turn differently"):
+        tokens_and_weights(both, byte, QWEN_3)
+    assert answers(both, byte, QWEN_3, train_on_last_turn_only=True) == ["<think>\nHm\n</think>\n\nB<|im_end|>"]
+
+
+def test_an_answer_that_says_something_else_when_others_follow_is_refused(byte):
+    for written in ("m.content | upper", "''", "m.content[:3]", "m.content + m.content"):
+        ours = "{{ m.content if loop.last or m.role == 'user' else " + written + " }}"
+        template = "{% for m in messages %}{{ '<|im_start|>' + m.role }}" + ours + "<|im_end|>{% endfor %}"
+        template += "{{ '<|im_start|>assistant' if add_generation_prompt }}"
+        with pytest.raises(BadRow, match="writes a turn differently"):
+            tokens_and_weights(TWO_TURNS, byte, template)
+
+
+def test_the_token_that_ends_earlier_answers_is_supervised_where_another_ends_the_last():
+    """gpt-oss: eos was taken off as what closes every text, and the model never learned to end an earlier answer."""
+    tokenizer = byte_tokenizer(special=("<|start|>", "<|message|>", "<|end|>"))
+    first, last = answers(WITH_SYSTEM, tokenizer, GPT_OSS)
+    assert (first, last) == ("<|message|>Hello!<|end|>", "<|message|>Yes.<eos>")
+
+
+def test_a_token_that_begins_the_next_turn_is_not_taken_for_the_end_of_an_answer():
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+    tokenizer = byte_tokenizer(special=("<|user|>", "<|assistant|>"))
+    assert answers(TWO_TURNS, tokenizer, template) == ["Hello!", "Yes.<eos>"]
+    opens_alike = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}{% endfor %}"
+    opens_alike += "{{ '<|turn|>assistant: ' if add_generation_prompt else eos_token }}"
+    assert answers(TWO_TURNS, byte_tokenizer(special=("<|turn|>",)), opens_alike) == ["Hello!", "Yes.<eos>"]
+
+
+# ----- what templates leave out ---------------------------------------------------------------------------------------
+
+PLAIN = "<|{{ m.role }}|>{{ m.content }}<|end|>"
+LEAVES_OUT = {
+    "the text of system messages": "{% if m.role != 'system' %}" + PLAIN + "{% endif %}",
+    "the text of tool messages": "{% if m.role != 'tool' %}" + PLAIN + "{{ m.tool_calls }}{% endif %}",
+    "the text beside tool calls": "{% if m.tool_calls %}<|call|>{{ m.tool_calls }}<|end|>{% else %}"
+    + PLAIN
+    + "{% endif %}",
+    "the thoughts before </think>": "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}{{ m.tool_calls }}<|end|>",
+}
+
+
+@pytest.mark.parametrize("part", LEAVES_OUT)
+def test_what_a_template_leaves_out_is_a_bad_row_and_what_it_writes_is_not(byte, part):
+    examples = {
+        "the text of system messages": WITH_SYSTEM,
+        "the text of tool messages": chat(
+            ("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}), ("tool", "3"), ("assistant", "3")
+        ),
+        "the text beside tool calls": chat(
+            ("user", "Q"), Message("assistant", "Wait.", extra={"tool_calls": [call(1)]}), ("tool", "3")
+        ),
+        "the thoughts before </think>": chat(("user", "Q"), ("assistant", "<think>\nHm\n</think>\n\nA")),
+    }
+    template = "{% for m in messages %}" + LEAVES_OUT[part] + "{% endfor %}"
+    with pytest.raises(BadRow, match=f"the chat template leaves out {part}"):
+        tokens_and_weights(examples[part], byte, template)
+    tokens_and_weights(TWO_TURNS, byte, template)
+    for example in examples.values():
+        tokens_and_weights(example, byte, "{% for m in messages %}" + PLAIN + "{{ m.tool_calls }}{% endfor %}")
+
+
+def test_mentioning_tools_and_reasoning_is_not_writing_them(byte):
+    mentions = "{# tools tool_calls reasoning_content #}{% if tools is defined %}{% endif %}" + MARKED
+    for example, part in (
+        (chat(*TWO_TURNS.messages, tools=(ADD,)), "tools"),
+        (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
+        (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
+    ):
+        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
+            tokens_and_weights(example, byte, mentions)
+
+
+def test_a_second_system_message_that_replaces_the_first_is_a_bad_row(byte):
+    """The distillates of R1 write the last one, at the start."""
+    template = "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
+    template += "{% set ns.system = m.content %}{% endfor %}{{ ns.system }}"
+    template += "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+    assert answers(WITH_SYSTEM, byte, template) == ["<assistant>Hello!|", "<assistant>Yes.|"]
+    second = chat(*WITH_SYSTEM.messages, ("system", "Be long."), ("user", "Three?"), ("assistant", "No."))
+    with pytest.raises(BadRow, match="leaves out the text of system messages"):
+        tokens_and_weights(second, byte, template, train_on_last_turn_only=True)
+
+
+def test_what_a_template_leaves_out_is_asked_once_for_rows_alike(byte, monkeypatch):
+    renderings = []
+    counted = templates._render
+    monkeypatch.setattr(templates, "_render", lambda *args, **kw: renderings.append(args) or counted(*args, **kw))
+    rows = [chat(("system", "S"), *[("user", f"Q{i}"), ("assistant", f"A{i}")] * i) for i in range(1, 30)]
+    template = TEMPLATES["chatml"] + "{# of this test #}"
+    tokenize_examples(rows[:2], byte, template)
+    renderings.clear()
+    for row in rows:
+        templates.check_has_place(row, template)
+    assert not renderings
+
+
+def test_rows_are_the_same_every_day(byte, monkeypatch):
+    """Llama 3.2's template writes the date into the system message."""
+    template = "{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}\n  {% if true %}\n"
+    template += "{{ date }}{% endif %}{{ strftime_now('%-d/%m') }}" + MARKED
+    assert byte.decode(tokens_and_weights(TWO_TURNS, byte, template)[0]).startswith("<bos>26 Jul 202426/07> Hi;")
+    assert answers(TWO_TURNS, byte, template) == ["Hello!;", "Yes.;"]
+    now = datetime.now()
+    expected = byte.apply_chat_template(as_dicts(TWO_TURNS.messages), chat_template=template, tokenize=False)
+    found = render(as_dicts(TWO_TURNS.messages), template, byte.special_tokens_map)
+    assert found == expected.replace(f"{now:%d %b %Y}", "26 Jul 2024").replace(f"{now:%-d/%m}", "26/07")
 
 
 def test_the_last_turn_can_be_trained_on_under_a_template_that_rewrites_earlier_ones(byte):
@@ -747,15 +987,24 @@ def test_a_template_can_be_a_file(byte, tmp_path):
     assert resolve_template(byte, str(tmp_path / "own.jinja")) == MARKED
 
 
+def test_the_example_config_of_mistral_uses_a_template_whose_answers_end_with_eos(byte):
+    """Under chatml, which its base model has no tokens for, no eos was ever trained on."""
+    config = Path(__file__).parent.parent / "configs/mistral7b.yaml"
+    template = TEMPLATES[yaml.safe_load(config.read_text())["data"]["chat_template"]]
+    assert ends_visibly(byte, template)
+    assert answers(WITH_SYSTEM, byte, template) == [" Hello!<eos>", " Yes.<eos>"]
+
+
 def test_a_template_that_does_not_exist_is_refused_with_the_names_that_do(byte):
     with pytest.raises(UserError, match=r"'chat-ml' is neither .* \(alpaca, chatml, gemma, llama-2, .*, vicuna\)"):
         resolve_template(byte, "chat-ml")
 
 
 def test_a_template_that_is_no_jinja_is_refused(byte, tmp_path):
-    (tmp_path / "own.jinja").write_text("{% for m in messages %}\n{{ m.content }")
-    with pytest.raises(UserError, match=r"own.jinja:\d is not valid jinja"):
-        resolve_template(byte, str(tmp_path / "own.jinja"))
+    for begin in ("", "{{ strftime_now('%d') }}"):
+        (tmp_path / "own.jinja").write_text(begin + "{% for m in messages %}\n{{ m.content }")
+        with pytest.raises(UserError, match=r"own.jinja:2 is not valid jinja"):
+            resolve_template(byte, str(tmp_path / "own.jinja"))
 
 
 def test_several_templates_without_a_default_are_refused():

@@ -1,14 +1,21 @@
-"""Whose checkpoint a run goes on from, and that a process can run more than once."""
+"""Whose checkpoint a run goes on from, that it goes on exactly, and that a process can run more than once."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from runs import gsm8k_overrides
+from safetensors.torch import load_file
+from small_runs import DENSE_STEPS, STEPS, Playground, overrides, result, status
 
 from sora_llm import checkpoint
 from sora_llm.errors import UserError
@@ -27,8 +34,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    import shutil
-
     shutil.copytree(source, target)
     return target
 
@@ -65,9 +70,6 @@ def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(fin
     second.start()
     while second.is_alive() and not (directory / ".lock").exists():
         pass
-    import shutil
-    import time
-
     time.sleep(10)  # it is past its first look by now, or it finds the finished run at once: the result is the same
     shutil.copytree(finished, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -108,3 +110,138 @@ def test_the_template_that_was_used_goes_with_the_adapter(tmp_path):
 
 def test_prompts_and_completions_need_no_template(finished):
     assert not (finished / "adapter" / "chat_template.jinja").exists()
+
+
+# ----- exactly the uninterrupted run ----------------------------------------------------------------------------------
+
+INTERRUPTED_AT = (1, DENSE_STEPS + 2, STEPS)
+"""In the dense phase, in the sparsify phase, before the export."""
+
+MODES = {
+    "a row a sequence": {},
+    "packed, accumulated": {
+        "data.sample_packing": True,
+        "train.per_device_train_batch_size": 1,
+        "train.gradient_accumulation_steps": 2,
+    },
+    "packed": {"data.sample_packing": True},
+    "accumulated": {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 2},
+}
+QUICK_MODES = ("a row a sequence", "packed, accumulated")
+DROPOUT = {"sora.lora_dropout": 0.1}
+
+
+def interrupt(straight: Path, run_dir: Path, step: int) -> Path:
+    """The directory of a run as its death some time after the checkpoint of `step` leaves it."""
+
+    def later(_folder: str, names: list[str]) -> list[str]:
+        steps = [name for name in names if name.startswith("step-")]
+        return [name for name in steps if int(name.removeprefix("step-")) > step] + ["adapter"]
+
+    shutil.copytree(straight, run_dir, ignore=later)
+    left = status(run_dir) | {"state": "running", "checkpoint": f"checkpoints/step-{step}", "adapter": None}
+    (run_dir / "status.json").write_text(json.dumps(left))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[] if mode in QUICK_MODES else pytest.mark.matrix) for mode in MODES]
+)
+def test_a_run_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
+    mode: str, ground: Playground, tmp_path: Path
+) -> None:
+    options = {**MODES[mode], **DROPOUT, "output.save_steps": 1}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "straight", **options))
+    whole = result(tmp_path / "straight")
+    assert {line["phase"] for line in whole["metrics"]} == {"dense", "sparsify", "export"}
+    for step in INTERRUPTED_AT:
+        run_dir = interrupt(tmp_path / "straight", tmp_path / f"from {step}", step)
+        run(CONFIG, *overrides(ground.folder, run_dir, **options))
+        assert result(run_dir) == whole, step
+        for later in range(step + 1, STEPS + 1):
+            name = Path("checkpoints", f"step-{later}", "adapter.safetensors")
+            assert (run_dir / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight(ground: Playground) -> Callable[[str, int], Path]:
+    """The directory of an undisturbed run under a strategy, with a checkpoint of every step."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(strategy: str, num_processes: int) -> Path:
+        if (strategy, num_processes) not in made:
+            name, options = (
+                f"straight {strategy}",
+                {"distributed.strategy": strategy, "output.save_steps": 1, **DROPOUT},
+            )
+            assert ground.codes(name, num_processes, **options) == [0] * num_processes
+            made[strategy, num_processes] = ground.run_dir(name)
+        return made[strategy, num_processes]
+
+    return make
+
+
+SEVERAL = [(strategy, step) for strategy in ("ddp", "zero1", "zero2", "zero3") for step in INTERRUPTED_AT]
+QUICK = [("ddp", 1), ("zero1", DENSE_STEPS + 2), ("zero3", DENSE_STEPS + 2)]  # zero2: test_stopping.py
+
+
+@pytest.mark.parametrize(
+    ("strategy", "step"), [pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.matrix) for cell in SEVERAL]
+)
+def test_so_does_one_of_several_processes(
+    strategy: str, step: int, ground: Playground, straight: Callable[[str, int], Path]
+) -> None:
+    name, options = f"resumed {strategy} {step}", {"distributed.strategy": strategy, "output.save_steps": 1, **DROPOUT}
+    whole = straight(strategy, 2)
+    run_dir = interrupt(whole, ground.run_dir(name), step)
+    assert ground.codes(name, 2, **options) == [0, 0]
+    assert result(run_dir) == result(whole)
+
+
+SWITCHES = [
+    # the strategy and the number of processes before, and after
+    (("ddp", 2), ("zero2", 2)),
+    (("zero3", 2), ("none", 1)),
+    (("none", 1), ("zero2", 2)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SWITCHES, ids=["ddp to zero2", "zero3 to none", "none to zero2"])
+def test_a_run_goes_on_with_the_next_sample_under_another_strategy_and_number_of_processes(
+    before: tuple[str, int], after: tuple[str, int], ground: Playground, straight: Callable[[str, int], Path]
+) -> None:
+    """Without dropout, whose draws are each process's own."""
+    step = DENSE_STEPS + 1
+    name = f"{before[0]} then {after[0]}"
+    options = {"distributed.strategy": after[0], "output.save_steps": 1, "sora.lora_dropout": 0.0}
+    whole = ground.run_dir(f"plain {before[0]}")
+    if not whole.exists():
+        assert 0 in ground.codes(f"plain {before[0]}", before[1], **options | {"distributed.strategy": before[0]})
+    run_dir = interrupt(whole, ground.run_dir(name), step)
+    assert ground.codes(name, after[1], **options) == [0] * after[1]
+    assert json.loads((run_dir / "env.json").read_text())["strategy"] == after[0]
+    ours, theirs = result(run_dir), result(whole)
+    assert [line["step"] for line in ours["metrics"]] == [line["step"] for line in theirs["metrics"]]
+    for one, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert one.get("supervised_tokens") == other.get("supervised_tokens")  # the same rows in every step
+        for key in ("loss", "eval_loss", "grad_norm"):
+            # float32 sums in another order, of weights that differ by up to DELTA_TOLERANCE after some steps
+            assert one.get(key) == (other.get(key) and pytest.approx(other[key], rel=DELTA_TOLERANCE)), (one, other)
+    assert ours["ranks"][-1] == theirs["ranks"][-1]
+    for module, delta in delta_weights(run_dir).items():
+        error = (delta - delta_weights(whole)[module]).norm() / delta.norm().clamp(min=1e-30)
+        assert error < DELTA_TOLERANCE, (module, error)
+
+
+DELTA_TOLERANCE = 1e-5
+"""Relative error of a module's ΔW after the last steps: another split of a batch sums in another order (seen: 2e-6)."""
+
+
+def delta_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """B · A of every module of the exported adapter, in float64."""
+    factors: dict[str, Any] = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    return {
+        name: factors[name.replace("lora_A", "lora_B")].double() @ A.double()
+        for name, A in factors.items()
+        if "lora_A" in name
+    }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq, itemgetter
@@ -38,7 +39,10 @@ def tokenize_examples(
     """Token ids and weights of some examples, all tokenised in one call; of an example that has none, the reason.
 
     Conversations: `template` renders them; supervised are the assistant's turns with their end-of-turn token, but not
-    the line break after it.  A message's own weight comes before the options.  Prompt and completion: joined as text
+    the line break after it.  A message's own weight comes before `train_on_inputs`; under `train_on_last_turn_only` it
+    counts for the last answer and for nothing else, so that an earlier one has 0 whatever it says.  Where a template
+    writes an answer differently once others follow, without the (empty) thoughts of the last one, the earlier answer
+    is supervised as it stands in the whole conversation.  Prompt and completion: joined as text
     with `separator` and tokenised together, supervised from the end of the longest common prefix with the tokenised
     prompt.  Texts: everything.  The latter two end with eos.  There is exactly one BOS at the start where the
     tokenizer uses one, whether it or the template writes it; position 0 has nothing before it and has weight 0.
@@ -60,6 +64,7 @@ def tokenize_examples(
         template,
         tokenizer.special_tokens_map,
         tokenizer.all_special_tokens,
+        _special_tokens(tokenizer),
         train_on_inputs,
         train_on_last_turn_only,
         separator,
@@ -75,6 +80,52 @@ def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int
     if template is not None:
         prompt = render(as_dicts([Message("user", prompt)]), template, tokenizer.special_tokens_map, prompt=True)
     return _tokenize([prompt], tokenizer)[0].ids
+
+
+def served_template(tokenizer: Any, template: str) -> str:
+    """The template to put beside a model that was trained with this one.
+
+    Clients tokenise what it renders and add nothing (`apply_chat_template`), so it has to write the BOS that the
+    tokenizer put before every sequence here, and the blank that sentencepiece puts before a text that does not begin
+    with a token of its own.
+    """
+    prompts = [
+        [Message("user", "Hi")],
+        [Message("system", "Be brief."), Message("user", "Hi")],
+        [Message("user", "Hi"), Message("assistant", "Ho"), Message("user", "Hi")],
+    ]
+
+    def renderings(source: str) -> list[str]:
+        texts = []
+        for messages in prompts:
+            with suppress(BadRow):  # a template may refuse a system message
+                texts.append(render(as_dicts(messages), source, tokenizer.special_tokens_map, prompt=True))
+        return texts
+
+    def served(source: str) -> list[list[int]]:
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(source)]
+
+    trained = [tokens.ids for tokens in _tokenize(renderings(template), tokenizer)]
+    with_bos, with_blank = ("{{- " + start + " }}" + template for start in ("bos_token", "bos_token + ' '"))
+    return next((source for source in (template, with_bos, with_blank) if served(source) == trained), with_bos)
+
+
+def ends_visibly(tokenizer: Any, template: str) -> bool:
+    """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
+    knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
+    True where the template refuses a question and an answer, which it does not say anything about."""
+    (row,) = tokenize_examples([Conversation((Message("user", "Hi"), Message("assistant", "Ho")))], tokenizer, template)
+    if isinstance(row, BadRow):
+        return True
+    ids, weights = row
+    last = int(ids[weights > 0][-1])
+    return last in {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Those with a name (eos and so on) and those that the vocabulary calls special, the longest first."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 # ----- example → text and the weights of its characters ---------------------------------------------------------------
@@ -102,6 +153,8 @@ class _Drafting:
     special_tokens: Mapping[str, Any]
     closing_tokens: Sequence[str]
     """Those that templates may write after the last turn of any conversation."""
+    special_texts: Sequence[str]
+    """All special tokens, the longest first."""
     train_on_inputs: bool
     last_turn_only: bool
     separator: str
@@ -122,8 +175,8 @@ class _Drafting:
         check_has_place(conversation, self.template)
         dicts, usual = as_dicts(conversation.messages), float(self.train_on_inputs)
 
-        def rendered(num_messages: int, prompt: bool = False) -> str:
-            part = dicts[:num_messages]
+        def rendered(num_messages: int, prompt: bool = False, of: Any = None) -> str:
+            part = dicts[:num_messages] if of is None else of
             return render(part, self.template, self.special_tokens, tools=conversation.tools, prompt=prompt)
 
         weights = self._weights(conversation.messages)
@@ -157,18 +210,80 @@ class _Drafting:
         self, i: int, messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[..., str]
     ) -> tuple[int, int]:
         """Where turn i begins and ends in the rendered text, by what it adds to the conversation before it."""
-        end = len(text) if i + 1 == len(messages) else self._length_in(text, rendered(i + 1))
-        if messages[i]["role"] != "assistant":
+        is_answer, content_at = messages[i]["role"] == "assistant", len(text)
+        if i + 1 == len(messages):
+            end = len(text)
+        else:
+            alone = rendered(i + 1)
+            try:
+                end = self._length_in(text, alone)
+            except BadRow:
+                if not is_answer:
+                    raise
+                content_at, end = self._rewritten(i, messages, text, alone, rendered)
+            else:
+                end += len(self._end_token(i, text, end, alone, rendered)) if is_answer else 0
+        if not is_answer:
             start = self._length_in(text, rendered(i)) if i else 0
         elif text.startswith(prompt := rendered(i, prompt=True)):
             start = len(prompt)
         else:  # the prompt opens more than this answer has, such as thoughts
             start = max(self._length_in(text, rendered(i)), _common_prefix(text, prompt))
+        start = min(start, content_at)
         if ends_answers_visibly(self.template):
             end = start + len(text[start:end].rstrip())
         if end <= start and (messages[i]["content"].strip() or messages[i].get("tool_calls")):
             raise BadRow(f"the chat template writes nothing in the place of messages[{i}] ({messages[i]['role']})")
         return start, max(start, end)
+
+    def _end_token(self, i: int, text: str, end: int, alone: str, rendered: Callable[..., str]) -> str:
+        """The token that ends answer i where another one ends it at the end of a conversation (gpt-oss writes
+        <|return|> there and <|end|> elsewhere): it stands in the text after the answer, and in the prompt for the next
+        one, but does not open an answer."""
+        if alone.rstrip() == text[:end].rstrip():
+            return ""
+        token = next((token for token in self.special_texts if token and text.startswith(token, end)), "")
+        if not token or not rendered(i + 1, prompt=True).startswith(text[:end] + token):
+            return ""
+        opened, before = rendered(i, prompt=True), rendered(i)
+        return "" if opened.startswith(token, self._length_in(opened, before)) else token
+
+    def _rewritten(
+        self, i: int, messages: Sequence[Mapping[str, Any]], text: str, alone: str, rendered: Callable[..., str]
+    ) -> tuple[int, int]:
+        """Of an answer that is written differently as the last one (`alone`: the conversation up to it) and in the
+        whole, where in the whole its own text begins and the turn ends: its text stands where renderings of other
+        texts differ, and what follows there is what follows in `alone`.
+
+        Raises `BadRow` if the two do not say the same, or the answer has thoughts, which templates drop of earlier
+        answers: it would be learned without them.
+        """
+        message = messages[i]
+        if message.get("reasoning_content") or "</think>" in message["content"]:
+            raise BadRow(_WRITTEN_DIFFERENTLY)
+        first, last = self._place_of(i, messages, text, rendered)
+        first_alone, last_alone = self._place_of(i, messages[: i + 1], alone, rendered)
+        if text[first:last] != alone[first_alone:last_alone]:
+            raise BadRow(_WRITTEN_DIFFERENTLY)
+        length = self._length_in(text[last:], alone[last_alone:])
+        if not text[last : last + length].strip():
+            raise BadRow(_WRITTEN_DIFFERENTLY)
+        return first, last + length
+
+    def _place_of(
+        self, i: int, messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[..., str]
+    ) -> tuple[int, int]:
+        """Where a rendered conversation has what message i says (its text; the names of its calls and what is
+        between them), by what two replacements change, which differ in their first and in their last character."""
+        one, other = (
+            rendered(0, of=[*messages[:i], _saying(words, messages[i]), *messages[i + 1 :]]) for words in _REPLACEMENTS
+        )
+        first, after = _common_prefix(one, other), _common_prefix(one[::-1], other[::-1])
+        last = len(text) - after
+        is_bounded = first < len(one) - after and first < last
+        if not is_bounded or text[:first] != one[:first] or text[last:] != one[len(one) - after :]:
+            raise BadRow(_WRITTEN_DIFFERENTLY)
+        return first, last
 
     def _length_in(self, text: str, part: str) -> int:
         """How much of the text a rendered part of its conversation is: all, but for what closes every text (some
@@ -179,12 +294,26 @@ class _Drafting:
             closing = next((token for token in self.closing_tokens if token and part.endswith(token)), "")
             shorter = part.removesuffix(closing).rstrip() if closing else part.rstrip()
             if shorter == part:
-                raise BadRow(
-                    "the chat template writes a turn differently when others follow, so that its tokens cannot be "
-                    "found: use train_on_last_turn_only, or a template with {% generation %} markers"
-                )
+                raise BadRow(_WRITTEN_DIFFERENTLY)
             part = shorter
         return len(part)
+
+
+_WRITTEN_DIFFERENTLY = (
+    "the chat template writes a turn differently when others follow, so that its tokens cannot be found: use "
+    "train_on_last_turn_only, or a template with {% generation %} markers"
+)
+_REPLACEMENTS = ("Lorem ipsum", "Dolor sit.")
+
+
+def _saying(words: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with other words for its text and for the names of its calls."""
+    other = dict(message)
+    if message["content"].strip():
+        other["content"] = words
+    if calls := message.get("tool_calls"):
+        other["tool_calls"] = [{**call, "function": {**call["function"], "name": words}} for call in calls]
+    return other
 
 
 def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[float]) -> Sequence[float]:

@@ -1,0 +1,143 @@
+"""Runs of six steps on a few short rows of GSM8K, in a second: for tests of stopping and resuming."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import shared
+from nursery import Child, Nursery
+from runs import gsm8k_overrides
+
+CONFIG = "configs/llama7b.yaml"
+STEPS, DENSE_STEPS, EVALUATED_STEP = 6, 2, 3
+DEV_ROWS, EVAL_BATCH = 6, 2
+EVAL_CALLS = DEV_ROWS // EVAL_BATCH
+"""Batches of an evaluation in one process (it takes as many of half the size in each of two)."""
+
+WORLDS: dict[int, dict[str, Any]] = {1: {}, 2: {"distributed.strategy": "zero2"}}
+"""Options of a run by its number of processes."""
+
+MODULES = ("faults", "sora_llm.train", "deepspeed", "peft")
+"""What every trainer imports."""
+
+
+def short_rows(folder: Path, count: int = 30) -> dict[str, Any]:
+    """A data set of the first short rows of GSM8K."""
+    lines = [line for line in shared("data/gsm8k_train.jsonl").read_text().splitlines() if len(line) < 240]
+    (folder / "rows.jsonl").write_text("\n".join(lines[:count]))
+    columns = {"prompt": "question", "completion": "answer"}
+    return {"path": str(folder / "rows.jsonl"), "type": "prompt_completion", "columns": columns}
+
+
+def overrides(folder: Path, run_dir: Path, num_processes: int = 1, **others: Any) -> list[str]:
+    """configs/llama7b.yaml in float32 on `folder`/rows.jsonl: steps of two rows whatever the number of processes."""
+    values = {
+        "data.datasets": [
+            {
+                "path": str(folder / "rows.jsonl"),
+                "type": "prompt_completion",
+                "columns": {"prompt": "question", "completion": "answer"},
+            }
+        ],
+        "data.val_set_size": DEV_ROWS,
+        "data.sequence_len": 192,
+        "data.excess_length": "truncate",
+        "data.sample_packing": False,
+        "data.cache_dir": str(folder / "cache"),
+        "model.dtype": "float32",
+        "quantization.load_in_4bit": False,
+        "sora.r": 4,
+        "sora.gate_lr": 0.5,  # high enough for gates to reach 0 in four steps
+        "sora.dense_ratio": 0.34,
+        "train.max_steps": STEPS,
+        "train.per_device_train_batch_size": 2 // num_processes,
+        "train.gradient_checkpointing": False,
+        "evaluation.eval_steps": EVALUATED_STEP,
+        "evaluation.per_device_eval_batch_size": EVAL_BATCH // num_processes,
+        "output.logging_steps": 1,
+        "output.save_total_limit": None,
+        "output.report_to": [],
+        **others,
+    }
+    return gsm8k_overrides(run_dir, **values)
+
+
+@dataclass(frozen=True)
+class Playground:
+    """A nursery and a folder for run directories; rows and cache are shared."""
+
+    folder: Path
+    nursery: Nursery
+
+    def start(
+        self,
+        name: str,
+        num_processes: int = 1,
+        faults: Sequence[dict[str, Any]] = (),
+        audit: bool = False,
+        **others: Any,
+    ) -> list[Child]:
+        """The processes of a run into the directory `name`."""
+        call = self.call(name, num_processes, faults, **others) | {"audit": audit}
+        if num_processes == 1:
+            return [self.nursery.start("faults:trainer", call)]
+        return self.nursery.world("faults:trainer", num_processes, call)
+
+    def call(
+        self, name: str, num_processes: int = 1, faults: Sequence[dict[str, Any]] = (), **others: Any
+    ) -> dict[str, Any]:
+        """The arguments of `faults.trainer`."""
+        run_dir = self.run_dir(name)
+        run_dir.parent.mkdir(exist_ok=True)
+        arguments = [CONFIG, *overrides(self.folder, run_dir, num_processes, **others)]
+        return {"arguments": arguments, "faults": list(faults), "folder": str(run_dir.parent), "run_dir": str(run_dir)}
+
+    def codes(self, *arguments: Any, timeout: float = 60, **options: Any) -> list[int]:
+        """The exit codes of `start`."""
+        return [child.wait(timeout) for child in self.start(*arguments, **options)]
+
+    def reported(self, name: str, place: str, timeout: float = 60) -> None:
+        """Wait for the report `place` of a fault."""
+        deadline = time.monotonic() + timeout
+        while not (self.folder / name / place).exists():
+            assert time.monotonic() < deadline, f"{name} was not at {place} after {timeout:g} s"
+            time.sleep(0.01)
+
+    def go(self, name: str) -> None:
+        """Let faults that wait go on."""
+        (self.folder / name / "go").touch()
+
+    def run_dir(self, name: str) -> Path:
+        """Of a run; reports of faults lie beside it."""
+        return self.folder / name / "run"
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """status.json."""
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    """Names of everything in checkpoints/, also of what should not be left there."""
+    folder = run_dir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    """What must be the same in two runs: the adapter's bytes, the lines but for their clocks."""
+    clocks = ("tokens_per_second", "peak_memory_gib")
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in clocks} for line in found]
+
+    return {
+        "adapter": (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": lines("metrics.jsonl"),
+        "ranks": lines("ranks.jsonl"),
+    }
