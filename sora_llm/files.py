@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +11,9 @@ import threading
 from pathlib import Path
 
 from sora_llm.errors import UserError
+
+_NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+"""What file systems say that cannot do it, or that do not let us read the folder."""
 
 
 def file_sha256(path: Path) -> str:
@@ -62,11 +66,15 @@ def make_folder(folder: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FSYNC_OF_FOLDERS):
+            raise
 
 
 def user_path(text: str, key: str) -> Path:

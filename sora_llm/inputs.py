@@ -27,7 +27,7 @@ from sora_llm.data.prepare import DataReport, prepare
 from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import resolve_template
-from sora_llm.data.tokenize import encode_prompt, served_template
+from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.inject import target_linears
@@ -316,7 +316,7 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
     return order
 
 
-def describe_data(config: Config, data: TrainingData, order: Order) -> list[str]:
+def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:
     """The data of a run, a line about each source."""
     if isinstance(order, StreamOrder):
         lines = describe_stream(config, order)
@@ -329,7 +329,16 @@ def describe_data(config: Config, data: TrainingData, order: Order) -> list[str]
         lines.append(f"dev data: {describe(data.dev_report)}")
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
+    if _has_conversations(config) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
+        lines.append(
+            "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for it "
+            "to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+        )
     return lines
+
+
+def _has_conversations(config: Config) -> bool:
+    return any(dataset.type not in ("completion", "prompt_completion") for dataset in config.data.datasets)
 
 
 def describe(report: DataReport) -> str:
@@ -377,8 +386,7 @@ def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[st
 def exported_template(config: Config, inputs: Inputs) -> str | None:
     """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
     before it, unless the tokenizer has it already."""
-    data = config.data.datasets
-    if all(dataset.type in ("completion", "prompt_completion") for dataset in data):
+    if not _has_conversations(config):
         return None
     template = served_template(inputs.tokenizer, inputs.chat_template)
     return None if template == inputs.tokenizer.chat_template else template

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sora_llm.errors import RunFailed
+
+CONNECT_SECONDS = 60
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 8.0
 """For the main thread to end by itself, with its own error, after another process was lost."""
@@ -144,15 +147,28 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
         server = _listen(host)
         place = (server.getsockname()[1], secrets.token_hex(16))
     port, token = exchange(place)[0]
-    if server is None:
-        peer = socket.create_connection((host, port), timeout=60)
-        peer.sendall(f"{token} {process_index}\n".encode())
-        return {0: _kept_alive(peer)}
     peers: dict[int, socket.socket] = {}
+    if server is None:
+        try:
+            peer = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+            peer.sendall(f"{token} {process_index}\n".encode())
+        except OSError as error:
+            raise RunFailed(
+                f"process {process_index} on {socket.gethostname()} cannot reach the main process at {host}:{port} "
+                f"({error}): let the machines of a run connect to each other on any port"
+            ) from error
+        return {0: _kept_alive(peer)}
     with server:
-        server.settimeout(60)
+        server.settimeout(CONNECT_SECONDS)
         while len(peers) < num_processes - 1:
-            peer, _ = server.accept()
+            try:
+                peer, _ = server.accept()
+            except OSError as error:
+                missing = sorted(set(range(1, num_processes)) - set(peers))
+                raise RunFailed(
+                    f"process {missing[0]} has not connected to the main process on {socket.gethostname()} within "
+                    f"{CONNECT_SECONDS} s: let the machines of a run connect to each other on any port"
+                ) from error
             said, _, index = _first_line(peer).partition(" ")
             if secrets.compare_digest(said.encode(), token.encode()):
                 peers[int(index)] = _kept_alive(peer)

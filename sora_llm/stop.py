@@ -86,9 +86,12 @@ class StopRequest:
             os.close(self._wakeup)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
-        self._asked_by = self._asked_by or signal.Signals(number).name
+        is_first, self._asked_by = self._asked_by is None, self._asked_by or signal.Signals(number).name
         if self.at_once and not self._others_wait():
             self._raise_once()
+        elif is_first and self._is_main:  # not print, whose buffer this may have interrupted
+            with contextlib.suppress(OSError):
+                os.write(2, f"sora_llm: {self._asked_by}: stopping as soon as everything is saved\n".encode())
 
     def _raise_once(self) -> None:
         """A second request must not end what the first one has begun to put in order."""

@@ -326,7 +326,7 @@ def announce(job: Job) -> None:
     """Say what is about to run."""
     plan, world = job.plan, job.world
     memory = job.memory
-    for line in describe_data(job.config, job.data, job.order):
+    for line in describe_data(job.config, job.inputs, job.data, job.order):
         say(world, line)
     say(
         world,
@@ -784,6 +784,7 @@ def rehearse(job: Job) -> RunResult:
     """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
     with tempfile.TemporaryDirectory() as folder:
         engine, tally = load_and_inject(job, StartPoint())
+        job.heed_stop()
         engine.set_rates(**job.plan.rates(0))
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.world.num_processes)

@@ -157,3 +157,13 @@ def test_a_sample_prompt_that_the_template_refuses_is_said_before_training(small
     options["data.datasets"] = [{"path": str(rows), "type": "alpaca"}]
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options)]) == 2
     assert "'Who?' cannot be asked" in capsys.readouterr().err
+
+
+def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, capsys):
+    """chatml under a base model: the model would learn to write <|im_end|>, and no client stops at it by itself."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 4)
+    for template, is_warned_of in (("chatml", True), ("alpaca", False)):
+        options = {**QUICK, "data.chat_template": template, "data.datasets": [{"path": str(rows), "type": "alpaca"}]}
+        assert main([CONFIG, *gsm8k_overrides(tmp_path / template, **options), "--dry-run"]) == 0
+        assert ("answers end with text that is no token" in capsys.readouterr().out) == is_warned_of

@@ -655,6 +655,9 @@ def test_an_answer_that_loses_its_empty_thoughts_when_others_follow_is_supervise
     for same in ("Two?", "<|im_end|>", "assistant\n", "Lorem ipsum"):  # nothing is found by what is written in it
         example = chat(("user", same), ("assistant", same), ("user", same), ("assistant", same))
         assert answers(example, byte, QWEN_3) == [f"{same}<|im_end|>", f"{EMPTY}{same}<|im_end|>"]
+    opened = QWEN_3.replace("assistant\\n' if add_", "assistant\\n<think>' if add_")  # as Qwen 3's thinking models
+    example = chat(("user", "Hi"), ("assistant", "<th>"), *TWO_TURNS.messages[2:])
+    assert opened != QWEN_3 and answers(example, byte, opened)[0] == "<th><|im_end|>"
     with_closing = QWEN_3 + "{{ '' if add_generation_prompt else eos_token }}"
     assert answers(TWO_TURNS, byte, with_closing)[0] == "Hello!<|im_end|>"
 
@@ -699,6 +702,10 @@ def test_an_answer_that_says_something_else_when_others_follow_is_refused(byte):
         template += "{{ '<|im_start|>assistant' if add_generation_prompt }}"
         with pytest.raises(BadRow, match="writes a turn differently"):
             tokens_and_weights(TWO_TURNS, byte, template)
+    no_end = "{% for m in messages %}[{{ m.role }}]{{ '#' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+    no_end += "{{ eos_token if loop.last }}{% endfor %}"
+    with pytest.raises(BadRow, match="writes a turn differently"):
+        tokens_and_weights(TWO_TURNS, byte, no_end)
 
 
 def test_the_token_that_ends_earlier_answers_is_supervised_where_another_ends_the_last():
@@ -784,6 +791,9 @@ def test_what_a_template_leaves_out_is_asked_once_for_rows_alike(byte, monkeypat
     for row in rows:
         templates.check_has_place(row, template)
     assert not renderings
+    rounds = [Message("assistant", "", extra={"tool_calls": [call(1)]}), ("tool", "3")] * 200
+    templates.check_has_place(chat(("user", "Q"), *rounds, ("assistant", "A")), template)
+    assert len(renderings) < 20  # of short conversations, however many rounds this one has
 
 
 def test_rows_are_the_same_every_day(byte, monkeypatch):

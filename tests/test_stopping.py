@@ -308,7 +308,6 @@ DEATHS = [
     ("save", 1, 0, "KILL", f"process 0 on {HOST} died"),
     ("rename", 1, 0, "KILL", f"process 0 on {HOST} died"),
     ("evaluation", 1, 1, "raise", f"process 1 on {HOST} failed: CUDA out of memory"),
-    ("step", 2, 1, "raise", f"process 1 on {HOST} failed: CUDA out of memory"),
     ("reload", 1, 1, "KILL", f"process 1 on {HOST} died"),
     ("publish", 1, 0, "KILL", f"process 0 on {HOST} died"),
 ]

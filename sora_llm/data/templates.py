@@ -12,7 +12,6 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sora_llm.data.formats import Conversation, Message
 from sora_llm.data.sources import BadRow
 from sora_llm.errors import UserError
+from sora_llm.files import user_path
 
 # ----- the built-in templates -----------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ def _template_source(tokenizer: Any, name: str | None) -> str:
         return _own_template(tokenizer) or TEMPLATES[DEFAULT_TEMPLATE]
     if name in TEMPLATES:
         return TEMPLATES[name]
-    file = Path(name).expanduser()
+    file = user_path(name, "data.chat_template")
     if not file.is_file():
         raise UserError(
             f"data.chat_template {name!r} is neither a built-in template ({', '.join(TEMPLATES)}) nor a jinja file"
