@@ -331,8 +331,8 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
     if _has_conversations(config) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
         lines.append(
-            "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for it "
-            "to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+            "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for "
+            "it to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
         )
     return lines
 
