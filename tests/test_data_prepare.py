@@ -11,13 +11,13 @@ import socket
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import shared
+from test_data_cache import FORK, start, until
 from test_data_formats import ALPACA, json_lines, write
 from test_data_tokenize import byte_tokenizer
 from transformers import AutoTokenizer
@@ -452,23 +452,6 @@ def test_the_cache_is_in_the_user_s_cache_folder(monkeypatch, tmp_path):
 
 
 # ----- one writer -----------------------------------------------------------------------------------------------------
-
-FORK = multiprocessing.get_context("fork")
-
-
-def start(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
-    """Run a function in a process of its own."""
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        time.sleep(0.01)
 
 
 def _prepare_and_tell(folder: Path, barrier, results) -> None:
