@@ -460,8 +460,9 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         if is_main and not dry_run:
             with contextlib.suppress(UserError), checkpoint.run_lock(run_dir, 0):  # else another run is in there
                 status = note_preempted(run_dir)
-    if is_main and not dry_run:
-        stop.remove_file()
+    if is_main:
+        if not dry_run:
+            stop.remove_file()
         saved = status["checkpoint"]
         where = f"{run_dir / saved} is complete; start the same command again to go on" if saved else "nothing to save"
         print(f"stopped by {request}: {where}", flush=True)

@@ -172,10 +172,8 @@ def straight(ground: Playground) -> Callable[[str, int], Path]:
 
     def make(strategy: str, num_processes: int) -> Path:
         if (strategy, num_processes) not in made:
-            name, options = (
-                f"straight {strategy}",
-                {"distributed.strategy": strategy, "output.save_steps": 1, **DROPOUT},
-            )
+            name = f"straight {strategy}"
+            options = {"distributed.strategy": strategy, "output.save_steps": 1, **NO_DROPOUT}
             assert ground.codes(name, num_processes, **options) == [0] * num_processes
             made[strategy, num_processes] = ground.run_dir(name)
         return made[strategy, num_processes]

@@ -290,6 +290,17 @@ def test_a_pool_of_which_one_process_is_killed_ends_within_seconds(tmp_path: Pat
     assert time.monotonic() - started < 15
 
 
+def test_a_signal_to_a_process_that_tokenises_is_not_taken_for_one_to_its_parent(tmp_path: Path) -> None:
+    with StopRequest(tmp_path) as stop:
+        pids = map_in_order(_ask_to_stop, range(4), 2)
+        assert os.getpid() not in set(pids) and not stop.is_asked()
+
+
+def _ask_to_stop(_number: int) -> int:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return os.getpid()
+
+
 def _die_at_three(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -82,6 +82,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     _function = function
     # Not the trainer's handlers, which a fork inherits.  A scheduler that wants a job to stop sends these signals to
     # all its processes, and the parent decides what becomes of it; the pool itself sends TERM to those that should end.
+    signal.set_wakeup_fd(-1)  # the parent's: it would take a signal that comes here for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
