@@ -40,16 +40,18 @@ class Child:
     """A process that the nursery has started; its folder holds output, pid and exit code."""
 
     folder: Path
+    nursery: subprocess.Popen[bytes]
 
     @property
     def pid(self) -> int:
-        return int(self._said("pid", 30))
+        return int(self._said("pid", 120))
 
     @property
     def output(self) -> str:
-        return (self.folder / "output").read_text(errors="replace")
+        path = self.folder / "output"
+        return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """The exit code, −N after signal N.  Raises AssertionError with the output if it takes longer."""
         return int(self._said("exit", timeout))
 
@@ -62,6 +64,8 @@ class Child:
     def _said(self, name: str, timeout: float) -> str:
         deadline = time.monotonic() + timeout
         while not (self.folder / name).exists():
+            if self.nursery.poll() is not None:
+                raise AssertionError(f"the nursery has ended:\n{(self.folder.parent / 'nursery').read_text()}")
             if time.monotonic() > deadline:
                 lines = "\n".join(self.output.splitlines()[-QUOTED_LINES:])
                 raise AssertionError(f"no {name} of {self.folder.name} after {timeout:g} s; its output ends:\n{lines}")
@@ -103,7 +107,7 @@ class Nursery:
         """Call `function` ("module:function") in a new process."""
         folder = self.folder / f"{len(self._children)}"
         folder.mkdir()
-        child = Child(folder)
+        child = Child(folder, self._process)
         self._children.append(child)
         call = {
             "function": function,
@@ -128,7 +132,7 @@ class Nursery:
         Without `marks` it leaves none in their environment: it is a shell.
         """
         start = len(self._children) + 1
-        workers = [Child(self.folder / f"{start + index}") for index in range(num_processes)]
+        workers = [Child(self.folder / f"{start + index}", self._process) for index in range(num_processes)]
         calls = [
             {"function": function, "arguments": dict(arguments), "environ": environ, "folder": str(child.folder)}
             for environ, child in zip(_launched(num_processes) if marks else [{}], workers, strict=True)

@@ -97,9 +97,13 @@ class Playground:
         arguments = [CONFIG, *overrides(self.folder, run_dir, num_processes, **others)]
         return {"arguments": arguments, "faults": list(faults), "folder": str(run_dir.parent), "run_dir": str(run_dir)}
 
-    def codes(self, *arguments: Any, timeout: float = 60, **options: Any) -> list[int]:
+    def codes(self, *arguments: Any, **options: Any) -> list[int]:
         """The exit codes of `start`."""
-        return [child.wait(timeout) for child in self.start(*arguments, **options)]
+        children = self.start(*arguments, **options)
+        codes = [child.wait() for child in children]
+        if any(codes):
+            print(children[0].output)  # for the report of a test that did not expect it
+        return codes
 
     def reported(self, name: str, place: str, timeout: float = 60) -> None:
         """Wait for the report `place` of a fault."""

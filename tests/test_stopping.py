@@ -187,6 +187,12 @@ def test_a_finished_run_stays_finished_when_its_command_is_started_again_and_sto
     assert status(run_dir) == before and before["state"] == "finished"
 
 
+def test_a_run_that_is_asked_to_stop_when_nothing_is_left_to_do_finishes(ground: Playground) -> None:
+    assert ground.codes("too late", faults=[{"place": "publish", "do": "TERM"}]) == [0]
+    found = status(ground.run_dir("too late"))
+    assert (found["state"], found["adapter"]) == ("finished", "adapter")
+
+
 def test_a_run_that_waits_for_another_one_to_end_can_be_stopped(ground: Playground) -> None:
     name = "waiting"
     run_dir = ground.run_dir(name)

@@ -7,12 +7,13 @@ takes its share of each step, as `order.share` has it; the next window is made w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -215,11 +216,19 @@ class WindowTokenizer:
         """Args:
         max_bad_row_fraction: of the rows so far; where more are malformed after a window the run stops.
         """
-        self._work, self._max_bad_row_fraction = work, max_bad_row_fraction
+        # A tokenizer of its own, used by one thread at a time: encoding sets its truncation, and the library crashes
+        # (a segmentation fault, seen) where another thread encodes meanwhile.
+        self._work = replace(work, tokenizer=copy.deepcopy(work.tokenizer))
+        self._one_at_a_time = threading.Lock()
+        self._max_bad_row_fraction = max_bad_row_fraction
 
     def __call__(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
         """Raises `UserError`: too many bad rows, a row too long where that is an error, nothing to train on in one of
         the data sets."""
+        with self._one_at_a_time:
+            return self._tokenise(items, before)
+
+    def _tokenise(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
         rows: list[TokenRow] = []
         bad_rows: list[tuple[str, str]] = []
         counts: list[Counts] = []
