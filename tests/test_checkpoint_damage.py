@@ -26,7 +26,7 @@ from small_runs import CONFIG, STEPS, Playground, checkpoints, overrides, result
 
 from sora_llm import checkpoint, config
 from sora_llm.errors import UserError
-from sora_llm.files import file_sha256
+from sora_llm.files import file_sha256, publish
 from sora_llm.train import main
 
 FILES = ("COMPLETE", "state.json", "adapter.safetensors")
@@ -120,6 +120,16 @@ def test_files_are_on_the_disk_before_complete_says_so_and_all_before_the_folder
     assert {*files, ("fsync", temporary / "COMPLETE"), ("fsync", temporary)} <= set(on_disk[complete:published])
     assert on_disk[published + 1 :] == [("fsync", folder.parent)]
     assert ("fsync", run_dir) in on_disk[:complete]  # which has got a folder checkpoints/
+
+
+def test_a_folder_is_published_with_all_its_names_on_the_disk(tmp_path: Path, on_disk: list[tuple[str, Path]]) -> None:
+    """An exported adapter's too."""
+    temporary, folder = tmp_path / ".adapter.tmp", tmp_path / "adapter"
+    temporary.mkdir()
+    (temporary / "weights").write_text("x")
+    publish(temporary, folder)
+    before = {("fsync", temporary / "weights"), ("fsync", temporary)}
+    assert set(on_disk[:2]) == before and on_disk[2:] == [("rename .adapter.tmp", folder), ("fsync", tmp_path)]
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["a new step", "a step that is there already"])

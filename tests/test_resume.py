@@ -120,6 +120,7 @@ INTERRUPTED_AT = (1, DENSE_STEPS + 2, STEPS)
 MODES = {
     "a row a sequence": {},
     "packed, accumulated": {
+        "output.logging_steps": 2,  # a checkpoint between two lines holds half of the next one's loss
         "data.sample_packing": True,
         "train.per_device_train_batch_size": 1,
         "train.gradient_accumulation_steps": 2,
@@ -129,6 +130,7 @@ MODES = {
 }
 QUICK_MODES = ("a row a sequence", "packed, accumulated")
 DROPOUT = {"sora.lora_dropout": 0.1}
+EVERY_STEP = {"output.save_steps": 1, "output.logging_steps": 2}
 NO_DROPOUT = {"sora.lora_dropout": 0.0}
 """Where runs with different numbers of processes are compared, whose draws are their own."""
 
@@ -173,7 +175,7 @@ def straight(ground: Playground) -> Callable[[str, int], Path]:
     def make(strategy: str, num_processes: int) -> Path:
         if (strategy, num_processes) not in made:
             name = f"straight {strategy}"
-            options = {"distributed.strategy": strategy, "output.save_steps": 1, **NO_DROPOUT}
+            options = {"distributed.strategy": strategy, **EVERY_STEP, **NO_DROPOUT}
             assert ground.codes(name, num_processes, **options) == [0] * num_processes
             made[strategy, num_processes] = ground.run_dir(name)
         return made[strategy, num_processes]
@@ -192,7 +194,7 @@ def test_so_does_one_of_several_processes(
     strategy: str, step: int, ground: Playground, straight: Callable[[str, int], Path]
 ) -> None:
     name = f"resumed {strategy} {step}"
-    options = {"distributed.strategy": strategy, "output.save_steps": 1, **NO_DROPOUT}
+    options = {"distributed.strategy": strategy, **EVERY_STEP, **NO_DROPOUT}
     whole = straight(strategy, 2)
     run_dir = interrupt(whole, ground.run_dir(name), step)
     assert ground.codes(name, 2, **options) == [0, 0]
@@ -212,7 +214,7 @@ def test_a_run_goes_on_with_the_next_sample_under_another_strategy_and_number_of
     before: tuple[str, int], after: tuple[str, int], ground: Playground, straight: Callable[[str, int], Path]
 ) -> None:
     step, name = DENSE_STEPS + 1, f"{before[0]} then {after[0]}"
-    options = {"distributed.strategy": after[0], "output.save_steps": 1, **NO_DROPOUT}
+    options = {"distributed.strategy": after[0], **EVERY_STEP, **NO_DROPOUT}
     whole = straight(*before)
     run_dir = interrupt(whole, ground.run_dir(name), step)
     assert ground.codes(name, after[1], **options) == [0] * after[1]

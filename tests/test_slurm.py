@@ -136,7 +136,8 @@ def test_a_finished_run_ends_the_job(slurm: PretendedSlurm) -> None:
 
 def test_every_option_is_given_and_one_task_per_node_has_all_of_it(slurm: PretendedSlurm) -> None:
     slurm("says finished", "sora.r=8", SLURM_GPUS_ON_NODE="8", SLURM_GPUS_PER_TASK="1", SORA_IFNAME="ib0")
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(slurm.srun)
+    given_to_srun = {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--kill-on-bad-exit=1"}
+    assert given_to_srun <= set(slurm.srun)
     given = ("num_machines", "num_processes", "gpu_ids", "rdzv_backend", "main_process_ip", "main_process_port")
     assert [slurm.option(name) for name in given] == ["2", "16", "all", "static", "node01", "20123"]
     given = ("mixed_precision", "dynamo_backend", "num_cpu_threads_per_process", "deepspeed_multinode_launcher")
@@ -226,7 +227,7 @@ def started(slurm: PretendedSlurm, process: subprocess.Popen[str]) -> None:
 
 
 UNTIL_A_SIGNAL = """
-trap 'cp "$run_dir/STOP" "$FOLDER/seen"; saves 7; says preempted; exit 1' USR1
+trap 'cp "$run_dir/STOP" "$FOLDER/seen"; sleep 1; saves 7; says preempted; exit 1' USR1
 trap 'saves 7; says preempted; exit 1' TERM
 touch "$FOLDER/ready"
 for i in {1..600}; do sleep 0.1; done
@@ -236,9 +237,12 @@ for i in {1..600}; do sleep 0.1; done
 def test_the_warning_before_the_time_limit_is_passed_on_and_the_job_comes_back(slurm: PretendedSlurm) -> None:
     process = slurm.begin(UNTIL_A_SIGNAL)
     started(slurm, process)
-    process.send_signal(signal.SIGUSR1)
+    for _ in range(3):  # however often: it waits for the run
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, slurm.requeued) == (0, 1), output
+    assert output.count("the time limit is near") == 1
     assert (slurm.folder / "seen").read_text() == "slurm job 123\n"
     assert not (slurm.run_dir / "STOP").exists()
 
@@ -310,23 +314,24 @@ def test_outside_of_slurm_and_without_a_config_it_says_what_to_do(slurm: Pretend
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "seed", "run_dir", "length"),
     [
-        ([], ["train.seed=3", "output.output_dir={run}/3"]),
-        (["train.seed=42", "data.sequence_len=1{task}0"], ["train.seed=42", "data.sequence_len=130", "{run}/3"]),
-        (["output.output_dir=/tmp/seed-{task}"], ["output.output_dir=/tmp/seed-3", "train.seed=3"]),
+        ([], "3", "{run}/3", None),
+        (["train.seed=42", "data.sequence_len=1{task}0"], "42", "{run}/3", "130"),
+        (["output.output_dir={run}-{task}"], "3", "{run}-3", None),
     ],
 )
 def test_a_task_of_an_array_has_its_own_seed_and_run_directory(
-    slurm: PretendedSlurm, overrides: list[str], expected: list[str]
+    slurm: PretendedSlurm, overrides: list[str], seed: str, run_dir: str, length: str | None
 ) -> None:
     ids = {"SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"}
     job = f"Command={ROOT}/launch/slurm_array.sbatch {CONFIG}"
-    code, output = slurm("exit 0", *overrides, job=job, script="slurm_array.sbatch", **ids)
+    given = [text.replace("{run}", str(slurm.run_dir)) for text in overrides]
+    code, output = slurm("exit 0", *given, job=job, script="slurm_array.sbatch", **ids)
     assert code == 0, output
-    words = " ".join(slurm.srun)
-    for text in expected:
-        assert text.format(run=slurm.run_dir, task="{task}") in words
+    last = dict(word.split("=", 1) for word in slurm.srun[slurm.srun.index(CONFIG) + 1 :])
+    assert (last["train.seed"], last.get("data.sequence_len")) == (seed, length)
+    assert last["output.output_dir"] == run_dir.replace("{run}", str(slurm.run_dir))
     assert (slurm.folder / "slurm-120_3").is_dir()
 
 
