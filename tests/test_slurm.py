@@ -242,7 +242,7 @@ def test_the_warning_before_the_time_limit_is_passed_on_and_the_job_comes_back(s
         time.sleep(0.2)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, slurm.requeued) == (0, 1), output
-    assert output.count("the time limit is near") == 1
+    assert output.count("the time limit is near") == 1 and "the run is preempted" in output
     assert (slurm.folder / "seen").read_text() == "slurm job 123\n"
     assert not (slurm.run_dir / "STOP").exists()
 
