@@ -35,7 +35,7 @@ stop() {
   exit 2
 }
 
-# ----- the outer half: tools and a folder; it starts the inner half in a mount namespace of its own, and cleans up ----
+# ----- the outer half: tools and a folder; it starts the inner half in namespaces of its own, and cleans up -----------
 
 if [ -z "${SORA_VALIDATE_FOLDER:-}" ]; then
   [ "$(id -u)" = 0 ] || stop "it needs root, for chroot and debootstrap"
@@ -52,14 +52,24 @@ if [ -z "${SORA_VALIDATE_FOLDER:-}" ]; then
   needed=$([ "$variant" = cuda ] && echo 20 || echo 8)
   free=$(df --output=avail -BG "$parent" | tail -1 | tr -dc 0-9)
   [ "$free" -ge "$needed" ] || stop "$parent has $free GB free, $needed are needed: set TMPDIR"
-  folder=$(mktemp -d "$parent/sora-validate.XXXXXX")
-  # Whatever is mounted below the folder is mounted in the inner half's namespace alone: rm cannot reach through it.
-  trap 'rm -rf "$folder"' EXIT
-  trap 'exit 130' INT TERM
+  folder=$(mktemp -d "$parent/sora-validate.XXXXXX") inner=''
+  clean_up() { # what is mounted below the folder is mounted for the inner half alone: rm cannot reach through it
+    [ -z "$inner" ] || kill "$inner" 2>/dev/null || true # and with it everything it has started
+    wait
+    for _ in {1..20}; do
+      rm -rf "$folder" 2>/dev/null && return
+      sleep 0.5
+    done
+    rm -rf "$folder"
+  }
+  trap clean_up EXIT
+  trap 'exit 143' INT TERM
   mkdir "$folder/tmp"
-  code=0
-  SORA_VALIDATE_FOLDER=$folder TMPDIR=$folder/tmp \
-    unshare --mount --propagation private nice -n 10 bash "$self" "$@" || code=$?
+  SORA_VALIDATE_FOLDER=$folder TMPDIR=$folder/tmp unshare --mount --propagation private --pid --fork --kill-child \
+    --mount-proc nice -n 10 bash "$self" "$@" &
+  inner=$!
+  wait "$inner" && code=0 || code=$?
+  inner=''
   exit "$code"
 fi
 
