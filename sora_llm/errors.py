@@ -7,10 +7,14 @@ class UserError(ValueError):
     """Bad input: a config, a file, a combination.  The message is one or two sentences for the person who
     started the command: what was given, what is allowed, what to do.  The commands print it and exit with 2."""
 
+    exit_code = 2
+
 
 class RunFailed(RuntimeError):
     """A run that started well cannot go on (processes disagree, losses stay non-finite).  The message says what
     was seen and what to do next.  The commands print it, record it in status.json and exit with 1."""
+
+    exit_code = 1
 
 
 class Preempted(BaseException):
@@ -18,4 +22,5 @@ class Preempted(BaseException):
     notices and the one that saves may take it for an error.  The commands exit with 75.  `status` is what was written
     to status.json, None before a run is that far."""
 
+    exit_code = 75
     status: dict[str, Any] | None = None

@@ -19,6 +19,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
+HEED_SECONDS = 10.0
+"""Less than the 30 s that launchers leave between TERM and KILL."""
 
 
 class StopRequest:
@@ -26,8 +28,9 @@ class StopRequest:
 
     Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts, where it is asked
     for).  From `start` on, while `at_once` is true, a request raises `Preempted` where it meets the program: there is
-    nothing to save yet, and no other process waits.  Afterwards it is only noted, so that all processes can stop
-    together at the same step.
+    nothing to save yet, and no other process waits.  A main thread that does not get to it within `HEED_SECONDS`, such
+    as one that waits inside torch for processes that have left already, is not waited for.  Afterwards a request is
+    only noted, so that all processes can stop together at the same step.
     """
 
     def __init__(
@@ -37,22 +40,25 @@ class StopRequest:
         is_main: bool = True,
         others_wait: Callable[[], bool] = lambda: False,
         look_for_file: bool = True,
+        leave: Callable[[Preempted], Any] = lambda request: None,
     ) -> None:
         """Args:
         is_main: the main process removes the file.  Others must not be the first to leave because of it: their
             launcher would end the main one before it has obeyed.
         others_wait: whether this process is in a group already, where it must not leave alone.
         look_for_file: whether a STOP file counts while `at_once` is true.
+        leave: what is left to do before a process ends whose main thread does not get to it.
         """
         self.file = run_dir / STOP_FILE
         self.at_once = False
-        self._is_main, self._others_wait, self._looks = is_main, others_wait, look_for_file
+        self._is_main, self._others_wait, self._looks, self._leave = is_main, others_wait, look_for_file, leave
         self._asked_by: str | None = None
-        self._has_arrived = self._raised = False
+        self._arrived: str | None = None
+        self._raised = False
         self._before: dict[int, Any] = {}
         self._arrivals: int | None = None
         self._left = threading.Event()
-        self._watcher = threading.Thread(target=self._watch_file, name="stop file", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="stop request", daemon=True)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -69,7 +75,7 @@ class StopRequest:
         self.at_once = True
         if self._asked_by is not None:
             self._raise_once()
-        if self._before and self._looks:
+        if self._before:
             self._watcher.start()
 
     def __exit__(self, *_error: object) -> None:
@@ -99,17 +105,28 @@ class StopRequest:
             self._raised = True
             raise Preempted(self._asked_by)
 
-    def _watch_file(self) -> None:
-        """Make a signal of a STOP file, as long as nobody asks for `reason`."""
-        seen = False
-        while self.at_once:
-            seen_before, seen = seen, self.file.exists()
-            if seen if self._is_main else seen_before and not seen:
-                self._asked_by = self._asked_by or f"the file {self.file}"
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-                return
+    def _watch(self) -> None:
+        """Make a signal of a STOP file, as long as nobody asks for `reason`; leave where a signal is not heeded."""
+        seen, asked_at = False, None
+        while self.at_once and not self._raised:
+            if self._looks and self._asked_by is None:
+                seen_before, seen = seen, self.file.exists()
+                if seen if self._is_main else seen_before and not seen:
+                    self._asked_by = f"the file {self.file}"
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            if self.is_asked() and not self._others_wait():
+                asked_at = asked_at or time.monotonic()
+                if time.monotonic() - asked_at > HEED_SECONDS:
+                    self._leave_alone()
             if self._left.wait(LOOK_SECONDS):
                 return
+
+    def _leave_alone(self) -> None:
+        """End this process from outside of its main thread."""
+        try:
+            self._leave(Preempted(self._asked_by or self._arrived))
+        finally:
+            os._exit(Preempted.exit_code)
 
     def reason(self, look_for_file: bool) -> str | None:
         """What asked for it, or None."""
@@ -122,8 +139,9 @@ class StopRequest:
         a device for a minute, has not been able to note yet."""
         if self._asked_by is None and self._arrivals is not None:
             with contextlib.suppress(OSError):  # nothing has arrived
-                self._has_arrived |= any(number in SIGNALS for number in os.read(self._arrivals, 64))
-        return self._asked_by is not None or self._has_arrived
+                numbers = [number for number in os.read(self._arrivals, 64) if number in SIGNALS]
+                self._arrived = self._arrived or (signal.Signals(numbers[0]).name if numbers else None)
+        return self._asked_by is not None or self._arrived is not None
 
     def remove_file(self) -> None:
         """The request has been obeyed.  Other processes that look for the file themselves have seen it by then."""

@@ -14,8 +14,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,58 +26,46 @@ from torch import Tensor, nn
 from sora_llm import checkpoint, distributed, pipeline
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.data.order import Order
-from sora_llm.distributed import Engine, gather_objects, on_every, on_main
+from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.inputs import (
-    Inputs,
-    TrainingData,
-    adapter_dtype,
     check_inputs,
     check_output,
-    describe_data,
-    estimate_memory,
     exported_template,
     load_data,
     prompt_ids,
     target_modules,
     training_order,
 )
+from sora_llm.job import (
+    Job,
+    announce,
+    deepspeed_options,
+    hold_directory,
+    process_group,
+    refuse_other_data,
+    say,
+)
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
-from sora_llm.loop import StepBatches, Tally, peak_memory_gib, seed_step, step_batches, train_step
+from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.plan import Plan, make_plan, refuse_other_config, rows_in_step
+from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import SPARSIFY
+from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import (
     ZERO_STAGES,
-    World,
-    deepspeed_config,
     launched_world,
-    read_deepspeed_config,
     resolve_strategy,
 )
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What `run` gives a pipeline.
-
-    `adapter` is the exported folder (None after a dry run and where the run was asked to stop), `metrics` the last line
-    of metrics.jsonl, `status` the content of status.json.
-    """
-
-    adapter: Path | None
-    metrics: dict[str, Any]
-    status: dict[str, Any]
+EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
@@ -102,13 +90,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
             result = run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
             if result.status["state"] == "preempted":
                 ignore_signals()
-                return EXIT_PREEMPTED
+                return Preempted.exit_code
     except (UserError, RunFailed) as error:
         if not is_main and not distributed.in_process_group():  # in it, errors are agreed and the main process's too
             let_main_speak()
         if is_main or not distributed.in_process_group():
             print(f"sora_llm: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+        return error.exit_code
     except KeyboardInterrupt:
         if is_main:
             print("sora_llm: interrupted", file=sys.stderr)
@@ -139,6 +127,7 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
         is_main=os.environ.get("RANK", "0") == "0",
         others_wait=distributed.in_process_group,
         look_for_file=not dry_run,
+        leave=lambda request: leave_preempted(run_dir, stop, request, dry_run),
     )
     with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
         try:
@@ -178,206 +167,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         return run_in(job, run_dir)
 
 
-# ------------------------------------------------------------------------------------------------ before the weights
-
-
-def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
-    """The DeepSpeed config of a ZeRO run, None for the other strategies."""
-    user_file = config.distributed.deepspeed_config
-    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if strategy not in ZERO_STAGES:
-        if user_file is not None:
-            raise UserError(
-                f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"
-            )
-        return None
-    if user_file is None and launcher_file != "none":
-        user_file = launcher_file
-    return deepspeed_config(
-        strategy,
-        max_grad_norm=config.train.max_grad_norm,
-        adapter_dtype=adapter_dtype(config),
-        user_config=None if user_file is None else read_deepspeed_config(user_file),
-    )
-
-
-@contextlib.contextmanager
-def process_group(
-    config: Config,
-    strategy: str,
-    world: World,
-    run_dir: Path,
-    zero_options: dict[str, Any] | None,
-    lifeline: Lifeline,
-) -> Iterator[Any]:
-    """The accelerator of this run, ended with it; `lifeline` watches its processes meanwhile."""
-    environ = dict(os.environ)
-    accelerator = distributed.make_accelerator(
-        strategy,
-        world,
-        deepspeed_config=zero_options,
-        timeout_minutes=config.distributed.timeout_minutes,
-        trackers=list(config.output.report_to),
-        project_dir=str(run_dir / "trackers"),
-    )
-    lifeline.connect(world.process_index, world.num_processes, gather_objects)
-    try:
-        yield accelerator
-    except Preempted:  # agreed by all
-        lifeline.close()
-        distributed.end(accelerator, environ)
-        raise
-    except BaseException as error:
-        lifeline.close(failure=str(error) or type(error).__name__)
-        # The others may be in a collective that this process will never join: leave the group to its end with us.
-        if world.num_processes == 1:
-            distributed.end(accelerator, environ)
-        raise
-    lifeline.close()
-    distributed.end(accelerator, environ)
-
-
-def refuse_other_data(fingerprint: Mapping[str, int | str], data: TrainingData) -> None:
-    """UserError if processes found other rows than the main one: each machine reads its own files (collective)."""
-    dev = {} if data.dev_report is None else {"digest": data.dev_report.digest}
-    for key, own in (("data.datasets", fingerprint), ("data.val_datasets", dev)):
-        found = gather_objects(own)
-        for process, other in enumerate(found):
-            if other != found[0]:
-                raise UserError(
-                    f"{key} is not the same everywhere: process {process} found {other}, process 0 {found[0]}; give "
-                    "every machine the same files"
-                )
-
-
-def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
-    """The result of the finished run in this directory, or None.
-
-    Raises:
-        UserError: the directory belongs to a run of another config.
-    """
-    saved, env = run_dir / "config.yaml", run_dir / "env.json"
-    if not saved.exists() or not env.exists():
-        return None
-    try:
-        num_processes = json.loads(env.read_text())["num_processes"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
-    refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
-    status = checkpoint.read_status(run_dir)
-    if status is None or status.get("state") != "finished" or plan.config.output.resume not in ("auto", "never"):
-        return None
-    adapter = run_dir / status["adapter"]
-    say(
-        world,
-        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
-    )
-    metrics = read_json_lines(run_dir / "metrics.jsonl")
-    return RunResult(adapter, metrics[-1] if metrics else {}, status)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs, checked and in memory, but for the weights."""
-
-    inputs: Inputs
-    plan: Plan
-    world: World
-    accelerator: Any
-    data: TrainingData
-    order: Order
-    fingerprint: Mapping[str, int | str]
-    stop: StopRequest
-    lifeline: Lifeline
-
-    def heed_stop(self) -> None:
-        """Raise Preempted on every process if one of them was asked to stop (collective)."""
-        reason = self.stop.reason(look_for_file=self.world.is_main)
-        if distributed.any_process(reason is not None, self.accelerator.device):
-            process, asked_by = next((i, said) for i, said in enumerate(gather_objects(reason)) if said is not None)
-            raise Preempted(asked_by if process == 0 else f"{asked_by} to process {process}")
-
-    @property
-    def config(self) -> Config:
-        return self.plan.config
-
-    @property
-    def step_size(self) -> str:
-        """What a step takes, in words."""
-        unit = "packed sequence" if self.config.data.sample_packing else "row"
-        return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
-
-    def batches(self, step: int) -> StepBatches:
-        """What optimizer step `step` trains on."""
-        packed = self.config.data.sample_packing
-        batch_size = self.config.train.per_device_train_batch_size
-        return step_batches(
-            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed)
-        )
-
-    @property
-    def memory(self) -> pipeline.MemoryEstimate:
-        """Per process, without activations."""
-        inputs, strategy = self.inputs, self.plan.strategy
-        return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
-
-
-def announce(job: Job) -> None:
-    """Say what is about to run."""
-    plan, world = job.plan, job.world
-    memory = job.memory
-    for line in describe_data(job.config, job.inputs, job.data, job.order):
-        say(world, line)
-    say(
-        world,
-        f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
-        f"{plan.total_steps} steps of {job.step_size}, pruning in steps "
-        f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
-        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
-    )
-    if plan.gate_travel < 1 and plan.config.sora.threshold != "constant":
-        say(
-            world,
-            f"warning: gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, "
-            "or raise sora.gate_lr",
-        )
-    if plan.config.sora.threshold == "decoupled" and (plan.config.sora.sparse_lambda or 0) >= 1:
-        say(
-            world,
-            f"warning: sora.sparse_lambda is {plan.config.sora.sparse_lambda:g}; from 1 on the decoupled threshold "
-            "shrinks every gate whatever its gradient",
-        )
-
-
-def say(world: World, text: str) -> None:
-    """Print a line once, however many processes there are."""
-    if world.is_main:
-        print(text, flush=True)
-
-
 # -------------------------------------------------------------------------------------------------------- the run
-
-
-def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None:
-    """Let the main process hold the run directory until the end of `stack` (collective).
-
-    Raises:
-        UserError: another run keeps it too long, or it cannot be written.
-        Preempted: this run was asked to stop while it waited.
-    """
-    deadline = time.monotonic() + checkpoint.LOCK_WAIT_SECONDS
-
-    def is_held() -> bool:
-        try:
-            stack.enter_context(checkpoint.run_lock(run_dir, wait_seconds=1))
-        except checkpoint.DirectoryInUse:
-            if time.monotonic() > deadline:
-                raise
-            return False
-        return True
-
-    while not on_main(is_held, job.world):
-        job.heed_stop()
 
 
 def run_in(job: Job, run_dir: Path) -> RunResult:
@@ -468,59 +258,6 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         print(f"stopped by {request}: {where}", flush=True)
     lines = read_json_lines(run_dir / "metrics.jsonl")
     return RunResult(None, lines[-1] if lines else {}, status)
-
-
-def note_preempted(run_dir: Path) -> dict[str, Any]:
-    """The status of a run that was stopped before it began; a finished one stays finished."""
-    before = checkpoint.read_status(run_dir)
-    found, _ = checkpoint.newest(run_dir)
-    if before is not None and before.get("state") == "finished":
-        return {**before, "state": "preempted"}
-    step = 0 if found is None else checkpoint.read_state(found)["step"]
-    return checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
-
-
-@dataclass(frozen=True)
-class StartPoint:
-    """Step 0, or a checkpoint: `state` is its state.json; `passed_over` are newer ones that are damaged, in words."""
-
-    step: int = 0
-    folder: Path | None = None
-    state: Mapping[str, Any] | None = None
-    passed_over: Sequence[str] = ()
-
-
-def resume_point(job: Job, run_dir: Path) -> StartPoint:
-    """Where the run starts; the main process looks, everybody gets the same answer (collective).
-
-    Raises:
-        UserError: the checkpoint is of another config or of other data.
-    """
-    return on_main(lambda: _newest_start(job, run_dir), job.world)
-
-
-def _newest_start(job: Job, run_dir: Path) -> StartPoint:
-    resume = job.config.output.resume
-    warnings: list[str] = []
-    if resume in ("auto", "never"):
-        folder, warnings = checkpoint.newest(run_dir)
-        for warning in warnings:
-            say(job.world, f"warning: passed over: {warning}")
-    else:
-        folder = user_path(resume, "output.resume")
-    if folder is None:
-        if warnings:
-            say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
-        return StartPoint(passed_over=warnings)
-    state = checkpoint.read_state(folder)
-    refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
-    if state["data"] != job.fingerprint:
-        raise UserError(
-            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
-            "the files, or name a new output.output_dir"
-        )
-    say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
-    return StartPoint(state["step"], folder, state, warnings)
 
 
 def load_model(job: Job) -> nn.Module:

@@ -29,6 +29,7 @@ PLACES = {
     "prepare": "sora_llm.train:load_data",
     "lock": "sora_llm.checkpoint:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
+    "group": "sora_llm.distributed:make_accelerator",
     "load": "sora_llm.train:load_backbone",
     "step": "sora_llm.train:train_step",
     "evaluation": "sora_llm.pipeline:causal_loss_sum",  # a batch of it

@@ -122,7 +122,7 @@ class Nursery:
 
     def world(self, function: str, num_processes: int, arguments: Mapping[str, Any]) -> list[Child]:
         """The same call in several processes, which find each other as those of a launcher do."""
-        return [self.start(function, arguments, environ) for environ in _launched(num_processes)]
+        return [self.start(function, arguments, environ) for environ in launched(num_processes)]
 
     def launcher(
         self, function: str, num_processes: int, arguments: Mapping[str, Any], *, marks: bool = True
@@ -135,7 +135,7 @@ class Nursery:
         workers = [Child(self.folder / f"{start + index}", self._process) for index in range(num_processes)]
         calls = [
             {"function": function, "arguments": dict(arguments), "environ": environ, "folder": str(child.folder)}
-            for environ, child in zip(_launched(num_processes) if marks else [{}], workers, strict=True)
+            for environ, child in zip(launched(num_processes) if marks else [{}], workers, strict=True)
         ]
         for worker in workers:
             worker.folder.mkdir()
@@ -144,7 +144,8 @@ class Nursery:
         return parent, workers
 
 
-def _launched(num_processes: int) -> list[dict[str, str]]:
+def launched(num_processes: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of each process of a world."""
     port = str(free_port())
     return [
         {

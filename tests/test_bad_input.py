@@ -12,7 +12,8 @@ from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
 
 from sora_llm import checkpoint
-from sora_llm.train import EXIT_BAD_INPUT, main
+from sora_llm.errors import UserError
+from sora_llm.train import main
 
 CONFIG = "configs/llama7b.yaml"
 
@@ -126,7 +127,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     overrides, expected = CASES[case]
     monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
     directory = tmp_path / "run"
-    assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == EXIT_BAD_INPUT
+    assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == UserError.exit_code
     message = capsys.readouterr().err
     assert expected in message and message.count("\n") == 1 and "Traceback" not in message
     assert not directory.exists()
@@ -139,13 +140,13 @@ def _must_not_load(*_args: object, **_options: object) -> None:
 def test_a_config_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trap = tmp_path / "trap"
     config = _file(tmp_path, "evil.yaml", f"model: !!python/object/apply:os.system ['touch {trap}']\n")
-    assert main([str(config)]) == EXIT_BAD_INPUT
+    assert main([str(config)]) == UserError.exit_code
     assert "can run code" in capsys.readouterr().err and not trap.exists()
 
 
 @pytest.mark.parametrize("config", ["configs/nope.yaml", "configs"])
 def test_a_config_that_is_no_file(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([config]) == EXIT_BAD_INPUT
+    assert main([config]) == UserError.exit_code
     assert "config file" in capsys.readouterr().err
 
 
@@ -153,7 +154,7 @@ def test_nothing_in_an_existing_folder_is_touched(tmp_path: Path) -> None:
     directory = tmp_path / "mine"
     directory.mkdir()
     (directory / "notes.txt").write_text("mine")
-    assert main([CONFIG, *gsm8k_overrides(directory), "data.sequence_len=8"]) == EXIT_BAD_INPUT
+    assert main([CONFIG, *gsm8k_overrides(directory), "data.sequence_len=8"]) == UserError.exit_code
     assert [path.name for path in directory.iterdir()] == ["notes.txt"]
 
 
@@ -163,7 +164,7 @@ def test_a_directory_in_use_is_refused_with_its_holder(
     monkeypatch.setattr(checkpoint, "LOCK_WAIT_SECONDS", 0.1)
     monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
     with checkpoint.run_lock(tmp_path / "run"):
-        assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == EXIT_BAD_INPUT
+        assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     assert "in use by process" in capsys.readouterr().err
 
 
@@ -183,7 +184,7 @@ def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> 
     """Each machine reads its own files: other rows there would be another run, in silence."""
     monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
     monkeypatch.setattr("sora_llm.train.gather_objects", lambda value: [value, {**value, "digest": "other"}])
-    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == EXIT_BAD_INPUT
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err
     assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1
 
@@ -194,5 +195,5 @@ def test_what_only_another_process_finds_is_said_by_it(tmp_path, capsys, monkeyp
     monkeypatch.setattr("sora_llm.train.let_main_speak", lambda: waited.append(True))
     for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset("nope.jsonl")]) == EXIT_BAD_INPUT
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset("nope.jsonl")]) == UserError.exit_code
     assert waited and "nope.jsonl does not exist" in capsys.readouterr().err

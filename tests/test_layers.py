@@ -21,6 +21,8 @@ LAYERS = [
     {"pipeline", "loop", "rundir"},
     {"inputs"},
     {"plan"},
+    {"job"},
+    {"start"},
     {"train", "commands"},
     {"cli"},
     {"__main__"},
@@ -77,7 +79,14 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 
 
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
-    assert {name.split(".")[0] for name in importers("sora_llm.config")} <= {"inputs", "plan", "train", "commands"}
+    assert {name.split(".")[0] for name in importers("sora_llm.config")} <= {
+        "inputs",
+        "plan",
+        "job",
+        "start",
+        "train",
+        "commands",
+    }
 
 
 @pytest.mark.parametrize("name", ALGORITHM)

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT
-from nursery import Child
+from nursery import Child, launched
 from runs import ACCELERATE
 from small_runs import (
     DENSE_STEPS,
@@ -41,7 +41,7 @@ from sora_llm import checkpoint
 from sora_llm.data.pool import map_in_order
 from sora_llm.errors import Preempted, RunFailed
 from sora_llm.lifeline import LAUNCHER_GRACE_SECONDS
-from sora_llm.stop import LOOK_SECONDS, SIGNALS, StopRequest
+from sora_llm.stop import HEED_SECONDS, LOOK_SECONDS, SIGNALS, StopRequest
 
 PREEMPTED = 75
 END_SECONDS = 15
@@ -175,6 +175,22 @@ def test_a_stop_file_that_is_there_at_the_start_ends_the_run_at_once(
     assert processes[0].wait() == PREEMPTED and not (run_dir / "STOP").exists()
     assert processes[1].wait() in (PREEMPTED, -signal.SIGTERM)  # the latter if it has not even begun
     assert ground.codes(name) == [0] and result(run_dir) == result(undisturbed[1])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_for_others_who_never_come_can_be_stopped(ground: Playground, process: int) -> None:
+    """It waits inside torch, where Python's handlers of signals do not run: half an hour if it were for torch."""
+    name, faults = f"alone {process}", [{"place": "group", "process": None, "do": "report"}]
+    run_dir, environ = ground.run_dir(name), launched(2)[process]
+    call = ground.call(name, 2, faults, **WORLDS[2])
+    alone = ground.nursery.start("faults:trainer", call, environ)
+    ground.reported(name, f"group-1.{process}")
+    time.sleep(2)
+    alone.kill(signal.SIGTERM)
+    assert alone.wait(HEED_SECONDS + END_SECONDS) == PREEMPTED, alone.output
+    if process == 0:
+        assert (status(run_dir)["state"], status(run_dir)["checkpoint"]) == ("preempted", None)
+        assert alone.output.count("stopped by SIGTERM: nothing to save") == 1
 
 
 def test_a_finished_run_stays_finished_when_its_command_is_started_again_and_stopped(
@@ -475,7 +491,7 @@ LAUNCHERS = {
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]], tuple[psutil.Popen, Path]]]:
+def launch(tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]], tuple[psutil.Popen, Path]]]:
     """Starts two trainers with a real launcher; gives it and the file of its output."""
     started = []
 
@@ -504,11 +520,11 @@ def launched(tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]], tuple[p
     ],
 )
 def test_launchers_hand_signals_on_and_their_workers_do_not_outlive_them(
-    ground: Playground, undisturbed: dict[int, Path], launched: Any, stopped: str, number: int, killed: str
+    ground: Playground, undisturbed: dict[int, Path], launch: Any, stopped: str, number: int, killed: str
 ) -> None:
     name, run_dir = f"{stopped} {killed}", ground.run_dir(f"{stopped} {killed}")
     faults = [{"place": "step", "nth": 3, "process": 1, "do": "until asked"}]
-    launcher, output = launched(stopped, ground.call(name, 2, faults, **WORLDS[2]))
+    launcher, output = launch(stopped, ground.call(name, 2, faults, **WORLDS[2]))
     ground.reported(name, "step-3.1")
     launcher.send_signal(number)
     assert launcher.wait(60) != 0
@@ -517,7 +533,7 @@ def test_launchers_hand_signals_on_and_their_workers_do_not_outlive_them(
     assert checkpoints(run_dir) == ["step-3"]
 
     faults = [{"place": "step", "nth": 2, "process": None, "do": "wait"}]
-    launcher, output = launched(killed, ground.call(name, 2, faults, **WORLDS[2], **{"output.save_steps": 1}))
+    launcher, output = launch(killed, ground.call(name, 2, faults, **WORLDS[2], **{"output.save_steps": 1}))
     ground.reported(name, "step-2.0")
     ground.reported(name, "step-2.1")
     workers = launcher.children(recursive=True)

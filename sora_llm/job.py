@@ -1,0 +1,199 @@
+"""A run before its weights: checked, planned, its data in memory, its processes in one group, its directory held."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_llm import checkpoint, distributed, pipeline
+from sora_llm.config import Config
+from sora_llm.data.order import Order
+from sora_llm.distributed import gather_objects, on_main
+from sora_llm.errors import Preempted, UserError
+from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
+from sora_llm.lifeline import Lifeline
+from sora_llm.loop import StepBatches, step_batches
+from sora_llm.plan import Plan
+from sora_llm.stop import StopRequest
+from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, checked and in memory, but for the weights."""
+
+    inputs: Inputs
+    plan: Plan
+    world: World
+    accelerator: Any
+    data: TrainingData
+    order: Order
+    fingerprint: Mapping[str, int | str]
+    stop: StopRequest
+    lifeline: Lifeline
+
+    def heed_stop(self) -> None:
+        """Raise Preempted on every process if one of them was asked to stop (collective)."""
+        reason = self.stop.reason(look_for_file=self.world.is_main)
+        if distributed.any_process(reason is not None, self.accelerator.device):
+            process, asked_by = next((i, said) for i, said in enumerate(gather_objects(reason)) if said is not None)
+            raise Preempted(asked_by if process == 0 else f"{asked_by} to process {process}")
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def step_size(self) -> str:
+        """What a step takes, in words."""
+        unit = "packed sequence" if self.config.data.sample_packing else "row"
+        return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
+
+    def batches(self, step: int) -> StepBatches:
+        """What optimizer step `step` trains on."""
+        packed = self.config.data.sample_packing
+        batch_size = self.config.train.per_device_train_batch_size
+        return step_batches(
+            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed)
+        )
+
+    @property
+    def memory(self) -> pipeline.MemoryEstimate:
+        """Per process, without activations."""
+        inputs, strategy = self.inputs, self.plan.strategy
+        return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
+
+
+def announce(job: Job) -> None:
+    """Say what is about to run."""
+    plan, world = job.plan, job.world
+    memory = job.memory
+    for line in describe_data(job.config, job.inputs, job.data, job.order):
+        say(world, line)
+    say(
+        world,
+        f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
+        f"{plan.total_steps} steps of {job.step_size}, pruning in steps "
+        f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
+        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
+    )
+    if plan.gate_travel < 1 and plan.config.sora.threshold != "constant":
+        say(
+            world,
+            f"warning: gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, "
+            "or raise sora.gate_lr",
+        )
+    if plan.config.sora.threshold == "decoupled" and (plan.config.sora.sparse_lambda or 0) >= 1:
+        say(
+            world,
+            f"warning: sora.sparse_lambda is {plan.config.sora.sparse_lambda:g}; from 1 on the decoupled threshold "
+            "shrinks every gate whatever its gradient",
+        )
+
+
+def say(world: World, text: str) -> None:
+    """Print a line once, however many processes there are."""
+    if world.is_main:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- its processes
+
+
+def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
+    """The DeepSpeed config of a ZeRO run, None for the other strategies."""
+    user_file = config.distributed.deepspeed_config
+    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if strategy not in ZERO_STAGES:
+        if user_file is not None:
+            raise UserError(
+                f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"
+            )
+        return None
+    if user_file is None and launcher_file != "none":
+        user_file = launcher_file
+    return deepspeed_config(
+        strategy,
+        max_grad_norm=config.train.max_grad_norm,
+        adapter_dtype=adapter_dtype(config),
+        user_config=None if user_file is None else read_deepspeed_config(user_file),
+    )
+
+
+@contextlib.contextmanager
+def process_group(
+    config: Config,
+    strategy: str,
+    world: World,
+    run_dir: Path,
+    zero_options: dict[str, Any] | None,
+    lifeline: Lifeline,
+) -> Iterator[Any]:
+    """The accelerator of this run, ended with it; `lifeline` watches its processes meanwhile."""
+    environ = dict(os.environ)
+    accelerator = distributed.make_accelerator(
+        strategy,
+        world,
+        deepspeed_config=zero_options,
+        timeout_minutes=config.distributed.timeout_minutes,
+        trackers=list(config.output.report_to),
+        project_dir=str(run_dir / "trackers"),
+    )
+    lifeline.connect(world.process_index, world.num_processes, gather_objects)
+    try:
+        yield accelerator
+    except Preempted:  # agreed by all
+        lifeline.close()
+        distributed.end(accelerator, environ)
+        raise
+    except BaseException as error:
+        lifeline.close(failure=str(error) or type(error).__name__)
+        # The others may be in a collective that this process will never join: leave the group to its end with us.
+        if world.num_processes == 1:
+            distributed.end(accelerator, environ)
+        raise
+    lifeline.close()
+    distributed.end(accelerator, environ)
+
+
+def refuse_other_data(fingerprint: Mapping[str, int | str], data: TrainingData) -> None:
+    """UserError if processes found other rows than the main one: each machine reads its own files (collective)."""
+    dev = {} if data.dev_report is None else {"digest": data.dev_report.digest}
+    for key, own in (("data.datasets", fingerprint), ("data.val_datasets", dev)):
+        found = gather_objects(own)
+        for process, other in enumerate(found):
+            if other != found[0]:
+                raise UserError(
+                    f"{key} is not the same everywhere: process {process} found {other}, process 0 {found[0]}; give "
+                    "every machine the same files"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------- its directory
+
+
+def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None:
+    """Let the main process hold the run directory until the end of `stack` (collective).
+
+    Raises:
+        UserError: another run keeps it too long, or it cannot be written.
+        Preempted: this run was asked to stop while it waited.
+    """
+    deadline = time.monotonic() + checkpoint.LOCK_WAIT_SECONDS
+
+    def is_held() -> bool:
+        try:
+            stack.enter_context(checkpoint.run_lock(run_dir, wait_seconds=1))
+        except checkpoint.DirectoryInUse:
+            if time.monotonic() > deadline:
+                raise
+            return False
+        return True
+
+    while not on_main(is_held, job.world):
+        job.heed_stop()

@@ -1,0 +1,111 @@
+"""Where a run starts: at step 0, at a checkpoint, or not at all because its directory holds it finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_llm import checkpoint
+from sora_llm.config import load_config, to_dict
+from sora_llm.distributed import on_main
+from sora_llm.errors import UserError
+from sora_llm.files import user_path
+from sora_llm.job import Job, say
+from sora_llm.plan import Plan, refuse_other_config
+from sora_llm.report import read_json_lines
+from sora_llm.topology import World
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` gives a pipeline.
+
+    `adapter` is the exported folder (None after a dry run and where the run was asked to stop), `metrics` the last line
+    of metrics.jsonl, `status` the content of status.json.
+    """
+
+    adapter: Path | None
+    metrics: dict[str, Any]
+    status: dict[str, Any]
+
+
+def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
+    """The result of the finished run in this directory, or None.
+
+    Raises:
+        UserError: the directory belongs to a run of another config.
+    """
+    saved, env = run_dir / "config.yaml", run_dir / "env.json"
+    if not saved.exists() or not env.exists():
+        return None
+    try:
+        num_processes = json.loads(env.read_text())["num_processes"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
+    refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
+    status = checkpoint.read_status(run_dir)
+    if status is None or status.get("state") != "finished" or plan.config.output.resume not in ("auto", "never"):
+        return None
+    adapter = run_dir / status["adapter"]
+    say(
+        world,
+        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
+    )
+    metrics = read_json_lines(run_dir / "metrics.jsonl")
+    return RunResult(adapter, metrics[-1] if metrics else {}, status)
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Step 0, or a checkpoint: `state` is its state.json; `passed_over` are newer ones that are damaged, in words."""
+
+    step: int = 0
+    folder: Path | None = None
+    state: Mapping[str, Any] | None = None
+    passed_over: Sequence[str] = ()
+
+
+def resume_point(job: Job, run_dir: Path) -> StartPoint:
+    """Where the run starts; the main process looks, everybody gets the same answer (collective).
+
+    Raises:
+        UserError: the checkpoint is of another config or of other data.
+    """
+    return on_main(lambda: _newest_start(job, run_dir), job.world)
+
+
+def _newest_start(job: Job, run_dir: Path) -> StartPoint:
+    resume = job.config.output.resume
+    warnings: list[str] = []
+    if resume in ("auto", "never"):
+        folder, warnings = checkpoint.newest(run_dir)
+        for warning in warnings:
+            say(job.world, f"warning: passed over: {warning}")
+    else:
+        folder = user_path(resume, "output.resume")
+    if folder is None:
+        if warnings:
+            say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
+        return StartPoint(passed_over=warnings)
+    state = checkpoint.read_state(folder)
+    refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
+    if state["data"] != job.fingerprint:
+        raise UserError(
+            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
+            "the files, or name a new output.output_dir"
+        )
+    say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
+    return StartPoint(state["step"], folder, state, warnings)
+
+
+def note_preempted(run_dir: Path) -> dict[str, Any]:
+    """The status of a run that was stopped before it began; a finished one stays finished."""
+    before = checkpoint.read_status(run_dir)
+    found, _ = checkpoint.newest(run_dir)
+    if before is not None and before.get("state") == "finished":
+        return {**before, "state": "preempted"}
+    step = 0 if found is None else checkpoint.read_state(found)["step"]
+    return checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
