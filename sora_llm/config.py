@@ -78,10 +78,11 @@ class Sora:
     lambda_num: Count = 1  # stages of a sparsity path
     retrain: bool = True  # train in every stage of a sparsity path
     dense_ratio: Annotated[float, ">= 0", "< 1"] = 0.1  # share of the steps before pruning begins
-    consensus_at: Annotated[float, "> 0", "<= 1"] = 1.0  # share of the steps at which ranks are fixed; 1: at the end
-    consensus: Literal["svd", "slots"] = "slots"  # slots keeps the non-zero gates
-    min_rank: Annotated[int, ">= 0"] = 0  # ranks that every module keeps
-    budgets: dict[str, Annotated[float, ">= 0"]] = field(default_factory=dict)  # budgets of single modules
+    consensus_at: Annotated[float, "> 0", "<= 1"] = 0.4  # share of the steps at which ranks are fixed; 1: at the end
+    consensus: Literal["svd", "slots"] = "svd"  # what is kept: singular components of ΔW, or the slots themselves
+    min_rank: Annotated[int, ">= 0"] = 0  # ranks that every module keeps; with a budget
+    budgets: dict[str, Annotated[float, "> 0"]] = field(default_factory=dict)
+    # regex on module names: their own mean rank, beside target_rank or inside target_params
 
 
 @dataclass(frozen=True)
@@ -207,17 +208,10 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.adapter": ((None,), "leave it null and start from fresh adapters"),
-    "sora.target_rank": ((None,), "give sora.sparse_lambda instead"),
-    "sora.target_params": ((None,), "give sora.sparse_lambda instead"),
-    "sora.threshold": (("auto", "decoupled", "proxgen", "constant"), "use decoupled"),
     "sora.lambda_schedule": (("constant",), "use constant, and one run per value of sora.sparse_lambda"),
     "sora.max_lambda": ((None,), "leave it null, and start one run per value of sora.sparse_lambda"),
     "sora.lambda_num": ((1,), "use 1, and one run per value of sora.sparse_lambda"),
     "sora.retrain": ((True,), "use true"),
-    "sora.consensus_at": ((1.0,), "use 1.0"),
-    "sora.consensus": (("slots",), "use slots"),
-    "sora.min_rank": ((0,), "use 0"),
-    "sora.budgets": (({},), "leave it empty"),
     "distributed.sync_every": ((1,), "use 1"),
     "distributed.replica": (("process",), "use process"),
     "distributed.outer_learning_rate": ((1.0,), "use 1.0"),
@@ -624,6 +618,12 @@ def _sora_problems(config: Config, origin: _Origin) -> Iterator[str]:
         yield f"{state('target_rank')} is above {state('r')}; the mean kept rank can be at most r."
     if sora.dense_ratio >= sora.consensus_at:
         yield f"{state('dense_ratio')} must be below {state('consensus_at')}, or nothing could be pruned between them."
+    for name in ("min_rank", "budgets"):
+        if getattr(sora, name) and budget is None:
+            yield f"{state(name)} goes with a budget; set sora.target_rank, not sora.sparse_lambda, or leave it out."
+    for pattern, rank in sora.budgets.items():
+        if rank > sora.r:
+            yield f"sora.budgets {pattern!r} is {rank:g}, above {state('r')}; the mean kept rank can be at most r."
     if sora.threshold == "adaptive" and budget is None:
         yield f"{state('threshold')} needs a budget; set sora.target_rank, or use decoupled."
     if sora.threshold in ("proxgen", "constant") and budget is not None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sora_llm.consensus import disagreements, tensor_hash
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import adapter_parameters, adapters
-from sora_llm.optim import GATES, ProxAdamW
+from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW
 from sora_llm.topology import ZERO_STAGES, World
 
 T = TypeVar("T")
@@ -141,6 +141,16 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
+    """Every process's integers, as many on each, in the order of processes; cheap enough for every step."""
+    own = torch.tensor(list(values), dtype=torch.int64, device=device)
+    if not _several():
+        return [own.tolist()]
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return [other.tolist() for other in found]
 
 
 def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cpu") -> list[float]:
@@ -260,6 +270,7 @@ class Engine:
         }
         self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
         self.module, self.optimizer = model, optimizer
+        self._has_importance = self.is_spent = False
         self._adapter_parameters = adapter_parameters(model)
         self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         if self.is_zero:
@@ -284,12 +295,13 @@ class Engine:
         """The stage DeepSpeed's engine runs, None without it."""
         return int(self.model.zero_optimization_stage()) if self.is_zero else None
 
-    def set_rates(self, learning_rate: float, gate_lr: float, sparse_lambda: float) -> None:
-        """Write this step's learning rates and λ into the optimizer's groups."""
+    def set_rates(self, learning_rate: float, gate_lr: float, sparse_lambda: float | Mapping[str, float]) -> None:
+        """Write this step's learning rates and λ, one or one per budget, into the optimizer's groups."""
         for group in self.optimizer.param_groups:
             gated = group["name"] == GATES
             group["lr"] = gate_lr if gated else learning_rate
-            group["sparse_lambda"] = sparse_lambda if gated else 0.0
+            own = sparse_lambda[group["budget"]] if gated and isinstance(sparse_lambda, Mapping) else sparse_lambda
+            group["sparse_lambda"] = own if gated else 0.0
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward; gradients are reduced after the `last` one of a step."""
@@ -324,11 +336,16 @@ class Engine:
     def gates(self) -> dict[str, Tensor]:
         """{module: gate (R,)} on the CPU, as the model uses them (collective under ZeRO-3)."""
         parameters = {name: layer.gate for name, layer in adapters(self.module).items() if layer.gate is not None}
+        if not parameters:
+            return {}
         with self._whole(list(parameters.values())):
-            return {name: gate.detach().float().cpu().clone() for name, gate in parameters.items()}
+            together = torch.stack([gate.detach().float() for gate in parameters.values()]).cpu()
+        return dict(zip(parameters, together.unbind(), strict=True))
 
     def masters(self) -> dict[str, Tensor]:
         """The float32 value of every adapter tensor, by "<module>.lora_A|lora_B|gate", on the CPU (collective)."""
+        if self.is_spent:
+            return {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(self.module).items()}
         if not self.is_zero:
             return {
                 name: self.optimizer.state.get(p, {}).get("master", p).detach().float().cpu().clone()
@@ -339,22 +356,28 @@ class Engine:
         return {name: safe_get_full_fp32_param(p).float().cpu().clone() for name, p in self._adapter_parameters.items()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
-        """Both Adam moments of every adapter tensor as "<tensor>.exp_avg[_sq]" and the number of steps (collective)."""
-        if self.num_optimizer_steps == 0:
+        """The optimizer's tensors of every adapter tensor as "<tensor>.exp_avg", ".exp_avg_sq" and, of gates under
+        "adaptive", ".importance"; and the number of its steps (collective).  Empty before there are any."""
+        if not self.optimizer.state:
             return {}, 0
-        moments = {}
+        found = {}
         if self.is_zero:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
             self._link_optimizer_state()
-            for name, p in self._adapter_parameters.items():
-                for key in MOMENTS:
-                    moments[f"{name}.{key}"] = safe_get_full_optimizer_state(p, key).float().cpu().clone()
-        else:
-            for name, p in self._adapter_parameters.items():
-                for key in MOMENTS:
-                    moments[f"{name}.{key}"] = self.optimizer.state[p][key].detach().cpu().clone()
-        return moments, self.num_optimizer_steps
+        for name, p in self._adapter_parameters.items():
+            for key in self._state_of(name):
+                found[f"{name}.{key}"] = self._read_state(p, key).cpu().clone()
+        return found, self.num_optimizer_steps
+
+    def _state_of(self, name: str) -> tuple[str, ...]:
+        return (*MOMENTS, IMPORTANCE) if self._has_importance and name.endswith(".gate") else MOMENTS
+
+    def _read_state(self, p: nn.Parameter, key: str) -> Tensor:
+        if not self.is_zero:
+            state: Tensor = self.optimizer.state[p][key].detach()
+            return state
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(p, key).float()
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -363,41 +386,43 @@ class Engine:
         assert len(steps) <= 1, f"parameters disagree about the number of steps: {steps}"
         return steps.pop() if steps else 0
 
-    def load(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+    def load(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
         """Put back what `masters` and `optimizer_state` gave (collective under ZeRO).
 
         Under ZeRO the module must have held `masters` before it was prepared: writing masters alone would leave the
-        model's copies old until the next step.
+        model's copies old until the next step.  An empty `state` is that of a fresh optimizer.
         """
+        self._has_importance = any(name.endswith(f".{IMPORTANCE}") for name in state)
         if self.is_zero:
-            self._load_zero(masters, moments, num_steps)
+            self._load_zero(masters, state, num_steps)
             return
         with torch.no_grad():
             for name, p in self._adapter_parameters.items():
                 p.copy_(masters[name])
-                if num_steps == 0:
+                if not state:
                     continue
-                state: dict[str, Any] = {key: moments[f"{name}.{key}"].to(p.device).clone() for key in MOMENTS}
+                own = {key: state[f"{name}.{key}"].to(p.device).clone() for key in self._state_of(name)}
                 if p.dtype != torch.float32:
-                    state["master"] = masters[name].to(p.device).clone()
-                self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **state}
+                    own["master"] = masters[name].to(p.device).clone()
+                self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
 
-    def _load_zero(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+    def _load_zero(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, p in self._adapter_parameters.items():
             safe_set_full_fp32_param(p, masters[name].to(self.device))
-        if num_steps == 0:
+        if not state:
             return
+        keys = (*MOMENTS, IMPORTANCE) if self._has_importance else MOMENTS
         for shard in self.master_shards():
             self.optimizer.state[shard] = {
                 "step": torch.tensor(float(num_steps)),
-                **{key: torch.zeros_like(shard) for key in MOMENTS},
+                **{key: torch.zeros_like(shard) for key in keys},
             }
         self._link_optimizer_state()
         for name, p in self._adapter_parameters.items():
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(p, moments[f"{name}.{key}"].to(self.device), key)
+            for key in self._state_of(name):
+                safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(self.device), key)
 
     def master_shards(self) -> list[Tensor]:
         """This process's flat float32 shards under ZeRO, one per group (ZeRO-3: per sub-group)."""
@@ -431,7 +456,7 @@ class Engine:
         Raises:
             RunFailed: naming tensors and processes.
         """
-        if self.strategy in ("none", "zero3"):
+        if self.strategy in ("none", "zero3") or self.is_spent:
             return
         hashes = {name: tensor_hash(p) for name, p in self._adapter_parameters.items()}
         if self.strategy == "ddp" and self.num_optimizer_steps:
@@ -482,14 +507,22 @@ class Engine:
     def released(self) -> Iterator[nn.Module]:
         """The module without wrappers and hooks, whole on every process; the engine is spent (collective).
 
+        Adapters may be given other parameters meanwhile, and the module to another engine afterwards.
+
         Under ZeRO-3 the frozen weights are gathered for the duration: as much memory as when the model was loaded.
         """
         module = self.module
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.is_zero:
-            yield module
-            return
-        self.model.destroy()
+        if self.is_zero and not self.is_spent:
+            self.model.destroy()
+            # DeepSpeed 0.19.8 leaves ZeRO-3's backward functions on the modules, bound to the engine that is gone: the
+            # next one would keep them, and let the old one gather its parameters in backward.
+            for part in module.modules():
+                for attribute in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+                    part.__dict__.pop(attribute, None)
+            self.accelerator.deepspeed_engine_wrapped = None
+        self.is_spent = True
+        self.accelerator.free_memory()  # it keeps every model and optimizer that it has prepared
         with self._whole(list(module.parameters())):
             yield module
 

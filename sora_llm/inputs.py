@@ -166,6 +166,12 @@ def target_modules(config: Config) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
+def target_shapes(config: Config, skeleton: nn.Module) -> dict[str, tuple[int, int]]:
+    """{target module: (I, O)}."""
+    linears = target_linears(skeleton, target_modules(config))
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+
+
 def estimate_memory(
     config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
 ) -> MemoryEstimate:

@@ -82,17 +82,29 @@ def announce(job: Job) -> None:
         f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
         f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
     )
-    if plan.gate_travel < 1 and plan.config.sora.threshold != "constant":
+    for budget in plan.budgets:
+        of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
         say(
             world,
-            f"warning: gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, "
-            "or raise sora.gate_lr",
+            f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
+            f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
-    if plan.config.sora.threshold == "decoupled" and (plan.config.sora.sparse_lambda or 0) >= 1:
-        say(
-            world,
-            f"warning: sora.sparse_lambda is {plan.config.sora.sparse_lambda:g}; from 1 on the decoupled threshold "
-            "shrinks every gate whatever its gradient",
+    for line in warnings(plan):
+        say(world, f"warning: {line}")
+
+
+def warnings(plan: Plan) -> Iterator[str]:
+    """What is allowed and hardly meant."""
+    sora = plan.config.sora
+    if plan.gate_travel < 1 and sora.threshold in ("decoupled", "proxgen"):
+        yield (
+            f"gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, or raise "
+            "sora.gate_lr"
+        )
+    if sora.threshold == "decoupled" and (sora.sparse_lambda or 0) >= 1:
+        yield (
+            f"sora.sparse_lambda is {sora.sparse_lambda:g}; from 1 on the decoupled threshold shrinks every gate "
+            "whatever its gradient"
         )
 
 

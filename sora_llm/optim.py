@@ -8,7 +8,7 @@ master copy at the next step.  The prox is elementwise, so it is exact on any sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from sora_llm.sora import SoraLinear, soft_threshold
 
-THRESHOLDS = ("decoupled", "proxgen", "constant")
+THRESHOLDS = ("decoupled", "proxgen", "constant", "adaptive")
 FACTORS, GATES = "factors", "gates"  # the "name" of the parameter groups
+IMPORTANCE = "importance"
+"""State of a gate under "adaptive": a tensor like a moment, so that it is sharded, read and saved by the same calls."""
 
 
 class ProxAdamW(torch.optim.AdamW):
@@ -28,6 +30,8 @@ class ProxAdamW(torch.optim.AdamW):
         proxgen     lr · λ / (√v̂ + ε)        the L1 prox in Adam's metric (Yun et al. 2021, "Adaptive proximal
                                              gradient methods for structured neural networks")
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
+        adaptive    λ / importance, hard: what is above it is not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
+                    that the caller chooses, importance a tensor of the gate's state; without it nothing is cut.
     With λ = 0 the step is torch's AdamW bit for bit.
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
@@ -56,7 +60,11 @@ class ProxAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group["sparse_lambda"] > 0:
                 for gate in group["params"]:
-                    if gate.grad is not None:
+                    if gate.grad is None:
+                        continue
+                    if group["threshold"] == "adaptive":
+                        self._cut_hard(gate, group["sparse_lambda"])
+                    else:
                         gate.copy_(soft_threshold(gate, self._tau(gate, group)))
         self._swap_out_masters(low_precision)
         return loss
@@ -71,6 +79,11 @@ class ProxAdamW(torch.optim.AdamW):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name != "step" and param.dtype not in (torch.float32, torch.float64):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
+
+    def _cut_hard(self, gate: Tensor, threshold: float) -> None:
+        importance = self.state[gate].get(IMPORTANCE)
+        if importance is not None:  # as a product: an importance of 0 is a threshold of infinity
+            gate.masked_fill_(gate.abs() * importance <= threshold, 0.0)
 
     def _tau(self, gate: Tensor, group: dict[str, Any]) -> float | Tensor:
         lr, sparse_lambda = float(group["lr"]), float(group["sparse_lambda"])
@@ -116,24 +129,29 @@ def parameter_groups(
     sparse_lambda: float = 0.0,
     weight_decay: float = 0.0,
     threshold: str = "decoupled",
+    budgets: Mapping[str, Collection[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of an injected model: the factors A and B, then the gates (own rate, λ, no weight decay).
 
+    With `budgets` {name: modules} the gates of each budget are a group of their own, with its name as "budget".
     After cutting there are no gates and only the first group is returned.  The order of parameters is that of the
     model's modules, the same on every process.
 
     Raises:
         ValueError: the model has no SoRA adapters.
     """
-    layers = [module for module in model.modules() if isinstance(module, SoraLinear)]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B) if factor is not None]
-    gates = [layer.gate for layer in layers if layer.gate is not None]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
+    factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]
     if not factors:
         raise ValueError("the model has no SoRA adapters: call inject_sora(model) first")
     groups: list[dict[str, Any]] = [
         {"name": FACTORS, "params": factors, "lr": learning_rate, "weight_decay": weight_decay}
     ]
-    if gates:
-        gate_options = {"lr": gate_lr, "weight_decay": 0.0, "sparse_lambda": sparse_lambda, "threshold": threshold}
-        groups.append({"name": GATES, "params": gates, **gate_options})
+    gate_options = {"lr": gate_lr, "weight_decay": 0.0, "sparse_lambda": sparse_lambda, "threshold": threshold}
+    everything: dict[str | None, Collection[str]] = {None: layers}
+    for budget, members in (budgets or everything).items():
+        gates = [layers[name].gate for name in layers if name in members and layers[name].gate is not None]
+        if gates:
+            named = {} if budget is None else {"budget": budget}
+            groups.append({"name": GATES, **named, "params": gates, **gate_options})
     return groups

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export
+from sora_llm.allocation import balanced, components
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat, pad_token_id
-from sora_llm.consensus import cut_slots, kept_params, kept_ranks, mean_rank, tensor_hash
+from sora_llm.budget import RankBudget, importances, make_budgets
+from sora_llm.consensus import cut_slots, cut_svd, kept_params, kept_ranks, mean_rank, tensor_hash
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed import (
-    Engine,
+    MOMENTS,
     agree,
     broadcast_tensors,
     gather_objects,
@@ -27,8 +29,11 @@ from sora_llm.distributed import (
 )
 from sora_llm.errors import Preempted, UserError
 from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, target_linears
+from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
+
+Adapter = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), gate (R,) or None
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
@@ -225,71 +230,180 @@ class RankReport:
 
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
-    """Ranks by the gates given (a gated run), or by the factors' own shapes (after the cut)."""
+    """Ranks by the gates given, or by the number of slots where there are none (after the cut)."""
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    if gates is None:
-        ranks = {name: 0 if layer.lora_A is None else layer.lora_A.shape[0] for name, layer in layers.items()}
+    if not gates:
+        ranks = {name: layer.rank for name, layer in layers.items()}
     else:
         ranks = kept_ranks(gates)
     costs = {name: i + o for name, (i, o) in shapes.items()}
     return RankReport(ranks, mean_rank(ranks, costs), kept_params(ranks, shapes))
 
 
-def cut_by_consensus(engine: Engine, model: nn.Module, masters: Mapping[str, Tensor], world: World) -> RankReport:
-    """Cut `model` to the slots that are alive in the agreed float32 `masters`; all processes end with the same bits.
+@dataclass(frozen=True)
+class Cut:
+    """What consensus left: the ranks, the share of Σ ‖ΔW‖² that went, and what a budget has left over.
+
+    `shortfall` is what the budget has beyond all that was alive (0 where it had to choose); None without a budget.
+    """
+
+    ranks: RankReport
+    dropped_share: float
+    shortfall: int | None
+
+
+def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, Adapter]:
+    """{module: A (R, I), B (O, R), gate or None} of the float32 `masters`; a module without a branch has R = 0."""
+    return {
+        name: (
+            masters.get(f"{name}.lora_A", torch.zeros(0, layer.in_features)),
+            masters.get(f"{name}.lora_B", torch.zeros(layer.out_features, 0)),
+            masters.get(f"{name}.gate"),
+        )
+        for name, layer in layers.items()
+    }
+
+
+def cut_by_consensus(
+    model: nn.Module,
+    masters: Mapping[str, Tensor],
+    *,
+    consensus: str,
+    budgets: Sequence[RankBudget] = (),
+    dtype: torch.dtype = torch.float32,
+    world: World,
+    device: torch.device | str,
+) -> Cut:
+    """Cut `model` to what the agreed float32 `masters` keep; all processes end with the same bits.
 
     The main process cuts, its factors are broadcast, and their hashes are compared on every process (collective).
+    Adapters without gates have been cut already and stay as they are.
 
     Raises:
         RunFailed: the bits that arrived differ.
     """
-    names = list(adapters(model))
-    flat = {}
-    if world.is_main:
-        factors = {
-            name: (masters[f"{name}.lora_A"], masters[f"{name}.lora_B"], masters.get(f"{name}.gate")) for name in names
-        }
-        for name, (A, B) in cut_slots(factors).items():
+    layers = adapters(model)
+    flat: dict[str, Tensor] = {}
+
+    def cut() -> tuple[float, int | None]:
+        factors = factors_of(layers, masters)
+        scaling = {name: layer.scaling for name, layer in layers.items()}
+        plain, report = cut_factors(factors, scaling, consensus, budgets)
+        for name, (A, B) in plain.items():
             flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
-    flat = broadcast_tensors(flat, engine.device)
-    cut_adapters(model, {name: (flat[f"{name}.lora_A"], flat[f"{name}.lora_B"]) for name in names})
+        return report
+
+    dropped_share, shortfall = on_main(cut, world)
+    received = broadcast_tensors(flat, device)
+    cut_adapters(
+        model,
+        {name: (received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)) for name in layers},
+    )
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
-    return rank_report(adapters(model))
+    return Cut(rank_report(layers), dropped_share, shortfall)
+
+
+def cut_factors(
+    factors: Mapping[str, Adapter], scaling: Mapping[str, float], consensus: str, budgets: Sequence[RankBudget]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[float, int | None]]:
+    """Plain factors by `consensus`, group by group where there are budgets; share of Σ ‖ΔW‖² dropped, shortfall."""
+    if all(gate is None for _, _, gate in factors.values()):
+        return {name: (A, B) for name, (A, B, _) in factors.items()}, (0.0, None)
+    cut_group = cut_svd if consensus == "svd" else cut_slots
+    groups: list[tuple[list[str], int | None, int]] = [(list(factors), None, 0)]
+    if budgets:
+        groups = [(list(budget.costs), budget.params, budget.min_rank) for budget in budgets]
+    plain: dict[str, tuple[Tensor, Tensor]] = {}
+    reports = []
+    for names, params, min_rank in groups:
+        group, report = cut_group({name: factors[name] for name in names}, scaling, params, min_rank)
+        plain |= group
+        reports.append(report)
+    energy, dropped = sum(report.energy for report in reports), sum(report.dropped_energy for report in reports)
+    shortfall = sum(report.shortfall or 0 for report in reports) if budgets else None
+    return {name: plain[name] for name in factors}, (dropped / energy if energy else 0.0, shortfall)
+
+
+def balance(
+    model: nn.Module,
+    masters: Mapping[str, Tensor],
+    *,
+    budgets: Sequence[RankBudget],
+    world: World,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Put every adapter of `model` into balanced SVD form with gates of 1 (collective).
+
+    A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's ΔW, which stays.
+
+    Returns: {module: importance (R,)}, σ_i/√c_m in units of the median of the module's budget.
+    """
+    layers = adapters(model)
+    flat: dict[str, Tensor] = {}
+
+    def decompose() -> None:
+        for name, (A, B, gate) in factors_of(layers, masters).items():
+            layer = layers[name]
+            parts = components(A, B, gate, layer.scaling, name)
+            new_A, new_B = balanced(parts, layer.scaling, layer.rank)
+            flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = new_A.float(), new_B.float()
+            flat[f"{name}.sigma"] = torch.nn.functional.pad(parts.sigma, (0, layer.rank - len(parts.sigma)))
+
+    on_main(decompose, world)
+    received = broadcast_tensors(flat, device)
+    for name, layer in layers.items():
+        layer.replace_factors(received[f"{name}.lora_A"], received[f"{name}.lora_B"])
+    weights: dict[str, Tensor] = {}
+    for budget in budgets:
+        weights |= importances({name: received[f"{name}.sigma"] for name in budget.costs}, budget.costs)
+    return {name: weights[name].float() for name in layers}
+
+
+def fresh_state(masters: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an optimizer knows of `masters` before its first step, and the gates' importance, for Engine.load."""
+    state = {f"{name}.{key}": torch.zeros_like(master) for name, master in masters.items() for key in MOMENTS}
+    return state | {f"{name}.gate.{IMPORTANCE}": weights for name, weights in importance.items()}
 
 
 def consensus_prune(
     model: nn.Module,
     target_rank: float | None = None,
     target_params: int | None = None,
-    consensus: str = "slots",
+    consensus: str = "svd",
     min_rank: int = 0,
 ) -> nn.Module:
-    """Cut the adapters of an injected model to their live slots, in place; the gates are folded into the factors.
+    """Cut the adapters of an injected model, in place; the gates are folded into the factors.
+
+    `svd` keeps singular components of each module's ΔW, `slots` the slots themselves; without a budget both keep all
+    that is alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params` the best of all modules are
+    kept, never more than the budget, and `min_rank` in every module.
 
     For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  Make a
     new optimizer afterwards: the parameters are new ones.
 
     Returns: the same model.
     Raises:
-        UserError: anything but consensus="slots" without a budget, or a model without gated adapters.
+        UserError: a model without gated adapters, or a budget that cannot be.
         RunFailed: processes hold different adapters.
     """
-    if consensus != "slots" or target_rank is not None or target_params is not None or min_rank:
-        raise UserError(
-            "consensus_prune cuts by consensus='slots' alone in this version; leave target_rank, target_params and "
-            "min_rank out and choose sparsity by sparse_lambda"
-        )
+    if consensus not in ("svd", "slots"):
+        raise UserError(f"consensus is {consensus!r}; use 'svd' or 'slots'")
+    if target_rank is not None and target_params is not None:
+        raise UserError("target_rank and target_params are two ways to say one budget; give one of them")
     layers = adapters(model)
     if not layers or any(layer.gate is None for layer in layers.values()):
         raise UserError("the model has no gated SoRA adapters: call inject_sora(model) and train it first")
+    has_budget = target_rank is not None or target_params is not None
+    if min_rank and not has_budget:
+        raise UserError("min_rank needs a budget; give target_rank or target_params")
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the adapter")
-    factors = {
-        name: (layer.lora_A.detach().float(), layer.lora_B.detach().float(), layer.gate.detach().float())
-        for name, layer in layers.items()
-        if layer.lora_A is not None and layer.lora_B is not None and layer.gate is not None
-    }
-    dtypes = {name: layer.lora_A.dtype for name, layer in layers.items() if layer.lora_A is not None}
-    cut = cut_slots(factors)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    rank = max(layer.rank for layer in layers.values())
+    budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank) if has_budget else []
+    masters = {name: p.detach().float() for name, p in adapter_parameters(model).items()}
+    dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
+    scaling = {name: layer.scaling for name, layer in layers.items()}
+    cut, _ = cut_factors(factors_of(layers, masters), scaling, consensus, budgets)
     cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
     return model
 

@@ -17,6 +17,10 @@ class Phases:
     sparsify_end: int
     total_steps: int
 
+    def place(self, step: int) -> float:
+        """u ∈ (0, 1], the place of `step` in the sparsify window."""
+        return (step - self.dense_end + 1) / (self.sparsify_end - self.dense_end)
+
     def at(self, step: int) -> str:
         """The phase that optimizer step number `step` (from 0) belongs to."""
         if step < self.dense_end:
@@ -53,6 +57,16 @@ def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
     raise ValueError(f"lr_scheduler_type {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
 
 
+def ramp_steps(remaining_steps: int, warmup_ratio: float) -> int:
+    """Steps of the ramp after the adapters were changed: max(1, round(warmup_ratio · remaining steps))."""
+    return max(1, round(Fraction(str(warmup_ratio)) * remaining_steps))
+
+
+def ramp(steps_since: int, length: int) -> float:
+    """The factor of step number `steps_since` (from 0) after a change: linear, 1 again after `length` steps."""
+    return min(1.0, (steps_since + 1) / (length + 1))
+
+
 def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
     """Σ f_t over the sparsify window: how far, in units of its learning rate, a gate can travel there."""
     window = range(run_phases.dense_end, run_phases.sparsify_end)
@@ -62,8 +76,3 @@ def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
 def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:
     """`gate_lr: auto` = min(0.25, max(learning_rate, 4 / Σ f_t)): gates must be able to travel from 1 to 0."""
     return 0.25 if factor_sum == 0 else min(0.25, max(learning_rate, 4.0 / factor_sum))
-
-
-def lambda_at(step: int, run_phases: Phases, sparse_lambda: float) -> float:
-    """λ of optimizer step `step`: 0 outside the sparsify window (with B = 0 a prox would prune blindly)."""
-    return sparse_lambda if run_phases.at(step) == SPARSIFY else 0.0

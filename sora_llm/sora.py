@@ -91,7 +91,8 @@ class SoraLinear(nn.Module):
         dtype: of `lora_A` (R, I), `lora_B` (O, R) and `gate` (R,); they are cast to x's dtype inside the forward.
 
     A starts Kaiming-uniform as in LoRA, B at 0, the gate at 1, so the wrapped layer starts as the base layer.
-    After `cut`, `gate` is None (folded into the factors), and a layer cut to rank 0 has no branch at all.
+    After `cut`, `gate` is None (folded into the factors), and a layer cut to rank 0 has no branch at all.  `rank` is
+    the number of slots, which a parameter that ZeRO-3 has partitioned no longer tells.
     """
 
     lora_A: nn.Parameter | None
@@ -110,7 +111,7 @@ class SoraLinear(nn.Module):
         if r < 1:
             raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot")
         self.base_layer: nn.Linear = base_layer.requires_grad_(False)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features, self.rank = base_layer.in_features, base_layer.out_features, r
         self.scaling, self.lora_dropout = lora_alpha / r, lora_dropout
         device = base_layer.weight.device
         # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.
@@ -146,14 +147,22 @@ class SoraLinear(nn.Module):
                 f"{self.in_features} → {self.out_features}"
             )
         device = self.base_layer.weight.device
-        self.gate = None
+        self.gate, self.rank = None, rank
         # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
         self.lora_A = nn.Parameter(lora_A.detach().clone().to(device)) if rank else None
         self.lora_B = nn.Parameter(lora_B.detach().clone().to(device)) if rank else None
 
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Replace the branch by factors of as many slots, A (R, I) and B (O, R), with fresh gates of 1; s stays."""
+        assert self.gate is not None and lora_A.shape[0] == self.rank, (
+            "the slots of a gated branch are replaced one by one"
+        )
+        device, dtype = self.base_layer.weight.device, self.gate.dtype
+        self.cut(lora_A.to(dtype), lora_B.to(dtype))
+        self.gate = nn.Parameter(torch.ones(self.rank, device=device, dtype=dtype))
+
     def extra_repr(self) -> str:
-        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
-        return f"r={rank}, scaling={self.scaling:g}, gated={self.gate is not None}"
+        return f"r={self.rank}, scaling={self.scaling:g}, gated={self.gate is not None}"
 
 
 def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

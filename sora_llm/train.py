@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
-from sora_llm.inject import adapter_parameters, adapters, inject_sora
+from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -38,6 +38,7 @@ from sora_llm.inputs import (
     load_data,
     prompt_ids,
     target_modules,
+    target_shapes,
     training_order,
 )
 from sora_llm.job import (
@@ -52,12 +53,14 @@ from sora_llm.job import (
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
 from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
-from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
+from sora_llm.pipeline import Cut
 from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
-from sora_llm.schedule import SPARSIFY
+from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
+from sora_llm.steering import Steering
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import (
     ZERO_STAGES,
@@ -147,7 +150,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
 
     data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
     order = training_order(config, inputs, data, rows_in_step(config, world))
-    plan = make_plan(config, strategy, world, order.steps_in)
+    plan = make_plan(config, strategy, world, order.steps_in, target_shapes(config, inputs.skeleton))
 
     with contextlib.ExitStack() as stack:
         group = process_group(config, strategy, world, run_dir, zero_options, lifeline)
@@ -181,9 +184,9 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     directory.start_at(start.step, start.folder)
     job.lifeline.on_loss = lambda loss: tell_loss(directory, loss)
     try:
-        engine, tally = begin(job, directory, start)
-        train(job, engine, tally, directory, start)
-        return agree_cut_export(job, engine, directory)
+        training = begin(job, directory, start)
+        train(training)
+        return agree_cut_export(training)
     except Preempted as request:
         request.status = on_main(directory.preempted, job.world)
         raise
@@ -207,7 +210,7 @@ def tell_loss(directory: RunDirectory, loss: str) -> None:
         say_last(loss)
 
 
-def begin(job: Job, directory: RunDirectory, start: StartPoint) -> tuple[Engine, Tally]:
+def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     """Load the model, then write the first files (collective).
 
     Before anything is written: a stream without its place, or a model that cannot be loaded, is bad input.
@@ -217,8 +220,8 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> tuple[Engine,
     if start.state is not None:
         position = start.state["order"]
         on_every(lambda: job.order.seek(position))
-    engine, tally = load_and_inject(job, start)
-    assert engine.zero_stage == zero_stage
+    training = load_and_inject(job, directory, start)
+    assert training.engine.zero_stage == zero_stage
     job.heed_stop()
     on_main(
         lambda: directory.begin(
@@ -235,7 +238,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> tuple[Engine,
         on_main(lambda: checkpoint.set_aside_damaged(directory.path), job.world)
     own_options = {"wandb": {"dir": str(directory.path), "name": directory.path.name}}
     job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
-    return engine, tally
+    return training
 
 
 def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
@@ -269,84 +272,203 @@ def load_model(job: Job) -> nn.Module:
     return model
 
 
-def load_and_inject(job: Job, start: StartPoint) -> tuple[Engine, Tally]:
+@dataclass
+class Training:
+    """A run in the middle of its loop.  `done` counts the optimizer steps that are behind it."""
+
+    job: Job
+    directory: RunDirectory
+    engine: Engine
+    tally: Tally
+    steering: Steering
+    done: int
+    unlogged: Mapping[str, float] | None = None
+    """What the line of step `done` needs, where the run was interrupted before it could be written."""
+
+
+def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
-    sora, settings = job.config.sora, job.config.train
+    sora = job.config.sora
     model = on_every(lambda: load_model(job))
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
+    steering = Steering(str(sora.threshold), job.plan.budgets, sora.sparse_lambda)
+    if start.folder is None or start.state is None:
+        engine = make_engine(job, model)
+        return Training(job, directory, engine, Tally.start(engine.device), steering, 0)
+    folder, state = start.folder, start.state
+    tensors = on_every(lambda: checkpoint.read_tensors(folder))
+    masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
+    engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
+    engine.load(masters, tensors, state["optimizer_steps"])
+    importance = {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
+    steering.load(state["steering"], importance)
+    tally = Tally.start(engine.device)
+    tally.load(state["tally"], job.world.is_main)
+    return Training(job, directory, engine, tally, steering, start.step, state["unlogged"])
+
+
+WEIGHTS = f".gate.{IMPORTANCE}"
+
+
+def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_cut: bool) -> dict[str, Tensor]:
+    """Move the adapter's values from `tensors` into the module, which is cut to their shapes where the run was.
+
+    Raises:
+        UserError: they are not of this model.
+    """
+    if is_cut:
+        dtypes = {name: layer.gate.dtype for name, layer in adapters(model).items() if layer.gate is not None}
+        factors = {name: (A, B) for name, (A, B, _) in pipeline.factors_of(adapters(model), tensors).items()}
+        try:
+            cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in factors.items()})
+        except ValueError as error:
+            raise UserError(f"the checkpoint {folder} is not of this model: {error}") from None
     parameters = adapter_parameters(model)
-    folder = start.folder
-    tensors = {} if folder is None else on_every(lambda: checkpoint.read_tensors(folder))
-    if folder is not None:
+    for name, parameter in parameters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise UserError(f"the checkpoint {folder} is not of this model: {name} is missing or of another shape")
+    with torch.no_grad():
         for name, parameter in parameters.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise UserError(f"the checkpoint {folder} is not of this model: {name} is missing or of another shape")
-    if tensors:  # before the engine is made: ZeRO copies its masters from the module
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+            parameter.copy_(tensors[name])
+    return {name: tensors.pop(name) for name in parameters}
+
+
+def make_engine(job: Job, model: nn.Module) -> Engine:
+    """`model` and a fresh optimizer under the run's strategy (collective)."""
+    settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
         settings.learning_rate,
         job.plan.gate_lr,
         weight_decay=settings.weight_decay,
-        threshold=sora.threshold,
+        threshold=str(job.config.sora.threshold),
+        budgets={budget.name: list(budget.costs) for budget in budgets} or None,
     )
-    engine = Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm)
-    tally = Tally.start(engine.device)
-    if start.state is not None:
-        masters = {name: tensors.pop(name) for name in parameters}
-        engine.load(masters, tensors, start.state["optimizer_steps"])
-        tally.load(start.state["tally"], job.world.is_main)
-    return engine, tally
+    return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm)
 
 
-def train(job: Job, engine: Engine, tally: Tally, directory: RunDirectory, start: StartPoint) -> None:
-    """The loop: next rows, forward, backward, step, log (collective).
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(training: Training) -> None:
+    """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
 
     Raises:
-        RunFailed: processes disagree, or too many non-finite steps in a row.
+        RunFailed: processes disagree, too many non-finite steps in a row, or nothing is left to train.
         Preempted: the run was asked to stop; a checkpoint of the last step is complete.
     """
+    job, tally = training.job, training.tally
     config, plan, world = job.config, job.plan, job.world
-    if start.step == 0 and job.data.dev is not None:
-        ranks = current_ranks(engine).fields
-        directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, engine.model), **ranks})
-    if start.state is not None and start.state["unlogged"] is not None:
-        log_step(job, engine, tally, directory, start.step, start.state["unlogged"])
+    if training.done == 0 and job.data.dev is not None:
+        ranks = current_ranks(training.engine).fields
+        training.directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, training.engine.model), **ranks})
+    if training.unlogged is not None:
+        log_step(training, training.unlogged)
     tally.restart_clock()
-    for step in range(start.step, plan.total_steps):
-        done = step + 1
-        last = done == plan.total_steps
-        engine.set_rates(**plan.rates(step))
+    for step in range(training.done, plan.total_steps):
+        change_form(training, step)
+        if training.engine.is_spent:  # consensus left nothing to train
+            break
+        engine = training.engine
+        steered = set_rates(training, step)
         seed_step(config.train.seed, step, world.process_index)
         batches = job.batches(step)
+        done = step + 1
+        last = done == plan.total_steps
         check = engine.prove_agreement if last or is_due(config.distributed.check_every, done) else None
         loss_sum, outcome = train_step(engine, batches, world.num_processes, before_step=check)
         tally.add(loss_sum, outcome, batches)
+        training.done = done
         if tally.skipped_in_a_row >= config.train.max_skipped_steps:
             raise RunFailed(
                 f"the last {tally.skipped_in_a_row} steps, up to step {done}, had a non-finite loss or gradient and "
                 "were skipped; lower train.learning_rate or look at the data, and start the command again"
             )
         if last or is_due(config.output.logging_steps, done) or evaluation_due(job, done):
-            seen = {"grad_norm": outcome.grad_norm, "supervised_tokens": batches.supervised_tokens}
+            seen = {"grad_norm": outcome.grad_norm, "supervised_tokens": batches.supervised_tokens, **steered}
             try:
-                log_step(job, engine, tally, directory, done, seen)
+                log_step(training, seen)
             except Preempted:  # in the evaluation: the resumed run begins with this line
-                save_checkpoint(job, engine, tally, directory, done, unlogged=seen)
+                save_checkpoint(training, unlogged=seen)
                 raise
         saved = last or is_due(config.output.save_steps, done)
         if saved:
-            save_checkpoint(job, engine, tally, directory, done)
+            save_checkpoint(training)
             tally.restart_clock()
         try:
             job.heed_stop()
         except Preempted:
             if not saved:
-                save_checkpoint(job, engine, tally, directory, done)
+                save_checkpoint(training)
             raise
+
+
+def set_rates(training: Training, step: int) -> dict[str, Any]:
+    """Give the optimizer the rates and λ of `step`; returns what the step's line says of λ (collective)."""
+    plan = training.job.plan
+    sparse_lambda: float | dict[str, float] = 0.0
+    steered: dict[str, Any] = {"lambda": 0.0}
+    if plan.phases.at(step) == SPARSIFY:
+        sparse_lambda = training.steering.choose(training.engine, plan.phases.place(step))
+        steered = training.steering.fields
+    training.engine.set_rates(**plan.rates(step), sparse_lambda=sparse_lambda)
+    return steered
+
+
+def change_form(training: Training, step: int) -> None:
+    """Before the first step of a phase that asks for it: put the adapters into balanced form, or cut them to what
+    consensus keeps, and build the optimizer and its engine anew around the tensors that are left (collective).
+
+    Raises:
+        RunFailed: processes disagree, or nothing is left to train.
+    """
+    job, engine = training.job, training.engine
+    plan = job.plan
+    if step not in plan.changes:
+        return
+    engine.prove_agreement()
+    masters, importance = engine.masters(), {}
+    with engine.released() as model:
+        if step < plan.phases.sparsify_end:
+            importance = pipeline.balance(
+                model, masters, budgets=plan.budgets, world=job.world, device=job.accelerator.device
+            )
+        else:
+            cut = cut_adapter(job, model, masters)
+            if cut.ranks.kept_params == 0:
+                if not job.config.output.allow_empty_adapter:
+                    raise RunFailed(
+                        f"consensus before step {step + 1} left no rank to train; lower sora.sparse_lambda, or set "
+                        "output.allow_empty_adapter"
+                    )
+                return
+        masters = {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(model).items()}
+    training.engine = make_engine(job, model)
+    training.engine.load(masters, pipeline.fresh_state(masters, importance), 0)
+    training.steering.importance = importance
+
+
+def cut_adapter(job: Job, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Cut:
+    """Cut `model` as the config says, and say what became of it (collective)."""
+    sora, budgets = job.config.sora, job.plan.budgets
+    had_gates = any(layer.gate is not None for layer in adapters(model).values())
+    cut = pipeline.cut_by_consensus(
+        model,
+        masters,
+        consensus=sora.consensus,
+        budgets=budgets,
+        dtype=DTYPES[sora.dtype] if dtype is None else dtype,
+        world=job.world,
+        device=job.accelerator.device,
+    )
+    if had_gates:
+        say(
+            job.world,
+            f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
+            f"{cut.dropped_share:.1%} of ΔW's energy dropped",
+        )
+    return cut
 
 
 def evaluation_due(job: Job, done: int) -> bool:
@@ -354,28 +476,26 @@ def evaluation_due(job: Job, done: int) -> bool:
     return job.data.dev is not None and is_due(job.config.evaluation.eval_steps, done)
 
 
-def log_step(
-    job: Job, engine: Engine, tally: Tally, directory: RunDirectory, done: int, seen: Mapping[str, float]
-) -> None:
-    """The line of step `done` (collective); `seen` is what only the step itself knew."""
+def log_step(training: Training, seen: Mapping[str, float]) -> None:
+    """The line of the step that is done (collective); `seen` is what only the step itself knew."""
+    job, tally, done = training.job, training.tally, training.done
     phase = job.plan.phases.at(done - 1)
     rates = job.plan.rates(done - 1)
-    ranks = current_ranks(engine)
-    evaluated = {"eval_loss": dev_loss(job, engine.model)} if evaluation_due(job, done) else {}
+    ranks = current_ranks(training.engine)
+    evaluated = {"eval_loss": dev_loss(job, training.engine.model)} if evaluation_due(job, done) else {}
     fields = {
         **tally.flush(),
         "learning_rate": rates["learning_rate"],
-        "gate_learning_rate": rates["gate_lr"],
-        "lambda": rates["sparse_lambda"],
+        "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
         **seen,
         "skipped_steps": tally.skipped_steps,
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
     }
-    directory.metrics(done, phase, fields)
-    if phase == SPARSIFY:
-        directory.ranks(done, ranks.ranks)
+    training.directory.metrics(done, phase, fields)
+    if phase != DENSE:
+        training.directory.ranks(done, ranks.ranks)
     tally.restart_clock()
 
 
@@ -405,24 +525,19 @@ def current_ranks(engine: Engine) -> pipeline.RankReport:
     return pipeline.rank_report(adapters(engine.module), engine.gates())
 
 
-def save_checkpoint(
-    job: Job,
-    engine: Engine,
-    tally: Tally,
-    directory: RunDirectory,
-    step: int,
-    unlogged: Mapping[str, float] | None = None,
-) -> None:
-    """Write the canonical state of the run after `step` steps (collective; the main process writes).
+def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
+    """Write the canonical state of the run as it is (collective; the main process writes).
 
     `unlogged` is what the line of this step still needs where it has not been written.
     """
+    job, engine, directory, step = training.job, training.engine, training.directory, training.done
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
     state = {
         "phase": job.plan.phases.at(step - 1),
         "optimizer_steps": optimizer_steps,
-        "tally": tally.state(),
+        "tally": training.tally.state(),
+        "steering": training.steering.state(),
         "unlogged": unlogged,
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
@@ -435,15 +550,16 @@ def save_checkpoint(
     directory.status("running", phase=job.plan.phases.at(step - 1))
 
 
-def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunResult:
-    """Cut every adapter to the slots the processes agree on, export it, reload it from disk (collective)."""
-    config, total_steps = job.config, job.plan.total_steps
-    directory.step = total_steps
+def agree_cut_export(training: Training) -> RunResult:
+    """Cut what is not cut yet to what the processes agree on, export it, reload it from disk (collective)."""
+    job, engine, directory, done = training.job, training.engine, training.directory, training.done
+    config = job.config
+    directory.step = done
     directory.status("running", phase="export")
     engine.prove_agreement()
     masters = engine.masters()
     with engine.released() as model:
-        ranks = pipeline.cut_by_consensus(engine, model, masters, job.world)
+        ranks = cut_adapter(job, model, masters, dtype=torch.float32).ranks
         job.heed_stop()
         fields: dict[str, Any] = ranks.fields
         if job.data.dev is not None:
@@ -470,8 +586,8 @@ def agree_cut_export(job: Job, engine: Engine, directory: RunDirectory) -> RunRe
             answer_samples(job, model, directory)
     if exported.eval_loss is not None:
         fields["eval_loss_exported"] = exported.eval_loss
-    directory.metrics(total_steps, "export", fields)
-    directory.ranks(total_steps, ranks.ranks)
+    directory.metrics(done, "export", fields)
+    directory.ranks(done, ranks.ranks)
     directory.adapter = exported.folder
     directory.status("finished", phase="done")
     worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
@@ -521,9 +637,11 @@ def probe(job: Job, num_tokens: int = 64) -> Tensor:
 def rehearse(job: Job) -> RunResult:
     """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
     with tempfile.TemporaryDirectory() as folder:
-        engine, tally = load_and_inject(job, StartPoint())
+        directory = RunDirectory(Path(folder), is_main=job.world.is_main)
+        training = load_and_inject(job, directory, StartPoint())
+        engine, tally = training.engine, training.tally
         job.heed_stop()
-        engine.set_rates(**job.plan.rates(0))
+        set_rates(training, 0)
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.world.num_processes)
         if outcome.skipped:
@@ -531,8 +649,8 @@ def rehearse(job: Job) -> RunResult:
                 "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
             )
         tally.add(loss_sum, outcome, batches)
-        directory = RunDirectory(Path(folder), is_main=job.world.is_main)
-        save_checkpoint(job, engine, tally, directory, 1)
+        training.done = 1
+        save_checkpoint(training)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
     memory, steps = job.memory, job.plan.total_steps
     if job.data.train is None:

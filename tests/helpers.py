@@ -87,3 +87,20 @@ def token_row(ids, weights=None):
     """A row as data sets give it; without `weights` all but the first token is supervised."""
     default = np.arange(len(ids)) > 0
     return np.array(ids, dtype=np.int32), np.array(default if weights is None else weights, dtype=np.float32)
+
+
+def random_factors(seed: int, modules: dict[str, tuple[int, int, int]], dead: float = 0.3) -> dict:
+    """{name: (A (R, I), B (O, R), g (R,))} in float64 for {name: (R, I, O)}; a share `dead` of the gates is 0.
+
+    Gates have both signs, modules different sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factors = {}
+    for name, (rank, num_in, num_out) in modules.items():
+        gate = randn(rank) * (torch.rand(rank, generator=generator) >= dead)
+        factors[name] = (randn(rank, num_in), randn(num_out, rank), gate * float(torch.exp(randn(1))))
+    return factors

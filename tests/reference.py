@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -222,3 +223,48 @@ def gate_lr_auto_reference(learning_rate: float, factors_in_window: Sequence[flo
     if wanted < learning_rate:
         wanted = learning_rate
     return 0.25 if wanted > 0.25 else wanted
+
+
+def outer_products(A: Tensor, B: Tensor, g: Tensor | None, s: float) -> np.ndarray:
+    """ΔW (O, I) = s Σ_i g_i b_i a_iᵀ, slot by slot, in float64."""
+    total = np.zeros((B.shape[0], A.shape[1]))
+    for i in range(A.shape[0]):
+        gate = 1.0 if g is None else float(g[i])
+        if gate != 0.0:
+            total += s * gate * np.outer(B[:, i].double().numpy(), A[i].double().numpy())
+    return total
+
+
+def allocate_reference(
+    importance: Mapping[str, Sequence[float]],
+    costs: Mapping[str, int],
+    budget: int,
+    min_rank: int = 0,
+    caps: Mapping[str, int] | None = None,
+) -> dict[str, list[int]]:
+    """Who is kept under a budget, one at a time: of those not yet seen the best one is taken if it is affordable.
+
+    First every module's own `min_rank` best, then everything by importance / cost; the cost of a choice is
+    Σ c_m · min(#, cap_m).
+    """
+
+    def cost_of(choice: Mapping[str, Sequence[int]]) -> int:
+        return sum(costs[m] * (len(choice[m]) if caps is None else min(len(choice[m]), caps[m])) for m in importance)
+
+    modules = list(importance)
+    kept: dict[str, list[int]] = {m: [] for m in modules}
+    for m in modules:
+        best = sorted(range(len(importance[m])), key=lambda i, m=m: (-importance[m][i], i))
+        kept[m] = best[:min_rank]
+    assert cost_of(kept) <= budget, "min_rank costs more than the budget"
+    unseen = [(m, i) for m in modules for i in range(len(importance[m])) if i not in kept[m]]
+    while unseen:
+        best_one = unseen[0]
+        for one in unseen[1:]:  # the first of equals stays
+            if importance[one[0]][one[1]] * costs[best_one[0]] > importance[best_one[0]][best_one[1]] * costs[one[0]]:
+                best_one = one
+        unseen.remove(best_one)
+        m, i = best_one
+        if cost_of({**kept, m: [*kept[m], i]}) <= budget:
+            kept[m].append(i)
+    return {m: sorted(kept[m]) for m in modules}

@@ -33,6 +33,10 @@ def gsm8k_overrides(output_dir: Path, **others: Any) -> list[str]:
         "train.per_device_train_batch_size": 2,
         "train.gradient_accumulation_steps": 1,
         "train.learning_rate": 5e-3,
+        "sora.target_rank": None,
+        "sora.sparse_lambda": 0.6,  # gates to the end; tests of budgets and of the cut say so
+        "sora.consensus_at": 1.0,
+        "sora.consensus": "slots",
         "output.output_dir": str(output_dir),
         **others,
     }

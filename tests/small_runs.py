@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import shared
 from nursery import Child, Nursery
 from runs import gsm8k_overrides
+from safetensors.torch import load_file
 
 CONFIG = "configs/llama7b.yaml"
 STEPS, DENSE_STEPS, EVALUATED_STEP = 6, 2, 3
@@ -144,4 +147,27 @@ def result(run_dir: Path) -> dict[str, Any]:
         "adapter": (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
         "metrics": lines("metrics.jsonl"),
         "ranks": lines("ranks.jsonl"),
+    }
+
+
+def interrupt(straight: Path, run_dir: Path, step: int) -> Path:
+    """The directory of a run as its death some time after the checkpoint of `step` leaves it."""
+
+    def later(_folder: str, names: list[str]) -> list[str]:
+        steps = [name for name in names if name.startswith("step-")]
+        return [name for name in steps if int(name.removeprefix("step-")) > step] + ["adapter"]
+
+    shutil.copytree(straight, run_dir, ignore=later)
+    left = status(run_dir) | {"state": "running", "checkpoint": f"checkpoints/step-{step}", "adapter": None}
+    (run_dir / "status.json").write_text(json.dumps(left))
+    return run_dir
+
+
+def delta_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """B · A of every module of the exported adapter, in float64."""
+    factors: dict[str, Any] = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    return {
+        name: factors[name.replace("lora_A", "lora_B")].double() @ A.double()
+        for name, A in factors.items()
+        if "lora_A" in name
     }

@@ -61,7 +61,7 @@ def test_the_required_keys_are_enough_and_the_rest_has_the_documented_defaults(l
     assert config.model.name_or_path == "some/model"
     assert config.data.datasets[0].type == "alpaca"
     assert (config.sora.r, config.sora.lora_alpha, config.sora.gate_lr) == (64, 16.0, "auto")
-    assert (config.sora.consensus, config.sora.consensus_at, config.data.sample_packing) == ("slots", 1.0, True)
+    assert (config.sora.consensus, config.sora.consensus_at, config.data.sample_packing) == ("svd", 0.4, True)
     assert (config.train.seed, config.distributed.strategy, config.output.report_to) == (42, "auto", ("tensorboard",))
 
 
@@ -435,17 +435,10 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["sora.sparse_lambda=null", "sora.target_rank=8"],
-        ["sora.sparse_lambda=null", "sora.target_params=1000"],
-        ["sora.threshold=adaptive"],
-        ["sora.consensus=svd"],
-        ["sora.consensus_at=0.4"],
         ["sora.lambda_num=2"],
         ["sora.lambda_schedule=linear"],
         ["sora.max_lambda=0.7"],
         ["sora.retrain=false"],
-        ["sora.min_rank=1"],
-        ["sora.budgets={q_proj: 4}"],
         ["distributed.sync_every=10"],
         ["distributed.replica=node"],
         ["distributed.outer_learning_rate=0.7"],

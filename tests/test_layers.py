@@ -13,12 +13,13 @@ PACKAGE = Path(sora_llm.__file__).parent
 LAYERS = [
     {"errors"},
     {"files", "stop", "lifeline"},
-    {"topology", "sora", "schedule"},
+    {"topology", "sora", "schedule", "allocation", "budget"},
     {"consensus", "inject", "optim"},
+    {"merge"},
     {"distributed"},
     {"backbone"},
     {"data", "checkpoint", "report", "export"},
-    {"pipeline", "loop", "rundir"},
+    {"pipeline", "loop", "rundir", "steering"},
     {"inputs"},
     {"plan"},
     {"job"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ALGORITHM = ["sora", "schedule", "consensus", "optim", "inject"]
+ALGORITHM = ["sora", "schedule", "allocation", "budget", "consensus", "merge", "optim", "inject"]
 
 
 def modules() -> dict[str, Path]:

@@ -255,3 +255,32 @@ def test_gates_at_rest_reach_zero_after_the_promised_number_of_steps():
         gate.grad = torch.zeros_like(gate)
         optimizer.step()
         assert (gate.item() == 0) == (step == steps)
+
+
+def adaptive_optimizer(importance, dtype=torch.float32):
+    gate = nn.Parameter(torch.ones(4, dtype=dtype))
+    group = {"name": "gates", "params": [gate], "lr": 1e-2, "sparse_lambda": 0.5, "threshold": "adaptive"}
+    optimizer = ProxAdamW([group], weight_decay=0.0)
+    if importance is not None:
+        state = {"exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4), "importance": importance}
+        optimizer.state[gate] = {"step": torch.tensor(0.0), **state}
+    return gate, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adaptive_zeroes_what_is_not_above_the_threshold_and_shrinks_nothing_else(dtype):
+    gate, optimizer = adaptive_optimizer(torch.tensor([2.0, 1.0, 0.4, 0.0]), dtype)
+    gate.grad = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype)
+    optimizer.step()
+    assert gate.tolist() == pytest.approx([0.99, 1.01, 0.0, 0.0], abs=4e-3), "a plain AdamW step, then a hard cut"
+    gate.grad = torch.tensor([0.0, 0.0, -1.0, -1.0], dtype=dtype)
+    optimizer.param_groups[0]["sparse_lambda"] = 1e-30
+    optimizer.step()
+    assert gate[2] > 0 and gate[3] == 0, "a slot may come back; one without a component may not"
+
+
+def test_adaptive_cuts_nothing_before_the_gates_are_weighed():
+    gate, optimizer = adaptive_optimizer(None)
+    gate.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.count_nonzero(gate) == 4

@@ -9,13 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from runs import gsm8k_overrides
-from safetensors.torch import load_file
-from small_runs import DENSE_STEPS, STEPS, Playground, overrides, result, status
+from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
 
 from sora_llm import checkpoint
 from sora_llm.errors import UserError
@@ -135,19 +132,6 @@ NO_DROPOUT = {"sora.lora_dropout": 0.0}
 """Where runs with different numbers of processes are compared, whose draws are their own."""
 
 
-def interrupt(straight: Path, run_dir: Path, step: int) -> Path:
-    """The directory of a run as its death some time after the checkpoint of `step` leaves it."""
-
-    def later(_folder: str, names: list[str]) -> list[str]:
-        steps = [name for name in names if name.startswith("step-")]
-        return [name for name in steps if int(name.removeprefix("step-")) > step] + ["adapter"]
-
-    shutil.copytree(straight, run_dir, ignore=later)
-    left = status(run_dir) | {"state": "running", "checkpoint": f"checkpoints/step-{step}", "adapter": None}
-    (run_dir / "status.json").write_text(json.dumps(left))
-    return run_dir
-
-
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=[] if mode in QUICK_MODES else pytest.mark.matrix) for mode in MODES]
 )
@@ -234,13 +218,3 @@ def test_a_run_goes_on_with_the_next_sample_under_another_strategy_and_number_of
 
 DELTA_TOLERANCE = 1e-5
 """Relative error of a module's ΔW after the last steps: another split of a batch sums in another order (seen: 2e-6)."""
-
-
-def delta_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """B · A of every module of the exported adapter, in float64."""
-    factors: dict[str, Any] = load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    return {
-        name: factors[name.replace("lora_A", "lora_B")].double() @ A.double()
-        for name, A in factors.items()
-        if "lora_A" in name
-    }

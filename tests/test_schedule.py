@@ -5,7 +5,7 @@ import torch
 from reference import gate_lr_auto_reference, lr_factor_reference
 from transformers import get_scheduler
 
-from sora_llm.schedule import auto_gate_lr, lambda_at, lr_factor, phases, warmup_steps, window_sum
+from sora_llm.schedule import auto_gate_lr, lr_factor, phases, ramp, ramp_steps, warmup_steps, window_sum
 
 KINDS = ["linear", "cosine", "constant_with_warmup"]
 
@@ -50,9 +50,16 @@ def test_a_run_is_dense_then_sparsifies_then_finetunes():
     assert {phases(10, 0.0, 1.0).at(step) for step in range(10)} == {"sparsify"}
 
 
-def test_lambda_is_zero_outside_the_sparsify_window():
+def test_the_place_in_the_sparsify_window_ends_at_one():
     run = phases(10, 0.2, 0.7)
-    assert [lambda_at(step, run, 0.3) for step in range(10)] == [0.0] * 2 + [0.3] * 5 + [0.0] * 3
+    assert [run.place(step) for step in range(2, 7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize(("remaining", "ratio", "length"), [(100, 0.03, 3), (60, 0.03, 2), (10, 0.03, 1), (10, 0.0, 1)])
+def test_a_ramp_takes_the_rounded_share_of_what_is_left_and_at_least_a_step(remaining, ratio, length):
+    assert ramp_steps(remaining, ratio) == length
+    factors = [ramp(step, length) for step in range(length + 2)]
+    assert factors == pytest.approx([(step + 1) / (length + 1) for step in range(length)] + [1.0, 1.0])
 
 
 # in floats 0.07 · 100 is 7.000000000000001 and 0.1 · 30 is 3.0000000000000004

@@ -1,0 +1,203 @@
+"""A rank budget and how a run gets there: pure arithmetic on counts, values and costs.
+
+A component of module m costs c_m = I_m + O_m parameters, so that
+    kept = Σ c_m · min(#{g ≠ 0}, I_m, O_m)        F = Σ c_m · min(r, I_m, O_m)
+are exact integers.  Over the sparsify window, u ∈ (0, 1] being the place in it, kept is led along
+    R*(u) = goal + (F − goal)(1 − u)³
+to a goal a little above the budget: consensus cuts to the budget itself, and only from above.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from sora_llm.errors import UserError
+
+CONTROLLED_GOAL, QUANTILE_GOAL = 1.1, 1.01
+"""The goal in units of the budget: feedback swings by some percent, a quantile by single components."""
+GAIN = 1.5
+LAMBDA_START, LAMBDA_MIN, LAMBDA_MAX = 0.1, 1e-3, 1.0
+"""At λ = 1 the decoupled threshold prunes all that is noise; above, gates shrink whatever their gradient."""
+EVERY_MODULE = "all"
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """What a group of modules may keep: at most `params` parameters.
+
+    `costs` is {module: I + O}, `caps` {module: min(r, I, O)}; `name` is the pattern that chose the modules.
+    """
+
+    name: str
+    costs: Mapping[str, int]
+    caps: Mapping[str, int]
+    params: int
+    min_rank: int = 0
+
+    @property
+    def full(self) -> int:
+        """F: what the group costs with every slot alive."""
+        return sum(cost * self.caps[name] for name, cost in self.costs.items())
+
+    def kept(self, counts: Mapping[str, int]) -> int:
+        """Parameters of `counts` {module: live slots}."""
+        return sum(cost * min(counts[name], self.caps[name]) for name, cost in self.costs.items())
+
+    def mean_rank(self, params: float) -> float:
+        """The cost-weighted mean rank that so many parameters are."""
+        return params / sum(self.costs.values())
+
+    def wanted(self, place: float, goal_factor: float) -> float:
+        """R*(u) at `place` u; the goal is at least the dearest component above the budget."""
+        goal = min(self.full, max(goal_factor * self.params, self.params + max(self.costs.values())))
+        return goal + (self.full - goal) * (1.0 - place) ** 3
+
+
+def make_budgets(
+    shapes: Mapping[str, tuple[int, int]],
+    r: int,
+    target_rank: float | None,
+    target_params: int | None,
+    budgets: Mapping[str, float],
+    min_rank: int,
+) -> list[RankBudget]:
+    """One budget per pattern of `budgets` (its mean rank), and one for the modules that none of them matches.
+
+    `shapes` is {module: (I, O)}.  Those others share `target_rank`, or what the patterns leave of `target_params`.
+
+    Raises:
+        UserError: a module that two patterns match, a pattern without modules, a budget that is less than `min_rank`
+            of every module, or more than r of every module.
+    """
+    owners: dict[str, str] = {}
+    for pattern in budgets:
+        found = [name for name in shapes if _matches(pattern, name)]
+        if not found:
+            raise UserError(f"sora.budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}")
+        for name in found:
+            if name in owners:
+                raise UserError(
+                    f"sora.budgets: {name} is matched by {owners[name]!r} and by {pattern!r}; a module belongs to one "
+                    "budget, so make one of the patterns narrower"
+                )
+            owners[name] = pattern
+    made = [
+        _group(pattern, "sora.budgets", [name for name in owners if owners[name] == pattern], shapes, r, mean, min_rank)
+        for pattern, mean in budgets.items()
+    ]
+    rest = [name for name in shapes if name not in owners]
+    if target_params is not None:
+        left = target_params - sum(group.params for group in made)
+        if rest:
+            made.append(_checked(_costed(EVERY_MODULE, rest, shapes, r, left, min_rank), "sora.target_params"))
+    elif rest:
+        assert target_rank is not None
+        made.append(_group(EVERY_MODULE, "sora.target_rank", rest, shapes, r, target_rank, min_rank))
+    return made
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"sora.budgets: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _group(
+    pattern: str,
+    key: str,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, int]],
+    r: int,
+    mean_rank: float,
+    min_rank: int,
+) -> RankBudget:
+    """The budget of `names` that is a mean rank."""
+    costs = sum(sum(shapes[name]) for name in names)
+    params = math.floor(Fraction(str(mean_rank)) * costs)
+    return _checked(_costed(pattern, names, shapes, r, params, min_rank), key)
+
+
+def _costed(
+    pattern: str, names: Sequence[str], shapes: Mapping[str, tuple[int, int]], r: int, params: int, min_rank: int
+) -> RankBudget:
+    return RankBudget(
+        pattern,
+        {name: sum(shapes[name]) for name in names},
+        {name: min(r, *shapes[name]) for name in names},
+        params,
+        min_rank,
+    )
+
+
+def _checked(group: RankBudget, key: str) -> RankBudget:
+    which = f"{key} {group.name!r}" if key == "sora.budgets" else key
+    if group.params > group.full:
+        raise UserError(
+            f"{which} is {group.params:,} parameters (mean rank {group.mean_rank(group.params):.4g}), more than the "
+            f"{group.full:,} that its modules have before pruning (mean rank {group.mean_rank(group.full):.4g}); lower "
+            "it, or raise sora.r"
+        )
+    floor = sum(cost * min(group.min_rank, group.caps[name]) for name, cost in group.costs.items())
+    if group.params < floor:
+        raise UserError(
+            f"{which} is {group.params:,} parameters, less than the {floor:,} that sora.min_rank {group.min_rank} "
+            "keeps in its modules; raise it, or lower sora.min_rank"
+        )
+    if group.params < min(group.costs.values()):
+        raise UserError(
+            f"{which} is {group.params:,} parameters, less than the {min(group.costs.values()):,} that one rank of its "
+            "smallest module takes; raise it"
+        )
+    return group
+
+
+# ----------------------------------------------------------------------------------------------------- two ways there
+
+
+def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int) -> float:
+    """The feedback of `decoupled`: λ ← clip(λ · exp(κ (kept − R*)/F))."""
+    return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(GAIN * (kept - wanted) / full)))
+
+
+def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, Tensor]:
+    """σ_i/√c_m of every slot {module: (R,)}, in units of their median over all slots that are not 0.
+
+    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0.
+    """
+    found = {name: sigmas[name].double() / math.sqrt(cost) for name, cost in costs.items()}
+    live = torch.cat([values[values > 0] for values in found.values()])
+    median = float(live.median()) if len(live) else 1.0
+    return {name: values / median for name, values in found.items()}
+
+
+def quantile_threshold(values: Mapping[str, Tensor], budget: RankBudget, wanted: float) -> float:
+    """τ such that the slots with value > τ cost `wanted`, or less than one component more.
+
+    `values` is {module: (R,)}, |g| · importance of each slot.  Where all that live cost less, nobody else is to die;
+    below the budget itself everybody may come back.
+    """
+    names = list(budget.costs)
+    flat = torch.cat([values[name].double().cpu() for name in names])
+    cost = torch.cat([torch.full((len(values[name]),), budget.costs[name], dtype=torch.int64) for name in names])
+    order = torch.argsort(flat, descending=True, stable=True)
+    sorted_values, spent = flat[order], torch.cumsum(cost[order], 0)
+    num_live = int((sorted_values > 0).sum())
+    live_cost = int(spent[num_live - 1]) if num_live else 0
+    if live_cost < budget.params:
+        return _NOTHING
+    num_kept = int(torch.searchsorted(spent, torch.tensor(math.ceil(wanted), dtype=spent.dtype))) + 1
+    if num_kept >= num_live:
+        return float(sorted_values[num_live - 1]) / 2
+    return float(sorted_values[num_kept])
+
+
+_NOTHING = 1e-30
+"""A threshold that only slots without a component do not pass."""

@@ -1,0 +1,141 @@
+"""Rank budgets: who shares which, how kept is led to them, and whom a threshold leaves alive."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sora_llm.budget import (
+    CONTROLLED_GOAL,
+    LAMBDA_MAX,
+    LAMBDA_MIN,
+    QUANTILE_GOAL,
+    RankBudget,
+    importances,
+    make_budgets,
+    next_lambda,
+    quantile_threshold,
+)
+from sora_llm.errors import UserError
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (64, 64),
+    "model.layers.0.self_attn.k_proj": (64, 32),
+    "model.layers.0.mlp.up_proj": (64, 172),
+    "model.layers.1.self_attn.q_proj": (64, 64),
+    "model.layers.1.self_attn.k_proj": (64, 32),
+    "model.layers.1.mlp.up_proj": (64, 172),
+}
+COST = sum(map(sum, SHAPES.values()))
+
+
+def budgets(r=8, target_rank=2.0, target_params=None, patterns=None, min_rank=0):
+    return make_budgets(SHAPES, r, target_rank, target_params, patterns or {}, min_rank)
+
+
+def test_a_mean_rank_is_weighted_by_the_parameters_of_a_rank():
+    (budget,) = budgets()
+    assert budget.params == 2 * COST and budget.full == 8 * COST
+    assert budget.mean_rank(budget.params) == 2.0
+    assert budgets(target_rank=0.3)[0].params == math.floor(0.3 * COST) < 0.3 * COST, "never more than was asked for"
+    assert budgets(target_rank=None, target_params=1000)[0].params == 1000
+
+
+def test_a_module_never_counts_for_more_ranks_than_it_can_have():
+    (budget,) = budgets(r=40, target_rank=8)
+    assert budget.caps["model.layers.0.self_attn.k_proj"] == 32
+    assert budget.full == sum((i + o) * min(40, i, o) for i, o in SHAPES.values())
+    assert budget.kept(dict.fromkeys(SHAPES, 40)) == budget.full
+
+
+def test_patterns_have_budgets_of_their_own_and_the_rest_shares_the_target():
+    attention, rest = budgets(patterns={r"self_attn\.[qk]_proj": 1})
+    assert set(attention.costs) == {name for name in SHAPES if "attn" in name} and attention.name.startswith(
+        "self_attn"
+    )
+    assert attention.params == sum(attention.costs.values())
+    assert set(rest.costs) == {name for name in SHAPES if "mlp" in name} and rest.params == 2 * sum(rest.costs.values())
+    attention, rest = budgets(target_rank=None, target_params=2000, patterns={r"self_attn": 1})
+    assert attention.params + rest.params == 2000, "target_params is the whole adapter's"
+    (only,) = budgets(patterns={"layers": 3})
+    assert set(only.costs) == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"patterns": {"q_proj": 1, r"layers\.0": 1}}, r"layers\.0\.self_attn\.q_proj is matched by 'q_proj' and by"),
+        ({"patterns": {"nothing": 1}}, "'nothing' matches no target module"),
+        ({"patterns": {"(": 1}}, "not a regular expression"),
+        ({"target_rank": None, "target_params": 10**9}, "more than the"),
+        ({"r": 100, "target_rank": 90.0}, "more than the"),  # k_proj has but 32
+        ({"min_rank": 3}, "less than the .* that sora.min_rank 3 keeps"),
+        ({"target_rank": 0.01}, "less than the 96 that one rank"),
+        ({"target_rank": None, "target_params": 500, "patterns": {"q_proj": 8}}, "less than"),
+    ],
+)
+def test_budgets_that_cannot_be_are_a_sentence(options, said):
+    with pytest.raises(UserError, match=said):
+        budgets(**options)
+
+
+def test_the_way_down_starts_near_everything_and_ends_above_the_budget():
+    (budget,) = budgets()
+    places = [step / 50 for step in range(1, 51)]
+    for factor in (CONTROLLED_GOAL, QUANTILE_GOAL):
+        wanted = [budget.wanted(place, factor) for place in places]
+        assert wanted == sorted(wanted, reverse=True) and wanted[0] < budget.full
+        assert (
+            budget.params + max(budget.costs.values())
+            <= wanted[-1]
+            <= factor * budget.params + max(budget.costs.values())
+        )
+    assert budgets(target_rank=8.0)[0].wanted(1.0, CONTROLLED_GOAL) == 8 * COST, "never above what there is"
+
+
+def test_the_feedback_raises_lambda_while_too_much_is_kept_and_stays_within_its_bounds():
+    assert next_lambda(0.1, 900, 500.0, 1000) == pytest.approx(0.1 * math.exp(1.5 * 0.4))
+    assert next_lambda(0.1, 100, 500.0, 1000) == pytest.approx(0.1 * math.exp(-1.5 * 0.4))
+    assert next_lambda(LAMBDA_MAX, 1000, 0.0, 1000) == LAMBDA_MAX
+    assert next_lambda(LAMBDA_MIN, 0, 1000.0, 1000) == LAMBDA_MIN
+
+
+def test_importance_is_the_singular_value_per_root_of_its_cost_in_units_of_the_median():
+    found = importances({"a": torch.tensor([4.0, 2.0, 0.0]), "b": torch.tensor([3.0])}, {"a": 4, "b": 9})
+    assert found["a"].tolist() == [2.0, 1.0, 0.0] and found["b"].tolist() == [1.0], "the median is 1"
+    assert importances({"a": torch.zeros(2)}, {"a": 4})["a"].tolist() == [0.0, 0.0]
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
+    costs = {f"m{index}": data.draw(st.integers(2, 50)) for index in range(data.draw(st.integers(1, 5)))}
+    r = data.draw(st.integers(1, 6))
+    value = st.floats(1e-6, 1e3)
+    values = {
+        name: torch.tensor(data.draw(st.lists(value, min_size=r, max_size=r)), dtype=torch.float64) for name in costs
+    }
+    everything = torch.cat(list(values.values()))
+    if len(everything.unique()) < len(everything):
+        return  # equal values fall together
+    budget = RankBudget("all", costs, dict.fromkeys(costs, r), params=min(costs.values()))
+    wanted = data.draw(st.floats(budget.params, budget.full))
+    threshold = quantile_threshold(values, budget, wanted)
+    alive = {name: int((values[name] > threshold).sum()) for name in costs}
+    kept = budget.kept(alive)
+    assert kept >= math.ceil(wanted) or kept == budget.full
+    weakest = min((float(values[n][values[n] > threshold].min()), costs[n]) for n in costs if alive[n])
+    assert kept - weakest[1] < wanted, "without the weakest of them it would be too little"
+
+
+def test_below_what_is_wanted_nobody_else_dies_and_below_the_budget_everybody_may_come_back():
+    costs, caps = {"a": 10}, {"a": 4}
+    values = {"a": torch.tensor([3.0, 2.0, 0.0, 0.0])}
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=15), wanted=30.0)
+    assert 0.1 < threshold < 2.0, "the living stay, the dead stay dead"
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=25), wanted=30.0)
+    assert 0 < threshold < 1e-20, "a gate that moves at all is alive; one without a component (importance 0) is not"

@@ -1,0 +1,169 @@
+"""Runs with a rank budget: the budget is met, adapters shrink inside the run, and every strategy and resume agrees.
+
+Trainers are real processes (nursery.py) on stories260k; steps 1–3 are dense, 4–8 sparsify, 9–12 finetune.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import Playground, delta_weights, interrupt, overrides, result
+
+from sora_llm.train import run
+
+CONFIG = "configs/llama7b.yaml"
+STEPS, DENSE_END, CUT_AT, R, TARGET_RANK = 12, 3, 8, 4, 1.5
+BUDGET: dict[str, Any] = {
+    "sora.sparse_lambda": None,
+    "sora.target_rank": TARGET_RANK,
+    "sora.dense_ratio": DENSE_END / STEPS,
+    "sora.consensus_at": 0.67,
+    "sora.consensus": "svd",
+    "sora.gate_lr": "auto",
+    "sora.lora_dropout": 0.0,
+    "train.max_steps": STEPS,
+    "train.warmup_ratio": 0.3,
+    "output.save_steps": 1,
+    "evaluation.eval_steps": 4,
+}
+WAYS = {
+    "adaptive": {},
+    "decoupled, slots": {"sora.threshold": "decoupled", "sora.consensus": "slots", "sora.gate_lr": 0.25},
+}
+WORLDS = [("none", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+QUICK = {("ddp", "adaptive"), ("zero2", "adaptive"), ("zero3", "adaptive"), ("zero3", "decoupled, slots")}
+
+
+@pytest.fixture(scope="module")
+def straight(ground: Playground) -> Callable[[str, str, int], Path]:
+    """The directory of an undisturbed run."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(way: str, strategy: str, num_processes: int) -> Path:
+        if (way, strategy) not in made:
+            name = f"budget {way} {strategy}"
+            options = {**BUDGET, **WAYS[way], "distributed.strategy": strategy}
+            assert ground.codes(name, num_processes, **options) == [0] * num_processes
+            made[way, strategy] = ground.run_dir(name)
+        return made[way, strategy]
+
+    return make
+
+
+def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_budget_is_met_and_the_adapters_shrink_inside_the_run(
+    way: str, straight: Callable[[str, str, int], Path]
+) -> None:
+    run_dir = straight(way, "none", 1)
+    metrics = lines(run_dir, "metrics.jsonl")
+    by_phase = {
+        phase: [line for line in metrics if line["phase"] == phase] for phase in ("dense", "sparsify", "finetune")
+    }
+    assert [len(found) for found in by_phase.values()] == [DENSE_END + 1, CUT_AT - DENSE_END, STEPS - CUT_AT]
+    assert {line["mean_rank"] for line in by_phase["dense"]} == {R}
+    budget, kept = by_phase["sparsify"][0]["budget_params"], metrics[-1]["kept_params"]
+    cheapest = min(tensor.numel() for tensor in load_file(run_dir / "adapter/adapter_model.safetensors").values())
+    cheapest = min(costs(run_dir).values())
+    assert budget - cheapest < kept <= budget, "never above, less than one component below"
+    assert {line["kept_params"] for line in by_phase["finetune"]} == {kept}
+    last = by_phase["sparsify"][-1]
+    assert last["kept_params"] >= budget, "consensus cuts from above"
+    ranks = lines(run_dir, "ranks.jsonl")
+    assert [line["step"] for line in ranks] == [*range(DENSE_END + 1, STEPS + 1), STEPS]
+    assert sum(costs(run_dir)[name] * rank for name, rank in ranks[-1]["ranks"].items()) == kept
+    tensors = load_file(run_dir / "checkpoints" / f"step-{STEPS}" / "adapter.safetensors")
+    values = {name: tensor for name, tensor in tensors.items() if not name.endswith(("exp_avg", "exp_avg_sq"))}
+    assert sum(tensor.numel() for tensor in values.values()) == kept, "no gates, no slots but those that are kept"
+    assert sum(tensor.numel() for tensor in tensors.values()) == 3 * kept
+    rates = [line["learning_rate"] for line in by_phase["finetune"]]
+    assert rates[0] < by_phase["sparsify"][-1]["learning_rate"] and rates[0] < rates[1], "it re-warms"
+
+
+def costs(run_dir: Path) -> dict[str, int]:
+    """I + O of every target module."""
+    tensors = load_file(run_dir / "checkpoints" / f"step-{DENSE_END}" / "adapter.safetensors")
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    return {name: tensors[f"{name}.lora_A"].shape[1] + tensors[f"{name}.lora_B"].shape[0] for name in names}
+
+
+CELLS = [(way, *world) for way in WAYS for world in WORLDS[1:]]
+
+
+@pytest.mark.parametrize(
+    ("way", "strategy", "num_processes"),
+    [pytest.param(*cell, marks=[] if (cell[1], cell[0]) in QUICK else pytest.mark.matrix) for cell in CELLS],
+)
+def test_every_strategy_finds_the_same_ranks_and_the_same_adapter(
+    way: str, strategy: str, num_processes: int, straight: Callable[[str, str, int], Path]
+) -> None:
+    one, other = straight(way, "none", 1), straight(way, strategy, num_processes)
+    assert lines(other, "ranks.jsonl") == lines(one, "ranks.jsonl")
+    assert_equal_adapters(one, other)
+
+
+DELTA_TOLERANCE = 1e-4
+"""Relative error of ΔW: float32 sums in another order, through twelve steps and two singular value decompositions."""
+
+
+def assert_equal_adapters(one: Path, other: Path) -> None:
+    ours, theirs = delta_weights(one), delta_weights(other)
+    assert ours.keys() == theirs.keys()
+    size = torch.stack([delta.norm() for delta in ours.values()]).norm()
+    error = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
+    assert error < DELTA_TOLERANCE * size, float(error / size)
+
+
+INTERRUPTED_AT = (DENSE_END - 1, DENSE_END, DENSE_END + 2, CUT_AT, CUT_AT + 2, STEPS)
+"""Dense, before the gates are weighed, in the window, before the cut, in the finetune phase, before the export."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
+    way: str, ground: Playground, tmp_path: Path, straight: Callable[[str, str, int], Path]
+) -> None:
+    whole = straight(way, "none", 1)
+    options = {**BUDGET, **WAYS[way], "distributed.strategy": "none"}
+    for step in INTERRUPTED_AT:
+        run_dir = interrupt(whole, tmp_path / f"from {step}", step)
+        run(CONFIG, *overrides(ground.folder, run_dir, **options))
+        assert result(run_dir) == result(whole), step
+        for later in range(step + 1, STEPS + 1):
+            name = Path("checkpoints", f"step-{later}", "adapter.safetensors")
+            assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), (step, later)
+
+
+RESUMED = [("zero2", DENSE_END + 2), ("zero3", CUT_AT + 2), ("ddp", CUT_AT), ("zero3", DENSE_END + 2)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "step"),
+    [pytest.param(*cell, marks=[] if cell in RESUMED[:2] else pytest.mark.matrix) for cell in RESUMED],
+)
+def test_so_does_one_of_several_processes(
+    strategy: str, step: int, ground: Playground, straight: Callable[[str, str, int], Path]
+) -> None:
+    whole, name = straight("adaptive", strategy, 2), f"budget resumed {strategy} {step}"
+    run_dir = interrupt(whole, ground.run_dir(name), step)
+    assert ground.codes(name, 2, **{**BUDGET, "distributed.strategy": strategy}) == [0, 0]
+    assert result(run_dir) == result(whole)
+
+
+@pytest.mark.parametrize("step", [DENSE_END + 2, CUT_AT + 1], ids=["weighed gates", "cut adapters"])
+def test_it_goes_on_under_another_strategy(
+    step: int, ground: Playground, straight: Callable[[str, str, int], Path]
+) -> None:
+    whole, name = straight("adaptive", "zero3", 2), f"budget switched {step}"
+    run_dir = interrupt(whole, ground.run_dir(name), step)
+    assert ground.codes(name, **{**BUDGET, "distributed.strategy": "none"}) == [0]
+    assert lines(run_dir, "ranks.jsonl") == lines(whole, "ranks.jsonl")
+    assert_equal_adapters(whole, run_dir)
