@@ -17,7 +17,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -208,15 +208,10 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.adapter": ((None,), "leave it null and start from fresh adapters"),
-    "sora.lambda_schedule": (("constant",), "use constant, and one run per value of sora.sparse_lambda"),
-    "sora.max_lambda": ((None,), "leave it null, and start one run per value of sora.sparse_lambda"),
-    "sora.lambda_num": ((1,), "use 1, and one run per value of sora.sparse_lambda"),
-    "sora.retrain": ((True,), "use true"),
     "distributed.sync_every": ((1,), "use 1"),
     "distributed.replica": (("process",), "use process"),
     "distributed.outer_learning_rate": ((1.0,), "use 1.0"),
     "distributed.outer_momentum": ((0.0,), "use 0.0"),
-    "evaluation.early_stopping_patience": ((None,), "leave it null and choose the length with train.max_steps"),
     "output.export_layout": (("padded", "ragged"), "use padded or ragged and convert or merge the adapter afterwards"),
     "output.push_to_hub": ((False,), "use false and upload the adapter folder afterwards"),
     "output.hub_model_id": ((None,), "leave it null and upload the adapter folder afterwards"),
@@ -628,8 +623,37 @@ def _sora_problems(config: Config, origin: _Origin) -> Iterator[str]:
         yield f"{state('threshold')} needs a budget; set sora.target_rank, or use decoupled."
     if sora.threshold in ("proxgen", "constant") and budget is not None:
         yield f"{state('threshold')} does not go with {state(budget)}; use auto, adaptive or decoupled."
+    yield from _path_problems(config, state)
     if sora.dtype == "bfloat16" and config.model.dtype != "bfloat16":
         yield f"{state('dtype')} needs model.dtype bfloat16, not {config.model.dtype}; change one of them."
+
+
+def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]:
+    """Of a sparsity path, which is a stage per λ, and of what only goes with one."""
+    sora = config.sora
+    patience = config.evaluation.early_stopping_patience
+    if sora.lambda_num == 1:
+        for name, default in (("lambda_schedule", "constant"), ("max_lambda", None), ("retrain", True)):
+            if getattr(sora, name) != default:
+                yield f"{state(name)} goes with a sparsity path; set sora.lambda_num above 1, or leave it out."
+        if patience is not None and sora.consensus_at == 1.0:
+            yield (
+                "evaluation.early_stopping_patience ends the finetune phase, and with sora.consensus_at 1.0 there is "
+                "none; lower sora.consensus_at, or leave the patience out."
+            )
+        return
+    if sora.sparse_lambda is None:
+        yield f"{state('lambda_num')} makes a sparsity path, whose stages have a λ each; set sora.sparse_lambda."
+    elif sora.max_lambda is None or sora.max_lambda <= sora.sparse_lambda:
+        yield f"{state('max_lambda')} must be above {state('sparse_lambda')}: the path rises from one to the other."
+    if sora.lambda_schedule == "constant":
+        yield f"{state('lambda_schedule')} is one λ; use linear, log_linear or exp_linear for {sora.lambda_num} stages."
+    if sora.lambda_schedule == "exp_linear" and sora.sparse_lambda == 0:
+        yield f"{state('sparse_lambda')} must be above 0 with lambda_schedule exp_linear, which multiplies it."
+    if sora.consensus_at != 1.0:
+        yield f"{state('consensus_at')} must be 1.0 in a sparsity path: each stage goes on from uncut weights."
+    if not sora.retrain and sora.threshold != "constant":
+        yield f"{state('retrain')} needs sora.threshold constant: the others' threshold is lr · λ, and lr would be 0."
 
 
 def _backbone_problems(config: Config, origin: _Origin) -> Iterator[str]:
@@ -645,6 +669,8 @@ def _backbone_problems(config: Config, origin: _Origin) -> Iterator[str]:
                 f"{origin.state(config, f'evaluation.{name}')} needs dev rows; "
                 f"set data.val_set_size or data.val_datasets, or evaluation.{name} to null."
             )
+    if config.evaluation.early_stopping_patience is not None and config.evaluation.eval_steps is None:
+        yield "evaluation.early_stopping_patience counts evaluations; set evaluation.eval_steps as well."
 
 
 def _data_problems(config: Config) -> Iterator[str]:

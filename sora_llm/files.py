@@ -56,6 +56,14 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def copy_folder(source: Path, folder: Path) -> None:
+    """Put a copy of a complete folder in its place."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    publish(temporary, folder)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and what is missing above it, so that they are there after a crash too."""
     if not folder.is_dir():

@@ -75,12 +75,14 @@ def announce(job: Job) -> None:
     memory = job.memory
     for line in describe_data(job.config, job.inputs, job.data, job.order):
         say(world, line)
+    first = plan.stages[0]
+    several = f"{len(plan.stages)} stages of " if plan.is_path else ""
     say(
         world,
         f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
-        f"{plan.total_steps} steps of {job.step_size}, pruning in steps "
-        f"{plan.phases.dense_end}–{plan.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
-        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {plan.gate_lr:.4g}",
+        f"{several}{first.total_steps} steps of {job.step_size}, pruning in steps "
+        f"{first.phases.dense_end}–{first.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
+        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {first.gate_lr:.4g}",
     )
     for budget in plan.budgets:
         of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
@@ -96,16 +98,15 @@ def announce(job: Job) -> None:
 def warnings(plan: Plan) -> Iterator[str]:
     """What is allowed and hardly meant."""
     sora = plan.config.sora
-    if plan.gate_travel < 1 and sora.threshold in ("decoupled", "proxgen"):
+    travel = min(stage.gate_travel for stage in plan.stages)
+    if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (
-            f"gates can travel {plan.gate_travel:.2f} in this run and none can get from 1 to 0; train longer, or raise "
+            f"gates can travel {travel:.2f} in this run and none can get from 1 to 0; train longer, or raise "
             "sora.gate_lr"
         )
-    if sora.threshold == "decoupled" and (sora.sparse_lambda or 0) >= 1:
-        yield (
-            f"sora.sparse_lambda is {sora.sparse_lambda:g}; from 1 on the decoupled threshold shrinks every gate "
-            "whatever its gradient"
-        )
+    highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
+    if sora.threshold == "decoupled" and highest >= 1:
+        yield (f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient")
 
 
 def say(world: World, text: str) -> None:

@@ -229,6 +229,15 @@ class RankReport:
         return {"mean_rank": self.mean_rank, "kept_params": self.kept_params}
 
 
+def full_params(layers: Mapping[str, SoraLinear]) -> int:
+    """What the adapters cost with every slot alive."""
+    return sum((i + o) * min(layer.rank, i, o) for layer in layers.values() for i, o in [_shape(layer)])
+
+
+def _shape(layer: SoraLinear) -> tuple[int, int]:
+    return layer.in_features, layer.out_features
+
+
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
     """Ranks by the gates given, or by the number of slots where there are none (after the cut)."""
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
@@ -329,6 +338,7 @@ def balance(
     masters: Mapping[str, Tensor],
     *,
     budgets: Sequence[RankBudget],
+    dtype: torch.dtype,
     world: World,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
@@ -352,11 +362,19 @@ def balance(
     on_main(decompose, world)
     received = broadcast_tensors(flat, device)
     for name, layer in layers.items():
-        layer.replace_factors(received[f"{name}.lora_A"], received[f"{name}.lora_B"])
+        A, B = received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)
+        layer.replace(A, B, torch.ones(layer.rank, dtype=dtype))
     weights: dict[str, Tensor] = {}
     for budget in budgets:
         weights |= importances({name: received[f"{name}.sigma"] for name in budget.costs}, budget.costs)
     return {name: weights[name].float() for name in layers}
+
+
+def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give every adapter its gated `masters` back, after a copy of them was cut."""
+    for name, layer in adapters(model).items():
+        A, B, gate = (masters[f"{name}.{kind}"].to(dtype) for kind in ("lora_A", "lora_B", "gate"))
+        layer.replace(A, B, gate)
 
 
 def fresh_state(masters: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sora_llm import schedule
 from sora_llm.budget import RankBudget, make_budgets
-from sora_llm.config import Config, resume_conflicts, to_dict
+from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
 from sora_llm.inputs import adapter_dtype, backbone_spec
 from sora_llm.schedule import Phases
@@ -21,36 +21,37 @@ ADAPTIVE_GATE_LR = 1e-2
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The config with every `auto` filled in, and the numbers that follow from it and the data.
+class Stage:
+    """One schedule of learning rates and phases: the whole run, or one λ of a sparsity path.
 
-    `gate_travel` = gate_lr · Σ f_t over the sparsify window: below 1 no gate can get from 1 to 0.
+    Steps are counted from the stage's own first one.  `gate_travel` = gate_lr · Σ f_t over the sparsify window: below
+    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune.
     """
 
-    config: Config
-    strategy: str
-    rows_per_step: int
-    total_steps: int
+    sparse_lambda: float | None
     phases: Phases
     warmup_steps: int
+    settings: Train
     gate_lr: float
-    gate_travel: float
-    budgets: tuple[RankBudget, ...]
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Learning rates of optimizer step `step` (from 0): the run's one schedule, ramped up again wherever the
-        adapters were changed and the optimizer started afresh."""
-        train = self.config.train
-        factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, train.lr_scheduler_type)
-        for change in self.changes:
-            if step >= change:
-                length = schedule.ramp_steps(self.total_steps - change, train.warmup_ratio)
-                factor *= schedule.ramp(step - change, length)
-        return {"learning_rate": factor * train.learning_rate, "gate_lr": factor * self.gate_lr}
+    is_adaptive: bool
+    learns: bool = True
 
     @property
-    def is_adaptive(self) -> bool:
-        return self.config.sora.threshold == ADAPTIVE
+    def total_steps(self) -> int:
+        return self.phases.total_steps
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rates of optimizer step `step`: the stage's one schedule, ramped up again wherever the adapters
+        were changed and the optimizer started afresh."""
+        if not self.learns:
+            return {"learning_rate": 0.0, "gate_lr": 0.0}
+        kind = self.settings.lr_scheduler_type
+        factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, kind)
+        for change in self.changes:
+            if step >= change:
+                length = schedule.ramp_steps(self.total_steps - change, self.settings.warmup_ratio)
+                factor *= schedule.ramp(step - change, length)
+        return {"learning_rate": factor * self.settings.learning_rate, "gate_lr": factor * self.gate_lr}
 
     @property
     def changes(self) -> tuple[int, ...]:
@@ -62,6 +63,36 @@ class Plan:
     def cuts_early(self) -> bool:
         """Whether there is a finetune phase."""
         return self.phases.sparsify_end < self.total_steps
+
+    @property
+    def gate_travel(self) -> float:
+        window = schedule.window_sum(self.phases, self.warmup_steps, self.settings.lr_scheduler_type)
+        return self.gate_lr * window
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The config with every `auto` filled in, and the numbers that follow from it and the data."""
+
+    config: Config
+    strategy: str
+    rows_per_step: int
+    stages: tuple[Stage, ...]
+    budgets: tuple[RankBudget, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Of all stages, if none of them ends early."""
+        return sum(stage.total_steps for stage in self.stages)
+
+    @property
+    def is_path(self) -> bool:
+        return len(self.stages) > 1
+
+
+def stage_name(sparse_lambda: float) -> str:
+    """The folder of a stage in path/, and how it is asked for."""
+    return f"{sparse_lambda:.6g}"
 
 
 def rows_in_step(config: Config, world: World) -> int:
@@ -82,55 +113,71 @@ def make_plan(
     `steps_in` gives the optimizer steps of so many epochs, `shapes` {target module: (I, O)}.
 
     Raises:
-        UserError: a sparsify window without a step, budgets that cannot be.
+        UserError: a phase without a step that needs one, budgets that cannot be.
     """
     sora, train = config.sora, config.train
     if train.max_steps is not None:
         total_steps = train.max_steps
     else:
         total_steps = steps_in(Fraction(str(train.num_train_epochs)))  # as written: 1.1 · 100 steps are 110
-    phases = schedule.phases(total_steps, sora.dense_ratio, sora.consensus_at)
-    if phases.dense_end == phases.sparsify_end:
-        raise UserError(
-            f"the sparsify phase has no step: {total_steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-            f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
-        )
     budgets: list[RankBudget] = []
     if sora.sparse_lambda is None:
         budgets = make_budgets(shapes, sora.r, sora.target_rank, sora.target_params, sora.budgets, sora.min_rank)
     threshold = sora.threshold
     if threshold == "auto":
         threshold = "adaptive" if budgets else "decoupled"
-    if threshold == ADAPTIVE and phases.dense_end == 0:
-        raise UserError(
-            f"the dense phase has no step: {total_steps} steps, sora.dense_ratio {sora.dense_ratio}; sora.threshold "
-            "adaptive ranks what was learned in it, so raise sora.dense_ratio, train longer, or use decoupled"
-        )
-    warmup = schedule.warmup_steps(total_steps, train.warmup_ratio)
-    travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
-    gate_lr = sora.gate_lr
-    if gate_lr == "auto":
-        adaptive = threshold == ADAPTIVE
-        gate_lr = ADAPTIVE_GATE_LR if adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
+    stages = _stages(config, total_steps, threshold == ADAPTIVE)
     storage = backbone_spec(config, strategy).quant_storage
     # The values are of the fields' own literal types; mypy cannot see that through plain strings.
+    gate_lr = stages[0].gate_lr if len(stages) == 1 else sora.gate_lr  # which "auto" differs between stages
     filled = replace(
         config,
         sora=replace(sora, gate_lr=gate_lr, dtype=adapter_dtype(config), threshold=threshold),  # type: ignore[arg-type]
         distributed=replace(config.distributed, strategy=strategy),  # type: ignore[arg-type]
         quantization=replace(config.quantization, bnb_4bit_quant_storage=storage),  # type: ignore[arg-type]
     )
-    return Plan(
-        filled,
-        strategy,
-        rows_in_step(config, world),
-        total_steps,
-        phases,
-        warmup,
-        gate_lr,
-        gate_lr * travel,
-        tuple(budgets),
-    )
+    return Plan(filled, strategy, rows_in_step(config, world), stages, tuple(budgets))
+
+
+def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
+    """A stage per λ, each of so many steps; only the first one begins with dense ones."""
+    sora, train = config.sora, config.train
+    warmup = schedule.warmup_steps(steps, train.warmup_ratio)
+    lambdas: list[float | None] = [sora.sparse_lambda]
+    if sora.lambda_num > 1:
+        assert sora.sparse_lambda is not None and sora.max_lambda is not None
+        found = schedule.path_lambdas(sora.lambda_schedule, sora.sparse_lambda, sora.max_lambda, sora.lambda_num)
+        lambdas = list(found)
+        if len({stage_name(value) for value in found}) < len(found):
+            raise UserError(
+                f"sora.lambda_num {sora.lambda_num}: the stages' λ between {sora.sparse_lambda:g} and "
+                f"{sora.max_lambda:g} are too near to each other to have folders of their own; take fewer stages"
+            )
+    stages = []
+    for number, sparse_lambda in enumerate(lambdas):
+        phases = schedule.phases(steps, 0.0 if number else sora.dense_ratio, sora.consensus_at)
+        _check_phases(config, phases, is_adaptive)
+        gate_lr = sora.gate_lr
+        if gate_lr == "auto":
+            travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
+            gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
+        learns = sora.retrain or number == 0
+        stages.append(Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns))
+    return tuple(stages)
+
+
+def _check_phases(config: Config, phases: Phases, is_adaptive: bool) -> None:
+    sora, steps = config.sora, phases.total_steps
+    if phases.dense_end == phases.sparsify_end:
+        raise UserError(
+            f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
+            f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
+        )
+    if is_adaptive and phases.dense_end == 0:
+        raise UserError(
+            f"the dense phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}; sora.threshold "
+            "adaptive ranks what was learned in it, so raise sora.dense_ratio, train longer, or use decoupled"
+        )
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

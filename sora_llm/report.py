@@ -19,16 +19,18 @@ class JsonLines:
     def __init__(self, path: Path, last_step: int):
         """Continue `path` after `last_step`.
 
-        Dropped are later lines, a torn last one, and a step's second line: it was written after training, which is
-        going to be over again.
+        Dropped are later lines, a torn last one, and the second line of `last_step` itself: an export wrote it, which
+        is going to be made again.
         """
         self.path = path
-        kept: dict[int, str] = {}
+        kept: list[str] = []
+        has_last = False
         for line in read_json_lines(path):
             step = line.get("step")
-            if isinstance(step, int) and step <= last_step:
-                kept.setdefault(step, json.dumps(line) + "\n")
-        write_text_atomically(path, "".join(kept.values()))
+            if isinstance(step, int) and (step < last_step or (step == last_step and not has_last)):
+                has_last |= step == last_step
+                kept.append(json.dumps(line) + "\n")
+        write_text_atomically(path, "".join(kept))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""

@@ -90,11 +90,11 @@ class RunDirectory:
         if self._tracker is not None:
             self._tracker({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
 
-    def ranks(self, step: int, ranks: Mapping[str, int]) -> None:
+    def ranks(self, step: int, ranks: Mapping[str, int], labels: Mapping[str, Any]) -> None:
         """One line of ranks.jsonl."""
         if self.is_main:
             with self._writing():
-                self._ranks.write({"step": step, "ranks": dict(ranks)})
+                self._ranks.write({"step": step, **labels, "ranks": dict(ranks)})
 
     def samples(self, answers: Sequence[Mapping[str, str]]) -> None:
         """samples.jsonl: {"prompt", "base", "adapted"} per prompt."""

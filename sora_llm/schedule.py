@@ -76,3 +76,22 @@ def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
 def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:
     """`gate_lr: auto` = min(0.25, max(learning_rate, 4 / Σ f_t)): gates must be able to travel from 1 to 0."""
     return 0.25 if factor_sum == 0 else min(0.25, max(learning_rate, 4.0 / factor_sum))
+
+
+def path_lambdas(kind: str, first: float, last: float, count: int) -> list[float]:
+    """The λ of each stage of a sparsity path, rising from `first` to `last` (Algorithm 1 of the SoRA paper).
+
+    linear: evenly spaced; log_linear: log of evenly spaced e^λ; exp_linear: evenly spaced log λ.
+    """
+    if count == 1:
+        return [first]
+    places = [index / (count - 1) for index in range(count)]
+    if kind == "linear":
+        found = [first + place * (last - first) for place in places]
+    elif kind == "log_linear":
+        found = [math.log(math.exp(first) + place * (math.exp(last) - math.exp(first))) for place in places]
+    elif kind == "exp_linear":
+        found = [first * (last / first) ** place for place in places]
+    else:
+        raise ValueError(f"lambda_schedule {kind!r} is not one of linear, log_linear, exp_linear")
+    return [first, *found[1:-1], last]

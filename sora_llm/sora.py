@@ -152,14 +152,10 @@ class SoraLinear(nn.Module):
         self.lora_A = nn.Parameter(lora_A.detach().clone().to(device)) if rank else None
         self.lora_B = nn.Parameter(lora_B.detach().clone().to(device)) if rank else None
 
-    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Replace the branch by factors of as many slots, A (R, I) and B (O, R), with fresh gates of 1; s stays."""
-        assert self.gate is not None and lora_A.shape[0] == self.rank, (
-            "the slots of a gated branch are replaced one by one"
-        )
-        device, dtype = self.base_layer.weight.device, self.gate.dtype
-        self.cut(lora_A.to(dtype), lora_B.to(dtype))
-        self.gate = nn.Parameter(torch.ones(self.rank, device=device, dtype=dtype))
+    def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+        """Replace the branch by a gated one of A (R, I), B (O, R) and gate (R,), in their dtype; s stays."""
+        self.cut(lora_A, lora_B)
+        self.gate = nn.Parameter(gate.detach().clone().to(self.base_layer.weight.device))
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, gated={self.gate is not None}"

@@ -77,8 +77,8 @@ class Steering:
     @property
     def fields(self) -> dict[str, Any]:
         """What metrics.jsonl says of the step chosen last: λ or the threshold, and what the budget asked for."""
-        if not self._wanted:
-            return {}
+        if not self.budgets:
+            return {"lambda": self._sparse_lambda}
         total_cost = sum(sum(budget.costs.values()) for budget in self.budgets)
         adaptive = self._threshold == ADAPTIVE
         name = "threshold" if adaptive else "lambda"

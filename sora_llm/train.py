@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import checkpoint, distributed, pipeline
+from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
+from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
-from sora_llm.files import user_path
+from sora_llm.files import copy_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora
 from sora_llm.inputs import (
     check_inputs,
@@ -55,7 +57,7 @@ from sora_llm.lifeline import say as say_last
 from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
 from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
-from sora_llm.plan import make_plan, rows_in_step
+from sora_llm.plan import Stage, make_plan, rows_in_step, stage_name
 from sora_llm.report import read_json_lines
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY
@@ -185,8 +187,12 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     job.lifeline.on_loss = lambda loss: tell_loss(directory, loss)
     try:
         training = begin(job, directory, start)
-        train(training)
-        return agree_cut_export(training)
+        while True:
+            train_stage(training)
+            result = cut_and_export(training)
+            if training.stage is job.plan.stages[-1]:
+                return finish(training, result)
+            next_stage(training, result.masters)
     except Preempted as request:
         request.status = on_main(directory.preempted, job.world)
         raise
@@ -274,38 +280,87 @@ def load_model(job: Job) -> nn.Module:
 
 @dataclass
 class Training:
-    """A run in the middle of its loop.  `done` counts the optimizer steps that are behind it."""
+    """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `first` those before its stage."""
 
     job: Job
     directory: RunDirectory
     engine: Engine
     tally: Tally
     steering: Steering
-    done: int
-    unlogged: Mapping[str, float] | None = None
+    alarms: Alarms
+    patience: Patience
+    stage_number: int = 0
+    first: int = 0
+    done: int = 0
+    has_ended: bool = False
+    """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
+    alarmed: list[str] = field(default_factory=list)
+    """Alarms that wait for the next line of metrics."""
+    unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
+
+    @property
+    def stage(self) -> Stage:
+        return self.job.plan.stages[self.stage_number]
+
+    @property
+    def phase(self) -> str:
+        """Of the step that is behind it."""
+        return self.stage.phases.at(max(0, self.done - self.first - 1))
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What every line of a path says."""
+        if not self.job.plan.is_path:
+            return {}
+        return {"stage": self.stage_number, "sparse_lambda": self.stage.sparse_lambda}
 
 
 def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
-    sora = job.config.sora
+    sora, plan = job.config.sora, job.plan
     model = on_every(lambda: load_model(job))
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
-    steering = Steering(str(sora.threshold), job.plan.budgets, sora.sparse_lambda)
+    alarms = Alarms(plan.budgets, pipeline.full_params(adapters(model)))
+    patience = Patience(job.config.evaluation.early_stopping_patience)
     if start.folder is None or start.state is None:
         engine = make_engine(job, model)
-        return Training(job, directory, engine, Tally.start(engine.device), steering, 0)
+        return Training(job, directory, engine, Tally.start(engine.device), make_steering(job, 0), alarms, patience)
     folder, state = start.folder, start.state
     tensors = on_every(lambda: checkpoint.read_tensors(folder))
     masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
     engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
     engine.load(masters, tensors, state["optimizer_steps"])
-    importance = {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
-    steering.load(state["steering"], importance)
+    steering = make_steering(job, state["stage"]["number"])
+    steering.load(
+        state["steering"], {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
+    )
     tally = Tally.start(engine.device)
     tally.load(state["tally"], job.world.is_main)
-    return Training(job, directory, engine, tally, steering, start.step, state["unlogged"])
+    alarms.load(state["alarms"])
+    patience.load(state["patience"])
+    return Training(
+        job,
+        directory,
+        engine,
+        tally,
+        steering,
+        alarms,
+        patience,
+        stage_number=state["stage"]["number"],
+        first=state["stage"]["first"],
+        done=start.step,
+        has_ended=state["stage"]["has_ended"],
+        alarmed=state["alarms"]["waiting"],
+        unlogged=state["unlogged"],
+    )
+
+
+def make_steering(job: Job, stage_number: int) -> Steering:
+    """A fresh one for a stage."""
+    sparse_lambda = job.plan.stages[stage_number].sparse_lambda
+    return Steering(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)
 
 
 WEIGHTS = f".gate.{IMPORTANCE}"
@@ -340,7 +395,7 @@ def make_engine(job: Job, model: nn.Module) -> Engine:
     groups = parameter_groups(
         model,
         settings.learning_rate,
-        job.plan.gate_lr,
+        job.plan.stages[0].gate_lr,
         weight_decay=settings.weight_decay,
         threshold=str(job.config.sora.threshold),
         budgets={budget.name: list(budget.costs) for budget in budgets} or None,
@@ -351,48 +406,50 @@ def make_engine(job: Job, model: nn.Module) -> Engine:
 # -------------------------------------------------------------------------------------------------------- the loop
 
 
-def train(training: Training) -> None:
+def train_stage(training: Training) -> None:
     """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
 
     Raises:
         RunFailed: processes disagree, too many non-finite steps in a row, or nothing is left to train.
         Preempted: the run was asked to stop; a checkpoint of the last step is complete.
     """
-    job, tally = training.job, training.tally
-    config, plan, world = job.config, job.plan, job.world
+    job, tally, stage = training.job, training.tally, training.stage
+    config, world = job.config, job.world
     if training.done == 0 and job.data.dev is not None:
         ranks = current_ranks(training.engine).fields
-        training.directory.metrics(0, plan.phases.at(0), {"eval_loss": dev_loss(job, training.engine.model), **ranks})
+        line = {"eval_loss": dev_loss(job, training.engine.model), **ranks, **training.labels}
+        training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)
     tally.restart_clock()
-    for step in range(training.done, plan.total_steps):
-        change_form(training, step)
+    while not training.has_ended:
+        step, step_of_stage = training.done, training.done - training.first
+        change_form(training, step_of_stage)
         if training.engine.is_spent:  # consensus left nothing to train
-            break
+            return
         engine = training.engine
-        steered = set_rates(training, step)
+        steered = set_rates(training, step_of_stage)
         seed_step(config.train.seed, step, world.process_index)
         batches = job.batches(step)
-        done = step + 1
-        last = done == plan.total_steps
-        check = engine.prove_agreement if last or is_due(config.distributed.check_every, done) else None
+        training.done = done = step + 1
+        training.has_ended = step_of_stage + 1 == stage.total_steps
+        due = training.has_ended or is_due(config.distributed.check_every, done)
+        check = engine.prove_agreement if due else None
         loss_sum, outcome = train_step(engine, batches, world.num_processes, before_step=check)
         tally.add(loss_sum, outcome, batches)
-        training.done = done
         if tally.skipped_in_a_row >= config.train.max_skipped_steps:
             raise RunFailed(
                 f"the last {tally.skipped_in_a_row} steps, up to step {done}, had a non-finite loss or gradient and "
                 "were skipped; lower train.learning_rate or look at the data, and start the command again"
             )
-        if last or is_due(config.output.logging_steps, done) or evaluation_due(job, done):
+        if training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done):
             seen = {"grad_norm": outcome.grad_norm, "supervised_tokens": batches.supervised_tokens, **steered}
             try:
                 log_step(training, seen)
             except Preempted:  # in the evaluation: the resumed run begins with this line
                 save_checkpoint(training, unlogged=seen)
                 raise
-        saved = last or is_due(config.output.save_steps, done)
+        saved = training.has_ended or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
             tally.restart_clock()
@@ -405,14 +462,14 @@ def train(training: Training) -> None:
 
 
 def set_rates(training: Training, step: int) -> dict[str, Any]:
-    """Give the optimizer the rates and λ of `step`; returns what the step's line says of λ (collective)."""
-    plan = training.job.plan
+    """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
+    stage = training.stage
     sparse_lambda: float | dict[str, float] = 0.0
     steered: dict[str, Any] = {"lambda": 0.0}
-    if plan.phases.at(step) == SPARSIFY:
-        sparse_lambda = training.steering.choose(training.engine, plan.phases.place(step))
+    if stage.phases.at(step) == SPARSIFY:
+        sparse_lambda = training.steering.choose(training.engine, stage.phases.place(step))
         steered = training.steering.fields
-    training.engine.set_rates(**plan.rates(step), sparse_lambda=sparse_lambda)
+    training.engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
     return steered
 
 
@@ -423,23 +480,23 @@ def change_form(training: Training, step: int) -> None:
     Raises:
         RunFailed: processes disagree, or nothing is left to train.
     """
-    job, engine = training.job, training.engine
-    plan = job.plan
-    if step not in plan.changes:
+    job, engine, stage = training.job, training.engine, training.stage
+    if step not in stage.changes:
         return
     engine.prove_agreement()
     masters, importance = engine.masters(), {}
     with engine.released() as model:
-        if step < plan.phases.sparsify_end:
+        if step < stage.phases.sparsify_end:
+            dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
             importance = pipeline.balance(
-                model, masters, budgets=plan.budgets, world=job.world, device=job.accelerator.device
+                model, masters, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
             )
         else:
-            cut = cut_adapter(job, model, masters)
+            cut = cut_adapter(training, model, masters)
             if cut.ranks.kept_params == 0:
                 if not job.config.output.allow_empty_adapter:
                     raise RunFailed(
-                        f"consensus before step {step + 1} left no rank to train; lower sora.sparse_lambda, or set "
+                        f"consensus after step {training.done} left no rank to train; lower sora.sparse_lambda, or set "
                         "output.allow_empty_adapter"
                     )
                 return
@@ -449,8 +506,24 @@ def change_form(training: Training, step: int) -> None:
     training.steering.importance = importance
 
 
-def cut_adapter(job: Job, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Cut:
+def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
+    """Go on from the uncut `masters` with a fresh optimizer (collective)."""
+    job = training.job
+    with training.engine.released() as model:
+        pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
+    training.engine = make_engine(job, model)
+    training.engine.load(masters, pipeline.fresh_state(masters, {}), 0)
+    training.stage_number += 1
+    training.first, training.has_ended, training.unlogged = training.done, False, None
+    training.steering = make_steering(job, training.stage_number)
+    training.patience.start_again()
+
+
+def cut_adapter(
+    training: Training, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> Cut:
     """Cut `model` as the config says, and say what became of it (collective)."""
+    job = training.job
     sora, budgets = job.config.sora, job.plan.budgets
     had_gates = any(layer.gate is not None for layer in adapters(model).values())
     cut = pipeline.cut_by_consensus(
@@ -468,7 +541,15 @@ def cut_adapter(job: Job, model: nn.Module, masters: Mapping[str, Tensor], dtype
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
             f"{cut.dropped_share:.1%} of ΔW's energy dropped",
         )
+        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.shortfall))
     return cut
+
+
+def raise_alarms(job: Job, sentences: list[str]) -> list[str]:
+    """Say them; the same sentences."""
+    for sentence in sentences:
+        say(job.world, f"warning: {sentence}")
+    return sentences
 
 
 def evaluation_due(job: Job, done: int) -> bool:
@@ -476,14 +557,14 @@ def evaluation_due(job: Job, done: int) -> bool:
     return job.data.dev is not None and is_due(job.config.evaluation.eval_steps, done)
 
 
-def log_step(training: Training, seen: Mapping[str, float]) -> None:
+def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     """The line of the step that is done (collective); `seen` is what only the step itself knew."""
-    job, tally, done = training.job, training.tally, training.done
-    phase = job.plan.phases.at(done - 1)
-    rates = job.plan.rates(done - 1)
+    job, tally, done, stage = training.job, training.tally, training.done, training.stage
+    step_of_stage, phase = done - training.first - 1, training.phase
+    rates = stage.rates(step_of_stage)
     ranks = current_ranks(training.engine)
     evaluated = {"eval_loss": dev_loss(job, training.engine.model)} if evaluation_due(job, done) else {}
-    fields = {
+    fields: dict[str, Any] = {
         **tally.flush(),
         "learning_rate": rates["learning_rate"],
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
@@ -492,10 +573,17 @@ def log_step(training: Training, seen: Mapping[str, float]) -> None:
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
+        **training.labels,
     }
+    place = stage.phases.place(step_of_stage) if phase == SPARSIFY else None
+    found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
+    fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
+    training.alarmed = []
     training.directory.metrics(done, phase, fields)
     if phase != DENSE:
-        training.directory.ranks(done, ranks.ranks)
+        training.directory.ranks(done, ranks.ranks, training.labels)
+    if evaluated and phase != DENSE and (phase == FINETUNE or job.plan.is_path):
+        training.has_ended |= training.patience.is_exhausted_by(evaluated["eval_loss"])
     tally.restart_clock()
 
 
@@ -506,11 +594,15 @@ def is_due(interval: int | None, done: int) -> bool:
 
 def dev_loss(job: Job, model: nn.Module) -> float:
     """The loss of `model` over all dev rows (collective)."""
-    dev = job.data.dev
-    assert dev is not None
+    assert job.data.dev is not None
+    return loss_over(job, model, job.data.dev)
+
+
+def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
+    """The loss of `model` over all `rows` (collective)."""
     result = pipeline.evaluate(
         model,
-        dev,
+        rows,
         job.inputs.batch,
         batch_size=job.config.evaluation.per_device_eval_batch_size,
         world=job.world,
@@ -534,10 +626,13 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
     state = {
-        "phase": job.plan.phases.at(step - 1),
+        "phase": training.phase,
+        "stage": {"number": training.stage_number, "first": training.first, "has_ended": training.has_ended},
         "optimizer_steps": optimizer_steps,
         "tally": training.tally.state(),
         "steering": training.steering.state(),
+        "alarms": {**training.alarms.state(), "waiting": training.alarmed},
+        "patience": training.patience.state(),
         "unlogged": unlogged,
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
@@ -547,26 +642,40 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     keep = job.config.output.save_total_limit
     directory.checkpoint = on_main(lambda: checkpoint.save(directory.path, step, tensors, state, keep), job.world)
     directory.step = step
-    directory.status("running", phase=job.plan.phases.at(step - 1))
+    directory.status("running", phase=training.phase)
 
 
-def agree_cut_export(training: Training) -> RunResult:
+@dataclass(frozen=True)
+class StageResult:
+    """A stage's adapter on disk, its ranks and losses, and the uncut weights that the next stage goes on from."""
+
+    exported: pipeline.Exported
+    ranks: pipeline.RankReport
+    fields: dict[str, Any]
+    masters: Mapping[str, Tensor]
+
+
+def cut_and_export(training: Training) -> StageResult:
     """Cut what is not cut yet to what the processes agree on, export it, reload it from disk (collective)."""
-    job, engine, directory, done = training.job, training.engine, training.directory, training.done
-    config = job.config
-    directory.step = done
+    job, engine, directory = training.job, training.engine, training.directory
+    config, is_path = job.config, job.plan.is_path
+    directory.step = training.done
     directory.status("running", phase="export")
     engine.prove_agreement()
     masters = engine.masters()
     with engine.released() as model:
-        ranks = cut_adapter(job, model, masters, dtype=torch.float32).ranks
+        ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
         job.heed_stop()
-        fields: dict[str, Any] = ranks.fields
+        fields: dict[str, Any] = {**ranks.fields, **training.labels, "alarms": training.alarmed or None}
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
+        if is_path and job.data.train is not None:
+            fields["train_loss"] = memorisation(job, model)
         exported = pipeline.export_verified(
             model,
-            directory.path / "adapter",
+            directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
+            if is_path
+            else directory.path / "adapter",
             config.output.export_layout,
             world=job.world,
             provenance=Provenance(
@@ -582,22 +691,43 @@ def agree_cut_export(training: Training) -> RunResult:
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
             before_publishing=job.heed_stop,
         )
-        if job.world.is_main:
+        if job.world.is_main and training.stage is job.plan.stages[-1]:
             answer_samples(job, model, directory)
     if exported.eval_loss is not None:
         fields["eval_loss_exported"] = exported.eval_loss
-    directory.metrics(done, "export", fields)
-    directory.ranks(done, ranks.ranks)
-    directory.adapter = exported.folder
-    directory.status("finished", phase="done")
+    training.alarmed = []
+    directory.metrics(training.done, "export", fields)
+    directory.ranks(training.done, ranks.ranks, training.labels)
     worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
     say(
         job.world,
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
+    return StageResult(exported, ranks, fields, masters)
+
+
+def finish(training: Training, result: StageResult) -> RunResult:
+    """The last stage's adapter is the run's (collective)."""
+    job, directory = training.job, training.directory
+    adapter = directory.path / "adapter"
+    if job.plan.is_path:
+        on_main(lambda: copy_folder(result.exported.folder, adapter), job.world)
+    directory.adapter = adapter
+    directory.status("finished", phase="done")
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
-    return RunResult(exported.folder, metrics, status)
+    return RunResult(adapter, metrics, status)
+
+
+def memorisation(job: Job, model: nn.Module) -> float:
+    """The loss of `model` over some rows that it was trained on, as many as dev rows, evenly spaced (collective)."""
+    assert job.data.train is not None
+    count = min(len(job.data.train), MEMORISED_ROWS if job.data.dev is None else len(job.data.dev))
+    rows = [index * len(job.data.train) // count for index in range(count)]
+    return loss_over(job, model, job.data.train.select(rows))
+
+
+MEMORISED_ROWS = 256
 
 
 def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:

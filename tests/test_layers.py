@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"files", "stop", "lifeline"},
     {"topology", "sora", "schedule", "allocation", "budget"},
-    {"consensus", "inject", "optim"},
+    {"consensus", "inject", "optim", "alarms"},
     {"merge"},
     {"distributed"},
     {"backbone"},

@@ -1,0 +1,150 @@
+"""What a run's numbers say by themselves: that something is wrong with its sparsity, that it no longer gets better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sora_llm.budget import LAMBDA_MAX, LAMBDA_MIN, RankBudget
+from sora_llm.schedule import FINETUNE, SPARSIFY
+
+DYING_SHARE = 0.02
+"""Of the parameters before pruning: with a fixed λ, less is no adapter any more."""
+SATURATED_LINES = 3
+OFF_TRACK = 1.2
+"""Kept parameters in units of what the schedule wants, from which λ at its bound is said to be too weak."""
+LOSS_JUMP = 1.1
+"""Train loss of the first line after the cut, in units of the last one before it."""
+
+
+class Alarms:
+    """Watches the lines of a run.  `state` is what it remembers between two lines, for checkpoints."""
+
+    def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
+        self._budgets, self._full = tuple(budgets), full_params
+        self._raised: list[str] = []
+        self._saturated_lines = 0
+        self._last_loss: float | None = None
+        self._has_cut = False
+
+    def of_line(self, line: Mapping[str, Any], place: float | None) -> list[str]:
+        """The alarms that this line of metrics raises; `place` ∈ (0, 1] is its place in the sparsify window, if any."""
+        found: dict[str, str] = {}
+        if line["phase"] == SPARSIFY and place is not None:
+            found |= self._of_gates(line, place)
+        if line["phase"] == FINETUNE and not self._has_cut:
+            self._has_cut = True
+            before, after = self._last_loss, line.get("loss")
+            if before is not None and after is not None and after > LOSS_JUMP * before:
+                found["jump"] = (
+                    f"the train loss rose from {before:.4f} to {after:.4f} when the adapters were cut; keep more "
+                    "ranks, or cut later (sora.consensus_at)"
+                )
+        self._last_loss = line.get("loss", self._last_loss)
+        return self._new(found)
+
+    def _of_gates(self, line: Mapping[str, Any], place: float) -> dict[str, str]:
+        found = {}
+        kept = line["kept_params"]
+        if not self._budgets and kept < DYING_SHARE * self._full:
+            found["dying"] = (
+                f"all gates are dying: {kept:,} of {self._full:,} parameters are left at step {line['step']}; lower "
+                "sora.sparse_lambda or sora.gate_lr"
+            )
+        if place >= 0.5 and kept == self._full and line.get("budget_params", 0) < self._full:
+            found["alive"] = (
+                "no gate has died by half of the sparsify phase; raise sora.sparse_lambda or sora.gate_lr, or train "
+                "longer"
+            )
+        lambdas = line.get("lambdas", {"": line.get("lambda")})
+        wanted = line.get("target_mean_rank")
+        if wanted is not None and any(value is not None and value >= LAMBDA_MAX for value in lambdas.values()):
+            is_behind = line["mean_rank"] > OFF_TRACK * wanted
+            self._saturated_lines = self._saturated_lines + 1 if is_behind else 0
+            if self._saturated_lines >= SATURATED_LINES:
+                found["saturated"] = (
+                    f"λ is at its bound of {LAMBDA_MAX:g} and the mean rank of {line['mean_rank']:.2f} stays above the "
+                    f"{wanted:.2f} that the budget wants by now: consensus will have to cut the rest at once; raise "
+                    "sora.gate_lr, widen the sparsify phase, or use sora.threshold adaptive"
+                )
+        elif wanted is not None and any(value is not None and value == LAMBDA_MIN for value in lambdas.values()):
+            found["idle"] = (
+                f"λ is at its lower bound of {LAMBDA_MIN:g}: gates die although the budget would let them live; lower "
+                "sora.gate_lr"
+            )
+        return found
+
+    def of_cut(self, ranks: Mapping[str, int], shortfall: int | None) -> list[str]:
+        """The alarms that what consensus kept raises."""
+        found = {}
+        if shortfall:
+            found["shortfall"] = (
+                f"the budget could not be used up: all that was alive costs {shortfall:,} parameters less; lower "
+                "sora.gate_lr or lengthen the dense phase"
+            )
+        for budget in self._budgets:
+            unasked = [name for name in budget.costs if ranks[name] == 0 and self._asks_for_all(budget)]
+            if unasked:
+                found[f"zero {budget.name}"] = (
+                    f"{_listed(unasked)} ended at rank 0 although the budget keeps "
+                    f"{budget.params / budget.full:.0%} of all ranks; set sora.min_rank if every module should keep one"
+                )
+        return self._new(found)
+
+    @staticmethod
+    def _asks_for_all(budget: RankBudget) -> bool:
+        return budget.min_rank > 0 or 2 * budget.params >= budget.full
+
+    def _new(self, found: Mapping[str, str]) -> list[str]:
+        new = {key: sentence for key, sentence in found.items() if key not in self._raised}
+        self._raised += new
+        return list(new.values())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "raised": list(self._raised),
+            "saturated_lines": self._saturated_lines,
+            "last_loss": self._last_loss,
+            "has_cut": self._has_cut,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back `state`."""
+        self._raised = list(state["raised"])
+        self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
+        self._has_cut = bool(state["has_cut"])
+
+
+class Patience:
+    """Counts evaluations without a better dev loss; `limit` None never runs out."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self.start_again()
+
+    def start_again(self) -> None:
+        self._best: float | None = None
+        self._without = 0
+
+    def is_exhausted_by(self, eval_loss: float) -> bool:
+        """Count an evaluation; whether it was the last one that is waited for."""
+        if self._best is None or eval_loss < self._best:
+            self._best, self._without = eval_loss, 0
+        else:
+            self._without += 1
+        return self._limit is not None and self._without >= self._limit
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"best": self._best, "without": self._without}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back `state`."""
+        self._best, self._without = state["best"], int(state["without"])
+
+
+def _listed(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - shown} more modules" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

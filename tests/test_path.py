@@ -1,0 +1,182 @@
+"""A sparsity path (Algorithm 1): stages of rising λ in one run, an adapter of each, resumed wherever it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import Playground, interrupt, overrides, result
+
+from sora_llm.alarms import Patience
+from sora_llm.errors import UserError
+from sora_llm.train import run
+
+CONFIG = "configs/llama7b.yaml"
+STEPS, LAMBDAS = 4, [0.2, 0.5, 0.8]
+PATH: dict[str, Any] = {
+    "sora.target_rank": None,
+    "sora.sparse_lambda": LAMBDAS[0],
+    "sora.max_lambda": LAMBDAS[-1],
+    "sora.lambda_num": len(LAMBDAS),
+    "sora.lambda_schedule": "linear",
+    "sora.consensus": "slots",
+    "sora.consensus_at": 1.0,
+    "sora.dense_ratio": 0.25,
+    "sora.gate_lr": 0.5,
+    "sora.lora_dropout": 0.0,
+    "train.max_steps": STEPS,
+    "train.warmup_ratio": 0.0,
+    "evaluation.eval_steps": 2,
+    "output.save_steps": 1,
+}
+
+
+def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(ground: Playground) -> Path:
+    """The directory of an undisturbed path in one process."""
+    assert ground.codes("path", **PATH) == [0]
+    return ground.run_dir("path")
+
+
+def test_every_stage_leaves_an_adapter_of_its_own_and_the_last_one_is_the_runs(straight: Path) -> None:
+    assert sorted(folder.name for folder in (straight / "path").iterdir()) == ["0.2", "0.5", "0.8"]
+    metrics = lines(straight, "metrics.jsonl")
+    exports = [line for line in metrics if line["phase"] == "export"]
+    assert [(line["step"], line["stage"], line["sparse_lambda"]) for line in exports] == [
+        (STEPS * (number + 1), number, pytest.approx(value)) for number, value in enumerate(LAMBDAS)
+    ]
+    kept = [line["kept_params"] for line in exports]
+    assert kept[0] > kept[1] > kept[2] > 0
+    for line in exports:
+        certificate = json.loads((straight / "path" / f"{line['sparse_lambda']:.6g}" / "certificate.json").read_text())
+        assert certificate["passed"]
+        assert line["eval_loss"] == pytest.approx(line["eval_loss_exported"], rel=1e-5) and line["train_loss"] > 0
+    for file in (straight / "path" / "0.8").iterdir():
+        assert (straight / "adapter" / file.name).read_bytes() == file.read_bytes()
+    assert all("stage" in line for line in metrics + lines(straight, "ranks.jsonl"))
+
+
+def test_every_stage_has_its_own_schedule_and_goes_on_from_uncut_weights(straight: Path) -> None:
+    steps = [line for line in lines(straight, "metrics.jsonl") if "learning_rate" in line]
+    assert [line["step"] for line in steps] == list(range(1, 3 * STEPS + 1))
+    rates = [line["learning_rate"] for line in steps]
+    assert rates[:STEPS] == rates[STEPS : 2 * STEPS] == rates[2 * STEPS :] and rates[0] > rates[STEPS - 1]
+    assert [line["lambda"] for line in steps] == pytest.approx([0.0, *[0.2] * 3, *[0.5] * 4, *[0.8] * 4])
+    assert [line["phase"] for line in steps] == ["dense"] + ["sparsify"] * (3 * STEPS - 1)
+    tensors = load_file(straight / "checkpoints" / f"step-{3 * STEPS}" / "adapter.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".gate")} == {4}
+    state = json.loads((straight / "checkpoints" / f"step-{STEPS + 1}" / "state.json").read_text())
+    assert state["optimizer_steps"] == 1, "a fresh optimizer"
+
+
+@pytest.mark.parametrize("step", [2, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS - 1])
+def test_an_interrupted_path_ends_with_the_bits_of_one_that_was_not(
+    step: int, straight: Path, ground: Playground, tmp_path: Path
+) -> None:
+    run_dir = interrupt(straight, tmp_path / "run", step)
+    for number, value in enumerate(LAMBDAS):  # what a run that died there has not exported yet, or has just
+        if STEPS * (number + 1) > step:
+            shutil.rmtree(run_dir / "path" / f"{value:.6g}")
+    run(CONFIG, *overrides(ground.folder, run_dir, **PATH))
+    assert result(run_dir) == result(straight)
+    for value in LAMBDAS:
+        name = Path("path", f"{value:.6g}", "adapter_model.safetensors")
+        assert (run_dir / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
+def test_several_processes_walk_the_same_path(strategy: str, straight: Path, ground: Playground) -> None:
+    name = f"path {strategy}"
+    assert ground.codes(name, 2, **PATH, **{"distributed.strategy": strategy}) == [0, 0]
+    ours, theirs = (lines(folder, "ranks.jsonl") for folder in (ground.run_dir(name), straight))
+    assert ours == theirs
+
+
+def test_without_retraining_later_stages_only_prune(ground: Playground, tmp_path: Path) -> None:
+    """As the released script does, whose schedulers are spent after the first stage."""
+    options = {**PATH, "sora.threshold": "constant", "sora.retrain": False, "sora.sparse_lambda": 0.01}
+    options |= {"sora.max_lambda": 0.05, "output.save_steps": STEPS}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    steps = [line for line in lines(tmp_path / "run", "metrics.jsonl") if "learning_rate" in line]
+    assert all(line["learning_rate"] > 0 for line in steps[: STEPS - 1])
+    assert (
+        {line["learning_rate"] for line in steps[STEPS:]}
+        == {0.0}
+        == {line["gate_learning_rate"] for line in steps[STEPS:]}
+    )
+    before, after = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "adapter.safetensors") for step in (8, 12)
+    )
+    moved = [name for name in before if "exp_avg" not in name and not before[name].equal(after[name])]
+    assert moved and all(name.endswith(".gate") for name in moved), "factors stay, gates shrink"
+
+
+def test_patience_ends_stages_early(ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**PATH, "evaluation.eval_steps": 1, "evaluation.early_stopping_patience": 1, "train.max_steps": 8}
+    monkeypatch.setattr(Patience, "is_exhausted_by", _after_three())
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    exports = [line for line in lines(tmp_path / "run", "metrics.jsonl") if line["phase"] == "export"]
+    assert [(line["stage"], line["step"]) for line in exports] == [(0, 5), (1, 8), (2, 11)], "dense steps do not count"
+    assert len(list((tmp_path / "run" / "path").iterdir())) == 3
+
+
+def _after_three() -> Callable[[Patience, float], bool]:
+    calls = 0
+
+    def is_exhausted_by(patience: Patience, _loss: float) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls % 3 == 0
+
+    return is_exhausted_by
+
+
+def test_patience_counts_evaluations_without_a_better_one() -> None:
+    patience = Patience(2)
+    assert [patience.is_exhausted_by(loss) for loss in (3.0, 2.0, 2.0, 1.9, 2.5, 2.4)] == [False] * 5 + [True]
+    again = Patience(2)
+    again.load(patience.state())
+    assert again.is_exhausted_by(2.0)
+    patience.start_again()
+    assert not patience.is_exhausted_by(9.0) and not Patience(None).is_exhausted_by(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sora.max_lambda": None}, "max_lambda"),
+        ({"sora.max_lambda": 0.1}, "must be above"),
+        ({"sora.lambda_schedule": "constant"}, "is one λ"),
+        ({"sora.lambda_schedule": "exp_linear", "sora.sparse_lambda": 0.0}, "must be above 0"),
+        ({"sora.consensus_at": 0.5}, "must be 1.0 in a sparsity path"),
+        ({"sora.retrain": False}, "needs sora.threshold constant"),
+        ({"sora.sparse_lambda": None, "sora.target_rank": 2}, "whose stages have a λ each"),
+        ({"sora.lambda_num": 1}, "goes with a sparsity path"),
+        ({"sora.lambda_num": 10**6}, "too near to each other"),
+        (
+            {
+                "sora.lambda_num": 1,
+                "sora.max_lambda": None,
+                "sora.lambda_schedule": "constant",
+                "evaluation.early_stopping_patience": 2,
+            },
+            "ends the finetune phase",
+        ),
+        ({"evaluation.early_stopping_patience": 2, "evaluation.eval_steps": None}, "set evaluation.eval_steps"),
+    ],
+)
+def test_paths_that_cannot_be_are_a_sentence(
+    options: dict[str, Any], said: str, ground: Playground, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**PATH, **options}))
+    assert not (tmp_path / "run").exists()
