@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("sora_llm.train", "train a config, cut the ranks, export a verified LoRA"),
+    "export": ("sora_llm.commands.cmd_export", "a run's adapter in another layout, or a stage of its sparsity path"),
     "evaluate": ("sora_llm.commands.cmd_evaluate", "the loss of a base model, and of an adapter on it, on a data set"),
     "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
     "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),

@@ -183,6 +183,27 @@ def _key(name: str, kind: str) -> str:
     return f"base_model.model.{name}.lora_{kind}.weight"
 
 
+def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of an exported adapter {module: (A (R, I), B (O, R))} of scale 1, without the slots that only pad.
+
+    Modules that a ragged adapter leaves out are missing.
+
+    Raises:
+        UserError: the folder holds no adapter that was exported here.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter that can be read ({error})") from None
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    factors = {}
+    for name in names:
+        A, B = (tensors[_key(name, kind)] for kind in "AB")
+        live = (A != 0).any(1) & (B != 0).any(0)
+        factors[name] = (A[live], B[:, live])
+    return factors
+
+
 # -------------------------------------------------------------------------------------------------------- checking
 
 

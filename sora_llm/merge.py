@@ -89,7 +89,7 @@ class _Distinct(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """The slots of one module in all replicas, float64: A (R, I), B (O, R), s·g (R,), which replica's (R,)."""
+    """The live slots of one module in all replicas, float64: A (R, I), B (O, R), s·g (R,), which replica's (R,)."""
 
     A_RI: Tensor
     B_OR: Tensor
@@ -192,11 +192,13 @@ def _stack(replicas: Sequence[Replica], name: str) -> _Stack:
         if name not in replica.factors:
             continue
         A, B, gate = replica.factors[name]
-        A_RI.append(A.detach().double())
-        B_OR.append(B.detach().double())
         ones_R = torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
-        g_R.append(scaling_of(replica.scaling, name) * (ones_R if gate is None else gate.detach().double()))
-        owner_R.append(torch.full_like(ones_R, index, dtype=torch.long))
+        gate_R = ones_R if gate is None else gate.detach().double()
+        live_R = gate_R != 0
+        A_RI.append(A.detach()[live_R].double())
+        B_OR.append(B.detach()[:, live_R].double())
+        g_R.append(scaling_of(replica.scaling, name) * gate_R[live_R])
+        owner_R.append(torch.full_like(g_R[-1], index, dtype=torch.long))
     return _Stack(torch.cat(A_RI), torch.cat(B_OR, dim=1), torch.cat(g_R), torch.cat(owner_R))
 
 

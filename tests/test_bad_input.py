@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "budget and lambda": (lambda tmp: ["sora.target_rank=4"], "only one of"),
     "neither budget nor lambda": (lambda tmp: ["sora.sparse_lambda=null"], "set exactly one"),
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
-    "not built yet": (lambda tmp: ["sora.min_rank=3"], "not available in this version"),
+    "not built yet": (lambda tmp: ["output.push_to_hub=true"], "not available in this version"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
     "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
     "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),
@@ -183,7 +183,7 @@ def test_several_processes_print_it_once(tmp_path: Path) -> None:
 def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
     """Each machine reads its own files: other rows there would be another run, in silence."""
     monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
-    monkeypatch.setattr("sora_llm.train.gather_objects", lambda value: [value, {**value, "digest": "other"}])
+    monkeypatch.setattr("sora_llm.job.gather_objects", lambda value: [value, {**value, "digest": "other"}])
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err
     assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1

@@ -6,6 +6,7 @@ Trainers are real processes (nursery.py) on stories260k; steps 1–3 are dense, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,37 @@ def test_it_goes_on_under_another_strategy(
     assert ground.codes(name, **{**BUDGET, "distributed.strategy": "none"}) == [0]
     assert lines(run_dir, "ranks.jsonl") == lines(whole, "ranks.jsonl")
     assert_equal_adapters(whole, run_dir)
+
+
+def test_patience_ends_the_finetune_phase_and_a_resumed_run_knows(ground: Playground, tmp_path: Path) -> None:
+    options = {**BUDGET, "evaluation.eval_steps": 1, "evaluation.early_stopping_patience": 1, "train.max_steps": 40}
+    options |= {"sora.consensus_at": 0.1, "sora.dense_ratio": 0.05, "train.learning_rate": 0.5, "output.save_steps": 50}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    whole = result(tmp_path / "run")
+    losses = [line["eval_loss"] for line in whole["metrics"] if line["phase"] == "finetune"]
+    assert len(losses) < 30 and losses[-1] >= min(losses), "it ended when the dev loss did not get better"
+    last = len([line for line in whole["metrics"] if line["phase"] != "export"]) - 1
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last}").is_dir()
+    again = interrupt(tmp_path / "run", tmp_path / "again", last)
+    run(CONFIG, *overrides(ground.folder, again, **options))
+    assert result(again) == whole
+
+
+@pytest.mark.parametrize("pattern", [{"self_attn": 1.0}, {"q_proj$": 0.5, "mlp": 2}])
+def test_patterns_have_their_own_budgets_in_a_run(
+    pattern: dict[str, float], ground: Playground, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run(CONFIG, *overrides(ground.folder, run_dir, **BUDGET, **{"sora.budgets": pattern, "sora.min_rank": 0}))
+    ranks, cost = lines(run_dir, "ranks.jsonl")[-1]["ranks"], costs(run_dir)
+    for name, mean in pattern.items():
+        members = [module for module in cost if re.search(name, module)]
+        kept, budget = sum(ranks[m] * cost[m] for m in members), mean * sum(cost[m] for m in members)
+        assert budget - min(cost[m] for m in members) < kept <= budget
+    thresholds = [line["thresholds"] for line in lines(run_dir, "metrics.jsonl") if line["phase"] == "sparsify"]
+    assert all(set(found) == {*pattern, "all"} for found in thresholds)
+
+
+def test_min_rank_is_served_first(ground: Playground, tmp_path: Path) -> None:
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, "sora.min_rank": 1}))
+    assert min(lines(tmp_path / "run", "ranks.jsonl")[-1]["ranks"].values()) == 1

@@ -435,10 +435,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["sora.lambda_num=2"],
-        ["sora.lambda_schedule=linear"],
-        ["sora.max_lambda=0.7"],
-        ["sora.retrain=false"],
         ["distributed.sync_every=10"],
         ["distributed.replica=node"],
         ["distributed.outer_learning_rate=0.7"],
@@ -448,7 +444,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
         ["output.push_to_hub=true"],
         ["output.hub_model_id=me/mine"],
         ["model.adapter=runs/a/adapter"],
-        ["evaluation.early_stopping_patience=3"],
     ],
     ids=lambda overrides: overrides[-1],
 )
@@ -473,11 +468,13 @@ def test_every_line_of_the_table_is_about_a_key_and_its_default_works(load):
         (["sora.threshold=adaptive"], "needs a budget"),
         (["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"], "does not go with sora.target_"),
         (["sora.consensus_at=0.1"], "sora.dense_ratio (0.1, by default) must be below sora.consensus_at (0.1, on the"),
+        (["sora.min_rank=2"], "goes with a budget"),
+        (["sora.budgets={q_proj: 4}"], "goes with a budget"),
+        (["sora.sparse_lambda=null", "sora.target_rank=8", "sora.budgets={q_proj: 65}"], "is 65, above sora.r"),
         (["evaluation.early_stopping_patience=2"], "needs dev rows"),
     ],
 )
-def test_combinations_of_what_comes_later_are_checked_once_it_is_there(load, monkeypatch, overrides, fragment):
-    monkeypatch.setattr(sora_llm.config, "NOT_YET", {})
+def test_budgets_thresholds_and_phases_that_do_not_go_together_are_refused(load, overrides, fragment):
     assert fragment in message_of(load, *overrides)
 
 
@@ -576,12 +573,17 @@ def test_a_resumed_run_may_change_where_it_runs_and_what_it_logs(load, override)
         "distributed.replica=node",
         "distributed.outer_momentum=0.5",
         "distributed.outer_learning_rate=0.5",
-        "evaluation.early_stopping_patience=2",
     ],
 )
 def test_a_resumed_run_may_not_change_what_it_computes(load, monkeypatch, override):
     monkeypatch.setattr(sora_llm.config, "NOT_YET", {})
     assert conflicts(load, override) == [override.split("=")[0]]
+
+
+def test_a_resumed_run_may_not_change_when_it_stops(load):
+    evaluated = to_dict(load("evaluation.eval_steps=5", "data.val_set_size=9"))
+    patient = to_dict(load("evaluation.eval_steps=5", "data.val_set_size=9", "evaluation.early_stopping_patience=2"))
+    assert resume_conflicts(evaluated, patient, 1, 1) == ["evaluation.early_stopping_patience"]
 
 
 def test_a_resumed_run_may_split_its_batch_otherwise_as_long_as_the_product_stays(load):

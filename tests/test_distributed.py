@@ -32,6 +32,9 @@ WORLD_TIMEOUT = 240  # seconds; about 60 on an idle machine with 2 cores
 DELTA_TOLERANCE = 1e-4
 """Relative error of ΔW: another split of a batch sums in another order, AdamW makes of 1e-7 up to 6e-5 (FACTS.md)."""
 
+TO_THE_END = {"consensus_at": 1.0, "consensus": "slots"}
+"""Gates until the end of the run."""
+
 Worlds = Callable[[str], list[dict[str, Any]]]
 
 
@@ -50,7 +53,7 @@ def run_config(folder: Path) -> Path:
     config = {
         "model": {"name_or_path": str(shared("models/stories260k")), "dtype": "float32"},
         "quantization": {"bnb_4bit_compute_dtype": "float32"},
-        "sora": {"r": 4, "lora_dropout": 0.05, "sparse_lambda": 0.5, "dense_ratio": 0.34},
+        "sora": {"r": 4, "lora_dropout": 0.05, "sparse_lambda": 0.5, "dense_ratio": 0.34, **TO_THE_END},
         "data": {
             "datasets": [
                 {

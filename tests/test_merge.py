@@ -184,6 +184,15 @@ def test_copies_order_and_weight_zero_change_no_bit(given_replicas, copies, shar
     assert same_bits(merge([replace(one, weight=0.1)] * copies, budget), merge([one], budget))
 
 
+def test_weights_of_copies_are_summed_exactly():
+    """1e16 + 1 + 1 is 1e16 from the left and 1e16 + 2 from the right."""
+    one, other = with_gates({"a": [1.0, 0.0]}), with_gates({"a": [1.0, 2.0]})
+    expected = merge([replace(one, weight=1e16 + 2), replace(other, weight=3.0)])
+    for weights in itertools.permutations([1e16, 1.0, 1.0]):
+        found = merge([*(replace(one, weight=weight) for weight in weights), replace(other, weight=3.0)])
+        assert same_bits(found, expected)
+
+
 def test_copies_are_told_by_their_bits_not_by_their_objects():
     one = Replica(0.3, random_factors(0, {"a": (3, *SHAPES["a"])}), 1.0)
     clone = Replica(0.2, {"a": tuple(t.clone() for t in one.factors["a"])}, 1.0)
@@ -329,6 +338,16 @@ def test_a_replica_that_is_not_finite_is_refused_by_module():
     bad = with_gates({"a": [1.0], "b": [math.nan]})
     with pytest.raises(ValueError, match="b holds values that are not finite"):
         merge([with_gates({"a": [1.0]}), bad])
+
+
+def test_values_of_dead_slots_do_not_matter():
+    one, other = with_gates({"a": [1.0, 0.0]}), with_gates({"a": [1.0, 2.0]})
+    expected = merge([one, other])
+    A, B, _ = one.factors["a"]
+    A[1], B[:, 1] = math.nan, math.inf
+    found = merge([one, other])
+    assert_close(flat(products(found)), flat(products(expected)), rel=1e-13)
+    assert [r.energy for r in found.replicas] == pytest.approx([r.energy for r in expected.replicas])
 
 
 def test_the_result_has_the_widest_dtype_of_what_counts():

@@ -12,8 +12,10 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import Playground, interrupt, overrides, result
 
+from sora_llm import cli
 from sora_llm.alarms import Patience
 from sora_llm.errors import UserError
+from sora_llm.export import read_factors
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -180,3 +182,40 @@ def test_paths_that_cannot_be_are_a_sentence(
     with pytest.raises(UserError, match=said):
         run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**PATH, **options}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_is_exported_again_by_its_lambda_or_by_its_size(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = {
+        f"{line['sparse_lambda']:.6g}": line for line in lines(straight, "metrics.jsonl") if line["phase"] == "export"
+    }
+
+    def export(*arguments: str) -> dict[str, Any]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert cli.main(["export", str(straight), *arguments, "--out", str(out), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    again = export("--stage", "0.5", "--layout", "ragged")
+    ranks = {name: module["rank"] for name, module in again["certificate"]["modules"].items()}
+    of_stage = [line for line in lines(straight, "ranks.jsonl") if line["step"] == 2 * STEPS][-1]["ranks"]
+    assert (again["stage"], again["layout"], ranks) == ("0.5", "ragged", of_stage)
+    ours, theirs = read_factors(Path(again["adapter"])), read_factors(straight / "path" / "0.5")
+    assert all(ours[name][0].equal(A) and ours[name][1].equal(B) for name, (A, B) in theirs.items() if len(A))
+    assert export()["kept_params"] == exports["0.8"]["kept_params"], "the run's own adapter"
+    limit = exports["0.5"]["kept_params"]
+    best = min(("0.5", "0.8"), key=lambda name: exports[name]["eval_loss"])
+    assert export("--max-params", str(limit))["stage"] == best
+
+
+def test_a_stage_that_is_not_there_is_a_sentence(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run_dir: Path, *arguments: str) -> str:
+        assert cli.main(["export", str(run_dir), *arguments, "--out", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    assert "has no stage 0.3; it has 0.2, 0.5, 0.8" in refused(straight, "--stage", "0.3")
+    assert "the smallest has" in refused(straight, "--max-params", "3")
+    assert "is not a run directory" in refused(tmp_path)
+    assert not (tmp_path / "out").exists()

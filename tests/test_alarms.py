@@ -1,0 +1,89 @@
+"""What the numbers of a run say by themselves, each sentence once, also over an interruption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sora_llm.alarms import Alarms
+from sora_llm.budget import RankBudget
+
+FULL = 1000
+COSTS = {"a": 10, "b": 10}
+
+
+def budget(params: int = 500, min_rank: int = 0) -> RankBudget:
+    return RankBudget("all", COSTS, dict.fromkeys(COSTS, 50), params, min_rank)
+
+
+def line(**fields: Any) -> dict[str, Any]:
+    return {"step": 10, "phase": "sparsify", "kept_params": 600, "mean_rank": 30.0, "loss": 2.0, **fields}
+
+
+def said(alarms: Alarms, place: float | None = 0.6, **fields: Any) -> str:
+    return " ".join(alarms.of_line(line(**fields), place))
+
+
+def test_a_run_that_goes_well_says_nothing() -> None:
+    alarms = Alarms([], FULL)
+    for place in (0.2, 0.5, 1.0):
+        assert said(alarms, place, **{"lambda": 0.5}) == ""
+    assert said(alarms, None, phase="finetune", loss=2.1) == ""
+    with_budget = Alarms([budget()], FULL)
+    assert said(with_budget, target_mean_rank=29.0, budget_params=500, **{"lambda": 0.5}) == ""
+    assert with_budget.of_cut({"a": 25, "b": 25}, 0) == []
+
+
+def test_gates_that_all_die_or_none() -> None:
+    assert "all gates are dying: 10 of 1,000" in said(Alarms([], FULL), kept_params=10)
+    assert said(Alarms([budget(10)], FULL), kept_params=10) == "", "a budget wanted it"
+    alarms = Alarms([], FULL)
+    assert said(alarms, 0.4, kept_params=FULL) == ""
+    assert "no gate has died by half" in said(alarms, 0.5, kept_params=FULL)
+    assert said(alarms, 0.6, kept_params=FULL) == "", "once"
+    assert said(Alarms([budget(FULL)], FULL), kept_params=FULL, budget_params=FULL) == "", "a full budget keeps all"
+
+
+def test_a_controller_at_its_bound_that_does_not_get_there() -> None:
+    alarms = Alarms([budget()], FULL)
+    behind = {"lambda": 1.0, "target_mean_rank": 20.0}
+    assert said(alarms, **behind) == said(alarms, **behind) == ""
+    assert "λ is at its bound of 1" in said(alarms, **behind)
+    on_track = Alarms([budget()], FULL)
+    for _ in range(5):
+        assert said(on_track, **{"lambda": 1.0, "target_mean_rank": 29.0}) == ""
+    several = Alarms([budget()], FULL)
+    for _ in range(3):
+        last = said(several, lambdas={"x": 0.5, "y": 1.0}, target_mean_rank=20.0)
+    assert "at its bound" in last
+    assert "lower bound" in said(Alarms([budget()], FULL), **{"lambda": 1e-3, "target_mean_rank": 29.0})
+
+
+@pytest.mark.parametrize(("params", "min_rank", "expected"), [(500, 0, True), (100, 0, False), (100, 1, True)])
+def test_a_module_at_zero_that_the_budget_did_not_ask_for(params: int, min_rank: int, expected: bool) -> None:
+    found = Alarms([budget(params, min_rank)], FULL).of_cut({"a": 0, "b": 10}, 0)
+    assert bool(found) == expected and all("a ended at rank 0" in sentence for sentence in found)
+
+
+def test_a_budget_that_could_not_be_used_up() -> None:
+    assert "120 parameters less" in Alarms([budget()], FULL).of_cut({"a": 19, "b": 19}, 120)[0]
+
+
+def test_a_loss_that_jumps_when_the_adapters_are_cut() -> None:
+    alarms = Alarms([], FULL)
+    said(alarms, loss=2.0)
+    assert "rose from 2.0000 to 2.5000" in said(alarms, None, phase="finetune", loss=2.5)
+    assert said(alarms, None, phase="finetune", loss=9.0) == "", "later it has other reasons"
+
+
+def test_an_interruption_changes_nothing() -> None:
+    behind = {"lambda": 1.0, "target_mean_rank": 20.0}
+    alarms = Alarms([budget()], FULL)
+    said(alarms, **behind)
+    said(alarms, **behind)
+    again = Alarms([budget()], FULL)
+    again.load(alarms.state())
+    assert said(again, **behind) == said(alarms, **behind) != ""
+    again.load(alarms.state())
+    assert said(again, **behind) == "", "said before"
