@@ -4,13 +4,18 @@
 #   bash launch/test.sh                    what CI runs
 #   bash launch/test.sh -m matrix          the full strategy × phase × precision matrix (hours on two cores)
 #   bash launch/test.sh -m gpu             on a machine with a GPU
+#   bash launch/test.sh --only-tests ...   without lint and type check
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 install_into_venv ".[dev]"
 
-ruff check .
-ruff format --check .
-mypy
+if [ "${1:-}" = --only-tests ]; then
+  shift
+else
+  ruff check .
+  ruff format --check .
+  mypy
+fi
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions_tests"
 warm_deepspeed
 python -m pytest "$@"

@@ -49,8 +49,7 @@ def save(
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         make_folder(folder.parent)
-        for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(run_dir)
         temporary.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
@@ -71,6 +70,12 @@ def save(
             with contextlib.suppress(OSError):
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")), ignore_errors=True)
     return folder
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a process that was killed had half written, or half deleted, among the checkpoints."""
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _complete(hashes: Mapping[str, str]) -> str:

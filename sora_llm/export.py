@@ -342,7 +342,11 @@ def certify_and_publish(
     errors: Errors,
     provenance: Provenance,
 ) -> dict[str, Any]:
-    """Write certificate and model card and rename `temporary` to `folder`; RunFailed if the self-check did not pass."""
+    """Write certificate and model card and rename `temporary` to `folder`.
+
+    Raises:
+        RunFailed: the self-check did not pass, or the disk is full or read-only.
+    """
     import peft
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
@@ -364,10 +368,14 @@ def certify_and_publish(
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
     }
-    (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
-    (temporary / "README.md").write_text(model_card(folder, layout, ranks, shapes, certificate, provenance))
-    publish(temporary, folder)
+    try:
+        (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
+        (temporary / "README.md").write_text(model_card(folder, layout, ranks, shapes, certificate, provenance))
+        publish(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
     return certificate
 
 

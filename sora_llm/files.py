@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -40,7 +41,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last."""
+    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last, as are those
+    that a process left there which was killed before it came to that."""
     for path in (*temporary.iterdir(), temporary):
         fsync(path)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
@@ -53,7 +55,8 @@ def publish(temporary: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for replaced in folder.parent.glob(f".{glob.escape(folder.name)}.old.*"):
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def copy_folder(source: Path, folder: Path) -> None:

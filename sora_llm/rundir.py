@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from sora_llm import __version__
-from sora_llm.checkpoint import read_status, run_lock, write_status
+from sora_llm.checkpoint import read_status, remove_leftovers, run_lock, write_status
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
@@ -64,6 +64,7 @@ class RunDirectory:
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
                 if leftover.is_file():
                     leftover.unlink(missing_ok=True)
+            remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
             write_text_atomically(self.path / "config.yaml", config_yaml)
             write_text_atomically(self.path / "env.json", _json(env))
             self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
-HEED_SECONDS = 10.0
+HEED_SECONDS = 5.0
 """Less than the 30 s that launchers leave between TERM and KILL."""
 
 

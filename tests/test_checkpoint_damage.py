@@ -27,6 +27,7 @@ from small_runs import CONFIG, STEPS, Playground, checkpoints, overrides, result
 from sora_llm import checkpoint, config
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256, publish
+from sora_llm.rundir import RunDirectory
 from sora_llm.train import main
 
 FILES = ("COMPLETE", "state.json", "adapter.safetensors")
@@ -130,6 +131,26 @@ def test_a_folder_is_published_with_all_its_names_on_the_disk(tmp_path: Path, on
     publish(temporary, folder)
     before = {("fsync", temporary / "weights"), ("fsync", temporary)}
     assert set(on_disk[:2]) == before and on_disk[2:] == [("rename .adapter.tmp", folder), ("fsync", tmp_path)]
+
+
+def test_what_a_killed_process_had_moved_aside_is_deleted_when_the_folder_is_published_again(tmp_path: Path) -> None:
+    """A second export is killed while it deletes the first one; the third one must not leave that lying about."""
+    temporary, left = tmp_path / ".adapter.tmp", tmp_path / ".adapter.old.4711"
+    for folder in (temporary, left):
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+    publish(temporary, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_old_checkpoint_that_was_half_deleted_by_the_last_save_is_gone_after_the_next_start(tmp_path: Path) -> None:
+    """Which saves nothing any more, and so does not come to it that way."""
+    folder = checkpoint.save(tmp_path, 6, TENSORS, STATE)
+    (folder.parent / ".step-2.old").mkdir()
+    (folder.parent / ".step-2.old" / "state.json").write_text("{}")
+    directory = RunDirectory(tmp_path, is_main=True)
+    directory.begin(config_yaml="", env={}, total_steps=6, first_step=6, resumed_from=folder)
+    assert checkpoints(tmp_path) == ["step-6"]
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["a new step", "a step that is there already"])

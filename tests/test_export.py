@@ -1,7 +1,9 @@
 """What is exported is what was trained: in PEFT and in transformers, from disk, on a base that never saw training."""
 
+import errno
 import hashlib
 import json
+import os
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import randomise_all, relative_error, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from sora_llm import export
+from sora_llm import export, files
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
@@ -361,6 +363,22 @@ def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp
     export_adapter(trained_model("float32", stories, seed=50), folder, "padded")
     assert not (folder / "stale.txt").exists()
     assert (folder / "adapter_model.safetensors").read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_disk_that_fills_up_while_the_adapter_is_published_is_said_in_a_sentence(stories, tmp_path, monkeypatch):
+    """The older adapter stays, and nothing half-made."""
+    model = trained_model("float32", stories)
+    export_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "fsync", full)
+    with pytest.raises(RunFailed, match=r"the adapter could not be written to .*No space left"):
+        export_adapter(model, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -525,9 +525,9 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
     broken = [*run_overrides(place, f"{folder}/broken"), save_often]
     plain_save = train.save_checkpoint
 
-    def save_and_die(*arguments: Any) -> None:
-        plain_save(*arguments)
-        if arguments[-1] == at:
+    def save_and_die(training: train.Training) -> None:
+        plain_save(training)
+        if training.done == at:
             raise Interrupted
 
     with one_process_group(place):
@@ -563,9 +563,9 @@ def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
     """`sora_llm.train.run`, ended without a word on every process once the checkpoint of step `at` is complete."""
     plain_save = train.save_checkpoint
 
-    def save_and_die(*arguments: Any) -> None:
-        plain_save(*arguments)
-        if arguments[-1] == at:
+    def save_and_die(training: train.Training) -> None:
+        plain_save(training)
+        if training.done == at:
             distributed.gather_objects(None)
             os._exit(9)
 

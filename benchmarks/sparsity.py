@@ -1,0 +1,235 @@
+"""Rank budgets from 5 % to 90 %: are they met, how closely is the schedule followed, and what does the size cost?
+
+    python benchmarks/sparsity.py [--workers 2] [--steps 200] [--out benchmarks/sparsity]
+
+Trains base5m (LLaMA, 5 M parameters; SORA_TEST_DATA, default ../shared) on GSM8K answers, r = 16 on all linears:
+
+    svd     SoRA with a budget as shipped: adaptive, cut by singular components at 40 % of the steps, finetuned
+    slots   the same, but whole slots are kept
+    lora    LoRA of that size: the same rank everywhere, gates frozen, nothing pruned
+
+Learning rates are tuned once per arm at 25 % on a seed of their own.  Every run is a process and leaves one line in
+<out>/runs.jsonl; a run that is there already is not made again, so the command can be stopped and started.  At the
+end it prints the tables of sparsity.md and draws <out>/loss.png and <out>/tracking.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
+R = 16
+ARMS = ("svd", "slots", "lora")
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+TUNED_AT, TUNING_SEED = 0.25, 100
+SEEDS = {0.05: (1,), 0.10: (1, 2, 3), 0.25: (1, 2, 3), 0.50: (1,), 0.70: (1, 2, 3), 0.90: (1,)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    arm: str
+    share: float
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def overrides(self, run_dir: Path) -> dict[str, Any]:
+        """Of configs/llama7b.yaml."""
+        rank = max(1, round(self.share * R))
+        plain = {"r": rank, "sparse_lambda": 0.0, "target_rank": None, "gate_lr": 1e-30, "consensus_at": 1.0}
+        budget = {"r": R, "target_rank": self.share * R, "consensus": self.arm}
+        sora = plain | {"consensus": "slots"} if self.arm == "lora" else budget
+        columns = {"prompt": "question", "completion": "answer"}
+        rows = {"path": str(DATA / "data/gsm8k_train.jsonl"), "type": "prompt_completion", "columns": columns}
+        return {
+            **{f"sora.{key}": value for key, value in sora.items()},
+            "sora.lora_dropout": 0.0,
+            "model.name_or_path": str(DATA / "models/base5m"),
+            "model.dtype": "float32",
+            "quantization.load_in_4bit": False,
+            "data.datasets": [rows],
+            "data.val_set_size": 256,
+            "data.sequence_len": 512,
+            "data.sample_packing": False,
+            "train.max_steps": self.steps,
+            "train.num_train_epochs": None,
+            "train.per_device_train_batch_size": 8,
+            "train.gradient_accumulation_steps": 1,
+            "train.gradient_checkpointing": False,
+            "train.learning_rate": self.learning_rate,
+            "train.seed": self.seed,
+            "output.output_dir": str(run_dir),
+            "output.logging_steps": 1,
+            "output.report_to": [],
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Train it; returns what is kept of it."""
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir = Path(folder) / "run"
+            values = [f"{key}={json.dumps(value)}" for key, value in self.overrides(run_dir).items()]
+            command = [sys.executable, "-m", "sora_llm.train", "configs/llama7b.yaml", *values]
+            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+            if done.returncode:
+                return {"cell": asdict(self), "key": self.key, "failed": (done.stdout + done.stderr)[-2000:]}
+            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        window = [line for line in lines if "target_mean_rank" in line]
+        return {
+            "cell": asdict(self),
+            "key": self.key,
+            "base_loss": lines[0]["eval_loss"],
+            "eval_loss": lines[-1]["eval_loss"],
+            "kept_params": lines[-1]["kept_params"],
+            "budget_params": window[0]["budget_params"] if window else None,
+            "wanted": [line["target_mean_rank"] for line in window],
+            "kept": [line["mean_rank"] for line in window],
+            "alarms": [sentence for line in lines for sentence in line.get("alarms", [])],
+        }
+
+
+class Results:
+    """<out>/runs.jsonl: one line per run, appended as runs end."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._lock = file, Lock()
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.by_key = {line["key"]: line for line in map(json.loads, lines)}
+
+    def of(self, cells: Sequence[Cell], workers: int) -> list[dict[str, Any]]:
+        """The results of `cells`, made where they are missing."""
+        missing = [cell for cell in cells if cell.key not in self.by_key]
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self._make, missing))
+        return [self.by_key[cell.key] for cell in cells]
+
+    def _make(self, cell: Cell) -> None:
+        result = cell.run()
+        with self._lock:
+            self.by_key[cell.key] = result
+            with self._file.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            said = result.get("failed", f"dev loss {result.get('eval_loss', float('nan')):.4f}")
+            print(f"{cell.arm:<6}{cell.share:>5.0%}  lr {cell.learning_rate:g}  seed {cell.seed}  {said}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/sparsity")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = Results(arguments.out / "runs.jsonl")
+    tuning = [Cell(arm, TUNED_AT, rate, TUNING_SEED, arguments.steps) for arm in ARMS for rate in RATES]
+    tuned = results.of(tuning, arguments.workers)
+    best = {}
+    for arm in ARMS:
+        of_arm = {
+            r["cell"]["learning_rate"]: r["eval_loss"] for r in tuned if r["cell"]["arm"] == arm and "eval_loss" in r
+        }
+        best[arm] = min(of_arm, key=lambda rate: of_arm[rate])
+    cells = [
+        Cell(arm, share, best[arm], seed, arguments.steps)
+        for share, seeds in SEEDS.items()
+        for arm in ARMS
+        for seed in seeds
+    ]
+    found = results.of(cells, arguments.workers)
+    print(tuning_table(tuned, best) + "\n\n" + loss_table(found) + "\n\n" + budget_table(found))
+    draw(found, arguments.out)
+    failed = [result for result in found + tuned if "failed" in result]
+    for result in failed:
+        print(f"failed: {result['cell']}: {result['failed'][-300:]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def tuning_table(tuned: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
+    rows = ["| arm | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---|" + "---|" * len(RATES)]
+    for arm in ARMS:
+        losses = {r["cell"]["learning_rate"]: r.get("eval_loss") for r in tuned if r["cell"]["arm"] == arm}
+        shown = [f"**{losses[rate]:.3f}**" if rate == best[arm] else f"{losses[rate]:.3f}" for rate in RATES]
+        rows.append(f"| {arm} | " + " | ".join(shown) + " |")
+    return "\n".join(rows)
+
+
+def loss_table(found: Sequence[dict[str, Any]]) -> str:
+    rows = ["| share of r | " + " | ".join(ARMS) + " | parameters of svd, slots, lora |", "|---|" + "---|" * 4]
+    for share in SEEDS:
+        shown, sizes = [], []
+        for arm in ARMS:
+            cells = [r for r in found if r["cell"]["arm"] == arm and r["cell"]["share"] == share and "eval_loss" in r]
+            losses = [r["eval_loss"] for r in cells]
+            spread = f" ({min(losses):.3f}–{max(losses):.3f})" if len(losses) > 1 else ""
+            shown.append(f"{statistics.mean(losses):.3f}{spread}")
+            sizes.append(f"{statistics.mean(r['kept_params'] for r in cells):,.0f}")
+        rows.append(f"| {share:.0%} | " + " | ".join(shown) + f" | {', '.join(sizes)} |")
+    return "\n".join(rows)
+
+
+def budget_table(found: Sequence[dict[str, Any]]) -> str:
+    rows = ["| share of r | budget | kept (svd) | kept (slots) | largest error of tracking |", "|---|" + "---|" * 4]
+    for share in SEEDS:
+        cells = [r for r in found if r["cell"]["share"] == share and r.get("budget_params")]
+        kept = {arm: {r["kept_params"] for r in cells if r["cell"]["arm"] == arm} for arm in ("svd", "slots")}
+        error = max(abs(k - w) / R for r in cells for k, w in zip(r["kept"], r["wanted"], strict=True))
+        shown = [", ".join(f"{size:,}" for size in sorted(kept[arm])) for arm in ("svd", "slots")]
+        rows.append(f"| {share:.0%} | {cells[0]['budget_params']:,} | {shown[0]} | {shown[1]} | {error:.2%} of r |")
+    return "\n".join(rows)
+
+
+def draw(found: Sequence[dict[str, Any]], out: Path) -> None:
+    """loss.png: dev loss against kept parameters; tracking.png: kept and wanted mean rank over the window."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm, marker in zip(ARMS, "os^", strict=True):
+        cells = [r for r in found if r["cell"]["arm"] == arm and "eval_loss" in r]
+        points = {}
+        for r in cells:
+            points.setdefault(r["cell"]["share"], []).append(r)
+        xs = [statistics.mean(r["kept_params"] for r in rs) for rs in points.values()]
+        ys = [statistics.mean(r["eval_loss"] for r in rs) for rs in points.values()]
+        (line,) = axes.plot(xs, ys, marker=marker, label=arm)
+        axes.scatter(
+            [r["kept_params"] for r in cells], [r["eval_loss"] for r in cells], s=8, color=line.get_color(), alpha=0.6
+        )
+    axes.set(xlabel="kept parameters", ylabel="dev loss (GSM8K answers, base5m)", xscale="log")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for share in SEEDS:
+        r = next(r for r in found if r["cell"]["share"] == share and r["cell"]["arm"] == "svd" and "kept" in r)
+        places = [(index + 1) / len(r["kept"]) for index in range(len(r["kept"]))]
+        (line,) = axes.plot(places, r["kept"], label=f"{share:.0%}")
+        axes.plot(places, r["wanted"], linestyle=":", color=line.get_color())
+    axes.set(xlabel="place in the sparsify window", ylabel="mean rank (dotted: wanted)")
+    axes.legend(title="budget")
+    figure.savefig(out / "tracking.png", dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
