@@ -11,6 +11,7 @@ COMMANDS = {
     "export": ("sora_llm.commands.cmd_export", "a run's adapter in another layout, or a stage of its sparsity path"),
     "evaluate": ("sora_llm.commands.cmd_evaluate", "the loss of a base model, and of an adapter on it, on a data set"),
     "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
+    "inspect": ("sora_llm.commands.cmd_inspect", "what became of a run, in the terminal and in its report.html"),
     "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import socket
 import sys
 import traceback
@@ -85,9 +86,31 @@ def make_accelerator(
     if strategy == "none":
         os.environ.pop("LOCAL_RANK", None)  # of torchrun with one process: accelerate would make a group of one
     with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
-        accelerator = Accelerator(**options)  # DeepSpeed says on every process what it compiled
+        accelerator = _join(world, options)  # DeepSpeed says on every process what it compiled
     _assert_world(accelerator, strategy, world)
     return accelerator
+
+
+def _join(world: World, options: Mapping[str, Any]) -> Accelerator:
+    """The Accelerator, whose making forms the process group.
+
+    Raises:
+        RunFailed: another process has left meanwhile, or cannot be reached.
+    """
+    try:
+        return Accelerator(**options)
+    except RuntimeError as error:  # torch's DistError is one, gloo raises plain ones
+        if not isinstance(error, dist.DistError) and not _UNREACHABLE.search(str(error)):
+            raise
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunFailed(
+            f"process {world.process_index} on {socket.gethostname()} could not form a group of {world.num_processes} "
+            f"with the others at {where} ({str(error).splitlines()[0]}); one of them has ended (see what it says), or "
+            "machines do not reach each other there"
+        ) from error
+
+
+_UNREACHABLE = re.compile(r"connect|closed by peer|timed out|timeout|rendezvous|Broken pipe|reset by", re.IGNORECASE)
 
 
 def _quiet_deepspeed(cuda: bool) -> None:

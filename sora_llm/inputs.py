@@ -23,10 +23,11 @@ from sora_llm.data.batches import collate
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import EpochOrder, Order, split_validation
-from sora_llm.data.prepare import DataReport, prepare
+from sora_llm.data.prepare import DataReport, default_cache_dir, prepare
+from sora_llm.data.show import decoded
 from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
-from sora_llm.data.templates import resolve_template
+from sora_llm.data.templates import DEFAULT_TEMPLATE, resolve_template
 from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
@@ -34,7 +35,7 @@ from sora_llm.inject import target_linears
 from sora_llm.pipeline import MemoryEstimate, estimate
 from sora_llm.topology import ZERO_STAGES, World
 
-DATA_REPORT = "data_report.json"  # what `sora-llm preprocess` leaves in the run directory, before the run
+DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
 _HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data
 
 
@@ -320,6 +321,44 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
     )
     order.sample()  # so that what is wrong with the first window is said now
     return order
+
+
+def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str, Any]:
+    """What the data is made of, for people, as JSON: rows, lengths, masks, losses, some rows decoded."""
+
+    def section(rows: TokenDataset | None, report: DataReport | None) -> dict[str, Any] | None:
+        if report is None:
+            return None
+        whole = TokenDataset.load(Path(report.cache_folder)) if report.cache_folder else rows
+        assert whole is not None
+        samples = [
+            {
+                "row": row,
+                "tokens": int(whole.lengths[row]),
+                "supervised_tokens": int(whole.supervised_lengths[row]),
+                "segments": decoded(whole[row], inputs.tokenizer),
+            }
+            for row in report.samples
+        ]
+        return report.to_json() | {"samples": samples}
+
+    return {
+        "chat_template": _template_name(config, inputs),
+        "sequence_len": config.data.sequence_len,
+        "sample_packing": config.data.sample_packing,
+        "cache": config.data.cache_dir or str(default_cache_dir()),
+        "train": section(data.train, data.train_report),
+        "dev": section(data.dev, data.dev_report),
+        "held_out": None if data.dev is None or data.dev_report else len(data.dev),
+    }
+
+
+def _template_name(config: Config, inputs: Inputs) -> str | None:
+    """None where no data set is made of conversations."""
+    if all(spec.type in ("completion", "prompt_completion") for spec in (*inputs.datasets, *inputs.val_datasets)):
+        return None
+    own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE
+    return config.data.chat_template or own
 
 
 def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:

@@ -20,6 +20,7 @@ from sora_llm.checkpoint import read_status, remove_leftovers, run_lock, write_s
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
+from sora_llm.report_page import write_report
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
 
@@ -46,6 +47,7 @@ class RunDirectory:
         *,
         config_yaml: str,
         env: Mapping[str, Any],
+        data_report: Mapping[str, Any] | None = None,
         total_steps: int,
         first_step: int = 0,
         resumed_from: Path | None = None,
@@ -67,6 +69,8 @@ class RunDirectory:
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
             write_text_atomically(self.path / "config.yaml", config_yaml)
             write_text_atomically(self.path / "env.json", _json(env))
+            if data_report is not None:
+                write_text_atomically(self.path / "data_report.json", _json(data_report))
             self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
             self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
         self._progress = Progress(total_steps, first_step)
@@ -121,6 +125,18 @@ class RunDirectory:
             adapter=self.adapter,
             error=error,
         )
+
+    def report(self, config: Mapping[str, Any], *, plots: bool = False) -> None:
+        """Refresh report.html and, with `plots`, plots/*.png from the files that are there now.
+
+        Call it after the status it is to show.  Whatever goes wrong here costs the page, not the run.
+        """
+        if not self.is_main or not self.is_begun:
+            return
+        try:
+            write_report(self.path, config, plots=plots)
+        except Exception as error:
+            print(f"warning: report.html is not up to date: {type(error).__name__}: {error}", flush=True)
 
     def preempted(self) -> dict[str, Any] | None:
         """Say in the status that the run was asked to stop; None before `begin`.  Call it on the main process."""

@@ -36,6 +36,7 @@ from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_s
 from sora_llm.inputs import (
     check_inputs,
     check_output,
+    data_report,
     exported_template,
     load_data,
     prompt_ids,
@@ -195,6 +196,7 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
             next_stage(training, result.masters)
     except Preempted as request:
         request.status = on_main(directory.preempted, job.world)
+        directory.report(to_dict(job.config))
         raise
     except BaseException as error:
         loss = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_loss()
@@ -207,6 +209,7 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         if directory.is_begun or not isinstance(error, UserError):
             with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
                 directory.status("failed", error=str(error) or type(error).__name__)
+            directory.report(to_dict(job.config))
         raise
 
 
@@ -233,6 +236,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         lambda: directory.begin(
             config_yaml=to_yaml(replace(job.config, output=replace(job.config.output, resume="auto"))),
             env=env,
+            data_report=None if job.data.train is None else data_report(job.config, job.inputs, job.data),
             total_steps=job.plan.total_steps,
             first_step=start.step,
             resumed_from=start.folder,
@@ -643,6 +647,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     directory.checkpoint = on_main(lambda: checkpoint.save(directory.path, step, tensors, state, keep), job.world)
     directory.step = step
     directory.status("running", phase=training.phase)
+    directory.report(to_dict(job.config))
 
 
 @dataclass(frozen=True)
@@ -715,6 +720,7 @@ def finish(training: Training, result: StageResult) -> RunResult:
         on_main(lambda: copy_folder(result.exported.folder, adapter), job.world)
     directory.adapter = adapter
     directory.status("finished", phase="done")
+    directory.report(to_dict(job.config), plots=True)
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
     return RunResult(adapter, metrics, status)
 

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 from conftest import ROOT, shared
 from runs import gsm8k_overrides
 from spawn import end_group, environment, free_port, warm_deepspeed
+
+from sora_llm import distributed
+from sora_llm.errors import RunFailed
+from sora_llm.topology import World
 
 TRAIN = ("-m", "sora_llm.train")
 SECONDS = 120
@@ -97,3 +102,27 @@ def test_topologies_leave_strategy_and_precision_to_the_run(name: str) -> None:
     assert topology["distributed_type"] == "MULTI_GPU" and topology["mixed_precision"] == "no"
     assert topology["rdzv_backend"] == "static" and topology["use_cpu"] is False
     assert not {key for key in topology if key.startswith(("deepspeed", "fsdp"))}
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (dist.DistNetworkError("failed to recv, got 0 bytes\n#0 frames"), r"process 1 .* could not form a group of 2"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:47001"),
+            "could not form",
+        ),
+        (RuntimeError("CUDA driver initialization failed"), None),
+    ],
+)
+def test_a_group_that_cannot_be_formed_is_a_sentence(
+    error: RuntimeError, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(distributed, "Accelerator", refuse)
+    world = World(num_processes=2, process_index=1, local_process_index=0)
+    with pytest.raises(RunFailed if sentence else RuntimeError, match=sentence or "CUDA driver") as raised:
+        distributed.make_accelerator("ddp", world)
+    assert "frames" not in str(raised.value)

@@ -19,6 +19,7 @@ LAYERS = [
     {"distributed"},
     {"backbone"},
     {"data", "checkpoint", "report", "export"},
+    {"report_page"},
     {"pipeline", "loop", "rundir", "steering"},
     {"inputs"},
     {"plan"},
@@ -103,6 +104,7 @@ def test_the_algorithm_imports_torch_alone(name):
         (("yaml",), {"config"}),
         (("bitsandbytes",), {"backbone"}),
         (("peft",), {"export"}),
+        (("matplotlib",), {"report_page.plots"}),
     ],
 )
 def test_a_library_is_known_in_one_place(libraries, homes):

@@ -42,7 +42,7 @@ def test_only_the_main_process_writes(tmp_path):
     directory = RunDirectory(tmp_path, is_main=False)
     directory.begin(config_yaml="a: 1\n", env={}, total_steps=2)
     directory.metrics(1, "dense", {"loss": 1.0})
-    directory.ranks(1, {"q": 1})
+    directory.ranks(1, {"q": 1}, {})
     directory.status("running")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,14 +11,20 @@ from typing import Any
 
 from sora_llm.commands.common import ALONE, config_parser, exit_code
 from sora_llm.config import Config, load_config
-from sora_llm.data.dataset import TokenDataset
-from sora_llm.data.prepare import default_cache_dir, sample
-from sora_llm.data.report import DataReport
-from sora_llm.data.show import decoded, table
-from sora_llm.data.templates import DEFAULT_TEMPLATE
+from sora_llm.data.prepare import sample
+from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
-from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs, load_data, prepare_rows, tokenizing
+from sora_llm.inputs import (
+    DATA_REPORT,
+    Inputs,
+    TrainingData,
+    check_inputs,
+    data_report,
+    load_data,
+    prepare_rows,
+    tokenizing,
+)
 
 _STREAM_SAMPLE_ROWS = 1000
 
@@ -48,47 +54,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
 
 def report_on_data(config: Config, inputs: Inputs) -> dict[str, Any]:
     """Prepare a config's data, or look at the first rows of streamed data, and say what it is made of."""
-    content: dict[str, Any] = {
-        "chat_template": _template_name(config, inputs),
-        "sequence_len": config.data.sequence_len,
-        "sample_packing": config.data.sample_packing,
-        "cache": config.data.cache_dir or str(default_cache_dir()),
-    }
-    if inputs.datasets[0].streaming:  # then all of them are
-        dev = prepare_rows(config, inputs, inputs.val_datasets, ALONE) if inputs.val_datasets else None
-        work = tokenizing(config, inputs, inputs.datasets)
-        first_rows = sample(work, _STREAM_SAMPLE_ROWS, config.data.max_bad_row_fraction)
-        train = _section(*first_rows, inputs) | {"sample_rows": _STREAM_SAMPLE_ROWS}
-        return content | {"train": train, "dev": dev and _section(*dev, inputs)}
-    data = load_data(config, inputs, ALONE)
-    reports = {"train": data.train_report, "dev": data.dev_report}
-    sections = {
-        name: report and _section(TokenDataset.load(Path(report.cache_folder)), report, inputs)
-        for name, report in reports.items()
-    }
-    return content | sections | {"held_out": None if data.dev is None or data.dev_report else len(data.dev)}
-
-
-def _template_name(config: Config, inputs: Inputs) -> str | None:
-    """None where no data set is made of conversations."""
-    if all(spec.type in ("completion", "prompt_completion") for spec in (*inputs.datasets, *inputs.val_datasets)):
-        return None
-    own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE
-    return config.data.chat_template or own
-
-
-def _section(rows: TokenDataset, report: DataReport, inputs: Inputs) -> dict[str, Any]:
-    """A report as JSON, with its sample rows decoded."""
-    samples = [
-        {
-            "row": row,
-            "tokens": int(rows.lengths[row]),
-            "supervised_tokens": int(rows.supervised_lengths[row]),
-            "segments": decoded(rows[row], inputs.tokenizer),
-        }
-        for row in report.samples
-    ]
-    return report.to_json() | {"samples": samples}
+    if not inputs.datasets[0].streaming:  # then none of them is
+        return data_report(config, inputs, load_data(config, inputs, ALONE))
+    dev = prepare_rows(config, inputs, inputs.val_datasets, ALONE) if inputs.val_datasets else (None, None)
+    work = tokenizing(config, inputs, inputs.datasets)
+    rows, report = sample(work, _STREAM_SAMPLE_ROWS, config.data.max_bad_row_fraction)
+    content = data_report(config, inputs, TrainingData(rows, dev[0], report, dev[1]))
+    content["train"]["sample_rows"] = _STREAM_SAMPLE_ROWS
+    return content
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

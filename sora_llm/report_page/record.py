@@ -1,0 +1,523 @@
+"""What a run directory says, read without trust: a file that is missing, torn or not ours is as good as empty."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, BinaryIO
+
+from sora_llm.report import read_json_lines
+
+TRAINING_PHASES = ("dense", "sparsify", "finetune")
+MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
+"""A folder with none of these is no run directory."""
+
+_MAX_RANK_LINES = 300
+_MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read whole; 224 modules take 10 KB a line
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RankLine:
+    """The ranks after `step`."""
+
+    step: int
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps (`first`, `last`] are of `phase`, in a path of `stage`."""
+
+    phase: str
+    stage: int | None
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Time and memory of a phase; None where the lines do not say."""
+
+    phase: str
+    steps: int
+    median_tokens_per_second: float | None
+    last_tokens_per_second: float | None
+    median_step_seconds: float | None
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One λ of a path: what its export line and its folder say."""
+
+    sparse_lambda: float
+    stage: int | None = None
+    kept_params: int | None = None
+    mean_rank: float | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    folder: str | None = None
+    passed: bool | None = None
+    is_adapter: bool = False
+    """Whether adapter/ is this stage's."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A sentence, the steps of the first and last line that say it, and how many do."""
+
+    sentence: str
+    first_step: int
+    last_step: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything the page shows.  `lines` are those of metrics.jsonl."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """The resolved config, {} where the caller has none."""
+    status: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, Any] = field(default_factory=dict)
+    lines: Sequence[Mapping[str, Any]] = ()
+    rank_lines: Sequence[RankLine] = ()
+    """Of a long run evenly spread ones, the first and the last included."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+    adapter_bytes: int | None = None
+    stages: Sequence[Stage] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
+    torn: Sequence[str] = ()
+    """Files whose end could not be read."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def state(self) -> str:
+        """Of status.json; "unknown" without one."""
+        state = self.status.get("state")
+        return state if isinstance(state, str) else "unknown"
+
+    @property
+    def phase(self) -> str | None:
+        phase = self.status.get("phase")
+        return phase if isinstance(phase, str) else None
+
+    @property
+    def error(self) -> str | None:
+        error = self.status.get("error")
+        return error if isinstance(error, str) else None
+
+    @cached_property
+    def step(self) -> int:
+        """The last step that status or metrics know of."""
+        steps = [int(line["step"]) for line in self.lines]
+        return max([as_int(self.status.get("step")) or 0, *steps[-1:]])
+
+    @cached_property
+    def total_steps(self) -> int | None:
+        """As far as the config says: None for a run of epochs, until it has finished."""
+        if self.state == "finished":
+            return self.step
+        per_stage = as_int(setting(self.config, "train", "max_steps"))
+        num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
+        return None if per_stage is None else per_stage * num_stages
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the run trains a sparsity path."""
+        num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
+        return bool(self.stages) or num_stages > 1 or any("stage" in line for line in self.lines)
+
+    def series(self, key: str) -> list[Point]:
+        """(step, value) of the lines that have a number there."""
+        found = ((line["step"], as_number(line.get(key))) for line in self.lines)
+        return [(step, value) for step, value in found if value is not None]
+
+    def first(self, key: str) -> float | None:
+        """The first value of a field."""
+        points = self.series(key)
+        return points[0][1] if points else None
+
+    def last(self, key: str) -> float | None:
+        """The last value of a field."""
+        points = self.series(key)
+        return points[-1][1] if points else None
+
+    @property
+    def all_params(self) -> float | None:
+        """Parameters of the adapter before anything was pruned, as far as the lines show."""
+        return max((value for _, value in self.series("kept_params")), default=None)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The phases of the steps that are logged; a line speaks of the steps since the line before."""
+        spans: list[Span] = []
+        before = 0
+        for line in self.lines:
+            step, phase, stage = line["step"], line.get("phase"), as_int(line.get("stage"))
+            if phase not in TRAINING_PHASES or step <= before:
+                continue
+            if spans and (spans[-1].phase, spans[-1].stage) == (phase, stage):
+                spans[-1] = Span(phase, stage, spans[-1].first, step)
+            else:
+                spans.append(Span(phase, stage, before, step))
+            before = step
+        return spans
+
+    @cached_property
+    def phase_costs(self) -> list[PhaseCost]:
+        """A row per phase, in the order in which they came."""
+        steps: dict[str, int] = {}
+        for span in self.spans:
+            steps[span.phase] = steps.get(span.phase, 0) + span.last - span.first
+        return [self._phase_cost(phase, count) for phase, count in steps.items()]
+
+    def _phase_cost(self, phase: str, steps: int) -> PhaseCost:
+        def values(key: str) -> list[float]:
+            found = (as_number(line.get(key)) for line in self.lines if line.get("phase") == phase)
+            return [value for value in found if value is not None]
+
+        speed, seconds, memory = values("tokens_per_second"), values("step_seconds"), values("peak_memory_gib")
+        return PhaseCost(
+            phase,
+            steps,
+            median(speed) if speed else None,
+            speed[-1] if speed else None,
+            median(seconds) if seconds else None,
+            max(memory, default=None),
+        )
+
+    @cached_property
+    def alarms(self) -> list[Alarm]:
+        """Each sentence once, in the order of its first step."""
+        found: dict[str, list[int]] = {}
+        for line in self.lines:
+            said = line.get("alarms")
+            for sentence in said if isinstance(said, list) else [said]:
+                if isinstance(sentence, str) and sentence:
+                    found.setdefault(sentence, []).append(line["step"])
+        return [Alarm(sentence, steps[0], steps[-1], len(steps)) for sentence, steps in found.items()]
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """The newest ranks: of ranks.jsonl, else of the certificate."""
+        return self.rank_lines[-1].ranks if self.rank_lines else certified_ranks(self.certificate)
+
+    @property
+    def grids(self) -> tuple[list[Grid], dict[str, int]]:
+        """`grids_of` the newest ranks."""
+        return grids_of(self.ranks)
+
+    @property
+    def best_stage(self) -> Stage | None:
+        """Of the path, the stage with the lowest dev loss."""
+        measured = [stage for stage in self.stages if stage.eval_loss is not None]
+        return min(measured, key=lambda stage: stage.eval_loss or 0.0, default=None)
+
+    @property
+    def delta_error(self) -> float | None:
+        """The largest relative error of ΔW that the self-check found."""
+        modules = self.certificate.get("modules")
+        found = [as_number(setting(modules, name, "delta_error")) for name in as_mapping(modules)]
+        return max((error for error in found if error is not None), default=None)
+
+
+# ----- values that may be anything ------------------------------------------------------------------------------------
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    """A list or tuple, else an empty one."""
+    return value if isinstance(value, list | tuple) else []
+
+
+def setting(tree: Any, *keys: str) -> Any:
+    """tree[key][key]…, None where it does not go that deep."""
+    for key in keys:
+        tree = as_mapping(tree).get(key)
+    return tree
+
+
+# ----- modules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The modules of one stack of layers: cells[layer, projection] is a module's name."""
+
+    stack: str
+    layers: Sequence[int]
+    projections: Sequence[str]
+    cells: Mapping[tuple[int, str], str]
+
+
+_LAYER = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
+
+
+def split_name(name: str) -> tuple[str, int, str] | None:
+    """(stack, layer, projection) of "model.layers.3.self_attn.q_proj"; None for a module outside of layers."""
+    found = _LAYER.fullmatch(name)
+    return (found[1] or "", int(found[2]), found[3]) if found else None
+
+
+def grids_of(ranks: Mapping[str, int]) -> tuple[list[Grid], dict[str, int]]:
+    """The modules of `ranks` by stack, layer and projection, and those that are in no layer."""
+    stacks: dict[str, dict[tuple[int, str], str]] = {}
+    others = {}
+    for name, rank in ranks.items():
+        place = split_name(name)
+        if place is None:
+            others[name] = rank
+        else:
+            stacks.setdefault(place[0], {})[place[1], place[2]] = name
+    grids = [
+        Grid(stack, sorted({layer for layer, _ in cells}), list(dict.fromkeys(name for _, name in cells)), cells)
+        for stack, cells in stacks.items()
+    ]
+    return grids, others
+
+
+def short_names(projections: Iterable[str]) -> dict[str, str]:
+    """Each projection's last part, or all of it where two would be the same."""
+    names = list(projections)
+    ends = [name.rpartition(".")[2] for name in names]
+    return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
+
+
+def projection_means(ranks: Mapping[str, int]) -> dict[str, float]:
+    """The mean rank of each projection over all layers and stacks."""
+    found: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        place = split_name(name)
+        found.setdefault(place[2] if place else name, []).append(rank)
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def certified_ranks(certificate: Mapping[str, Any]) -> dict[str, int]:
+    """The ranks in a certificate."""
+    modules = as_mapping(certificate.get("modules"))
+    return _ranks({name: setting(module, "rank") for name, module in modules.items()})
+
+
+def _ranks(value: Any) -> dict[str, int]:
+    return {name: rank for name, rank in as_mapping(value).items() if _is_step(rank)}
+
+
+def _is_step(value: Any) -> bool:
+    """Whether it is a whole number that can be one of steps or ranks."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+# ----- reading --------------------------------------------------------------------------------------------------------
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether a run has written anything here."""
+    return any((path / name).is_file() for name in MARKERS)
+
+
+def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Record:
+    """Read a run directory; `config` is the run's resolved config where the caller has it."""
+    run_dir = run_dir.resolve()
+    torn: list[str] = []
+    lines = [line for line in _lines(run_dir / "metrics.jsonl", torn) if _is_step(line.get("step"))]
+    rank_lines = []
+    for line in _spread_lines(run_dir / "ranks.jsonl", torn):
+        ranks = _ranks(line.get("ranks"))
+        if _is_step(line.get("step")) and ranks:
+            rank_lines.append(RankLine(line["step"], ranks))
+    certificate = read_json(run_dir / "adapter" / "certificate.json")
+    return Record(
+        run_dir,
+        as_mapping(config),
+        status=read_json(run_dir / "status.json"),
+        env=read_json(run_dir / "env.json"),
+        lines=lines,
+        rank_lines=rank_lines,
+        data=read_json(run_dir / "data_report.json"),
+        certificate=certificate,
+        adapter_bytes=_size(run_dir / "adapter" / "adapter_model.safetensors"),
+        stages=_stages(run_dir, lines, certificate),
+        samples=_lines(run_dir / "samples.jsonl", torn),
+        torn=torn,
+    )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A file's JSON object, {} where there is none."""
+    try:
+        return as_mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file up to a torn line, which is noted in `torn`."""
+    try:
+        lines = read_json_lines(path)
+        num_written = sum(1 for line in path.read_bytes().split(b"\n") if line.strip()) if path.exists() else 0
+    except (OSError, RecursionError):
+        lines, num_written = [], 1
+    if num_written > len(lines):
+        torn.append(path.name)
+    return lines
+
+
+def _spread_lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
+    """At most `_MAX_RANK_LINES` objects, evenly spread; of a large file the rest is not even read."""
+    size = _size(path) or 0
+    if size <= _MAX_RANK_BYTES:
+        lines = _lines(path, torn)
+        every = math.ceil(len(lines) / _MAX_RANK_LINES) or 1
+        return [*lines[:-1:every], *lines[-1:]]
+    found: dict[int, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        end = _after_newline(file, size)  # of the last whole line
+        if end < size:
+            torn.append(path.name)
+        for index in range(_MAX_RANK_LINES):
+            file.seek(max(0, round(index * end / _MAX_RANK_LINES) - 1))
+            if index:
+                file.readline()
+            start = file.tell()
+            if start < end and start not in found:
+                found[start] = _object(file.readline())
+        start = _after_newline(file, max(0, end - 1))
+        file.seek(start)
+        found[start] = _object(file.readline())
+    return [found[start] for start in sorted(found)]
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _after_newline(file: BinaryIO, end: int, block: int = 1 << 16) -> int:
+    """The place after the last newline before `end`, 0 where there is none."""
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any]) -> list[Stage]:
+    """The stages of a path, in the order of λ."""
+    certificates = {path.parent.name: read_json(path) for path in run_dir.glob("path/*/certificate.json")}
+    found: dict[str, Stage] = {}
+    for line in lines:
+        sparse_lambda = as_number(line.get("sparse_lambda"))
+        if line.get("phase") == "export" and "stage" in line and sparse_lambda is not None:
+            kept = as_number(line.get("kept_params"))
+            found[f"{sparse_lambda:.6g}"] = Stage(
+                sparse_lambda,
+                stage=as_int(line["stage"]),
+                kept_params=None if kept is None else round(kept),
+                mean_rank=as_number(line.get("mean_rank")),
+                train_loss=as_number(line.get("train_loss")),
+                eval_loss=as_number(line.get("eval_loss")),
+            )
+    for name, own in certificates.items():
+        stage = found.get(name)
+        if stage is None:
+            try:
+                stage = Stage(float(name))
+            except ValueError:
+                continue
+        sha256 = own.get("sha256")
+        found[name] = replace(
+            stage,
+            folder=f"path/{name}",
+            passed=own.get("passed") is True,
+            is_adapter=sha256 is not None and sha256 == certificate.get("sha256"),
+        )
+    return sorted(found.values(), key=lambda stage: stage.sparse_lambda)
+
+
+# ----- the record in short --------------------------------------------------------------------------------------------
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """What `sora-llm inspect --json` prints."""
+    best = record.best_stage
+    return {
+        "run": str(record.path),
+        "state": record.state,
+        "phase": record.phase,
+        "step": record.step,
+        "total_steps": record.total_steps,
+        "error": record.error,
+        "alarms": [vars(alarm) for alarm in record.alarms],
+        "loss": record.last("loss"),
+        "eval_loss_before": record.first("eval_loss"),
+        "eval_loss": record.last("eval_loss"),
+        "eval_loss_exported": record.last("eval_loss_exported"),
+        "mean_rank_before": record.first("mean_rank"),
+        "mean_rank": record.last("mean_rank"),
+        "kept_params": record.last("kept_params"),
+        "all_params": record.all_params,
+        "skipped_steps": as_int(record.last("skipped_steps")) or 0,
+        "ranks": dict(record.ranks),
+        "phases": [vars(cost) for cost in record.phase_costs],
+        "path": [vars(stage) for stage in record.stages],
+        "best_lambda": None if best is None else best.sparse_lambda,
+        "checkpoint": record.status.get("checkpoint"),
+        "adapter": record.status.get("adapter"),
+        "adapter_bytes": record.adapter_bytes,
+        "self_check": None
+        if not record.certificate
+        else {
+            "passed": record.certificate.get("passed") is True,
+            "delta_error": record.delta_error,
+            "logits_error": as_number(record.certificate.get("logits_error")),
+            "layout": record.certificate.get("layout"),
+            "sha256": record.certificate.get("sha256"),
+        },
+        "torn": list(record.torn),
+    }

@@ -1,0 +1,112 @@
+"""`sora-llm inspect`: the summary in the terminal, and the report it refreshes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from run_dirs import MadeUpRun
+
+from sora_llm import cli
+
+
+def inspected(capsys, *arguments: object) -> str:
+    assert cli.main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_finished_run_is_told_in_short(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    shown = inspected(capsys, run.path)
+    last = run.metrics[-1]
+    assert shown.startswith(f"{run.path}: finished\n")
+    assert re.search(r"^step +100 of 100, phase done$", shown, re.M)
+    assert re.search(r"^dev loss +3.9000 → 1.5913, reloaded from disk 1.5915$", shown, re.M)
+    assert (
+        f"16.00 → {last['mean_rank']:.2f}" in shown and f"{last['kept_params']:,} of {run.full:,} parameters" in shown
+    )
+    assert re.search(r"^finetune +40 steps, 1,\d{3} tokens/s, peak 4.10 GiB$", shown, re.M)
+    assert re.search(r"^self-check +passed, ΔW to 1.4e-15, logits to 5.6e-03$", shown, re.M)
+    assert "no alarms" in shown and shown.rstrip().endswith(str(run.path / "report.html"))
+    ranks = run.rank_lines[-1]["ranks"]
+    for layer in range(2):
+        cells = [str(rank or "-") for name, rank in ranks.items() if f".{layer}." in name]
+        assert re.search(rf"^ +{layer} +{' +'.join(cells)}$", shown, re.M)
+    assert (run.path / "report.html").exists() and not (run.path / "plots").exists()
+
+
+def test_tall_models_stand_in_blocks_where_there_is_room(tmp_path, capsys, monkeypatch):
+    run = MadeUpRun(tmp_path / "run", 80).train()
+    run.finish()
+    for columns, num_blocks in ((40, 1), (100, 2), (200, 4)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = [line for line in inspected(capsys, run.path).splitlines() if re.match(r" +\d+ |layer", line)]
+        assert lines[0].count("layer") == num_blocks and len(lines) == 1 + 80 // num_blocks
+        assert all(len(line) <= columns for line in lines)
+        shown = [cell for line in lines[1:] for block in line.split("|") for cell in block.split()[1:]]
+        assert sorted(shown) == sorted(str(rank or "-") for rank in run.rank_lines[-1]["ranks"].values())
+
+
+def test_json_has_the_same_and_writes_nothing(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train(alarms=[(10, "No gate is dying."), (15, "No gate is dying.")])
+    run.finish()
+    before = sorted(path.name for path in run.path.iterdir())
+    content = json.loads(inspected(capsys, run.path, "--json"))
+    assert sorted(path.name for path in run.path.iterdir()) == before
+    assert (content["state"], content["step"], content["eval_loss"]) == ("finished", 100, 1.5913)
+    assert content["alarms"] == [{"sentence": "No gate is dying.", "first_step": 10, "last_step": 15, "count": 2}]
+    assert content["ranks"] == run.rank_lines[-1]["ranks"] and content["self_check"]["passed"] is True
+    assert "report" not in content
+
+
+def test_plots_are_drawn_on_request(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run", 1, 20, 5).train()
+    run.finish()
+    inspected(capsys, run.path, "--plots")
+    assert (run.path / "plots" / "loss.png").exists()
+
+
+def test_a_path_lists_its_stages(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run", 2, 20, 5)
+    shown = inspected(capsys, run.path_of([0.1, 0.3, 1.0]))
+    assert re.search(r"^λ 1 +[\d,]+ parameters, dev loss 1.7000, best dev loss, adapter/$", shown, re.M)
+
+
+def test_what_went_wrong_is_said_and_cannot_command_the_terminal(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train(until=0.3, alarms=[(10, "Beware\x1b[2J.")])
+    run.write("failed", error="the disk is full")
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step"')
+    shown = inspected(capsys, run.path)
+    assert "! the disk is full" in shown and "! Beware�[2J. (step 10)" in shown and "\x1b" not in shown
+    assert "! the end of metrics.jsonl is torn" in shown
+
+
+def test_a_run_that_has_only_begun(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run")
+    shown = inspected(capsys, run.write("running"))
+    assert "running" in shown and "not measured" in shown
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "file"])
+def test_what_is_no_run_directory_is_bad_input(tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert cli.main(["inspect", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and "output.output_dir" in error and "Traceback" not in error
+    assert not (tmp_path / "empty" / "report.html").exists()
+
+
+def test_it_loads_no_torch(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    check = (
+        "import sys; from sora_llm.cli import main; main(['inspect', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check, str(run.path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

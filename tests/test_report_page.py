@@ -1,0 +1,513 @@
+"""report.html: what the files say is on the page, whatever state they are in, and a browser has nothing to complain."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from run_dirs import FULL_RANK, MadeUpRun, data_report
+
+from sora_llm.report_page import read_record, write_report
+from sora_llm.report_page.charts import colour_of, is_dark, smooth, thin, tick_labels, ticks
+from sora_llm.report_page.record import _MAX_RANK_LINES, split_name
+from sora_llm.rundir import RunDirectory
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+REFERENCES = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """A page taken apart; every tag must be closed by its own end tag, and nothing may lie elsewhere."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.cells: dict[str, str] = {}
+        """Of the heat map: "module: rank N" → what its cell says."""
+        self._title: str | None = None
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attributes = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, attributes))
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+        self._title = attributes.get("title") if tag == "td" else None
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if self._title:
+            self.cells[self._title] = data
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def opened(run_dir: Path, config: dict | None = None) -> Page:
+    """The page of a run directory; it holds no script and no reference to anything outside."""
+    text = write_report(run_dir, config).read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        assert not any(name.startswith("on") for name in attributes), attributes
+        for name in REFERENCES & attributes.keys():
+            assert attributes[name].startswith(("data:image/png;base64,", "#")), attributes
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style and "http" not in style
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    return page
+
+
+# ----- what is on it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 32, 80])
+def test_the_heat_map_shows_the_last_rank_of_every_module(tmp_path, num_layers):
+    run = MadeUpRun(tmp_path / "run", num_layers).train()
+    page = opened(run.finish())
+    ranks = run.rank_lines[-1]["ranks"]
+    assert page.cells == {f"{name}: rank {rank}": str(rank) for name, rank in ranks.items()}
+    classes = {a["title"]: a["class"] for tag, a in page.tags if tag == "td" and "title" in a}
+    zeros = {f"{name}: rank 0" for name, rank in ranks.items() if rank == 0}
+    assert zeros and {title for title, style in classes.items() if style == "zero"} == zeros
+    assert f"{7 * num_layers:,} modules, ranks 0 to 16, {len(zeros):,} at rank 0" in page.text
+    layers = [words for words in page.words if words.isdigit()]
+    assert str(num_layers - 1) in layers
+
+
+def test_a_finished_run_is_told_in_numbers(tmp_path):
+    run = MadeUpRun(tmp_path / "my run").train()
+    run.json("data_report.json", data_report())
+    run.finish()
+    config = {"model": {"name_or_path": "made/up"}, "sora": {"target_rank": 6.0}, "train": {"max_steps": 100}}
+    page = opened(run.path, config)
+    last = run.metrics[-1]
+    for expected in (
+        "my run finished",
+        "Base model made/up",
+        "No alarms.",
+        "100 of 100 10 dense, 50 sparsify, 40 finetune",
+        f"3.9000 → {last['eval_loss']:.4f} reloaded from disk {last['eval_loss_exported']:.4f}",
+        f"16 → {last['mean_rank']:.2f} target 6",
+        f"{last['kept_params']:,} {last['kept_params'] / run.full:.1%} of {run.full:,}",
+        "passed ΔW to 1.4e-15, logits to 5.6e-03",
+        f"train loss {run.metrics[1]['loss']:.4f} {run.metrics[-2]['loss']:.4f}",
+        "data/gsm8k_train.jsonl prompt_completion 7,473 7,401 2 70 1,781,936 66.4%",
+        "mean 238, median 222, longest 697. Packed into sequences of 1,024 they fill 98.3%",
+        "193 – 256 2,232",
+        "Dev rows: 73 of the train rows",
+        json.loads((run.path / "adapter" / "certificate.json").read_text())["sha256"],
+        "strategy zero2",
+        "NVIDIA H200",
+        "None: this run has one λ or one budget",
+    ):
+        assert expected in page.text, expected
+    speeds = [line["tokens_per_second"] for line in run.metrics if line["phase"] == "finetune"]
+    assert f"finetune 40 {sorted(speeds)[3]:,.0f}" in page.text or f"{speeds[-1]:,.0f} 0.4 s 4.10 GiB" in page.text
+    assert f"{speeds[-1]:,.0f} 0.4 s 4.10 GiB" in page.text
+
+
+def test_a_budget_is_tracked(tmp_path):
+    run = MadeUpRun(tmp_path / "run", has_budget=True).train()
+    page = opened(run.finish())
+    budget = run.metrics[-2]["budget_params"]
+    pairs = [(x["step"], x["mean_rank"] - x["target_mean_rank"]) for x in run.metrics if "target_mean_rank" in x]
+    step, worst = max(pairs, key=lambda pair: abs(pair[1]))
+    assert worst != 0
+    assert f"The budget is {budget:,} parameters. {budget:,} are kept, 100.0% of it." in page.text
+    assert f"by {pairs[-1][1]:+.2f} at the end of it and by {worst:+.2f} at most, at step {step}" in page.text
+    for label in ("what the schedule wants", "threshold τ", "mean rank − schedule"):
+        assert label in page.text
+
+
+def test_a_path_shows_its_stages_and_the_best_one(tmp_path):
+    run = MadeUpRun(tmp_path / "run", 4, 40, 2)
+    lambdas = [0.1, 0.2, 0.3, 0.5, 0.8, 1.0]
+    page = opened(run.path_of(lambdas), {"sora": {"lambda_num": 6}, "train": {"max_steps": 40}})
+    exports = [line for line in run.metrics if line["phase"] == "export"]
+    for sparse_lambda, line in zip(lambdas, exports, strict=True):
+        row = f"path/{sparse_lambda:.6g} {sparse_lambda:g} {line['kept_params']:,} {line['mean_rank']:.2f}".rstrip("0")
+        assert row in page.text
+        assert f"{line['train_loss']:.4f} {line['eval_loss']:.4f} passed" in page.text
+    assert "The dev loss is lowest at λ 0.3." in page.text
+    assert re.search(r"path/0.3 [^/]* passed best dev loss", page.text)
+    assert re.search(r"path/1 [^/]* passed adapter/", page.text), "adapter/ is the last stage's, known by its digest"
+    assert "240 of 240" in page.text
+
+
+def test_a_run_without_dev_rows_says_so(tmp_path):
+    page = opened(MadeUpRun(tmp_path / "run", has_dev=False).train().finish())
+    assert "Not measured: this run has no dev rows." in page.text and "dev loss of the exported" not in page.text
+
+
+def test_alarms_come_first_once_each_with_their_steps(tmp_path):
+    alarms = [(20, "All gates die."), (25, "All gates die."), (40, "Loss up by 2.1 after consensus.")]
+    page = opened(MadeUpRun(tmp_path / "run").train(alarms=alarms).finish())
+    assert page.text.count("All gates die.") == 1
+    assert "Alarms All gates die. (steps 20 to 25, 2 times) Loss up by 2.1 after consensus. (step 40)" in page.text
+    assert page.text.index("All gates die") < page.text.index("Mean rank")
+
+
+# ----- whatever state the files are in --------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_says_what_is_not_there_yet(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train(until=0.3)
+    page = opened(run.write("running"), {"train": {"max_steps": 100}})
+    assert "run running" in page.text and "30 of 100" in page.text
+    assert "not exported yet" in page.text and "Not exported yet." in page.text
+    assert "finetune" not in page.text
+
+
+def test_a_run_in_its_dense_phase_has_no_ranks_yet(tmp_path):
+    page = opened(MadeUpRun(tmp_path / "run").train(until=0.1).write("running"))
+    assert "No ranks yet: they are logged from the sparsify phase on." in page.text and not page.cells
+    assert "mean rank of the adapter" not in page.text or "16 → 16" in page.text
+
+
+def test_a_failed_run_with_torn_files_shows_its_error_and_what_is_whole(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train(until=0.5)
+    run.write("failed", error="the loss of process 3 is not finite")
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        with (run.path / name).open("ab") as file:
+            file.write(b'{"step": 55, "loss": 1.\xff')
+    page = opened(run.path)
+    assert "The run failed: the loss of process 3 is not finite" in page.text
+    assert "The end of metrics.jsonl is torn" in page.text and "The end of ranks.jsonl is torn" in page.text
+    assert f"{run.metrics[-1]['loss']:.4f}" in page.text
+    assert page.cells == {f"{name}: rank {rank}": str(rank) for name, rank in run.rank_lines[-1]["ranks"].items()}
+
+
+def test_an_adapter_that_did_not_pass_is_an_alarm(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    certificate = json.loads((run.path / "adapter" / "certificate.json").read_text())
+    run.json("adapter/certificate.json", certificate | {"passed": False})
+    page = opened(run.path)
+    assert "The adapter did not pass its self-check." in page.text and "Self-check not passed" in page.text
+
+
+def test_an_empty_folder_makes_a_page(tmp_path):
+    page = opened(tmp_path)
+    assert "unknown" in page.text and "Nothing is logged yet." in page.text
+
+
+def test_ranks_of_an_adapter_are_in_its_certificate_too(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    (run.path / "ranks.jsonl").unlink()
+    assert len(opened(run.path).cells) == 14
+
+
+HOSTILE = "<script>alert(1)</script>&amp;\"'$\\frac{$"
+
+
+def test_what_is_in_the_files_stays_text(tmp_path):
+    run = MadeUpRun(tmp_path / "<b>run&").train(alarms=[(10, HOSTILE)])
+    run.shapes = {f"model.layers.0.{HOSTILE}": (8, 8), f"head{HOSTILE}": (8, 8)}
+    run.keep = dict.fromkeys(run.shapes, 3)
+    run.rank_lines.append({"step": 100, "ranks": run.keep})
+    run.export(ranks=run.keep)
+    run.write("failed", error=HOSTILE, adapter=HOSTILE)
+    run.json("data_report.json", data_report(HOSTILE))
+    run.json("env.json", {"strategy": HOSTILE, "versions": {HOSTILE: HOSTILE}, "hardware": {"gpus": [HOSTILE]}})
+    (run.path / "samples.jsonl").write_text(json.dumps({"prompt": HOSTILE, "base": "\ud800", "adapted": HOSTILE}))
+    config = {"model": {"name_or_path": HOSTILE}}
+    page = opened(run.path, config)
+    assert page.text.count(HOSTILE) >= 10
+    assert write_report(run.path, config, plots=True).exists(), "a $ in a name is no formula"
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_values_of_another_kind_than_expected_stop_nothing(tmp_path, data):
+    run = MadeUpRun(tmp_path / "run", 1, 40, 10, has_budget=True).train()
+    run.finish()
+    report = data_report()
+    status = json.loads((run.path / "status.json").read_text())
+    certificate = json.loads((run.path / "adapter" / "certificate.json").read_text())
+    env = json.loads((run.path / "env.json").read_text())
+    trees = [*run.metrics, *run.rank_lines, report, report["train"], report["train"]["datasets"][0], status, env]
+    for tree in [*trees, certificate]:
+        if data.draw(st.booleans()):
+            tree[data.draw(st.sampled_from(sorted(tree)))] = data.draw(ANYTHING)
+    for name, lines in (("metrics.jsonl", run.metrics), ("ranks.jsonl", run.rank_lines)):
+        (run.path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, tree in (("data_report.json", report), ("status.json", status), ("env.json", env)):
+        run.json(name, tree)
+    run.json("adapter/certificate.json", certificate)
+    opened(run.path, {"sora": data.draw(ANYTHING), "train": {"max_steps": data.draw(ANYTHING)}})
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "ranks.jsonl", "adapter/certificate.json"])
+def test_a_file_that_cannot_be_read_is_as_good_as_missing(tmp_path, name):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    (run.path / name).unlink()
+    (run.path / name).mkdir()
+    opened(run.path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"state": "fini', b'{"state": "\xff"}', b"[1]", b"null", b"[" * 100_000])
+def test_a_damaged_json_file_is_as_good_as_missing(tmp_path, content):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    for name in (
+        "status.json",
+        "env.json",
+        "data_report.json",
+        "adapter/certificate.json",
+        "path/0.1/certificate.json",
+    ):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_bytes(content)
+    page = opened(run.path)
+    assert "run unknown" in page.text and len(page.cells) == 14 and "env.json is not there yet" in page.text
+
+
+def test_steps_and_ranks_that_cannot_be_are_left_out(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train(until=0.5)
+    for step in (-5, 10**400, True, 60.0, "60", None):
+        run.metrics.append({"step": step, "phase": "sparsify", "loss": 777.0})
+        run.rank_lines.append({"step": step, "ranks": {"layers.0.q": 7}})
+    run.rank_lines.append({"step": 51, "ranks": {"layers.0.q": -1, "layers.1.q": 10**400, "layers.2.q": 5}})
+    page = opened(run.write("running", step=51, phase="sparsify"))
+    assert "777" not in page.text and page.cells == {"layers.2.q: rank 5": "5"}
+
+
+def test_of_a_large_file_of_ranks_evenly_spread_lines_are_read(tmp_path, monkeypatch):
+    run = MadeUpRun(tmp_path / "run", 8, 4000, 1).train(dense=0.0)
+    run.write("running")
+    everything = run.rank_lines
+    assert len(everything) == 2400
+    limit = "sora_llm.report_page.record._MAX_RANK_BYTES"
+    monkeypatch.setattr(limit, 1 << 30)
+    whole = read_record(run.path)
+    monkeypatch.setattr(limit, 1000)
+    with (run.path / "ranks.jsonl").open("a") as file:
+        file.write('{"step": 9')
+    spread = read_record(run.path)
+    assert spread.torn == ["ranks.jsonl"] and not whole.torn
+    for record in (whole, spread):
+        steps = [line.step for line in record.rank_lines]
+        assert 0.9 * _MAX_RANK_LINES <= len(steps) <= _MAX_RANK_LINES + 1
+        assert steps == sorted(set(steps)) and steps[0] == 1 and steps[-1] == everything[-1]["step"]
+        assert max(b - a for a, b in pairwise(steps)) <= 12
+        assert record.ranks == everything[-1]["ranks"]
+
+
+# ----- the browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+@pytest.mark.parametrize("kind", ["finished", "path", "hostile", "empty"])
+def test_a_browser_opens_it_without_an_error(tmp_path, kind):
+    run = MadeUpRun(tmp_path / "run", 4, has_budget=True)
+    if kind == "finished":
+        run.train().finish()
+    elif kind == "path":
+        run.path_of([0.1, 0.3, 1.0])
+    elif kind == "hostile":
+        run.train(alarms=[(10, "<script>console.error(1)</script><img src=x onerror=console.error(2)>")]).finish()
+    else:
+        shutil.rmtree(run.path)
+        run.path.mkdir()
+    shown, said = browse(write_report(run.path), tmp_path)
+    assert said == [], said
+    assert "</html>" in shown and "<h2>Loss</h2>" in shown
+    assert ("<svg" in shown) is (kind != "empty")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+def test_a_page_that_reaches_out_would_be_noticed(tmp_path):
+    page = tmp_path / "run" / "report.html"
+    MadeUpRun(tmp_path / "run").train().finish()
+    write_report(tmp_path / "run")
+    text = page.read_text()
+    for addition in ("<script>alert(1)</script>", '<img src="https://example.org/x.png">'):
+        page.write_text(text.replace("</body>", f"{addition}</body>"))
+        assert browse(page, tmp_path)[1], addition
+
+
+def browse(page: Path, folder: Path) -> tuple[str, list[str]]:
+    """What a headless Chromium makes of a page, and its console's lines."""
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'chromium'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+# ----- when it is written ---------------------------------------------------------------------------------------------
+
+
+def begun(path: Path, *, is_main: bool = True) -> RunDirectory:
+    directory = RunDirectory(path, is_main=is_main)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=9)
+    return directory
+
+
+def test_the_main_process_refreshes_the_page(tmp_path):
+    directory = begun(tmp_path)
+    directory.metrics(4, "dense", {"loss": 1.2345})
+    directory.report({"train": {"max_steps": 9}})
+    assert "1.2345" in Page((tmp_path / "report.html").read_text()).text
+    assert not (tmp_path / "plots").exists()
+    directory.metrics(8, "dense", {"loss": 1.1111})
+    directory.report({"train": {"max_steps": 9}}, plots=True)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "8 of 9" in page.text and "1.1111" in page.text
+    assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_other_processes_and_runs_that_have_not_begun_write_no_page(tmp_path):
+    (tmp_path / "other").mkdir()
+    begun(tmp_path / "other", is_main=False).report({})
+    RunDirectory(tmp_path, is_main=True).report({})
+    assert not list(tmp_path.rglob("report.html"))
+
+
+def test_a_page_that_cannot_be_drawn_costs_a_warning(tmp_path, capsys, monkeypatch):
+    directory = begun(tmp_path)
+
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("no room")
+
+    monkeypatch.setattr("sora_llm.rundir.write_report", broken)
+    directory.report({})
+    assert "warning: report.html is not up to date: ZeroDivisionError: no room" in capsys.readouterr().out
+
+
+def test_plots_are_drawn_for_all_there_is(tmp_path):
+    run = MadeUpRun(tmp_path / "run", 3, 40, 2, has_budget=True).train()
+    run.finish()
+    write_report(run.path, plots=True)
+    names = {path.name for path in (run.path / "plots").iterdir()}
+    expected = {"loss", "ranks", "lambda", "rates", "budget", "speed", "heat_map", "ranks_over_time"}
+    assert names == {f"{name}.png" for name in expected}
+
+
+def test_a_page_of_2000_lines_and_224_modules_takes_less_than_two_seconds(tmp_path):
+    run = MadeUpRun(tmp_path / "run", 32, 2000, 1).train()
+    run.finish()
+    start = time.process_time()
+    write_report(run.path)
+    assert time.process_time() - start < 2
+
+
+def test_it_needs_neither_torch_nor_matplotlib(tmp_path):
+    check = (
+        "import sys; from pathlib import Path; from sora_llm.report_page import write_report; "
+        "write_report(Path(sys.argv[1])); "
+        "sys.exit(', '.join({'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", check, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ----- what is drawn --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.self_attn.q_proj", ("model.layers", 3, "self_attn.q_proj")),
+        ("layers.0.mlp.experts.12.up_proj", ("layers", 0, "mlp.experts.12.up_proj")),
+        ("transformer.h.11.attn.c_attn", ("transformer.h", 11, "attn.c_attn")),
+        ("0.q", ("", 0, "q")),
+        ("lm_head", None),
+        ("block3.q_proj", None),
+    ],
+)
+def test_module_names_are_split_at_their_layer(name, place):
+    assert split_name(name) == place
+
+
+def test_modules_that_share_their_last_name_keep_their_whole_one(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train()
+    ranks = {f"layers.0.mlp.experts.{i}.up_proj": i for i in range(3)} | {"layers.0.mlp.gate": 2, "lm_head": 5}
+    run.rank_lines.append({"step": 100, "ranks": ranks})
+    page = opened(run.write("running"))
+    assert "mlp.experts.1.up_proj" in page.text and "Modules outside of layers" in page.text
+    assert re.search(r"lm_head 5", page.text)
+
+
+def test_numbers_on_axes_are_round_and_differ():
+    assert ticks(0, 100, 5) == [0, 20, 40, 60, 80, 100]
+    assert ticks(0.0013, 0.0048, 4) == pytest.approx([0.002, 0.003, 0.004])
+    assert tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
+    assert tick_labels([0, 500_000, 1_000_000]) == ["0", "0.5M", "1.0M"]
+    assert tick_labels([1.45, 1.5, 1.55]) == ["1.45", "1.50", "1.55"]
+    assert tick_labels([0.0001, 0.0002]) == ["0.0001", "0.0002"]
+    assert tick_labels([0, 2e-5, 4e-5]) == ["0", "2e-5", "4e-5"]
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12))
+def test_any_range_gets_a_few_different_labels(low, size):
+    values = ticks(low, low + size, 6)
+    assert len(values) <= 8 and len(tick_labels(values)) == len(values)
+
+
+def test_thin_lines_keep_their_ends_and_extremes():
+    points = [(float(i), float(i % 7)) for i in range(10_000)]
+    points[4321] = (4321.0, 99.0)
+    thinned = thin(points, 800)
+    assert len(thinned) <= 802 and thinned[0] == points[0] and thinned[-1] == points[-1] and points[4321] in thinned
+
+
+def test_smoothing_keeps_a_straight_line_away_from_its_ends():
+    points = [(float(i), 3.0 * i) for i in range(400)]
+    smoothed = smooth(points)
+    assert [x for x, _ in smoothed] == [x for x, _ in points]
+    assert [y for _, y in smoothed[5:-5]] == pytest.approx([y for _, y in points[5:-5]])
+
+
+def test_numbers_can_be_read_on_every_colour():
+    def luminance(colour):
+        parts = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in colour]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    levels = [luminance(colour_of(rank, 64)) for rank in range(1, 65)]
+    assert levels == sorted(levels), "brighter is higher"
+    for rank, level in zip(range(1, 65), levels, strict=True):
+        text = 1.0 if is_dark(colour_of(rank, 64)) else 0.0
+        contrast = (max(level, text) + 0.05) / (min(level, text) + 0.05)
+        assert contrast > 4.5, (rank, contrast)
+
+
+def test_ranks_above_the_palette_of_a_picture_are_drawn(tmp_path):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.rank_lines = [{"step": s, "ranks": {"layers.0.q": r, "layers.1.q": 0}} for s, r in ((50, 4096), (100, 300))]
+    assert FULL_RANK < 300 and "300" in opened(run.write("running")).text
