@@ -1,0 +1,142 @@
+"""Cutting a model: by slots or singular components, within a budget, and what its loss is right afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import dense_delta, randomise_all, relative_error, tiny_llama
+from torch import nn
+
+from sora_llm import UserError, consensus_prune, inject_sora, pipeline
+from sora_llm.budget import make_budgets
+from sora_llm.inject import adapter_parameters, adapters
+from sora_llm.topology import World
+
+R, ALONE = 6, World(num_processes=1, process_index=0, local_process_index=0)
+IDS = torch.arange(40).reshape(2, 20) % 48
+
+
+def trained() -> nn.Module:
+    return randomise_all(inject_sora(tiny_llama(), r=R, lora_alpha=12), size=0.1)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def densely(model: nn.Module, deltas: dict[str, torch.Tensor]) -> nn.Module:
+    """The bare model with W + ΔW as its weights."""
+    dense = tiny_llama()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            weight = dense.get_submodule(name).weight
+            weight.copy_((weight.double() + delta).float())
+    return dense
+
+
+@pytest.mark.parametrize("consensus", ["svd", "slots"])
+def test_with_nothing_to_prune_only_rounding_changes(consensus: str) -> None:
+    model = trained()
+    before = logits_of(model)
+    consensus_prune(model, consensus=consensus)
+    assert relative_error(logits_of(model), before) < 1e-5
+    assert all(layer.gate is None for layer in adapters(model).values())
+
+
+def test_the_best_components_of_all_modules_are_kept_and_the_loss_is_that_of_the_dense_model() -> None:
+    """Against numpy: every ΔW decomposed densely, components of all modules sorted by σ²/(I + O)."""
+    model, target_rank = trained(), 1.5
+    shapes = shapes_of(model)
+    parts = {name: np.linalg.svd(dense_delta(layer).numpy()) for name, layer in adapters(model).items()}
+    live = [
+        (sigma**2 / sum(shapes[name]), name)
+        for name, (_, sigmas, _) in parts.items()
+        for sigma in sigmas
+        if sigma > 1e-9 * sigmas[0] and sigmas[0] > 0
+    ]
+    left, kept = int(target_rank * sum(map(sum, shapes.values()))), dict.fromkeys(shapes, 0)
+    for _, name in sorted(live, reverse=True):
+        if sum(shapes[name]) <= left:
+            left -= sum(shapes[name])
+            kept[name] += 1
+    truncated = {
+        name: torch.from_numpy(u[:, : kept[name]] * sigmas[: kept[name]] @ vt[: kept[name]])
+        for name, (u, sigmas, vt) in parts.items()
+    }
+    consensus_prune(model, target_rank=target_rank)
+    assert {name: layer.rank for name, layer in adapters(model).items()} == kept
+    assert relative_error(logits_of(model), logits_of(densely(model, truncated))) < 1e-5
+
+
+@pytest.mark.parametrize("consensus", ["svd", "slots"])
+@pytest.mark.parametrize("target_rank", [0.5, 1.0, 2.7])
+def test_a_budget_is_never_exceeded_and_less_than_a_component_is_left(consensus: str, target_rank: float) -> None:
+    model = trained()
+    costs = {name: sum(shape) for name, shape in shapes_of(model).items()}
+    consensus_prune(model, target_rank=target_rank, consensus=consensus)
+    kept = sum(costs[name] * layer.rank for name, layer in adapters(model).items())
+    budget = target_rank * sum(costs.values())
+    assert budget - max(costs.values()) < kept <= budget
+    held = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    assert held == kept, "what was cut takes no memory"
+
+
+def test_min_rank_is_kept_where_anything_lives() -> None:
+    model = trained()
+    alive = {name: int(torch.count_nonzero(layer.gate)) for name, layer in adapters(model).items()}
+    consensus_prune(model, target_rank=1.5, min_rank=1)
+    assert {name: layer.rank > 0 for name, layer in adapters(model).items()} == {n: c > 0 for n, c in alive.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"consensus": "magic"}, "use 'svd' or 'slots'"),
+        ({"target_rank": 1, "target_params": 5}, "two ways to say one budget"),
+        ({"min_rank": 1}, "needs a budget"),
+        ({"target_rank": 7}, "more than the"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        consensus_prune(trained(), **options)
+    with pytest.raises(UserError, match="no gated SoRA adapters"):
+        consensus_prune(consensus_prune(trained()))
+
+
+def test_the_balanced_form_is_the_same_model_with_a_slot_per_component() -> None:
+    model = trained()
+    before = {name: dense_delta(layer) for name, layer in adapters(model).items()}
+    logits = logits_of(model)
+    masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    budgets = make_budgets(shapes_of(model), R, 2.0, None, {}, 0)
+    importance = pipeline.balance(model, masters, budgets=budgets, dtype=torch.float32, world=ALONE, device="cpu")
+    assert relative_error(logits_of(model), logits) < 1e-5
+    for name, layer in adapters(model).items():
+        assert layer.rank == R and torch.equal(layer.gate, torch.ones(R))
+        assert relative_error(dense_delta(layer), before[name]) < 1e-5
+        sigma = torch.linalg.svdvals(before[name])[:R]
+        weights = importance[name].double()
+        live = sigma > 1e-9 * sigma[0] if sigma[0] > 0 else torch.zeros(R, dtype=torch.bool)
+        assert torch.equal(weights > 0, live), "slots without a component have no importance"
+        ratio = weights[live] / (sigma[live] / sum(shapes_of(model)[name]) ** 0.5)
+        assert not len(ratio) or ratio.max() / ratio.min() - 1 < 1e-5
+
+
+def test_uncut_weights_come_back_after_a_copy_was_cut() -> None:
+    model = trained()
+    masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    copied, logits = copy.deepcopy(masters), logits_of(model)
+    pipeline.cut_by_consensus(model, masters, consensus="slots", world=ALONE, device="cpu")
+    pipeline.restore(model, masters, torch.float32)
+    assert torch.equal(logits_of(model), logits)
+    found = adapter_parameters(model)
+    assert found.keys() == copied.keys() and all(torch.equal(found[name], copied[name]) for name in copied)
