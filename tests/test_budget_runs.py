@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Playground, delta_weights, interrupt, overrides, result
 
+from sora_llm import loop
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -38,6 +39,7 @@ WAYS = {
     "decoupled, slots": {"sora.threshold": "decoupled", "sora.consensus": "slots", "sora.gate_lr": 0.25},
 }
 WORLDS = [("none", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+EXTREMES = {(0.05, "adaptive"), (0.9, "decoupled, slots"), (0.25, "decoupled, slots"), (0.7, "adaptive")}
 QUICK = {("ddp", "adaptive"), ("zero2", "adaptive"), ("zero3", "adaptive"), ("zero3", "decoupled, slots")}
 
 
@@ -73,9 +75,7 @@ def test_a_budget_is_met_and_the_adapters_shrink_inside_the_run(
     assert [len(found) for found in by_phase.values()] == [DENSE_END + 1, CUT_AT - DENSE_END, STEPS - CUT_AT]
     assert {line["mean_rank"] for line in by_phase["dense"]} == {R}
     budget, kept = by_phase["sparsify"][0]["budget_params"], metrics[-1]["kept_params"]
-    cheapest = min(tensor.numel() for tensor in load_file(run_dir / "adapter/adapter_model.safetensors").values())
-    cheapest = min(costs(run_dir).values())
-    assert budget - cheapest < kept <= budget, "never above, less than one component below"
+    assert budget - max(costs(run_dir).values()) < kept <= budget, "never above, less than one component below"
     assert {line["kept_params"] for line in by_phase["finetune"]} == {kept}
     last = by_phase["sparsify"][-1]
     assert last["kept_params"] >= budget, "consensus cuts from above"
@@ -194,7 +194,7 @@ def test_patterns_have_their_own_budgets_in_a_run(
     for name, mean in pattern.items():
         members = [module for module in cost if re.search(name, module)]
         kept, budget = sum(ranks[m] * cost[m] for m in members), mean * sum(cost[m] for m in members)
-        assert budget - min(cost[m] for m in members) < kept <= budget
+        assert budget - max(cost[m] for m in members) < kept <= budget
     thresholds = [line["thresholds"] for line in lines(run_dir, "metrics.jsonl") if line["phase"] == "sparsify"]
     assert all(set(found) == {*pattern, "all"} for found in thresholds)
 
@@ -202,3 +202,35 @@ def test_patterns_have_their_own_budgets_in_a_run(
 def test_min_rank_is_served_first(ground: Playground, tmp_path: Path) -> None:
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, "sora.min_rank": 1}))
     assert min(lines(tmp_path / "run", "ranks.jsonl")[-1]["ranks"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "way"),
+    [
+        pytest.param(share, way, marks=[] if (share, way) in EXTREMES else pytest.mark.matrix)
+        for share in (0.05, 0.1, 0.25, 0.5, 0.7, 0.9)
+        for way in WAYS
+    ],
+)
+def test_every_budget_is_met(share: float, way: str, ground: Playground, tmp_path: Path) -> None:
+    options = {**BUDGET, **WAYS[way], "sora.r": 16, "sora.target_rank": 16 * share}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    metrics, cost = lines(tmp_path / "run", "metrics.jsonl"), costs(tmp_path / "run")
+    budget = 16 * share * sum(cost.values())
+    assert budget - max(cost.values()) < metrics[-1]["kept_params"] <= budget
+    if way == "adaptive":  # follows the schedule to a component or two; feedback needs more than five steps
+        off = [abs(line["mean_rank"] - line["target_mean_rank"]) for line in metrics if "target_mean_rank" in line]
+        assert max(off) < 0.05 * 16
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scale_of_the_loss_does_not_matter(
+    way: str, ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**BUDGET, **WAYS[way], "train.max_grad_norm": None}
+    plain = loop.causal_loss_sum
+    for scale in (1.0, 1024.0):  # a power of two: no other rounding
+        monkeypatch.setattr(loop, "causal_loss_sum", lambda *a, scale=scale, **k: scale * plain(*a, **k))
+        run(CONFIG, *overrides(ground.folder, tmp_path / f"{scale:g}", **options))
+    one, other = (lines(tmp_path / name, "ranks.jsonl") for name in ("1", "1024"))
+    assert one == other
