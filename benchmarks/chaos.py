@@ -160,7 +160,7 @@ class Deck:
     def deal(self, step: int, has_saved: bool) -> Fault | None:
         """The next one that can happen to a start that goes on from `step`; `has_saved`: checkpoints/ is there."""
         for index, fault in enumerate(self.faults):
-            is_past = step >= LAST_STEP_BEFORE.get(fault.place or "", STEPS)
+            is_past = step >= LAST_STEP_BEFORE.get(fault.place or "", STEPS + 1)
             is_past |= fault.place == "line" and fault.nth > STEPS - step
             is_past |= has_saved and fault.crash is not None and fault.crash["operation"] in ONLY_FIRST_SAVE
             if not is_past:

@@ -84,15 +84,18 @@ class Tally:
     skipped_in_a_row: int = 0
     skipped_steps: int = 0
     tokens: int = 0
-    since: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    since: float | None = None
 
     @classmethod
     def start(cls, device: torch.device) -> Tally:
-        return cls(device, torch.zeros((), dtype=torch.float64, device=device), since=time.monotonic())
+        return cls(device, torch.zeros((), dtype=torch.float64, device=device))
 
     def add(self, loss_sum: Tensor, outcome: StepOutcome, batches: StepBatches) -> None:
         """Count one step."""
         self.tokens += batches.tokens
+        self.steps += 1
         if outcome.skipped:
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
@@ -106,18 +109,28 @@ class Tally:
         return sum_over_processes(self.loss_sum, device=self.device)[0]
 
     def flush(self) -> dict[str, float]:
-        """loss and tokens_per_second since the last line, which ends here (collective)."""
+        """loss, tokens_per_second and step_seconds since the last line, which ends here (collective)."""
         total = self.total_loss()
-        line = {"tokens_per_second": self.tokens / max(time.monotonic() - self.since, 1e-9)}
+        self.pause_clock()
+        line = {"tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
+        if self.steps:
+            line["step_seconds"] = self.seconds / self.steps
         if self.weight:
             line["loss"] = total / self.weight
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.weight, self.tokens = 0.0, 0
+        self.weight, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
         return line
 
-    def restart_clock(self) -> None:
-        """Count time from here: evaluation and checkpoints are not training."""
-        self.since = time.monotonic()
+    def pause_clock(self) -> None:
+        """Evaluation, checkpoints and changes of form are not training."""
+        if self.since is not None:
+            self.seconds += time.monotonic() - self.since
+            self.since = None
+
+    def start_clock(self) -> None:
+        """Count time from here, if it does not run."""
+        if self.since is None:
+            self.since = time.monotonic()
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps of it (collective)."""

@@ -425,12 +425,12 @@ def train_stage(training: Training) -> None:
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)
-    tally.restart_clock()
     while not training.has_ended:
         step, step_of_stage = training.done, training.done - training.first
         change_form(training, step_of_stage)
         if training.engine.is_spent:  # consensus left nothing to train
             return
+        tally.start_clock()
         engine = training.engine
         steered = set_rates(training, step_of_stage)
         seed_step(config.train.seed, step, world.process_index)
@@ -456,7 +456,6 @@ def train_stage(training: Training) -> None:
         saved = training.has_ended or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
-            tally.restart_clock()
         try:
             job.heed_stop()
         except Preempted:
@@ -487,6 +486,7 @@ def change_form(training: Training, step: int) -> None:
     job, engine, stage = training.job, training.engine, training.stage
     if step not in stage.changes:
         return
+    training.tally.pause_clock()
     engine.prove_agreement()
     masters, importance = engine.masters(), {}
     with engine.released() as model:
@@ -588,7 +588,6 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         training.directory.ranks(done, ranks.ranks, training.labels)
     if evaluated and phase != DENSE and (phase == FINETUNE or job.plan.is_path):
         training.has_ended |= training.patience.is_exhausted_by(evaluated["eval_loss"])
-    tally.restart_clock()
 
 
 def is_due(interval: int | None, done: int) -> bool:
@@ -627,6 +626,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     `unlogged` is what the line of this step still needs where it has not been written.
     """
     job, engine, directory, step = training.job, training.engine, training.directory, training.done
+    training.tally.pause_clock()
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
     state = {

@@ -137,7 +137,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 def result(run_dir: Path) -> dict[str, Any]:
     """What must be the same in two runs: the adapter's bytes, the lines but for their clocks."""
-    clocks = ("tokens_per_second", "peak_memory_gib")
+    clocks = ("tokens_per_second", "step_seconds", "peak_memory_gib")
 
     def lines(name: str) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]

@@ -310,7 +310,7 @@ def test_a_state_saved_under_one_strategy_goes_on_under_another(worlds: Worlds, 
         assert delta_error(here["further"], there["further"]) < DELTA_TOLERANCE
 
 
-TIMING = {"tokens_per_second", "peak_memory_gib"}
+TIMING = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
 
 
 def assert_same_run(straight: Path, broken: Path) -> None:

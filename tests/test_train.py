@@ -180,7 +180,7 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(alone: Finished, 
 
 
 def _without_clocks(lines: list[dict[str, object]]) -> list[dict[str, object]]:
-    clocks = ("tokens_per_second", "peak_memory_gib")
+    clocks = ("tokens_per_second", "step_seconds", "peak_memory_gib")
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
 
 
