@@ -58,9 +58,12 @@ class Alarms:
             )
         lambdas = line.get("lambdas", {"": line.get("lambda")})
         wanted = line.get("target_mean_rank")
-        if wanted is not None and any(value is not None and value >= LAMBDA_MAX for value in lambdas.values()):
-            is_behind = line["mean_rank"] > OFF_TRACK * wanted
-            self._saturated_lines = self._saturated_lines + 1 if is_behind else 0
+        at_bound = wanted is not None and any(v is not None and v >= LAMBDA_MAX for v in lambdas.values())
+        cost = sum(sum(budget.costs.values()) for budget in self._budgets)
+        is_behind = wanted is not None and kept > OFF_TRACK * wanted * cost
+        self._saturated_lines = self._saturated_lines + 1 if at_bound and is_behind else 0
+        if at_bound:
+            assert wanted is not None
             if self._saturated_lines >= SATURATED_LINES:
                 found["saturated"] = (
                     f"λ is at its bound of {LAMBDA_MAX:g} and the mean rank of {line['mean_rank']:.2f} stays above the "
@@ -126,6 +129,11 @@ class Patience:
     def start_again(self) -> None:
         self._best: float | None = None
         self._without = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a limit at all."""
+        return self._limit is not None
 
     def is_exhausted_by(self, eval_loss: float) -> bool:
         """Count an evaluation; whether it was the last one that is waited for."""

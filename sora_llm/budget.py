@@ -26,6 +26,8 @@ GAIN = 1.5
 LAMBDA_START, LAMBDA_MIN, LAMBDA_MAX = 0.1, 1e-3, 1.0
 """At λ = 1 the decoupled threshold prunes all that is noise; above, gates shrink whatever their gradient."""
 EVERY_MODULE = "all"
+ADAPTIVE = "adaptive"
+"""The threshold that needs a budget: a quantile of the gates' importance."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,15 @@ def make_budgets(
     ]
     rest = [name for name in shapes if name not in owners]
     if target_params is not None:
-        left = target_params - sum(group.params for group in made)
+        taken = sum(group.params for group in made)
+        if taken > target_params or (rest and taken == target_params):
+            raise UserError(
+                f"sora.budgets takes {taken:,} of the {target_params:,} parameters of sora.target_params"
+                f"{' and leaves none for the other modules' if rest else ''}; raise target_params, or lower the budgets"
+            )
         if rest:
-            made.append(_checked(_costed(EVERY_MODULE, rest, shapes, r, left, min_rank), "sora.target_params"))
+            key = f"what sora.budgets leaves of sora.target_params {target_params:,}" if made else "sora.target_params"
+            made.append(_checked(_costed(EVERY_MODULE, rest, shapes, r, target_params - taken, min_rank), key))
     elif rest:
         assert target_rank is not None
         made.append(_group(EVERY_MODULE, "sora.target_rank", rest, shapes, r, target_rank, min_rank))

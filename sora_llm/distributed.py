@@ -294,6 +294,7 @@ class Engine:
         self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
         self.module, self.optimizer = model, optimizer
         self._has_importance = self.is_spent = False
+        self._zero: Any = None
         self._adapter_parameters = adapter_parameters(model)
         self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         if self.is_zero:
@@ -413,7 +414,7 @@ class Engine:
         """Put back what `masters` and `optimizer_state` gave (collective under ZeRO).
 
         Under ZeRO the module must have held `masters` before it was prepared: writing masters alone would leave the
-        model's copies old until the next step.  An empty `state` is that of a fresh optimizer.
+        model's copies old until the next step.  What `state` lacks is zero, as in a fresh optimizer.
         """
         self._has_importance = any(name.endswith(f".{IMPORTANCE}") for name in state)
         if self.is_zero:
@@ -422,9 +423,10 @@ class Engine:
         with torch.no_grad():
             for name, p in self._adapter_parameters.items():
                 p.copy_(masters[name])
-                if not state:
+                if not state and p.dtype == torch.float32:
                     continue
-                own = {key: state[f"{name}.{key}"].to(p.device).clone() for key in self._state_of(name)}
+                zeros = torch.zeros_like(masters[name])
+                own = {key: state.get(f"{name}.{key}", zeros).to(p.device).clone() for key in self._state_of(name)}
                 if p.dtype != torch.float32:
                     own["master"] = masters[name].to(p.device).clone()
                 self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
@@ -436,8 +438,8 @@ class Engine:
             safe_set_full_fp32_param(p, masters[name].to(self.device))
         if not state:
             return
-        keys = (*MOMENTS, IMPORTANCE) if self._has_importance else MOMENTS
-        for shard in self.master_shards():
+        for shard, has_gates in zip(self.master_shards(), self._shards_of_gates(), strict=True):
+            keys = (*MOMENTS, IMPORTANCE) if self._has_importance and has_gates else MOMENTS
             self.optimizer.state[shard] = {
                 "step": torch.tensor(float(num_steps)),
                 **{key: torch.zeros_like(shard) for key in keys},
@@ -445,7 +447,16 @@ class Engine:
         self._link_optimizer_state()
         for name, p in self._adapter_parameters.items():
             for key in self._state_of(name):
-                safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(self.device), key)
+                if f"{name}.{key}" in state:
+                    safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(self.device), key)
+
+    def _shards_of_gates(self) -> list[bool]:
+        """Which of `master_shards` hold gates."""
+        names = [group["name"] for group in self.optimizer.param_groups]
+        groups = list(range(len(names)))
+        if self.strategy == "zero3":
+            groups = [self._zero.sub_group_to_group_id[index] for index in range(len(self.master_shards()))]
+        return [names[group] == GATES for group in groups]
 
     def master_shards(self) -> list[Tensor]:
         """This process's flat float32 shards under ZeRO, one per group (ZeRO-3: per sub-group)."""
@@ -527,27 +538,38 @@ class Engine:
     # ----------------------------------------------------------------------------------------------------- release
 
     @contextlib.contextmanager
-    def released(self) -> Iterator[nn.Module]:
-        """The module without wrappers and hooks, whole on every process; the engine is spent (collective).
+    def released(self, whole: bool = True) -> Iterator[nn.Module]:
+        """The module without wrappers and hooks; the engine is spent, and holds no memory any more (collective).
 
-        Adapters may be given other parameters meanwhile, and the module to another engine afterwards.
-
-        Under ZeRO-3 the frozen weights are gathered for the duration: as much memory as when the model was loaded.
+        Adapters may be given other parameters meanwhile, and the module to another engine afterwards.  Under ZeRO-3
+        and with `whole` the frozen weights are gathered for the duration: as much memory as when the model was loaded.
         """
         module = self.module
+        if not self.is_spent:
+            self._spend()
+        with self._whole(list(module.parameters()) if whole else []):
+            yield module
+
+    def _spend(self) -> None:
+        self.is_spent = True
         self.optimizer.zero_grad(set_to_none=True)
-        if self.is_zero and not self.is_spent:
+        if self.is_zero:
+            # What DeepSpeed 0.19.8 leaves behind.  On the root two hooks that hold the engine; on every module ZeRO-3's
+            # backward functions, which the next engine would keep: the old one would gather its parameters in backward.
+            self.model.module_forward_pre_hook.remove()
+            self.model.module_forward_post_hook.remove()
             self.model.destroy()
-            # DeepSpeed 0.19.8 leaves ZeRO-3's backward functions on the modules, bound to the engine that is gone: the
-            # next one would keep them, and let the old one gather its parameters in backward.
-            for part in module.modules():
+            for part in self.module.modules():
                 for attribute in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
                     part.__dict__.pop(attribute, None)
             self.accelerator.deepspeed_engine_wrapped = None
-        self.is_spent = True
+            vars(self._zero).clear()  # closures on frozen parameters hold it, and it holds masters and buffers
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        self.model = self._zero = None
+        self._adapter_parameters = {}
         self.accelerator.free_memory()  # it keeps every model and optimizer that it has prepared
-        with self._whole(list(module.parameters())):
-            yield module
 
 
 def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sora_llm.consensus import product_distance
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.files import file_sha256, publish
+from sora_llm.files import copy_folder, file_sha256, publish
 from sora_llm.inject import adapters, bare, target_linears
 from sora_llm.sora import SoraLinear, fold
 
@@ -107,8 +107,8 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
         raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
     if all(A.shape[0] == 0 for A, _ in factors.values()) and not allow_empty:
         raise RunFailed(
-            "every rank of the adapter was pruned, so it would change nothing: lower sora.sparse_lambda, train longer, "
-            "or set output.allow_empty_adapter: true"
+            "every rank of the adapter was pruned, so it would change nothing: prune less (sora.sparse_lambda, "
+            "sora.max_lambda or the budget), train longer, or set output.allow_empty_adapter: true"
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
     config = _peft_config(model, factors, layout, provenance.base_model)
@@ -181,6 +181,14 @@ def _ragged(factors: PlainFactors) -> dict[str, Tensor]:
 
 def _key(name: str, kind: str) -> str:
     return f"base_model.model.{name}.lora_{kind}.weight"
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Put a copy of an exported adapter into `folder`; RunFailed where the disk is full or read-only."""
+    try:
+        copy_folder(source, folder)
+    except OSError as error:
+        raise RunFailed(f"the adapter {source} could not be copied to {folder}: {error}") from error
 
 
 def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -371,7 +379,7 @@ def certify_and_publish(
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     try:
         (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
-        (temporary / "README.md").write_text(model_card(folder, layout, ranks, shapes, certificate, provenance))
+        (temporary / "README.md").write_text(model_card(layout, ranks, shapes, certificate, provenance))
         publish(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -398,7 +406,6 @@ def _template_line(provenance: Provenance) -> str:
 
 
 def model_card(
-    folder: Path,
     layout: str,
     ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
@@ -435,10 +442,10 @@ difference {max(m["delta_error"] for m in certificate["modules"].values()):.1e})
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder.name}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
 ```
 {_trained_beside(provenance)}
-vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter={folder.name}`
+vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter=path/to/this/folder`
 
 ## Data
 {data}

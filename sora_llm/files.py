@@ -63,8 +63,12 @@ def copy_folder(source: Path, folder: Path) -> None:
     """Put a copy of a complete folder in its place."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    publish(temporary, folder)
+    try:
+        shutil.copytree(source, temporary)
+        publish(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm import checkpoint, distributed, pipeline
+from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.distributed import gather_objects, on_main
@@ -82,7 +83,8 @@ def announce(job: Job) -> None:
         f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
         f"{several}{first.total_steps} steps of {job.step_size}, pruning in steps "
         f"{first.phases.dense_end}–{first.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
-        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr {first.gate_lr:.4g}",
+        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr "
+        + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
     for budget in plan.budgets:
         of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
@@ -98,6 +100,8 @@ def announce(job: Job) -> None:
 def warnings(plan: Plan) -> Iterator[str]:
     """What is allowed and hardly meant."""
     sora = plan.config.sora
+    if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
+        yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,13 @@ from sora_llm.consensus import cut_slots, cut_svd, kept_params, kept_ranks, mean
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed import (
-    MOMENTS,
     agree,
     broadcast_tensors,
     gather_objects,
     on_main,
     sum_over_processes,
 )
-from sora_llm.errors import Preempted, UserError
+from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, target_linears
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
@@ -259,6 +259,8 @@ class Cut:
     ranks: RankReport
     dropped_share: float
     shortfall: int | None
+    masters: dict[str, Tensor]
+    """The float32 factors that are left, by "<module>.lora_A|lora_B"."""
 
 
 def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, Adapter]:
@@ -297,7 +299,8 @@ def cut_by_consensus(
     def cut() -> tuple[float, int | None]:
         factors = factors_of(layers, masters)
         scaling = {name: layer.scaling for name, layer in layers.items()}
-        plain, report = cut_factors(factors, scaling, consensus, budgets)
+        with _finite("cut"):
+            plain, report = cut_factors(factors, scaling, consensus, budgets)
         for name, (A, B) in plain.items():
             flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
         return report
@@ -309,7 +312,19 @@ def cut_by_consensus(
         {name: (received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)) for name in layers},
     )
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
-    return Cut(rank_report(layers), dropped_share, shortfall)
+    masters = {name: tensor for name, tensor in received.items() if tensor.numel()}
+    return Cut(rank_report(layers), dropped_share, shortfall, masters)
+
+
+@contextlib.contextmanager
+def _finite(what: str) -> Iterator[None]:
+    """RunFailed for adapters whose values are not finite."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunFailed(f"the adapters cannot be {what}: {error}; lower train.learning_rate") from error
 
 
 def cut_factors(
@@ -341,12 +356,15 @@ def balance(
     dtype: torch.dtype,
     world: World,
     device: torch.device | str,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put every adapter of `model` into balanced SVD form with gates of 1 (collective).
 
     A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's ΔW, which stays.
 
-    Returns: {module: importance (R,)}, σ_i/√c_m in units of the median of the module's budget.
+    Returns: the float32 values by name, and {module: importance (R,)}, σ_i/√c_m in units of the median of the module's
+    budget.
+    Raises:
+        RunFailed: nothing was learned yet, or values are not finite.
     """
     layers = adapters(model)
     flat: dict[str, Tensor] = {}
@@ -354,7 +372,8 @@ def balance(
     def decompose() -> None:
         for name, (A, B, gate) in factors_of(layers, masters).items():
             layer = layers[name]
-            parts = components(A, B, gate, layer.scaling, name)
+            with _finite("put into singular components"):
+                parts = components(A, B, gate, layer.scaling, name)
             new_A, new_B = balanced(parts, layer.scaling, layer.rank)
             flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = new_A.float(), new_B.float()
             flat[f"{name}.sigma"] = torch.nn.functional.pad(parts.sigma, (0, layer.rank - len(parts.sigma)))
@@ -367,7 +386,14 @@ def balance(
     weights: dict[str, Tensor] = {}
     for budget in budgets:
         weights |= importances({name: received[f"{name}.sigma"] for name in budget.costs}, budget.costs)
-    return {name: weights[name].float() for name in layers}
+    if not any(bool(values.any()) for values in weights.values()):
+        raise RunFailed(
+            "nothing was learned before the sparsify phase: every ΔW is 0, and pruning would be blind; raise "
+            "sora.dense_ratio or train.learning_rate, or train longer"
+        )
+    values = {name: tensor for name, tensor in received.items() if not name.endswith(".sigma")}
+    values |= {f"{name}.gate": torch.ones(layer.rank) for name, layer in layers.items()}
+    return values, {f"{name}.gate.{IMPORTANCE}": weights[name].float() for name in layers}
 
 
 def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -375,12 +401,6 @@ def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype)
     for name, layer in adapters(model).items():
         A, B, gate = (masters[f"{name}.{kind}"].to(dtype) for kind in ("lora_A", "lora_B", "gate"))
         layer.replace(A, B, gate)
-
-
-def fresh_state(masters: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an optimizer knows of `masters` before its first step, and the gates' importance, for Engine.load."""
-    state = {f"{name}.{key}": torch.zeros_like(master) for name, master in masters.items() for key in MOMENTS}
-    return state | {f"{name}.gate.{IMPORTANCE}": weights for name, weights in importance.items()}
 
 
 def consensus_prune(

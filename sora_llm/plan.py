@@ -8,14 +8,13 @@ from fractions import Fraction
 from typing import Any
 
 from sora_llm import schedule
-from sora_llm.budget import RankBudget, make_budgets
+from sora_llm.budget import ADAPTIVE, RankBudget, make_budgets
 from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
 from sora_llm.inputs import adapter_dtype, backbone_spec
 from sora_llm.schedule import Phases
 from sora_llm.topology import World
 
-ADAPTIVE = "adaptive"
 ADAPTIVE_GATE_LR = 1e-2
 """`gate_lr: auto` where a quantile cuts: gates only say who is next, they do not have to travel to 0."""
 
@@ -56,8 +55,18 @@ class Stage:
     @property
     def changes(self) -> tuple[int, ...]:
         """The steps before which the adapters take another form: balanced for `adaptive`, cut by consensus."""
-        balanced = (self.phases.dense_end,) if self.is_adaptive else ()
+        balanced = (self.weighed_at,) if self.is_adaptive else ()
         return (*balanced, self.phases.sparsify_end) if self.cuts_early else balanced
+
+    @property
+    def weighed_at(self) -> int:
+        """The step before which `adaptive` weighs the gates: the first one of the sparsify phase, and not before a step
+        has learned anything (with B = 0 every component is 0)."""
+        if not self.is_adaptive:
+            return self.phases.dense_end
+        total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
+        first = next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
+        return max(self.phases.dense_end, first + 1)
 
     @property
     def cuts_early(self) -> bool:
@@ -156,28 +165,25 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
     stages = []
     for number, sparse_lambda in enumerate(lambdas):
         phases = schedule.phases(steps, 0.0 if number else sora.dense_ratio, sora.consensus_at)
-        _check_phases(config, phases, is_adaptive)
+        if phases.dense_end == phases.sparsify_end:
+            raise UserError(
+                f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
+                f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
+            )
         gate_lr = sora.gate_lr
         if gate_lr == "auto":
             travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
             gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
-        stages.append(Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns))
+        stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns)
+        if stage.weighed_at >= phases.sparsify_end:
+            raise UserError(
+                f"nothing is learned before the sparsify phase ends: {steps} steps, cut at {phases.sparsify_end} "
+                f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; sora.threshold "
+                "adaptive ranks what was learned, so train longer, or use decoupled"
+            )
+        stages.append(stage)
     return tuple(stages)
-
-
-def _check_phases(config: Config, phases: Phases, is_adaptive: bool) -> None:
-    sora, steps = config.sora, phases.total_steps
-    if phases.dense_end == phases.sparsify_end:
-        raise UserError(
-            f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-            f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
-        )
-    if is_adaptive and phases.dense_end == 0:
-        raise UserError(
-            f"the dense phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}; sora.threshold "
-            "adaptive ranks what was learned in it, so raise sora.dense_ratio, train longer, or use decoupled"
-        )
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

@@ -19,15 +19,16 @@ class JsonLines:
     def __init__(self, path: Path, last_step: int):
         """Continue `path` after `last_step`.
 
-        Dropped are later lines, a torn last one, and the second line of `last_step` itself: an export wrote it, which
-        is going to be made again.
+        Dropped are later lines, a torn last one, and the line that an export wrote at `last_step` itself: it is
+        going to be made again.
         """
         self.path = path
         kept: list[str] = []
         has_last = False
         for line in read_json_lines(path):
             step = line.get("step")
-            if isinstance(step, int) and (step < last_step or (step == last_step and not has_last)):
+            again = step == last_step and (has_last or line.get("phase") == "export")
+            if isinstance(step, int) and step <= last_step and not again:
                 has_last |= step == last_step
                 kept.append(json.dumps(line) + "\n")
         write_text_atomically(path, "".join(kept))

@@ -85,13 +85,13 @@ def path_lambdas(kind: str, first: float, last: float, count: int) -> list[float
     """
     if count == 1:
         return [first]
-    places = [index / (count - 1) for index in range(count)]
+    places = [index / (count - 1) for index in range(1, count - 1)]
     if kind == "linear":
         found = [first + place * (last - first) for place in places]
     elif kind == "log_linear":
-        found = [math.log(math.exp(first) + place * (math.exp(last) - math.exp(first))) for place in places]
+        found = [last + math.log(place + (1 - place) * math.exp(first - last)) for place in places]
     elif kind == "exp_linear":
         found = [first * (last / first) ** place for place in places]
     else:
         raise ValueError(f"lambda_schedule {kind!r} is not one of linear, log_linear, exp_linear")
-    return [first, *found[1:-1], last]
+    return [first, *found, last]

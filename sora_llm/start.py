@@ -91,6 +91,13 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
             say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
         return StartPoint(passed_over=warnings)
     state = checkpoint.read_state(folder)
+    if "stage" not in state:
+        raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
+    if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
+        raise UserError(
+            f"{folder} is of a later stage of a sparsity path, whose earlier adapters are in "
+            f"{folder.parent.parent}; go on there, or start a new path"
+        )
     refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
     if state["data"] != job.fingerprint:
         raise UserError(

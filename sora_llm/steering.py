@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.budget import (
+    ADAPTIVE,
     CONTROLLED_GOAL,
     LAMBDA_START,
     QUANTILE_GOAL,
@@ -18,8 +19,6 @@ from sora_llm.budget import (
 from sora_llm.consensus import kept_ranks
 from sora_llm.distributed import Engine, gather_integers
 from sora_llm.errors import RunFailed
-
-ADAPTIVE = "adaptive"
 
 
 class Steering:

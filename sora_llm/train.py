@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm import checkpoint, distributed, pipeline
+from sora_llm import checkpoint, distributed, export, pipeline
 from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
@@ -31,7 +31,7 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
-from sora_llm.files import copy_folder, user_path
+from sora_llm.files import user_path
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora
 from sora_llm.inputs import (
     check_inputs,
@@ -437,7 +437,9 @@ def train_stage(training: Training) -> None:
         batches = job.batches(step)
         training.done = done = step + 1
         training.has_ended = step_of_stage + 1 == stage.total_steps
+        # Before the step: the gather after it would heal a flipped copy.
         due = training.has_ended or is_due(config.distributed.check_every, done)
+        due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
         check = engine.prove_agreement if due else None
         loss_sum, outcome = train_step(engine, batches, world.num_processes, before_step=check)
         tally.add(loss_sum, outcome, batches)
@@ -469,7 +471,7 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
     stage = training.stage
     sparse_lambda: float | dict[str, float] = 0.0
     steered: dict[str, Any] = {"lambda": 0.0}
-    if stage.phases.at(step) == SPARSIFY:
+    if stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at:
         sparse_lambda = training.steering.choose(training.engine, stage.phases.place(step))
         steered = training.steering.fields
     training.engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
@@ -488,35 +490,37 @@ def change_form(training: Training, step: int) -> None:
         return
     training.tally.pause_clock()
     engine.prove_agreement()
-    masters, importance = engine.masters(), {}
-    with engine.released() as model:
+    old = engine.masters()
+    importance: dict[str, Tensor] = {}
+    with engine.released(whole=False) as model:
         if step < stage.phases.sparsify_end:
             dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
-            importance = pipeline.balance(
-                model, masters, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
+            masters, importance = pipeline.balance(
+                model, old, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
             )
         else:
-            cut = cut_adapter(training, model, masters)
+            cut = cut_adapter(training, model, old)
             if cut.ranks.kept_params == 0:
                 if not job.config.output.allow_empty_adapter:
                     raise RunFailed(
-                        f"consensus after step {training.done} left no rank to train; lower sora.sparse_lambda, or set "
-                        "output.allow_empty_adapter"
+                        f"consensus after step {training.done} left no rank to train; prune less (sora.sparse_lambda "
+                        "or the budget), or set output.allow_empty_adapter"
                     )
                 return
-        masters = {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(model).items()}
+            masters = cut.masters
+    del old
     training.engine = make_engine(job, model)
-    training.engine.load(masters, pipeline.fresh_state(masters, importance), 0)
-    training.steering.importance = importance
+    training.engine.load(masters, importance, 0)
+    training.steering.importance = {name.removesuffix(WEIGHTS): values for name, values in importance.items()}
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     """Go on from the uncut `masters` with a fresh optimizer (collective)."""
     job = training.job
-    with training.engine.released() as model:
+    with training.engine.released(whole=False) as model:
         pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
     training.engine = make_engine(job, model)
-    training.engine.load(masters, pipeline.fresh_state(masters, {}), 0)
+    training.engine.load(masters, {}, 0)
     training.stage_number += 1
     training.first, training.has_ended, training.unlogged = training.done, False, None
     training.steering = make_steering(job, training.stage_number)
@@ -717,7 +721,7 @@ def finish(training: Training, result: StageResult) -> RunResult:
     job, directory = training.job, training.directory
     adapter = directory.path / "adapter"
     if job.plan.is_path:
-        on_main(lambda: copy_folder(result.exported.folder, adapter), job.world)
+        on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
     directory.adapter = adapter
     directory.status("finished", phase="done")
     directory.report(to_dict(job.config), plots=True)

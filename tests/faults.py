@@ -11,10 +11,12 @@ on all).  What it may do:
     report            leaves a file `<place>-<nth>.<process>` in `folder`, and goes on
     wait              the same, and goes on when there is a file `go` there
     until asked       the same, and goes on when this process has been asked to stop
+    count state       leaves there how many numbers all optimizers in memory keep
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -128,6 +130,8 @@ def _happen(what: str, report: Path, run_dir: Path) -> None:
         (run_dir / "STOP").touch()
     elif what == "raise":
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    elif what == "count state":
+        report.write_text(str(_numbers_of_optimizers()))
     elif what in ("report", "wait", "until asked"):
         report.touch()
         while what == "wait" and not (report.parent / "go").exists():
@@ -137,6 +141,15 @@ def _happen(what: str, report: Path, run_dir: Path) -> None:
     else:
         for name in what.split():
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+
+
+def _numbers_of_optimizers() -> int:
+    from sora_llm.optim import ProxAdamW
+
+    gc.collect()
+    optimizers = [thing for thing in gc.get_objects() if isinstance(thing, ProxAdamW)]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.numel() for state in states for tensor in state.values() if tensor.dim())
 
 
 if __name__ == "__main__":  # for launchers: `… faults.py '{"arguments": …}'`

@@ -11,6 +11,7 @@ from sora_llm.budget import RankBudget
 
 FULL = 1000
 COSTS = {"a": 10, "b": 10}
+"""So a mean rank of 30 is 600 parameters."""
 
 
 def budget(params: int = 500, min_rank: int = 0) -> RankBudget:
@@ -53,6 +54,9 @@ def test_a_controller_at_its_bound_that_does_not_get_there() -> None:
     on_track = Alarms([budget()], FULL)
     for _ in range(5):
         assert said(on_track, **{"lambda": 1.0, "target_mean_rank": 29.0}) == ""
+    interrupted = Alarms([budget()], FULL)
+    for bound in (1.0, 1.0, 0.9, 1.0, 1.0):
+        assert said(interrupted, **{"lambda": bound, "target_mean_rank": 20.0}) == "", "not three in a row"
     several = Alarms([budget()], FULL)
     for _ in range(3):
         last = said(several, lambdas={"x": 0.5, "y": 1.0}, target_mean_rank=20.0)

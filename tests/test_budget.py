@@ -75,7 +75,13 @@ def test_patterns_have_budgets_of_their_own_and_the_rest_shares_the_target():
         ({"r": 100, "target_rank": 90.0}, "more than the"),  # k_proj has but 32
         ({"min_rank": 3}, "less than the .* that sora.min_rank 3 keeps"),
         ({"target_rank": 0.01}, "less than the 96 that one rank"),
-        ({"target_rank": None, "target_params": 500, "patterns": {"q_proj": 8}}, "less than"),
+        ({"target_rank": None, "target_params": 500, "patterns": {"q_proj": 8}}, "takes 2,048 of the 500 parameters"),
+        ({"target_rank": None, "target_params": 1024, "patterns": {"q_proj": 4}}, "leaves none for the other modules"),
+        ({"target_rank": None, "target_params": 700, "patterns": {"self_attn": 8, "mlp": 8}}, "of the 700 parameters"),
+        (
+            {"target_rank": None, "target_params": 1100, "patterns": {"q_proj": 4}},
+            "what sora.budgets leaves",
+        ),
     ],
 )
 def test_budgets_that_cannot_be_are_a_sentence(options, said):

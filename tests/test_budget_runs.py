@@ -234,3 +234,24 @@ def test_the_scale_of_the_loss_does_not_matter(
         run(CONFIG, *overrides(ground.folder, tmp_path / f"{scale:g}", **options))
     one, other = (lines(tmp_path / name, "ranks.jsonl") for name in ("1", "1024"))
     assert one == other
+
+
+@pytest.mark.parametrize("strategy", ["none", "zero2", "zero3"])
+def test_nothing_of_an_engine_that_was_replaced_stays_in_memory(strategy: str, ground: Playground) -> None:
+    """DeepSpeed leaves hooks on the module that hold its engine: masters and moments of before the cut."""
+    name, faults = f"memory {strategy}", [{"place": "step", "nth": STEPS, "do": "count state"}]
+    assert ground.codes(name, faults=faults, **{**BUDGET, "distributed.strategy": strategy}) == [0]
+    found = int((ground.run_dir(name).parent / f"step-{STEPS}.0").read_text())
+    kept = lines(ground.run_dir(name), "metrics.jsonl")[-1]["kept_params"]
+    assert 2 * kept <= found < 2.1 * kept, "two moments of what is left, and nothing else"
+
+
+@pytest.mark.parametrize("steps", [10, 12])
+def test_a_short_run_with_the_shipped_ratios_weighs_gates_only_after_something_was_learned(
+    steps: int, ground: Playground, tmp_path: Path
+) -> None:
+    """Its one dense step has a learning rate of 0."""
+    ratios = {"train.warmup_ratio": 0.03, "sora.dense_ratio": 0.1, "sora.consensus_at": 0.4}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, **ratios, "train.max_steps": steps}))
+    kept = [line["mean_rank"] for line in lines(tmp_path / "run", "metrics.jsonl")]  # of steps 0, 1, 2, …
+    assert kept[2] == R and TARGET_RANK - 0.1 < kept[-1] <= TARGET_RANK

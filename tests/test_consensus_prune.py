@@ -118,8 +118,11 @@ def test_the_balanced_form_is_the_same_model_with_a_slot_per_component() -> None
     logits = logits_of(model)
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     budgets = make_budgets(shapes_of(model), R, 2.0, None, {}, 0)
-    importance = pipeline.balance(model, masters, budgets=budgets, dtype=torch.float32, world=ALONE, device="cpu")
+    values, weighed = pipeline.balance(model, masters, budgets=budgets, dtype=torch.float32, world=ALONE, device="cpu")
     assert relative_error(logits_of(model), logits) < 1e-5
+    found = adapter_parameters(model)
+    assert values.keys() == found.keys() and all(torch.equal(values[name], found[name]) for name in found)
+    importance = {name.removesuffix(".gate.importance"): weights for name, weights in weighed.items()}
     for name, layer in adapters(model).items():
         assert layer.rank == R and torch.equal(layer.gate, torch.ones(R))
         assert relative_error(dense_delta(layer), before[name]) < 1e-5

@@ -1,11 +1,14 @@
 """Schedules are pure functions of the step, with transformers' formulas and the boundaries that were written down."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from reference import gate_lr_auto_reference, lr_factor_reference
 from transformers import get_scheduler
 
-from sora_llm.schedule import auto_gate_lr, lr_factor, phases, ramp, ramp_steps, warmup_steps, window_sum
+from sora_llm.schedule import auto_gate_lr, lr_factor, path_lambdas, phases, ramp, ramp_steps, warmup_steps, window_sum
 
 KINDS = ["linear", "cosine", "constant_with_warmup"]
 
@@ -86,3 +89,16 @@ def test_a_gate_without_signal_dies_within_the_window_unless_the_cap_binds():
     total = 50.0
     assert auto_gate_lr(1e-4, total) * total == pytest.approx(4)  # so that it needs 1/(4λ) of the window
     assert auto_gate_lr(1e-4, 3.0) == 0.25
+
+
+@pytest.mark.parametrize("kind", ["linear", "log_linear", "exp_linear"])
+@pytest.mark.parametrize(("first", "last"), [(0.2, 0.9), (1.0, 1000.0)])
+def test_the_lambdas_of_a_path_rise_from_the_first_to_the_last(kind, first, last):
+    found = path_lambdas(kind, first, last, 5)
+    assert (found[0], found[-1]) == (first, last) and found == sorted(found) and len(set(found)) == 5
+    if kind == "exp_linear":
+        assert found[1] / found[0] == pytest.approx(found[4] / found[3])
+    if kind == "log_linear" and last < 10:
+        steps = [math.exp(b) - math.exp(a) for a, b in itertools.pairwise(found)]
+        assert steps == pytest.approx([steps[0]] * 4)
+    assert path_lambdas(kind, first, last, 1) == [first]
