@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
 R = 16
 ARMS = ("svd", "slots", "lora")
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNED_AT, TUNING_SEED = 0.25, 100
 TUNED = ("svd", "lora")
 SEEDS = {0.05: (1,), 0.10: (1, 2, 3), 0.25: (1, 2, 3), 0.50: (1,), 0.70: (1, 2, 3), 0.90: (1,)}
@@ -57,8 +57,16 @@ class Cell:
     def overrides(self, run_dir: Path) -> dict[str, Any]:
         """Of configs/llama7b.yaml."""
         rank = max(1, round(self.share * R))
-        plain = {"r": rank, "sparse_lambda": 0.0, "target_rank": None, "gate_lr": 1e-30, "consensus_at": 1.0}
-        budget = {"r": R, "target_rank": self.share * R, "consensus": self.arm}
+        # s = lora_alpha / r is 1 for every arm and size, so that one learning rate serves all sizes
+        plain = {
+            "r": rank,
+            "lora_alpha": rank,
+            "sparse_lambda": 0.0,
+            "target_rank": None,
+            "gate_lr": 1e-30,
+            "consensus_at": 1.0,
+        }
+        budget = {"r": R, "lora_alpha": R, "target_rank": self.share * R, "consensus": self.arm}
         sora = plain | {"consensus": "slots"} if self.arm == "lora" else budget
         columns = {"prompt": "question", "completion": "answer"}
         rows = {"path": str(DATA / "data/gsm8k_train.jsonl"), "type": "prompt_completion", "columns": columns}
@@ -118,18 +126,23 @@ class Results:
         self.by_key = {line["key"]: line for line in map(json.loads, lines)}
 
     def of(self, cells: Sequence[Cell], workers: int) -> list[dict[str, Any]]:
-        """The results of `cells`, made where they are missing."""
+        """The results of `cells`, made where they are missing; those that failed are said and left out."""
         missing = [cell for cell in cells if cell.key not in self.by_key]
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self._make, missing))
-        return [self.by_key[cell.key] for cell in cells]
+            try:
+                list(pool.map(self._make, missing))
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self.by_key[cell.key] for cell in cells if cell.key in self.by_key]
 
     def _make(self, cell: Cell) -> None:
         result = cell.run()
         with self._lock:
-            self.by_key[cell.key] = result
-            with self._file.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            if "failed" not in result:
+                self.by_key[cell.key] = result
+                with self._file.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
             said = result.get("failed", f"dev loss {result.get('eval_loss', float('nan')):.4f}")
             print(f"{cell.arm:<6}{cell.share:>5.0%}  lr {cell.learning_rate:g}  seed {cell.seed}  {said}", flush=True)
 
@@ -149,7 +162,11 @@ def main() -> int:
         of_arm = {
             r["cell"]["learning_rate"]: r["eval_loss"] for r in tuned if r["cell"]["arm"] == arm and "eval_loss" in r
         }
+        if len(of_arm) < len(RATES):
+            return complain(f"runs of {arm} at {TUNED_AT:.0%} failed; start the command again")
         best[arm] = min(of_arm, key=lambda rate: of_arm[rate])
+        if best[arm] in (RATES[0], RATES[-1]):
+            print(f"note: the best rate of {arm}, {best[arm]:g}, is at the edge of those that were tried")
     best["slots"] = best["svd"]
     cells = [
         Cell(arm, share, best[arm], seed, arguments.steps)
@@ -158,12 +175,16 @@ def main() -> int:
         for seed in seeds
     ]
     found = results.of(cells, arguments.workers)
+    if len(found) < len(cells):
+        return complain(f"{len(cells) - len(found)} of {len(cells)} runs failed; start the command again")
     print(tuning_table(tuned, best) + "\n\n" + loss_table(found) + "\n\n" + budget_table(found))
     draw(found, arguments.out)
-    failed = [result for result in found + tuned if "failed" in result]
-    for result in failed:
-        print(f"failed: {result['cell']}: {result['failed'][-300:]}", file=sys.stderr)
-    return 1 if failed else 0
+    return 0
+
+
+def complain(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 1
 
 
 def tuning_table(tuned: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
