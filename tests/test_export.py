@@ -382,6 +382,18 @@ def test_a_disk_that_fills_up_while_the_adapter_is_published_is_said_in_a_senten
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_copy_for_which_there_is_no_room_is_a_sentence_and_leaves_nothing(stories, tmp_path, monkeypatch):
+    export_adapter(trained_model("float32", stories), tmp_path / "stage")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "fsync", full)
+    with pytest.raises(RunFailed, match=r"could not be copied to .*No space left"):
+        export.copy_adapter(tmp_path / "stage", tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
 # ----- the model afterwards -------------------------------------------------------------------------------------------
 
 

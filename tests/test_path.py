@@ -95,6 +95,15 @@ def test_an_interrupted_path_ends_with_the_bits_of_one_that_was_not(
         assert (run_dir / name).read_bytes() == (straight / name).read_bytes()
 
 
+def test_a_later_stage_is_not_gone_on_with_in_another_directory(
+    straight: Path, ground: Playground, tmp_path: Path
+) -> None:
+    """Which would lack the adapters of the stages before."""
+    elsewhere = {"output.resume": str(straight / "checkpoints" / f"step-{STEPS + 1}")}
+    with pytest.raises(UserError, match="of a later stage"):
+        run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATH, **elsewhere))
+
+
 @pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
 def test_several_processes_walk_the_same_path(strategy: str, straight: Path, ground: Playground) -> None:
     name = f"path {strategy}"

@@ -57,6 +57,17 @@ def test_a_checkpoint_of_other_data_is_refused(finished, tmp_path):
         run(CONFIG, *gsm8k_overrides(directory, **TINY))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(finished, tmp_path):
+    directory = _copy(finished, tmp_path / "run")
+    (directory / "status.json").unlink()
+    for folder in (directory / "checkpoints").iterdir():
+        state, tensors = json.loads((folder / "state.json").read_text()), checkpoint.read_tensors(folder)
+        del state["stage"]
+        checkpoint.save(directory, state.pop("step"), tensors, state)
+    with pytest.raises(UserError, match="written by an earlier version"):
+        run(CONFIG, *gsm8k_overrides(directory, **TINY))
+
+
 def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path):
     """The second start looks at the directory before the first has written anything, then waits."""
     directory = tmp_path / "run"
