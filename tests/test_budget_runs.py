@@ -39,8 +39,9 @@ WAYS = {
     "decoupled, slots": {"sora.threshold": "decoupled", "sora.consensus": "slots", "sora.gate_lr": 0.25},
 }
 WORLDS = [("none", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
-EXTREMES = {(0.05, "adaptive"), (0.9, "decoupled, slots"), (0.25, "decoupled, slots"), (0.7, "adaptive")}
-QUICK = {("ddp", "adaptive"), ("zero2", "adaptive"), ("zero3", "adaptive"), ("zero3", "decoupled, slots")}
+EXTREMES = {(0.05, "adaptive"), (0.9, "decoupled, slots")}
+SLOTS_TOO = ["adaptive", pytest.param("decoupled, slots", marks=pytest.mark.matrix)]
+QUICK = {("zero2", "adaptive"), ("zero3", "adaptive")}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ INTERRUPTED_AT = (DENSE_END - 1, DENSE_END, DENSE_END + 2, CUT_AT, CUT_AT + 2, S
 """Dense, before the gates are weighed, in the window, before the cut, in the finetune phase, before the export."""
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SLOTS_TOO)
 def test_a_run_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
     way: str, ground: Playground, tmp_path: Path, straight: Callable[[str, str, int], Path]
 ) -> None:
@@ -148,7 +149,7 @@ RESUMED = [("zero2", DENSE_END + 2), ("zero3", CUT_AT + 2), ("ddp", CUT_AT), ("z
 
 @pytest.mark.parametrize(
     ("strategy", "step"),
-    [pytest.param(*cell, marks=[] if cell in RESUMED[:2] else pytest.mark.matrix) for cell in RESUMED],
+    [pytest.param(*cell, marks=[] if cell in RESUMED[:1] else pytest.mark.matrix) for cell in RESUMED],
 )
 def test_so_does_one_of_several_processes(
     strategy: str, step: int, ground: Playground, straight: Callable[[str, str, int], Path]
@@ -159,7 +160,13 @@ def test_so_does_one_of_several_processes(
     assert result(run_dir) == result(whole)
 
 
-@pytest.mark.parametrize("step", [DENSE_END + 2, CUT_AT + 1], ids=["weighed gates", "cut adapters"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(DENSE_END + 2, id="weighed gates", marks=pytest.mark.matrix),
+        pytest.param(CUT_AT + 1, id="cut adapters"),
+    ],
+)
 def test_it_goes_on_under_another_strategy(
     step: int, ground: Playground, straight: Callable[[str, str, int], Path]
 ) -> None:
@@ -184,7 +191,9 @@ def test_patience_ends_the_finetune_phase_and_a_resumed_run_knows(ground: Playgr
     assert result(again) == whole
 
 
-@pytest.mark.parametrize("pattern", [{"self_attn": 1.0}, {"q_proj$": 0.5, "mlp": 2}])
+@pytest.mark.parametrize(
+    "pattern", [pytest.param({"self_attn": 1.0}, marks=pytest.mark.matrix), {"q_proj$": 0.5, "mlp": 2}]
+)
 def test_patterns_have_their_own_budgets_in_a_run(
     pattern: dict[str, float], ground: Playground, tmp_path: Path
 ) -> None:
@@ -223,7 +232,7 @@ def test_every_budget_is_met(share: float, way: str, ground: Playground, tmp_pat
         assert max(off) < 0.05 * 16
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SLOTS_TOO)
 def test_the_scale_of_the_loss_does_not_matter(
     way: str, ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +245,7 @@ def test_the_scale_of_the_loss_does_not_matter(
     assert one == other
 
 
-@pytest.mark.parametrize("strategy", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["none", pytest.param("zero2", marks=pytest.mark.matrix), "zero3"])
 def test_nothing_of_an_engine_that_was_replaced_stays_in_memory(strategy: str, ground: Playground) -> None:
     """DeepSpeed leaves hooks on the module that hold its engine: masters and moments of before the cut."""
     name, faults = f"memory {strategy}", [{"place": "step", "nth": STEPS, "do": "count state"}]
@@ -246,7 +255,7 @@ def test_nothing_of_an_engine_that_was_replaced_stays_in_memory(strategy: str, g
     assert 2 * kept <= found < 2.1 * kept, "two moments of what is left, and nothing else"
 
 
-@pytest.mark.parametrize("steps", [10, 12])
+@pytest.mark.parametrize("steps", [10, pytest.param(12, marks=pytest.mark.matrix)])
 def test_a_short_run_with_the_shipped_ratios_weighs_gates_only_after_something_was_learned(
     steps: int, ground: Playground, tmp_path: Path
 ) -> None:
