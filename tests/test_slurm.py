@@ -135,7 +135,7 @@ def test_a_finished_run_ends_the_job(slurm: PretendedSlurm) -> None:
 
 
 def test_every_option_is_given_and_one_task_per_node_has_all_of_it(slurm: PretendedSlurm) -> None:
-    slurm("says finished", "sora.r=8", SLURM_GPUS_ON_NODE="8", SLURM_GPUS_PER_TASK="1", SORA_IFNAME="ib0")
+    slurm("says finished", "sora.r=32", SLURM_GPUS_ON_NODE="8", SLURM_GPUS_PER_TASK="1", SORA_IFNAME="ib0")
     given_to_srun = {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--kill-on-bad-exit=1"}
     assert given_to_srun <= set(slurm.srun)
     given = ("num_machines", "num_processes", "gpu_ids", "rdzv_backend", "main_process_ip", "main_process_port")
@@ -144,7 +144,7 @@ def test_every_option_is_given_and_one_task_per_node_has_all_of_it(slurm: Preten
     assert [slurm.option(name) for name in given] == ["no", "no", "1", "standard"]
     assert "--same_network" in slurm.srun
     assert Path(slurm.option("config_file")).read_text().count("MULTI_GPU") == 1
-    assert slurm.srun[-4:] == [CONFIG, f"output.output_dir={slurm.run_dir}", "sora.r=8", slurm.srun[-1]]
+    assert slurm.srun[-4:] == [CONFIG, f"output.output_dir={slurm.run_dir}", "sora.r=32", slurm.srun[-1]]
     assert slurm.srun[-1] == f"output.output_dir={slurm.run_dir}"
     assert 'trap "" USR1' in " ".join(slurm.srun)
     expected = {
