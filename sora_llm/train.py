@@ -656,11 +656,9 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage's adapter on disk, its ranks and losses, and the uncut weights that the next stage goes on from."""
+    """A stage's adapter on disk, and the weights as they were before it was cut: the next stage goes on from them."""
 
     exported: pipeline.Exported
-    ranks: pipeline.RankReport
-    fields: dict[str, Any]
     masters: Mapping[str, Tensor]
 
 
@@ -713,7 +711,7 @@ def cut_and_export(training: Training) -> StageResult:
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
-    return StageResult(exported, ranks, fields, masters)
+    return StageResult(exported, masters)
 
 
 def finish(training: Training, result: StageResult) -> RunResult:
@@ -781,6 +779,7 @@ def rehearse(job: Job) -> RunResult:
         training = load_and_inject(job, directory, StartPoint())
         engine, tally = training.engine, training.tally
         job.heed_stop()
+        tally.start_clock()
         set_rates(training, 0)
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.world.num_processes)

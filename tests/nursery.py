@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spawn import TESTS, environment, free_port
+from spawn import TESTS, environment, launched
 
 QUOTED_LINES = 40
 POLL_SECONDS = 0.02
@@ -142,22 +142,6 @@ class Nursery:
         parent = self.start("nursery:launch", {"calls": calls})
         self._children += workers
         return parent, workers
-
-
-def launched(num_processes: int) -> list[dict[str, str]]:
-    """What a launcher puts into the environment of each process of a world."""
-    port = str(free_port())
-    return [
-        {
-            "RANK": str(index),
-            "LOCAL_RANK": str(index),
-            "WORLD_SIZE": str(num_processes),
-            "LOCAL_WORLD_SIZE": str(num_processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        for index in range(num_processes)
-    ]
 
 
 # ----- in the forked processes ----------------------------------------------------------------------------------------

@@ -135,18 +135,22 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl or ranks.jsonl."""
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
 def result(run_dir: Path) -> dict[str, Any]:
     """What must be the same in two runs: the adapter's bytes, the lines but for their clocks."""
     clocks = ("tokens_per_second", "step_seconds", "peak_memory_gib")
 
-    def lines(name: str) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in clocks} for line in found]
+    def timeless(name: str) -> list[dict[str, Any]]:
+        return [{k: value for k, value in line.items() if k not in clocks} for line in lines(run_dir, name)]
 
     return {
         "adapter": (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
-        "metrics": lines("metrics.jsonl"),
-        "ranks": lines("ranks.jsonl"),
+        "metrics": timeless("metrics.jsonl"),
+        "ranks": timeless("ranks.jsonl"),
     }
 
 

@@ -46,6 +46,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launched(num_processes: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of each process of a world."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(index),
+            "LOCAL_RANK": str(index),
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for index in range(num_processes)
+    ]
+
+
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what a launcher would have said, one thread per process."""
     kept = {
@@ -68,22 +84,13 @@ def spawn(
     with tempfile.TemporaryDirectory(prefix="sora_llm_spawn_") as name:
         folder = Path(name)
         (folder / "call.json").write_text(json.dumps({"worker": worker, "arguments": dict(arguments or {})}))
-        port = str(free_port())
         processes = []
         try:
-            for index in range(num_processes):
-                launched = {
-                    "RANK": str(index),
-                    "LOCAL_RANK": str(index),
-                    "WORLD_SIZE": str(num_processes),
-                    "LOCAL_WORLD_SIZE": str(num_processes),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
+            for index, variables in enumerate(launched(num_processes)):
                 with (folder / f"output-{index}").open("w") as output:
                     process = subprocess.Popen(
                         [sys.executable, __file__, str(folder)],
-                        env=environment(**launched),
+                        env=environment(**variables),
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,

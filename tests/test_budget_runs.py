@@ -5,7 +5,6 @@ Trainers are real processes (nursery.py) on stories260k; steps 1–3 are dense, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import Playground, delta_weights, interrupt, overrides, result
+from small_runs import Playground, delta_weights, interrupt, lines, overrides, result
 
 from sora_llm import loop
 from sora_llm.train import run
@@ -58,10 +57,6 @@ def straight(ground: Playground) -> Callable[[str, str, int], Path]:
         return made[way, strategy]
 
     return make
-
-
-def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("way", WAYS)

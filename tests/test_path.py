@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import Playground, interrupt, overrides, result
+from small_runs import Playground, interrupt, lines, overrides, result
 
 from sora_llm import cli
 from sora_llm.alarms import Patience
@@ -36,10 +36,6 @@ PATH: dict[str, Any] = {
     "evaluation.eval_steps": 2,
     "output.save_steps": 1,
 }
-
-
-def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

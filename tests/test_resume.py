@@ -105,6 +105,11 @@ def test_the_environment_is_as_it_was_after_a_run_and_other_strategies_can_follo
         assert json.loads((tmp_path / str(number) / "env.json").read_text())["strategy"] == strategy
 
 
+def test_a_dry_run_measures_its_step(tmp_path):
+    line = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **TINY), dry_run=True).metrics
+    assert line["step_seconds"] > 1e-3 and line["tokens_per_second"] < 1e6
+
+
 def test_the_template_that_was_used_goes_with_the_adapter(tmp_path):
     """stories260k has no chat template: the default one renders the conversations, and a client must know it."""
     rows = tmp_path / "rows.jsonl"

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT
-from nursery import Child, launched
+from nursery import Child
 from runs import ACCELERATE
 from small_runs import (
     DENSE_STEPS,
@@ -35,7 +35,7 @@ from small_runs import (
     result,
     status,
 )
-from spawn import TESTS, environment, free_port
+from spawn import TESTS, environment, free_port, launched
 
 from sora_llm import checkpoint
 from sora_llm.data.pool import map_in_order
