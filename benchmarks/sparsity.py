@@ -1,6 +1,7 @@
 """Rank budgets from 5 % to 90 %: are they met, how closely is the schedule followed, and what does the size cost?
 
     python benchmarks/sparsity.py [--workers 2] [--steps 100] [--out benchmarks/sparsity]
+        [--arms svd slots lora] [--shares 0.05 …] [--rates 0.004 …]                  a part of the grid
 
 Trains base5m (LLaMA, 5 M parameters; SORA_TEST_DATA, default ../shared) on GSM8K answers, r = 16 on all linears:
 
@@ -152,33 +153,35 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/sparsity")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--shares", nargs="+", type=float, choices=SEEDS, default=tuple(SEEDS))
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     arguments = parser.parse_args()
+    arms, shares, rates = arguments.arms, arguments.shares, sorted(arguments.rates)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "runs.jsonl")
-    tuning = [Cell(arm, TUNED_AT, rate, TUNING_SEED, arguments.steps) for arm in TUNED for rate in RATES]
+    tuning = [Cell(arm, TUNED_AT, rate, TUNING_SEED, arguments.steps) for arm in TUNED for rate in rates]
     tuned = results.of(tuning, arguments.workers)
     best = {}
     for arm in TUNED:
         of_arm = {
             r["cell"]["learning_rate"]: r["eval_loss"] for r in tuned if r["cell"]["arm"] == arm and "eval_loss" in r
         }
-        if len(of_arm) < len(RATES):
+        if len(of_arm) < len(rates):
             return complain(f"runs of {arm} at {TUNED_AT:.0%} failed; start the command again")
         best[arm] = min(of_arm, key=lambda rate: of_arm[rate])
-        if best[arm] in (RATES[0], RATES[-1]):
+        if best[arm] in (rates[0], rates[-1]):
             print(f"note: the best rate of {arm}, {best[arm]:g}, is at the edge of those that were tried")
     best["slots"] = best["svd"]
     cells = [
-        Cell(arm, share, best[arm], seed, arguments.steps)
-        for share, seeds in SEEDS.items()
-        for arm in ARMS
-        for seed in seeds
+        Cell(arm, share, best[arm], seed, arguments.steps) for share in shares for arm in arms for seed in SEEDS[share]
     ]
     found = results.of(cells, arguments.workers)
     if len(found) < len(cells):
         return complain(f"{len(cells) - len(found)} of {len(cells)} runs failed; start the command again")
-    print(tuning_table(tuned, best) + "\n\n" + loss_table(found) + "\n\n" + budget_table(found))
-    draw(found, arguments.out)
+    print(tuning_table(tuned, best, rates) + "\n\n" + loss_table(found, arms, shares))
+    print("\n" + budget_table(found, [arm for arm in arms if arm != "lora"], shares))
+    draw(found, arms, shares, arguments.out)
     return 0
 
 
@@ -187,20 +190,21 @@ def complain(sentence: str) -> int:
     return 1
 
 
-def tuning_table(tuned: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
-    rows = ["| arm | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---|" + "---|" * len(RATES)]
+def tuning_table(tuned: Sequence[dict[str, Any]], best: dict[str, float], rates: Sequence[float]) -> str:
+    rows = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
     for arm in TUNED:
         losses = {r["cell"]["learning_rate"]: r.get("eval_loss") for r in tuned if r["cell"]["arm"] == arm}
-        shown = [f"**{losses[rate]:.3f}**" if rate == best[arm] else f"{losses[rate]:.3f}" for rate in RATES]
+        shown = [f"**{losses[rate]:.3f}**" if rate == best[arm] else f"{losses[rate]:.3f}" for rate in rates]
         rows.append(f"| {arm} | " + " | ".join(shown) + " |")
     return "\n".join(rows)
 
 
-def loss_table(found: Sequence[dict[str, Any]]) -> str:
-    rows = ["| share of r | " + " | ".join(ARMS) + " | parameters of svd, slots, lora |", "|---|" + "---|" * 4]
-    for share in SEEDS:
+def loss_table(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[float]) -> str:
+    header = "| share of r | " + " | ".join(arms) + f" | parameters of {', '.join(arms)} |"
+    rows = [header, "|---|" + "---|" * (len(arms) + 1)]
+    for share in shares:
         shown, sizes = [], []
-        for arm in ARMS:
+        for arm in arms:
             cells = [r for r in found if r["cell"]["arm"] == arm and r["cell"]["share"] == share and "eval_loss" in r]
             losses = [r["eval_loss"] for r in cells]
             spread = f" ({min(losses):.3f}–{max(losses):.3f})" if len(losses) > 1 else ""
@@ -210,18 +214,20 @@ def loss_table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def budget_table(found: Sequence[dict[str, Any]]) -> str:
-    rows = ["| share of r | budget | kept (svd) | kept (slots) | largest error of tracking |", "|---|" + "---|" * 4]
-    for share in SEEDS:
+def budget_table(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[float]) -> str:
+    kept_by = " | ".join(f"kept ({arm})" for arm in arms)
+    header = f"| share of r | budget | {kept_by} | largest error of tracking |"
+    rows = [header, "|---|" + "---|" * (len(arms) + 2)]
+    for share in shares:
         cells = [r for r in found if r["cell"]["share"] == share and r.get("budget_params")]
-        kept = {arm: {r["kept_params"] for r in cells if r["cell"]["arm"] == arm} for arm in ("svd", "slots")}
+        kept = {arm: {r["kept_params"] for r in cells if r["cell"]["arm"] == arm} for arm in arms}
         error = max(abs(k - w) / R for r in cells for k, w in zip(r["kept"], r["wanted"], strict=True))
-        shown = [", ".join(f"{size:,}" for size in sorted(kept[arm])) for arm in ("svd", "slots")]
-        rows.append(f"| {share:.0%} | {cells[0]['budget_params']:,} | {shown[0]} | {shown[1]} | {error:.2%} of r |")
+        shown = [", ".join(f"{size:,}" for size in sorted(kept[arm])) for arm in arms]
+        rows.append(f"| {share:.0%} | {cells[0]['budget_params']:,} | {' | '.join(shown)} | {error:.2%} of r |")
     return "\n".join(rows)
 
 
-def draw(found: Sequence[dict[str, Any]], out: Path) -> None:
+def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[float], out: Path) -> None:
     """loss.png: dev loss against kept parameters; tracking.png: kept and wanted mean rank over the window."""
     import matplotlib
 
@@ -229,7 +235,7 @@ def draw(found: Sequence[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for arm, marker in zip(ARMS, "os^", strict=True):
+    for arm, marker in zip(arms, "os^", strict=False):
         cells = [r for r in found if r["cell"]["arm"] == arm and "eval_loss" in r]
         points = {}
         for r in cells:
@@ -244,8 +250,8 @@ def draw(found: Sequence[dict[str, Any]], out: Path) -> None:
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for share in SEEDS:
-        r = next(r for r in found if r["cell"]["share"] == share and r["cell"]["arm"] == "svd" and "kept" in r)
+    for share in shares:
+        r = next(r for r in found if r["cell"]["share"] == share and r["cell"]["arm"] != "lora" and "kept" in r)
         places = [(index + 1) / len(r["kept"]) for index in range(len(r["kept"]))]
         (line,) = axes.plot(places, r["kept"], label=f"{share:.0%}")
         axes.plot(places, r["wanted"], linestyle=":", color=line.get_color())
