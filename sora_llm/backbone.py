@@ -184,6 +184,12 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
+def dtype_name(config: Any) -> str:
+    """The dtype of a model's files, as its transformers config says; bfloat16 where it does not."""
+    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return dtype if dtype in ("float16", "float32") else "bfloat16"
+
+
 def check_sequence_len(config: Any, sequence_len: int, name_or_path: str) -> None:
     """UserError if rows of `sequence_len` tokens do not fit into the model's positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

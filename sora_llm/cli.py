@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("sora_llm.train", "train a config, cut the ranks, export a verified LoRA"),
     "export": ("sora_llm.commands.cmd_export", "a run's adapter in another layout, or a stage of its sparsity path"),
+    "consensus": ("sora_llm.commands.cmd_consensus", "adapters trained apart become one, of the size asked for"),
     "evaluate": ("sora_llm.commands.cmd_evaluate", "the loss of a base model, and of an adapter on it, on a data set"),
     "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
     "inspect": ("sora_llm.commands.cmd_inspect", "what became of a run, in the terminal and in its report.html"),

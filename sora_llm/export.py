@@ -46,6 +46,12 @@ class Provenance:
     chat_template: str | None = None
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text."""
+    story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+    """How it was made: the beginning of a sentence."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What the certificate says beside the self-check, as JSON."""
+    details: str = ""
+    """A section of the model card, in Markdown."""
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -189,27 +195,6 @@ def copy_adapter(source: Path, folder: Path) -> None:
         copy_folder(source, folder)
     except OSError as error:
         raise RunFailed(f"the adapter {source} could not be copied to {folder}: {error}") from error
-
-
-def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of an exported adapter {module: (A (R, I), B (O, R))} of scale 1, without the slots that only pad.
-
-    Modules that a ragged adapter leaves out are missing.
-
-    Raises:
-        UserError: the folder holds no adapter that was exported here.
-    """
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no adapter that can be read ({error})") from None
-    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    factors = {}
-    for name in names:
-        A, B = (tensors[_key(name, kind)] for kind in "AB")
-        live = (A != 0).any(1) & (B != 0).any(0)
-        factors[name] = (A[live], B[:, live])
-    return factors
 
 
 # -------------------------------------------------------------------------------------------------------- checking
@@ -375,6 +360,7 @@ def certify_and_publish(
         "logits_error": errors.logits,
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
+        **provenance.notes,
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     try:
@@ -405,6 +391,10 @@ def _template_line(provenance: Provenance) -> str:
     return "Prompts were rendered with the template in chat_template.jinja; use the same (the tokenizer here does).\n"
 
 
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n{body}\n" if body else ""
+
+
 def model_card(
     layout: str,
     ranks: Mapping[str, int],
@@ -428,8 +418,8 @@ tags: [lora, sora]
 ---
 # LoRA adapter for {base}
 
-Trained with SoRA (a gate per rank, pruned by proximal gradient) and exported as a plain LoRA: layout `{layout}`, scale
-folded into the factors (`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size),
+{provenance.story} and exported as a plain LoRA: layout `{layout}`, scale folded into the factors
+(`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size),
 {parameters:,} parameters in them.
 
 {metrics}
@@ -447,9 +437,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 {_trained_beside(provenance)}
 vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter=path/to/this/folder`
 
-## Data
-{data}
-## Ranks
+{_section("Data", data)}{provenance.details}## Ranks
 | module | rank |
 |---|---|
 {table}

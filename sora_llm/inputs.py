@@ -91,7 +91,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     Raises:
         UserError: model folder, target modules or lengths that cannot work.
     """
-    _quiet_libraries()
+    quiet_libraries()
     spec = backbone_spec(config, strategy)
     if spec.load_in_8bit and strategy == "zero3":
         raise UserError("load_in_8bit under zero3 is known to give wrong losses; use zero2, or load_in_4bit")
@@ -107,7 +107,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     return spec, skeleton
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' progress bars and advice out of the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

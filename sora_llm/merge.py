@@ -24,6 +24,7 @@ from sora_llm.consensus import (
     PlainFactors,
     Scaling,
     keep_components,
+    product_distance,
     scaling_of,
     shapes_of,
     tensor_hash,
@@ -144,6 +145,23 @@ def merge(
         jaccard=_mean_jaccard(torch.cat(list(supports.values()), dim=1), distinct.copies) if supports else None,
         replicas=_replica_reports(replicas, distinct, gram_KK, report.energy),
     )
+
+
+def merge_errors(replicas: Sequence[Replica], merged: PlainFactors, scaling: Scaling = 1.0) -> dict[str, float]:
+    """{module: ‖ΔW̄ − s · B A‖_F / ‖ΔW̄‖_F} of merged factors against the mean of products, in float64.
+
+    0 where both are 0.  From the stacked factors again, so that it also holds for factors that went through a file.
+    """
+    distinct = _collapse(replicas)
+    errors = {}
+    for name in _common_shapes(distinct.replicas):
+        stack = _stack(distinct.replicas, name)
+        shares_R = stack.g_R.new_tensor(distinct.shares)[stack.owner_R]
+        A, B = merged[name]
+        errors[name] = product_distance(
+            stack.A_RI, stack.B_OR * (shares_R * stack.g_R), A, B.double() * scaling_of(scaling, name)
+        )
+    return errors
 
 
 def _collapse(replicas: Sequence[Replica]) -> _Distinct:

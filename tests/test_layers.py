@@ -18,7 +18,7 @@ LAYERS = [
     {"merge"},
     {"distributed"},
     {"backbone"},
-    {"data", "checkpoint", "report", "export"},
+    {"data", "checkpoint", "report", "export", "lora_files"},
     {"report_page"},
     {"pipeline", "loop", "rundir", "steering"},
     {"inputs"},

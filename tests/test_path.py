@@ -15,7 +15,7 @@ from small_runs import Playground, interrupt, lines, overrides, result
 from sora_llm import cli
 from sora_llm.alarms import Patience
 from sora_llm.errors import UserError
-from sora_llm.export import read_factors
+from sora_llm.lora_files import read_lora
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -212,7 +212,7 @@ def test_a_stage_is_exported_again_by_its_lambda_or_by_its_size(
     ranks = {name: module["rank"] for name, module in again["certificate"]["modules"].items()}
     of_stage = [line for line in lines(straight, "ranks.jsonl") if line["step"] == 2 * STEPS][-1]["ranks"]
     assert (again["stage"], again["layout"], ranks) == ("0.5", "ragged", of_stage)
-    ours, theirs = read_factors(Path(again["adapter"])), read_factors(straight / "path" / "0.5")
+    ours, theirs = (read_lora(folder).factors for folder in (Path(again["adapter"]), straight / "path" / "0.5"))
     assert all(ours[name][0].equal(A) and ours[name][1].equal(B) for name, (A, B) in theirs.items() if len(A))
     assert export()["kept_params"] == exports["0.8"]["kept_params"], "the run's own adapter"
     limit = exports["0.5"]["kept_params"]

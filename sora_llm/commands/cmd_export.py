@@ -15,9 +15,10 @@ from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
-from sora_llm.export import LAYOUTS, Provenance, export_adapter, read_factors
+from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.inject import adapters, cut_adapters, inject_sora
 from sora_llm.inputs import check_backbone, target_modules
+from sora_llm.lora_files import read_lora
 from sora_llm.plan import stage_name
 from sora_llm.report import read_json_lines
 from sora_llm.sora import SoraLinear
@@ -90,7 +91,7 @@ def chosen(run: Path, stage: float | None, max_params: int | None) -> tuple[Path
 def export_again(config: Config, source: Path, line: Mapping[str, Any], layout: str, out: Path) -> dict[str, Any]:
     """Put the adapter in `source` on its base and export it to `out`, with the self-check."""
     spec, _ = check_backbone(config, "none")
-    factors = read_factors(source)
+    factors = {name: (A, B) for name, (A, B, _) in read_lora(source).factors.items()}  # an export's scale is 1
     model = load_backbone(spec, make_accelerator("none", ALONE).device)
     inject_sora(model, r=1, lora_alpha=1, target_modules=target_modules(config))  # of scale 1, as exported factors are
     cut_adapters(model, {name: factors.get(name) or _pruned(layer) for name, layer in adapters(model).items()})

@@ -1,0 +1,141 @@
+"""Any plain LoRA on disk, PEFT's or ours, as factors and scales: read from its files alone, without peft or a base.
+
+PEFT applies to a module  ΔW = scale · B A,  scale = alpha / r, or alpha / √r with `use_rslora`; `rank_pattern` and
+`alpha_pattern` are regular expressions that the end of a module's name must match, and the first match wins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sora_llm.errors import UserError
+
+CONFIG, WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
+_OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base
+    "use_dora": "DoRA rescales the columns of the sum",
+    "fan_in_fan_out": "its layers hold their weights transposed",
+    "lora_bias": "it has biases of its own",
+    "layer_replication": "it repeats layers of the base",
+    "modules_to_save": "it brings whole layers of its own",
+    "target_parameters": "it adapts parameters that are no linear layers",
+}
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq")  # ways to begin that move a part of W into the adapter
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """A saved LoRA: {module: (A (R, I), B (O, R), None)} in float32, and the scale of each module's product.
+
+    Slots of zeros, which only pad, are left out.  `targets` are all modules that it was made for, also those pruned
+    and left out of the files, as far as a certificate tells.
+    """
+
+    base_model: str
+    revision: str | None
+    factors: dict[str, tuple[Tensor, Tensor, None]]
+    scaling: dict[str, float]
+    targets: frozenset[str]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{module: slots that are not 0}."""
+        return {name: self.factors[name][0].shape[0] if name in self.factors else 0 for name in sorted(self.targets)}
+
+
+def read_lora(folder: Path) -> LoraFiles:
+    """The LoRA in `folder`.
+
+    Raises:
+        UserError: no LoRA in safetensors, one that is more than plain LoRA on linear layers, or files that contradict
+            each other.
+    """
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        pickled = " (adapter_model.bin is a pickle and is not read)" if (folder / "adapter_model.bin").exists() else ""
+        raise UserError(f"{folder} holds no {WEIGHTS} that can be read{pickled}: {error}") from None
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = _TENSOR.fullmatch(key)
+        if found is None:
+            raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
+        pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
+    factors, scaling = {}, {}
+    for name, pair in pairs.items():
+        A, B = _checked(pair, name, folder)
+        rank = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if A.shape[0] != rank:
+            raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        live = (A != 0).any(1) & (B != 0).any(0)
+        factors[name] = (A[live], B[:, live], None)
+        scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
+    return LoraFiles(base, revision, factors, scaling, frozenset(factors) | _certified(folder))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
+    except OSError as error:
+        raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / CONFIG} is not the config of a LoRA") from None
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
+    for option, why in _OTHER_METHODS.items():
+        if config.get(option):
+            raise UserError(f"{folder} is more than a plain LoRA: {option} is set, {why}")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{folder} is more than a plain LoRA: it trains biases (bias: {config['bias']})")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+        raise UserError(
+            f"{folder} began with {start}, which changes the base beside it; convert it to a plain LoRA first (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of one module."""
+    if pair.keys() != {"A", "B"}:
+        raise UserError(f"{folder}: {name} has only its lora_{next(iter(pair))}; the file is not whole")
+    A, B = pair["A"], pair["B"]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise UserError(
+            f"{folder}: factors of {name} have shapes {tuple(A.shape)}, {tuple(B.shape)}: no linear layer's"
+        )
+    for kind, tensor in (("A", A), ("B", B)):
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{folder}: lora_{kind} of {name} holds values that are not finite")
+    return A, B
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: float) -> float:
+    """PEFT's rule: the value of the first pattern that the end of the module's name matches."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(patterns[pattern])
+    return otherwise
+
+
+def _certified(folder: Path) -> frozenset[str]:
+    """The modules that our certificate beside it names."""
+    try:
+        return frozenset(json.loads((folder / CERTIFICATE).read_text())["modules"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()

@@ -1,0 +1,285 @@
+"""`sora-llm consensus`: adapters of every kind read as PEFT applies them, merged as dense algebra says, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise_all, relative_error, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from small_runs import checkpoints
+
+from sora_llm import cli
+from sora_llm.export import export_adapter
+from sora_llm.inject import inject_sora
+from sora_llm.lora_files import read_lora
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "lora_alpha": 5},
+    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 3,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 4, r"layers\.\d+\.mlp\.down_proj": 1},
+        "alpha_pattern": {"q_proj": 7, "layers.0.self_attn.q_proj": 11, "v_proj": 0.5},
+    },
+    "patterns and rslora": {"r": 2, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"o_proj": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA on disk, in float32."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny_llama().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")  # never read here
+    return folder
+
+
+def peft_lora(base: Path, folder: Path, seed: int, **options: Any) -> Path:
+    """A random LoRA as PEFT saves it."""
+    config = LoraConfig(**{"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"} | options)
+    model = tiny_llama()
+    model.name_or_path = model.config._name_or_path = str(base)
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """ΔW of every module as PEFT applies it, dense, in float64."""
+    adapted = PeftModel.from_pretrained(tiny_llama(), str(folder))
+    found = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            A, B = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
+            found[name] = (module.scaling["default"] * B @ A).detach()
+    return found
+
+
+def consensus(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+    assert cli.main(["consensus", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_read_as_peft_applies_it(base: Path, tmp_path: Path, kind: str) -> None:
+    folder = peft_lora(base, tmp_path / "lora", 1, **KINDS[kind])
+    lora, expected = read_lora(folder), deltas(folder)
+    assert lora.factors.keys() == expected.keys() == lora.targets and lora.base_model == str(base)
+    for name, (A, B, _) in lora.factors.items():
+        assert relative_error(lora.scaling[name] * B.double() @ A.double(), expected[name]) < 1e-12, name
+
+
+def test_adapters_of_every_kind_become_the_mean_of_their_products(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [peft_lora(base, tmp_path / kind, seed, **options) for seed, (kind, options) in enumerate(KINDS.items())]
+    weights = [1.0, 2.0, 0.5, 1.5]
+    result = consensus(capsys, *folders, "--weights", *weights, "--out", tmp_path / "merged")
+    found, each = deltas(tmp_path / "merged"), [deltas(folder) for folder in folders]
+    for name, delta in found.items():
+        mean = sum(w * of[name] for w, of in zip(weights, each, strict=True)) / sum(weights)
+        assert relative_error(delta, mean) < 1e-6, name  # float32 factors
+        assert result["modules"][name]["merge_error"] < 1e-6
+    assert result["merge_error"] == 0.0 and result["certificate"]["passed"]
+    certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
+    assert certificate["merge"]["modules"] == result["modules"] and len(certificate["merge"]["sources"]) == 4
+    assert "Who kept what" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_budget_is_met_and_its_error_is_that_of_the_best_choice(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [peft_lora(base, tmp_path / str(seed), seed, r=4, lora_alpha=4) for seed in range(3)]
+    result = consensus(capsys, *folders, "--target-rank", "2.5", "--out", tmp_path / "merged", "--layout", "ragged")
+    each = [deltas(folder) for folder in folders]
+    mean = {name: sum(of[name] for of in each) / 3 for name in each[0]}
+    costs = {name: sum(delta.shape) for name, delta in mean.items()}
+    budget = 2.5 * sum(costs.values())
+    assert budget - max(costs.values()) < result["kept_params"] <= budget
+    kept = {name: module["rank"] for name, module in result["modules"].items()}
+    merged = deltas(tmp_path / "merged")
+    assert merged.keys() == {name for name, rank in kept.items() if rank}, "pruned modules are left out"
+    dropped = {name: float((torch.linalg.svdvals(delta)[kept[name] :] ** 2).sum()) for name, delta in mean.items()}
+    for name, delta in mean.items():
+        expected = (dropped[name] / float(delta.norm() ** 2)) ** 0.5
+        assert result["modules"][name]["merge_error"] == pytest.approx(expected, abs=1e-6)
+        off = float((merged.get(name, torch.zeros_like(delta)) - delta).norm() / delta.norm())
+        assert off == pytest.approx(expected, abs=1e-6)
+    whole = (sum(dropped.values()) / sum(float(delta.norm() ** 2) for delta in mean.values())) ** 0.5
+    assert result["merge_error"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_tolerance_bounds_the_error(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [peft_lora(base, tmp_path / str(seed), seed, r=4, lora_alpha=4) for seed in range(2)]
+    result = consensus(capsys, *folders, "--tolerance", "0.3", "--out", tmp_path / "merged")
+    assert 0.1 < result["merge_error"] <= 0.3
+
+
+def test_what_a_ragged_export_left_out_is_a_target_all_the_same(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = randomise_all(inject_sora(tiny_llama(), r=4, lora_alpha=8), seed=3)
+    model.name_or_path = str(base)
+    for layout in ("ragged", "padded"):
+        export_adapter(model, tmp_path / layout, layout)
+    ragged, padded = read_lora(tmp_path / "ragged"), read_lora(tmp_path / "padded")
+    assert ragged.ranks == padded.ranks and 0 in ragged.ranks.values()
+    result = consensus(capsys, tmp_path / "ragged", tmp_path / "padded", "--out", tmp_path / "merged")
+    assert {name: module["rank"] for name, module in result["modules"].items()} == padded.ranks
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("merged", "padded")]
+    assert files[0].keys() == files[1].keys(), "every target has its tensors in the padded layout"
+    found, expected = deltas(tmp_path / "merged"), deltas(tmp_path / "padded")
+    assert all(relative_error(found[name], expected[name]) < 1e-6 for name in expected)
+
+
+def test_runs_and_checkpoints_are_sources(
+    undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = undisturbed[1]
+    last, earlier = (run_dir / "checkpoints" / checkpoints(run_dir)[index] for index in (-1, 0))
+    result = consensus(capsys, run_dir, last, earlier, "--weights", 1, 1, 0, "--out", tmp_path / "merged")
+    adapter = read_lora(run_dir / "adapter")
+    ranks = json.loads((run_dir / "ranks.jsonl").read_text().splitlines()[-1])["ranks"]
+    assert {name: module["ranks"][0] for name, module in result["modules"].items()} == ranks == adapter.ranks
+    assert [part["weight"] for part in result["sources"]] == [0.5, 0.5, 0.0]
+    assert result["sources"][0]["cosine"] == pytest.approx(1.0), "the run's adapter is its last checkpoint, cut"
+    merged = read_lora(tmp_path / "merged")
+    for name, (A, B, _) in adapter.factors.items():
+        found_A, found_B, _ = merged.factors[name]
+        assert relative_error(found_B.double() @ found_A.double(), B.double() @ A.double()) < 1e-6, name
+    assert {path.name for path in (run_dir / "adapter").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
+
+
+def edited(folder: Path, **options: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | options))
+
+
+def other_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def without_a_factor(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(key for key in tensors if "lora_A" in key)]
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def more_than_lora(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(2, 2)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+BROKEN = {
+    "DoRA": (lambda folder: edited(folder, use_dora=True), "DoRA rescales"),
+    "a bias": (lambda folder: edited(folder, bias="lora_only"), "biases"),
+    "another base inside": (lambda folder: edited(folder, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
+    "another method": (lambda folder: edited(folder, peft_type="IA3"), "IA3"),
+    "ranks of other files": (lambda folder: edited(folder, r=9), "the files do not belong"),
+    "a config that is none": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not the config"),
+    "half a pair": (lambda folder: other_weights(folder, without_a_factor), "has only its lora_B"),
+    "not finite": (lambda folder: other_weights(folder, not_finite), "not finite"),
+    "whole layers": (lambda folder: other_weights(folder, more_than_lora), "lm_head"),
+    "a pickle": (pickled, "is a pickle"),
+    "no such base": (
+        lambda folder: edited(folder, base_model_name_or_path="/no/such/model"),
+        "only adapters of one base",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_or_foreign_adapter_is_a_sentence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    good = peft_lora(base, tmp_path / "good", 1, r=3)
+    bad = Path(shutil.copytree(good, tmp_path / "bad"))
+    break_it, expected = BROKEN[how]
+    break_it(bad)
+    refused(capsys, expected, good, bad, "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], expected: str, *arguments: Any) -> None:
+    assert cli.main(["consensus", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_combinations_that_cannot_be_are_a_sentence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (peft_lora(base, tmp_path / name, 1, r=3) for name in "ab")
+    out = ("--out", tmp_path / "merged")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    refused(capsys, "2 numbers for 3 sources", a, b, a, "--weights", 1, 2, *out)
+    refused(capsys, "not all of them 0", a, b, "--weights", 0, 0, *out)
+    refused(capsys, "--weights -1 1", a, b, "--weights", -1, 1, *out)
+    refused(capsys, "--target-rank is 0", a, b, "--target-rank", 0, *out)
+    refused(capsys, "--tolerance is 1", a, b, "--tolerance", 1, *out)
+    refused(capsys, "--min-rank is 1", a, b, "--min-rank", 1, *out)
+    refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
+    refused(capsys, "there is no folder", a, tmp_path / "nowhere", *out)
+    refused(capsys, "is no run directory", a, base, *out)
+    refused(capsys, "holds no adapter", a, b, "--out", tmp_path / "full")
+    refused(capsys, "one of the sources", a, b, "--out", b)
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
+
+
+def test_other_targets_are_merged_on_request_alone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = peft_lora(base, tmp_path / "whole", 1, r=3, lora_alpha=3)
+    part = peft_lora(base, tmp_path / "part", 2, r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"])
+    refused(capsys, "--allow-missing", whole, part, "--out", tmp_path / "merged")
+    consensus(capsys, whole, part, "--allow-missing", "--out", tmp_path / "merged")
+    found, first, second = (deltas(folder) for folder in (tmp_path / "merged", whole, part))
+    for name, delta in found.items():
+        assert relative_error(delta, (first[name] + second.get(name, torch.zeros_like(delta))) / 2) < 1e-6, name
+
+
+def test_copies_of_one_base_are_merged_when_it_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    a, b = peft_lora(base, tmp_path / "a", 1, r=2), peft_lora(copy, tmp_path / "b", 2, r=2)
+    refused(capsys, "--base MODEL", a, b, "--out", tmp_path / "merged")
+    result = consensus(capsys, a, b, "--base", copy, "--out", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(copy) and result["certificate"]["passed"]
+
+
+def test_an_adapter_of_another_shape_is_refused_before_the_base_is_loaded(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sora_llm.commands.cmd_consensus as command
+
+    monkeypatch.setattr(command, "load_backbone", lambda *_: pytest.fail("the base was loaded"))
+    a = peft_lora(base, tmp_path / "a", 1, r=2)
+    tensors = load_file(a / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("down_proj.lora_A.weight"))
+    tensors[key] = tensors[key][:, :-1].contiguous()
+    b = Path(shutil.copytree(a, tmp_path / "b"))
+    save_file(tensors, b / "adapter_model.safetensors")
+    refused(capsys, "an adapter of another base", a, b, "--out", tmp_path / "merged")
