@@ -228,7 +228,8 @@ def budget_table(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: S
 
 
 def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[float], out: Path) -> None:
-    """loss.png: dev loss against kept parameters; tracking.png: kept and wanted mean rank over the window."""
+    """loss.png: dev loss against kept parameters; tracking.png: kept and wanted mean rank over the window, and their
+    difference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,14 +250,18 @@ def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[
     axes.set(xlabel="kept parameters", ylabel="dev loss (GSM8K answers, base5m)", xscale="log")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (above, below) = plt.subplots(2, figsize=(7, 6.5), sharex=True, height_ratios=(2, 1), layout="constrained")
     for share in shares:
         r = next(r for r in found if r["cell"]["share"] == share and r["cell"]["arm"] != "lora" and "kept" in r)
         places = [(index + 1) / len(r["kept"]) for index in range(len(r["kept"]))]
-        (line,) = axes.plot(places, r["kept"], label=f"{share:.0%}")
-        axes.plot(places, r["wanted"], linestyle=":", color=line.get_color())
-    axes.set(xlabel="place in the sparsify window", ylabel="mean rank (dotted: wanted)")
-    axes.legend(title="budget")
+        (line,) = above.plot(places, r["kept"], label=f"{share:.0%}")
+        above.plot(places, r["wanted"], linestyle=":", color=line.get_color())
+        errors = [100 * (kept - wanted) / R for kept, wanted in zip(r["kept"], r["wanted"], strict=True)]
+        below.plot(places, errors, color=line.get_color())
+    above.set(ylabel="mean rank (dotted: wanted)")
+    above.legend(title="budget")
+    below.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    below.set(xlabel="place in the sparsify window", ylabel="kept − wanted, % of r")
     figure.savefig(out / "tracking.png", dpi=150)
 
 

@@ -42,7 +42,7 @@ class Model:
     dtype: Dtype = "bfloat16"  # of the weights that are not quantised, and of the activations
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     trust_remote_code: bool = False  # run Python code that comes with the model: only for authors you trust
-    adapter: str | None = None  # a saved adapter to start from; null: fresh adapters
+    adapter: str | None = None  # folder of a plain LoRA to start from, ours or PEFT's; null: fresh adapters
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,6 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # What the schema knows and this version cannot do yet: key → (the values that work, what to do instead).
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.adapter": ((None,), "leave it null and start from fresh adapters"),
     "distributed.sync_every": ((1,), "use 1"),
     "distributed.replica": (("process",), "use process"),
     "distributed.outer_learning_rate": ((1.0,), "use 1.0"),

@@ -110,6 +110,45 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
         layer.cut(*factors[name])
 
 
+def start_from(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], scaling: Mapping[str, float]
+) -> None:
+    """Let freshly injected adapters begin at a saved LoRA {module: (A (R', I), B (O, R'), None)}, ΔW = scaling · B A.
+
+    Its factors become the first R' slots, with gates of 1: A as it is, B · scaling / s.  The slots that are left, and
+    modules it does not name, stay fresh (B = 0).
+
+    Raises:
+        UserError: as `check_start`.
+    """
+    layers = adapters(model)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    check_start(factors, shapes, max(layer.rank for layer in layers.values()))
+    with torch.no_grad():
+        for name, (A, B, _) in factors.items():
+            layer, rank = layers[name], A.shape[0]
+            assert layer.lora_A is not None and layer.lora_B is not None
+            layer.lora_A[:rank] = A.to(layer.lora_A)
+            layer.lora_B[:, :rank] = (B.double() * (scaling[name] / layer.scaling)).to(layer.lora_B)
+
+
+def check_start(
+    factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], shapes: Mapping[str, tuple[int, int]], r: int
+) -> None:
+    """UserError unless saved factors fit target modules {name: (I, O)} of r slots each."""
+    for name, (A, B, _) in factors.items():
+        if name not in shapes:
+            raise UserError(f"the adapter changes {name}, which is no target module; add it to sora.target_modules")
+        num_in, num_out = shapes[name]
+        if (A.shape[1], B.shape[0]) != (num_in, num_out):
+            raise UserError(
+                f"the adapter has {name} as {A.shape[1]} → {B.shape[0]}, this model as {num_in} → {num_out}; it is an "
+                "adapter of another base"
+            )
+        if A.shape[0] > r:
+            raise UserError(f"the adapter has rank {A.shape[0]} in {name}, more than sora.r {r}; raise sora.r")
+
+
 @contextlib.contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its base layers back in place of the adapters, for the duration."""

@@ -31,7 +31,8 @@ from sora_llm.data.templates import DEFAULT_TEMPLATE, resolve_template
 from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
-from sora_llm.inject import target_linears
+from sora_llm.inject import check_start, target_linears
+from sora_llm.lora_files import LoraFiles, read_lora
 from sora_llm.pipeline import MemoryEstimate, estimate
 from sora_llm.topology import ZERO_STAGES, World
 
@@ -74,6 +75,8 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     val_datasets = [dataset_spec(dataset) for dataset in config.data.val_datasets or ()]
     check_paths([*datasets, *val_datasets])
     spec, skeleton = check_backbone(config, strategy)
+    if config.model.adapter is not None:
+        check_start(start_lora(config).factors, target_shapes(config, skeleton), config.sora.r)
     tokenizer = backbone.load_tokenizer(spec)
     template = resolve_template(tokenizer, config.data.chat_template)
     inputs = Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
@@ -105,6 +108,15 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     skeleton = backbone.skeleton(model_config, spec)
     target_linears(skeleton, target_modules(config))
     return spec, skeleton
+
+
+def start_lora(config: Config) -> LoraFiles:
+    """The saved adapter that the run starts from."""
+    assert config.model.adapter is not None
+    folder = user_path(config.model.adapter, "model.adapter")
+    if not folder.is_dir():
+        raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
+    return read_lora(folder)
 
 
 def quiet_libraries() -> None:

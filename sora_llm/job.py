@@ -86,6 +86,8 @@ def announce(job: Job) -> None:
         f"beside {memory.frozen_parameters:,} frozen ones; gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
+    if plan.config.model.adapter is not None:
+        say(world, f"starting from the adapter {plan.config.model.adapter}")
     for budget in plan.budgets:
         of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
         say(

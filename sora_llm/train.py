@@ -32,7 +32,7 @@ from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
-from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora
+from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -40,6 +40,7 @@ from sora_llm.inputs import (
     exported_template,
     load_data,
     prompt_ids,
+    start_lora,
     target_modules,
     target_shapes,
     training_order,
@@ -329,6 +330,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     alarms = Alarms(plan.budgets, pipeline.full_params(adapters(model)))
     patience = Patience(job.config.evaluation.early_stopping_patience)
     if start.folder is None or start.state is None:
+        if job.config.model.adapter is not None:
+            on_every(lambda: warm_start(job, model))
         engine = make_engine(job, model)
         return Training(job, directory, engine, Tally.start(engine.device), make_steering(job, 0), alarms, patience)
     folder, state = start.folder, start.state
@@ -359,6 +362,12 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         alarmed=state["alarms"]["waiting"],
         unlogged=state["unlogged"],
     )
+
+
+def warm_start(job: Job, model: nn.Module) -> None:
+    """Let the adapters begin where the saved one ended; DDP and ZeRO start with the main process's values anyway."""
+    lora = start_lora(job.config)
+    start_from(model, lora.factors, lora.scaling)
 
 
 def make_steering(job: Job, stage_number: int) -> Steering:

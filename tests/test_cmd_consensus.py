@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise_all, relative_error, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft_loras import KINDS, deltas, peft_lora
 from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
 
@@ -18,19 +18,6 @@ from sora_llm import cli
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
 from sora_llm.lora_files import read_lora
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 3, "lora_alpha": 5},
-    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
-    "patterns": {
-        "r": 2,
-        "lora_alpha": 3,
-        "rank_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 4, r"layers\.\d+\.mlp\.down_proj": 1},
-        "alpha_pattern": {"q_proj": 7, "layers.0.self_attn.q_proj": 11, "v_proj": 0.5},
-    },
-    "patterns and rslora": {"r": 2, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"o_proj": 3}},
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +27,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")  # never read here
     return folder
-
-
-def peft_lora(base: Path, folder: Path, seed: int, **options: Any) -> Path:
-    """A random LoRA as PEFT saves it."""
-    config = LoraConfig(**{"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"} | options)
-    model = tiny_llama()
-    model.name_or_path = model.config._name_or_path = str(base)
-    adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(str(folder))
-    return folder
-
-
-def deltas(folder: Path) -> dict[str, torch.Tensor]:
-    """ΔW of every module as PEFT applies it, dense, in float64."""
-    adapted = PeftModel.from_pretrained(tiny_llama(), str(folder))
-    found = {}
-    for name, module in adapted.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            A, B = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
-            found[name] = (module.scaling["default"] * B @ A).detach()
-    return found
 
 
 def consensus(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""`model.adapter`: a run begins where a saved LoRA ended, whoever made it, or is refused before weights load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import shared
+from helpers import dense_delta, relative_error, tiny_llama
+from peft_loras import KINDS, deltas, peft_lora
+from small_runs import Playground, lines
+
+from sora_llm.inject import adapters, inject_sora, start_from
+from sora_llm.lora_files import read_lora
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_begin_with_the_product_of_the_saved_one(tmp_path: Path, kind: str) -> None:
+    folder = peft_lora(tmp_path / "base", tmp_path / "lora", 1, **KINDS[kind])
+    lora, expected = read_lora(folder), deltas(folder)
+    model = inject_sora(tiny_llama(), r=6, lora_alpha=4)
+    start_from(model, lora.factors, lora.scaling)
+    for name, layer in adapters(model).items():
+        assert relative_error(dense_delta(layer), expected[name]) < 1e-6, name  # float32 factors
+        rank = lora.ranks[name]
+        assert bool((layer.gate == 1).all()) and not bool(layer.lora_B[:, rank:].any())
+        assert bool(layer.lora_A[rank:].any()), "slots that are left can still learn"
+
+
+@pytest.mark.parametrize(("num_processes", "strategy"), [(1, "none"), (2, "zero2")])
+def test_a_run_starts_at_the_loss_where_the_other_ended(
+    undisturbed: dict[int, Path], ground: Playground, num_processes: int, strategy: str
+) -> None:
+    before = undisturbed[1]
+    name = f"warm-{strategy}"
+    options: dict[str, Any] = {"model.adapter": str(before / "adapter"), "distributed.strategy": strategy}
+    assert ground.codes(name, num_processes, **options) == [0] * num_processes
+    ended, metrics = lines(before, "metrics.jsonl")[-1], lines(ground.run_dir(name), "metrics.jsonl")
+    assert metrics[0]["step"] == 0 and metrics[0]["eval_loss"] == pytest.approx(ended["eval_loss_exported"], rel=1e-5)
+    assert abs(lines(before, "metrics.jsonl")[0]["eval_loss"] - metrics[0]["eval_loss"]) > 1e-3, "it had learned"
+    assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"]
+
+
+def test_what_does_not_fit_is_a_sentence_before_the_model_is_loaded(
+    undisturbed: dict[int, Path], ground: Playground, tmp_path: Path
+) -> None:
+    adapter = undisturbed[1] / "adapter"
+    rank = max(module["rank"] for module in json.loads((adapter / "certificate.json").read_text())["modules"].values())
+    refusals = {
+        "there is no folder": {"model.adapter": str(tmp_path / "nowhere")},
+        "holds no adapter_config.json": {"model.adapter": str(tmp_path)},
+        "more than sora.r": {"model.adapter": str(adapter), "sora.r": rank - 1},
+        "add it to sora.target_modules": {"model.adapter": str(adapter), "sora.target_modules": ["q_proj"]},
+        "of another base": {"model.adapter": str(adapter), "model.name_or_path": str(shared("models/base5m"))},
+    }
+    for number, (expected, options) in enumerate(refusals.items()):
+        (child,) = ground.start(f"refused-{number}", **options)
+        assert child.wait() == 2, child.output
+        assert expected in child.output and not ground.run_dir(f"refused-{number}").exists(), child.output
