@@ -637,7 +637,7 @@ def _die(item: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("num_proc", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_memory_grows_by_the_arrays_alone(tmp_path, byte, monkeypatch, num_proc):
     """A row costs 40 bytes while it is written (length, table, hash) and some while the report is made; a list of
     Python's numbers for each would take several times that."""

@@ -81,7 +81,13 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+IN_THE_ORDINARY_RUN = ("packed", "accumulated", "a streamed mixture, not packed")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(mode, marks=() if mode in IN_THE_ORDINARY_RUN else pytest.mark.matrix) for mode in MODES],
+)
 def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one_bit_by_bit(mode, small, tmp_path, cache):
     """Seven steps at once, and the same from the checkpoint of step 3 on, under dropout."""
     overrides, dataset = MODES[mode]

@@ -77,6 +77,7 @@ def assert_one_world_of_two(folder: Path, hosts: list[tuple[int | None, str]], s
     assert f"{strategy} on 2 processes" in hosts[0][1] and "processes" not in hosts[1][1]
 
 
+@pytest.mark.matrix
 def test_torchrun_on_two_hosts_is_one_world(tmp_path: Path) -> None:
     run = run_of_two_steps(tmp_path, "ddp")
     world = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
