@@ -29,8 +29,15 @@ _OTHER_METHODS = {  # options of adapter_config.json that make another product o
     "layer_replication": "it repeats layers of the base",
     "modules_to_save": "it brings whole layers of its own",
     "target_parameters": "it adapts parameters that are no linear layers",
+    "trainable_token_indices": "it has embeddings of its own",
+    "alora_invocation_tokens": "it acts behind certain tokens only",
+    "arrow_config": "it chooses among adapters token by token",
+    "use_qalora": "its A reads groups of inputs",
+    "use_bdlora": "its factors are blocks",
+    "kasa_config": "it cuts the base's own singular values",
+    "monteclora_config": "its factors are drawn at random",
 }
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq")  # ways to begin that move a part of W into the adapter
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that move a part of W into the adapter
 
 
 @dataclass(frozen=True)
