@@ -82,10 +82,10 @@ def read_lora(folder: Path) -> LoraFiles:
     factors, scaling = {}, {}
     for name, pair in pairs.items():
         A, B = _checked(pair, name, folder)
-        rank = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        rank = _by_pattern(config["rank_pattern"], name, config["r"])
         if A.shape[0] != rank:
             raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        alpha = _by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         live = (A != 0).any(1) & (B != 0).any(0)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -97,10 +97,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
+        for option in ("rank_pattern", "alpha_pattern"):
+            config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
+        if min([config["r"], *config["rank_pattern"].values()]) < 1:
+            raise ValueError("a rank below 1")
     except OSError as error:
         raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / CONFIG} is not the config of a LoRA") from None
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise UserError(f"{folder / CONFIG} is not the config of a LoRA ({error or type(error).__name__})") from None
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
     for option, why in _OTHER_METHODS.items():
@@ -132,11 +136,11 @@ def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tenso
     return A, B
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: float) -> float:
+def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise: float) -> float:
     """PEFT's rule: the value of the first pattern that the end of the module's name matches."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(patterns[pattern])
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern.pattern})$", name):
+            return value
     return otherwise
 
 

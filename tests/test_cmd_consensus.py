@@ -157,6 +157,8 @@ BROKEN = {
     "another base inside": (lambda folder: edited(folder, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "another method": (lambda folder: edited(folder, peft_type="IA3"), "IA3"),
     "ranks of other files": (lambda folder: edited(folder, r=9), "the files do not belong"),
+    "a pattern that is none": (lambda folder: edited(folder, alpha_pattern={"(": 2}), "not the config"),
+    "rank 0": (lambda folder: edited(folder, rank_pattern={"q_proj": 0}), "not the config"),
     "a config that is none": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not the config"),
     "half a pair": (lambda folder: other_weights(folder, without_a_factor), "has only its lora_B"),
     "not finite": (lambda folder: other_weights(folder, not_finite), "not finite"),
@@ -204,6 +206,8 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "there is no folder", a, tmp_path / "nowhere", *out)
     refused(capsys, "is no run directory", a, base, *out)
     refused(capsys, "holds no adapter", a, b, "--out", tmp_path / "full")
+    refused(capsys, "holds no adapter of ours", a, a, "--out", b)  # somebody's training output, checkpoints and all
+    (b / "certificate.json").write_text("{}")
     refused(capsys, "one of the sources", a, b, "--out", b)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
 

@@ -26,7 +26,7 @@ from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import cut_adapters, inject_sora, target_linears
 from sora_llm.inputs import backbone_spec, check_backbone, quiet_libraries, target_modules
-from sora_llm.lora_files import CONFIG, read_lora
+from sora_llm.lora_files import CERTIFICATE, CONFIG, read_lora
 from sora_llm.merge import Merged, Replica, merge, merge_errors
 from sora_llm.pipeline import factors_of
 from sora_llm.sora import SoraLinear
@@ -124,8 +124,8 @@ def check_out(out: Path, folders: Sequence[Path]) -> None:
     """UserError where the merged adapter would replace something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
-        raise UserError(f"--out {out} exists and holds no adapter; name another folder, this one would be replaced")
+    if out.is_dir() and any(out.iterdir()) and not (out / CERTIFICATE).is_file():
+        raise UserError(f"--out {out} exists and holds no adapter of ours; name another folder, it would be replaced")
     for folder in folders:
         if out.resolve() in (folder.resolve(), (folder / "adapter").resolve()):
             raise UserError(f"--out {out} is one of the sources; name another folder")
