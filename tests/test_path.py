@@ -213,7 +213,7 @@ def test_a_stage_is_exported_again_by_its_lambda_or_by_its_size(
     of_stage = [line for line in lines(straight, "ranks.jsonl") if line["step"] == 2 * STEPS][-1]["ranks"]
     assert (again["stage"], again["layout"], ranks) == ("0.5", "ragged", of_stage)
     ours, theirs = (read_lora(folder).factors for folder in (Path(again["adapter"]), straight / "path" / "0.5"))
-    assert all(ours[name][0].equal(A) and ours[name][1].equal(B) for name, (A, B) in theirs.items() if len(A))
+    assert all(ours[name][0].equal(A) and ours[name][1].equal(B) for name, (A, B, _) in theirs.items() if len(A))
     assert export()["kept_params"] == exports["0.8"]["kept_params"], "the run's own adapter"
     limit = exports["0.5"]["kept_params"]
     best = min(("0.5", "0.8"), key=lambda name: exports[name]["eval_loss"])
