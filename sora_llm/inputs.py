@@ -382,6 +382,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         packing = f"; packed sequences are {data.train_report.fill_rate:.1%} full" if config.data.sample_packing else ""
         lines = [f"data: {describe(data.train_report)}{packing}"]
         lines += loss_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
+        lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")
     elif data.dev is not None:
@@ -427,6 +428,7 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
         lines += loss_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
+        lines += special_warning(counts.get("special_written", 0))  # older checkpoints did not count them
     return lines
 
 
@@ -437,6 +439,17 @@ def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[st
     return [
         f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
         "left out; raise it, or set data.excess_length: truncate"
+    ]
+
+
+def special_warning(num_written: int, first: tuple[str, str] | None = None) -> list[str]:
+    """A line if special tokens stand in messages; `first`: (location, token)."""
+    if not num_written:
+        return []
+    where = f" (the first is {first[0]} with {first[1]})" if first else ""
+    return [
+        f"warning: rows with a special token written out in a message: {num_written:,}{where}; the tokenizer takes "
+        "it for the token itself, and an end of turn within an answer teaches to stop there: take them out"
     ]
 
 

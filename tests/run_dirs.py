@@ -241,6 +241,7 @@ def data_report(path: str = "data/gsm8k_train.jsonl") -> dict[str, Any]:
         "bad_rows": [],
         "bad_reasons": {},
         "first_too_long": None,
+        "first_special_written": None,
         "max_length": 697,
         "mean_length": 238.4,
         "median_length": 222.0,

@@ -106,9 +106,10 @@ def test_the_output_folder_gets_the_report_and_loses_nothing(overrides, tmp_path
 
 
 def test_bad_rows_losses_and_dev_rows_are_told(overrides, tmp_path, capsys):
-    silent = [CHAT[0], {**CHAT[1], "weight": 0}]
+    silent, struck = [CHAT[0], {**CHAT[1], "weight": 0}], [CHAT[0], {**CHAT[1], "content": "<s>Hello</s>"}]
+    long = [CHAT[0], {**CHAT[1], "content": "a" * 2000}]
     settings = {
-        "data.datasets": chats(tmp_path, CHAT, [], CHAT, silent, [CHAT[0], {**CHAT[1], "content": "a" * 2000}]),
+        "data.datasets": chats(tmp_path, CHAT, [], CHAT, silent, long, struck),
         "data.val_datasets": [{"path": write(tmp_path / "dev.txt", "One.\n\nTwo."), "type": "completion"}],
         "data.max_bad_row_fraction": 0.5,
         "data.sequence_len": 256,
@@ -117,11 +118,14 @@ def test_bad_rows_losses_and_dev_rows_are_told(overrides, tmp_path, capsys):
     shown = capsys.readouterr().out
     train, dev = shown.split("━━ dev")
     assert re.search(r"read +kept +malformed +too long +untrained +repeated +tokens +supervised", train)
-    assert re.search(r"messages +5 +2 +1 +1 +1 +1 ", train)
+    assert re.search(r"messages +6 +3 +1 +1 +1 +1 ", train)
     assert f"    {tmp_path}/chats.jsonl:2: messages is empty" in train
     assert re.search(rf"1 dropped at sequence_len = 256, the first {tmp_path}/chats.jsonl:5 with [\d,]+ tokens", train)
     assert "untrained   1 dropped: what would be trained on has weight 0" in train
     assert "repeated    1 the same as earlier rows (kept; data.drop_duplicates drops them)" in train
+    assert (
+        f"special     1 with a special token written in a message, the first {tmp_path}/chats.jsonl:6 with <s>" in train
+    )
     assert re.search(r"dev.txt +completion +2 +2 ", dev) and "malformed" not in dev
     assert "Hi␛[31m↵" in train, "what is in the data cannot command the terminal"
 
@@ -181,6 +185,7 @@ def section(segments: list, **others: object) -> dict:
         "sequence_len": 8,
         "length_histogram": [[1, 1, 1]],
         "first_too_long": None,
+        "first_special_written": None,
         "bad_rows": [],
         "datasets": [],
         "from_cache": False,

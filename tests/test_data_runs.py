@@ -165,6 +165,16 @@ def test_a_sample_prompt_that_the_template_refuses_is_said_before_training(small
     assert "'Who?' cannot be asked" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_special_tokens_written_into_messages_are_warned_of(streaming, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 4 + '{"instruction": "a", "output": "<s>old</s> new"}\n')
+    dataset = {"path": str(rows), "type": "alpaca", "streaming": streaming}
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **QUICK, **{"data.datasets": [dataset]}), "--dry-run"]) == 0
+    where = "" if streaming else f" (the first is {rows}:5 with <s>)"
+    assert f"warning: rows with a special token written out in a message: 1{where};" in capsys.readouterr().out
+
+
 def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, capsys):
     """chatml under a base model: the model would learn to write <|im_end|>, and no client stops at it by itself."""
     rows = tmp_path / "rows.jsonl"

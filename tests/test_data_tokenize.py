@@ -18,7 +18,13 @@ from sora_llm.data import templates
 from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text
 from sora_llm.data.sources import BadRow, DatasetSpec, read_rows
 from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
-from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template, tokenize_examples
+from sora_llm.data.tokenize import (
+    encode_prompt,
+    ends_visibly,
+    served_template,
+    special_tokens_written,
+    tokenize_examples,
+)
 from sora_llm.errors import UserError
 
 needs_models = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason=f"no test models in {SHARED}")
@@ -891,6 +897,25 @@ def test_there_is_exactly_one_bos_under_the_real_tokenizers(model, name):
     for example in (TWO_TURNS, WITH_SYSTEM):
         ids, _ = tokens_and_weights(example, tokenizer, TEMPLATES[name])
         assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_a_special_token_that_somebody_wrote_into_a_message_is_told_of():
+    """The tokenizer takes it for the token: here an answer has a second BOS, and an eos in its middle."""
+    tokenizer = byte_tokenizer(special=("<|end|>", "<|end|>ing"))
+    struck = chat(("user", "Hi"), ("assistant", "<bos>x<eos> y"))
+    ids, weights = tokens_and_weights(struck, tokenizer, TEMPLATES["alpaca"])
+    assert ids.count(tokenizer.bos_token_id) == 2 and ids.count(tokenizer.eos_token_id) == 2
+    assert weights[ids.index(tokenizer.eos_token_id)] == 1
+    written = {
+        "<bos>": struck,
+        "<|end|>ing": chat(("user", "the <|end|>ing"), ("assistant", "Hello")),
+        "<eos>": chat(Message("user", "a", input="<eos>"), ("assistant", "b")),
+        "<|end|>": chat(("user", "a"), Message("assistant", "b", extra={"reasoning_content": "<|end|>"})),
+    }
+    plain = [chat(("user", "<|im_end|>"), ("assistant", "< eos>")), Text("<bos>a"), PromptCompletion("<bos>a", "<eos>")]
+    assert special_tokens_written([*written.values(), *plain], tokenizer) == [*written, None, None, None]
+    tokenizer.split_special_tokens = True
+    assert special_tokens_written([struck], tokenizer) == [None]
 
 
 def test_there_is_no_bos_where_neither_tokenizer_nor_template_wants_one():

@@ -13,7 +13,7 @@ import numpy as np
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.formats import Conversation, Example, to_examples
 from sora_llm.data.sources import BadRow, DatasetSpec, RowOrBad
-from sora_llm.data.tokenize import tokenize_examples
+from sora_llm.data.tokenize import special_tokens_written, tokenize_examples
 from sora_llm.errors import UserError
 
 ExcessLength = Literal["drop", "truncate", "error"]
@@ -75,6 +75,9 @@ class TokenChunk:
     """(location, tokens)."""
     unsupervised: Mapping[str, int]
     """Why rows have no supervised token → how many."""
+    special_written: int
+    first_special_written: tuple[str, str] | None
+    """(location, token)."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,6 +89,7 @@ class TokenChunk:
             "too_long": self.too_long,
             "truncated": self.truncated,
             "no_supervised": sum(self.unsupervised.values()),
+            "special_written": self.special_written,
         }
 
     def rows(self) -> list[TokenRow]:
@@ -164,8 +168,10 @@ class Tokenizing:
         for (i, _), result in zip(examples, tokenized, strict=True):
             if isinstance(result, BadRow):
                 reasons.setdefault(i, result)
-        kept, counts, unsupervised, first_too_long = [], Counter[str](), Counter[str](), None
-        for (i, example), result in zip(examples, tokenized, strict=True):
+        written = special_tokens_written([example for _, example in examples], self.tokenizer)
+        kept, counts, unsupervised = [], Counter[str](), Counter[str]()
+        first_too_long, first_special_written = None, None
+        for (i, example), result, token in zip(examples, tokenized, written, strict=True):
             if i in reasons or isinstance(result, BadRow):
                 continue
             ids, weights = result
@@ -179,6 +185,9 @@ class Tokenizing:
                 ids, weights = ids[: self.sequence_len], weights[: self.sequence_len]
             if weights.any():
                 kept.append((ids, weights))
+                if token is not None:
+                    first_special_written = first_special_written or (rows[i][0], token)
+                    counts["special_written"] += 1
             else:
                 unsupervised[_why_unsupervised(example, is_cut and bool(result[1].any()))] += 1
         return TokenChunk(
@@ -190,6 +199,8 @@ class Tokenizing:
             truncated=counts["truncated"],
             first_too_long=first_too_long,
             unsupervised=unsupervised,
+            special_written=counts["special_written"],
+            first_special_written=first_special_written,
         )
 
 

@@ -43,7 +43,7 @@ from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_di
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 
-_FORMAT_VERSION = 5  # of the cache: raise it when the same input gives other tokens or files
+_FORMAT_VERSION = 6  # of the cache: raise it when the same input gives other tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
 _MOST_PROCESSES = 8  # that are taken unasked: more would wait for the one that reads
 _MAX_REASONS = 50  # that are counted by themselves: reasons may quote the row
@@ -229,6 +229,7 @@ class _Tally:
         self._bad_rows: list[tuple[str, str]] = []
         self._bad_reasons: Counter[str] = Counter()
         self._first_too_long: tuple[str, int] | None = None
+        self._first_special_written: tuple[str, str] | None = None
 
     def add(self, chunk: TokenChunk, duplicates: int) -> None:
         dropped = duplicates if self._work.drop_duplicates else 0
@@ -241,6 +242,7 @@ class _Tally:
             is_counted = kind in self._bad_reasons or len(self._bad_reasons) < _MAX_REASONS
             self._bad_reasons[kind if is_counted else "other reasons"] += 1
         self._first_too_long = self._first_too_long or chunk.first_too_long
+        self._first_special_written = self._first_special_written or chunk.first_special_written
 
     def report(self, rows: TokenDataset, digest: str) -> DataReport:
         work, lengths = self._work, rows.lengths
@@ -260,6 +262,7 @@ class _Tally:
             bad_rows=tuple(self._bad_rows),
             bad_reasons=dict(self._bad_reasons.most_common()),
             first_too_long=self._first_too_long,
+            first_special_written=self._first_special_written,
             max_length=int(lengths.max(initial=0)),
             mean_length=float(lengths.mean()) if len(rows) else 0.0,
             median_length=float(np.median(lengths)) if len(rows) else 0.0,

@@ -36,6 +36,8 @@ class Counts:
     """Rows dropped because no token of them would be trained on (after truncation)."""
     duplicates: int = 0
     """Rows with the same tokens and weights as an earlier one of any data set, whether dropped or not."""
+    special_written: int = 0
+    """Rows with a special token in a message, see `special_tokens_written`, also repeated ones."""
     tokens: int = 0
     """Of the rows to train on."""
     supervised_tokens: int = 0
@@ -71,6 +73,8 @@ class DataReport(Counts):
     """Reason → bad rows, the most frequent first; numbers in reasons are written #."""
     first_too_long: tuple[str, int] | None
     """(location, tokens) of the first row that exceeds sequence_len."""
+    first_special_written: tuple[str, str] | None
+    """(location, token) of the first of `special_written`."""
     max_length: int
     mean_length: float
     median_length: float
@@ -99,13 +103,14 @@ class DataReport(Counts):
         """What `to_json` gave.  Raises `KeyError` or `TypeError` if it is something else."""
         content = {item.name: value[item.name] for item in fields(cls)}
         names = [item.name for item in fields(DatasetReport)]
-        too_long = content["first_too_long"]
+        too_long, special = content["first_too_long"], content["first_special_written"]
         return cls(
             **content
             | {
                 "datasets": tuple(DatasetReport(**{name: one[name] for name in names}) for one in value["datasets"]),
                 "bad_rows": tuple((location, reason) for location, reason in value["bad_rows"]),
                 "first_too_long": None if too_long is None else (too_long[0], too_long[1]),
+                "first_special_written": None if special is None else (special[0], special[1]),
                 "length_histogram": tuple((low, high, rows) for low, high, rows in value["length_histogram"]),
                 "samples": tuple(value["samples"]),
             }

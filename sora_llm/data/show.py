@@ -144,6 +144,12 @@ def _loss_lines(section: Section) -> list[str]:
     if section["duplicates"]:
         fate = "dropped" if section["drop_duplicates"] else "kept; data.drop_duplicates drops them"
         lines.append(f"  repeated    {section['duplicates']:,} the same as earlier rows ({fate})")
+    if section["first_special_written"] is not None:
+        location, token = section["first_special_written"]
+        lines.append(
+            f"  special     {section['special_written']:,} with a special token written in a message, the first "
+            f"{location} with {visible(token)}"
+        )
     return lines
 
 

@@ -11,11 +11,12 @@ chatml or llama-3 are then several ordinary tokens each, which the model learns 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from operator import eq, itemgetter
 from typing import Any
 
@@ -120,6 +121,29 @@ def ends_visibly(tokenizer: Any, template: str) -> bool:
     ids, weights = row
     last = int(ids[weights > 0][-1])
     return last in {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
+
+
+def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:
+    """Of each example, a special token that somebody has written into a message (the <s> of old HTML, a transcript of
+    a chat), None where there is none.  Tokenizers take the name for the token, here as where the model is served: the
+    row has a second BOS, or an end of turn within an answer, and the model learns to stop there.  Prompts, completions
+    and texts are not looked at: in them a format's tokens are written out on purpose."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return [None] * len(examples)
+    names = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer) if token))
+
+    def written(example: Example) -> str | None:
+        messages = example.messages if isinstance(example, Conversation) else ()
+        found = next(filter(None, map(names.search, chain.from_iterable(map(_texts_of, messages)))), None)
+        return found and found.group()
+
+    return [written(example) for example in examples]
+
+
+def _texts_of(message: Message) -> Iterator[str]:
+    yield message.content
+    yield message.input
+    yield from (value for value in message.extra.values() if isinstance(value, str))
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
