@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import re
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -657,6 +659,8 @@ def test_memory_grows_by_the_arrays_alone(tmp_path, byte, monkeypatch, num_proc)
 
 
 class Stderr:
+    """A terminal, or none, that keeps what is written."""
+
     def __init__(self, is_terminal: bool) -> None:
         self.written, self.isatty = "", lambda: is_terminal
 
@@ -670,6 +674,11 @@ class Stderr:
 def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, seconds_per_line: float) -> str:
     """What is written by a preparation of 50 rows in five chunks of 50 ms each."""
     stderr = Stderr(is_terminal)
+    show_progress(monkeypatch, stderr, silent_seconds, seconds_per_line)
+    return stderr.written
+
+
+def show_progress(monkeypatch, stderr: Any, silent_seconds: float = 0.0, seconds_per_line: float = 100.0) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
     monkeypatch.setattr(progress, "_SECONDS_PER_LINE", seconds_per_line)
@@ -678,7 +687,6 @@ def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, second
         time.sleep(0.05)
         shown.add(10)
     shown.close()
-    return stderr.written
 
 
 def test_progress_is_a_bar_on_a_terminal_lines_elsewhere_and_silent_where_it_is_quick(monkeypatch):
@@ -689,6 +697,14 @@ def test_progress_is_a_bar_on_a_terminal_lines_elsewhere_and_silent_where_it_is_
     assert re.fullmatch(r"preparing data: [2-5]0 rows so far, \d+ rows/s", lines[0])
     bar = progress_of(monkeypatch, is_terminal=True, silent_seconds=0.0, seconds_per_line=100.0)
     assert re.search(r"preparing data: 50\.0 rows \[00:00, .* rows/s\]", bar)
+
+
+def test_the_bar_is_seen_on_a_terminal_that_does_not_know_its_size(monkeypatch):
+    """As a new pseudo terminal does not, until somebody tells it."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
+        show_progress(monkeypatch, terminal)
+        assert b"preparing data: 50.0 rows" in screen.read1()
 
 
 # ----- the real files -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class Progress:
             file=sys.stderr,
             delay=_SILENT_SECONDS,
             disable=not sys.stderr.isatty(),
+            nrows=20,  # else tqdm asks the terminal, and shows nothing on one that says 0, as in many a container
         )
 
     def add(self, num_rows: int) -> None:
