@@ -13,7 +13,15 @@ from sora_llm.errors import UserError
 from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"
+IN_4_BITS = {
+    "quantization.load_in_4bit": True,
+    "model.dtype": "bfloat16",
+    "train.gradient_checkpointing": True,
+}
 QUICK = {
+    "quantization.load_in_4bit": False,  # 4-bit weights cost most of the time, and data does not meet them
+    "model.dtype": "float32",
+    "train.gradient_checkpointing": False,
     "train.max_steps": 2,
     "train.per_device_train_batch_size": 1,
     "sora.r": 2,
@@ -72,7 +80,7 @@ def small(tmp_path_factory):
 
 
 MODES = {
-    "packed": ({}, {}),
+    "packed": (IN_4_BITS, {}),
     "one row a sequence": ({"data.sample_packing": False}, {}),
     "accumulated": ({"train.gradient_accumulation_steps": 2}, {}),
     "a packed mixture": ({}, {"weight": 1}),
