@@ -121,12 +121,12 @@ def in_turn(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[
 # ----- start ----------------------------------------------------------------------------------------------------------
 
 FIRST_BATCH = """
-import json, resource, sys, time
+import json, re, sys, time
 from sora_llm import inputs, plan, train
 from sora_llm.config import load_config
 from sora_llm.topology import World
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # (of this program: ru_maxrss would begin at what the process that started it has taken)
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 imported, began = peak(), time.perf_counter()
 config, alone = load_config(sys.argv[1]), World(1, 0, 0)
 found = inputs.check_inputs(config, "none")
@@ -139,10 +139,10 @@ print(json.dumps({"seconds": seconds, "mib": peak() - imported, "shape": list(ba
 
 
 PREPARE = """
-import json, resource, sys
+import json, re, sys
 from sora_llm.commands.cmd_preprocess import main
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # (of this program: ru_maxrss would begin at what the process that started it has taken)
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 imported, out = peak(), sys.stdout
 sys.stdout = sys.stderr
 code = main([sys.argv[1], "--json"])
