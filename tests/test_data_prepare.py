@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import sys
@@ -704,7 +705,10 @@ def test_the_bar_is_seen_on_a_terminal_that_does_not_know_its_size(monkeypatch):
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
         show_progress(monkeypatch, terminal)
-        assert b"preparing data: 50.0 rows" in screen.read1()
+        seen = b""
+        while b"preparing data: 50.0 rows" not in seen:  # it comes in pieces
+            assert select.select([screen], [], [], 5)[0], seen
+            seen += screen.read1()
 
 
 # ----- the real files -------------------------------------------------------------------------------------------------
