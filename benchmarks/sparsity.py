@@ -180,7 +180,10 @@ def main() -> int:
     if len(found) < len(cells):
         return complain(f"{len(cells) - len(found)} of {len(cells)} runs failed; start the command again")
     print(tuning_table(tuned, best, rates) + "\n\n" + loss_table(found, arms, shares))
-    print("\n" + budget_table(found, [arm for arm in arms if arm != "lora"], shares))
+    pruned = [arm for arm in arms if arm != "lora"]
+    if not pruned:
+        return 0
+    print("\n" + budget_table(found, pruned, shares))
     draw(found, arms, shares, arguments.out)
     return 0
 

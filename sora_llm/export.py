@@ -48,6 +48,8 @@ class Provenance:
     """How the base was loaded: the other arguments of from_pretrained, as Python text."""
     story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
     """How it was made: the beginning of a sentence."""
+    beside: str = "trained and evaluated"
+    """What was done beside the base as `load_options` load it."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What the certificate says beside the self-check, as JSON."""
     details: str = ""
@@ -354,13 +356,13 @@ def certify_and_publish(
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {
+        **provenance.notes,
         "passed": True,
         "layout": layout,
         "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
         "logits_error": errors.logits,
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
-        **provenance.notes,
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     try:
@@ -380,7 +382,7 @@ def _trained_beside(provenance: Provenance) -> str:
     if not provenance.load_options:
         return ""
     return (
-        "The adapter was trained and evaluated beside the base loaded with (`import torch`, "
+        f"The adapter was {provenance.beside} beside the base loaded with (`import torch`, "
         f"`from transformers import BitsAndBytesConfig`)\n\n    {provenance.load_options}\n"
     )
 
@@ -424,7 +426,7 @@ tags: [lora, sora]
 
 {metrics}
 {_template_line(provenance)}
-Self-check: PEFT {certificate["peft_version"]} reloads it with the trained ΔW of every module (largest relative
+Self-check: PEFT {certificate["peft_version"]} reloads it with the ΔW of every module (largest relative
 difference {max(m["delta_error"] for m in certificate["modules"].values()):.1e}) and logits (relative difference
 {certificate["logits_error"]:.1e}).
 

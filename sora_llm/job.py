@@ -16,9 +16,11 @@ from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.distributed import gather_objects, on_main
 from sora_llm.errors import Preempted, UserError
+from sora_llm.files import user_path
 from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
 from sora_llm.lifeline import Lifeline
 from sora_llm.loop import StepBatches, step_batches
+from sora_llm.lora_files import is_same_base, saved_base
 from sora_llm.plan import Plan
 from sora_llm.stop import StopRequest
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
@@ -101,7 +103,11 @@ def announce(job: Job) -> None:
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What is allowed and hardly meant."""
-    sora = plan.config.sora
+    sora, model = plan.config.sora, plan.config.model
+    if model.adapter is not None:
+        saved = saved_base(user_path(model.adapter, "model.adapter"))
+        if saved and not is_same_base(saved, model.name_or_path):
+            yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
     if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     travel = min(stage.gate_travel for stage in plan.stages)

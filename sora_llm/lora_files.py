@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sora_llm.errors import UserError
+from sora_llm.files import file_sha256
 
 CONFIG, WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
@@ -37,7 +38,14 @@ _OTHER_METHODS = {  # options of adapter_config.json that make another product o
     "kasa_config": "it cuts the base's own singular values",
     "monteclora_config": "its factors are drawn at random",
 }
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that move a part of W into the adapter
+_HARMLESS = {  # what PEFT writes beside a plain LoRA, whatever its value
+    *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change W beside the adapter
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,15 @@ def read_lora(folder: Path) -> LoraFiles:
         if found is None:
             raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
+    if not pairs:
+        raise UserError(f"{folder / WEIGHTS} holds no factors")
     factors, scaling = {}, {}
     for name, pair in pairs.items():
+        if not _is_target(name, config):
+            raise UserError(
+                f"{folder} holds factors of {name}, which its {CONFIG} leaves out, so that PEFT would ignore them; "
+                "mend that file"
+            )
         A, B = _checked(pair, name, folder)
         rank = _by_pattern(config["rank_pattern"], name, config["r"])
         if A.shape[0] != rank:
@@ -89,8 +104,23 @@ def read_lora(folder: Path) -> LoraFiles:
         live = (A != 0).any(1) & (B != 0).any(0)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    base, revision = config.get("base_model_name_or_path") or "", config.get("revision")
-    return LoraFiles(base, revision, factors, scaling, frozenset(factors) | _certified(folder))
+    return LoraFiles(config["base"], config["revision"], factors, scaling, frozenset(factors) | _certified(folder))
+
+
+def saved_base(folder: Path) -> str:
+    """The base that the LoRA in `folder` names, "" if it names none; UserError as `read_lora`."""
+    base: str = _read_config(folder)["base"]
+    return base
+
+
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names mean one place: local folders by where they lie, hub ids by their name."""
+    return _place(one) == _place(other)
+
+
+def _place(base: str) -> str:
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -101,22 +131,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
             config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
         if min([config["r"], *config["rank_pattern"].values()]) < 1:
             raise ValueError("a rank below 1")
+        if not all(map(math.isfinite, [config["lora_alpha"], *config["alpha_pattern"].values()])):
+            raise ValueError("a lora_alpha that is not finite")
+        config["base"], config["revision"] = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+        config["base"] = config["base"] or ""
+        if not isinstance(config["base"], str) or not isinstance(config["revision"], str | None):
+            raise TypeError("a base that is no name")
     except OSError as error:
         raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{folder / CONFIG} is not the config of a LoRA ({error or type(error).__name__})") from None
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
-    for option, why in _OTHER_METHODS.items():
-        if config.get(option):
+    for option, value in config.items():
+        is_set = value is not None if option.endswith("_config") else bool(value)
+        if is_set and option not in _HARMLESS and option != "base":
+            why = _OTHER_METHODS.get(option, "what that does is not known here")
             raise UserError(f"{folder} is more than a plain LoRA: {option} is set, {why}")
     if config.get("bias", "none") != "none":
         raise UserError(f"{folder} is more than a plain LoRA: it trains biases (bias: {config['bias']})")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
         raise UserError(
-            f"{folder} began with {start}, which changes the base beside it; convert it to a plain LoRA first (PEFT's "
-            "save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{folder} began with {start}, which changes the base beside it, so that its factors alone are not what it "
+            "does; PEFT can convert most of these while they are saved (path_initial_model_for_weight_conversion)"
         )
     return config
 
@@ -144,9 +182,34 @@ def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise:
     return otherwise
 
 
+def _is_target(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT puts an adapter on the module `name`."""
+
+    def matches(targets: Any) -> bool:
+        if isinstance(targets, str):
+            return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    targets, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
+    if (targets and not matches(targets)) or (excluded and matches(excluded)):
+        return False
+    found = re.match(r".*\.[^.]*\.(\d+)\.", name)
+    if layers is None or layers == [] or found is None:
+        return True
+    return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
 def _certified(folder: Path) -> frozenset[str]:
-    """The modules that our certificate beside it names."""
+    """The modules that our certificate beside it names.
+
+    Raises:
+        UserError: it is the certificate of other weights.
+    """
     try:
-        return frozenset(json.loads((folder / CERTIFICATE).read_text())["modules"])
+        certificate = json.loads((folder / CERTIFICATE).read_text())
+        modules, sha256 = frozenset(certificate["modules"]), certificate["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()
+    if sha256 != file_sha256(folder / WEIGHTS):
+        raise UserError(f"{folder / WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two")
+    return modules

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
 
 from sora_llm import cli
+from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
+from sora_llm.files import file_sha256
 from sora_llm.inject import inject_sora
-from sora_llm.lora_files import read_lora
+from sora_llm.lora_files import _OTHER_BASES, _OTHER_METHODS, read_lora
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,8 @@ def test_runs_and_checkpoints_are_sources(
 ) -> None:
     run_dir = undisturbed[1]
     last, earlier = (run_dir / "checkpoints" / checkpoints(run_dir)[index] for index in (-1, 0))
-    result = consensus(capsys, run_dir, last, earlier, "--weights", 1, 1, 0, "--out", tmp_path / "merged")
+    weights = ("--weights", 1e308, 1e308, 0)
+    result = consensus(capsys, run_dir, last, earlier, *weights, "--out", tmp_path / "merged")
     adapter = read_lora(run_dir / "adapter")
     ranks = json.loads((run_dir / "ranks.jsonl").read_text().splitlines()[-1])["ranks"]
     assert {name: module["ranks"][0] for name, module in result["modules"].items()} == ranks == adapter.ranks
@@ -122,6 +125,33 @@ def test_runs_and_checkpoints_are_sources(
         found_A, found_B, _ = merged.factors[name]
         assert relative_error(found_B.double() @ found_A.double(), B.double() @ A.double()) < 1e-6, name
     assert {path.name for path in (run_dir / "adapter").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
+
+
+def test_a_checkpoint_is_read_where_its_base_lies_elsewhere(
+    undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = undisturbed[1]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folder)
+    state = json.loads((folder / "state.json").read_text())
+    moved = state["config"]["model"]["name_or_path"]
+    state["config"]["model"]["name_or_path"] = "/another/machine/model"
+    (folder / "state.json").write_text(json.dumps(state))
+    hashes = {name: file_sha256(folder / name) for name in ("adapter.safetensors", "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+    refused(capsys, "only adapters of one base", run_dir, folder, "--out", tmp_path / "merged")
+    lora = peft_lora_of(run_dir, tmp_path / "lora")
+    result = consensus(capsys, lora, folder, run_dir, "--base", moved, "--out", tmp_path / "merged")
+    assert [part["cosine"] for part in result["sources"]] == [pytest.approx(1.0)] * 3
+    assert (tmp_path / "merged" / "tokenizer.json").exists(), "of the first source that has one"
+
+
+def peft_lora_of(run_dir: Path, folder: Path) -> Path:
+    """The run's adapter as weights and config alone, as a plain PEFT folder has them."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(run_dir / "adapter" / name, folder / name)
+    return folder
 
 
 def edited(folder: Path, **options: Any) -> None:
@@ -151,9 +181,21 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def stale(folder: Path) -> None:
+    (folder / "certificate.json").write_text(json.dumps({"modules": {}, "sha256": "0" * 64}))
+
+
 BROKEN = {
     "DoRA": (lambda folder: edited(folder, use_dora=True), "DoRA rescales"),
     "a bias": (lambda folder: edited(folder, bias="lora_only"), "biases"),
+    "targets of fewer": (lambda folder: edited(folder, target_modules=["q_proj"]), "PEFT would ignore"),
+    "targets but one": (lambda folder: edited(folder, exclude_modules=["q_proj"]), "PEFT would ignore"),
+    "layers of fewer": (lambda folder: edited(folder, layers_to_transform=[0]), "PEFT would ignore"),
+    "an alpha that is none": (lambda folder: edited(folder, lora_alpha=float("nan")), "not the config"),
+    "a base that is none": (lambda folder: edited(folder, base_model_name_or_path=5), "not the config"),
+    "an option of the future": (lambda folder: edited(folder, use_magic=True), "use_magic is set"),
+    "no factors": (lambda folder: other_weights(folder, dict.clear), "holds no factors"),
+    "weights of another certificate": (stale, "is not what its certificate.json was written for"),
     "another base inside": (lambda folder: edited(folder, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "another method": (lambda folder: edited(folder, peft_type="IA3"), "IA3"),
     "ranks of other files": (lambda folder: edited(folder, r=9), "the files do not belong"),
@@ -183,6 +225,14 @@ def test_a_broken_or_foreign_adapter_is_a_sentence(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("option", [*_OTHER_METHODS, *_OTHER_BASES])
+def test_what_is_more_than_a_lora_is_refused_by_name(base: Path, tmp_path: Path, option: str) -> None:
+    folder = peft_lora(base, tmp_path / "lora", 1, r=2)
+    edited(folder, **({"init_lora_weights": option} if option in _OTHER_BASES else {option: {"some": 1}}))
+    with pytest.raises(UserError, match=option):
+        read_lora(folder)
+
+
 def refused(capsys: pytest.CaptureFixture[str], expected: str, *arguments: Any) -> None:
     assert cli.main(["consensus", *map(str, arguments)]) == 2
     error = capsys.readouterr().err
@@ -205,9 +255,9 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
     refused(capsys, "there is no folder", a, tmp_path / "nowhere", *out)
     refused(capsys, "is no run directory", a, base, *out)
-    refused(capsys, "holds no adapter", a, b, "--out", tmp_path / "full")
-    refused(capsys, "holds no adapter of ours", a, a, "--out", b)  # somebody's training output, checkpoints and all
-    (b / "certificate.json").write_text("{}")
+    refused(capsys, "holds no merged adapter", a, b, "--out", tmp_path / "full")
+    refused(capsys, "the size leaves nothing", a, b, "--target-params", 1, *out)
+    refused(capsys, "holds no merged adapter", a, a, "--out", b)  # somebody's training output, checkpoints and all
     refused(capsys, "one of the sources", a, b, "--out", b)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,17 @@ def test_adapters_begin_with_the_product_of_the_saved_one(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize(("num_processes", "strategy"), [(1, "none"), (2, "zero2")])
 def test_a_run_starts_at_the_loss_where_the_other_ended(
-    undisturbed: dict[int, Path], ground: Playground, num_processes: int, strategy: str
+    undisturbed: dict[int, Path], ground: Playground, tmp_path: Path, num_processes: int, strategy: str
 ) -> None:
     before = undisturbed[1]
     name = f"warm-{strategy}"
-    options: dict[str, Any] = {"model.adapter": str(before / "adapter"), "distributed.strategy": strategy}
-    assert ground.codes(name, num_processes, **options) == [0] * num_processes
+    adapter = Path(shutil.copytree(before / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/other-base"}))
+    options: dict[str, Any] = {"model.adapter": str(adapter), "distributed.strategy": strategy}
+    children = ground.start(name, num_processes, **options)
+    assert [child.wait() for child in children] == [0] * num_processes, children[0].output
+    assert children[0].output.count("model.adapter is of the base some/other-base") == 1
     ended, metrics = lines(before, "metrics.jsonl")[-1], lines(ground.run_dir(name), "metrics.jsonl")
     assert metrics[0]["step"] == 0 and metrics[0]["eval_loss"] == pytest.approx(ended["eval_loss_exported"], rel=1e-5)
     assert abs(lines(before, "metrics.jsonl")[0]["eval_loss"] - metrics[0]["eval_loss"]) > 1e-3, "it had learned"

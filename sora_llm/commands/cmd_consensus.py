@@ -7,15 +7,24 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sora_llm import checkpoint
-from sora_llm.backbone import TOKENIZER_FILES, BackboneSpec, dtype_name, load_backbone, load_config, skeleton
+from sora_llm.backbone import (
+    TOKENIZER_FILES,
+    BackboneSpec,
+    dtype_name,
+    load_backbone,
+    load_config,
+    skeleton,
+    tokenizer_files,
+)
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.config import Config
 from sora_llm.config import load_config as load_run_config
@@ -25,18 +34,17 @@ from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import cut_adapters, inject_sora, target_linears
-from sora_llm.inputs import backbone_spec, check_backbone, quiet_libraries, target_modules
-from sora_llm.lora_files import CERTIFICATE, CONFIG, read_lora
+from sora_llm.inputs import backbone_spec, quiet_libraries, target_modules
+from sora_llm.lora_files import CERTIFICATE, CONFIG, is_same_base, read_lora
 from sora_llm.merge import Merged, Replica, merge, merge_errors
-from sora_llm.pipeline import factors_of
-from sora_llm.sora import SoraLinear
 
 
 @dataclass(frozen=True)
 class Source:
     """An adapter to merge: its factors by module, its targets (a pruned one has no factors), what it was trained on.
 
-    `spec` is how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any.
+    `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
+    how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any.
     """
 
     name: str
@@ -45,9 +53,16 @@ class Source:
     factors: Factors
     scaling: Scaling
     targets: frozenset[str]
+    selector: str | list[str] | None = None
     spec: BackboneSpec | None = None
     data: tuple[str, ...] = ()
     folder: Path | None = None
+
+    def on(self, bare_model: nn.Module) -> Source:
+        """With all targets that it has on this base."""
+        if self.selector is None:
+            return self
+        return replace(self, targets=self.targets | target_linears(bare_model, self.selector).keys())
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -60,8 +75,8 @@ class Source:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Merge adapters of one base into the best low-rank form of the mean of their products: run "
-        "directories, checkpoints, or any PEFT LoRA folders.  Without a size nothing is lost.",
+        description="Merge adapters of one base: the singular components of the mean of their products.  Sources are "
+        "run directories, checkpoints and any PEFT LoRA folders.  Without a size nothing is lost.",
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="run directory, checkpoint or LoRA folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the merged adapter's new folder")
@@ -76,23 +91,34 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
     parser.add_argument(
         "--allow-missing", action="store_true", help="a module that only some sources have counts as 0 in the others"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
     def command() -> dict[str, Any]:
         check_numbers(arguments)
         folders = [user_path(text, "SOURCE") for text in arguments.sources]
-        check_out(arguments.out, folders)
+        out = arguments.out.absolute()
+        check_out(out, folders)
         quiet_libraries()
         sources = [read_source(folder) for folder in folders]
+        spec = replace(base_of(sources, arguments.base), trust_remote_code=arguments.trust_remote_code)
+        bare_model = skeleton(load_config(spec), spec)
+        sources = [source.on(bare_model) for source in sources]
         refuse_other_targets(sources, arguments.allow_missing)
-        spec = base_of(sources, arguments.base)
-        shapes = shapes_in(spec, sources)
-        weights = arguments.weights or [1.0] * len(sources)
+        shapes = shapes_in(spec, bare_model, sources)
+        largest = max(arguments.weights or [1.0])
+        weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
         replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
         merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
+        if merged.report.kept_cost == 0 and merged.report.energy > 0:
+            raise UserError(
+                f"the size leaves nothing: the cheapest rank takes {min(i + o for i, o in shapes.values()):,} "
+                "parameters; give more"
+            )
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
-        certificate = export_merged(sources, merged, spec, arguments.layout, arguments.out, result)
+        certificate = export_merged(sources, merged, spec, arguments.layout, out, result)
+        del certificate["merge"]  # said already
         return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
     return exit_code(command, arguments.json, as_text)
@@ -124,11 +150,17 @@ def check_out(out: Path, folders: Sequence[Path]) -> None:
     """UserError where the merged adapter would replace something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / CERTIFICATE).is_file():
-        raise UserError(f"--out {out} exists and holds no adapter of ours; name another folder, it would be replaced")
-    for folder in folders:
-        if out.resolve() in (folder.resolve(), (folder / "adapter").resolve()):
-            raise UserError(f"--out {out} is one of the sources; name another folder")
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise UserError(f"--out {out} is one of the sources; name another folder")
+    if out.is_dir() and any(out.iterdir()) and not _is_merged(out):
+        raise UserError(f"--out {out} exists and holds no merged adapter; name another folder, it would be replaced")
+
+
+def _is_merged(folder: Path) -> bool:
+    try:
+        return "merge" in json.loads((folder / CERTIFICATE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def refuse_other_targets(sources: Sequence[Source], allow_missing: bool) -> None:
@@ -150,45 +182,49 @@ def base_of(sources: Sequence[Source], base: str | None) -> BackboneSpec:
     Raises:
         UserError: they name different bases, or none.
     """
-    named = {_place(source.base): source for source in sources if source.base}
-    if base is None and len(named) > 1:
-        first, second = list(named.values())[:2]
-        raise UserError(
-            f"{first.name} is of the base {first.base} and {second.name} of {second.base}; only adapters of one base "
-            "can be merged (--base MODEL, if these are copies of one model)"
-        )
-    if base is None and not named:
+    named = [source for source in sources if source.base]
+    if base is not None:
+        known = next((source.spec for source in sources if source.spec is not None), None)
+        if known is not None:
+            return replace(known, name_or_path=base, revision=None)
+        spec = BackboneSpec(base)
+        return replace(spec, dtype=dtype_name(load_config(spec)))
+    if not named:
         raise UserError("no source says which base it is of; name it with --base MODEL")
-    revisions = {source.revision for source in sources if source.base}
-    if base is None and len(revisions) > 1:
-        raise UserError(f"the sources are of different revisions of their base: {', '.join(map(str, revisions))}")
-    known = next((source.spec for source in sources if source.spec is not None), None)
-    name = base or next(iter(named.values())).base
-    if known is not None and base is None:
+    first = named[0]
+    for other in named[1:]:
+        if not is_same_base(first.base, other.base):
+            raise UserError(
+                f"{first.name} is of the base {first.base} and {other.name} of {other.base}; only adapters of one base "
+                "can be merged (--base MODEL, if these are copies of one model)"
+            )
+        if (first.revision or "main") != (other.revision or "main") and not Path(first.base).expanduser().is_dir():
+            raise UserError(
+                f"{first.name} is of revision {first.revision or 'main'} of {first.base} and {other.name} of "
+                f"{other.revision or 'main'}; only adapters of one base can be merged (--base MODEL, if they are equal)"
+            )
+    known = next((source.spec for source in named if source.spec is not None), None)
+    if known is not None:
         return known
-    spec = known or BackboneSpec(name, revision=None if base else next(iter(revisions)))
-    spec = BackboneSpec(**{**vars(spec), "name_or_path": name})
-    return spec if known else BackboneSpec(**{**vars(spec), "dtype": dtype_name(load_config(spec))})
+    spec = BackboneSpec(first.base, revision=first.revision)
+    return replace(spec, dtype=dtype_name(load_config(spec)))
 
 
-def _place(base: str) -> str:
-    """A local base by its folder, a hub id by its name."""
-    folder = Path(base).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
-
-
-def shapes_in(spec: BackboneSpec, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
+def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
     """{module: (I, O)} of everything that a source adapts, from the base's config alone.
 
     Raises:
         UserError: a source that does not fit the base.
     """
-    linears = target_linears(skeleton(load_config(spec), spec))
+    linears = target_linears(bare_model)
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     for source in sources:
         missing = sorted(source.targets - shapes.keys())
         if missing:
-            raise UserError(f"{source.name} adapts {missing[0]}, which is no linear layer of {spec.name_or_path}")
+            raise UserError(
+                f"{source.name} adapts {missing[0]}, which is no layer of {spec.name_or_path} that can be merged "
+                "(linear ones, but for the output head)"
+            )
         for name, found in shapes_of(source.factors).items():
             if found != shapes[name]:
                 raise UserError(
@@ -269,17 +305,18 @@ def _of_checkpoint(folder: Path) -> Source:
         json.dump(state["config"], file)
         file.flush()
         config = load_run_config(file.name)
-    spec, bare_model = check_backbone(config, "none")
-    names = target_linears(bare_model, target_modules(config))
-    layers = {name: SoraLinear(linear, 1, 1.0) for name, linear in names.items()}
+    tensors = checkpoint.read_tensors(folder)
+    names = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
+    factors = {n: (tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], tensors.get(f"{n}.gate")) for n in names}
     return Source(
         str(folder),
         config.model.name_or_path,
         config.model.revision,
-        factors_of(layers, checkpoint.read_tensors(folder)),
+        factors,
         config.sora.lora_alpha / config.sora.r,
         frozenset(names),
-        spec=spec,
+        selector=target_modules(config),
+        spec=backbone_spec(config, "none"),
         data=_data(config),
     )
 
@@ -332,18 +369,23 @@ def export_merged(
     model = load_backbone(spec, make_accelerator("none", ALONE).device)
     inject_sora(model, r=1, lora_alpha=1, target_modules=list(merged.factors))  # scale 1, as the merged factors are
     cut_adapters(model, merged.factors)
-    folder = next((source.folder for source in sources if source.folder is not None), None)
-    files = [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    per_source = [_tokenizer_files(source.folder) for source in sources if source.folder is not None]
+    files = next((found for found in per_source if found), None) or tokenizer_files(spec)
     provenance = Provenance(
         base_model=spec.name_or_path,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=files,
         load_options=spec.load_call,
-        story=f"Merged from {len(sources)} adapters (the best low-rank form of the mean of their products)",
+        story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
+        beside="verified",
         notes={"merge": dict(result)},
         details=f"## Merge\n{_sources_table(result)}\n\nWho kept what:\n\n{_modules_table(result)}\n\n",
     )
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def as_text(result: Mapping[str, Any]) -> str:
