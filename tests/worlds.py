@@ -536,8 +536,8 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
         try:
             train.run(config, *broken)
             died = False
-        except Interrupted:
-            died = True
+        except (Interrupted, RunFailed) as failure:  # the other process may have been a little earlier, and said so
+            died = isinstance(failure, Interrupted) or "Interrupted" in str(failure)
         finally:
             train.save_checkpoint = plain_save
         train.run(config, *broken)
