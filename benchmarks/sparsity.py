@@ -160,10 +160,11 @@ def main() -> int:
     arms, shares, rates = arguments.arms, arguments.shares, sorted(arguments.rates)
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "runs.jsonl")
-    tuning = [Cell(arm, TUNED_AT, rate, TUNING_SEED, arguments.steps) for arm in TUNED for rate in rates]
+    to_tune = [arm for arm in TUNED if arm in arms or (arm == "svd" and "slots" in arms)]
+    tuning = [Cell(arm, TUNED_AT, rate, TUNING_SEED, arguments.steps) for arm in to_tune for rate in rates]
     tuned = results.of(tuning, arguments.workers)
     best = {}
-    for arm in TUNED:
+    for arm in to_tune:
         of_arm = {
             r["cell"]["learning_rate"]: r["eval_loss"] for r in tuned if r["cell"]["arm"] == arm and "eval_loss" in r
         }
@@ -172,7 +173,8 @@ def main() -> int:
         best[arm] = min(of_arm, key=lambda rate: of_arm[rate])
         if best[arm] in (rates[0], rates[-1]):
             print(f"note: the best rate of {arm}, {best[arm]:g}, is at the edge of those that were tried")
-    best["slots"] = best["svd"]
+    if "slots" in arms:
+        best["slots"] = best["svd"]
     cells = [
         Cell(arm, share, best[arm], seed, arguments.steps) for share in shares for arm in arms for seed in SEEDS[share]
     ]
@@ -195,7 +197,7 @@ def complain(sentence: str) -> int:
 
 def tuning_table(tuned: Sequence[dict[str, Any]], best: dict[str, float], rates: Sequence[float]) -> str:
     rows = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
-    for arm in TUNED:
+    for arm in (arm for arm in TUNED if arm in best):
         losses = {r["cell"]["learning_rate"]: r.get("eval_loss") for r in tuned if r["cell"]["arm"] == arm}
         shown = [f"**{losses[rate]:.3f}**" if rate == best[arm] else f"{losses[rate]:.3f}" for rate in rates]
         rows.append(f"| {arm} | " + " | ".join(shown) + " |")

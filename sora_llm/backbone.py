@@ -313,11 +313,15 @@ def takes_columns(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
+def tokenizer_files_in(folder: Path) -> list[Path]:
+    """The files of the tokenizer that lies in a local folder."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def tokenizer_files(spec: BackboneSpec) -> list[Path]:
     """The files of the base's tokenizer, as they are (`save_pretrained` would not write tokenizer.model)."""
-    folder = spec.folder
-    if folder.is_dir():
-        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if spec.folder.is_dir():
+        return tokenizer_files_in(spec.folder)
     from transformers.utils import cached_file
 
     found = (

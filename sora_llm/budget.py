@@ -62,6 +62,11 @@ class RankBudget:
         return goal + (self.full - goal) * (1.0 - place) ** 3
 
 
+def params_of(mean_rank: float, cost: int) -> int:
+    """The parameters that a mean rank allows modules which cost `cost` = Σ (I + O) together, exact as written."""
+    return math.floor(Fraction(str(mean_rank)) * cost)
+
+
 def make_budgets(
     shapes: Mapping[str, tuple[int, int]],
     r: int,
@@ -129,7 +134,7 @@ def _group(
 ) -> RankBudget:
     """The budget of `names` that is a mean rank."""
     costs = sum(sum(shapes[name]) for name in names)
-    params = math.floor(Fraction(str(mean_rank)) * costs)
+    params = params_of(mean_rank, costs)
     return _checked(_costed(pattern, names, shapes, r, params, min_rank), key)
 
 

@@ -255,6 +255,11 @@ def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
     return {name: (A.shape[1], B.shape[0]) for name, (A, B, _) in factors.items()}
 
 
+def empty_factors(num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
+    """A (0, I) and B (O, 0): those of a module that was pruned."""
+    return torch.zeros(0, num_in), torch.zeros(num_out, 0)
+
+
 def _costs(shapes: Shapes) -> dict[str, int]:
     return {name: i + o for name, (i, o) in shapes.items()}
 

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.consensus import product_distance
+from sora_llm.consensus import empty_factors, product_distance
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import copy_folder, file_sha256, publish
 from sora_llm.inject import adapters, bare, target_linears
+from sora_llm.lora_files import CERTIFICATE, CONFIG, WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 
 LAYOUTS = ("padded", "ragged")
-WEIGHTS = "adapter_model.safetensors"
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
 # Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -61,7 +61,7 @@ def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     folded = {}
     for name, layer in adapters(model).items():
         if layer.lora_A is None or layer.lora_B is None:
-            folded[name] = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
+            folded[name] = empty_factors(layer.in_features, layer.out_features)
             continue
         tensors = (layer.lora_A, layer.lora_B, layer.gate)
         A, B, gate = (None if t is None else t.detach().float().cpu() for t in tensors)
@@ -108,7 +108,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
     """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if folder.exists() and not (folder / "adapter_config.json").is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and holds no adapter; name another folder, this one would be replaced")
     factors = folded_factors(model)
     if not factors:
@@ -366,7 +366,7 @@ def certify_and_publish(
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     try:
-        (temporary / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n")
+        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n")
         (temporary / "README.md").write_text(model_card(layout, ranks, shapes, certificate, provenance))
         publish(temporary, folder)
     except OSError as error:

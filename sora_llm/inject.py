@@ -139,14 +139,18 @@ def check_start(
     for name, (A, B, _) in factors.items():
         if name not in shapes:
             raise UserError(f"the adapter changes {name}, which is no target module; add it to sora.target_modules")
-        num_in, num_out = shapes[name]
-        if (A.shape[1], B.shape[0]) != (num_in, num_out):
-            raise UserError(
-                f"the adapter has {name} as {A.shape[1]} → {B.shape[0]}, this model as {num_in} → {num_out}; it is an "
-                "adapter of another base"
-            )
+        check_shape("the adapter", name, (A.shape[1], B.shape[0]), shapes[name])
         if A.shape[0] > r:
             raise UserError(f"the adapter has rank {A.shape[0]} in {name}, more than sora.r {r}; raise sora.r")
+
+
+def check_shape(who: str, name: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    """UserError if module `name` is (I, O) in the adapter `who` and another shape in the base."""
+    if found != expected:
+        raise UserError(
+            f"{who} has {name} as {found[0]} → {found[1]}, the base as {expected[0]} → {expected[1]}; it is an adapter "
+            "of another base"
+        )
 
 
 @contextlib.contextmanager

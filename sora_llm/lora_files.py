@@ -22,8 +22,9 @@ from sora_llm.errors import UserError
 from sora_llm.files import file_sha256
 
 CONFIG, WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
+BASE = "base_model_name_or_path"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
-_OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base
+OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base
     "use_dora": "DoRA rescales the columns of the sum",
     "fan_in_fan_out": "its layers hold their weights transposed",
     "lora_bias": "it has biases of its own",
@@ -39,13 +40,13 @@ _OTHER_METHODS = {  # options of adapter_config.json that make another product o
     "monteclora_config": "its factors are drawn at random",
 }
 _HARMLESS = {  # what PEFT writes beside a plain LoRA, whatever its value
-    *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("task_type", "peft_type", "peft_version", "auto_mapping", BASE, "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change W beside the adapter
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change W beside the adapter
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class LoraFiles:
     factors: dict[str, tuple[Tensor, Tensor, None]]
     scaling: dict[str, float]
     targets: frozenset[str]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """{module: slots that are not 0}."""
-        return {name: self.factors[name][0].shape[0] if name in self.factors else 0 for name in sorted(self.targets)}
 
 
 def read_lora(folder: Path) -> LoraFiles:
@@ -104,12 +100,12 @@ def read_lora(folder: Path) -> LoraFiles:
         live = (A != 0).any(1) & (B != 0).any(0)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraFiles(config["base"], config["revision"], factors, scaling, frozenset(factors) | _certified(folder))
+    return LoraFiles(config[BASE], config.get("revision"), factors, scaling, frozenset(factors) | _certified(folder))
 
 
 def saved_base(folder: Path) -> str:
     """The base that the LoRA in `folder` names, "" if it names none; UserError as `read_lora`."""
-    base: str = _read_config(folder)["base"]
+    base: str = _read_config(folder)[BASE]
     return base
 
 
@@ -133,9 +129,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError("a rank below 1")
         if not all(map(math.isfinite, [config["lora_alpha"], *config["alpha_pattern"].values()])):
             raise ValueError("a lora_alpha that is not finite")
-        config["base"], config["revision"] = (config.get(key) for key in ("base_model_name_or_path", "revision"))
-        config["base"] = config["base"] or ""
-        if not isinstance(config["base"], str) or not isinstance(config["revision"], str | None):
+        config[BASE] = config.get(BASE) or ""
+        if not isinstance(config[BASE], str) or not isinstance(config.get("revision"), str | None):
             raise TypeError("a base that is no name")
     except OSError as error:
         raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
@@ -145,13 +140,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
     for option, value in config.items():
         is_set = value is not None if option.endswith("_config") else bool(value)
-        if is_set and option not in _HARMLESS and option != "base":
-            why = _OTHER_METHODS.get(option, "what that does is not known here")
+        if is_set and option not in _HARMLESS:
+            why = OTHER_METHODS.get(option, "what that does is not known here")
             raise UserError(f"{folder} is more than a plain LoRA: {option} is set, {why}")
     if config.get("bias", "none") != "none":
         raise UserError(f"{folder} is more than a plain LoRA: it trains biases (bias: {config['bias']})")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+    if isinstance(start, str) and start.lower().startswith(OTHER_BASES):
         raise UserError(
             f"{folder} began with {start}, which changes the base beside it, so that its factors alone are not what it "
             "does; PEFT can convert most of these while they are saved (path_initial_model_for_weight_conversion)"

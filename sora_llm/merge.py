@@ -97,6 +97,10 @@ class _Stack(NamedTuple):
     g_R: Tensor
     owner_R: Tensor
 
+    def in_mean(self, shares: Sequence[float]) -> Tensor:
+        """w_k · s · g of every slot (R,): what it adds to ΔW̄ is this times b aᵀ."""
+        return self.g_R.new_tensor(shares)[self.owner_R] * self.g_R
+
 
 def merge(
     replicas: Sequence[Replica],
@@ -129,8 +133,7 @@ def merge(
     parts, dtypes = {}, {}
     for name in shapes:
         stack = _stack(distinct.replicas, name)
-        shares_R = stack.g_R.new_tensor(distinct.shares)[stack.owner_R]
-        parts[name] = components(stack.A_RI, stack.B_OR, shares_R * stack.g_R, 1.0, name)
+        parts[name] = components(stack.A_RI, stack.B_OR, stack.in_mean(distinct.shares), 1.0, name)
         gram_KK += _inner_products(stack, len(distinct.replicas))
         dtypes[name] = _widest([replica.factors[name][0] for replica in distinct.replicas if name in replica.factors])
     factors, report = keep_components(
@@ -156,11 +159,9 @@ def merge_errors(replicas: Sequence[Replica], merged: PlainFactors, scaling: Sca
     errors = {}
     for name in _common_shapes(distinct.replicas):
         stack = _stack(distinct.replicas, name)
-        shares_R = stack.g_R.new_tensor(distinct.shares)[stack.owner_R]
         A, B = merged[name]
-        errors[name] = product_distance(
-            stack.A_RI, stack.B_OR * (shares_R * stack.g_R), A, B.double() * scaling_of(scaling, name)
-        )
+        mean_B, merged_B = stack.B_OR * stack.in_mean(distinct.shares), B.double() * scaling_of(scaling, name)
+        errors[name] = product_distance(stack.A_RI, mean_B, A, merged_B)
     return errors
 
 

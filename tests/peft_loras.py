@@ -9,6 +9,8 @@ import torch
 from helpers import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from sora_llm.lora_files import LoraFiles
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "lora_alpha": 5},
@@ -47,3 +49,8 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
             A, B = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
             found[name] = (module.scaling["default"] * B @ A).detach()
     return found
+
+
+def ranks_of(lora: LoraFiles) -> dict[str, int]:
+    """{module: slots that are not 0}, modules that were left out as 0."""
+    return {name: lora.factors[name][0].shape[0] if name in lora.factors else 0 for name in sorted(lora.targets)}

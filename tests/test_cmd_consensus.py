@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise_all, relative_error, tiny_llama
-from peft_loras import KINDS, deltas, peft_lora
+from peft_loras import KINDS, deltas, peft_lora, ranks_of
 from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
 
@@ -19,7 +19,7 @@ from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.files import file_sha256
 from sora_llm.inject import inject_sora
-from sora_llm.lora_files import _OTHER_BASES, _OTHER_METHODS, read_lora
+from sora_llm.lora_files import OTHER_BASES, OTHER_METHODS, read_lora
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_what_a_ragged_export_left_out_is_a_target_all_the_same(
     for layout in ("ragged", "padded"):
         export_adapter(model, tmp_path / layout, layout)
     ragged, padded = read_lora(tmp_path / "ragged"), read_lora(tmp_path / "padded")
-    assert ragged.ranks == padded.ranks and 0 in ragged.ranks.values()
+    assert ranks_of(ragged) == ranks_of(padded) and 0 in ranks_of(ragged).values()
     result = consensus(capsys, tmp_path / "ragged", tmp_path / "padded", "--out", tmp_path / "merged")
-    assert {name: module["rank"] for name, module in result["modules"].items()} == padded.ranks
+    assert {name: module["rank"] for name, module in result["modules"].items()} == ranks_of(padded)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("merged", "padded")]
     assert files[0].keys() == files[1].keys(), "every target has its tensors in the padded layout"
     found, expected = deltas(tmp_path / "merged"), deltas(tmp_path / "padded")
@@ -117,7 +117,7 @@ def test_runs_and_checkpoints_are_sources(
     result = consensus(capsys, run_dir, last, earlier, *weights, "--out", tmp_path / "merged")
     adapter = read_lora(run_dir / "adapter")
     ranks = json.loads((run_dir / "ranks.jsonl").read_text().splitlines()[-1])["ranks"]
-    assert {name: module["ranks"][0] for name, module in result["modules"].items()} == ranks == adapter.ranks
+    assert {name: module["ranks"][0] for name, module in result["modules"].items()} == ranks == ranks_of(adapter)
     assert [part["weight"] for part in result["sources"]] == [0.5, 0.5, 0.0]
     assert result["sources"][0]["cosine"] == pytest.approx(1.0), "the run's adapter is its last checkpoint, cut"
     merged = read_lora(tmp_path / "merged")
@@ -225,10 +225,10 @@ def test_a_broken_or_foreign_adapter_is_a_sentence(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("option", [*_OTHER_METHODS, *_OTHER_BASES])
+@pytest.mark.parametrize("option", [*OTHER_METHODS, *OTHER_BASES])
 def test_what_is_more_than_a_lora_is_refused_by_name(base: Path, tmp_path: Path, option: str) -> None:
     folder = peft_lora(base, tmp_path / "lora", 1, r=2)
-    edited(folder, **({"init_lora_weights": option} if option in _OTHER_BASES else {option: {"some": 1}}))
+    edited(folder, **({"init_lora_weights": option} if option in OTHER_BASES else {option: {"some": 1}}))
     with pytest.raises(UserError, match=option):
         read_lora(folder)
 
@@ -283,6 +283,25 @@ def test_copies_of_one_base_are_merged_when_it_is_named(
     result = consensus(capsys, a, b, "--base", copy, "--out", tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(copy) and result["certificate"]["passed"]
+
+
+def test_code_that_comes_with_a_base_is_run_on_request_alone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the dtype of the base's files is asked for."""
+    import sora_llm.commands.sources as sources
+
+    plain_load, trusted = sources.load_config, []
+
+    def seen(spec: Any) -> Any:
+        trusted.append(spec.trust_remote_code)
+        return plain_load(spec)
+
+    monkeypatch.setattr(sources, "load_config", seen)
+    a = peft_lora(base, tmp_path / "a", 1, r=2)
+    for number, flags in enumerate([(), ("--trust-remote-code",)]):
+        consensus(capsys, a, a, *flags, "--out", tmp_path / f"merged-{number}")
+    assert trusted == [False, True]
 
 
 def test_an_adapter_of_another_shape_is_refused_before_the_base_is_loaded(

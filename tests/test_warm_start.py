@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import shared
 from helpers import dense_delta, relative_error, tiny_llama
-from peft_loras import KINDS, deltas, peft_lora
+from peft_loras import KINDS, deltas, peft_lora, ranks_of
 from small_runs import Playground, lines
 
 from sora_llm.inject import adapters, inject_sora, start_from
@@ -25,7 +25,7 @@ def test_adapters_begin_with_the_product_of_the_saved_one(tmp_path: Path, kind: 
     start_from(model, lora.factors, lora.scaling)
     for name, layer in adapters(model).items():
         assert relative_error(dense_delta(layer), expected[name]) < 1e-6, name  # float32 factors
-        rank = lora.ranks[name]
+        rank = ranks_of(lora)[name]
         assert bool((layer.gate == 1).all()) and not bool(layer.lora_B[:, rank:].any())
         assert bool(layer.lora_A[rank:].any()), "slots that are left can still learn"
 

@@ -5,71 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from sora_llm import checkpoint
-from sora_llm.backbone import (
-    TOKENIZER_FILES,
-    BackboneSpec,
-    dtype_name,
-    load_backbone,
-    load_config,
-    skeleton,
-    tokenizer_files,
-)
+from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files, tokenizer_files_in
+from sora_llm.budget import params_of
 from sora_llm.commands.common import ALONE, exit_code
-from sora_llm.config import Config
-from sora_llm.config import load_config as load_run_config
-from sora_llm.consensus import Factors, Scaling, kept_ranks, mean_rank, scaling_of, shapes_of
+from sora_llm.commands.sources import Source, base_of, read_source, refuse_other_targets, replica, shapes_in
+from sora_llm.consensus import mean_rank
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
-from sora_llm.inject import cut_adapters, inject_sora, target_linears
-from sora_llm.inputs import backbone_spec, quiet_libraries, target_modules
-from sora_llm.lora_files import CERTIFICATE, CONFIG, is_same_base, read_lora
-from sora_llm.merge import Merged, Replica, merge, merge_errors
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter to merge: its factors by module, its targets (a pruned one has no factors), what it was trained on.
-
-    `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
-    how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any.
-    """
-
-    name: str
-    base: str
-    revision: str | None
-    factors: Factors
-    scaling: Scaling
-    targets: frozenset[str]
-    selector: str | list[str] | None = None
-    spec: BackboneSpec | None = None
-    data: tuple[str, ...] = ()
-    folder: Path | None = None
-
-    def on(self, bare_model: nn.Module) -> Source:
-        """With all targets that it has on this base."""
-        if self.selector is None:
-            return self
-        return replace(self, targets=self.targets | target_linears(bare_model, self.selector).keys())
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """{module: live slots}."""
-        slots = {name: A.shape[0] for name, (A, _, _) in self.factors.items()}
-        gated = kept_ranks({name: gate for name, (_, _, gate) in self.factors.items() if gate is not None})
-        return {name: gated.get(name, slots.get(name, 0)) for name in sorted(self.targets)}
+from sora_llm.inject import cut_adapters, inject_sora
+from sora_llm.inputs import quiet_libraries
+from sora_llm.lora_files import CERTIFICATE
+from sora_llm.merge import Merged, merge, merge_errors
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
@@ -102,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         check_out(out, folders)
         quiet_libraries()
         sources = [read_source(folder) for folder in folders]
-        spec = replace(base_of(sources, arguments.base), trust_remote_code=arguments.trust_remote_code)
+        spec = base_of(sources, arguments.base, arguments.trust_remote_code)
         bare_model = skeleton(load_config(spec), spec)
         sources = [source.on(bare_model) for source in sources]
         refuse_other_targets(sources, arguments.allow_missing)
@@ -163,166 +115,12 @@ def _is_merged(folder: Path) -> bool:
         return False
 
 
-def refuse_other_targets(sources: Sequence[Source], allow_missing: bool) -> None:
-    """UserError if the sources adapt different modules, unless that is allowed."""
-    first = sources[0]
-    for source in sources[1:]:
-        odd = sorted(source.targets ^ first.targets)
-        if odd and not allow_missing:
-            here, there = (first, source) if odd[0] in first.targets else (source, first)
-            raise UserError(
-                f"{here.name} adapts {odd[0]} and {there.name} does not ({len(odd)} modules differ); adapters of other "
-                "targets can only be merged as if they were 0 there: --allow-missing"
-            )
-
-
-def base_of(sources: Sequence[Source], base: str | None) -> BackboneSpec:
-    """How to load the one base of all sources: as the first run did, or in its own dtype.
-
-    Raises:
-        UserError: they name different bases, or none.
-    """
-    named = [source for source in sources if source.base]
-    if base is not None:
-        known = next((source.spec for source in sources if source.spec is not None), None)
-        if known is not None:
-            return replace(known, name_or_path=base, revision=None)
-        spec = BackboneSpec(base)
-        return replace(spec, dtype=dtype_name(load_config(spec)))
-    if not named:
-        raise UserError("no source says which base it is of; name it with --base MODEL")
-    first = named[0]
-    for other in named[1:]:
-        if not is_same_base(first.base, other.base):
-            raise UserError(
-                f"{first.name} is of the base {first.base} and {other.name} of {other.base}; only adapters of one base "
-                "can be merged (--base MODEL, if these are copies of one model)"
-            )
-        if (first.revision or "main") != (other.revision or "main") and not Path(first.base).expanduser().is_dir():
-            raise UserError(
-                f"{first.name} is of revision {first.revision or 'main'} of {first.base} and {other.name} of "
-                f"{other.revision or 'main'}; only adapters of one base can be merged (--base MODEL, if they are equal)"
-            )
-    known = next((source.spec for source in named if source.spec is not None), None)
-    if known is not None:
-        return known
-    spec = BackboneSpec(first.base, revision=first.revision)
-    return replace(spec, dtype=dtype_name(load_config(spec)))
-
-
-def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
-    """{module: (I, O)} of everything that a source adapts, from the base's config alone.
-
-    Raises:
-        UserError: a source that does not fit the base.
-    """
-    linears = target_linears(bare_model)
-    shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
-    for source in sources:
-        missing = sorted(source.targets - shapes.keys())
-        if missing:
-            raise UserError(
-                f"{source.name} adapts {missing[0]}, which is no layer of {spec.name_or_path} that can be merged "
-                "(linear ones, but for the output head)"
-            )
-        for name, found in shapes_of(source.factors).items():
-            if found != shapes[name]:
-                raise UserError(
-                    f"{source.name} has {name} as {found[0]} → {found[1]}, {spec.name_or_path} as {shapes[name][0]} → "
-                    f"{shapes[name][1]}; it is an adapter of another base"
-                )
-    everywhere = frozenset().union(*(source.targets for source in sources))
-    return {name: shape for name, shape in shapes.items() if name in everywhere}
-
-
-def replica(source: Source, weight: float, shapes: Mapping[str, tuple[int, int]]) -> Replica:
-    """With empty factors for the modules that the source lacks: what is pruned everywhere is a target all the same."""
-    factors, scaling = {}, {}
-    for name, (num_in, num_out) in shapes.items():
-        factors[name] = source.factors.get(name, (torch.zeros(0, num_in), torch.zeros(num_out, 0), None))
-        scaling[name] = scaling_of(source.scaling, name) if name in source.factors else 1.0
-    return Replica(weight, factors, scaling)
-
-
 def budget_of(arguments: argparse.Namespace, shapes: Mapping[str, tuple[int, int]]) -> int | None:
     """What may be kept, in parameters; None without a budget."""
     if arguments.target_rank is None:
         budget: int | None = arguments.target_params
         return budget
-    return math.floor(Fraction(str(arguments.target_rank)) * sum(i + o for i, o in shapes.values()))
-
-
-# ---------------------------------------------------------------------------------------------------------- sources
-
-
-def read_source(folder: Path) -> Source:
-    """The adapter that a path means.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; a source is a run directory, a checkpoint or a LoRA folder")
-    if (folder / CONFIG).is_file():
-        return _of_lora(folder)
-    if (folder / checkpoint.COMPLETE).is_file() or (folder / checkpoint.STATE).is_file():
-        return _of_checkpoint(folder)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "adapter" / CONFIG).is_file():
-            raise UserError(
-                f"{folder} has no adapter yet; start its command again to let it finish, or name one of its "
-                f"checkpoints ({folder / 'checkpoints'})"
-            )
-        return _of_run(folder)
-    raise UserError(
-        f"{folder} is no run directory (config.yaml), checkpoint ({checkpoint.COMPLETE}) or LoRA ({CONFIG})"
-    )
-
-
-def _of_lora(folder: Path) -> Source:
-    lora = read_lora(folder)
-    return Source(str(folder), lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder)
-
-
-def _of_run(run_dir: Path) -> Source:
-    config, lora = load_run_config(run_dir / "config.yaml"), read_lora(run_dir / "adapter")
-    return Source(
-        str(run_dir),
-        config.model.name_or_path,
-        config.model.revision,
-        lora.factors,
-        lora.scaling,
-        lora.targets,
-        spec=backbone_spec(config, "none"),
-        data=_data(config),
-        folder=run_dir / "adapter",
-    )
-
-
-def _of_checkpoint(folder: Path) -> Source:
-    state = checkpoint.read_state(folder)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # JSON is YAML, and only config.py reads configs
-        json.dump(state["config"], file)
-        file.flush()
-        config = load_run_config(file.name)
-    tensors = checkpoint.read_tensors(folder)
-    names = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
-    factors = {n: (tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], tensors.get(f"{n}.gate")) for n in names}
-    return Source(
-        str(folder),
-        config.model.name_or_path,
-        config.model.revision,
-        factors,
-        config.sora.lora_alpha / config.sora.r,
-        frozenset(names),
-        selector=target_modules(config),
-        spec=backbone_spec(config, "none"),
-        data=_data(config),
-    )
-
-
-def _data(config: Config) -> tuple[str, ...]:
-    return tuple(dataset.path for dataset in config.data.datasets)
+    return params_of(arguments.target_rank, sum(i + o for i, o in shapes.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------- result
@@ -369,7 +167,7 @@ def export_merged(
     model = load_backbone(spec, make_accelerator("none", ALONE).device)
     inject_sora(model, r=1, lora_alpha=1, target_modules=list(merged.factors))  # scale 1, as the merged factors are
     cut_adapters(model, merged.factors)
-    per_source = [_tokenizer_files(source.folder) for source in sources if source.folder is not None]
+    per_source = [tokenizer_files_in(source.folder) for source in sources if source.folder is not None]
     files = next((found for found in per_source if found), None) or tokenizer_files(spec)
     provenance = Provenance(
         base_model=spec.name_or_path,
@@ -382,10 +180,6 @@ def export_merged(
         details=f"## Merge\n{_sources_table(result)}\n\nWho kept what:\n\n{_modules_table(result)}\n\n",
     )
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def as_text(result: Mapping[str, Any]) -> str:

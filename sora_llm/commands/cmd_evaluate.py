@@ -14,6 +14,7 @@ from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.inputs import check_inputs, load_data
+from sora_llm.lora_files import CONFIG
 from sora_llm.pipeline import evaluate
 
 
@@ -25,8 +26,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     def command() -> dict[str, Any]:
         config = load_config(arguments.config, arguments.overrides)
         inputs = check_inputs(config, "none")
-        if arguments.adapter is not None and not (arguments.adapter / "adapter_config.json").is_file():
-            raise UserError(f"--adapter {arguments.adapter} holds no adapter_config.json; name an exported adapter")
+        if arguments.adapter is not None and not (arguments.adapter / CONFIG).is_file():
+            raise UserError(f"--adapter {arguments.adapter} holds no {CONFIG}; name an exported adapter")
         accelerator = make_accelerator("none", ALONE)
         rows = load_data(config, inputs, ALONE).dev
         if rows is None:

@@ -7,23 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sora_llm.backbone import load_backbone
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.config import Config, load_config
+from sora_llm.consensus import empty_factors
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.inject import adapters, cut_adapters, inject_sora
 from sora_llm.inputs import check_backbone, target_modules
-from sora_llm.lora_files import read_lora
+from sora_llm.lora_files import CERTIFICATE, CONFIG, WEIGHTS, read_lora
 from sora_llm.plan import stage_name
 from sora_llm.report import read_json_lines
-from sora_llm.sora import SoraLinear
 
-OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "certificate.json", "README.md", "chat_template.jinja")
+OWN_FILES = (CONFIG, WEIGHTS, CERTIFICATE, "README.md", "chat_template.jinja")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
@@ -94,7 +91,11 @@ def export_again(config: Config, source: Path, line: Mapping[str, Any], layout: 
     factors = {name: (A, B) for name, (A, B, _) in read_lora(source).factors.items()}  # an export's scale is 1
     model = load_backbone(spec, make_accelerator("none", ALONE).device)
     inject_sora(model, r=1, lora_alpha=1, target_modules=target_modules(config))  # of scale 1, as exported factors are
-    cut_adapters(model, {name: factors.get(name) or _pruned(layer) for name, layer in adapters(model).items()})
+    cut = {
+        name: factors.get(name) or empty_factors(layer.in_features, layer.out_features)
+        for name, layer in adapters(model).items()
+    }
+    cut_adapters(model, cut)
     template = source / "chat_template.jinja"
     provenance = Provenance(
         base_model=config.model.name_or_path,
@@ -114,7 +115,3 @@ def export_again(config: Config, source: Path, line: Mapping[str, Any], layout: 
         "mean_rank": line["mean_rank"],
         "certificate": certificate,
     }
-
-
-def _pruned(layer: SoraLinear) -> tuple[Tensor, Tensor]:
-    return torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
