@@ -191,25 +191,43 @@ def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[
     return {name: values / median for name, values in found.items()}
 
 
-def quantile_threshold(values: Mapping[str, Tensor], budget: RankBudget, wanted: float) -> float:
+def quantile_threshold(
+    values: Mapping[str, Tensor], budget: RankBudget, wanted: float, within_reach: Mapping[str, Tensor] | None = None
+) -> float:
     """τ such that the slots with value > τ cost `wanted`, or less than one component more.
 
-    `values` is {module: (R,)}, |g| · importance of each slot.  Where all that live cost less, nobody else is to die;
-    below the budget itself everybody may come back.
+    `values` is {module: (R,)}, |g| · importance of each slot.  Where all that live cost less, nobody else is to die.
+    Where they cost less than the budget itself, dead slots may come back, as many as are missing: those for which one
+    step can do most, `within_reach` being the value that it surely gives them.
     """
-    names = list(budget.costs)
-    flat = torch.cat([values[name].double().cpu() for name in names])
-    cost = torch.cat([torch.full((len(values[name]),), budget.costs[name], dtype=torch.int64) for name in names])
+    flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)
     sorted_values, spent = flat[order], torch.cumsum(cost[order], 0)
     num_live = int((sorted_values > 0).sum())
     live_cost = int(spent[num_live - 1]) if num_live else 0
-    if live_cost < budget.params:
-        return _NOTHING
+    weakest_alive = float(sorted_values[num_live - 1]) if num_live else math.inf
+    if live_cost < budget.params and within_reach is not None:
+        dead = flat == 0
+        return min(weakest_alive / 2, _weakest_of(_flat(within_reach, budget)[0][dead], cost[dead], wanted - live_cost))
     num_kept = int(torch.searchsorted(spent, torch.tensor(math.ceil(wanted), dtype=spent.dtype))) + 1
     if num_kept >= num_live:
-        return float(sorted_values[num_live - 1]) / 2
+        return weakest_alive / 2 if num_live else _NOTHING
     return float(sorted_values[num_kept])
+
+
+def _flat(values: Mapping[str, Tensor], budget: RankBudget) -> tuple[Tensor, Tensor]:
+    """The values of all slots of a budget's modules in a row, and what each of them costs."""
+    flat = torch.cat([values[name].double().cpu() for name in budget.costs])
+    cost = torch.cat([torch.full((len(values[name]),), each, dtype=torch.int64) for name, each in budget.costs.items()])
+    return flat, cost
+
+
+def _weakest_of(values: Tensor, cost: Tensor, missing: float) -> float:
+    """A threshold that the best of `values` pass, as many as cost `missing` together, and the others do not."""
+    order = torch.argsort(values, descending=True, stable=True)
+    num_wanted = int((torch.cumsum(cost[order], 0) < missing).sum()) + 1
+    candidates = values[order][:num_wanted]
+    return max(float(candidates[-1]) * 0.999, _NOTHING) if len(candidates) else _NOTHING
 
 
 _NOTHING = 1e-30

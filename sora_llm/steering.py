@@ -20,6 +20,9 @@ from sora_llm.consensus import kept_ranks
 from sora_llm.distributed import Engine, gather_integers
 from sora_llm.errors import RunFailed
 
+SURE_MOVE = 0.1
+"""What Adam moves a gate in one step at the least, in units of the learning rate, for nearly all of them."""
+
 
 class Steering:
     """Chooses λ (`decoupled`, by feedback) or τ (`adaptive`, by quantile) of each step of the sparsify window.
@@ -36,8 +39,10 @@ class Steering:
         self._wanted: dict[str, float] = {}
         self._applied: dict[str, float] = {}
 
-    def choose(self, engine: Engine, place: float) -> float | dict[str, float]:
+    def choose(self, engine: Engine, place: float, gate_lr: float) -> float | dict[str, float]:
         """λ of the step at `place` ∈ (0, 1] of the window, as Engine.set_rates takes it (collective).
+
+        `gate_lr` is the step's: a gate that is 0 before it moves about so far in it.
 
         Raises:
             RunFailed: processes count different gates.
@@ -53,7 +58,8 @@ class Steering:
             self._wanted[budget.name] = wanted
             if adaptive:
                 values = {name: gates[name].abs() * self.importance[name] for name in budget.costs}
-                self._applied[budget.name] = quantile_threshold(values, budget, wanted)
+                within_reach = {name: SURE_MOVE * gate_lr * self.importance[name] for name in budget.costs}
+                self._applied[budget.name] = quantile_threshold(values, budget, wanted, within_reach)
             else:
                 found = next_lambda(self.lambdas[budget.name], kept[budget.name], wanted, budget.full)
                 self.lambdas[budget.name] = found

@@ -481,7 +481,8 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
     sparse_lambda: float | dict[str, float] = 0.0
     steered: dict[str, Any] = {"lambda": 0.0}
     if stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at:
-        sparse_lambda = training.steering.choose(training.engine, stage.phases.place(step))
+        place, gate_lr = stage.phases.place(step), stage.rates(step)["gate_lr"]
+        sparse_lambda = training.steering.choose(training.engine, place, gate_lr)
         steered = training.steering.fields
     training.engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
     return steered

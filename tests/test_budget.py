@@ -138,10 +138,13 @@ def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
     assert kept - weakest[1] < wanted, "without the weakest of them it would be too little"
 
 
-def test_below_what_is_wanted_nobody_else_dies_and_below_the_budget_everybody_may_come_back():
-    costs, caps = {"a": 10}, {"a": 4}
-    values = {"a": torch.tensor([3.0, 2.0, 0.0, 0.0])}
-    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=15), wanted=30.0)
+def test_below_what_is_wanted_nobody_else_dies_and_below_the_budget_those_come_back_that_are_missing():
+    costs, caps = {"a": 10, "b": 10}, {"a": 4, "b": 4}
+    values = {"a": torch.tensor([3.0, 2.0, 0.0, 0.0]), "b": torch.tensor([2.5, 0.0, 0.0, 0.0])}
+    within_reach = {"a": torch.tensor([0.3, 0.2, 0.1, 0.04]), "b": torch.tensor([0.3, 0.08, 0.02, 0.0])}
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=25), 40.0, within_reach)
     assert 0.1 < threshold < 2.0, "the living stay, the dead stay dead"
-    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=25), wanted=30.0)
-    assert 0 < threshold < 1e-20, "a gate that moves at all is alive; one without a component (importance 0) is not"
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=45), 50.0, within_reach)
+    assert 0.04 < threshold < 0.08, "two are missing: the best of either module may come back, and nobody else"
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=79), 80.0, within_reach)
+    assert 0 < threshold < 1e-20, "where all are missing a gate that moves is alive; one of importance 0 is not"
