@@ -175,9 +175,9 @@ def _checked(group: RankBudget, key: str) -> RankBudget:
 # ----------------------------------------------------------------------------------------------------- two ways there
 
 
-def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int) -> float:
-    """The feedback of `decoupled`: λ ← clip(λ · exp(κ (kept − R*)/F))."""
-    return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(GAIN * (kept - wanted) / full)))
+def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_steps: int = 1) -> float:
+    """The feedback of `decoupled`: λ ← clip(λ · exp(κ n (kept − R*)/F)), for the next n steps."""
+    return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(GAIN * num_steps * (kept - wanted) / full)))
 
 
 def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, Tensor]:

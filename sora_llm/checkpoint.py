@@ -3,9 +3,10 @@
 A checkpoint holds the adapter's float32 masters and Adam moments by name in safetensors, the rest in JSON: nothing
 about processes or strategies, nothing of the frozen backbone, nothing that is unpickled.
 
-    checkpoints/step-N/adapter.safetensors   "<module>.lora_A", "<module>.lora_A.exp_avg", …
-    checkpoints/step-N/state.json            step, counters, the resolved config
-    checkpoints/step-N/COMPLETE              SHA-256 of the other two, written last
+    checkpoints/step-N/adapter.safetensors     "<module>.lora_A", "<module>.lora_A.exp_avg", …
+    checkpoints/step-N/replica-K.safetensors   with local updates: each replica's own; the adapter is the agreed one
+    checkpoints/step-N/state.json              step, counters, the resolved config
+    checkpoints/step-N/COMPLETE                SHA-256 of the others, written last
 """
 
 from __future__ import annotations
@@ -36,40 +37,89 @@ LOCK_WAIT_SECONDS = 60
 
 
 def save(
-    run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int | None = None
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int | None = None,
+    num_replicas: int = 0,
 ) -> Path:
     """Write checkpoints/step-N beside its place, complete, and rename it there.
 
-    Then all but this one and the newest `keep` − 1 others are dropped.  Call it on one process.
+    Then all but this one and the newest `keep` − 1 others are dropped.  Call it on one process; where replicas differ
+    after `begin_replicas` and each one's `save_replica`.
 
     Raises:
-        RunFailed: the disk is full or read-only; older checkpoints are untouched.
+        RunFailed: the disk is full or read-only, or a replica's file is not to be seen; older checkpoints are
+            untouched.
     """
     folder = run_dir / "checkpoints" / f"step-{step}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        make_folder(folder.parent)
-        remove_leftovers(run_dir)
-        temporary.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    temporary = _temporary(run_dir, step)
+    with _or_fail(run_dir, step):
+        if num_replicas == 0:
+            begin_replicas(run_dir, step)
+        _save_tensors(tensors, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
-        hashes = {name: file_sha256(temporary / name) for name in (TENSORS, STATE)}
-        for name in hashes:
-            fsync(temporary / name)
+        fsync(temporary / STATE)
+        names = [TENSORS, STATE, *(replica_file(index) for index in range(num_replicas))]
+        hashes = {name: file_sha256(temporary / name) for name in names}
         write_text_atomically(temporary / COMPLETE, _complete(hashes))
         publish(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFailed(
-            f"the checkpoint of step {step} could not be saved in {folder.parent} ({error}); earlier checkpoints are "
-            "whole: free some space and start the same command again"
-        ) from error
     if keep is not None:
         others = [other for other in _folders(run_dir) if other != folder]
         for old in others[keep - 1 :]:
             with contextlib.suppress(OSError):
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")), ignore_errors=True)
     return folder
+
+
+def begin_replicas(run_dir: Path, step: int) -> None:
+    """Make the folder in which a checkpoint comes to be.  Call it on one process.
+
+    Raises:
+        RunFailed: as `save`.
+    """
+    with _or_fail(run_dir, step):
+        make_folder(run_dir / "checkpoints")
+        remove_leftovers(run_dir)
+        _temporary(run_dir, step).mkdir()
+
+
+def save_replica(run_dir: Path, step: int, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write what replica `index` holds for itself into the folder that `begin_replicas` has made.
+
+    Raises:
+        RunFailed: as `save`.
+    """
+    with _or_fail(run_dir, step):
+        _save_tensors(tensors, _temporary(run_dir, step) / replica_file(index))
+
+
+def replica_file(index: int) -> str:
+    """Its name in a checkpoint."""
+    return f"replica-{index}.safetensors"
+
+
+def _temporary(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f".step-{step}.tmp"
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    fsync(path)
+
+
+@contextlib.contextmanager
+def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
+    """RunFailed, and nothing left, where a checkpoint cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_temporary(run_dir, step), ignore_errors=True)
+        raise RunFailed(
+            f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); earlier "
+            "checkpoints are whole: free some space and start the same command again"
+        ) from error
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -99,7 +149,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         said = (folder / COMPLETE).read_text()
         hashes = json.loads(said)
-        found = {name: file_sha256(folder / name) for name in (TENSORS, STATE)}
+        names = [TENSORS, STATE, *(name for name in hashes if name not in (TENSORS, STATE))]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("files outside the folder")
+        found = {name: file_sha256(folder / name) for name in names}
         damaged = [name for name in found if found[name] != hashes[name]]
         if said == _complete(found):
             state: dict[str, Any] = json.loads((folder / STATE).read_text())
@@ -109,18 +162,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     raise UserError(f"the checkpoint {folder} is damaged: {', '.join(damaged) or COMPLETE} is not what was saved")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, file: str = TENSORS) -> dict[str, Tensor]:
     """The tensors of a checkpoint that `read_state` has accepted, perhaps on another machine: checked once more.
 
     Raises:
         UserError: they cannot be read, on a machine that does not see the folder for example.
     """
     try:
-        if file_sha256(folder / TENSORS) == json.loads((folder / COMPLETE).read_text())[TENSORS]:
-            return load_file(folder / TENSORS)
+        if file_sha256(folder / file) == json.loads((folder / COMPLETE).read_text())[file]:
+            return load_file(folder / file)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
-    raise UserError(f"the checkpoint {folder} is damaged: {TENSORS} is not what was saved")
+    raise UserError(f"the checkpoint {folder} is damaged: {file} is not what was saved")
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:

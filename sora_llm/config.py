@@ -145,10 +145,10 @@ class Distributed:
     """How processes share the work.  How many there are, and where, is the launcher's business."""
 
     strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"  # auto: none alone, else zero2
-    sync_every: Count = 1  # optimizer steps between synchronisations
-    replica: Literal["process", "node"] = "process"  # what takes local steps when sync_every > 1
-    outer_learning_rate: Annotated[float, "> 0"] = 1.0
-    outer_momentum: Annotated[float, ">= 0", "< 1"] = 0.0
+    sync_every: Count = 1  # above 1: local updates, so many optimizer steps between rounds; under ddp
+    replica: Literal["process", "node"] = "process"  # what takes local steps; inside a node gradients are averaged
+    outer_learning_rate: Annotated[float, "> 0"] = 1.0  # of the step from a round's start to the mean of A and B
+    outer_momentum: Annotated[float, ">= 0", "< 1"] = 0.0  # Nesterov, over rounds
     check_every: Count = 100  # steps between proofs that the processes agree
     timeout_minutes: Annotated[float, "> 0"] = 30.0  # after which a process that waits for the others gives up
     deepspeed_config: str | None = None  # a DeepSpeed JSON file, merged under our keys
@@ -207,10 +207,6 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # What the schema knows and this version cannot do yet: key → (the values that work, what to do instead).
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "distributed.sync_every": ((1,), "use 1"),
-    "distributed.replica": (("process",), "use process"),
-    "distributed.outer_learning_rate": ((1.0,), "use 1.0"),
-    "distributed.outer_momentum": ((0.0,), "use 0.0"),
     "output.export_layout": (("padded", "ragged"), "use padded or ragged and convert or merge the adapter afterwards"),
     "output.push_to_hub": ((False,), "use false and upload the adapter folder afterwards"),
     "output.hub_model_id": ((None,), "leave it null and upload the adapter folder afterwards"),
@@ -593,7 +589,12 @@ def _datasets(data: Data) -> Iterator[tuple[str, Dataset]]:
 
 
 def _check_combinations(config: Config, origin: _Origin) -> None:
-    problems = [*_sora_problems(config, origin), *_backbone_problems(config, origin), *_data_problems(config)]
+    problems = [
+        *_sora_problems(config, origin),
+        *_replica_problems(config, origin),
+        *_backbone_problems(config, origin),
+        *_data_problems(config),
+    ]
     if problems:
         raise UserError(problems[0])
 
@@ -653,6 +654,25 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
         yield f"{state('consensus_at')} must be 1.0 in a sparsity path: each stage goes on from uncut weights."
     if not sora.retrain and sora.threshold != "constant":
         yield f"{state('retrain')} needs sora.threshold constant: the others' threshold is lr · λ, and lr would be 0."
+
+
+def _replica_problems(config: Config, origin: _Origin) -> Iterator[str]:
+    """Of local updates."""
+    distributed = config.distributed
+
+    def state(name: str) -> str:
+        return origin.state(config, f"distributed.{name}")
+
+    if distributed.sync_every > 1:
+        if distributed.strategy.startswith("zero"):
+            yield (
+                f"{state('sync_every')} does not go with {state('strategy')}: ZeRO's processes hold shards of one "
+                "optimizer and have to step together; use strategy ddp (or auto), or sync_every 1."
+            )
+        return
+    for name, default in (("replica", "process"), ("outer_learning_rate", 1.0), ("outer_momentum", 0.0)):
+        if getattr(distributed, name) != default:
+            yield f"{state(name)} goes with local updates; set distributed.sync_every above 1, or leave it out."
 
 
 def _backbone_problems(config: Config, origin: _Origin) -> Iterator[str]:

@@ -32,10 +32,10 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sora_llm.consensus import disagreements, tensor_hash
+from sora_llm.consensus import disagreements, fingerprints, tensor_hash
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import adapter_parameters, adapters
-from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW
+from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
 from sora_llm.topology import ZERO_STAGES, World
 
 T = TypeVar("T")
@@ -214,15 +214,106 @@ def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "
     return received
 
 
-def agree(hashes: Mapping[str, str], what: str) -> None:
-    """Raise RunFailed on every process, naming tensors and processes, unless all processes hold the same hashes."""
-    odd = disagreements(gather_objects(dict(hashes)))
+ALL: tuple[tuple[int, ...], ...] = ()
+"""Every process, where groups of them are asked for."""
+
+
+def agree(hashes: Mapping[str, str], what: str, groups: Sequence[Sequence[int]] = ALL) -> None:
+    """Raise RunFailed on every process, naming tensors and processes, unless all processes (of each of `groups`) hold
+    the same hashes."""
+    found = gather_objects(dict(hashes))
+    odd: dict[str, list[int]] = {}
+    for group in groups or [range(len(found))]:
+        for name, places in disagreements([found[process] for process in group]).items():
+            odd.setdefault(name, []).extend(group[place] for place in places)
     if odd:
         shown = "; ".join(f"{name} on process {', '.join(map(str, who))}" for name, who in list(odd.items())[:5])
         raise RunFailed(
             f"{what} differs between processes: {shown}{' …' if len(odd) > 5 else ''} ({len(odd)} tensors); nothing "
             "was written: restart from the last checkpoint and look at the memory of the machine named"
         )
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Who takes local steps together, and how adapters travel between those who do not.
+
+    `members` are the processes of every replica, the first of which speaks for it (its lead); `index` is this process's
+    replica.  Inside a replica gradients are averaged at every step.  `own_group` is None where it is one process.
+    """
+
+    members: tuple[tuple[int, ...], ...] = ((0,),)
+    index: int = 0
+    own_group: Any = None
+    lead_group: Any = None
+
+    @classmethod
+    def make(cls, replica: str, world: World, device: torch.device | str = "cpu") -> Replicas:
+        """Every process a replica ("process"), or those of a machine together ("node") (collective)."""
+        local_indices = [found[0] for found in gather_integers([world.local_process_index], device)]
+        starts = [p for p, local in enumerate(local_indices) if replica == "process" or local == 0]
+        ends = [*starts[1:], len(local_indices)]
+        members = tuple(tuple(range(start, end)) for start, end in zip(starts, ends, strict=True))
+        index = next(k for k, processes in enumerate(members) if world.process_index in processes)
+        if not _several():
+            return cls()
+        # Every process takes part in the making of every group, its own or not.
+        groups = [dist.new_group(list(processes)) if len(processes) > 1 else None for processes in members]
+        lead_group = dist.new_group([processes[0] for processes in members])
+        return cls(members, index, groups[index], lead_group)
+
+    @property
+    def num(self) -> int:
+        return len(self.members)
+
+    @property
+    def own_members(self) -> tuple[int, ...]:
+        """The processes of this one."""
+        return self.members[self.index]
+
+    @property
+    def is_lead(self) -> bool:
+        return not _several() or dist.get_rank() == self.own_members[0]
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Part k of every replica, in their order, on the lead of replica k; [] on who leads none (collective).
+
+        Part k has one shape and dtype everywhere.
+        """
+        if not _several():
+            return [parts[0]]
+        if not self.is_lead:
+            return []
+        received: list[Tensor] = []
+        for owner, part in enumerate(parts):
+            found = [torch.empty_like(part) for _ in self.members] if owner == self.index else None
+            dist.gather(part.contiguous(), found, dst=self.members[owner][0], group=self.lead_group)
+            received = received if found is None else found
+        return received
+
+    def spread(self, own: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
+        """What each lead has, on every process (collective); `like` has the shapes and dtypes, leads give their own."""
+        if not _several():
+            assert own is not None
+            return [own]
+        spread = []
+        for owner, template in enumerate(like):
+            mine = self.is_lead and owner == self.index
+            buffer = own.contiguous() if mine and own is not None else torch.empty_like(template)
+            dist.broadcast(buffer, src=self.members[owner][0])
+            spread.append(buffer)
+        return spread
+
+    def gather_on_main(self, tensor: Tensor) -> list[Tensor]:
+        """Every replica's tensor, of one shape and dtype, in their order on the main process; [] elsewhere
+        (collective)."""
+        if not _several():
+            return [tensor]
+        if not self.is_lead:
+            return []
+        found = [torch.empty_like(tensor) for _ in self.members] if dist.get_rank() == 0 else None
+        dist.gather(tensor.contiguous(), found, dst=0, group=self.lead_group)
+        return found or []
 
 
 def on_main(action: Callable[[], T], world: World) -> T:
@@ -265,6 +356,13 @@ def _unless_failed(outcome: Any, failures: Sequence[Exception | None]) -> Any:
 # --------------------------------------------------------------------------------------------------------- engine
 
 
+def _within(replicas: Replicas, model: nn.Module) -> nn.Module:
+    """`model` as its replica trains it: in DDP over the replica's processes, where they are several."""
+    if replicas.own_group is None:
+        return model
+    return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, broadcast_buffers=False)
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """`grad_norm` is the global L2 norm before clipping; a step with a non-finite one is skipped."""
@@ -277,7 +375,8 @@ class Engine:
     """A model and its ProxAdamW under one strategy: the same four calls for one process, DDP and ZeRO-1/2/3.
 
     `model` is what to call in the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
-    `param_groups` carry lr and λ.
+    `param_groups` carry lr and λ.  With `replicas` (none and ddp alone) it is this replica's: values, moments and
+    gradients are its own until `write` makes them equal everywhere.
     """
 
     def __init__(
@@ -287,16 +386,20 @@ class Engine:
         optimizer: ProxAdamW,
         strategy: str,
         max_grad_norm: float | None,
+        replicas: Replicas | None = None,
     ):
         gates_before = {
             name: p.detach().clone() for name, p in adapter_parameters(model).items() if name.endswith(".gate")
         }
         self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
-        self.module, self.optimizer = model, optimizer
+        self.module, self.optimizer, self.replicas = model, optimizer, replicas
         self._has_importance = self.is_spent = False
         self._zero: Any = None
         self._adapter_parameters = adapter_parameters(model)
-        self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
+        if replicas is None:
+            self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
+        else:  # gradients stay inside the replica, and accelerate only knows the whole world
+            self.model, prepared_optimizer = _within(replicas, model), accelerator.prepare(optimizer)
         if self.is_zero:
             self._zero = prepared_optimizer.optimizer  # DeepSpeed's sharding optimizer around ours
             inner = self._zero.optimizer
@@ -366,6 +469,36 @@ class Engine:
             together = torch.stack([gate.detach().float() for gate in parameters.values()]).cpu()
         return dict(zip(parameters, together.unbind(), strict=True))
 
+    def values(self) -> dict[str, Tensor]:
+        """The float32 values of every adapter tensor by name, on the device, as the optimizer holds them; not ZeRO."""
+        assert not self.is_zero
+        return {
+            name: self.optimizer.state.get(p, {}).get("master", p).detach().float()
+            for name, p in self._adapter_parameters.items()
+        }
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Give adapter tensors other float32 values, and lower precision its rounding of them; not ZeRO."""
+        assert not self.is_zero
+        with torch.no_grad():
+            for name, value in values.items():
+                p = self._adapter_parameters[name]
+                p.copy_(value)
+                if "master" in (state := self.optimizer.state.get(p, {})):
+                    state["master"].copy_(value)
+                elif p.dtype not in (torch.float32, torch.float64):
+                    # Before its first step, which would take the rounding for the value.
+                    self.optimizer.state[p] = {**state, "master": value.detach().float().clone()}
+
+    def take_thresholds(self) -> dict[str, Tensor]:
+        """{module: Σ τ_t (R,)} of the deferred proxes since it was called last, float32."""
+        taken = {}
+        for name, layer in adapters(self.module).items():
+            if layer.gate is not None:
+                deferred = self.optimizer.state.get(layer.gate, {}).pop(TAU_SUM, None)
+                taken[name] = torch.zeros_like(layer.gate, dtype=torch.float32) if deferred is None else deferred
+        return taken
+
     def masters(self) -> dict[str, Tensor]:
         """The float32 value of every adapter tensor, by "<module>.lora_A|lora_B|gate", on the CPU (collective)."""
         if self.is_spent:
@@ -381,14 +514,16 @@ class Engine:
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
         """The optimizer's tensors of every adapter tensor as "<tensor>.exp_avg", ".exp_avg_sq" and, of gates under
-        "adaptive", ".importance"; and the number of its steps (collective).  Empty before there are any."""
-        if not self.optimizer.state:
+        "adaptive", ".importance", of gates whose prox is deferred ".tau_sum"; and the number of its steps (collective).
+        Empty before there are any."""
+        if not any(MOMENTS[0] in state for state in self.optimizer.state.values()):
             return {}, 0
         found = {}
         if self.is_zero:
             self._link_optimizer_state()
         for name, p in self._adapter_parameters.items():
-            for key in self._state_of(name):
+            deferred = (TAU_SUM,) if TAU_SUM in self.optimizer.state.get(p, {}) else ()
+            for key in (*self._state_of(name), *deferred):
                 found[f"{name}.{key}"] = self._read_state(p, key).cpu().clone()
         return found, self.num_optimizer_steps
 
@@ -429,6 +564,8 @@ class Engine:
                 own = {key: state.get(f"{name}.{key}", zeros).to(p.device).clone() for key in self._state_of(name)}
                 if p.dtype != torch.float32:
                     own["master"] = masters[name].to(p.device).clone()
+                if f"{name}.{TAU_SUM}" in state:
+                    own[TAU_SUM] = state[f"{name}.{TAU_SUM}"].to(p.device).clone()
                 self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
 
     def _load_zero(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
@@ -484,19 +621,25 @@ class Engine:
     def prove_agreement(self) -> None:
         """Compare what this strategy replicates; call it between steps, before the next one heals a copy.
 
-        DDP: parameters and moments.  ZeRO-1/2: the model copies, and each process's master shard, cast, against its
-        slice of the copy, bit for bit.  ZeRO-3 keeps no replica: nothing can be compared here.
+        DDP: parameters and moments (with replicas: moments within each; call it when a round has ended).  ZeRO-1/2:
+        the model copies, and each process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3
+        keeps no replica: nothing can be compared here.
 
         Raises:
             RunFailed: naming tensors and processes.
         """
         if self.strategy in ("none", "zero3") or self.is_spent:
             return
-        hashes = {name: tensor_hash(p) for name, p in self._adapter_parameters.items()}
-        if self.strategy == "ddp" and self.num_optimizer_steps:
-            for name, p in self._adapter_parameters.items():
-                hashes |= {f"{name}.{key}": tensor_hash(self.optimizer.state[p][key]) for key in MOMENTS}
-        agree(hashes, "the adapter")
+        agree(fingerprints(self._adapter_parameters), "the adapter")
+        if self.strategy == "ddp":
+            moments = {
+                f"{name}.{key}": state[key]
+                for name, p in self._adapter_parameters.items()
+                if MOMENTS[0] in (state := self.optimizer.state.get(p, {}))
+                for key in MOMENTS
+            }
+            members = ALL if self.replicas is None else self.replicas.members
+            agree(fingerprints(moments), "the optimizer state", members)
         if self.is_zero:
             self._prove_masters()
 

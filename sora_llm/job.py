@@ -14,11 +14,12 @@ from sora_llm import checkpoint, distributed, pipeline
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
-from sora_llm.distributed import gather_objects, on_main
+from sora_llm.distributed import Replicas, gather_objects, on_main
 from sora_llm.errors import Preempted, UserError
 from sora_llm.files import user_path
 from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
 from sora_llm.lifeline import Lifeline
+from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.loop import StepBatches, step_batches
 from sora_llm.lora_files import is_same_base, saved_base
 from sora_llm.plan import Plan
@@ -39,6 +40,8 @@ class Job:
     fingerprint: Mapping[str, int | str]
     stop: StopRequest
     lifeline: Lifeline
+    replicas: Replicas | None = None
+    """Who takes local steps; None where all processes step together."""
 
     def heed_stop(self) -> None:
         """Raise Preempted on every process if one of them was asked to stop (collective)."""
@@ -61,9 +64,15 @@ class Job:
         """What optimizer step `step` trains on."""
         packed = self.config.data.sample_packing
         batch_size = self.config.train.per_device_train_batch_size
+        together = None if self.replicas is None else self.replicas.own_members
         return step_batches(
-            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed)
+            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed), together
         )
+
+    @property
+    def num_averaging(self) -> int:
+        """How many processes average their gradients."""
+        return self.world.num_processes if self.replicas is None else len(self.replicas.own_members)
 
     @property
     def memory(self) -> pipeline.MemoryEstimate:
@@ -88,6 +97,8 @@ def announce(job: Job) -> None:
         f"beside {memory.frozen_parameters:,} frozen ones; gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
+    if job.replicas is not None:
+        say(world, local_updates(job, job.replicas))
     if plan.config.model.adapter is not None:
         say(world, f"starting from the adapter {plan.config.model.adapter}")
     for budget in plan.budgets:
@@ -99,6 +110,19 @@ def announce(job: Job) -> None:
         )
     for line in warnings(plan):
         say(world, f"warning: {line}")
+
+
+def local_updates(job: Job, replicas: Replicas) -> str:
+    """What is said of them: who takes local steps, and what a round costs."""
+    settings = job.config.distributed
+    num_bytes = round_bytes(job.memory.trainable_parameters, replicas.num)
+    times = ", ".join(f"{transfer_seconds(num_bytes, link):.3g} s at {link}" for link in (1, 10, 100))
+    outer = settings.outer_learning_rate, settings.outer_momentum
+    how = "averaged" if outer == (1.0, 0.0) else f"merged by an outer step (lr {outer[0]:g}, momentum {outer[1]:g})"
+    return (
+        f"local updates: {replicas.num} replica{'s' if replicas.num > 1 else ''}, {how} every {settings.sync_every} "
+        f"steps; a round moves {num_bytes / 2**20:.3g} MiB from and to each ({times} Gbit/s), ddp as much every step"
+    )
 
 
 def warnings(plan: Plan) -> Iterator[str]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +15,25 @@ from torch import Tensor
 from sora_llm.backbone import causal_loss_sum
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.order import PackedRows, share
-from sora_llm.distributed import Engine, StepOutcome, sum_over_processes
+from sora_llm.distributed import Engine, StepOutcome, gather_integers, sum_over_processes
 from sora_llm.topology import World
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One process's micro-batches of a step; the other figures are of the whole step, over all processes."""
+    """One process's micro-batches of a step, and what it trains on: a weight is that of supervised tokens, their
+    number, unless the data gives weights."""
 
     micro_batches: Sequence[Mapping[str, Tensor]]
     """The arguments of `causal_loss_sum`."""
     weight: float
-    """Of the supervised tokens: their number, unless the data gives weights."""
+    """Over the processes that average their gradients: of the whole step, or of the replica's part of it."""
+    own_weight: float
+    """Of this process's rows."""
     supervised_tokens: int
+    """Of the whole step, over all processes."""
     tokens: int
+    """Of the whole step, over all processes."""
 
 
 def step_batches(
@@ -35,15 +41,28 @@ def step_batches(
     world: World,
     micro_batch_size: int,
     collate: Callable[[list[list[TokenRow]]], Mapping[str, Tensor]],
+    together: Sequence[int] | None = None,
 ) -> StepBatches:
-    """What a step that takes `sequences` is made of on this process."""
-    mine = share(sequences, world.process_index, world.num_processes, micro_batch_size)
+    """What a step that takes `sequences` is made of on this process.
+
+    `together` are the processes whose gradients are averaged with this one's; None is all of them.
+    """
+
+    def share_of(process_index: int) -> list[list[PackedRows]]:
+        return share(sequences, process_index, world.num_processes, micro_batch_size)
+
+    mine = share_of(world.process_index)
     return StepBatches(
         [collate([sequence.read() for sequence in micro_batch]) for micro_batch in mine],
-        sum(sequence.weight for sequence in sequences),
+        _weight([sequences] if together is None else [rows for process in together for rows in share_of(process)]),
+        _weight(mine),
         sum(sequence.num_supervised for sequence in sequences),
         sum(sequence.num_tokens for sequence in sequences),
     )
+
+
+def _weight(micro_batches: Sequence[Sequence[PackedRows]]) -> float:
+    return sum(sequence.weight for sequences in micro_batches for sequence in sequences)
 
 
 def train_step(
@@ -54,14 +73,17 @@ def train_step(
 ) -> tuple[Tensor, StepOutcome]:
     """Forward and backward over this process's micro-batches, then the step.
 
-    The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all processes and
-    micro-batches; engines average gradients over processes, hence the factor.  A non-finite loss makes this process's
-    gradients NaN, so the reduced norm is NaN on every process and all skip the step together.  `before_step` is
-    called between the two: there the copies of the step before are still what every process computed with.
+    The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all micro-batches
+    and of the `num_processes` whose gradients engines average, hence the factor.  A non-finite loss makes this
+    process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together.  A replica
+    that the last step of an epoch left without rows stands still.  `before_step` is called between the two: there the
+    copies of the step before are still what every process computed with.
 
     Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    if batches.weight == 0:
+        return loss_sum, StepOutcome(0.0, skipped=False)
     weight = torch.tensor(num_processes / batches.weight, device=engine.device)
     for index, batch in enumerate(batches.micro_batches):
         with engine.micro_batch(last=index == len(batches.micro_batches) - 1):
@@ -76,7 +98,7 @@ def train_step(
 
 @dataclass
 class Tally:
-    """Loss, its weight and tokens since the last logged line, and non-finite steps in a row."""
+    """This process's loss and its weight, and all tokens, since the last logged line; non-finite steps in a row."""
 
     device: torch.device
     loss_sum: Tensor
@@ -102,21 +124,21 @@ class Tally:
             return
         self.skipped_in_a_row = 0
         self.loss_sum += loss_sum
-        self.weight += batches.weight
+        self.weight += batches.own_weight
 
-    def total_loss(self) -> float:
-        """Σ weight · cross-entropy since the last line over all processes (collective)."""
-        return sum_over_processes(self.loss_sum, device=self.device)[0]
+    def totals(self) -> list[float]:
+        """Σ weight · cross-entropy and Σ weight since the last line over all processes (collective)."""
+        return sum_over_processes(self.loss_sum, self.weight, device=self.device)
 
     def flush(self) -> dict[str, float]:
         """loss, tokens_per_second and step_seconds since the last line, which ends here (collective)."""
-        total = self.total_loss()
+        total, weight = self.totals()
         self.pause_clock()
         line = {"tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
         if self.steps:
             line["step_seconds"] = self.seconds / self.steps
-        if self.weight:
-            line["loss"] = total / self.weight
+        if weight:
+            line["loss"] = total / weight
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self.weight, self.tokens, self.steps, self.seconds = 0.0, 0, 0, 0.0
         return line
@@ -132,21 +154,19 @@ class Tally:
         if self.since is None:
             self.since = time.monotonic()
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it (collective)."""
-        return {
-            "loss_sum": self.total_loss(),
-            "weight": self.weight,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "skipped_steps": self.skipped_steps,
-        }
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it (collective); skipped steps by process, which differ between replicas."""
+        loss_sum, weight = self.totals()
+        skipped = gather_integers([self.skipped_in_a_row, self.skipped_steps], self.device)
+        return {"loss_sum": loss_sum, "weight": weight, "skipped": skipped}
 
-    def load(self, state: Mapping[str, float], is_main: bool) -> None:
-        """Put back `state`; the sum over processes counts the main process's part alone."""
-        if is_main:
+    def load(self, state: Mapping[str, Any], process_index: int) -> None:
+        """Put back `state`; the sums over processes count the main process's part alone."""
+        if process_index == 0:
             self.loss_sum += state["loss_sum"]
-        self.weight = float(state["weight"])
-        self.skipped_in_a_row, self.skipped_steps = int(state["skipped_in_a_row"]), int(state["skipped_steps"])
+            self.weight = float(state["weight"])
+        own = state["skipped"][min(process_index, len(state["skipped"]) - 1)]
+        self.skipped_in_a_row, self.skipped_steps = own
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:

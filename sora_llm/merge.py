@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -108,6 +108,7 @@ def merge(
     tolerance: float | None = None,
     min_rank: int = 0,
     scaling: Scaling = 1.0,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> Merged:
     """The best low-rank form of the mean of products ΔW̄ = Σ_k w_k s_k B_k diag(g_k) A_k, Σ w_k = 1.
 
@@ -118,6 +119,7 @@ def merge(
 
     Args:
         budget, tolerance, min_rank: what is kept, as for `cut_svd`; with neither budget nor tolerance all.
+        max_ranks: the most components that a module may have, whatever they weigh; None is no limit.
         scaling: the s that the result is for, outside its factors: ΔW̄ = s · B A.
 
     The result has the widest dtype of the replicas' factors, rounded once.
@@ -130,22 +132,26 @@ def merge(
     distinct = _collapse(replicas)
     shapes = _common_shapes(distinct.replicas)
     gram_KK = torch.zeros(len(distinct.replicas), len(distinct.replicas), dtype=torch.float64)
-    parts, dtypes = {}, {}
+    parts, dtypes, beyond = {}, {}, 0.0
     for name in shapes:
         stack = _stack(distinct.replicas, name)
         parts[name] = components(stack.A_RI, stack.B_OR, stack.in_mean(distinct.shares), 1.0, name)
+        if max_ranks is not None:
+            beyond += float((parts[name].sigma[max_ranks[name] :] ** 2).sum())
+            parts[name] = parts[name].first(max_ranks[name])
         gram_KK += _inner_products(stack, len(distinct.replicas))
         dtypes[name] = _widest([replica.factors[name][0] for replica in distinct.replicas if name in replica.factors])
     factors, report = keep_components(
         parts, shapes, scaling, dtypes, budget=budget, tolerance=tolerance, min_rank=min_rank
     )
+    report = replace(report, energy=report.energy + beyond, dropped_energy=report.dropped_energy + beyond)
     supports = _supports(distinct.replicas, shapes)
     copies_K = torch.tensor(distinct.copies)
     return Merged(
         factors,
         report,
         votes={name: (copies_K @ support_KR.long()).tolist() for name, support_KR in supports.items()},
-        jaccard=_mean_jaccard(torch.cat(list(supports.values()), dim=1), distinct.copies) if supports else None,
+        jaccard=mean_jaccard(torch.cat(list(supports.values()), dim=1), distinct.copies) if supports else None,
         replicas=_replica_reports(replicas, distinct, gram_KK, report.energy),
     )
 
@@ -248,7 +254,8 @@ def _supports(replicas: Sequence[Replica], names: Iterable[str]) -> dict[str, Te
     return supports
 
 
-def _mean_jaccard(support_KN: Tensor, copies: Sequence[int]) -> float | None:
+def mean_jaccard(support_KN: Tensor, copies: Sequence[int]) -> float | None:
+    """|S_k ∩ S_l| / |S_k ∪ S_l| of boolean supports, `copies` of each, mean over pairs; None without a pair."""
     num_replicas = sum(copies)
     if num_replicas < 2:
         return None

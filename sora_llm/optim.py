@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm.sora import SoraLinear, soft_threshold
+from sora_llm.sora import SoraLinear, hard_threshold, soft_threshold
 
 THRESHOLDS = ("decoupled", "proxgen", "constant", "adaptive")
 FACTORS, GATES = "factors", "gates"  # the "name" of the parameter groups
 IMPORTANCE = "importance"
 """State of a gate under "adaptive": a tensor like a moment, so that it is sharded, read and saved by the same calls."""
+TAU_SUM = "tau_sum"
+"""State of a gate whose prox is deferred: Σ τ_t of the steps since."""
 
 
 class ProxAdamW(torch.optim.AdamW):
@@ -32,7 +34,8 @@ class ProxAdamW(torch.optim.AdamW):
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
         adaptive    λ / importance, hard: what is above it is not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
                     that the caller chooses, importance a tensor of the gate's state; without it nothing is cut.
-    With λ = 0 the step is torch's AdamW bit for bit.
+    With λ = 0 the step is torch's AdamW bit for bit.  In a group that says "deferred" nothing is cut: τ is summed in
+    the state of each gate, for who takes local updates and cuts when replicas meet.
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
     "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).
@@ -62,7 +65,9 @@ class ProxAdamW(torch.optim.AdamW):
                 for gate in group["params"]:
                     if gate.grad is None:
                         continue
-                    if group["threshold"] == "adaptive":
+                    if group.get("deferred", False):
+                        self._defer(gate, self._tau(gate, group))
+                    elif group["threshold"] == "adaptive":
                         self._cut_hard(gate, group["sparse_lambda"])
                     else:
                         gate.copy_(soft_threshold(gate, self._tau(gate, group)))
@@ -82,8 +87,12 @@ class ProxAdamW(torch.optim.AdamW):
 
     def _cut_hard(self, gate: Tensor, threshold: float) -> None:
         importance = self.state[gate].get(IMPORTANCE)
-        if importance is not None:  # as a product: an importance of 0 is a threshold of infinity
-            gate.masked_fill_(gate.abs() * importance <= threshold, 0.0)
+        if importance is not None:
+            gate.copy_(hard_threshold(gate, importance, threshold))
+
+    def _defer(self, gate: Tensor, tau: float | Tensor) -> None:
+        state = self.state[gate]
+        state[TAU_SUM] = state.get(TAU_SUM, torch.zeros_like(gate)) + tau
 
     def _tau(self, gate: Tensor, group: dict[str, Any]) -> float | Tensor:
         lr, sparse_lambda = float(group["lr"]), float(group["sparse_lambda"])
@@ -130,10 +139,12 @@ def parameter_groups(
     weight_decay: float = 0.0,
     threshold: str = "decoupled",
     budgets: Mapping[str, Collection[str]] | None = None,
+    deferred: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups of an injected model: the factors A and B, then the gates (own rate, λ, no weight decay).
 
     With `budgets` {name: modules} the gates of each budget are a group of their own, with its name as "budget".
+    `deferred` leaves the prox to the caller (`ProxAdamW`).
     After cutting there are no gates and only the first group is returned.  The order of parameters is that of the
     model's modules, the same on every process.
 
@@ -148,6 +159,8 @@ def parameter_groups(
         {"name": FACTORS, "params": factors, "lr": learning_rate, "weight_decay": weight_decay}
     ]
     gate_options = {"lr": gate_lr, "weight_decay": 0.0, "sparse_lambda": sparse_lambda, "threshold": threshold}
+    if deferred:
+        gate_options["deferred"] = True
     everything: dict[str | None, Collection[str]] = {None: layers}
     for budget, members in (budgets or everything).items():
         gates = [layers[name].gate for name in layers if name in members and layers[name].gate is not None]

@@ -17,10 +17,20 @@ from sora_llm import export
 from sora_llm.allocation import balanced, components
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat, pad_token_id
 from sora_llm.budget import RankBudget, importances, make_budgets
-from sora_llm.consensus import cut_slots, cut_svd, kept_params, kept_ranks, mean_rank, tensor_hash
+from sora_llm.consensus import (
+    CutReport,
+    PlainFactors,
+    cut_slots,
+    cut_svd,
+    kept_params,
+    kept_ranks,
+    mean_rank,
+    tensor_hash,
+)
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed import (
+    Replicas,
     agree,
     broadcast_tensors,
     gather_objects,
@@ -29,6 +39,7 @@ from sora_llm.distributed import (
 )
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, target_linears
+from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
@@ -254,6 +265,7 @@ class Cut:
     """What consensus left: the ranks, the share of Σ ‖ΔW‖² that went, and what a budget has left over.
 
     `shortfall` is what the budget has beyond all that was alive (0 where it had to choose); None without a budget.
+    `spread` is the largest ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ over replicas that had drifted apart; None where there were none.
     """
 
     ranks: RankReport
@@ -261,6 +273,7 @@ class Cut:
     shortfall: int | None
     masters: dict[str, Tensor]
     """The float32 factors that are left, by "<module>.lora_A|lora_B"."""
+    spread: float | None = None
 
 
 def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, Adapter]:
@@ -284,20 +297,31 @@ def cut_by_consensus(
     dtype: torch.dtype = torch.float32,
     world: World,
     device: torch.device | str,
+    replicas: Replicas | None = None,
 ) -> Cut:
     """Cut `model` to what the agreed float32 `masters` keep; all processes end with the same bits.
 
     The main process cuts, its factors are broadcast, and their hashes are compared on every process (collective).
-    Adapters without gates have been cut already and stay as they are.
+    Adapters without gates have been cut already and stay as they are.  With `replicas` the `masters` of each are its
+    own, all of one support, and what is cut is the mean of their products; the main process holds all of them.
 
     Raises:
         RunFailed: the bits that arrived differ.
     """
     layers = adapters(model)
     flat: dict[str, Tensor] = {}
+    everyone = [masters]
+    if replicas is not None:
+        gathered = {name: replicas.gather_on_main(tensor.to(device)) for name, tensor in masters.items()}
+        everyone = (
+            [{name: found[k].cpu() for name, found in gathered.items()} for k in range(replicas.num)]
+            if world.is_main
+            else []
+        )
+        del gathered
 
-    def cut() -> tuple[float, int | None]:
-        factors = factors_of(layers, masters)
+    def cut() -> tuple[float, int | None, float | None]:
+        factors = [factors_of(layers, values) for values in everyone]
         scaling = {name: layer.scaling for name, layer in layers.items()}
         with _finite("cut"):
             plain, report = cut_factors(factors, scaling, consensus, budgets)
@@ -305,7 +329,7 @@ def cut_by_consensus(
             flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
         return report
 
-    dropped_share, shortfall = on_main(cut, world)
+    dropped_share, shortfall, spread = on_main(cut, world)
     received = broadcast_tensors(flat, device)
     cut_adapters(
         model,
@@ -313,7 +337,7 @@ def cut_by_consensus(
     )
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
     masters = {name: tensor for name, tensor in received.items() if tensor.numel()}
-    return Cut(rank_report(layers), dropped_share, shortfall, masters)
+    return Cut(rank_report(layers), dropped_share, shortfall, masters, spread)
 
 
 @contextlib.contextmanager
@@ -328,24 +352,54 @@ def _finite(what: str) -> Iterator[None]:
 
 
 def cut_factors(
-    factors: Mapping[str, Adapter], scaling: Mapping[str, float], consensus: str, budgets: Sequence[RankBudget]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[float, int | None]]:
-    """Plain factors by `consensus`, group by group where there are budgets; share of Σ ‖ΔW‖² dropped, shortfall."""
+    replicas: Sequence[Mapping[str, Adapter]],
+    scaling: Mapping[str, float],
+    consensus: str,
+    budgets: Sequence[RankBudget],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[float, int | None, float | None]]:
+    """Plain factors by `consensus`, group by group where there are budgets; share of Σ ‖ΔW‖² dropped, shortfall and
+    spread as `Cut` has them.
+
+    Several replicas have one support and go by svd.
+    """
+    factors = replicas[0]
     if all(gate is None for _, _, gate in factors.values()):
-        return {name: (A, B) for name, (A, B, _) in factors.items()}, (0.0, None)
-    cut_group = cut_svd if consensus == "svd" else cut_slots
+        return {name: (A, B) for name, (A, B, _) in factors.items()}, (0.0, None, None)
     groups: list[tuple[list[str], int | None, int]] = [(list(factors), None, 0)]
     if budgets:
         groups = [(list(budget.costs), budget.params, budget.min_rank) for budget in budgets]
     plain: dict[str, tuple[Tensor, Tensor]] = {}
-    reports = []
+    reports, spreads = [], []
     for names, params, min_rank in groups:
-        group, report = cut_group({name: factors[name] for name in names}, scaling, params, min_rank)
+        members = [{name: replica[name] for name in names} for replica in replicas]
+        if len(replicas) > 1:
+            group, report, spread = _merge(members, scaling, params, min_rank)
+            spreads.append(spread)
+        else:
+            cut_group = cut_svd if consensus == "svd" else cut_slots
+            group, report = cut_group(members[0], scaling, params, min_rank)
         plain |= group
         reports.append(report)
     energy, dropped = sum(report.energy for report in reports), sum(report.dropped_energy for report in reports)
     shortfall = sum(report.shortfall or 0 for report in reports) if budgets else None
-    return {name: plain[name] for name in factors}, (dropped / energy if energy else 0.0, shortfall)
+    share = dropped / energy if energy else 0.0
+    return {name: plain[name] for name in factors}, (share, shortfall, max(spreads) if spreads else None)
+
+
+def _merge(
+    replicas: Sequence[Mapping[str, Adapter]], scaling: Mapping[str, float], budget: int | None, min_rank: int
+) -> tuple[PlainFactors, CutReport, float]:
+    """Replicas of one support as one adapter, and how far the farthest of them is from it.
+
+    Without a budget every module keeps as many components as gates live: the mean of products has up to K times as
+    many, which nobody asked for.
+    """
+    members = [Replica(1.0, factors, scaling) for factors in replicas]
+    max_ranks = None
+    if budget is None:
+        max_ranks = kept_ranks({name: gate for name, (_, _, gate) in replicas[0].items() if gate is not None})
+    merged = merge(members, budget, min_rank=min_rank, scaling=scaling, max_ranks=max_ranks)
+    return merged.factors, merged.report, max(report.distance or 0.0 for report in merged.replicas)
 
 
 def balance(
@@ -441,7 +495,7 @@ def consensus_prune(
     masters = {name: p.detach().float() for name, p in adapter_parameters(model).items()}
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}
-    cut, _ = cut_factors(factors_of(layers, masters), scaling, consensus, budgets)
+    cut, _ = cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)
     cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
     return model
 

@@ -68,6 +68,12 @@ class Stage:
         first = next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
         return max(self.phases.dense_end, first + 1)
 
+    def round_bounds(self, step: int, sync_every: int) -> tuple[int, int]:
+        """First step, and first step after, of the round of local updates that `step` belongs to."""
+        own = self.phases
+        bounds = sorted({0, own.dense_end, self.weighed_at, own.sparsify_end, own.total_steps})
+        return schedule.round_bounds(step, sync_every, bounds)
+
     @property
     def cuts_early(self) -> bool:
         """Whether there is a finetune phase."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -26,6 +27,17 @@ class Phases:
         if step < self.dense_end:
             return DENSE
         return SPARSIFY if step < self.sparsify_end else FINETUNE
+
+
+def round_bounds(step: int, length: int, bounds: Sequence[int]) -> tuple[int, int]:
+    """The first step of the round that `step` belongs to, and the first one after it.
+
+    Rounds have `length` steps, counted from each of the rising `bounds` (the phases'), at which they also end.
+    """
+    start = max(bound for bound in bounds if bound <= step)
+    end = min(bound for bound in bounds if bound > step)
+    first = start + (step - start) // length * length
+    return first, min(first + length, end)
 
 
 def phases(total_steps: int, dense_ratio: float, consensus_at: float) -> Phases:

@@ -23,6 +23,14 @@ def soft_threshold(z: Tensor, tau: float | Tensor) -> Tensor:
     return z - z.clamp(min=-tau, max=tau)  # type: ignore[arg-type]  # both bounds are of one type
 
 
+def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
+    """z where |z| · importance > τ, else 0: the prox of an ℓ0 penalty.
+
+    As a product, so that an importance of 0 is a threshold of infinity.
+    """
+    return z.masked_fill(z.abs() * importance <= tau, 0.0)
+
+
 class SoraBranch(torch.autograd.Function):
     """y + s · B (g ⊙ (A drop(x))) in one autograd node.
 

@@ -99,6 +99,12 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
             f"{folder.parent.parent}; go on there, or start a new path"
         )
     refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
+    num_replicas = 0 if job.replicas is None else job.replicas.num
+    if "rounds" in state and state["rounds"]["replicas"] != num_replicas:
+        raise UserError(
+            f"{folder} holds {state['rounds']['replicas']} replicas that took local steps apart, and this launch has "
+            f"{num_replicas}; launch as many, or start a new run from the adapter with model.adapter"
+        )
     if state["data"] != job.fingerprint:
         raise UserError(
             f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sora_llm.budget import (
@@ -17,8 +18,9 @@ from sora_llm.budget import (
     quantile_threshold,
 )
 from sora_llm.consensus import kept_ranks
-from sora_llm.distributed import Engine, gather_integers
+from sora_llm.distributed import gather_integers
 from sora_llm.errors import RunFailed
+from sora_llm.sora import hard_threshold
 
 SURE_MOVE = 0.1
 """What Adam moves a gate in one step at the least, in units of the learning rate, for nearly all of them."""
@@ -39,10 +41,24 @@ class Steering:
         self._wanted: dict[str, float] = {}
         self._applied: dict[str, float] = {}
 
-    def choose(self, engine: Engine, place: float, gate_lr: float) -> float | dict[str, float]:
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether gates are cut by a quantile of what they are, not by λ."""
+        return bool(self.budgets) and self._threshold == ADAPTIVE
+
+    def choose(
+        self,
+        gates: Mapping[str, Tensor],
+        place: float,
+        device: torch.device | str,
+        *,
+        gate_lr: float | None = None,
+        num_steps: int = 1,
+    ) -> float | dict[str, float]:
         """λ of the step at `place` ∈ (0, 1] of the window, as Engine.set_rates takes it (collective).
 
-        `gate_lr` is the step's: a gate that is 0 before it moves about so far in it.
+        `gates` are those before the step, and `gate_lr` is the step's: a gate that is 0 moves about so far in it.
+        Without it they are those that are to be cut.  λ holds for `num_steps` steps, the last of which is at `place`.
 
         Raises:
             RunFailed: processes count different gates.
@@ -50,28 +66,47 @@ class Steering:
         if not self.budgets:
             assert self._sparse_lambda is not None
             return self._sparse_lambda
-        gates = engine.gates()
-        kept = self._agreed(gates, engine)
+        kept = self._agreed(gates, device)
         for budget in self.budgets:
-            adaptive = self._threshold == ADAPTIVE
-            wanted = budget.wanted(place, QUANTILE_GOAL if adaptive else CONTROLLED_GOAL)
+            wanted = budget.wanted(place, QUANTILE_GOAL if self.is_adaptive else CONTROLLED_GOAL)
             self._wanted[budget.name] = wanted
-            if adaptive:
-                values = {name: gates[name].abs() * self.importance[name] for name in budget.costs}
-                within_reach = {name: SURE_MOVE * gate_lr * self.importance[name] for name in budget.costs}
-                self._applied[budget.name] = quantile_threshold(values, budget, wanted, within_reach)
+            if self.is_adaptive:
+                self._applied[budget.name] = self._quantile(gates, budget, wanted, gate_lr)
             else:
-                found = next_lambda(self.lambdas[budget.name], kept[budget.name], wanted, budget.full)
+                found = next_lambda(self.lambdas[budget.name], kept[budget.name], wanted, budget.full, num_steps)
                 self.lambdas[budget.name] = found
                 # Steps without a prox revive slots, so consensus always cuts from above.
                 self._applied[budget.name] = 0.0 if kept[budget.name] < budget.params else found
-        return dict(self._applied)
+        return self.chosen
 
-    def _agreed(self, gates: Mapping[str, Tensor], engine: Engine) -> dict[str, int]:
+    @property
+    def chosen(self) -> float | dict[str, float]:
+        """What `choose` said last; 0 before."""
+        if not self.budgets:
+            return self._sparse_lambda or 0.0
+        return {budget.name: self._applied.get(budget.name, 0.0) for budget in self.budgets}
+
+    def _quantile(self, gates: Mapping[str, Tensor], budget: RankBudget, wanted: float, gate_lr: float | None) -> float:
+        values = {name: gates[name].abs().cpu() * self.importance[name] for name in budget.costs}
+        within_reach = None
+        if gate_lr is not None:
+            within_reach = {name: SURE_MOVE * gate_lr * self.importance[name] for name in budget.costs}
+        return quantile_threshold(values, budget, wanted, within_reach)
+
+    def cut(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`gates` {module: (R,)} by the thresholds chosen last (`adaptive`)."""
+        cut = {}
+        for budget in self.budgets:
+            for name in budget.costs:
+                importance = self.importance[name].to(gates[name].device)
+                cut[name] = hard_threshold(gates[name], importance, self._applied[budget.name])
+        return cut
+
+    def _agreed(self, gates: Mapping[str, Tensor], device: torch.device | str) -> dict[str, int]:
         """Kept parameters per budget: every process must lead the gates by the same numbers."""
         counts = kept_ranks(gates)
         own = [budget.kept(counts) for budget in self.budgets]
-        for process, other in enumerate(found := gather_integers(own, engine.device)):
+        for process, other in enumerate(found := gather_integers(own, device)):
             if other != found[0]:
                 raise RunFailed(
                     f"process {process} counts {other} kept parameters and process 0 {found[0]}; restart from the last "
@@ -85,12 +120,11 @@ class Steering:
         if not self.budgets:
             return {"lambda": self._sparse_lambda}
         total_cost = sum(sum(budget.costs.values()) for budget in self.budgets)
-        adaptive = self._threshold == ADAPTIVE
-        name = "threshold" if adaptive else "lambda"
-        line: dict[str, Any] = {
-            "target_mean_rank": sum(self._wanted.values()) / total_cost,
-            "budget_params": sum(budget.params for budget in self.budgets),
-        }
+        name = "threshold" if self.is_adaptive else "lambda"
+        line: dict[str, Any] = {"budget_params": sum(budget.params for budget in self.budgets)}
+        if not self._wanted:  # in the first round of local updates
+            return line
+        line["target_mean_rank"] = sum(self._wanted.values()) / total_cost
         if len(self.budgets) == 1:
             line[name] = next(iter(self._applied.values()))
         else:
@@ -99,9 +133,11 @@ class Steering:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the tensors."""
-        return {"lambdas": self.lambdas}
+        return {"lambdas": self.lambdas, "applied": self._applied, "wanted": self._wanted}
 
     def load(self, state: Mapping[str, Any], importance: Mapping[str, Tensor]) -> None:
         """Put back `state` and `importance`."""
         self.lambdas.update(state["lambdas"])
+        self._applied.update(state["applied"])
+        self._wanted.update(state["wanted"])
         self.importance = importance

@@ -50,11 +50,14 @@ def launched_world(environ: Mapping[str, str]) -> World:
     return world
 
 
-def resolve_strategy(strategy: str, world: World, environ: Mapping[str, str], dtype: str) -> str:
+def resolve_strategy(
+    strategy: str, world: World, environ: Mapping[str, str], dtype: str, *, sync_every: int = 1
+) -> str:
     """The strategy a run uses: none, ddp, zero1, zero2 or zero3.
 
     `auto` is none for one process and zero2 for several; under `accelerate launch --use_deepspeed` it is the stage
-    that the launcher states, else zero2.  `dtype` is the config's model.dtype.
+    that the launcher states, else zero2.  `dtype` is the config's model.dtype.  Local updates (`sync_every` above 1)
+    run under ddp: ZeRO's processes hold shards of one optimizer and have to step together.
 
     Raises:
         UserError: the launcher states something else than the config (both are named).
@@ -67,13 +70,19 @@ def resolve_strategy(strategy: str, world: World, environ: Mapping[str, str], dt
                 "the launcher asks for FSDP, which is not supported; use distributed.strategy zero2 or zero3"
             )
         if strategy == "auto":
-            return "none" if world.num_processes == 1 else "zero2"
+            several = "zero2" if sync_every == 1 else "ddp"
+            return "none" if world.num_processes == 1 else several
         if strategy == "none" and world.num_processes > 1:
             raise UserError(
                 f"distributed.strategy is none but the launcher started {world.num_processes} processes; "
                 "use auto, ddp, zero1, zero2 or zero3, or launch one process"
             )
         return strategy
+    if sync_every > 1:
+        raise UserError(
+            f"distributed.sync_every is {sync_every} but the launcher was given --use_deepspeed, whose processes step "
+            "together; launch with --multi_gpu instead, or set sync_every to 1"
+        )
     if strategy in ("none", "ddp"):
         raise UserError(
             f"distributed.strategy is {strategy} but the launcher was given --use_deepspeed; "

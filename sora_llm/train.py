@@ -28,7 +28,7 @@ from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.data.dataset import TokenDataset
-from sora_llm.distributed import Engine, on_every, on_main
+from sora_llm.distributed import Engine, Replicas, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
@@ -56,13 +56,16 @@ from sora_llm.job import (
 )
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
+from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
 from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
 from sora_llm.plan import Stage, make_plan, rows_in_step, stage_name
 from sora_llm.report import read_json_lines
+from sora_llm.rounds import Gates, Prox, Rounds
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY
+from sora_llm.sora import soft_threshold
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.steering import Steering
 from sora_llm.stop import StopRequest, ignore_signals
@@ -147,7 +150,10 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
 def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
     """Check, prepare and run."""
     world = launched_world(os.environ)
-    strategy = resolve_strategy(config.distributed.strategy, world, os.environ, config.model.dtype)
+    settings = config.distributed
+    strategy = resolve_strategy(
+        settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
+    )
     zero_options = deepspeed_options(config, strategy)
     inputs = check_inputs(config, strategy)
     check_output(run_dir, config.output.resume)
@@ -164,7 +170,10 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         refuse_other_data(fingerprint, data)
         if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
-        job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, lifeline)
+        replicas = None
+        if settings.sync_every > 1:
+            replicas = Replicas.make(settings.replica, world, accelerator.device)
+        job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, lifeline, replicas)
         announce(job)
         if dry_run:
             return rehearse(job)
@@ -294,6 +303,8 @@ class Training:
     steering: Steering
     alarms: Alarms
     patience: Patience
+    rounds: Rounds | None = None
+    """Of local updates; None where all processes step together."""
     stage_number: int = 0
     first: int = 0
     done: int = 0
@@ -301,6 +312,8 @@ class Training:
     """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
     alarmed: list[str] = field(default_factory=list)
     """Alarms that wait for the next line of metrics."""
+    is_check_due: bool = False
+    """Whether the replicas are to prove that they agree as soon as they do."""
     unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
 
@@ -312,6 +325,11 @@ class Training:
     def phase(self) -> str:
         """Of the step that is behind it."""
         return self.stage.phases.at(max(0, self.done - self.first - 1))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
+        return self.rounds is None or self.rounds.agree
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -333,18 +351,30 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         if job.config.model.adapter is not None:
             on_every(lambda: warm_start(job, model))
         engine = make_engine(job, model)
-        return Training(job, directory, engine, Tally.start(engine.device), make_steering(job, 0), alarms, patience)
+        rounds = make_rounds(job)
+        if rounds is not None:
+            rounds.begin(engine)
+        tally = Tally.start(engine.device)
+        return Training(job, directory, engine, tally, make_steering(job, 0), alarms, patience, rounds)
     folder, state = start.folder, start.state
-    tensors = on_every(lambda: checkpoint.read_tensors(folder))
+    agreed = on_every(lambda: checkpoint.read_tensors(folder))
+    tensors = agreed
+    if job.replicas is not None:
+        own_file = checkpoint.replica_file(job.replicas.index)
+        tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
     masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
     engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
-    engine.load(masters, tensors, state["optimizer_steps"])
+    own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][job.replicas.index]
+    engine.load(masters, tensors, own_steps)
+    rounds = make_rounds(job)
+    if rounds is not None:
+        rounds.load(agreed, state["rounds"], engine)
     steering = make_steering(job, state["stage"]["number"])
     steering.load(
         state["steering"], {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
     )
     tally = Tally.start(engine.device)
-    tally.load(state["tally"], job.world.is_main)
+    tally.load(state["tally"], job.world.process_index)
     alarms.load(state["alarms"])
     patience.load(state["patience"])
     return Training(
@@ -355,6 +385,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         steering,
         alarms,
         patience,
+        rounds,
         stage_number=state["stage"]["number"],
         first=state["stage"]["first"],
         done=start.step,
@@ -412,8 +443,17 @@ def make_engine(job: Job, model: nn.Module) -> Engine:
         weight_decay=settings.weight_decay,
         threshold=str(job.config.sora.threshold),
         budgets={budget.name: list(budget.costs) for budget in budgets} or None,
+        deferred=job.replicas is not None,
     )
-    return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm)
+    return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm, job.replicas)
+
+
+def make_rounds(job: Job) -> Rounds | None:
+    """The rounds of local updates, not begun; None where all processes step together."""
+    if job.replicas is None:
+        return None
+    settings = job.config.distributed
+    return Rounds(job.replicas, OuterOptimizer(settings.outer_learning_rate, settings.outer_momentum))
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -429,8 +469,8 @@ def train_stage(training: Training) -> None:
     job, tally, stage = training.job, training.tally, training.stage
     config, world = job.config, job.world
     if training.done == 0 and job.data.dev is not None:
-        ranks = current_ranks(training.engine).fields
-        line = {"eval_loss": dev_loss(job, training.engine.model), **ranks, **training.labels}
+        ranks = current_ranks(training).fields
+        line = {"eval_loss": current_dev_loss(training), **ranks, **training.labels}
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)
@@ -449,21 +489,29 @@ def train_stage(training: Training) -> None:
         # Before the step: the gather after it would heal a flipped copy.
         due = training.has_ended or is_due(config.distributed.check_every, done)
         due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
-        check = engine.prove_agreement if due else None
-        loss_sum, outcome = train_step(engine, batches, world.num_processes, before_step=check)
+        check = engine.prove_agreement if due and training.rounds is None else None
+        training.is_check_due |= due
+        if training.rounds is not None:
+            training.rounds.part()
+        loss_sum, outcome = train_step(engine, batches, job.num_averaging, before_step=check)
         tally.add(loss_sum, outcome, batches)
-        if tally.skipped_in_a_row >= config.train.max_skipped_steps:
-            raise RunFailed(
-                f"the last {tally.skipped_in_a_row} steps, up to step {done}, had a non-finite loss or gradient and "
-                "were skipped; lower train.learning_rate or look at the data, and start the command again"
-            )
-        if training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done):
-            seen = {"grad_norm": outcome.grad_norm, "supervised_tokens": batches.supervised_tokens, **steered}
+        synced: dict[str, Any] = {}
+        is_synced = training.rounds is None or training.has_ended or ends_round(training, step_of_stage)
+        if training.rounds is not None and is_synced:
+            synced = end_round(training, training.rounds, step_of_stage)
+        if is_synced:
+            refuse_more_skipping(training)
+        is_logged = training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
+        if is_logged or synced:
+            seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
+            seen["grad_norm"] = mean_over_replicas(training, outcome.grad_norm)
             try:
                 log_step(training, seen)
             except Preempted:  # in the evaluation: the resumed run begins with this line
                 save_checkpoint(training, unlogged=seen)
                 raise
+            if training.rounds is not None and training.has_ended and not is_synced:  # patience ended it
+                end_round(training, training.rounds, step_of_stage)
         saved = training.has_ended or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
@@ -478,14 +526,82 @@ def train_stage(training: Training) -> None:
 def set_rates(training: Training, step: int) -> dict[str, Any]:
     """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
     stage = training.stage
+    engine, steering, rounds = training.engine, training.steering, training.rounds
     sparse_lambda: float | dict[str, float] = 0.0
     steered: dict[str, Any] = {"lambda": 0.0}
-    if stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at:
-        place, gate_lr = stage.phases.place(step), stage.rates(step)["gate_lr"]
-        sparse_lambda = training.steering.choose(training.engine, place, gate_lr)
-        steered = training.steering.fields
-    training.engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
+    if is_pruning(stage, step):
+        place, rates = stage.phases.place(step), stage.rates(step)
+        if rounds is None:
+            sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
+        elif not steering.is_adaptive:  # which chooses when the round ends
+            first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
+            if step == first:
+                steering.choose(rounds.gates, stage.phases.place(end - 1), engine.device, num_steps=end - first)
+            sparse_lambda = steering.chosen
+        steered = steering.fields
+    engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
     return steered
+
+
+def is_pruning(stage: Stage, step: int) -> bool:
+    """Whether gates are cut in `step` of the stage."""
+    return stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at
+
+
+def refuse_more_skipping(training: Training) -> None:
+    """RunFailed after too many non-finite steps in a row (collective with local updates)."""
+    in_a_row, _ = skipped(training)
+    if in_a_row >= training.job.config.train.max_skipped_steps:
+        raise RunFailed(
+            f"the last {in_a_row} steps, up to step {training.done}, had a non-finite loss or gradient and were "
+            "skipped; lower train.learning_rate or look at the data, and start the command again"
+        )
+
+
+def skipped(training: Training) -> tuple[int, int]:
+    """Steps skipped in a row and in all, by the replica that skipped most (collective with local updates)."""
+    tally = training.tally
+    own = [tally.skipped_in_a_row, tally.skipped_steps]
+    if training.rounds is None:
+        return own[0], own[1]
+    in_a_row, in_all = zip(*distributed.gather_integers(own, training.engine.device), strict=True)
+    return max(in_a_row), max(in_all)
+
+
+def mean_over_replicas(training: Training, value: float) -> float:
+    """Of a figure that is the same on all processes of a replica (collective with local updates)."""
+    if training.rounds is None:
+        return value
+    world = training.job.world
+    return distributed.sum_over_processes(value, device=training.engine.device)[0] / world.num_processes
+
+
+def ends_round(training: Training, step: int) -> bool:
+    """Whether a round of local updates ends with `step` of the stage."""
+    return step + 1 == training.stage.round_bounds(step, training.job.config.distributed.sync_every)[1]
+
+
+def end_round(training: Training, rounds: Rounds, step: int) -> dict[str, Any]:
+    """Let the replicas agree after `step` of the stage; what its line says of that (collective).
+
+    Before consensus takes the best of the mean of products (`svd`) only the support is agreed on: factors stay apart
+    for the merge.
+    """
+    stage, engine, steering = training.stage, training.engine, training.steering
+
+    def prox(mean_gates: Gates) -> Prox:
+        if steering.is_adaptive:
+            steering.choose(mean_gates, stage.phases.place(step), engine.device)
+            return lambda gates, thresholds: steering.cut(gates)
+        return lambda gates, thresholds: {n: soft_threshold(gates[n], thresholds[n]) for n in gates}
+
+    is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
+    merges = is_cut_next and training.job.config.sora.consensus == "svd"
+    report = rounds.end(engine, prox if is_pruning(stage, step) else None, keep_factors=merges)
+    if training.is_check_due and rounds.agree:
+        engine.prove_agreement()
+        training.is_check_due = False
+    return {**report.fields, **(steering.fields if is_pruning(stage, step) else {})}
 
 
 def change_form(training: Training, step: int) -> None:
@@ -499,7 +615,8 @@ def change_form(training: Training, step: int) -> None:
     if step not in stage.changes:
         return
     training.tally.pause_clock()
-    engine.prove_agreement()
+    if training.agrees:
+        engine.prove_agreement()
     old = engine.masters()
     importance: dict[str, Tensor] = {}
     with engine.released(whole=False) as model:
@@ -521,6 +638,8 @@ def change_form(training: Training, step: int) -> None:
     del old
     training.engine = make_engine(job, model)
     training.engine.load(masters, importance, 0)
+    if training.rounds is not None:
+        training.rounds.begin(training.engine)
     training.steering.importance = {name.removesuffix(WEIGHTS): values for name, values in importance.items()}
 
 
@@ -531,6 +650,8 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
         pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
     training.engine = make_engine(job, model)
     training.engine.load(masters, {}, 0)
+    if training.rounds is not None:
+        training.rounds.begin(training.engine)
     training.stage_number += 1
     training.first, training.has_ended, training.unlogged = training.done, False, None
     training.steering = make_steering(job, training.stage_number)
@@ -552,8 +673,11 @@ def cut_adapter(
         dtype=DTYPES[sora.dtype] if dtype is None else dtype,
         world=job.world,
         device=job.accelerator.device,
+        replicas=None if training.agrees else job.replicas,
     )
     if had_gates:
+        if cut.spread is not None:
+            say(job.world, f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
         say(
             job.world,
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
@@ -580,14 +704,15 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     job, tally, done, stage = training.job, training.tally, training.done, training.stage
     step_of_stage, phase = done - training.first - 1, training.phase
     rates = stage.rates(step_of_stage)
-    ranks = current_ranks(training.engine)
-    evaluated = {"eval_loss": dev_loss(job, training.engine.model)} if evaluation_due(job, done) else {}
+    tally.pause_clock()
+    ranks = current_ranks(training)
+    evaluated = {"eval_loss": current_dev_loss(training)} if evaluation_due(job, done) else {}
     fields: dict[str, Any] = {
         **tally.flush(),
         "learning_rate": rates["learning_rate"],
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
         **seen,
-        "skipped_steps": tally.skipped_steps,
+        "skipped_steps": skipped(training)[1],
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
@@ -615,6 +740,13 @@ def dev_loss(job: Job, model: nn.Module) -> float:
     return loss_over(job, model, job.data.dev)
 
 
+def current_dev_loss(training: Training) -> float:
+    """That of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean (collective)."""
+    rounds, engine = training.rounds, training.engine
+    with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
+        return dev_loss(training.job, engine.model)
+
+
 def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
     """The loss of `model` over all `rows` (collective)."""
     result = pipeline.evaluate(
@@ -629,9 +761,10 @@ def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
     return result.loss
 
 
-def current_ranks(engine: Engine) -> pipeline.RankReport:
-    """Ranks by the gates as they are (collective)."""
-    return pipeline.rank_report(adapters(engine.module), engine.gates())
+def current_ranks(training: Training) -> pipeline.RankReport:
+    """Ranks by the gates as they are, or as the replicas agreed on them last (collective)."""
+    engine, rounds = training.engine, training.rounds
+    return pipeline.rank_report(adapters(engine.module), engine.gates() if rounds is None else rounds.gates)
 
 
 def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
@@ -643,7 +776,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     training.tally.pause_clock()
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
-    state = {
+    state: dict[str, Any] = {
         "phase": training.phase,
         "stage": {"number": training.stage_number, "first": training.first, "has_ended": training.has_ended},
         "optimizer_steps": optimizer_steps,
@@ -657,8 +790,20 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "order": job.order.position(),
         "config": to_dict(job.config),
     }
-    keep = job.config.output.save_total_limit
-    directory.checkpoint = on_main(lambda: checkpoint.save(directory.path, step, tensors, state, keep), job.world)
+    keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
+    if rounds is not None:
+        own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
+        importance = {name: tensor for name, tensor in own.items() if name.endswith(WEIGHTS)}
+        tensors = {**rounds.tensors(), **importance}
+        steps = distributed.gather_objects(optimizer_steps)
+        state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
+        state["rounds"] = rounds.state()
+        on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
+        if_lead = rounds.replicas.is_lead
+        on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if if_lead else None)
+    directory.checkpoint = on_main(
+        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas), job.world
+    )
     directory.step = step
     directory.status("running", phase=training.phase)
     directory.report(to_dict(job.config))
@@ -678,8 +823,10 @@ def cut_and_export(training: Training) -> StageResult:
     config, is_path = job.config, job.plan.is_path
     directory.step = training.done
     directory.status("running", phase="export")
-    engine.prove_agreement()
+    if training.agrees:
+        engine.prove_agreement()
     masters = engine.masters()
+    goes_on_from = masters if training.rounds is None else training.rounds.tensors()
     with engine.released() as model:
         ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
         job.heed_stop()
@@ -721,7 +868,7 @@ def cut_and_export(training: Training) -> StageResult:
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
-    return StageResult(exported, masters)
+    return StageResult(exported, goes_on_from)
 
 
 def finish(training: Training, result: StageResult) -> RunResult:
@@ -792,13 +939,15 @@ def rehearse(job: Job) -> RunResult:
         tally.start_clock()
         set_rates(training, 0)
         batches = job.batches(0)
-        loss_sum, outcome = train_step(engine, batches, job.world.num_processes)
+        loss_sum, outcome = train_step(engine, batches, job.num_averaging)
         if outcome.skipped:
             raise RunFailed(
                 "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
             )
         tally.add(loss_sum, outcome, batches)
         training.done = 1
+        if training.rounds is not None:
+            training.rounds.end(engine, None)
         save_checkpoint(training)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
     memory, steps = job.memory, job.plan.total_steps

@@ -138,43 +138,136 @@ def reference_run(
     assert all(p.dtype == torch.float64 for p in model.parameters()), "the reference needs a float64 model"
 
     s = lora_alpha / r
-    state: dict[str, Factors] = {}
-    for name in modules:
-        A, B, g = (t.detach().to(torch.float64).clone() for t in factors[name])
-        state[name] = (A, B, g)
-    first_moments = {name: tuple(torch.zeros_like(t) for t in state[name]) for name in modules}
-    second_moments = {name: tuple(torch.zeros_like(t) for t in state[name]) for name in modules}
-    beta1, beta2 = betas
+    replica = ReferenceReplica(model, factors, s, weight_decay, betas, eps, max_grad_norm)
     losses, grad_norms = [], []
 
     for t, micro_batches in enumerate(batches, start=1):
-        lr, lr_gate, lam = learning_rates[t - 1], gate_learning_rates[t - 1], lambdas[t - 1]
-        loss, gradients = loss_and_gradients(model, state, s, micro_batches)
+        lr_gate, lam = gate_learning_rates[t - 1], lambdas[t - 1]
+        loss, norm, gate_scales = replica.step(micro_batches, learning_rates[t - 1], lr_gate)
+        losses.append(loss)
+        grad_norms.append(norm)
+        for name in modules:
+            A, B, g = replica.state[name]
+            if lam != 0:
+                g = soft_threshold_reference(g, threshold_reference(threshold, lr_gate, lam, gate_scales[name]))
+            replica.state[name] = (A, B, g)
+    state = replica.state
+    return ReferenceResult(losses, grad_norms, state, {name: delta_weight(state[name], s) for name in modules})
+
+
+class ReferenceReplica:
+    """SoRA's factors under AdamW, without prox: `state` {module: (A, B, g)}, moments, and what a step does to them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: Mapping[str, Factors],
+        s: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.model, self.s, self.weight_decay, self.betas, self.eps = model, s, weight_decay, betas, eps
+        self.max_grad_norm, self.num_steps = max_grad_norm, 0
+        self.state: dict[str, Factors] = {}
+        for name in factors:
+            A, B, g = (t.detach().to(torch.float64).clone() for t in factors[name])
+            self.state[name] = (A, B, g)
+        self.first = {name: tuple(torch.zeros_like(t) for t in self.state[name]) for name in factors}
+        self.second = {name: tuple(torch.zeros_like(t) for t in self.state[name]) for name in factors}
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], lr: float, lr_gate: float
+    ) -> tuple[float, float, dict[str, Tensor]]:
+        """One AdamW step; loss and gradient norm before it, and √v̂ + ε of every gate after it."""
+        self.num_steps += 1
+        t, (beta1, beta2) = self.num_steps, self.betas
+        loss, gradients = loss_and_gradients(self.model, self.state, self.s, micro_batches)
         squares = [float((grad * grad).sum()) for triple in gradients.values() for grad in triple]
         norm = math.sqrt(math.fsum(squares))
         assert math.isfinite(loss) and math.isfinite(norm), f"step {t}: loss {loss}, gradient norm {norm}"
-        clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
-        losses.append(loss)
-        grad_norms.append(norm)
-
-        for name in modules:
+        clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        gate_scales = {}
+        for name in self.state:
             grads = [clip * grad for grad in gradients[name]]
-            first = [beta1 * m + (1 - beta1) * grad for m, grad in zip(first_moments[name], grads, strict=True)]
-            second = [beta2 * v + (1 - beta2) * grad**2 for v, grad in zip(second_moments[name], grads, strict=True)]
-            first_moments[name], second_moments[name] = tuple(first), tuple(second)
+            first = [beta1 * m + (1 - beta1) * grad for m, grad in zip(self.first[name], grads, strict=True)]
+            second = [beta2 * v + (1 - beta2) * grad**2 for v, grad in zip(self.second[name], grads, strict=True)]
+            self.first[name], self.second[name] = tuple(first), tuple(second)
             m_A, m_B, m_g = (m / (1 - beta1**t) for m in first)
-            d_A, d_B, d_g = ((v / (1 - beta2**t)).sqrt() + eps for v in second)  # √v̂ + ε
+            d_A, d_B, d_g = ((v / (1 - beta2**t)).sqrt() + self.eps for v in second)  # √v̂ + ε
 
-            A, B, g = state[name]
-            A = A - lr * m_A / d_A - lr * weight_decay * A
-            B = B - lr * m_B / d_B - lr * weight_decay * B
+            A, B, g = self.state[name]
+            A = A - lr * m_A / d_A - lr * self.weight_decay * A
+            B = B - lr * m_B / d_B - lr * self.weight_decay * B
             g = g - lr_gate * m_g / d_g
-            if lam != 0:
-                tau = {"decoupled": lr_gate * lam, "proxgen": lr_gate * lam / d_g, "constant": lam}[threshold]
-                g = soft_threshold_reference(g, tau)
-            state[name] = (A, B, g)
+            self.state[name], gate_scales[name] = (A, B, g), d_g
+        return loss, norm, gate_scales
 
-    return ReferenceResult(losses, grad_norms, state, {name: delta_weight(state[name], s) for name in modules})
+
+def threshold_reference(threshold: str, lr_gate: float, lam: float, gate_scale: Tensor) -> Tensor | float:
+    """τ of one step: lr_gate·λ (`decoupled`), lr_gate·λ / (√v̂ + ε) (`proxgen`) or λ (`constant`)."""
+    return {"decoupled": lr_gate * lam, "proxgen": lr_gate * lam / gate_scale, "constant": lam}[threshold]
+
+
+def reference_rounds(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    batches: Sequence[Sequence[Sequence[MicroBatch]]],
+    *,
+    s: float,
+    round_ends: Sequence[int],
+    learning_rates: Sequence[float],
+    gate_learning_rates: Sequence[float],
+    lambdas: Sequence[float],
+    threshold: str,
+    weight_decay: float,
+    outer_learning_rate: float = 1.0,
+    outer_momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    max_grad_norm: float | None,
+) -> tuple[dict[str, Factors], list[float]]:
+    """Local updates of replicas that each have their own `batches`; the end state and, per round, the relative distance
+    of mean(B diag(g) A) from mean(B) diag(mean(g)) mean(A) over all modules.
+
+    Every replica steps alone.  After each step in `round_ends` (their numbers, from 1) all take the same A and B, from
+    where the round began one outer Nesterov step towards the mean, and the same gates S_T(mean g), T the mean over
+    replicas of the sum of the round's τ.
+    """
+    replicas = [ReferenceReplica(model, factors, s, weight_decay, betas, eps, max_grad_norm) for _ in batches]
+    start = dict(replicas[0].state)
+    velocity = {name: [torch.zeros_like(t) for t in start[name][:2]] for name in start}
+    sums = [{name: torch.zeros_like(start[name][2]) for name in start} for _ in replicas]
+    distances = []
+    for t, (lr, lr_gate, lam) in enumerate(zip(learning_rates, gate_learning_rates, lambdas, strict=True)):
+        for replica, own_batches, own_sums in zip(replicas, batches, sums, strict=True):
+            _, _, gate_scales = replica.step(own_batches[t], lr, lr_gate)
+            for name in start:
+                own_sums[name] = own_sums[name] + threshold_reference(threshold, lr_gate, lam, gate_scales[name])
+        if t + 1 not in round_ends:
+            continue
+        error = norm = 0.0
+        for name in start:
+            triples = [replica.state[name] for replica in replicas]
+            A, B, g = (sum(parts) / len(parts) for parts in zip(*triples, strict=True))
+            products = sum(delta_weight(triple, s) for triple in triples) / len(triples)
+            error += float(((products - delta_weight((A, B, g), s)) ** 2).sum())
+            norm += float((products**2).sum())
+            moved = []
+            for index, mean in enumerate((A, B)):
+                gradient = start[name][index] - mean
+                velocity[name][index] = outer_momentum * velocity[name][index] + gradient
+                moved.append(
+                    start[name][index] - outer_learning_rate * (gradient + outer_momentum * velocity[name][index])
+                )
+            T = sum(own_sums[name] for own_sums in sums) / len(sums)
+            start[name] = (moved[0], moved[1], soft_threshold_reference(g, T))
+        distances.append(math.sqrt(error / norm) if norm else 0.0)
+        for replica, own_sums in zip(replicas, sums, strict=True):
+            replica.state = dict(start)
+            own_sums.update({name: torch.zeros_like(value) for name, value in own_sums.items()})
+    return start, distances
 
 
 def fold_slots(A: Tensor, B: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def result(run_dir: Path) -> dict[str, Any]:
     """What must be the same in two runs: the adapter's bytes, the lines but for their clocks."""
-    clocks = ("tokens_per_second", "step_seconds", "peak_memory_gib")
+    clocks = ("tokens_per_second", "step_seconds", "sync_seconds", "peak_memory_gib")
 
     def timeless(name: str) -> list[dict[str, Any]]:
         return [{k: value for k, value in line.items() if k not in clocks} for line in lines(run_dir, name)]

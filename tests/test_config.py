@@ -435,10 +435,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["distributed.sync_every=10"],
-        ["distributed.replica=node"],
-        ["distributed.outer_learning_rate=0.7"],
-        ["distributed.outer_momentum=0.9"],
         ["output.export_layout=gguf"],
         ["output.export_layout=merged"],
         ["output.push_to_hub=true"],
@@ -465,6 +461,10 @@ def test_every_line_of_the_table_is_about_a_key_and_its_default_works(load):
     [
         (["sora.target_rank=65", "sora.sparse_lambda=null"], "sora.target_rank (65.0, on the command line) is above"),
         (["sora.threshold=adaptive"], "needs a budget"),
+        (["distributed.sync_every=8", "distributed.strategy=zero2"], "use strategy ddp (or auto), or sync_every 1"),
+        (["distributed.replica=node"], "goes with local updates; set distributed.sync_every above 1"),
+        (["distributed.outer_momentum=0.9"], "goes with local updates"),
+        (["distributed.outer_learning_rate=0.7"], "goes with local updates"),
         (["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"], "does not go with sora.target_"),
         (["sora.consensus_at=0.1"], "sora.dense_ratio (0.1, by default) must be below sora.consensus_at (0.1, on the"),
         (["sora.min_rank=2"], "goes with a budget"),
@@ -569,14 +569,17 @@ def test_a_resumed_run_may_change_where_it_runs_and_what_it_logs(load, override)
         "data.datasets.0.path=b",
         "quantization.bnb_4bit_quant_type=fp4",
         "distributed.sync_every=2",
-        "distributed.replica=node",
-        "distributed.outer_momentum=0.5",
-        "distributed.outer_learning_rate=0.5",
     ],
 )
-def test_a_resumed_run_may_not_change_what_it_computes(load, monkeypatch, override):
-    monkeypatch.setattr(sora_llm.config, "NOT_YET", {})
+def test_a_resumed_run_may_not_change_what_it_computes(load, override):
     assert conflicts(load, override) == [override.split("=")[0]]
+
+
+@pytest.mark.parametrize("override", ["replica=node", "outer_momentum=0.5", "outer_learning_rate=0.5"])
+def test_nor_how_its_replicas_meet(load, override):
+    local = "distributed.sync_every=4"
+    before, after = to_dict(load(local)), to_dict(load(local, f"distributed.{override}"))
+    assert resume_conflicts(before, after, 2, 2) == [f"distributed.{override.split('=')[0]}"]
 
 
 def test_a_resumed_run_may_not_change_when_it_stops(load):

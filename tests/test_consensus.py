@@ -13,6 +13,7 @@ from sora_llm.consensus import (
     cut_slots,
     cut_svd,
     disagreements,
+    fingerprints,
     kept_params,
     kept_ranks,
     mean_rank,
@@ -423,3 +424,37 @@ def test_zero_products_agree_and_nothing_else_is_near_them():
 def test_float32_factors_are_compared_in_float64():
     A, B = random(3, 6).float(), random(5, 3, seed=1).float()
     assert product_distance(A, B, A, B) < 1e-14
+
+
+# ----- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    size=st.integers(0, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_single_wrong_bit_changes_a_fingerprint(size, dtype, seed):
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    found = fingerprints({"t": tensor})["t"]
+    assert fingerprints({"t": tensor.clone()})["t"] == found
+    data = tensor.view(torch.uint8)
+    for place in range(len(data)):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            assert fingerprints({"t": tensor})["t"] != found
+            data[place] ^= 1 << bit
+    assert fingerprints({"t": tensor})["t"] == found
+
+
+def test_fingerprints_tell_order_shape_dtype_and_far_places_apart():
+    tensor = torch.arange(3 * 2**17 + 5, dtype=torch.float32)
+    swapped = tensor.clone()
+    swapped[[0, 2**17]] = tensor[[2**17, 0]]
+    last = tensor.clone()
+    last[-1] += 1
+    variants = {"plain": tensor, "swapped": swapped, "last": last, "column": tensor[:, None], "long": tensor.int()}
+    assert len(set(fingerprints(variants).values())) == len(variants)
+    assert fingerprints({"t": tensor.view(-1)[::2]}) == fingerprints({"t": tensor[::2].clone()})
+    assert fingerprints({}) == {}

@@ -15,12 +15,12 @@ LAYERS = [
     {"files", "stop", "lifeline"},
     {"topology", "sora", "schedule", "allocation", "budget"},
     {"consensus", "inject", "optim", "alarms"},
-    {"merge", "lora_files"},
+    {"merge", "local_updates", "lora_files"},
     {"distributed"},
     {"backbone"},
     {"data", "checkpoint", "report", "export"},
     {"report_page"},
-    {"pipeline", "loop", "rundir", "steering"},
+    {"pipeline", "loop", "rundir", "steering", "rounds"},
     {"inputs"},
     {"plan"},
     {"job"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ALGORITHM = ["sora", "schedule", "allocation", "budget", "consensus", "merge", "optim", "inject"]
+ALGORITHM = ["sora", "schedule", "allocation", "budget", "consensus", "merge", "local_updates", "optim", "inject"]
 
 
 def modules() -> dict[str, Path]:

@@ -82,7 +82,7 @@ def sora_run(stories, batches, start):
     losses = []
     for batch in batches:
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        loss_sum, _ = train_step(engine, StepBatches([batch], tokens, tokens, tokens), num_processes=1)
+        loss_sum, _ = train_step(engine, StepBatches([batch], tokens, tokens, tokens, tokens), num_processes=1)
         losses.append(loss_sum.item() / tokens)
     return losses, layers
 

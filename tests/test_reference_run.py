@@ -54,7 +54,7 @@ def library_run(model, dtype, threshold, batches):
         engine.set_rates(LEARNING_RATES[step], GATE_LRS[step], LAMBDA[threshold] if step >= 3 else 0.0)
         tokens = sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro_batches)
         rows = [{"input_ids": ids, "labels": labels} for ids, labels in micro_batches]
-        loss_sum, outcome = train_step(engine, StepBatches(rows, tokens, tokens, tokens), num_processes=1)
+        loss_sum, outcome = train_step(engine, StepBatches(rows, tokens, tokens, tokens, tokens), num_processes=1)
         assert not outcome.skipped
         losses.append(loss_sum.item() / tokens)
         norms.append(outcome.grad_norm)

@@ -215,3 +215,13 @@ def test_an_unreadable_deepspeed_config_is_bad_input(tmp_path):
     stage_at_the_wrong_place = file_with(tmp_path, {"zero_optimization": 3})
     with pytest.raises(UserError, match="zero_optimization to 3"):
         resolve("auto", TWO, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": stage_at_the_wrong_place})
+
+
+def test_local_updates_take_ddp_and_refuse_a_launcher_whose_processes_step_together():
+    def local(strategy, world=TWO, environ=MULTI):
+        return resolve_strategy(strategy, world, environ, "bfloat16", sync_every=8)
+
+    assert local("auto") == local("ddp") == "ddp"
+    assert local("auto", ONE, PLAIN) == "none"
+    with pytest.raises(UserError, match=r"sync_every is 8 .* --use_deepspeed, .*; launch with --multi_gpu"):
+        local("auto", TWO, DEEPSPEED)

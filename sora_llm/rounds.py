@@ -1,0 +1,214 @@
+"""Rounds of local updates: what the replicas agreed on last, and how they come to agree again.
+
+A round's end is one exchange: every replica sends each module's factors to the replica that averages it, and gets all
+averages back, 2 (K − 1)/K times the adapter, as an all-reduce would move; but the averager has all replicas' factors at
+once, so how far the mean of products is from the product of means costs nothing more to send.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_llm.consensus import fingerprints
+from sora_llm.distributed import Engine, Replicas, agree, gather_objects, sum_over_processes
+from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shift_gates
+from sora_llm.merge import mean_jaccard
+
+Gates = Mapping[str, Tensor]  # module → (R,)
+Prox = Callable[[Gates, Gates], Gates]  # gates, Σ τ → gates
+ChooseProx = Callable[[Gates], Prox]  # the mean gates → the prox of this round
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round's end saw.
+
+    `merge_error` is ‖mean(B g A) − mean(B) mean(g) mean(A)‖ / ‖mean(B g A)‖ over all modules, `support_overlap` the
+    mean Jaccard index of the supports that the replicas' own gates would have (None where nothing is pruned or nobody
+    is there to compare with), `sync_bytes` what each replica sent, and received, `sync_seconds` how long it took,
+    waiting for the slowest replica included.
+    """
+
+    merge_error: float
+    support_overlap: float | None
+    sync_bytes: int
+    sync_seconds: float
+
+    @property
+    def fields(self) -> dict[str, float | int | None]:
+        """As metrics.jsonl has them."""
+        return {
+            "merge_error": self.merge_error,
+            "support_overlap": self.support_overlap,
+            "sync_bytes": self.sync_bytes,
+            "sync_seconds": self.sync_seconds,
+        }
+
+
+class Rounds:
+    """`anchor` holds the float32 values that all agreed on last, by tensor name, on the engine's device; `agree` says
+    whether the replicas still hold them."""
+
+    def __init__(self, replicas: Replicas, outer: OuterOptimizer) -> None:
+        self.replicas, self.outer = replicas, outer
+        self.anchor: dict[str, Tensor] = {}
+        self.agree = True
+        self.number = 0
+
+    def begin(self, engine: Engine) -> None:
+        """Take what `engine` holds as agreed on (collective).
+
+        Raises:
+            RunFailed: it is not the same on every process.
+        """
+        agree(fingerprints(engine.values()), "the adapter of a first round")
+        self.anchor = {name: value.clone() for name, value in engine.values().items()}
+        self.outer.velocity = {}
+        self.agree = True
+
+    def part(self) -> None:
+        """The replicas take steps of their own from here, until `end`."""
+        self.agree = False
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """{module: gate (R,)} as agreed on last, on the CPU: their zeros are the support."""
+        return {
+            name.removesuffix(".gate"): value.cpu() for name, value in self.anchor.items() if name.endswith(".gate")
+        }
+
+    def end(self, engine: Engine, choose_prox: ChooseProx | None, *, keep_factors: bool = False) -> RoundReport:
+        """Let all replicas agree (collective).
+
+        Factors take the outer step to their mean, gates become the prox of theirs.  With `keep_factors` only the
+        supports are agreed on: A and B stay each replica's own, for a merge of the products, and every gate moves as
+        the mean one did; the anchor is then the adapter that would have been.
+        """
+        since = time.monotonic()
+        own, thresholds = engine.values(), engine.take_thresholds()
+        mean, drift = self._average({**own, **{f"{name}.{_TAU}": tau for name, tau in thresholds.items()}})
+        mean_thresholds = {name: mean.pop(f"{name}.{_TAU}") for name in thresholds}
+        agreed, overlap = dict(mean), None
+        if choose_prox is not None:
+            prox = choose_prox(_gates(mean))
+            agreed |= {f"{name}.gate": gate for name, gate in prox(_gates(mean), mean_thresholds).items()}
+            overlap = self._overlap(prox(_gates(own), thresholds))
+        for name in agreed:
+            if not name.endswith(".gate"):
+                agreed[name] = self.outer.step(name, self.anchor[name], mean[name])
+        if keep_factors:
+            engine.write(
+                {
+                    name: shift_gates(own[name], mean[name], value)
+                    for name, value in agreed.items()
+                    if name.endswith(".gate")
+                }
+            )
+        else:
+            engine.write(agreed)
+        self.anchor, self.agree = agreed, not keep_factors
+        self.number += 1
+        num_values = sum(value.numel() for value in (*own.values(), *thresholds.values()))
+        num_bytes = round_bytes(num_values, self.replicas.num)
+        return RoundReport(drift.relative, overlap, num_bytes, time.monotonic() - since)
+
+    @contextlib.contextmanager
+    def averaged(self, engine: Engine) -> Iterator[None]:
+        """Inside a round: every replica holds the slot-wise mean for the duration, and its own bits again afterwards
+        (collective)."""
+        if self.agree:
+            yield
+            return
+        own = {name: value.clone() for name, value in engine.values().items()}
+        engine.write(self._average(own)[0])
+        try:
+            yield
+        finally:
+            engine.write(own)
+
+    def _average(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Drift]:
+        """The mean over replicas of tensors "<module>.<kind>", and the drift of all modules (collective)."""
+        by_module: dict[str, list[str]] = {}
+        for name in values:
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        sizes = {module: sum(values[name].numel() for name in names) for module, names in by_module.items()}
+        owned = owners(sizes, min(self.replicas.num, len(sizes)))
+        names_of = [[name for module in modules for name in by_module[module]] for modules in owned]
+        parts = [torch.cat([values[name].flatten() for name in names]) for names in names_of]
+        drift, mean = Drift(), None
+        if found := self.replicas.gather(parts):
+            names = names_of[self.replicas.index]
+            replicas = [_unflat(part, names, values) for part in found]
+            averaged: dict[str, Tensor] = {}
+            for module in owned[self.replicas.index]:
+                own_means, own_drift = _average_module(module, replicas)
+                averaged |= own_means
+                drift += own_drift
+            mean = torch.cat([averaged[name].flatten() for name in names])
+        spread = self.replicas.spread(mean, parts)
+        energies = sum_over_processes(drift.error_energy, drift.energy, device=parts[0].device)
+        means: dict[str, Tensor] = {}
+        for part, names in zip(spread, names_of, strict=True):
+            means |= _unflat(part, names, values)
+        return {name: means[name] for name in values}, Drift(*energies)
+
+    def _overlap(self, own_gates: Gates) -> float | None:
+        """Mean Jaccard index of the replicas' own supports (collective)."""
+        support = torch.cat([gate != 0 for gate in own_gates.values()]).cpu()
+        everyone = gather_objects(support if self.replicas.is_lead else None)
+        supports = [found for found in everyone if found is not None]
+        return mean_jaccard(torch.stack(supports), [1] * len(supports))
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What all replicas agreed on, for a checkpoint: the anchor by name, "<name>.outer_velocity"."""
+        velocity = {f"{name}.{_VELOCITY}": value for name, value in self.outer.velocity.items()}
+        return {name: value.cpu().clone() for name, value in {**self.anchor, **velocity}.items()}
+
+    def state(self) -> dict[str, int | bool]:
+        """The rest of it, as JSON."""
+        return {"number": self.number, "agree": self.agree, "replicas": self.replicas.num}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, int | bool], engine: Engine) -> None:
+        """Put back `tensors` and `state`; `engine` holds this replica's own values."""
+        self.anchor = {name: tensors[name].to(engine.device) for name in engine.values()}
+        suffix = f".{_VELOCITY}"
+        self.outer.velocity = {
+            name.removesuffix(suffix): value.to(engine.device)
+            for name, value in tensors.items()
+            if name.endswith(suffix)
+        }
+        self.number, self.agree = int(state["number"]), bool(state["agree"])
+
+
+_TAU, _VELOCITY = "tau", "outer_velocity"
+
+
+def _gates(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removesuffix(".gate"): value for name, value in values.items() if name.endswith(".gate")}
+
+
+def _average_module(module: str, replicas: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], Drift]:
+    """One module's means by tensor name, and its drift."""
+    gate_name, tau_name = f"{module}.gate", f"{module}.{_TAU}"
+    factors = [(r[f"{module}.lora_A"], r[f"{module}.lora_B"], r.get(gate_name)) for r in replicas]
+    (A, B, gate), drift = average(factors)
+    mean = {f"{module}.lora_A": A, f"{module}.lora_B": B}
+    if gate is not None:
+        mean[gate_name] = gate
+    if tau_name in replicas[0]:
+        mean[tau_name] = torch.stack([replica[tau_name] for replica in replicas]).mean(0)
+    return mean, drift
+
+
+def _unflat(flat: Tensor, names: Sequence[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The named tensors that lie in a row in `flat`, of the shapes that they have in `like`."""
+    pieces = flat.split([like[name].numel() for name in names])
+    return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}

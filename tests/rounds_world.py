@@ -1,0 +1,226 @@
+"""Workers that take local updates of a tiny LLaMA in float64 and report where every round ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from helpers import tiny_llama
+from reference import use_float64_norms
+from torch import Tensor
+
+from sora_llm.distributed import Engine, Replicas, make_accelerator
+from sora_llm.errors import RunFailed
+from sora_llm.inject import adapter_parameters, adapters, inject_sora
+from sora_llm.local_updates import OuterOptimizer
+from sora_llm.loop import StepBatches, train_step
+from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.rounds import Prox, Rounds
+from sora_llm.sora import soft_threshold
+from sora_llm.topology import World, launched_world
+
+STEPS, ROUND_ENDS, R, LORA_ALPHA, DECAY, MAX_NORM = 11, (4, 8, 11), 4, 6.0, 0.05, 0.4
+LEARNING_RATES = [4e-3 * (1 - step / 20) for step in range(STEPS)]
+GATE_LRS = [0.12 * (1 - step / 20) for step in range(STEPS)]
+LAMBDA = {"decoupled": 1.4, "proxgen": 0.006}
+FIRST_PRUNED = 4  # the first round is dense
+SMALL_MODEL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+
+MicroBatch = tuple[Tensor, Tensor]
+
+
+def make_model() -> torch.nn.Module:
+    """In float64, the norms too."""
+    return use_float64_norms(tiny_llama(**SMALL_MODEL).double())
+
+
+def make_batches(seed: int) -> list[list[MicroBatch]]:
+    """Per step two micro-batches (input_ids, labels) of unlike size and supervision."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(STEPS):
+        step = []
+        for num_rows, num_tokens, prompt in ((2, 9, 2), (1, 12, 7)):
+            ids = torch.randint(40, (num_rows, num_tokens), generator=generator)
+            labels = ids.clone()
+            labels[:, :prompt] = -100
+            step.append((ids, labels))
+        batches.append(step)
+    return batches
+
+
+def lambdas(threshold: str) -> list[float]:
+    """λ of every step."""
+    return [LAMBDA[threshold] if step >= FIRST_PRUNED else 0.0 for step in range(STEPS)]
+
+
+def injected() -> torch.nn.Module:
+    """The model with adapters whose B is not 0, the same everywhere."""
+    model = make_model()
+    torch.manual_seed(1)
+    inject_sora(model, r=R, lora_alpha=LORA_ALPHA, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.normal_(0, 0.1)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def everything_in_float64() -> Iterator[None]:
+    """The library takes losses and masters in float32, transformers positions: a comparison would be good to 1e-6."""
+    to_float, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double  # type: ignore[assignment]
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.Tensor.float = to_float
+        torch.set_default_dtype(torch.float32)
+
+
+def soft(mean_gates: Any) -> Prox:
+    return lambda gates, thresholds: {name: soft_threshold(gates[name], thresholds[name]) for name in gates}
+
+
+class Place:
+    """One process of a world whose replicas are processes, or nodes of two processes."""
+
+    def __init__(self, replica: str = "process") -> None:
+        launched = launched_world(os.environ)
+        index = launched.process_index
+        self.world = World(launched.num_processes, index, index % 2 if replica == "node" else index)
+        strategy = "ddp" if self.world.num_processes > 1 else "none"
+        self.strategy, self.accelerator = strategy, make_accelerator(strategy, self.world, timeout_minutes=2)
+        self.replicas = Replicas.make(replica, self.world)
+
+    def engine(self, threshold: str = "decoupled") -> Engine:
+        """Around fresh adapters."""
+        model = injected()
+        groups = parameter_groups(model, 1.0, 1.0, weight_decay=DECAY, threshold=threshold, deferred=True)
+        return Engine(self.accelerator, model, ProxAdamW(groups), self.strategy, MAX_NORM, self.replicas)
+
+    def step(self, engine: Engine, batches: Sequence[Sequence[MicroBatch]], step: int, lam: float) -> bool:
+        """One local step on `batches` of the processes of this replica, each on its own; whether it was skipped."""
+        tokens = [sum(int((labels[:, 1:] != -100).sum()) for _, labels in own) for own in batches]
+        mine = self.replicas.own_members.index(self.world.process_index)
+        rows = [{"input_ids": ids, "labels": labels} for ids, labels in batches[mine]]
+        engine.set_rates(LEARNING_RATES[step], GATE_LRS[step], lam)
+        figures = StepBatches(rows, sum(tokens), tokens[mine], sum(tokens), sum(tokens))
+        return train_step(engine, figures, len(self.replicas.own_members))[1].skipped
+
+    def run(
+        self, seeds: Sequence[int], threshold: str = "decoupled", outer: Sequence[float] = (1.0, 0.0)
+    ) -> dict[str, Any]:
+        """Rounds to the end; `seeds` choose the rows of every process of the world."""
+        engine = self.engine(threshold)
+        rounds = Rounds(self.replicas, OuterOptimizer(*outer))
+        rounds.begin(engine)
+        own = [make_batches(seeds[process]) for process in self.replicas.own_members]
+        distances, overlaps, apart = [], [], []
+        for step, lam in enumerate(lambdas(threshold)):
+            self.step(engine, [batches[step] for batches in own], step, lam)
+            if step + 1 in ROUND_ENDS:
+                apart.append({name: value.clone() for name, value in engine.values().items()})
+                report = rounds.end(engine, soft if step >= FIRST_PRUNED else None)
+                engine.prove_agreement()
+                distances.append(report.merge_error)
+                overlaps.append(report.support_overlap)
+        result = {
+            "values": {name: value.clone() for name, value in engine.values().items()},
+            "distances": distances,
+            "overlaps": overlaps,
+            "apart": apart,
+            "bytes": report.sync_bytes,
+        }
+        with engine.released():
+            pass
+        return result
+
+
+def rounds_world(cases: dict[str, dict[str, Any]], replica: str = "process", faults: bool = False) -> dict[str, Any]:
+    """The results of `Place.run` with the arguments of each case."""
+    with everything_in_float64():
+        place = Place(replica)
+        report: dict[str, Any] = {name: place.run(**case) for name, case in cases.items()}
+        if faults:
+            report |= {"flips": flips(place), "poisoned": poisoned_replica(place), "idle": idle_replica(place)}
+            report |= {"averaged": averaged(place)}
+    return report
+
+
+def flips(place: Place) -> dict[str, str | None]:
+    """What prove_agreement says at a round's end of one wrong element on the last process, by kind."""
+    engine = place.engine()
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    batches = make_batches(place.world.process_index)
+    place.step(engine, [batches[0]], 0, 0.0)
+    rounds.end(engine, None)
+    found: dict[str, str | None] = {"nothing": verdict(engine)}
+    name, parameter = list(adapter_parameters(engine.module).items())[5]
+    if place.world.process_index == place.world.num_processes - 1:
+        parameter.data.view(-1)[3] *= 1 + 1e-15
+    found["name"], found["parameter"] = name, verdict(engine)
+    return found
+
+
+def verdict(engine: Engine) -> str | None:
+    try:
+        engine.prove_agreement()
+    except RunFailed as error:
+        return str(error)
+    return None
+
+
+def poisoned_replica(place: Place) -> dict[str, Any]:
+    """A round of three steps in which the last replica's second loss is not finite."""
+    engine = place.engine()
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    batches = make_batches(place.world.process_index)
+    is_last = place.world.process_index == place.world.num_processes - 1
+    skipped = []
+    for step in range(3):
+        embedding = engine.module.get_input_embeddings().weight
+        saved = embedding.detach().clone()
+        if is_last and step == 1:
+            embedding.data.mul_(float("nan"))
+        skipped.append(place.step(engine, [batches[step]], step, 0.0))
+        embedding.data.copy_(saved)
+    steps = engine.num_optimizer_steps
+    rounds.end(engine, None)
+    finite = all(bool(value.isfinite().all()) for value in engine.values().values())
+    return {"skipped": skipped, "num_steps": steps, "finite": finite, "verdict": verdict(engine)}
+
+
+def idle_replica(place: Place) -> dict[str, Any]:
+    """A step for which the last replica has no rows: it stands still."""
+    engine = place.engine()
+    before = {name: value.clone() for name, value in engine.values().items()}
+    if place.world.process_index == place.world.num_processes - 1:
+        empty = StepBatches([], 0.0, 0.0, 10, 10)
+        engine.set_rates(LEARNING_RATES[0], GATE_LRS[0], 0.0)
+        train_step(engine, empty, 1)
+    else:
+        place.step(engine, [make_batches(0)[0]], 0, 0.0)
+    moved = any(not torch.equal(before[name], value) for name, value in engine.values().items())
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.anchor = before
+    rounds.end(engine, None)
+    return {"moved": moved, "verdict": verdict(engine)}
+
+
+def averaged(place: Place) -> dict[str, Any]:
+    """Values inside `Rounds.averaged` in the middle of a round, and whether each replica has its own bits back."""
+    engine = place.engine()
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    rounds.part()
+    place.step(engine, [make_batches(place.world.process_index)[0]], 0, 0.0)
+    own = {name: value.clone() for name, value in engine.values().items()}
+    with rounds.averaged(engine):
+        inside = {name: value.clone() for name, value in engine.values().items()}
+    back = all(torch.equal(own[name], value) for name, value in engine.values().items())
+    return {"own": own, "inside": inside, "back": back}

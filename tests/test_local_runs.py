@@ -1,0 +1,146 @@
+"""Whole runs with local updates: what they log and leave, and that interrupted ones end with the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import DENSE_STEPS, STEPS, Playground, checkpoints, interrupt, lines, overrides, result, status
+
+from sora_llm.errors import UserError
+from sora_llm.train import run
+
+CONFIG = "configs/llama7b.yaml"
+PREEMPTED = 75
+LOCAL = {"distributed.sync_every": 3, "output.save_steps": 1, "sora.lora_dropout": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    # rounds end after steps 2, 4 and 6: with every phase
+    "budget, cut by svd": {
+        **LOCAL,
+        "sora.sparse_lambda": None,
+        "sora.target_rank": 2,
+        "sora.consensus_at": 0.67,
+        "sora.consensus": "svd",
+    },
+    # after 2, 5 and 6
+    "slots, an outer optimizer": {
+        **LOCAL,
+        "distributed.outer_learning_rate": 0.7,
+        "distributed.outer_momentum": 0.9,
+        "sora.threshold": "proxgen",
+        "sora.sparse_lambda": 0.02,
+    },
+}
+ROUND_ENDS = {"budget, cut by svd": [2, 4, 6], "slots, an outer optimizer": [2, 5, 6]}
+WEIGHTS = "adapter.safetensors"
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def straight(case: str, ground: Playground) -> Path:
+    """The directory of an undisturbed run, with a checkpoint of every step."""
+    name = f"local {case}"
+    assert ground.codes(name, 2, **{"distributed.strategy": "auto"}, **CASES[case]) == [0, 0]
+    return ground.run_dir(name)
+
+
+def test_a_run_takes_ddp_and_says_at_every_round_what_it_saw(case: str, straight: Path) -> None:
+    assert json.loads((straight / "env.json").read_text())["strategy"] == "ddp"
+    logged = [line for line in lines(straight, "metrics.jsonl") if line["phase"] != "export"]
+    rounds = [line for line in logged if "sync_bytes" in line]
+    assert [line["step"] for line in rounds] == ROUND_ENDS[case]
+    assert all(line["sync_seconds"] > 0 for line in rounds)
+    assert rounds[0]["merge_error"] == 0, "from B = 0 one step moves B alone, and then it is linear"
+    assert all(0 < line["merge_error"] < 0.5 for line in rounds[1:])
+    assert ["support_overlap" in line for line in rounds] == [line["phase"] == "sparsify" for line in rounds]
+    ranks = {line["step"]: line["mean_rank"] for line in logged if line["step"] > 0}
+    held = {step: max([end for end in ROUND_ENDS[case] if end <= step], default=0) for step in ranks}
+    after_cut = [] if "svd" not in case else [step for step in ranks if step > ROUND_ENDS[case][1]]
+    for step, rank in ranks.items():  # inside a round no gate dies: what counts is what was agreed on last
+        if step not in after_cut:
+            assert rank == (ranks[held[step]] if held[step] else 4.0), step
+    last = lines(straight, "metrics.jsonl")[-1]
+    assert 0 < last["mean_rank"] < 4 and last["eval_loss_exported"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_a_budget_is_kept_by_the_merge_of_products(case: str, straight: Path) -> None:
+    if "budget" not in case:
+        pytest.skip("the other case has none")
+    last = lines(straight, "metrics.jsonl")[-1]
+    budget = next(line["budget_params"] for line in lines(straight, "metrics.jsonl") if "budget_params" in line)
+    shapes = [64 + 64, 64 + 32, 64 + 172]  # of q and o, k and v, the MLP
+    assert budget - min(shapes) < last["kept_params"] <= budget
+
+
+STEPS_OF = {"budget, cut by svd": (3, 4, 5), "slots, an outer optimizer": (4,)}
+"""Inside a round, at the round whose factors are merged by the cut, after the cut; inside a round."""
+
+
+def test_one_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
+    case: str, straight: Path, ground: Playground
+) -> None:
+    whole = result(straight)
+    for step in STEPS_OF[case]:
+        name = f"local {case} from {step}"
+        run_dir = interrupt(straight, ground.run_dir(name), step)
+        assert ground.codes(name, 2, **CASES[case]) == [0, 0]
+        assert result(run_dir) == whole, step
+        for later in range(step + 1, STEPS + 1):
+            for file in (WEIGHTS, "replica-0.safetensors", "replica-1.safetensors"):
+                ours, theirs = (folder / "checkpoints" / f"step-{later}" / file for folder in (run_dir, straight))
+                assert ours.read_bytes() == theirs.read_bytes(), (later, file)
+
+
+def test_so_does_one_that_was_asked_to_stop_inside_a_round(case: str, straight: Path, ground: Playground) -> None:
+    if "budget" not in case:
+        pytest.skip("one case is enough")
+    name = "local stopped"
+    fault = {"place": "step", "nth": 3, "do": "TERM", "process": 1}
+    children = ground.start(name, 2, [fault], **CASES[case])
+    assert [child.wait() for child in children] == [PREEMPTED, PREEMPTED], children[0].output
+    found = status(ground.run_dir(name))
+    assert (found["state"], found["checkpoint"]) == ("preempted", "checkpoints/step-3")
+    assert ground.codes(name, 2, **CASES[case]) == [0, 0]
+    assert result(ground.run_dir(name)) == result(straight)
+
+
+def test_another_number_of_replicas_is_refused_and_changes_nothing(
+    case: str, straight: Path, ground: Playground
+) -> None:
+    if "budget" not in case:
+        pytest.skip("one case is enough")
+    run_dir = interrupt(straight, ground.run_dir("local alone"), 3)
+    before = checkpoints(run_dir)
+    with pytest.raises(UserError, match=r"holds 2 replicas .* this launch has 1; launch as many"):
+        run(CONFIG, *overrides(ground.folder, run_dir, **CASES[case]))
+    assert checkpoints(run_dir) == before
+
+
+def test_a_damaged_replica_is_a_damaged_checkpoint(case: str, straight: Path, ground: Playground) -> None:
+    if "budget" not in case:
+        pytest.skip("one case is enough")
+    name = "local damaged"
+    run_dir = interrupt(straight, ground.run_dir(name), 4)
+    file = run_dir / "checkpoints" / "step-4" / "replica-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    children = ground.start(name, 2, **CASES[case])
+    assert [child.wait() for child in children] == [0, 0]
+    assert "replica-1.safetensors is not what was saved" in children[0].output
+    assert "resuming from" in children[0].output and "step 3 of 6" in children[0].output
+    assert result(run_dir) == result(straight)
+
+
+def test_one_process_may_take_rounds_too(ground: Playground, tmp_path: Path) -> None:
+    found = run(CONFIG, *overrides(ground.folder, tmp_path / "run", **CASES["budget, cut by svd"]))
+    assert found.status["state"] == "finished"
+    logged = lines(tmp_path / "run", "metrics.jsonl")
+    rounds = [line for line in logged if "sync_bytes" in line]
+    assert [line["step"] for line in rounds] == [2, 4, 6]
+    assert all(line["sync_bytes"] == 0 and line["merge_error"] == 0 for line in rounds)
+    assert rounds[0]["step"] == DENSE_STEPS
