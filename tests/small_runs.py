@@ -25,8 +25,8 @@ EVAL_CALLS = DEV_ROWS // EVAL_BATCH
 WORLDS: dict[int, dict[str, Any]] = {1: {}, 2: {"distributed.strategy": "zero2"}}
 """Options of a run by its number of processes."""
 
-MODULES = ("faults", "sora_llm.train", "deepspeed", "peft")
-"""What every trainer imports."""
+MODULES = ("faults", "sora_llm.train", "deepspeed", "peft", "transformers.trainer")
+"""What every trainer imports, and the examples."""
 
 
 def short_rows(folder: Path, count: int = 30) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""SoRA in transformers' Trainer: one Trainer up to the cut, another one after it; on one process or several (DDP).
+
+    python examples/hf_trainer.py MODEL DATA.jsonl OUT --load-in-4bit
+    torchrun --nproc-per-node 2 examples/hf_trainer.py MODEL DATA.jsonl OUT --load-in-4bit
+
+The same command goes on from the newest checkpoint of the phase that it was in.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from plain_loop import make_optimizer, set_sparse_lambda, sparse_phase
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sora_llm import consensus_prune, inject_sora
+
+WEIGHTS = "adapter.safetensors"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = common.parser(__doc__).parse_args(argv)
+    train_rows, dev_rows = (common.token_rows(rows, args) for rows in common.text_rows(args))
+    model = common.load_base(args)
+    torch.manual_seed(args.seed)
+    inject_sora(model, r=args.r, lora_alpha=16)
+    accept_adapters(model)
+
+    _, cut = sparse_phase(args)
+    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args)
+    go_on(trainer)
+    consensus_prune(model, target_rank=args.target_rank)  # proves first that all processes hold the same adapter
+
+    seen = cut * args.batch_size * args.accumulate * trainer.args.world_size % len(train_rows)
+    trainer = make_trainer(model, train_rows[seen:] + train_rows[:seen], args.out / "finetune", args.steps - cut, args)
+    go_on(trainer)
+    if trainer.is_world_process_zero():
+        common.export_and_reload(model, dev_rows, args)
+
+
+def go_on(trainer: Trainer) -> None:
+    """Train from the newest checkpoint of this phase, if there is one.
+
+    The cut is a function of the adapter alone, so a second phase that is resumed has the ranks it had.
+    """
+    folder = Path(trainer.args.output_dir)
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is not None and newest.endswith(f"-{trainer.args.max_steps}"):  # train() would do one step too many
+        load_adapter(trainer.model, newest)
+    else:
+        trainer.train(resume_from_checkpoint=newest)
+
+
+def accept_adapters(model: Any) -> None:
+    """Tell transformers that this model has adapters to train: Trainer refuses a quantised model without.
+
+    The flag makes `model.save_pretrained` look for adapters of PEFT's, so saving is the part of `AdapterCheckpoints`.
+    """
+    model._hf_peft_config_loaded = True
+
+
+class AdapterCheckpoints:
+    """Lets the checkpoints of a Trainer hold what is trained, instead of the whole quantised base."""
+
+    model: Any
+    args: TrainingArguments
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in trained(self.model).items()}, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self.model, resume_from_checkpoint)
+
+
+class SoraTrainer(AdapterCheckpoints, Trainer):
+    """Trainer with checkpoints of the adapter alone."""
+
+
+class SparseLambda(TrainerCallback):
+    """λ of every step; the gates that are left, beside the loss."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_others):
+        set_sparse_lambda(optimizer, state.global_step, self.arguments)
+
+    def on_log(self, args, state, control, model=None, logs=None, **_others):
+        if state.is_world_process_zero and "loss" in logs:
+            print(f"step {state.global_step}: loss {logs['loss']:.4f}{common.live_gates(model)}", flush=True)
+
+
+def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, num_steps: int, args) -> Trainer:
+    """A phase.  Clipping, accumulation and the loss over all processes' tokens are Trainer's own."""
+    options = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",  # the rows are in a random order already
+        remove_unused_columns=False,
+        logging_steps=10,
+        save_steps=max(1, num_steps // 2),
+        seed=args.seed,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+    return SoraTrainer(
+        model,
+        options,
+        data_collator=common.collate,
+        train_dataset=rows,
+        optimizers=make_optimizer(model, args, num_steps),
+        callbacks=[SparseLambda(args)],
+    )
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name: everything else is frozen."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, checkpoint: str) -> None:
+    """Take the adapter's values from a checkpoint of the same phase."""
+    tensors, parameters = load_file(Path(checkpoint) / WEIGHTS), trained(model)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(f"{checkpoint} holds an adapter of other modules or ranks; name another folder, or remove it")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+if __name__ == "__main__":
+    main()

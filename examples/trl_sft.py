@@ -1,0 +1,85 @@
+"""SoRA in TRL's SFTTrainer, which tokenises and packs the rows: one trainer up to the cut, one after it.
+
+    pip install 'sora_llm[examples]'
+    python examples/trl_sft.py MODEL DATA.jsonl OUT --load-in-4bit --packing
+
+The same command goes on from the newest checkpoint of the phase that it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+import torch
+from datasets import Dataset
+from hf_trainer import AdapterCheckpoints, SparseLambda, accept_adapters, go_on, trained
+from plain_loop import make_optimizer, sparse_phase
+from torch import nn
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from sora_llm import consensus_prune, inject_sora
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--packing", action="store_true", help="best-fit packing of rows into sequences")
+    args = arguments.parse_args(argv)
+    train_rows, dev_rows = common.text_rows(args)
+    model = common.load_base(args)
+    torch.manual_seed(args.seed)
+    inject_sora(model, r=args.r, lora_alpha=16)
+    accept_adapters(model)
+
+    _, cut = sparse_phase(args)
+    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args)
+    go_on(trainer)
+    consensus_prune(model, target_rank=args.target_rank)
+    trainer = make_trainer(model, train_rows, args.out / "finetune", args.steps - cut, args)
+    go_on(trainer)
+    if trainer.is_world_process_zero():
+        common.export_and_reload(model, common.token_rows(dev_rows, args), args)
+
+
+class SoraSFTTrainer(AdapterCheckpoints, SFTTrainer):
+    """SFTTrainer with checkpoints of the adapter alone."""
+
+
+def make_trainer(
+    model: nn.Module, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args
+) -> SoraSFTTrainer:
+    """A phase.  The loss covers the completions, as TRL does with rows of prompt and completion."""
+    options = SFTConfig(
+        output_dir=str(folder),
+        max_length=args.sequence_len,
+        packing=args.packing,
+        max_steps=num_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        max_grad_norm=1.0,
+        logging_steps=10,
+        save_steps=max(1, num_steps // 2),
+        seed=args.seed,
+        report_to=[],
+        bf16=False,  # no autocast: the base has its dtype, the adapter its own
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+    trainer = SoraSFTTrainer(
+        model,
+        options,
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        optimizers=make_optimizer(model, args, num_steps),
+        callbacks=[SparseLambda(args)],
+    )
+    for parameter in trained(model).values():  # SFTTrainer rounds the adapter of a quantised base to bfloat16
+        parameter.data = parameter.data.float()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
