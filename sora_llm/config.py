@@ -176,8 +176,8 @@ class Output:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # []: no tracker
     export_layout: Literal["padded", "ragged", "gguf", "merged"] = "padded"  # padded loads in every engine
     allow_empty_adapter: bool = False  # true: an adapter whose every rank was pruned is no error
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
+    push_to_hub: bool = False  # upload adapter/ once the run is finished; a failed upload never fails the run
+    hub_model_id: str | None = None  # user/name or name; null: the name of output_dir, in the user's namespace
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,6 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "output.export_layout": (("padded", "ragged"), "use padded or ragged and convert or merge the adapter afterwards"),
-    "output.push_to_hub": ((False,), "use false and upload the adapter folder afterwards"),
-    "output.hub_model_id": ((None,), "leave it null and upload the adapter folder afterwards"),
 }
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
@@ -595,6 +593,9 @@ def _check_combinations(config: Config, origin: _Origin) -> None:
         *_backbone_problems(config, origin),
         *_data_problems(config),
     ]
+    if config.output.hub_model_id is not None and not config.output.push_to_hub:
+        stated = origin.state(config, "output.hub_model_id")
+        problems.append(f"{stated} names where to upload to, and nothing is uploaded; set output.push_to_hub to true.")
     if problems:
         raise UserError(problems[0])
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sora_llm.consensus import empty_factors, product_distance
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import copy_folder, file_sha256, publish
+from sora_llm.hub import card_metadata
 from sora_llm.inject import adapters, bare, target_linears
 from sora_llm.lora_files import CERTIFICATE, CONFIG, WEIGHTS
 from sora_llm.sora import SoraLinear, fold
@@ -414,9 +415,7 @@ def model_card(
     data = "".join(f"* {path}\n" for path in provenance.data)
     table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
     return f"""---
-library_name: peft
-base_model: {base}
-tags: [lora, sora]
+{card_metadata(provenance.base_model)}
 ---
 # LoRA adapter for {base}
 

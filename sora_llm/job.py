@@ -17,6 +17,7 @@ from sora_llm.data.order import Order
 from sora_llm.distributed import Replicas, gather_objects, on_main
 from sora_llm.errors import Preempted, UserError
 from sora_llm.files import user_path
+from sora_llm.hub import LOGIN, has_token
 from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
 from sora_llm.lifeline import Lifeline
 from sora_llm.local_updates import round_bytes, transfer_seconds
@@ -132,6 +133,8 @@ def warnings(plan: Plan) -> Iterator[str]:
         saved = saved_base(user_path(model.adapter, "model.adapter"))
         if saved and not is_same_base(saved, model.name_or_path):
             yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
+    if plan.config.output.push_to_hub and not has_token():
+        yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
     if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     travel = min(stage.gate_travel for stage in plan.stages)

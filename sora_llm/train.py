@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm import checkpoint, distributed, export, pipeline
+from sora_llm import checkpoint, distributed, export, hub, pipeline
 from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone
 from sora_llm.config import Config, load_config, to_dict, to_yaml
@@ -142,9 +142,19 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
         try:
             stop.start()
-            return run_config(config, run_dir, stop, lifeline, dry_run)
+            result = run_config(config, run_dir, stop, lifeline, dry_run)
         except Preempted as request:
             return leave_preempted(run_dir, stop, request, dry_run)
+        if config.output.push_to_hub:
+            push_to_hub(result, hub.repository(config.output.hub_model_id, run_dir), stop)
+        return result
+
+
+def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
+    """Upload the adapter of a finished run, now that its processes do not wait for each other any more."""
+    if result.status["state"] == "finished" and result.adapter is not None and launched_world(os.environ).is_main:
+        print(f"uploading {result.adapter} to the hub as {repo_id}", flush=True)
+        print(hub.push(result.adapter, repo_id, stop.is_asked), flush=True)
 
 
 def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
@@ -155,6 +165,8 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
     zero_options = deepspeed_options(config, strategy)
+    if config.output.push_to_hub:
+        hub.check_target(config.output.hub_model_id, run_dir)
     inputs = check_inputs(config, strategy)
     check_output(run_dir, config.output.resume)
 

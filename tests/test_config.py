@@ -437,8 +437,6 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
     [
         ["output.export_layout=gguf"],
         ["output.export_layout=merged"],
-        ["output.push_to_hub=true"],
-        ["output.hub_model_id=me/mine"],
     ],
     ids=lambda overrides: overrides[-1],
 )

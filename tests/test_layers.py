@@ -12,7 +12,7 @@ PACKAGE = Path(sora_llm.__file__).parent
 # From the bottom up; a module imports only from the lines below its own. `config` stands beside them all.
 LAYERS = [
     {"errors"},
-    {"files", "stop", "lifeline"},
+    {"files", "stop", "lifeline", "hub"},
     {"topology", "sora", "schedule", "allocation", "budget"},
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files"},
@@ -104,6 +104,7 @@ def test_the_algorithm_imports_torch_alone(name):
         (("yaml",), {"config"}),
         (("bitsandbytes",), {"backbone"}),
         (("peft",), {"export"}),
+        (("huggingface_hub",), {"hub"}),
         (("matplotlib",), {"report_page.plots"}),
     ],
 )
