@@ -67,7 +67,12 @@ def load_base(args: argparse.Namespace) -> nn.Module:
 def text_rows(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training, dev) rows of "prompt" and "completion", in an order that the seed decides."""
     lines = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = [{"prompt": line[args.prompt], "completion": line[args.completion]} for line in lines]
+    try:
+        rows = [{"prompt": line[args.prompt], "completion": line[args.completion]} for line in lines]
+    except KeyError as missing:
+        raise SystemExit(f"{args.data} has no field {missing}: see --prompt and --completion") from None
+    if len(rows) <= args.dev_rows:
+        raise SystemExit(f"{args.data} has {len(rows)} rows, and --dev-rows {args.dev_rows} leaves none to train on")
     random.Random(args.seed).shuffle(rows)
     return rows[args.dev_rows :], rows[: args.dev_rows]
 
@@ -81,6 +86,8 @@ def token_rows(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list
         if len(prompt) < args.sequence_len:  # else nothing of it would be supervised
             ids, labels = prompt + completion, [-100] * len(prompt) + completion
             tokenized.append({"input_ids": ids[: args.sequence_len], "labels": labels[: args.sequence_len]})
+    if not tokenized:
+        raise SystemExit(f"no prompt of {args.data} is shorter than --sequence-len {args.sequence_len}")
     return tokenized
 
 

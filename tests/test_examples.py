@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, shared
 from helpers import relative_error
+from nursery import Child
 from small_runs import Playground, delta_weights
 
 STEPS, R, TARGET_RANK = 24, 8, 3
@@ -38,6 +39,13 @@ class Examples:
 
     def output(self, name: str, out: str, *more: str, num_processes: int = 1) -> str:
         """What it printed, on its main process."""
+        children = self.start(name, out, *more, num_processes=num_processes)
+        codes = [child.wait() for child in children]
+        assert codes == [0] * num_processes, "".join(child.output for child in children)[-4000:]
+        return children[0].output
+
+    def start(self, name: str, out: str, *more: str, num_processes: int = 1) -> list[Child]:
+        """Its processes; `more` are options that count instead of these."""
         options = {
             "prompt": "question",
             "completion": "answer",
@@ -50,16 +58,12 @@ class Examples:
             "sequence-len": 128,
             "dev-rows": 12,
         }
-        arguments = [str(self.model), str(self.folder / "rows.jsonl"), str(self.folder / out), "--load-in-4bit", *more]
-        arguments += [f"--{key}={value}" for key, value in options.items()]
+        arguments = [str(self.model), str(self.folder / "rows.jsonl"), str(self.folder / out), "--load-in-4bit"]
+        arguments += [*(f"--{key}={value}" for key, value in options.items()), *more]
         call = {"name": name, "arguments": arguments}
         if num_processes == 1:
-            children = [self.ground.nursery.start("test_examples:run_example", call)]
-        else:
-            children = self.ground.nursery.world("test_examples:run_example", num_processes, call)
-        codes = [child.wait() for child in children]
-        assert codes == [0] * num_processes, "".join(child.output for child in children)[-4000:]
-        return children[0].output
+            return [self.ground.nursery.start("test_examples:run_example", call)]
+        return self.ground.nursery.world("test_examples:run_example", num_processes, call)
 
     def adapter(self, out: str) -> bytes:
         return (self.folder / out / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -132,6 +136,20 @@ def test_a_checkpoint_of_trainer_holds_the_adapter_alone(examples, trainer):
     sizes = {path.name: path.stat().st_size for path in (examples.folder / "trainer/sparsify/checkpoint-12").iterdir()}
     assert not {name for name in sizes if name.startswith(("model", "pytorch_model"))}
     assert sizes["adapter.safetensors"] < 4 * 260_032, "smaller than the base"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--prompt=frage", "has no field 'frage': see --prompt"),
+        ("--dev-rows=120", "leaves none to train on"),
+        ("--sequence-len=2", "no prompt of"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_a_sentence(examples, option, said):
+    [child] = examples.start("plain_loop", "nowhere", option)
+    assert child.wait() == 1
+    assert said in child.output.splitlines()[-1] and "Traceback" not in child.output
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install '.[examples]'")
