@@ -18,7 +18,7 @@ from helpers import relative_error
 from nursery import Child
 from small_runs import Playground, delta_weights
 
-STEPS, R, TARGET_RANK = 24, 8, 3
+STEPS, R, TARGET_RANK = 20, 8, 3
 
 
 def run_example(name: str, arguments: list[str]) -> int:
@@ -73,7 +73,7 @@ class Examples:
 def examples(ground: Playground, tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Examples:
     folder = tmp_path_factory.mktemp("examples")
     short = [line for line in shared("data/gsm8k_train.jsonl").read_text().splitlines() if len(line) < 330]
-    (folder / "rows.jsonl").write_text("\n".join(short[:120]))
+    (folder / "rows.jsonl").write_text("\n".join(short[:96]))
     return Examples(ground, folder, stories)
 
 
@@ -122,7 +122,7 @@ def test_trainer_on_two_processes_gives_the_same_adapter(examples, trainer):
     assert relative_error(found, expected) < 1e-2
 
 
-@pytest.mark.parametrize("lost", [["finetune"], ["finetune/checkpoint-12"], ["finetune", "sparsify/checkpoint-12"]])
+@pytest.mark.parametrize("lost", [["finetune"], ["finetune/checkpoint-10"], ["finetune", "sparsify/checkpoint-10"]])
 def test_the_same_trainer_command_goes_on_from_any_checkpoint_bit_for_bit(examples, trainer, lost):
     out = "-".join(lost).replace("/", "-")
     shutil.copytree(examples.folder / "trainer", examples.folder / out)
@@ -133,7 +133,7 @@ def test_the_same_trainer_command_goes_on_from_any_checkpoint_bit_for_bit(exampl
 
 
 def test_a_checkpoint_of_trainer_holds_the_adapter_alone(examples, trainer):
-    sizes = {path.name: path.stat().st_size for path in (examples.folder / "trainer/sparsify/checkpoint-12").iterdir()}
+    sizes = {path.name: path.stat().st_size for path in (examples.folder / "trainer/sparsify/checkpoint-10").iterdir()}
     assert not {name for name in sizes if name.startswith(("model", "pytorch_model"))}
     assert sizes["adapter.safetensors"] < 4 * 260_032, "smaller than the base"
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_trainer_holds_the_adapter_alone(examples, trainer):
     ("option", "said"),
     [
         ("--prompt=frage", "has no field 'frage': see --prompt"),
-        ("--dev-rows=120", "leaves none to train on"),
+        ("--dev-rows=96", "leaves none to train on"),
         ("--sequence-len=2", "no prompt of"),
     ],
 )
