@@ -18,4 +18,6 @@ else
 fi
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions_tests"
 warm_deepspeed
+# Two at a time, file by file: many tests wait for processes that they have started.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 python -m pytest "$@"
