@@ -12,6 +12,8 @@ COMMANDS = {
     "consensus": ("sora_llm.commands.cmd_consensus", "adapters trained apart become one, of the size asked for"),
     "evaluate": ("sora_llm.commands.cmd_evaluate", "the loss of a base model, and of an adapter on it, on a data set"),
     "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
+    "generate": ("sora_llm.commands.cmd_generate", "answers to prompts, of the adapter and of its base"),
+    "chat": ("sora_llm.commands.cmd_chat", "a dialogue with the adapter at the terminal"),
     "inspect": ("sora_llm.commands.cmd_inspect", "what became of a run, in the terminal and in its report.html"),
     "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
 }

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from sora_llm.data.show import decoded
 from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import DEFAULT_TEMPLATE, resolve_template
-from sora_llm.data.tokenize import encode_prompt, ends_visibly, served_template
+from sora_llm.data.tokenize import answer_end, encode_prompt, ends_visibly, served_template
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
+from sora_llm.generation import Stop
 from sora_llm.inject import check_start, target_linears
 from sora_llm.lora_files import LoraFiles, read_lora
 from sora_llm.pipeline import MemoryEstimate, estimate
@@ -464,7 +465,29 @@ def exported_template(config: Config, inputs: Inputs) -> str | None:
 
 def prompt_ids(config: Config, inputs: Inputs, prompt: str) -> list[int]:
     """A sample prompt as tokens: through the chat template where the first data set is made of conversations."""
+    form = prompt_form(config, inputs.tokenizer, inputs.chat_template)
+    return encode_prompt(inputs.tokenizer, prompt + form.separator, form.template)
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How a prompt was written in training: through the chat template (None: as it is), or with a separator behind it;
+    and what ends the answer."""
+
+    template: str | None
+    separator: str = ""
+    stop: Stop = field(default_factory=Stop)
+
+
+def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
+    """That of the first data set."""
     first = config.data.datasets[0]
     if first.type in ("completion", "prompt_completion"):
-        return encode_prompt(inputs.tokenizer, prompt + first.separator, None)
-    return encode_prompt(inputs.tokenizer, prompt, inputs.chat_template)
+        return PromptForm(None, first.separator)
+    return templated(tokenizer, chat_template)
+
+
+def templated(tokenizer: Any, chat_template: str) -> PromptForm:
+    """Through a chat template."""
+    token, text = answer_end(tokenizer, chat_template)
+    return PromptForm(chat_template, stop=Stop(() if token is None else (token,), text))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sora_llm import export
 from sora_llm.allocation import balanced, components
-from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat, pad_token_id
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat
 from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import (
     CutReport,
@@ -38,7 +38,7 @@ from sora_llm.distributed import (
     sum_over_processes,
 )
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, target_linears
+from sora_llm.inject import adapter_parameters, adapters, cut_adapters, target_linears
 from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
@@ -553,33 +553,3 @@ def export_verified(
         lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance), world
     )
     return Exported(folder, certificate, eval_loss)
-
-
-def sample_answers(
-    model: nn.Module, tokenizer: Any, prompts: Mapping[str, Sequence[int]], max_new_tokens: int = 64
-) -> list[dict[str, str]]:
-    """Greedy answers of the base and of the adapted model: [{"prompt", "base", "adapted"}]; one process.
-
-    `prompts` maps each prompt to its token ids.
-    """
-    training = model.training
-    model.eval()
-
-    def answer(ids: Sequence[int]) -> str:
-        tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
-        with torch.no_grad():
-            output = model.generate(  # type: ignore[operator]
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=pad_token_id(tokenizer),
-            )
-        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-
-    adapted = {prompt: answer(ids) for prompt, ids in prompts.items()}
-    with bare(model):
-        base = {prompt: answer(ids) for prompt, ids in prompts.items()}
-    model.train(training)
-    return [{"prompt": prompt, "base": base[prompt], "adapted": adapted[prompt]} for prompt in prompts]

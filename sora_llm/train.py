@@ -32,6 +32,7 @@ from sora_llm.distributed import Engine, Replicas, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.files import user_path
+from sora_llm.generation import sample_answers
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
 from sora_llm.inputs import (
     check_inputs,
@@ -39,6 +40,7 @@ from sora_llm.inputs import (
     data_report,
     exported_template,
     load_data,
+    prompt_form,
     prompt_ids,
     start_lora,
     target_modules,
@@ -916,7 +918,8 @@ def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     if not prompts:
         return
     try:
-        answers = pipeline.sample_answers(model, job.inputs.tokenizer, prompts)
+        stop = prompt_form(job.config, job.inputs.tokenizer, job.inputs.chat_template).stop
+        answers = sample_answers(model, job.inputs.tokenizer, prompts, stop)
     except Exception as error:
         say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
         return

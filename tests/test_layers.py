@@ -20,7 +20,7 @@ LAYERS = [
     {"backbone"},
     {"data", "checkpoint", "report", "export"},
     {"report_page"},
-    {"pipeline", "loop", "rundir", "steering", "rounds"},
+    {"pipeline", "generation", "loop", "rundir", "steering", "rounds"},
     {"inputs"},
     {"plan"},
     {"job"},

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import exit_code, visible
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
@@ -87,7 +87,7 @@ def as_text(content: Mapping[str, Any], width: int) -> str:
     lines += ["", *(f"! {alarm}" for alarm in alarms)] if alarms else ["", "no alarms"]
     if "report" in content:
         lines += ["", f"{'report':<12} {content['report']}"]
-    return "\n".join(_visible(line) for line in lines)
+    return "\n".join(visible(line) for line in lines)
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -175,8 +175,3 @@ def _beside(lines: Sequence[str], width: int) -> list[str]:
     for i in range(size):
         found.append(gap.join(block[i] if i < len(block) else " " * len(head) for block in blocks).rstrip())
     return [line.rstrip(" |") if line.endswith("|") else line for line in found]
-
-
-def _visible(text: str) -> str:
-    """What is in the files cannot command the terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text)

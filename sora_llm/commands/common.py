@@ -11,6 +11,7 @@ from typing import Any
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.topology import World
 
+EXIT_INTERRUPTED = 130
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 
 
@@ -24,11 +25,21 @@ def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> int:
-    """Run a command and print its result: 0, 1 (failed) or 2 (bad input; a sentence)."""
+    """Run a command and print its result: 0, 1 (failed), 2 (bad input; a sentence) or 130 (Ctrl-C)."""
     try:
         result = command()
     except (UserError, RunFailed) as error:
         print(f"sora_llm: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(json.dumps(result, indent=1) if as_json else as_text(result))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sora_llm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    text = json.dumps(result, indent=1) if as_json else as_text(result)
+    if text:
+        print(text)
     return 0
+
+
+def visible(text: str) -> str:
+    """What is in files, or comes out of a model, cannot command the terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)

@@ -102,12 +102,21 @@ def _of_run(run_dir: Path) -> Source:
     )
 
 
-def _of_checkpoint(folder: Path) -> Source:
+def checkpoint_config(folder: Path) -> Config:
+    """The config of the run that saved a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is incomplete, damaged, or of another version.
+    """
     state = checkpoint.read_state(folder)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # JSON is YAML, and only config.py reads configs
         json.dump(state["config"], file)
         file.flush()
-        config = load_run_config(file.name)
+        return load_run_config(file.name)
+
+
+def _of_checkpoint(folder: Path) -> Source:
+    config = checkpoint_config(folder)
     tensors = checkpoint.read_tensors(folder)
     names = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
     factors = {n: (tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], tensors.get(f"{n}.gate")) for n in names}

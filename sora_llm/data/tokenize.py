@@ -79,8 +79,18 @@ def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int
     """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
     as it is."""
     if template is not None:
-        prompt = render(as_dicts([Message("user", prompt)]), template, tokenizer.special_tokens_map, prompt=True)
+        return encode_dialogue(tokenizer, [Message("user", prompt)], template)
     return _tokenize([prompt], tokenizer)[0].ids
+
+
+def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
+    """Ids that a model goes on from: the messages so far with the assistant's turn opened.
+
+    Raises:
+        BadRow: the template refuses them.
+    """
+    text = render(as_dicts(messages), template, tokenizer.special_tokens_map, prompt=True)
+    return _tokenize([text], tokenizer)[0].ids
 
 
 def served_template(tokenizer: Any, template: str) -> str:
@@ -115,12 +125,23 @@ def ends_visibly(tokenizer: Any, template: str) -> bool:
     """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
     knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
     True where the template refuses a question and an answer, which it does not say anything about."""
-    (row,) = tokenize_examples([Conversation((Message("user", "Hi"), Message("assistant", "Ho")))], tokenizer, template)
+    return answer_end(tokenizer, template)[1] == ""
+
+
+def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
+    """What a model that was trained with the template ends an answer with: a token that is eos or special in the
+    tokenizer's vocabulary, and "", or no such token and a text.  None and "" where the template refuses a question
+    and an answer."""
+    asked = [Message("user", "Hi"), Message("assistant", "Ho")]
+    (row,) = tokenize_examples([Conversation(tuple(asked))], tokenizer, template)
     if isinstance(row, BadRow):
-        return True
+        return None, ""
     ids, weights = row
     last = int(ids[weights > 0][-1])
-    return last in {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
+    if last in {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}:
+        return last, ""
+    closing = render(as_dicts(asked), template, tokenizer.special_tokens_map).rpartition("Ho")[2]
+    return None, closing.rstrip() or closing or "\n"
 
 
 def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:

@@ -1,0 +1,209 @@
+"""What `generate` and `chat` share: their arguments, and how messages become tokens and tokens an answer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sora_llm import backbone
+from sora_llm.commands.common import visible
+from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base
+from sora_llm.data.formats import Message
+from sora_llm.data.sources import BadRow
+from sora_llm.data.templates import TEMPLATES, resolve_template
+from sora_llm.data.tokenize import encode_dialogue, encode_prompt
+from sora_llm.errors import UserError
+from sora_llm.generation import Answer, Sampling, answer
+from sora_llm.inputs import PromptForm, prompt_form, templated
+from sora_llm.lora_files import CONFIG
+
+
+def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.ArgumentParser:
+    """A parser with what names a model and how it is to answer; `sampling` are the defaults."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("place", metavar="RUN|ADAPTER|CONFIG", help="run directory, checkpoint, LoRA folder or config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run's config, as for train")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
+    parser.add_argument("--no-adapter", action="store_true", help="ask the base alone")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
+    form.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
+    parser.add_argument("--system", metavar="TEXT", help="system message before the first question")
+    number = parser.add_argument_group("how the next token is chosen")
+    number.add_argument(
+        "--max-new-tokens", type=int, default=sampling.max_new_tokens, metavar="N", help="default %(default)s"
+    )
+    number.add_argument(
+        "--temperature",
+        type=float,
+        default=sampling.temperature,
+        metavar="T",
+        help="0 takes the likeliest token; default %(default)s",
+    )
+    number.add_argument(
+        "--top-p",
+        type=float,
+        default=sampling.top_p,
+        metavar="P",
+        help="draw from the likeliest tokens that hold this share; default %(default)s",
+    )
+    number.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default %(default)s")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
+    return parser
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """UserError for numbers that cannot be."""
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature is {arguments.temperature:g}; it is 0 or more")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-p is {arguments.top_p:g}; it is above 0 and at most 1")
+    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+
+
+@dataclass(frozen=True)
+class Interview:
+    """All but the weights: whom to ask, its tokenizer, how it was spoken to in training, how many tokens it takes."""
+
+    subject: Subject
+    tokenizer: Any
+    form: PromptForm
+    max_positions: int | None
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens to go on from; without a template those of the last message alone.
+
+        Raises:
+            UserError: the template refuses the messages, or they fill all positions of the model.
+        """
+        try:
+            if self.form.template is None:
+                ids = encode_prompt(self.tokenizer, messages[-1].content + self.form.separator, None)
+            else:
+                ids = encode_dialogue(self.tokenizer, messages, self.form.template)
+        except BadRow as refused:
+            raise UserError(str(refused)) from None
+        if not ids:
+            raise UserError("it is empty, and this tokenizer begins texts with no token of its own")
+        if self.max_positions is not None and len(ids) >= self.max_positions:
+            raise UserError(f"its {len(ids):,} tokens leave no room in the model's {self.max_positions:,} positions")
+        return ids
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The model itself, on its device."""
+
+    interview: Interview
+    loaded: Loaded
+    sampling: Sampling
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        *,
+        with_adapter: bool = True,
+        on_text: Callable[[str], None] | None = None,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """To `ids`, within the model's positions."""
+        sampling, limit = self.sampling, self.interview.max_positions
+        if limit is not None:
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)))
+        without = self.loaded.without_adapter
+        with contextlib.nullcontext() if with_adapter or without is None else without():
+            return answer(
+                self.loaded.model,
+                self.interview.tokenizer,
+                ids,
+                sampling,
+                self.interview.form.stop,
+                on_text=on_text,
+                is_interrupted=is_interrupted,
+            )
+
+
+def open_interview(arguments: argparse.Namespace) -> Interview:
+    """Everything that can be checked before the weights are loaded.
+
+    Raises:
+        UserError: nothing there to ask, or options that do not fit it.
+    """
+    subject = find_subject(arguments.place, arguments.overrides)
+    if arguments.no_adapter:
+        subject = replace(subject, adapter=None)
+    elif subject.adapter is None:
+        raise UserError(
+            f"{arguments.place} has no adapter yet: train it to the end, name one of its checkpoints, or ask the base "
+            "alone with --no-adapter"
+        )
+    subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
+    model_config = backbone.load_config(subject.spec)
+    tokenizer = backbone.load_tokenizer(_tokenizer_source(subject))
+    form = _form(arguments, subject, tokenizer)
+    if arguments.system is not None and form.template is None:
+        raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return Interview(subject, tokenizer, form, positions)
+
+
+def load_asked(interview: Interview, sampling: Sampling, seed: int) -> Asked:
+    """With the weights."""
+    asked = Asked(interview, load(interview.subject), sampling)
+    torch.manual_seed(seed)
+    return asked
+
+
+def _tokenizer_source(subject: Subject) -> backbone.BackboneSpec:
+    """The base, but for a LoRA from elsewhere that brings a tokenizer of its own."""
+    folder = subject.adapter
+    if subject.config is None and folder is not None and backbone.tokenizer_files_in(folder):
+        return replace(subject.spec, name_or_path=str(folder.absolute()), revision=None)
+    return subject.spec
+
+
+def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> PromptForm:
+    """How prompts are written: as asked for, else as in training, else by the tokenizer's own template."""
+    if arguments.raw:
+        return PromptForm(None)
+    if arguments.chat_template is not None:
+        return templated(tokenizer, resolve_template(tokenizer, arguments.chat_template))
+    if subject.config is not None:
+        template = resolve_template(tokenizer, subject.config.data.chat_template)
+        return prompt_form(subject.config, tokenizer, template)
+    beside = None if subject.adapter is None else subject.adapter / "chat_template.jinja"
+    if beside is not None and beside.is_file():
+        return templated(tokenizer, resolve_template(tokenizer, str(beside)))
+    if tokenizer.chat_template:
+        return templated(tokenizer, resolve_template(tokenizer, None))
+    notice("no chat template comes with it, so prompts are continued as plain text; --chat-template names one")
+    return PromptForm(None)
+
+
+def notice(text: str) -> None:
+    """For the person at the terminal, beside the answers."""
+    print(f"sora_llm: {text}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """A piece of an answer."""
+    print(visible(text), end="", flush=True)
+
+
+def title(subject: Subject) -> str:
+    """What is being asked, in a line."""
+    spec = subject.spec
+    form = "4-bit" if spec.load_in_4bit else "8-bit" if spec.load_in_8bit else spec.dtype
+    if subject.adapter is None:
+        return f"{spec.name_or_path} ({form}) without an adapter"
+    kind = "adapter" if (subject.adapter / CONFIG).is_file() else "checkpoint"
+    return f"{spec.name_or_path} ({form}) with the {kind} {subject.adapter}"

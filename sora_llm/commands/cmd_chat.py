@@ -1,0 +1,131 @@
+"""`sora-llm chat RUN|ADAPTER|CONFIG`: a dialogue at the terminal, with the adapter or without it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sora_llm.commands.asking import (
+    Asked,
+    asking_parser,
+    load_asked,
+    notice,
+    open_interview,
+    sampling_of,
+    show,
+    title,
+)
+from sora_llm.commands.common import exit_code
+from sora_llm.data.formats import Message
+from sora_llm.errors import UserError
+from sora_llm.generation import Sampling
+
+HELP = "/adapter off|on: ask the base, or the adapter again · /reset: forget the dialogue · /quit, Ctrl-D: end"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
+    parser = asking_parser(
+        prog,
+        f"Talk to an adapter on its base, loaded and spoken to as in training.  {HELP} · Ctrl-C: stop an answer.",
+        Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95),
+    )
+    arguments = parser.parse_intermixed_args(argv)
+
+    def command() -> dict[str, Any]:
+        sampling = sampling_of(arguments)
+        interview = open_interview(arguments)
+        notice(title(interview.subject))
+        asked = load_asked(interview, sampling, arguments.seed)
+        notice(HELP)
+        if interview.form.template is None:
+            notice("no chat template was used in training: every line is a prompt of its own")
+        Chat(asked, arguments.system).run()
+        return {}
+
+    return exit_code(command, False, lambda _: "")
+
+
+class Chat:
+    """A dialogue: the messages so far, and whether the adapter takes part."""
+
+    def __init__(self, asked: Asked, system: str | None):
+        self.asked, self.with_adapter = asked, True
+        self._start = [] if system is None else [Message("system", system)]
+        self.messages = list(self._start)
+
+    def run(self) -> None:
+        """Read lines until the end of the input or /quit."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() its history and its keys
+        while (line := _read_line()) is not None:
+            if line.startswith("/"):
+                if line == "/quit":
+                    return
+                self.obey(line)
+            elif line.strip():
+                self.say(line)
+
+    def obey(self, line: str) -> None:
+        """A command."""
+        match line.split():
+            case ["/reset"]:
+                self.messages = list(self._start)
+                notice("the dialogue is forgotten")
+            case ["/adapter", ("on" | "off") as state] if self.asked.loaded.without_adapter is not None:
+                self.with_adapter = state == "on"
+                notice("the adapter answers" if self.with_adapter else "the base answers, without the adapter")
+            case ["/adapter", "on" | "off"]:
+                notice("there is no adapter to turn on or off")
+            case _:
+                notice(HELP)
+
+    def say(self, line: str) -> None:
+        """A user's message; its answer is printed while it is made, and remembered also if it was stopped."""
+        messages = [*self.messages, Message("user", line)]
+        try:
+            ids = self.asked.interview.ids(messages)
+        except UserError as error:
+            notice(f"that cannot be asked: {error}" + ("; /reset forgets the dialogue" if self.messages else ""))
+            return
+        with _interruptible() as is_interrupted:
+            said = self.asked.answer(ids, with_adapter=self.with_adapter, on_text=show, is_interrupted=is_interrupted)
+        print(flush=True)
+        if is_interrupted():
+            notice("stopped")
+        elif not said.is_whole:
+            notice("that answer was cut at the limit of tokens; --max-new-tokens sets it")
+        self.messages = [*messages, Message("assistant", said.text)]
+
+
+def _read_line() -> str | None:
+    """The next line, None at the end of the input; Ctrl-C drops what was typed."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            return input(prompt)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            if prompt:
+                print()
+            return None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C does nothing but be remembered; a second one interrupts as always."""
+    asked: list[int] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

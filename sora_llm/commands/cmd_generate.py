@@ -1,0 +1,190 @@
+"""`sora-llm generate RUN|ADAPTER|CONFIG --prompt "…"`: answers of an adapted model, or beside those of its base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_llm.commands.asking import (
+    Asked,
+    Interview,
+    asking_parser,
+    load_asked,
+    notice,
+    open_interview,
+    sampling_of,
+    show,
+)
+from sora_llm.commands.common import exit_code, visible
+from sora_llm.data.formats import Conversation, Message, to_examples
+from sora_llm.data.sources import BadRow, DatasetSpec
+from sora_llm.errors import UserError
+from sora_llm.generation import Sampling
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
+    parser = asking_parser(
+        prog,
+        "Answer prompts with an adapter on its base, loaded and spoken to as in training.  A prompt comes from "
+        "--prompt, a file, or standard input.",
+        Sampling(),
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help='.txt: a prompt per line; .jsonl: {"prompt": …} or {"messages": […]} per line',
+    )
+    parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapted one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_intermixed_args(argv)
+
+    def command() -> dict[str, Any]:
+        if arguments.compare and arguments.no_adapter:
+            raise UserError("--compare needs the adapter that --no-adapter leaves out; give one of the two")
+        sampling = sampling_of(arguments)
+        prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
+        interview = open_interview(arguments)
+        ids = [ids_of(interview, prompt) for prompt in prompts]
+        asked = load_asked(interview, sampling, arguments.seed)
+        answers = [
+            answers_to(asked, prompt, tokens, arguments, is_alone=len(prompts) == 1)
+            for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        adapter = interview.subject.adapter
+        return {
+            "base_model": interview.subject.spec.name_or_path,
+            "adapter": None if adapter is None else str(adapter),
+            "answers": answers,
+        }
+
+    return exit_code(command, arguments.json, lambda _: "")
+
+
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue that waits for its answer; `said` is how it was written, for the result."""
+
+    messages: tuple[Message, ...]
+    said: dict[str, Any]
+    place: str
+
+
+def of_text(text: str, place: str) -> Prompt:
+    """A user's turn."""
+    return Prompt((Message("user", text),), {"prompt": text}, place)
+
+
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """After a system message.
+
+    Raises:
+        UserError: it has one.
+    """
+    if system is None:
+        return prompt
+    if prompt.messages[0].role == "system":
+        raise UserError(f"{prompt.place} has a system message already; leave --system out")
+    return Prompt((Message("system", system), *prompt.messages), prompt.said, prompt.place)
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """From --prompt and --prompts-file, else from standard input, which is one prompt.
+
+    Raises:
+        UserError: there is none, or a file that cannot be read.
+    """
+    prompts = [of_text(text, "--prompt") for text in arguments.prompt or ()]
+    if arguments.prompts_file is not None:
+        prompts += read_file(arguments.prompts_file)
+    elif not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UserError('there is nothing to answer: give --prompt "…", --prompts-file FILE, or standard input')
+        prompts = [of_text(sys.stdin.read().strip("\r\n"), "standard input")]
+    for prompt in prompts:
+        if not prompt.messages[-1].content.strip():
+            raise UserError(f"the prompt of {prompt.place} is empty")
+    return prompts
+
+
+def read_file(file: Path) -> list[Prompt]:
+    """A prompt of every line that is not empty."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts-file {file} cannot be read: {error}") from None
+    filled = [(f"{file}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise UserError(f"--prompts-file {file} has no prompt in it")
+    if file.suffix == ".jsonl":
+        return [_of_row(line, place) for place, line in filled]
+    return [of_text(line, place) for place, line in filled]
+
+
+def _of_row(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON: {error}") from None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return of_text(row["prompt"], place)
+    if not isinstance(row, dict) or "messages" not in row:
+        raise UserError(f'{place} is neither {{"prompt": "…"}} nor {{"messages": […]}}')
+    try:
+        (conversation,) = to_examples(row, DatasetSpec(place, "messages"))
+    except BadRow as bad:
+        raise UserError(f"{place}: {bad}") from None
+    assert isinstance(conversation, Conversation)
+    if conversation.messages[-1].role not in ("user", "tool"):
+        raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")
+    if conversation.tools:
+        raise UserError(f"{place} offers tools, which cannot be called here; take them out")
+    return Prompt(conversation.messages, {"messages": row["messages"]}, place)
+
+
+# --------------------------------------------------------------------------------------------------------- answers
+
+
+def ids_of(interview: Interview, prompt: Prompt) -> list[int]:
+    """Its tokens.
+
+    Raises:
+        UserError: it cannot be asked.
+    """
+    if interview.form.template is None and len(prompt.messages) > 1:
+        raise UserError(f"{prompt.place} is a dialogue, which needs a chat template; see --chat-template")
+    try:
+        return interview.ids(prompt.messages)
+    except UserError as error:
+        raise UserError(f"{prompt.place} cannot be asked: {error}") from None
+
+
+def answers_to(
+    asked: Asked, prompt: Prompt, ids: Sequence[int], arguments: argparse.Namespace, is_alone: bool
+) -> dict[str, Any]:
+    """The prompt and its answers, which are printed while they are made unless JSON is wanted."""
+    is_shown = not arguments.json
+    if is_shown and not is_alone:
+        print(visible(f"> {prompt.messages[-1].content}"), flush=True)
+    result = dict(prompt.said)
+    for name in ("base", "adapted") if arguments.compare else ("answer",):
+        if is_shown and arguments.compare:
+            print(f"{name}: ", end="", flush=True)
+        said = asked.answer(ids, with_adapter=name != "base", on_text=show if is_shown else None)
+        result[name] = said.text
+        if is_shown:
+            print(flush=True)
+            if not said.is_whole:
+                notice("that answer was cut at the limit of tokens; --max-new-tokens sets it")
+    if is_shown and not is_alone:
+        print()
+    return result

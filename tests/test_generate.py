@@ -1,0 +1,288 @@
+"""`sora-llm generate` and `chat`: whom they ask, what they say, how an answer ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise_all
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs import gsm8k_overrides
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from sora_llm import checkpoint, cli
+from sora_llm.commands import cmd_chat
+from sora_llm.config import load_config, to_dict, to_yaml
+from sora_llm.data.templates import TEMPLATES
+from sora_llm.data.tokenize import answer_end
+from sora_llm.export import export_adapter
+from sora_llm.generation import Sampling, Stop, answer
+from sora_llm.inject import adapter_parameters, inject_sora
+
+CONFIG = "configs/llama7b.yaml"
+PROMPT = "Once upon a time"
+SHORT = ["--max-new-tokens", "12", "--temperature", "0"]
+
+
+@pytest.fixture(scope="module")
+def lora(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of stories260k as PEFT saves it."""
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def greedy(model: Any, stories: Path, prompt: str) -> str:
+    """What transformers says after a plain prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def run_dir(folder: Path, **others: Any) -> Path:
+    """A run directory that has a config and a status, and no adapter yet."""
+    folder.mkdir(parents=True)
+    float32 = {"model.dtype": "float32", "quantization.load_in_4bit": False, **others}
+    (folder / "config.yaml").write_text(to_yaml(load_config(CONFIG, gsm8k_overrides(folder, **float32))))
+    (folder / "status.json").write_text("{}")
+    return folder
+
+
+def generate(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert cli.main(["generate", *map(str, arguments), *SHORT, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_base_and_adapter_answer_as_they_do_in_transformers_and_peft(stories, lora, capsys):
+    found = generate(capsys, lora, "--prompt", PROMPT, "--prompt", "Tim had a red", "--compare")
+    base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    expected = [{"prompt": prompt, "base": greedy(base, stories, prompt)} for prompt in (PROMPT, "Tim had a red")]
+    adapted = PeftModel.from_pretrained(base, str(lora))
+    for line in expected:
+        line["adapted"] = greedy(adapted, stories, line["prompt"])
+        assert line["adapted"] != line["base"]
+    assert found == {"base_model": str(stories), "adapter": str(lora), "answers": expected}
+    (alone,) = generate(capsys, lora, "--prompt", PROMPT, "--no-adapter")["answers"]
+    assert alone == {"prompt": PROMPT, "answer": expected[0]["base"]}
+
+
+def test_the_terminal_shows_the_same(lora, capsys):
+    (expected,) = generate(capsys, lora, "--prompt", PROMPT)["answers"]
+    assert cli.main(["generate", str(lora), "--prompt", PROMPT, *SHORT]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == expected["answer"] + "\n" and "--max-new-tokens" in shown.err
+
+
+def test_prompts_come_from_files_and_standard_input(lora, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text(f"{PROMPT}\n\nTim\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    (expected,) = generate(capsys, lora, "--prompt", PROMPT)["answers"]
+    assert generate(capsys, lora, "--prompts-file", tmp_path / "a.txt")["answers"][0] == expected
+    assert generate(capsys, lora, "--prompts-file", tmp_path / "b.jsonl")["answers"] == [expected]
+    monkeypatch.setattr("sys.stdin", (tmp_path / "b.jsonl").open())
+    assert generate(capsys, lora)["answers"][0]["prompt"] == json.dumps({"prompt": PROMPT})
+
+
+def test_a_run_is_asked_as_it_was_trained(stories, lora, tmp_path, capsys):
+    """Its template or its separator, also by the adapter's own folder and by the config that it came from."""
+    run = run_dir(tmp_path / "run", **{"data.chat_template": "alpaca", "data.datasets": _alpaca(tmp_path)})
+    shutil.copytree(lora, run / "adapter")
+    preamble = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    written = f"{preamble}\n\n### Instruction:\n{PROMPT}\n\n### Response:\n"
+    (expected,) = generate(capsys, lora, "--raw", "--prompt", written)["answers"]
+    for place in (run, run / "adapter", run / "config.yaml"):
+        (found,) = generate(capsys, place, "--prompt", PROMPT)["answers"]
+        assert found["answer"] == expected["answer"], place
+    dialogue = [{"role": "user", "content": PROMPT}]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": dialogue}))
+    (found,) = generate(capsys, run, "--prompts-file", tmp_path / "asked.jsonl")["answers"]
+    assert found == {"messages": dialogue, "answer": expected["answer"]}
+    plain = run_dir(tmp_path / "plain", **{"data.datasets": [_completion(tmp_path)]})
+    shutil.copytree(lora, plain / "adapter")
+    (expected,) = generate(capsys, lora, "--raw", "--prompt", "Tim had\n")["answers"]
+    (found,) = generate(capsys, plain, "--prompt", "Tim had")["answers"]
+    assert found["answer"] == expected["answer"]
+
+
+def _alpaca(folder: Path) -> list[dict[str, Any]]:
+    (folder / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
+    return [{"path": str(folder / "rows.jsonl"), "type": "alpaca"}]
+
+
+def _completion(folder: Path) -> dict[str, Any]:
+    return {"path": str(folder / "rows.jsonl"), "type": "prompt_completion", "separator": "\n"}
+
+
+def test_a_checkpoint_answers_as_the_adapter_that_it_would_become(stories, tmp_path, capsys):
+    run = run_dir(tmp_path / "run", **{"sora.r": 4, "sora.lora_alpha": 8})
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    inject_sora(model, r=4, lora_alpha=8)
+    randomise_all(model, seed=3, size=0.2)
+    masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    state = {"config": to_dict(load_config(run / "config.yaml"))}
+    folder = checkpoint.save(run, 7, masters, state)
+    assert cli.main(["generate", str(run), "--prompt", PROMPT]) == 2
+    assert "name one of its checkpoints" in capsys.readouterr().err
+    export_adapter(model, run / "adapter")
+    by_checkpoint, by_adapter = (generate(capsys, place, "--prompt", PROMPT, "--compare") for place in (folder, run))
+    assert by_checkpoint["answers"] == by_adapter["answers"]
+    assert by_adapter["answers"][0]["base"] != by_adapter["answers"][0]["adapted"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--prompt", "x"], "there is no nowhere"),
+        (["{lora}/..", "--prompt", "x"], "is no run directory"),
+        (["{lora}", "--prompt", " "], "is empty"),
+        (["{lora}", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["{lora}", "--prompt", "x", "--top-p", "0"], "--top-p"),
+        (["{lora}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["{lora}", "--prompt", "x", "--compare", "--no-adapter"], "--compare"),
+        (["{lora}", "--prompt", "x", "--chat-template", "nope"], "neither a built-in template"),
+        (["{lora}", "--prompt", "x", "--system", "y"], "--chat-template"),
+        (["{lora}", "--prompt", "x", "train.max_steps=5"], "without a config to override"),
+        (["{lora}", "--prompt", "x", "--base", "/nope/y"], "there is no folder /nope/y"),
+        (["{lora}", "--prompt", "word " * 600], "no room in the model's 512 positions"),
+        (["{lora}", "--prompts-file", "/nope.txt"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_a_sentence_before_any_weights_are_loaded(arguments, said, lora, capsys, monkeypatch):
+    monkeypatch.setattr("sora_llm.commands.subject.load_backbone", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert cli.main(["generate", *(argument.replace("{lora}", str(lora)) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+# ----------------------------------------------------------------------------------------------------- how it ends
+
+
+class Scripted(LlamaForCausalLM):
+    """A LLaMA that says the same tokens whatever it is asked."""
+
+    script: tuple[int, ...]
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        output = super().forward(*arguments, **options)
+        output.logits[:, -1] = -1e4
+        output.logits[:, -1, self.script[self.said]] = 0
+        self.said += 1
+        return output
+
+
+def scripted(stories: Path, text: str) -> tuple[Any, Any]:
+    model, tokenizer = (
+        Scripted.from_pretrained(stories, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(stories),
+    )
+    model.script, model.said = tokenizer(text, add_special_tokens=False).input_ids, 0
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "said", "is_whole"),
+    [
+        ("def f(x):\n    return x\n", Stop(), "def f(x):\n    return x", False),  # blanks of code are kept
+        ("She said hi.<|im_end|>\n<|im", Stop(text="<|im_end|>"), "She said hi.", True),
+        ("a < b <| c <|im_start|>", Stop(text="<|im_end|>"), "a < b <| c <|im_start|>", False),
+        ("naïve 数学 🙂 ok", Stop(), "naïve 数学 🙂 ok", False),
+        ("</s>", Stop(), "", True),
+    ],
+)
+def test_the_pieces_of_an_answer_are_the_answer_without_what_ends_it(stories, text, stop, said, is_whole):
+    model, tokenizer = scripted(stories, text)
+    pieces: list[str] = []
+    found = answer(model, tokenizer, [1], Sampling(len(model.script)), stop, on_text=pieces.append)
+    assert (found.text, "".join(pieces), found.is_whole) == (said, said, is_whole)
+    assert len(pieces) > 3 or not said
+
+
+def test_draws_are_repeatable_and_the_bases_own_sampling_is_not_used(stories):
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    plain = answer(model, tokenizer, [1, 403], Sampling(16)).text
+    model.generation_config.update(temperature=50.0, do_sample=True, repetition_penalty=9.0, top_k=1)
+
+    def said(sampling: Sampling, seed: int) -> str:
+        torch.manual_seed(seed)
+        return answer(model, tokenizer, [1, 403], sampling).text
+
+    assert plain == said(Sampling(16), 0) == said(Sampling(16), 1) == said(Sampling(16, 1.0, 1e-6), 2)
+    drawn = [said(Sampling(16, 1.0), seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "text"),
+    [("alpaca", 2, ""), ("llama-2", 2, ""), ("chatml", None, "<|im_end|>"), ("llama-3", None, "<|eot_id|>")],
+)
+def test_an_answer_ends_with_what_its_template_writes_behind_answers(stories, name, token, text):
+    assert answer_end(AutoTokenizer.from_pretrained(stories), TEMPLATES[name]) == (token, text)
+
+
+# ------------------------------------------------------------------------------------------------------------- chat
+
+
+def chatted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str], *arguments: object):
+    """(stdout, stderr) of a chat into which these lines are typed."""
+    left = iter(lines)
+
+    def type_line(_prompt: str) -> str:
+        line = next(left, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    assert cli.main(["chat", *map(str, arguments), *SHORT]) == 0
+    return capsys.readouterr()
+
+
+def test_a_chat_remembers_resets_and_turns_the_adapter_off(lora, tmp_path, capsys, monkeypatch):
+    template = tmp_path / "all.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    options = (lora, "--chat-template", template)
+    lines = ["Tim", "^C", "", "saw", "/reset", "Tim", "/adapter off", "/reset", "Tim", "/adapter", "/quit", "never"]
+    shown = chatted(monkeypatch, capsys, lines, *options)
+    first, second, again, base, *rest = shown.out.strip().replace("\n\n", "\n").split("\n")
+    assert first == again != base and rest == []
+    (by_base,) = generate(capsys, *options, "--prompt", "Tim", "--no-adapter")["answers"]
+    (by_adapter,) = generate(capsys, *options, "--prompt", "Tim")["answers"]
+    assert (by_base["answer"], by_adapter["answer"]) == (base, first)
+    dialogue = [("user", "Tim"), ("assistant", first), ("user", "saw")]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in dialogue]}))
+    (expected,) = generate(capsys, *options, "--prompts-file", tmp_path / "d.jsonl")["answers"]
+    assert expected["answer"] == second
+    assert shown.err.count("/quit") == 2  # at the start and for what is no command
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(lora, capsys, monkeypatch):
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cmd_chat, "show", show)
+    heard = chatted(monkeypatch, capsys, [PROMPT, PROMPT], lora)
+    assert heard.err.count("sora_llm: stopped") == 1 and heard.err.count("cut at the limit") == 1
+    assert len(shown) > 2 + 3, "the next answer was whole"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
