@@ -15,7 +15,7 @@ LAYERS = [
     {"files", "stop", "lifeline", "hub"},
     {"topology", "sora", "schedule", "allocation", "budget"},
     {"consensus", "inject", "optim", "alarms"},
-    {"merge", "local_updates", "lora_files"},
+    {"merge", "local_updates", "lora_files", "spectrum"},
     {"distributed"},
     {"backbone"},
     {"data", "checkpoint", "report", "export"},
@@ -30,7 +30,10 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ALGORITHM = ["sora", "schedule", "allocation", "budget", "consensus", "merge", "local_updates", "optim", "inject"]
+ALGORITHM = [
+    *("sora", "schedule", "allocation", "budget", "consensus"),
+    *("merge", "local_updates", "spectrum", "optim", "inject"),
+]
 
 
 def modules() -> dict[str, Path]:

@@ -1,57 +1,84 @@
-"""`sora-llm inspect RUN`: what became of a run, in short; the long form is its report.html, refreshed here."""
+"""`sora-llm inspect`: what became of a run, in short (the long form is its report.html, refreshed), or an adapter."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from sora_llm.commands.common import exit_code, visible
+from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page import read_record, write_page
 from sora_llm.report_page.record import (
     MARKERS,
-    Grid,
     Record,
-    grids_of,
     is_run_directory,
-    short_names,
     summary,
 )
-
-_TALL = 24  # layers; more of them stand beside each other where the terminal is wide enough
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> int:
     parser = argparse.ArgumentParser(
-        prog=prog, description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not."
+        prog=prog,
+        description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not; ranks, sizes, "
+        "scales and singular values of a checkpoint or of any plain LoRA, without its base.",
     )
-    parser.add_argument("run", help="a run directory (output.output_dir)")
-    parser.add_argument("--plots", action="store_true", help="also draw the charts as plots/*.png")
+    parser.add_argument("place", metavar="RUN|CHECKPOINT|ADAPTER", help="a run directory, a checkpoint, a LoRA folder")
+    parser.add_argument("--plots", action="store_true", help="of a run: also draw the charts as plots/*.png")
+    parser.add_argument("--modules", action="store_true", help="of an adapter: a line of its spectrum for every module")
     parser.add_argument("--json", action="store_true", help="print one JSON object and write nothing")
     arguments = parser.parse_args(argv)
+    width = shutil.get_terminal_size((100, 24)).columns
+
+    def text(content: dict[str, Any]) -> str:
+        if "run" in content:
+            return as_text(content, width)
+        return adapter_view().as_text(content, width, arguments.modules)
 
     def command() -> dict[str, Any]:
-        run_dir = user_path(arguments.run, "RUN")
-        if not run_dir.is_dir():
-            raise UserError(f"{run_dir} is not a folder; name a run directory (output.output_dir of a run)")
-        if not is_run_directory(run_dir):
-            missing = ", ".join(MARKERS)
+        folder = user_path(arguments.place, "the path")
+        if not folder.is_dir():
             raise UserError(
-                f"{run_dir} is not a run directory: it has none of {missing}; name output.output_dir of a run"
+                f"{folder} is not a folder; name a run directory (output.output_dir of a run) or an adapter"
             )
-        record = read_record(run_dir, _config(run_dir))
-        content = summary(record)
-        if not arguments.json:
-            content["report"] = _refreshed(record, plots=arguments.plots)
+        if is_run_directory(folder):
+            if arguments.modules:
+                raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
+            return _of_run(folder, arguments)
+        if arguments.plots:
+            raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
+        if not any((folder / name).is_file() for name in ADAPTER_MARKERS):
+            raise UserError(
+                f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
+                f"run, a checkpoint ({ADAPTER_MARKERS[1]}) or a LoRA ({ADAPTER_MARKERS[0]})"
+            )
+        content: dict[str, Any] = adapter_view().view(folder)
         return content
 
-    width = shutil.get_terminal_size((100, 24)).columns
-    return exit_code(command, arguments.json, lambda content: as_text(content, width))
+    return exit_code(command, arguments.json, text)
+
+
+ADAPTER_MARKERS = ("adapter_config.json", "state.json")
+
+
+def adapter_view() -> Any:
+    """The part that needs torch, which a run does not."""
+    return import_module("sora_llm.commands.adapter_view")
+
+
+def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The summary; where it is not wanted as JSON, the report is refreshed too."""
+    record = read_record(run_dir, _config(run_dir))
+    content = summary(record)
+    if not arguments.json:
+        content["report"] = _refreshed(record, plots=arguments.plots)
+    return content
 
 
 def _config(run_dir: Path) -> dict[str, Any] | None:
@@ -138,40 +165,3 @@ def _self_check(found: Mapping[str, Any] | None) -> str:
         if error is not None
     ]
     return ", ".join(["passed" if found["passed"] else "not passed", *errors])
-
-
-def rank_table(ranks: Mapping[str, int], width: int) -> list[str]:
-    """Layer × projection in plain text."""
-    grids, others = grids_of(ranks)
-    lines: list[str] = []
-    for grid in grids:
-        if len(grids) > 1:
-            lines += ["", grid.stack]
-        lines += _beside(_grid_lines(grid, ranks), width)
-    lines += [f"{name}  {rank or '-'}" for name, rank in others.items()]
-    return lines
-
-
-def _grid_lines(grid: Grid, ranks: Mapping[str, int]) -> list[str]:
-    """A line of names, then a line per layer, all of one length."""
-    names = [short.removesuffix("_proj") for short in short_names(grid.projections).values()]
-    rows = [["layer", *names]]
-    for layer in grid.layers:
-        found = [grid.cells.get((layer, projection)) for projection in grid.projections]
-        rows.append([str(layer), *("" if name is None else str(ranks[name] or "-") for name in found)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _beside(lines: Sequence[str], width: int) -> list[str]:
-    """A tall table as blocks beside each other, as many as there is room for, each under the line of names."""
-    head, *rows = lines
-    gap = "   |  "
-    room = max(1, (width + len(gap)) // (len(head) + len(gap)))
-    num_blocks = min(room, -(-len(rows) // _TALL))
-    size = -(-len(rows) // num_blocks)
-    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    found = [gap.join([head] * len(blocks))]
-    for i in range(size):
-        found.append(gap.join(block[i] if i < len(block) else " " * len(head) for block in blocks).rstrip())
-    return [line.rstrip(" |") if line.endswith("|") else line for line in found]

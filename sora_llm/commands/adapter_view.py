@@ -1,0 +1,117 @@
+"""What `inspect` says of an adapter on disk, a LoRA of anybody's or a checkpoint: ranks, sizes, scales, spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sora_llm import checkpoint
+from sora_llm.commands.common import visible
+from sora_llm.commands.rank_table import rank_table
+from sora_llm.commands.sources import read_source
+from sora_llm.consensus import mean_rank
+from sora_llm.errors import UserError
+from sora_llm.lora_files import WEIGHTS
+from sora_llm.spectrum import Spectrum, mean_rank_within, spectra
+
+SHARES = (1, 2, 4, 8, 16, 32)
+ENERGIES = (0.9, 0.99, 0.999)
+
+
+def view(folder: Path) -> dict[str, Any]:
+    """The adapter in `folder`, as JSON; neither its base nor a GPU is needed.
+
+    Raises:
+        UserError: no adapter, or one that is more than factors of linear layers.
+    """
+    source = read_source(folder)
+    try:
+        found = spectra(source.factors, source.scaling)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    shapes = {name: (spectrum.num_in, spectrum.num_out) for name, spectrum in found.items()}
+    costs = {name: sum(shape) for name, shape in shapes.items()}
+    is_checkpoint = (folder / checkpoint.STATE).is_file()
+    ranks = {name: spectrum.rank for name, spectrum in found.items()}
+    # A module that was pruned and left out of the files has no shape there.
+    pruned = sorted(source.targets - found.keys())
+    energy = sum(spectrum.energy for spectrum in found.values())
+    return {
+        "adapter": str(folder),
+        "kind": "checkpoint" if is_checkpoint else "lora",
+        "base_model": source.base,
+        "bytes": (folder / (checkpoint.TENSORS if is_checkpoint else WEIGHTS)).stat().st_size,
+        "mean_rank": mean_rank(ranks, costs),
+        "kept_params": sum(ranks[name] * cost for name, cost in costs.items()),
+        "norm": energy**0.5,
+        "mean_rank_for_energy": {
+            str(share): mean_rank_within(found, costs, (1 - share) ** 0.5) if energy else 0.0 for share in ENERGIES
+        },
+        "left_out": pruned,
+        "modules": {name: _module(spectrum) for name, spectrum in found.items()},
+    }
+
+
+def _module(spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        "shape": [spectrum.num_in, spectrum.num_out],
+        "slots": spectrum.slots,
+        "rank": spectrum.rank,
+        "scaling": spectrum.scaling,
+        "norm": spectrum.energy**0.5,
+        "effective_rank": spectrum.effective_rank,
+        "energy_of_first": {str(count): spectrum.share_of_first(count) for count in SHARES if count < spectrum.rank},
+        "sigma": spectrum.sigma.tolist(),
+    }
+
+
+def as_text(content: Mapping[str, Any], width: int, every_module: bool) -> str:
+    """For a terminal of `width` columns: facts, ranks, the spectra by projection or of every module."""
+    modules = content["modules"]
+    ranks = {name: module["rank"] for name, module in modules.items()} | dict.fromkeys(content["left_out"], 0)
+    kind = "a checkpoint" if content["kind"] == "checkpoint" else "a LoRA"
+    lines = [f"{content['adapter']}: {kind} for {content['base_model'] or 'a base that it does not name'}", ""]
+    lines += [f"{name:<12} {value}" for name, value in _facts(content)]
+    lines += ["", "rank of each module ('-' is 0: nothing there)", *rank_table(ranks, width)]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, module in modules.items():
+        groups.setdefault(name if every_module else name.rpartition(".")[2], []).append(module)
+    lines += ["", "singular values of ΔW" + ("" if every_module else ", by projection (means; --modules shows each)")]
+    lines += _spectrum_table(groups)
+    return "\n".join(visible(line) for line in lines)
+
+
+def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    modules = content["modules"].values()
+    yield "weights", f"{content['bytes']:,} bytes"
+    left_out = f", {len(content['left_out'])} more are left out as 0" if content["left_out"] else ""
+    yield "modules", f"{len(content['modules'])}{left_out}"
+    largest = max(module["rank"] for module in modules)
+    slots = max(module["slots"] for module in modules)
+    of = " (of the modules in the files)" if left_out else ""
+    yield "mean rank", f"{content['mean_rank']:.2f}{of}, at most {largest} in {slots} slots"
+    yield "live", f"{content['kept_params']:,} parameters"
+    scales = sorted({module["scaling"] for module in modules})
+    yield "scale", f"{scales[0]:.4g}" + (f" to {scales[-1]:.4g}" if len(scales) > 1 else "")
+    yield "‖ΔW‖", f"{content['norm']:.4g}"
+    into = [f"{float(share):.3g} in mean rank {rank:.2f}" for share, rank in content["mean_rank_for_energy"].items()]
+    yield "energy", f"of ‖ΔW‖², {', '.join(into)}"
+
+
+def _spectrum_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A line per group: σ₁, what the first components hold of the energy, effective rank."""
+    largest = max((module["rank"] for modules in groups.values() for module in modules), default=0)
+    counts = [count for count in SHARES if count < largest]
+    rows = [["", "rank", "effective", "largest σ", *(f"first {count}" for count in counts)]]
+    for name, modules in groups.items():
+        cells = [f"{fmean(m['rank'] for m in modules):.4g}", f"{fmean(m['effective_rank'] for m in modules):.2f}"]
+        cells.append(f"{max((m['sigma'][0] for m in modules if m['sigma']), default=0.0):.3g}")
+        shares = (fmean(m["energy_of_first"].get(str(count), 1.0) for m in modules) for count in counts)
+        rows.append([name, *cells, *(f"{share:.1%}" for share in shares)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

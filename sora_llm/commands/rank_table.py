@@ -1,0 +1,46 @@
+"""Ranks as a table, layer × projection, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sora_llm.report_page.record import Grid, grids_of, short_names
+
+_TALL = 24  # layers; more of them stand beside each other where the terminal is wide enough
+
+
+def rank_table(ranks: Mapping[str, int], width: int) -> list[str]:
+    """Layer × projection in plain text."""
+    grids, others = grids_of(ranks)
+    lines: list[str] = []
+    for grid in grids:
+        if len(grids) > 1:
+            lines += ["", grid.stack]
+        lines += _beside(_grid_lines(grid, ranks), width)
+    lines += [f"{name}  {rank or '-'}" for name, rank in others.items()]
+    return lines
+
+
+def _grid_lines(grid: Grid, ranks: Mapping[str, int]) -> list[str]:
+    """A line of names, then a line per layer, all of one length."""
+    names = [short.removesuffix("_proj") for short in short_names(grid.projections).values()]
+    rows = [["layer", *names]]
+    for layer in grid.layers:
+        found = [grid.cells.get((layer, projection)) for projection in grid.projections]
+        rows.append([str(layer), *("" if name is None else str(ranks[name] or "-") for name in found)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _beside(lines: Sequence[str], width: int) -> list[str]:
+    """A tall table as blocks beside each other, as many as there is room for, each under the line of names."""
+    head, *rows = lines
+    gap = "   |  "
+    room = max(1, (width + len(gap)) // (len(head) + len(gap)))
+    num_blocks = min(room, -(-len(rows) // _TALL))
+    size = -(-len(rows) // num_blocks)
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    found = [gap.join([head] * len(blocks))]
+    for i in range(size):
+        found.append(gap.join(block[i] if i < len(block) else " " * len(head) for block in blocks).rstrip())
+    return [line.rstrip(" |") if line.endswith("|") else line for line in found]
