@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("sora_llm.commands.cmd_generate", "answers to prompts, of the adapter and of its base"),
     "chat": ("sora_llm.commands.cmd_chat", "a dialogue with the adapter at the terminal"),
     "inspect": ("sora_llm.commands.cmd_inspect", "what became of a run, in the terminal and in its report.html"),
+    "recommend-ranks": ("sora_llm.commands.cmd_recommend_ranks", "an adapter's ranks as a config for PEFT or axolotl"),
     "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
 }
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The help page."""
-    commands = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<16} {what}" for name, (_, what) in COMMANDS.items())
     return f"""usage: sora-llm <command> [...]        (sora-llm <command> --help)
 
 SoRA adapters for large language models: a gate per rank, pruned while training, exported as a plain LoRA.

@@ -6,13 +6,15 @@ effective rank = exp(−Σ p log p), p = σ / Σσ        (Roy & Vetterli, "The 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from sora_llm.allocation import components, within_tolerance
-from sora_llm.consensus import Factors, Scaling, mean_rank, scaling_of
+from sora_llm.allocation import allocate, components, within_tolerance
+from sora_llm.consensus import Factors, Scaling, scaling_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,52 @@ def spectra(factors: Factors, scaling: Scaling) -> dict[str, Spectrum]:
     return found
 
 
-def mean_rank_within(found: Mapping[str, Spectrum], costs: Mapping[str, int], tolerance: float) -> float:
-    """The mean rank, over all modules of `costs` {module: I + O}, that keeps ΔW up to a relative error."""
+def ranks_within(
+    found: Mapping[str, Spectrum], *, budget: int | None = None, tolerance: float | None = None, min_rank: int = 0
+) -> dict[str, int]:
+    """{module: rank} that keeps the components worth most by σ²/(I + O): within `budget` parameters, or up to the
+    relative error `tolerance` of all ΔW together; with neither all that are there.
+
+    Raises:
+        UserError: `min_rank` alone costs more than the budget.
+    """
+    assert budget is None or tolerance is None, "two ways to say one thing"
     importance = {name: spectrum.sigma**2 for name, spectrum in found.items()}
-    kept = within_tolerance(importance, costs, tolerance)
-    return mean_rank({name: len(kept.get(name, ())) for name in costs}, costs)
+    if budget is not None:
+        kept = allocate(importance, costs_of(found), budget, min_rank)
+    else:
+        kept = within_tolerance(importance, costs_of(found), tolerance or 0.0, min_rank)
+    return {name: len(indices) for name, indices in kept.items()}
+
+
+def costs_of(found: Mapping[str, Spectrum]) -> dict[str, int]:
+    """{module: I + O}: the parameters of one rank."""
+    return {name: spectrum.num_in + spectrum.num_out for name, spectrum in found.items()}
+
+
+def lora_options(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
+    """The arguments of a PEFT LoraConfig whose modules have exactly these ranks above 0 and these scales (alpha / r).
+
+    Modules of rank 0, which PEFT refuses, are no targets.  Names are whole, and those in the patterns too: PEFT takes
+    the first pattern that the end of a module's name matches, and sorts them when it saves.
+    """
+    live = {name: rank for name, rank in ranks.items() if rank}
+    alphas = {name: _plain(scaling[name] * rank) for name, rank in live.items()}
+    r, lora_alpha = _commonest(live.values()), _commonest(alphas.values())
+    return {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "target_modules": list(live),
+        "rank_pattern": {name: rank for name, rank in live.items() if rank != r},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora_alpha},
+        "use_rslora": False,
+    }
+
+
+def _plain(value: float) -> float | int:
+    """A whole number as one, in spite of rounding."""
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, value) else value
+
+
+def _commonest(values: Collection[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

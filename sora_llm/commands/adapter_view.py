@@ -10,11 +10,11 @@ from typing import Any
 from sora_llm import checkpoint
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
-from sora_llm.commands.sources import read_source
+from sora_llm.commands.sources import Source, read_source
 from sora_llm.consensus import mean_rank
 from sora_llm.errors import UserError
 from sora_llm.lora_files import WEIGHTS
-from sora_llm.spectrum import Spectrum, mean_rank_within, spectra
+from sora_llm.spectrum import Spectrum, costs_of, ranks_within, spectra
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)
@@ -27,12 +27,8 @@ def view(folder: Path) -> dict[str, Any]:
         UserError: no adapter, or one that is more than factors of linear layers.
     """
     source = read_source(folder)
-    try:
-        found = spectra(source.factors, source.scaling)
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from None
-    shapes = {name: (spectrum.num_in, spectrum.num_out) for name, spectrum in found.items()}
-    costs = {name: sum(shape) for name, shape in shapes.items()}
+    found = spectra_of(source)
+    costs = costs_of(found)
     is_checkpoint = (folder / checkpoint.STATE).is_file()
     ranks = {name: spectrum.rank for name, spectrum in found.items()}
     # A module that was pruned and left out of the files has no shape there.
@@ -47,11 +43,23 @@ def view(folder: Path) -> dict[str, Any]:
         "kept_params": sum(ranks[name] * cost for name, cost in costs.items()),
         "norm": energy**0.5,
         "mean_rank_for_energy": {
-            str(share): mean_rank_within(found, costs, (1 - share) ** 0.5) if energy else 0.0 for share in ENERGIES
+            str(share): mean_rank(ranks_within(found, tolerance=(1 - share) ** 0.5), costs) for share in ENERGIES
         },
         "left_out": pruned,
         "modules": {name: _module(spectrum) for name, spectrum in found.items()},
     }
+
+
+def spectra_of(source: Source) -> dict[str, Spectrum]:
+    """Of every module in the files.
+
+    Raises:
+        UserError: values that are not finite.
+    """
+    try:
+        return spectra(source.factors, source.scaling)
+    except ValueError as error:
+        raise UserError(f"{source.name}: {error}") from None
 
 
 def _module(spectrum: Spectrum) -> dict[str, Any]:

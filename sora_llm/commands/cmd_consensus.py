@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files, tokenizer_files_in
-from sora_llm.budget import params_of
 from sora_llm.commands.common import ALONE, exit_code
+from sora_llm.commands.size import add_size_arguments, budget_of, check_size
 from sora_llm.commands.sources import Source, base_of, read_source, refuse_other_targets, replica, shapes_in
 from sora_llm.consensus import mean_rank
 from sora_llm.distributed import make_accelerator
@@ -33,11 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="run directory, checkpoint or LoRA folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the merged adapter's new folder")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per source, any scale (default: 1)")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--target-rank", type=float, metavar="N", help="keep at most this mean rank, weighted by I + O")
-    size.add_argument("--target-params", type=int, metavar="N", help="keep at most so many parameters")
-    size.add_argument("--tolerance", type=float, metavar="T", help="drop what is below this relative error of ΔW")
-    parser.add_argument("--min-rank", type=int, default=0, metavar="N", help="ranks that every module keeps")
+    add_size_arguments(parser)
     parser.add_argument("--layout", choices=LAYOUTS, default="padded")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where the sources name another place for it")
     parser.add_argument(
@@ -62,7 +58,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         largest = max(arguments.weights or [1.0])
         weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
         replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
-        merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
+        merged = merge(
+            replicas, budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance, arguments.min_rank
+        )
         if merged.report.kept_cost == 0 and merged.report.energy > 0:
             raise UserError(
                 f"the size leaves nothing: the cheapest rank takes {min(i + o for i, o in shapes.values()):,} "
@@ -86,16 +84,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise UserError(f"--weights has {len(weights)} numbers for {count} sources; give one for each")
     if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
         raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: they are numbers from 0, not all of them 0")
-    if arguments.target_rank is not None and not 0 < arguments.target_rank < math.inf:
-        raise UserError(f"--target-rank is {arguments.target_rank:g}; it is a mean rank above 0")
-    if arguments.target_params is not None and arguments.target_params < 1:
-        raise UserError(f"--target-params is {arguments.target_params}; it is a number of parameters above 0")
-    if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
-        raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
-    if arguments.min_rank < 0 or (arguments.min_rank and arguments.target_rank is arguments.target_params is None):
-        raise UserError(
-            f"--min-rank is {arguments.min_rank}; it is 0 or more, and needs --target-rank or --target-params"
-        )
+    check_size(arguments)
 
 
 def check_out(out: Path, folders: Sequence[Path]) -> None:
@@ -113,14 +102,6 @@ def _is_merged(folder: Path) -> bool:
         return "merge" in json.loads((folder / CERTIFICATE).read_text())
     except (OSError, ValueError, TypeError):
         return False
-
-
-def budget_of(arguments: argparse.Namespace, shapes: Mapping[str, tuple[int, int]]) -> int | None:
-    """What may be kept, in parameters; None without a budget."""
-    if arguments.target_rank is None:
-        budget: int | None = arguments.target_params
-        return budget
-    return params_of(arguments.target_rank, sum(i + o for i, o in shapes.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------- result

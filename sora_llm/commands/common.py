@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,11 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
         print("sora_llm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     text = json.dumps(result, indent=1) if as_json else as_text(result)
-    if text:
-        print(text)
+    try:
+        if text:
+            print(text, flush=True)
+    except BrokenPipeError:  # who reads has seen enough; the interpreter would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

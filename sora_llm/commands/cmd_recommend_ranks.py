@@ -1,0 +1,138 @@
+"""`sora-llm recommend-ranks`: the ranks that an adapter uses, as a config that PEFT or axolotl can train with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sora_llm.commands.adapter_view import spectra_of
+from sora_llm.commands.common import exit_code
+from sora_llm.commands.size import add_size_arguments, budget_of, check_size
+from sora_llm.commands.sources import Source, read_source
+from sora_llm.config import load_config
+from sora_llm.consensus import mean_rank, scaling_of
+from sora_llm.errors import UserError
+from sora_llm.files import user_path
+from sora_llm.spectrum import costs_of, lora_options, ranks_within
+
+FORMATS = ("python", "axolotl")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-ranks") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="A rank and an alpha for every module, from the singular values of a trained adapter: for plain "
+        "PEFT as arguments of LoraConfig, or for axolotl.  Without a size every module keeps all that it uses.",
+    )
+    parser.add_argument("place", metavar="RUN|CHECKPOINT|ADAPTER", help="run directory, checkpoint or LoRA folder")
+    add_size_arguments(parser)
+    parser.add_argument(
+        "--scaling", type=float, metavar="S", help="alpha / rank of every module (default: as the adapter was trained)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="python", help="of what is printed; default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; lora_config is for PEFT")
+    arguments = parser.parse_args(argv)
+
+    def command() -> dict[str, Any]:
+        check_size(arguments)
+        if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
+            raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
+        folder = user_path(arguments.place, "the path")
+        return recommended(read_source(folder), trained_scaling(folder), arguments)
+
+    as_text = python_snippet if arguments.format == "python" else axolotl_snippet
+    return exit_code(command, arguments.json, as_text)
+
+
+def trained_scaling(folder: Path) -> float | None:
+    """lora_alpha / r of the run in `folder`, whose exported adapter has it folded in; None where it is no run."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    sora = load_config(folder / "config.yaml").sora
+    return sora.lora_alpha / sora.r
+
+
+def recommended(source: Source, trained: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ranks, what they hold of the adapter, and the config, as JSON.
+
+    Raises:
+        UserError: nothing is left, or the adapter is more than plain LoRA.
+    """
+    found = spectra_of(source)
+    costs = costs_of(found)
+    budget = budget_of(arguments, sum(costs.values()))
+    ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
+    if not any(ranks.values()):
+        alive = any(spectrum.rank for spectrum in found.values())
+        raise UserError(
+            f"the size leaves nothing: the cheapest rank takes {min(costs.values()):,} parameters; give more"
+            if alive
+            else f"{source.name} changes nothing: every ΔW is 0"
+        )
+    own = arguments.scaling if arguments.scaling is not None else trained
+    scaling = {name: scaling_of(source.scaling, name) if own is None else own for name in found}
+    energy = sum(spectrum.energy for spectrum in found.values())
+    kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
+    return {
+        "source": source.name,
+        "base_model": source.base,
+        "mean_rank": mean_rank(ranks, costs),
+        "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
+        "energy_kept": kept / energy,
+        "pruned": [name for name, rank in ranks.items() if not rank] + sorted(source.targets - found.keys()),
+        "lora_config": lora_options(ranks, scaling),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- snippets
+
+
+def python_snippet(result: Mapping[str, Any]) -> str:
+    """For plain PEFT."""
+    options = {**result["lora_config"], "task_type": "CAUSAL_LM"}
+    lines = [*_comments(result), "from peft import LoraConfig", "", "config = LoraConfig("]
+    lines += [f"    {key}={_python(value)}," for key, value in options.items()]
+    return "\n".join([*lines, ")"])
+
+
+def _python(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "{\n" + "".join(f"        {json.dumps(k)}: {v},\n" for k, v in value.items()) + "    }"
+    if isinstance(value, list):
+        return "[\n" + "".join(f"        {json.dumps(item)},\n" for item in value) + "    ]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def axolotl_snippet(result: Mapping[str, Any]) -> str:
+    """For axolotl, whose alphas are whole numbers."""
+    options = result["lora_config"]
+    names = options["target_modules"]
+    ranks = {name: options["rank_pattern"].get(name, options["r"]) for name in names}
+    wanted = {name: options["alpha_pattern"].get(name, options["lora_alpha"]) for name in names}
+    alphas = {name: max(1, round(alpha)) for name, alpha in wanted.items()}
+    off = max(abs(alphas[name] / wanted[name] - 1) for name in names)
+    whole = lora_options(ranks, {name: alphas[name] / ranks[name] for name in names})
+    lines = [*_comments(result), "# lora_rank_pattern and lora_alpha_pattern need axolotl 0.18 or later"]
+    if off > 1e-9:
+        lines += [f"# its alphas are whole numbers: scales are off by up to {off:.0%}; --scaling 1 would be exact"]
+    lines += ["adapter: lora  # or qlora, on a 4-bit base"]
+    lines += [f"lora_r: {whole['r']}", f"lora_alpha: {whole['lora_alpha']}"]
+    lines += ["lora_target_modules:", *(f"  - {name}" for name in whole["target_modules"])]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if whole[pattern]:
+            lines += [f"lora_{pattern}:", *(f"  {name}: {value}" for name, value in whole[pattern].items())]
+    return "\n".join(lines)
+
+
+def _comments(result: Mapping[str, Any]) -> list[str]:
+    pruned = result["pruned"]
+    left = f"; {len(pruned)} modules of rank 0 are no targets" if pruned else ""
+    return [
+        f"# ranks of {result['source']}" + (f", base {result['base_model']}" if result["base_model"] else ""),
+        f"# mean rank {result['mean_rank']:.2f}, {result['kept_params']:,} parameters, "
+        f"{result['energy_kept']:.1%} of ‖ΔW‖²{left}",
+    ]

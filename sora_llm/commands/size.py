@@ -1,0 +1,40 @@
+"""How large an adapter may be, as the commands that choose among its components take it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from sora_llm.budget import params_of
+from sora_llm.errors import UserError
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """A mean rank, a number of parameters, or an error; and the ranks that every module keeps."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--target-rank", type=float, metavar="N", help="keep at most this mean rank, weighted by I + O")
+    size.add_argument("--target-params", type=int, metavar="N", help="keep at most so many parameters")
+    size.add_argument("--tolerance", type=float, metavar="T", help="drop what is below this relative error of ΔW")
+    parser.add_argument("--min-rank", type=int, default=0, metavar="N", help="ranks that every module keeps")
+
+
+def check_size(arguments: argparse.Namespace) -> None:
+    """UserError for numbers that cannot be, before a file is read."""
+    if arguments.target_rank is not None and not 0 < arguments.target_rank < math.inf:
+        raise UserError(f"--target-rank is {arguments.target_rank:g}; it is a mean rank above 0")
+    if arguments.target_params is not None and arguments.target_params < 1:
+        raise UserError(f"--target-params is {arguments.target_params}; it is a number of parameters above 0")
+    if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
+        raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
+    if arguments.min_rank < 0 or (arguments.min_rank and arguments.target_rank is arguments.target_params is None):
+        raise UserError(
+            f"--min-rank is {arguments.min_rank}; it is 0 or more, and needs --target-rank or --target-params"
+        )
+
+
+def budget_of(arguments: argparse.Namespace, cost: int) -> int | None:
+    """What may be kept of modules that cost `cost` = Σ (I + O) together, in parameters; None without a budget."""
+    if arguments.target_rank is None:
+        budget: int | None = arguments.target_params
+        return budget
+    return params_of(arguments.target_rank, cost)
