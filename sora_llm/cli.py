@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("sora_llm.commands.cmd_generate", "answers to prompts, of the adapter and of its base"),
     "chat": ("sora_llm.commands.cmd_chat", "a dialogue with the adapter at the terminal"),
     "inspect": ("sora_llm.commands.cmd_inspect", "what became of a run, in the terminal and in its report.html"),
+    "doctor": ("sora_llm.commands.cmd_doctor", "try out whether this machine can train"),
     "recommend-ranks": ("sora_llm.commands.cmd_recommend_ranks", "an adapter's ranks as a config for PEFT or axolotl"),
     "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
 }

@@ -1,0 +1,269 @@
+"""`sora-llm doctor`: whether this machine can train, tried out in small, with a remedy for what cannot."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from sora_llm.commands.common import EXIT_INTERRUPTED
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
+STALE_LOCK_SECONDS = 1800
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`remedy` is what to do where `state` is not ok."""
+
+    name: str
+    state: str
+    said: str
+    remedy: str = ""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Try out what training needs: versions, devices, compiler, disk, a process group, 4-bit kernels, "
+        "packing, a step under ZeRO-2.  The exit code is 1 if something needed fails.",
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=300.0, metavar="SECONDS", help="of every trial; default %(default)g"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    if not arguments.time_limit > 0:
+        parser.error(f"--time-limit is {arguments.time_limit:g}; it is a number of seconds above 0")
+    findings = []
+    try:
+        for finding in examine(arguments.time_limit):
+            findings.append(finding)
+            if not arguments.json:
+                print(as_text(finding), flush=True)
+    except KeyboardInterrupt:
+        print("sora_llm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    failed = [finding.name for finding in findings if finding.state == FAILED]
+    if arguments.json:
+        print(json.dumps({"ready": not failed, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        print(f"\nnot ready: {', '.join(failed)}" if failed else "\nready to train")
+    return 1 if failed else 0
+
+
+def as_text(finding: Finding) -> str:
+    """A line, and one more with the remedy."""
+    line = f"{finding.state:<8} {finding.name:<14} {finding.said}"
+    return f"{line}\n{'':<24}→ {finding.remedy}" if finding.remedy else line
+
+
+def examine(time_limit: float) -> Iterator[Finding]:
+    """All findings, cheap ones first; trials that nothing can come of are left out."""
+    found = list(versions())
+    yield from found
+    if any(finding.state == FAILED for finding in found):
+        return
+    yield trial("devices", time_limit, "install a torch and a driver that fit each other, or set CUDA_VISIBLE_DEVICES=")
+    yield compiler()
+    yield build_lock(extensions_folder())
+    yield from disks()
+    for name, remedy in REMEDIES.items():
+        yield trial(name, time_limit, remedy)
+
+
+REMEDIES = {
+    "group": "processes of this machine must reach each other at 127.0.0.1: look at firewalls and at NCCL_ and GLOO_ "
+    "variables, or train with one process",
+    "nf4": "install the versions of constraints.txt, or train with quantization.load_in_4bit: false",
+    "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
+    "zero2": "mend what is said above it, or train with distributed.strategy: ddp",
+}
+
+
+# ------------------------------------------------------------------------------------------------ without a process
+
+
+def versions() -> Iterator[Finding]:
+    """Python and what this package asks for."""
+    python = platform.python_version()
+    if (3, 10) <= sys.version_info[:2] <= (3, 12):
+        yield Finding("python", OK, python)
+    else:
+        yield Finding("python", FAILED, python, "use Python 3.10, 3.11 or 3.12")
+    try:
+        required = [Requirement(text) for text in metadata.requires("sora_llm") or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding("packages", WARNING, "sora_llm itself is not installed", "pip install -c constraints.txt .")
+        return
+    wrong, seen = [], []
+    for requirement in required:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} is {version}, not {requirement.specifier}")
+        seen.append(f"{requirement.name} {version}")
+    if wrong:
+        yield Finding("packages", FAILED, ", ".join(wrong), "pip install -c constraints.txt .")
+    else:
+        yield Finding("packages", OK, ", ".join(seen[:6]))
+
+
+def compiler() -> Finding:
+    """DeepSpeed compiles one small operator where it runs on the CPU."""
+    missing = [name for name in ("g++", "ninja") if shutil.which(name, path=_path_with_scripts()) is None]
+    if not missing:
+        return Finding("compiler", OK, "g++ and ninja")
+    return Finding(
+        "compiler",
+        WARNING,
+        f"no {' and no '.join(missing)}, which ZeRO on a CPU compiles an operator with",
+        "apt install g++ and pip install ninja, or use distributed.strategy: ddp there",
+    )
+
+
+def _path_with_scripts() -> str:
+    """Also what lies beside this Python, as in an environment that is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def extensions_folder() -> Path:
+    """Where torch builds such operators."""
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(own) if own else Path.home() / ".cache" / "torch_extensions"
+
+
+def build_lock(folder: Path) -> Finding:
+    """A build that was killed leaves a lock on which every later one waits for ever."""
+    now = time.time()
+    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+        with contextlib.suppress(OSError):
+            minutes = (now - lock.stat().st_mtime) / 60
+            if minutes * 60 > STALE_LOCK_SECONDS:
+                said = f"{lock} is {minutes:,.0f} minutes old, of a build that was killed: later ones wait for it"
+                return Finding("build lock", FAILED, said, f"rm {lock}")
+    return Finding("build lock", OK, f"none left in {folder}")
+
+
+def disks() -> Iterator[Finding]:
+    """Room for tokens, models and temporary files, and for what processes of a GPU machine share."""
+    places = {
+        "disk: data": Path.home() / ".cache" / "sora_llm",
+        "disk: models": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")),
+        "disk: runs": Path.cwd(),
+    }
+    for name, place in places.items():
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        said = f"{free:,.1f} GiB free for {place}"
+        if not os.access(existing, os.W_OK):
+            yield Finding(name, FAILED, f"{existing} cannot be written", "give this user the right to write there")
+        elif free < NO_DISK_GIB:
+            yield Finding(name, FAILED, said, "make room, or move it: data.cache_dir, HF_HOME, output.output_dir")
+        elif free < LITTLE_DISK_GIB:
+            yield Finding(name, WARNING, said, "a 7B model takes 14 GB; HF_HOME and data.cache_dir can lie elsewhere")
+        else:
+            yield Finding(name, OK, said)
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).total / 2**20
+        if size < LITTLE_SHM_MIB:
+            said = f"{size:,.0f} MiB, little for several processes"
+            yield Finding("/dev/shm", WARNING, said, "start the container with --shm-size=1g or --ipc=host")
+
+
+# --------------------------------------------------------------------------------------------------------- in others
+
+
+def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.trials") -> Finding:
+    """What a trial in processes of its own says; they are ended when its time is up."""
+    count = 2 if name in BETWEEN_TWO else 1
+    with tempfile.TemporaryDirectory(prefix="sora_llm_doctor_") as folder:
+        outputs = [Path(folder) / str(index) for index in range(count)]
+        port = _free_port()
+        processes = [_start([module, name], i, count, port, output) for i, output in enumerate(outputs)]
+        try:
+            in_time = _wait(processes, time_limit)
+        finally:
+            for process in processes:
+                _end(process)
+        texts = [output.read_text(errors="replace") for output in outputs]
+    ended = [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    if not in_time:
+        return Finding(name, FAILED, f"nothing came of it within {time_limit:g} s", remedy)
+    # What was ended here because another one had failed says nothing.
+    for code, text in sorted(ended, key=lambda end: end[0] <= 0):
+        if code != 0:
+            return Finding(name, FAILED, _last_line(text) or f"ended with exit code {code}", remedy)
+    return Finding(name, OK, json.loads(_last_line(texts[0]))["said"])
+
+
+BETWEEN_TWO = ("group", "zero2")
+
+
+def _start(command: Sequence[str], index: int, count: int, port: int, output: Path) -> subprocess.Popen[bytes]:
+    environ = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith("ACCELERATE_")}
+    if count > 1:
+        environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], time_limit: float) -> bool:
+    """Whether all came to an end, or one failed, before the time was up."""
+    deadline = time.monotonic() + time_limit
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes) or any(code not in (0, None) for code in codes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it has started (compilers, for example)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(text: str) -> str:
+    """What a process said last."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

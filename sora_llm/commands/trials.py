@@ -1,0 +1,173 @@
+"""Small trials of a machine, each in a process of its own: `python -m sora_llm.commands.trials NAME`.
+
+What a trial says is one line of JSON at the end of its output; a failure ends it with a sentence and another exit code.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
+from sora_llm.commands.common import ALONE
+from sora_llm.distributed import Engine, any_process, make_accelerator, sum_over_processes
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.inject import adapter_parameters, inject_sora
+from sora_llm.inputs import quiet_libraries
+from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.pipeline import prove_packing
+from sora_llm.topology import deepspeed_config, launched_world
+
+MAX_PRODUCT_ERROR = 1e-4
+"""Of a 4-bit layer's float32 products, relative: a kernel that is right rounds to 1e-6."""
+MAX_QUANTISATION_ERROR = 0.15
+"""Of NF4 weights, relative: about 0.09 for normal ones."""
+
+
+def main() -> int:
+    """Run the trial that the command line names."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):  # two processes need two: CPU, then
+        again = [sys.executable, "-m", "sora_llm.commands.trials", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    try:
+        said = TRIALS[sys.argv[1]]()
+    except (UserError, RunFailed, AssertionError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps({"said": said}), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # the threads of a process group may outlive it
+
+
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
+    """A random LLaMA of two layers."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads, initializer_range=0.2, **options)).eval()
+
+
+def devices() -> str:
+    """What torch can compute on."""
+    if not torch.cuda.is_available():
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
+        return f"no GPU ({built}), {os.cpu_count()} CPU cores"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = "" if properties.major >= 8 else ", without bfloat16"
+        found.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB{bf16})")
+    torch.ones(8, device="cuda").sum().item()  # a driver that does not fit fails here
+    return ", ".join(found)
+
+
+def group() -> str:
+    """Two processes add up a number."""
+    world = launched_world(os.environ)
+    accelerator = make_accelerator("ddp", world, timeout_minutes=2)
+    (total,) = sum_over_processes(float(world.process_index + 1), device=accelerator.device)
+    expected = world.num_processes * (world.num_processes + 1) / 2
+    assert total == expected, f"{world.num_processes} processes add up to {total:g} instead of {expected:g}"
+    backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+    return f"{world.num_processes} processes on {backend}"
+
+
+def nf4() -> str:
+    """A 4-bit layer forward and backward against the same weights, dense."""
+    device = make_accelerator("none", ALONE).device
+    dense = tiny_llama()
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        spec = BackboneSpec(folder, dtype="float32", load_in_4bit=True, compute_dtype="float32")
+        model = load_backbone(spec, device)
+    name = "model.layers.0.mlp.down_proj"
+    weight = dict(dense.named_parameters())[f"{name}.weight"].detach()
+    check_4bit(model.get_submodule(name), weight.to(device))
+    return f"forward and backward are right on {device.type}"
+
+
+def check_4bit(layer: nn.Module, weight_OI: torch.Tensor) -> None:
+    """AssertionError unless the layer multiplies by what its weights were quantised from, in both directions."""
+    num_out, num_in = weight_OI.shape
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        stored = layer(torch.eye(num_in, device=weight_OI.device)).T
+    x = torch.randn(5, num_in, generator=generator).to(weight_OI.device).requires_grad_(True)
+    dy = torch.randn(5, num_out, generator=generator).to(weight_OI.device)
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None, "a 4-bit layer passes no gradient back"
+    errors = {
+        "weights": (_relative(stored, weight_OI), MAX_QUANTISATION_ERROR),
+        "forward": (_relative(y.detach(), x.detach() @ stored.T), MAX_PRODUCT_ERROR),
+        "backward": (_relative(x.grad, dy @ stored), MAX_PRODUCT_ERROR),
+    }
+    for what, (error, limit) in errors.items():
+        assert error <= limit, f"the {what} of a 4-bit layer is off by {error:.1e} (allowed {limit:g})"
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def packing() -> str:
+    """Packed rows do not see each other in a LLaMA."""
+    device = make_accelerator("none", ALONE).device
+    prove_packing(tiny_llama(attn_implementation="sdpa").to(device), "sdpa", device)
+    return f"packed rows are isolated under sdpa on {device.type}"
+
+
+def zero2() -> str:
+    """One step of an adapter under ZeRO-2 in two processes against the same step in one."""
+    world = launched_world(os.environ)
+    options = deepspeed_config("zero2", max_grad_norm=1.0, adapter_dtype="float32")
+    alone, shared = (inject_sora(tiny_llama(), r=4, lora_alpha=8) for _ in range(2))
+    shared.load_state_dict(copy.deepcopy(alone.state_dict()))
+    accelerator = make_accelerator("zero2", world, deepspeed_config=options, timeout_minutes=2)
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1)).to(accelerator.device)
+    alone.to(accelerator.device)
+
+    optimizer = _optimizer(alone)
+    causal_loss_sum(alone, ids, ids).div(ids.numel()).backward()
+    torch.nn.utils.clip_grad_norm_(list(adapter_parameters(alone).values()), 1.0)
+    optimizer.step()
+    expected = {name: p.detach().float().cpu() for name, p in adapter_parameters(alone).items()}
+    assert any(bool(value.any()) for name, value in expected.items() if "lora_B" in name), "a step learns nothing"
+
+    engine = Engine(accelerator, shared, _optimizer(shared), "zero2", 1.0)
+    with engine.micro_batch(last=True):
+        engine.backward(causal_loss_sum(engine.model, ids, ids) / ids.numel())
+    engine.step()
+    engine.prove_agreement()
+    found = engine.masters()
+    worst = max(float((found[name] - value).norm() / value.norm().clamp(min=1e-6)) for name, value in expected.items())
+    off = any_process(worst > 1e-3, accelerator.device)
+    assert not off, f"a step under ZeRO-2 is not the step of one process (off by {worst:.1e})"
+    return f"a step of {world.num_processes} processes is that of one (to {worst:.0e}), on {accelerator.device.type}"
+
+
+def _optimizer(model: nn.Module) -> ProxAdamW:
+    return ProxAdamW(parameter_groups(model, learning_rate=1e-2, gate_lr=1e-2, sparse_lambda=0.3))
+
+
+TRIALS: dict[str, Callable[[], str]] = {
+    "devices": devices,
+    "group": group,
+    "nf4": nf4,
+    "packing": packing,
+    "zero2": zero2,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""`sora-llm doctor`: what is sound passes, what is broken is named with a remedy, and nothing lasts for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import linear4bit
+from spawn import warm_deepspeed
+
+from sora_llm import cli
+from sora_llm.commands import cmd_doctor, trials
+from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, Finding
+
+WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.matrix
+def test_a_sound_machine_is_ready(capsys):
+    warm_deepspeed()
+    code = cli.main(["doctor", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    found = {finding["name"]: finding for finding in content["findings"]}
+    assert found.keys() >= {"python", "packages", "devices", "compiler", "group", "nf4", "packing", "zero2"}
+    bad = [finding for finding in found.values() if finding["state"] == FAILED]
+    assert (code, content["ready"], bad) == (0, True, [])
+
+
+def test_4bit_products_and_packing_are_right_here():
+    trials.check_4bit(linear4bit(WEIGHT), WEIGHT)
+    assert "isolated" in trials.packing()
+
+
+class Broken(torch.nn.Module):
+    """A layer of the right weights with one wrong product."""
+
+    def __init__(self, forward: float, backward: float):
+        super().__init__()
+        self.forward_by, self.backward_by = forward, backward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 5:  # not when it is asked for its weights
+            x = x.detach() * self.forward_by + (x - x.detach()) * self.backward_by
+        return x @ WEIGHT.T
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (Broken(1.01, 1.0), "forward"),
+        (Broken(1.0, 1.01), "backward"),
+        (linear4bit(WEIGHT + 0.3), "weights"),
+    ],
+)
+def test_wrong_products_are_found(layer, said):
+    trials.check_4bit(Broken(1.0, 1.0), WEIGHT)
+    with pytest.raises(AssertionError, match=f"the {said} of a 4-bit layer"):
+        trials.check_4bit(layer, WEIGHT)
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules that trials can be."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["nf4", "group"])
+def test_a_trial_that_hangs_is_ended_with_all_it_started(scripts, name):
+    (scripts / "hangs.py").write_text(
+        "import subprocess, sys, time, pathlib\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(scripts)!r}, f'pid-{{child.pid}}').touch()\n"
+        "time.sleep(600)"
+    )
+    begin = time.monotonic()
+    found = cmd_doctor.trial(name, 2.0, "the remedy", module="hangs")
+    assert found == Finding(name, FAILED, "nothing came of it within 2 s", "the remedy")
+    assert time.monotonic() - begin < 20
+    pids = [int(path.name.removeprefix("pid-")) for path in scripts.glob("pid-*")]
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() - begin < 20
+        time.sleep(0.05)
+    assert len(pids) == (2 if name == "group" else 1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_trial_says_what_it_found_in_a_world_of_its_own(scripts, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (scripts / "says.py").write_text(
+        "import json, os\n"
+        "assert 'ACCELERATE_USE_CPU' not in os.environ\n"
+        "print('noise'); print(json.dumps({'said': os.environ.get('WORLD_SIZE', 'alone')}))"
+    )
+    assert cmd_doctor.trial("group", 60, "", module="says") == Finding("group", OK, "2")
+    assert cmd_doctor.trial("nf4", 60, "", module="says") == Finding("nf4", OK, "alone")
+
+
+def test_a_trial_that_fails_says_why_for_both_processes(scripts):
+    (scripts / "fails.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '0': time.sleep(600)\n"
+        "print('noise'); sys.exit('the network is gone')"
+    )
+    found = cmd_doctor.trial("group", 60, "the remedy", module="fails")
+    assert found == Finding("group", FAILED, "the network is gone", "the remedy")
+
+
+def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatch, capsys):
+    findings = [Finding("a", OK, "fine"), Finding("b", FAILED, "torn", "mend it"), Finding("c", WARNING, "old")]
+    monkeypatch.setattr(cmd_doctor, "examine", lambda _: iter(findings))
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "failed   b" in shown and "→ mend it" in shown and shown.endswith("not ready: b\n")
+    assert cli.main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"][1]["remedy"] == "mend it"
+    monkeypatch.setattr(cmd_doctor, "examine", lambda _: iter(f for f in findings if f.state != FAILED))
+    assert cli.main(["doctor"]) == 0
+
+
+def test_missing_or_old_packages_are_named(monkeypatch):
+    monkeypatch.setattr(
+        cmd_doctor.metadata, "requires", lambda _: ["torch>=999", "nowhere>=1", "pytest; extra == 'dev'"]
+    )
+    *_, found = cmd_doctor.versions()
+    assert found.state == FAILED and "torch is" in found.said and "nowhere is missing" in found.said
+    assert "pytest" not in found.said
+    monkeypatch.setattr(cmd_doctor.metadata, "requires", lambda _: ["torch>=1", "pytest>=1"])
+    *_, found = cmd_doctor.versions()
+    assert found.state == OK and "torch" in found.said
+
+
+def test_a_full_disk_a_missing_compiler_and_a_stale_lock_are_found(tmp_path, monkeypatch):
+    for free, state in ((0.5, FAILED), (5, WARNING), (500, OK)):
+        usage = SimpleNamespace(free=free * 2**30, total=2**40)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert {found.state for found in cmd_doctor.disks()} == {state}
+    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: str(tmp_path))
+    assert cmd_doctor.compiler().state == WARNING
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert cmd_doctor.build_lock(tmp_path).state == OK  # somebody builds right now
+    os.utime(lock, (time.time() - 7200,) * 2)
+    found = cmd_doctor.build_lock(tmp_path)
+    assert found.state == FAILED and found.remedy == f"rm {lock}"
