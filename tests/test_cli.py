@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from shutil import which
 
 import pytest
 import torch
@@ -27,6 +29,47 @@ def test_help_lists_every_command_without_loading_torch():
         assert f"  {command} " in shown.stdout
 
 
+def test_the_help_page_tells_the_whole_way_in_order():
+    page = cli.usage()
+    way = ["doctor", "preprocess", "estimate", "train", "inspect", "evaluate", "chat", "export", "consensus"]
+    places = [page.index(f"  {step} ") for step in way] + [page.index("vllm serve")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_every_command(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in cli.COMMANDS) and "top-p" in script and "num-processes" in script
+    parsed = subprocess.run([shell, "-n"], input=script, text=True, capture_output=True) if which(shell) else None
+    assert parsed is None or (parsed.returncode, parsed.stderr) == (0, "")
+
+
+@pytest.mark.skipif(which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sora-llm", "pre"], {"preprocess"}),
+        (["sora-llm", "generate", "--max"], {"--max-new-tokens"}),
+        (["sora-llm", "completion", ""], {"bash", "zsh", "fish"}),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(words, expected, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    typed = " ".join(repr(word) for word in words)
+    script = f"{capsys.readouterr().out}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}\n"
+    script += "$(complete -p sora-llm | sed 's/.*-F \\([^ ]*\\) .*/\\1/')\nprintf '%s\\n' \"${COMPREPLY[@]}\""
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert {word.strip() for word in shown.stdout.split()} >= expected
+    assert all(word.startswith(words[-1]) for word in shown.stdout.split())
+
+
+def test_making_completions_leaves_argparse_as_it_was(capsys):
+    before = argparse.ArgumentParser.parse_known_args
+    assert cli.main(["completion", "bash"]) == 0
+    assert argparse.ArgumentParser.parse_known_args is before
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_a_help_page(command, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -35,8 +78,9 @@ def test_every_command_has_a_help_page(command, capsys):
 
 
 def test_an_unknown_command_is_bad_input(capsys):
-    assert cli.main(["trian"]) == 2
-    assert "there are train, " in capsys.readouterr().err
+    assert cli.main(["trian"]) == cli.main(["xyz"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean train?" in error and "there are doctor, preprocess, " in error
 
 
 def test_estimate_prints_json(tmp_path, capsys):
