@@ -1,53 +1,68 @@
-"""`sora-llm evaluate CONFIG [--adapter FOLDER]`: the loss on the config's dev rows, base against adapter."""
+"""`sora-llm evaluate RUN|CONFIG|ADAPTER`: the loss of base and adapter, on the run's dev rows or others."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sora_llm.backbone import load_backbone
+from sora_llm import backbone, checkpoint
 from sora_llm.commands.common import ALONE, config_parser, exit_code
-from sora_llm.config import load_config
-from sora_llm.distributed import make_accelerator
+from sora_llm.commands.subject import Subject, find_subject, load, on_base
+from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
+from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import UserError
-from sora_llm.export import load_adapter
-from sora_llm.inputs import check_inputs, load_data
+from sora_llm.inputs import Inputs, check_inputs, load_data, prepare_rows
 from sora_llm.lora_files import CONFIG
 from sora_llm.pipeline import evaluate
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:
-    parser = config_parser(prog, "Loss and perplexity over a config's dev rows (data.val_datasets or val_set_size).")
-    parser.add_argument("--adapter", type=Path, help="a PEFT adapter to compare with the base")
+    parser = config_parser(
+        prog,
+        "Loss and perplexity of a base and of an adapter on it: over a run's dev rows (data.val_datasets or "
+        "val_set_size), or over any data set with --data.",
+        metavar="RUN|CONFIG|ADAPTER",
+        what="run directory, config, checkpoint or LoRA folder",
+    )
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="another adapter than the run's: any PEFT LoRA")
+    parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
+    parser.add_argument("--data", metavar="FILE", help="another data set: a file, a folder, a glob or a hub id")
+    parser.add_argument("--type", choices=tuple(DATASET_FIELDS), help="of --data; default: as the run's first data set")
+    parser.add_argument("--column", action="append", metavar="OURS=THEIRS", help="of --data, where names differ")
+    parser.add_argument("--function", metavar="MODULE:FUNCTION", help="of --data, with --type custom")
+    parser.add_argument("--split", help="of a hub data set")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     arguments = parser.parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
-        config = load_config(arguments.config, arguments.overrides)
+        subject, config = find_measured(arguments)
         inputs = check_inputs(config, "none")
-        if arguments.adapter is not None and not (arguments.adapter / CONFIG).is_file():
-            raise UserError(f"--adapter {arguments.adapter} holds no {CONFIG}; name an exported adapter")
-        accelerator = make_accelerator("none", ALONE)
-        rows = load_data(config, inputs, ALONE).dev
-        if rows is None:
-            raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size")
-        model = load_backbone(inputs.backbone, accelerator.device)
+        rows = rows_of(config, inputs)
+        loaded = load(subject)
 
-        def loss_of(some_model: Any) -> dict[str, float]:
+        def loss() -> dict[str, float]:
             found = evaluate(
-                some_model,
+                loaded.model,
                 rows,
                 inputs.batch,
                 batch_size=config.evaluation.per_device_eval_batch_size,
                 world=ALONE,
-                device=accelerator.device,
+                device=next(loaded.model.parameters()).device,
             )
             return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
 
-        result: dict[str, Any] = {"rows": len(rows), "supervised_tokens": rows.num_supervised, "base": loss_of(model)}
-        if arguments.adapter is not None:
-            result["adapter"] = loss_of(load_adapter(model, arguments.adapter))
+        result: dict[str, Any] = {"rows": len(rows), "supervised_tokens": rows.num_supervised}
+        with loaded.without_adapter() if loaded.without_adapter is not None else contextlib.nullcontext():
+            result["base"] = loss()
+        if subject.adapter is not None:
+            result["adapter"] = loss()
         return result
 
     def text(result: dict[str, Any]) -> str:
@@ -58,3 +73,91 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
         return "\n".join(lines)
 
     return exit_code(command, arguments.json, text)
+
+
+def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
+    """What is measured, and a config that names the rows to measure it on.
+
+    Raises:
+        UserError: nothing of that kind, an adapter that is none, or no data set.
+    """
+    subject = find_subject(arguments.config, arguments.overrides)
+    if arguments.adapter is not None and arguments.no_adapter:
+        raise UserError("--adapter and --no-adapter exclude each other; give one of them")
+    if arguments.adapter is not None:
+        if not any((arguments.adapter / name).is_file() for name in (CONFIG, checkpoint.STATE)):
+            raise UserError(f"--adapter {arguments.adapter} holds no {CONFIG}; name an exported adapter")
+        subject = replace(subject, adapter=arguments.adapter)
+    elif arguments.no_adapter:
+        subject = replace(subject, adapter=None)
+    subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
+    config = subject.config or config_for(subject)
+    if arguments.data is not None:
+        dataset = other_dataset(arguments, config.data.datasets)
+        # In both places, so that the run's own files need not be there any more.
+        config = replace(
+            config, data=replace(config.data, datasets=(dataset,), val_datasets=(dataset,), val_set_size=None)
+        )
+    elif arguments.type or arguments.column or arguments.function or arguments.split:
+        raise UserError("--type, --column, --function and --split describe the data set that --data names; name it")
+    elif not config.data.datasets:
+        raise UserError(f"{arguments.config} is no run's, so it names no data; give --data FILE --type TYPE")
+    # What only training needs may be gone.
+    spec = subject.spec
+    base: dict[str, Any] = {"name_or_path": spec.name_or_path, "revision": spec.revision}
+    base["trust_remote_code"] = spec.trust_remote_code
+    config = replace(
+        config,
+        model=replace(config.model, **base, adapter=None),
+        output=replace(config.output, report_to=()),
+        evaluation=replace(config.evaluation, sample_prompts=()),
+    )
+    return subject, config
+
+
+def config_for(subject: Subject) -> Config:
+    """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
+    text_config = backbone.load_config(subject.spec).get_text_config()
+    assert subject.adapter is not None
+    template = subject.adapter / "chat_template.jinja"
+    return Config(
+        model=Model(dtype=subject.spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
+        quantization=Quantization(load_in_4bit=subject.spec.load_in_4bit),
+        data=Data(
+            chat_template=str(template) if template.is_file() else None,
+            sequence_len=min(2048, getattr(text_config, "max_position_embeddings", None) or 2048),
+        ),
+    )
+
+
+def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Dataset:
+    """The data set that the command line describes; without --type it has the form of the run's first one."""
+    if arguments.type is None:
+        if not own:
+            raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(DATASET_FIELDS)})")
+        described = replace(own[0], path=arguments.data, split=None, revision=None, weight=None, streaming=False)
+    else:
+        described = Dataset(path=arguments.data, type=arguments.type)
+    columns = {}
+    for text in arguments.column or ():
+        ours, equals, theirs = text.partition("=")
+        if not equals or ours not in DATASET_FIELDS[described.type]:
+            known = ", ".join(DATASET_FIELDS[described.type]) or "none"
+            raise UserError(f"--column {text}: write OURS=THEIRS, ours being of type {described.type}: {known}")
+        columns[ours] = theirs
+    function = arguments.function or described.function
+    if described.type == "custom" and function is None:
+        raise UserError("--type custom needs --function module:function, which makes messages of a row")
+    if described.type != "custom" and function is not None:
+        raise UserError(f"--function goes with --type custom only, not {described.type}; leave it out")
+    return replace(described, columns=columns or described.columns, function=function, split=arguments.split)
+
+
+def rows_of(config: Config, inputs: Inputs) -> TokenDataset:
+    """The dev rows; the training rows are read only where dev rows are held out of them."""
+    if inputs.val_datasets:
+        return prepare_rows(config, inputs, inputs.val_datasets, ALONE)[0]
+    rows = load_data(config, inputs, ALONE).dev
+    if rows is None:
+        raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
+    return rows

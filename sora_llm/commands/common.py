@@ -16,10 +16,12 @@ EXIT_INTERRUPTED = 130
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 
 
-def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with a config, overrides and --json."""
+def config_parser(
+    prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run"
+) -> argparse.ArgumentParser:
+    """A parser with a config (or what else `metavar` says), overrides and --json."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("config", metavar=metavar, help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

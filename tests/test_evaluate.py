@@ -1,0 +1,99 @@
+"""`sora-llm evaluate`: the loss that transformers and PEFT have on the same tokens, whatever names model and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_generate import lora as lora
+from test_generate import run_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sora_llm import cli
+
+ROWS = [("Tim had a", " red ball."), ("She was so", " happy and ran home."), ("Once", " upon a time")]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts and completions under other names."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps({"q": prompt, "a": completion}) + "\n" for prompt, completion in ROWS))
+    return file
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert cli.main(["evaluate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@torch.no_grad()
+def reference(stories: Path, lora: Path) -> dict[str, float]:
+    """Mean cross-entropy of base and adapter over the completions and their eos."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+
+    def loss(model: Any) -> float:
+        total, count = 0.0, 0
+        for prompt, completion in ROWS:
+            ids = [*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]
+            start = len(tokenizer(prompt).input_ids)
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum"))
+            count += len(ids) - start
+        return total / count
+
+    return {"base": loss(base), "adapter": loss(PeftModel.from_pretrained(base, str(lora)).eval())}
+
+
+FORM = ["--type", "prompt_completion", "--column", "prompt=q", "--column", "completion=a"]
+
+
+def test_any_lora_is_measured_on_any_data_set(stories, lora, rows, capsys):
+    found, expected = evaluated(capsys, lora, "--data", rows, *FORM), reference(stories, lora)
+    assert expected["base"] != pytest.approx(expected["adapter"], rel=1e-3)
+    for name, loss in expected.items():
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["rows"] == 3
+
+
+def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora, rows, tmp_path, capsys):
+    expected = reference(stories, lora)
+    own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    run = run_dir(tmp_path / "run", **{"data.datasets": [own], "data.val_datasets": [own], "data.val_set_size": None})
+    (base_only,) = {*evaluated(capsys, run)} - {"rows", "supervised_tokens"}
+    assert base_only == "base"  # it has no adapter yet
+    (run / "adapter").symlink_to(lora)
+    for place in (run, run / "config.yaml", run / "adapter"):
+        found = evaluated(capsys, place)
+        assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5), place
+    assert "adapter" not in evaluated(capsys, run, "--no-adapter")
+    moved = rows.rename(rows.with_name("moved.jsonl"))
+    try:  # the form is that of the run's own rows, which are gone
+        found = evaluated(capsys, run, "--data", moved)
+    finally:
+        moved.rename(rows)
+    assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --data FILE"),
+        (["--data", "{rows}"], "--type"),
+        (["--type", "alpaca"], "--data"),
+        (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),
+        (["--data", "{rows}", "--type", "custom"], "--function"),
+        (["--data", "/nope.jsonl", "--type", "alpaca"], "/nope.jsonl"),
+        (["--data", "{rows}", *FORM, "--adapter", "/nope"], "adapter_config.json"),
+        (["--data", "{rows}", *FORM, "--adapter", "/nope", "--no-adapter"], "exclude each other"),
+    ],
+)
+def test_bad_input_is_a_sentence(lora, rows, capsys, arguments, said):
+    assert cli.main(["evaluate", str(lora), *(argument.replace("{rows}", str(rows)) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
