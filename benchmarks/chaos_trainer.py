@@ -33,7 +33,7 @@ PLACES = {
     "training": "sora_llm.train:train_stage",
     "step": "sora_llm.train:train_step",
     "line": "sora_llm.train:log_step",
-    "evaluation": "sora_llm.train:dev_loss",
+    "evaluation": "sora_llm.training:dev_loss",
     "save": "sora_llm.train:save_checkpoint",
     "export": "sora_llm.train:cut_and_export",
     "balance": "sora_llm.pipeline:balance",

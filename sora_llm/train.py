@@ -15,35 +15,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sora_llm import checkpoint, distributed, export, hub, pipeline
-from sora_llm.alarms import Alarms, Patience
-from sora_llm.backbone import DTYPES, load_backbone
+from sora_llm import checkpoint, distributed, hub, pipeline
+from sora_llm.backbone import DTYPES
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.data.dataset import TokenDataset
-from sora_llm.distributed import Engine, Replicas, on_every, on_main
+from sora_llm.distributed import Replicas, on_every, on_main
+from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.export import Provenance
 from sora_llm.files import user_path
-from sora_llm.generation import sample_answers
-from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
 from sora_llm.inputs import (
     check_inputs,
     check_output,
     data_report,
-    exported_template,
     load_data,
-    prompt_form,
-    prompt_ids,
-    start_lora,
-    target_modules,
     target_shapes,
     training_order,
 )
@@ -58,23 +48,34 @@ from sora_llm.job import (
 )
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
-from sora_llm.local_updates import OuterOptimizer
-from sora_llm.loop import Tally, peak_memory_gib, seed_step, train_step
-from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
-from sora_llm.pipeline import Cut
-from sora_llm.plan import Stage, make_plan, rows_in_step, stage_name
+from sora_llm.loop import peak_memory_gib, seed_step, train_step
+from sora_llm.plan import Stage, make_plan, rows_in_step
 from sora_llm.report import read_json_lines
 from sora_llm.rounds import Gates, Prox, Rounds
 from sora_llm.rundir import RunDirectory, environment
-from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY
+from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
-from sora_llm.steering import Steering
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import (
     ZERO_STAGES,
     launched_world,
     resolve_strategy,
+)
+from sora_llm.training import (
+    WEIGHTS,
+    Training,
+    current_dev_loss,
+    current_ranks,
+    cut_adapter,
+    evaluation_due,
+    is_due,
+    load_and_inject,
+    log_step,
+    make_engine,
+    make_steering,
+    save_checkpoint,
+    skipped,
 )
 
 EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
@@ -297,179 +298,6 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
     return RunResult(None, lines[-1] if lines else {}, status)
 
 
-def load_model(job: Job) -> nn.Module:
-    """The frozen backbone on this process's device."""
-    spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
-    model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
-    if data.sample_packing:
-        pipeline.prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
-    return model
-
-
-@dataclass
-class Training:
-    """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `first` those before its stage."""
-
-    job: Job
-    directory: RunDirectory
-    engine: Engine
-    tally: Tally
-    steering: Steering
-    alarms: Alarms
-    patience: Patience
-    rounds: Rounds | None = None
-    """Of local updates; None where all processes step together."""
-    stage_number: int = 0
-    first: int = 0
-    done: int = 0
-    has_ended: bool = False
-    """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
-    alarmed: list[str] = field(default_factory=list)
-    """Alarms that wait for the next line of metrics."""
-    is_check_due: bool = False
-    """Whether the replicas are to prove that they agree as soon as they do."""
-    unlogged: Mapping[str, Any] | None = None
-    """What the line of step `done` needs, where the run was interrupted before it could be written."""
-
-    @property
-    def stage(self) -> Stage:
-        return self.job.plan.stages[self.stage_number]
-
-    @property
-    def phase(self) -> str:
-        """Of the step that is behind it."""
-        return self.stage.phases.at(max(0, self.done - self.first - 1))
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
-        return self.rounds is None or self.rounds.agree
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """What every line of a path says."""
-        if not self.job.plan.is_path:
-            return {}
-        return {"stage": self.stage_number, "sparse_lambda": self.stage.sparse_lambda}
-
-
-def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
-    """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
-    sora, plan = job.config.sora, job.plan
-    model = on_every(lambda: load_model(job))
-    torch.manual_seed(job.config.train.seed)
-    inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
-    alarms = Alarms(plan.budgets, pipeline.full_params(adapters(model)))
-    patience = Patience(job.config.evaluation.early_stopping_patience)
-    if start.folder is None or start.state is None:
-        if job.config.model.adapter is not None:
-            on_every(lambda: warm_start(job, model))
-        engine = make_engine(job, model)
-        rounds = make_rounds(job)
-        if rounds is not None:
-            rounds.begin(engine)
-        tally = Tally.start(engine.device)
-        return Training(job, directory, engine, tally, make_steering(job, 0), alarms, patience, rounds)
-    folder, state = start.folder, start.state
-    agreed = on_every(lambda: checkpoint.read_tensors(folder))
-    tensors = agreed
-    if job.replicas is not None:
-        own_file = checkpoint.replica_file(job.replicas.index)
-        tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
-    masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
-    engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
-    own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][job.replicas.index]
-    engine.load(masters, tensors, own_steps)
-    rounds = make_rounds(job)
-    if rounds is not None:
-        rounds.load(agreed, state["rounds"], engine)
-    steering = make_steering(job, state["stage"]["number"])
-    steering.load(
-        state["steering"], {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
-    )
-    tally = Tally.start(engine.device)
-    tally.load(state["tally"], job.world.process_index)
-    alarms.load(state["alarms"])
-    patience.load(state["patience"])
-    return Training(
-        job,
-        directory,
-        engine,
-        tally,
-        steering,
-        alarms,
-        patience,
-        rounds,
-        stage_number=state["stage"]["number"],
-        first=state["stage"]["first"],
-        done=start.step,
-        has_ended=state["stage"]["has_ended"],
-        alarmed=state["alarms"]["waiting"],
-        unlogged=state["unlogged"],
-    )
-
-
-def warm_start(job: Job, model: nn.Module) -> None:
-    """Let the adapters begin where the saved one ended; DDP and ZeRO start with the main process's values anyway."""
-    lora = start_lora(job.config)
-    start_from(model, lora.factors, lora.scaling)
-
-
-def make_steering(job: Job, stage_number: int) -> Steering:
-    """A fresh one for a stage."""
-    sparse_lambda = job.plan.stages[stage_number].sparse_lambda
-    return Steering(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)
-
-
-WEIGHTS = f".gate.{IMPORTANCE}"
-
-
-def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_cut: bool) -> dict[str, Tensor]:
-    """Move the adapter's values from `tensors` into the module, which is cut to their shapes where the run was.
-
-    Raises:
-        UserError: they are not of this model.
-    """
-    if is_cut:
-        dtypes = {name: layer.gate.dtype for name, layer in adapters(model).items() if layer.gate is not None}
-        factors = {name: (A, B) for name, (A, B, _) in pipeline.factors_of(adapters(model), tensors).items()}
-        try:
-            cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in factors.items()})
-        except ValueError as error:
-            raise UserError(f"the checkpoint {folder} is not of this model: {error}") from None
-    parameters = adapter_parameters(model)
-    for name, parameter in parameters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise UserError(f"the checkpoint {folder} is not of this model: {name} is missing or of another shape")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return {name: tensors.pop(name) for name in parameters}
-
-
-def make_engine(job: Job, model: nn.Module) -> Engine:
-    """`model` and a fresh optimizer under the run's strategy (collective)."""
-    settings, budgets = job.config.train, job.plan.budgets
-    groups = parameter_groups(
-        model,
-        settings.learning_rate,
-        job.plan.stages[0].gate_lr,
-        weight_decay=settings.weight_decay,
-        threshold=str(job.config.sora.threshold),
-        budgets={budget.name: list(budget.costs) for budget in budgets} or None,
-        deferred=job.replicas is not None,
-    )
-    return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm, job.replicas)
-
-
-def make_rounds(job: Job) -> Rounds | None:
-    """The rounds of local updates, not begun; None where all processes step together."""
-    if job.replicas is None:
-        return None
-    settings = job.config.distributed
-    return Rounds(job.replicas, OuterOptimizer(settings.outer_learning_rate, settings.outer_momentum))
-
-
 # -------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -572,16 +400,6 @@ def refuse_more_skipping(training: Training) -> None:
         )
 
 
-def skipped(training: Training) -> tuple[int, int]:
-    """Steps skipped in a row and in all, by the replica that skipped most (collective with local updates)."""
-    tally = training.tally
-    own = [tally.skipped_in_a_row, tally.skipped_steps]
-    if training.rounds is None:
-        return own[0], own[1]
-    in_a_row, in_all = zip(*distributed.gather_integers(own, training.engine.device), strict=True)
-    return max(in_a_row), max(in_all)
-
-
 def mean_over_replicas(training: Training, value: float) -> float:
     """Of a figure that is the same on all processes of a replica (collective with local updates)."""
     if training.rounds is None:
@@ -672,262 +490,6 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     training.patience.start_again()
 
 
-def cut_adapter(
-    training: Training, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> Cut:
-    """Cut `model` as the config says, and say what became of it (collective)."""
-    job = training.job
-    sora, budgets = job.config.sora, job.plan.budgets
-    had_gates = any(layer.gate is not None for layer in adapters(model).values())
-    cut = pipeline.cut_by_consensus(
-        model,
-        masters,
-        consensus=sora.consensus,
-        budgets=budgets,
-        dtype=DTYPES[sora.dtype] if dtype is None else dtype,
-        world=job.world,
-        device=job.accelerator.device,
-        replicas=None if training.agrees else job.replicas,
-    )
-    if had_gates:
-        if cut.spread is not None:
-            say(job.world, f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
-        say(
-            job.world,
-            f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
-            f"{cut.dropped_share:.1%} of ΔW's energy dropped",
-        )
-        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.shortfall))
-    return cut
-
-
-def raise_alarms(job: Job, sentences: list[str]) -> list[str]:
-    """Say them; the same sentences."""
-    for sentence in sentences:
-        say(job.world, f"warning: {sentence}")
-    return sentences
-
-
-def evaluation_due(job: Job, done: int) -> bool:
-    """Whether the dev loss is measured after `done` steps."""
-    return job.data.dev is not None and is_due(job.config.evaluation.eval_steps, done)
-
-
-def log_step(training: Training, seen: Mapping[str, Any]) -> None:
-    """The line of the step that is done (collective); `seen` is what only the step itself knew."""
-    job, tally, done, stage = training.job, training.tally, training.done, training.stage
-    step_of_stage, phase = done - training.first - 1, training.phase
-    rates = stage.rates(step_of_stage)
-    tally.pause_clock()
-    ranks = current_ranks(training)
-    evaluated = {"eval_loss": current_dev_loss(training)} if evaluation_due(job, done) else {}
-    fields: dict[str, Any] = {
-        **tally.flush(),
-        "learning_rate": rates["learning_rate"],
-        "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
-        **seen,
-        "skipped_steps": skipped(training)[1],
-        "peak_memory_gib": peak_memory_gib(),
-        **ranks.fields,
-        **evaluated,
-        **training.labels,
-    }
-    place = stage.phases.place(step_of_stage) if phase == SPARSIFY else None
-    found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
-    fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
-    training.alarmed = []
-    training.directory.metrics(done, phase, fields)
-    if phase != DENSE:
-        training.directory.ranks(done, ranks.ranks, training.labels)
-    if evaluated and phase != DENSE and (phase == FINETUNE or job.plan.is_path):
-        training.has_ended |= training.patience.is_exhausted_by(evaluated["eval_loss"])
-
-
-def is_due(interval: int | None, done: int) -> bool:
-    """Whether something that happens every `interval` steps happens after `done` steps; None is never."""
-    return interval is not None and done % interval == 0
-
-
-def dev_loss(job: Job, model: nn.Module) -> float:
-    """The loss of `model` over all dev rows (collective)."""
-    assert job.data.dev is not None
-    return loss_over(job, model, job.data.dev)
-
-
-def current_dev_loss(training: Training) -> float:
-    """That of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean (collective)."""
-    rounds, engine = training.rounds, training.engine
-    with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
-        return dev_loss(training.job, engine.model)
-
-
-def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
-    """The loss of `model` over all `rows` (collective)."""
-    result = pipeline.evaluate(
-        model,
-        rows,
-        job.inputs.batch,
-        batch_size=job.config.evaluation.per_device_eval_batch_size,
-        world=job.world,
-        device=job.accelerator.device,
-        before_batch=job.heed_stop,
-    )
-    return result.loss
-
-
-def current_ranks(training: Training) -> pipeline.RankReport:
-    """Ranks by the gates as they are, or as the replicas agreed on them last (collective)."""
-    engine, rounds = training.engine, training.rounds
-    return pipeline.rank_report(adapters(engine.module), engine.gates() if rounds is None else rounds.gates)
-
-
-def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
-    """Write the canonical state of the run as it is (collective; the main process writes).
-
-    `unlogged` is what the line of this step still needs where it has not been written.
-    """
-    job, engine, directory, step = training.job, training.engine, training.directory, training.done
-    training.tally.pause_clock()
-    moments, optimizer_steps = engine.optimizer_state()
-    tensors = {**engine.masters(), **moments}
-    state: dict[str, Any] = {
-        "phase": training.phase,
-        "stage": {"number": training.stage_number, "first": training.first, "has_ended": training.has_ended},
-        "optimizer_steps": optimizer_steps,
-        "tally": training.tally.state(),
-        "steering": training.steering.state(),
-        "alarms": {**training.alarms.state(), "waiting": training.alarmed},
-        "patience": training.patience.state(),
-        "unlogged": unlogged,
-        "num_processes": job.world.num_processes,
-        "data": job.fingerprint,
-        "order": job.order.position(),
-        "config": to_dict(job.config),
-    }
-    keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
-    if rounds is not None:
-        own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
-        importance = {name: tensor for name, tensor in own.items() if name.endswith(WEIGHTS)}
-        tensors = {**rounds.tensors(), **importance}
-        steps = distributed.gather_objects(optimizer_steps)
-        state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
-        state["rounds"] = rounds.state()
-        on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
-        if_lead = rounds.replicas.is_lead
-        on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if if_lead else None)
-    directory.checkpoint = on_main(
-        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas), job.world
-    )
-    directory.step = step
-    directory.status("running", phase=training.phase)
-    directory.report(to_dict(job.config))
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A stage's adapter on disk, and the weights as they were before it was cut: the next stage goes on from them."""
-
-    exported: pipeline.Exported
-    masters: Mapping[str, Tensor]
-
-
-def cut_and_export(training: Training) -> StageResult:
-    """Cut what is not cut yet to what the processes agree on, export it, reload it from disk (collective)."""
-    job, engine, directory = training.job, training.engine, training.directory
-    config, is_path = job.config, job.plan.is_path
-    directory.step = training.done
-    directory.status("running", phase="export")
-    if training.agrees:
-        engine.prove_agreement()
-    masters = engine.masters()
-    goes_on_from = masters if training.rounds is None else training.rounds.tensors()
-    with engine.released() as model:
-        ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
-        job.heed_stop()
-        fields: dict[str, Any] = {**ranks.fields, **training.labels, "alarms": training.alarmed or None}
-        if job.data.dev is not None:
-            fields["eval_loss"] = dev_loss(job, model)
-        if is_path and job.data.train is not None:
-            fields["train_loss"] = memorisation(job, model)
-        exported = pipeline.export_verified(
-            model,
-            directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
-            if is_path
-            else directory.path / "adapter",
-            config.output.export_layout,
-            world=job.world,
-            provenance=Provenance(
-                base_model=config.model.name_or_path,
-                data=[dataset.path for dataset in config.data.datasets],
-                metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
-                tokenizer_files=job.inputs.tokenizer_files,
-                chat_template=exported_template(config, job.inputs),
-                load_options=job.inputs.backbone.load_call,
-            ),
-            allow_empty=config.output.allow_empty_adapter,
-            probe_ids=probe(job),
-            eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
-            before_publishing=job.heed_stop,
-        )
-        if job.world.is_main and training.stage is job.plan.stages[-1]:
-            answer_samples(job, model, directory)
-    if exported.eval_loss is not None:
-        fields["eval_loss_exported"] = exported.eval_loss
-    training.alarmed = []
-    directory.metrics(training.done, "export", fields)
-    directory.ranks(training.done, ranks.ranks, training.labels)
-    worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
-    say(
-        job.world,
-        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
-        f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
-    )
-    return StageResult(exported, goes_on_from)
-
-
-def finish(training: Training, result: StageResult) -> RunResult:
-    """The last stage's adapter is the run's (collective)."""
-    job, directory = training.job, training.directory
-    adapter = directory.path / "adapter"
-    if job.plan.is_path:
-        on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
-    directory.adapter = adapter
-    directory.status("finished", phase="done")
-    directory.report(to_dict(job.config), plots=True)
-    metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
-    return RunResult(adapter, metrics, status)
-
-
-def memorisation(job: Job, model: nn.Module) -> float:
-    """The loss of `model` over some rows that it was trained on, as many as dev rows, evenly spaced (collective)."""
-    assert job.data.train is not None
-    count = min(len(job.data.train), MEMORISED_ROWS if job.data.dev is None else len(job.data.dev))
-    rows = [index * len(job.data.train) // count for index in range(count)]
-    return loss_over(job, model, job.data.train.select(rows))
-
-
-MEMORISED_ROWS = 256
-
-
-def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
-    """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
-
-    A model that cannot generate costs the samples, not the run.
-    """
-    prompts = {text: prompt_ids(job.config, job.inputs, text) for text in job.config.evaluation.sample_prompts}
-    if not prompts:
-        return
-    try:
-        stop = prompt_form(job.config, job.inputs.tokenizer, job.inputs.chat_template).stop
-        answers = sample_answers(model, job.inputs.tokenizer, prompts, stop)
-    except Exception as error:
-        say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
-        return
-    directory.samples(answers)
-    for answer in answers:
-        say(job.world, f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
-
-
 def hyperparameters(config: Config) -> dict[str, int | float | str]:
     """The config as trackers take it: one flat dict of plain values."""
     return {
@@ -935,13 +497,6 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
         for section, values in to_dict(config).items()
         for key, value in values.items()
     }
-
-
-def probe(job: Job, num_tokens: int = 64) -> Tensor:
-    """Token ids (1, T) of real text for the export's logits check: the start of the longest row."""
-    rows = job.data.dev if job.data.dev is not None else job.order.sample()
-    longest = int(rows.lengths.argmax())
-    return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
 
 
 def rehearse(job: Job) -> RunResult:

@@ -32,7 +32,7 @@ PLACES = {
     "lock": "sora_llm.checkpoint:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed:make_accelerator",
-    "load": "sora_llm.train:load_backbone",
+    "load": "sora_llm.training:load_backbone",
     "step": "sora_llm.train:train_step",
     "evaluation": "sora_llm.pipeline:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "budget and lambda": (lambda tmp: ["sora.target_rank=4"], "only one of"),
     "neither budget nor lambda": (lambda tmp: ["sora.sparse_lambda=null"], "set exactly one"),
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
-    "not built yet": (lambda tmp: ["distributed.sync_every=4"], "not available in this version"),
+    "not built yet": (lambda tmp: ["output.export_layout=gguf"], "not available in this version"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
     "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
     "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),
@@ -135,7 +135,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides, expected = CASES[case]
-    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.training.load_backbone", _must_not_load)
     directory = tmp_path / "run"
     assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == UserError.exit_code
     message = capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_a_directory_in_use_is_refused_with_its_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "LOCK_WAIT_SECONDS", 0.1)
-    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.training.load_backbone", _must_not_load)
     with checkpoint.run_lock(tmp_path / "run"):
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     assert "in use by process" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_several_processes_print_it_once(tmp_path: Path) -> None:
 
 def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
     """Each machine reads its own files: other rows there would be another run, in silence."""
-    monkeypatch.setattr("sora_llm.train.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.training.load_backbone", _must_not_load)
     monkeypatch.setattr("sora_llm.job.gather_objects", lambda value: [value, {**value, "digest": "other"}])
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err

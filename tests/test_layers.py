@@ -25,6 +25,8 @@ LAYERS = [
     {"plan"},
     {"job"},
     {"start"},
+    {"training"},
+    {"ending"},
     {"train", "commands"},
     {"cli"},
     {"__main__"},
@@ -89,6 +91,8 @@ def test_the_config_is_imported_by_those_who_unpack_it_alone():
         "plan",
         "job",
         "start",
+        "training",
+        "ending",
         "train",
         "commands",
     }

@@ -1,0 +1,141 @@
+"""The end of a run, or of a stage of a path: cut to what the processes agree on, export, reload, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm import export, pipeline
+from sora_llm.config import to_dict
+from sora_llm.distributed import on_main
+from sora_llm.export import Provenance
+from sora_llm.generation import sample_answers
+from sora_llm.inputs import (
+    exported_template,
+    prompt_form,
+    prompt_ids,
+)
+from sora_llm.job import (
+    Job,
+    say,
+)
+from sora_llm.plan import stage_name
+from sora_llm.rundir import RunDirectory
+from sora_llm.start import RunResult
+from sora_llm.training import Training, cut_adapter, dev_loss, loss_over
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage's adapter on disk, and the weights as they were before it was cut: the next stage goes on from them."""
+
+    exported: pipeline.Exported
+    masters: Mapping[str, Tensor]
+
+
+def cut_and_export(training: Training) -> StageResult:
+    """Cut what is not cut yet to what the processes agree on, export it, reload it from disk (collective)."""
+    job, engine, directory = training.job, training.engine, training.directory
+    config, is_path = job.config, job.plan.is_path
+    directory.step = training.done
+    directory.status("running", phase="export")
+    if training.agrees:
+        engine.prove_agreement()
+    masters = engine.masters()
+    goes_on_from = masters if training.rounds is None else training.rounds.tensors()
+    with engine.released() as model:
+        ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
+        job.heed_stop()
+        fields: dict[str, Any] = {**ranks.fields, **training.labels, "alarms": training.alarmed or None}
+        if job.data.dev is not None:
+            fields["eval_loss"] = dev_loss(job, model)
+        if is_path and job.data.train is not None:
+            fields["train_loss"] = memorisation(job, model)
+        exported = pipeline.export_verified(
+            model,
+            directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
+            if is_path
+            else directory.path / "adapter",
+            config.output.export_layout,
+            world=job.world,
+            provenance=Provenance(
+                base_model=config.model.name_or_path,
+                data=[dataset.path for dataset in config.data.datasets],
+                metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
+                tokenizer_files=job.inputs.tokenizer_files,
+                chat_template=exported_template(config, job.inputs),
+                load_options=job.inputs.backbone.load_call,
+            ),
+            allow_empty=config.output.allow_empty_adapter,
+            probe_ids=probe(job),
+            eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
+            before_publishing=job.heed_stop,
+        )
+        if job.world.is_main and training.stage is job.plan.stages[-1]:
+            answer_samples(job, model, directory)
+    if exported.eval_loss is not None:
+        fields["eval_loss_exported"] = exported.eval_loss
+    training.alarmed = []
+    directory.metrics(training.done, "export", fields)
+    directory.ranks(training.done, ranks.ranks, training.labels)
+    worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
+    say(
+        job.world,
+        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
+        f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
+    )
+    return StageResult(exported, goes_on_from)
+
+
+def finish(training: Training, result: StageResult) -> RunResult:
+    """The last stage's adapter is the run's (collective)."""
+    job, directory = training.job, training.directory
+    adapter = directory.path / "adapter"
+    if job.plan.is_path:
+        on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
+    directory.adapter = adapter
+    directory.status("finished", phase="done")
+    directory.report(to_dict(job.config), plots=True)
+    metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
+    return RunResult(adapter, metrics, status)
+
+
+def memorisation(job: Job, model: nn.Module) -> float:
+    """The loss of `model` over some rows that it was trained on, as many as dev rows, evenly spaced (collective)."""
+    assert job.data.train is not None
+    count = min(len(job.data.train), MEMORISED_ROWS if job.data.dev is None else len(job.data.dev))
+    rows = [index * len(job.data.train) // count for index in range(count)]
+    return loss_over(job, model, job.data.train.select(rows))
+
+
+MEMORISED_ROWS = 256
+
+
+def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
+    """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
+
+    A model that cannot generate costs the samples, not the run.
+    """
+    prompts = {text: prompt_ids(job.config, job.inputs, text) for text in job.config.evaluation.sample_prompts}
+    if not prompts:
+        return
+    try:
+        stop = prompt_form(job.config, job.inputs.tokenizer, job.inputs.chat_template).stop
+        answers = sample_answers(model, job.inputs.tokenizer, prompts, stop)
+    except Exception as error:
+        say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
+        return
+    directory.samples(answers)
+    for answer in answers:
+        say(job.world, f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
+
+
+def probe(job: Job, num_tokens: int = 64) -> Tensor:
+    """Token ids (1, T) of real text for the export's logits check: the start of the longest row."""
+    rows = job.data.dev if job.data.dev is not None else job.order.sample()
+    longest = int(rows.lengths.argmax())
+    return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
