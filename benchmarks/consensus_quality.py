@@ -1,12 +1,14 @@
 """Does meeting rarely cost quality, and what is a merge at the end worth?
 
     python benchmarks/consensus_quality.py [--steps 160] [--seeds 1 2 3] [--out benchmarks/consensus_quality]
+        [--arms ddp H30 H30:0.7:0.9 merge]                                         a part of the arms, or other ones
 
 Four replicas train base5m (LLaMA, 5 M parameters; SORA_TEST_DATA, default ../shared) on GSM8K answers, r = 16 on all
 linears, to a quarter of the parameters; every arm takes the same number of steps and of rows:
 
     ddp                   gradients are averaged at every step
     H8, H30, H100         local updates: adapters are averaged every so many steps and at the ends of phases
+    H30:1:0.5             the same with an outer optimizer, outer_learning_rate 1 and outer_momentum 0.5
     merge                 four runs, each on a shard of its own, merged at the end by the mean of their products
     average               the same four, their factors averaged slot by slot (ranks filled up with zeros)
     votes                 four runs with gates to the end (decoupled, slots as they began); slots are kept by votes,
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -51,7 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
 CONFIG = "configs/llama7b.yaml"
 R, RANK, K, LEARNING_RATE, DEV_ROWS = 16, 4, 4, 8e-3, 128
-TOGETHER = {"ddp": 1, "H8": 8, "H30": 30, "H100": 100}
+TOGETHER = ("ddp", "H8", "H30", "H100")
 MERGED = ("merge", "average", "votes")
 
 Plain = Mapping[str, tuple[Tensor, Tensor]]
@@ -116,8 +119,13 @@ def train(arguments: Sequence[str], run_dir: Path, num_processes: int = 1) -> li
 
 
 def together(arm: str, folder: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Four processes in one group."""
-    chosen = {"distributed.strategy": "ddp", "distributed.sync_every": TOGETHER[arm]}
+    """Four processes in one group; `arm` is ddp, H30 or H30:<outer learning rate>:<outer momentum>."""
+    chosen: dict[str, Any] = {"distributed.strategy": "ddp"}
+    if arm != "ddp":
+        every, *outer = arm.removeprefix("H").split(":")
+        chosen["distributed.sync_every"] = int(every)
+        keys = ("distributed.outer_learning_rate", "distributed.outer_momentum")
+        chosen |= dict(zip(keys, map(float, outer), strict=False))
     with tempfile.TemporaryDirectory() as place:
         lines = train(overrides(folder, range(K), seed, steps, **chosen), Path(place) / "run", K)
     rounds = [line for line in lines if "sync_bytes" in line]
@@ -247,6 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", default=[*TOGETHER, *MERGED])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/consensus_quality")
     arguments = parser.parse_args()
     file = arguments.out.with_suffix(".jsonl")
@@ -264,13 +273,16 @@ def main() -> int:
         folder = Path(name)
         split(folder)
         for seed in arguments.seeds:
-            for arm in TOGETHER:
+            for arm in (arm for arm in arguments.arms if arm not in MERGED):
                 if (arm, seed, arguments.steps) not in done:
                     keep(arm, seed, together(arm, folder, seed, arguments.steps))
-            if any((arm, seed, arguments.steps) not in done for arm in MERGED):
+            merged = [arm for arm in arguments.arms if arm in MERGED]
+            if any((arm, seed, arguments.steps) not in done for arm in merged):
                 for result in apart(folder, seed, arguments.steps):
                     keep(result.pop("arm"), seed, result)
-    print(table([line for line in done.values() if line["steps"] == arguments.steps]))
+    print(
+        table([line for line in done.values() if line["steps"] == arguments.steps and line["seed"] in arguments.seeds])
+    )
     return 0
 
 
@@ -282,16 +294,18 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | − ddp | MB sent | merge error | overlap |",
         "|---|" + "---|" * (len(seeds) + 4),
     ]
-    for arm in (*TOGETHER, *MERGED):
+    others = sorted({line["arm"] for line in lines} - {*TOGETHER, *MERGED})
+    for arm in (*TOGETHER, *others, *MERGED):
         own = [line for line in lines if line["arm"] == arm]
         if not own:
             continue
-        gap = statistics.mean(loss[arm, seed] - loss["ddp", seed] for seed in seeds)
+        both = [seed for seed in seeds if (arm, seed) in loss and ("ddp", seed) in loss]
+        gap = statistics.mean(loss[arm, seed] - loss["ddp", seed] for seed in both) if both else math.nan
         errors = [line["merge_error"] for line in own if line.get("merge_error") is not None]
         overlaps = [line["support_overlap"] for line in own if line.get("support_overlap") is not None]
         rows.append(
             f"| {arm} | "
-            + " | ".join(f"{loss[arm, seed]:.4f}" for seed in seeds)
+            + " | ".join(f"{loss[arm, seed]:.4f}" if (arm, seed) in loss else "" for seed in seeds)
             + f" | {gap:+.4f} | {statistics.mean(line['sent_bytes'] for line in own) / 1e6:.2f}"
             + f" | {f'{max(errors):.1%}' if errors else ''} | {f'{min(overlaps):.2f}' if overlaps else ''} |"
         )
