@@ -34,7 +34,7 @@ from sora_llm.files import user_path
 from sora_llm.generation import Stop
 from sora_llm.inject import check_start, target_linears
 from sora_llm.lora_files import LoraFiles, read_lora
-from sora_llm.pipeline import MemoryEstimate, estimate
+from sora_llm.pipeline import BatchShape, MemoryEstimate, estimate
 from sora_llm.topology import ZERO_STAGES, World
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
@@ -189,7 +189,7 @@ def target_shapes(config: Config, skeleton: nn.Module) -> dict[str, tuple[int, i
 def estimate_memory(
     config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
 ) -> MemoryEstimate:
-    """Memory per process of weights, adapters, gradients and optimizer state."""
+    """Memory per process."""
     return estimate(
         skeleton,
         spec,
@@ -198,6 +198,12 @@ def estimate_memory(
         adapter_bytes_each=2 if adapter_dtype(config) == "bfloat16" else 4,
         strategy=strategy,
         num_processes=num_processes,
+        batch=BatchShape(
+            config.train.per_device_train_batch_size,
+            config.data.sequence_len,
+            config.data.sample_packing,
+            config.train.gradient_checkpointing,
+        ),
     )
 
 

@@ -77,7 +77,7 @@ class Job:
 
     @property
     def memory(self) -> pipeline.MemoryEstimate:
-        """Per process, without activations."""
+        """Per process."""
         inputs, strategy = self.inputs, self.plan.strategy
         return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export
+from sora_llm.activations import activation_bytes, sizes_of
 from sora_llm.allocation import balanced, components
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat
 from sora_llm.budget import RankBudget, importances, make_budgets
@@ -144,7 +145,7 @@ def prove_packing(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per process of what does not depend on the batch.  Activations come on top."""
+    """Bytes per process.  `activation_bytes` is None where the architecture is not one that they are known of."""
 
     trainable_parameters: int
     frozen_parameters: int
@@ -152,10 +153,13 @@ class MemoryEstimate:
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    activation_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        """Without the activations where they are not known."""
+        fixed = self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return fixed + (self.activation_bytes or 0)
 
 
 def estimate(
@@ -167,8 +171,10 @@ def estimate(
     adapter_bytes_each: int,
     strategy: str,
     num_processes: int,
+    batch: BatchShape | None = None,
 ) -> MemoryEstimate:
-    """Memory of weights, adapters, gradients and optimizer state per process, from the model's shapes alone.
+    """Memory of weights, adapters, gradients, optimizer state and, of a `batch`, activations per process, from the
+    model's shapes alone.
 
     `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
     weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
@@ -200,6 +206,39 @@ def estimate(
         adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
         gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
         optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
+        activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
+    )
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What one forward pass of a process is given."""
+
+    batch_size: int
+    sequence_len: int
+    is_packed: bool
+    checkpointing: bool
+
+
+def _activation_bytes(
+    skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
+) -> int | None:
+    sizes = sizes_of(skeleton.config.get_text_config())
+    if sizes is None:
+        return None
+    is_quantised = spec.load_in_4bit or spec.load_in_8bit
+    largest = max(linear.in_features * linear.out_features for linear in target_linears(skeleton).values())
+    return activation_bytes(
+        sizes,
+        batch_size=batch.batch_size,
+        sequence_len=batch.sequence_len,
+        itemsize=_itemsize(spec.dtype),
+        targets={name.rpartition(".")[2] for name in targets},
+        total_rank=r * len(targets) // sizes.num_layers,
+        attn_implementation=spec.attn_implementation,
+        is_packed=batch.is_packed,
+        checkpointing=batch.checkpointing,
+        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if is_quantised else 0,
     )
 
 
@@ -210,7 +249,8 @@ def memory_table(memory: MemoryEstimate) -> str:
         ("adapters", memory.adapter_bytes),
         ("gradients", memory.gradient_bytes),
         ("optimizer state", memory.optimizer_bytes),
-        ("sum, + activations", memory.total_bytes),
+        *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
+        ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
     )
     return "\n".join(f"  {name:<21} {_readable(size)} per process" for name, size in parts)
 

@@ -13,7 +13,7 @@ PACKAGE = Path(sora_llm.__file__).parent
 LAYERS = [
     {"errors"},
     {"files", "stop", "lifeline", "hub"},
-    {"topology", "sora", "schedule", "allocation", "budget"},
+    {"topology", "sora", "schedule", "allocation", "budget", "activations"},
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files", "spectrum"},
     {"distributed"},
@@ -33,7 +33,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALGORITHM = [
-    *("sora", "schedule", "allocation", "budget", "consensus"),
+    *("sora", "schedule", "allocation", "activations", "budget", "consensus"),
     *("merge", "local_updates", "spectrum", "optim", "inject"),
 ]
 

@@ -15,7 +15,9 @@ from sora_llm.topology import World, resolve_strategy
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
-    parser = config_parser(prog, "Memory per process: weights, adapters, gradients, optimizer state (no activations).")
+    parser = config_parser(
+        prog, "Memory per process: weights, adapters, gradients, optimizer state, activations of full batches."
+    )
     parser.add_argument("--num-processes", type=int, default=1, help="processes that share the work (default 1)")
     arguments = parser.parse_intermixed_args(argv)
 

@@ -1,0 +1,103 @@
+"""Memory of activations of a LLaMA-like decoder with adapters: arithmetic on its sizes, before anything is loaded.
+
+What a layer keeps for its backward pass, in bytes per token, with b bytes per element of the activations:
+
+    residual stream, float32, before either norm     2 · 4 · H
+    norms' outputs, where an adapter reads them      b · H each
+    queries and the output of attention              2 · b · A
+    keys and values                                  2 · b · K, or 2 · b · A where they are repeated for every head
+    of attention itself                              4 · heads (sdpa, flash), heads · S · (4, + b under b < 4) (eager)
+    mask of packed rows under sdpa                   b · S
+    gate, silu(gate), up; their product              3 · b · F; b · F where an adapter reads it
+    A x of every adapter                             b · Σ r
+
+(H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The
+loss keeps log-probabilities of 4 · V bytes and takes twice as much again when its backward pass begins, while all
+layers are alive; a layer's own backward pass takes about 2 · b · F + 4 · H, and the weight that it dequantises.  With
+gradient checkpointing the layers keep b · H each, and one at a time is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What activations depend on, of a model whose layers are attention and a gated MLP."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+def sizes_of(text_config: Any) -> DecoderSizes | None:
+    """From a transformers config; None for an architecture of another kind (experts, no gate, other names)."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    found: list[Any] = [getattr(text_config, name, None) for name in names]
+    experts = [getattr(text_config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    gated = getattr(text_config, "hidden_act", getattr(text_config, "hidden_activation", None))
+    if not all(isinstance(value, int) for value in found) or any(experts) or gated is None:
+        return None
+    layers, hidden, intermediate, heads, vocabulary = found
+    if not hasattr(text_config, "rms_norm_eps"):  # GPT's kind: norms with biases, an MLP without a gate
+        return None
+    return DecoderSizes(
+        layers,
+        hidden,
+        intermediate,
+        heads,
+        getattr(text_config, "num_key_value_heads", None) or heads,
+        getattr(text_config, "head_dim", None) or hidden // heads,
+        vocabulary,
+    )
+
+
+def activation_bytes(
+    sizes: DecoderSizes,
+    *,
+    batch_size: int,
+    sequence_len: int,
+    itemsize: int,
+    targets: Collection[str],
+    total_rank: int,
+    attn_implementation: str = "sdpa",
+    is_packed: bool = False,
+    checkpointing: bool = False,
+    dequantised_bytes: int = 0,
+) -> int:
+    """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
+
+    Args:
+        itemsize: bytes per element of the activations.
+        targets: last parts of the names of the adapted modules ("q_proj", …); `total_rank` is Σ r in a layer.
+        dequantised_bytes: of the largest weight that is dequantised for its product.
+    """
+    tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
+    attention, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    is_eager, has_mask = attn_implementation == "eager", is_packed and attn_implementation == "sdpa"
+    norms_read = bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + bool({"gate_proj", "up_proj"} & set(targets))
+    probabilities = sizes.num_heads * (sequence_len * (4 + (b if b < 4 else 0)) if is_eager else 4)
+    layer = (
+        8 * H
+        + b * H * norms_read
+        + 2 * b * attention
+        + 2 * b * (attention if is_eager or has_mask else keys)
+        + probabilities
+        + (b * sequence_len if has_mask else 0)
+        + b * sizes.intermediate * (3 + ("down_proj" in targets))
+        + b * total_rank
+        + 8
+    )
+    loss, passing = 12 * sizes.vocabulary, 2 * b * sizes.intermediate + 4 * H
+    if checkpointing:
+        kept, passing = (sizes.num_layers * b + 4) * H, passing + layer
+    else:
+        kept = sizes.num_layers * layer
+    return tokens * kept + max(tokens * loss, tokens * passing + dequantised_bytes)

@@ -1,0 +1,132 @@
+"""The memory of activations is what a forward and backward pass takes at its peak, within 5 % (seen: 4)."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from conftest import shared
+from helpers import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig
+
+from sora_llm.activations import sizes_of
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
+from sora_llm.inject import inject_sora
+from sora_llm.pipeline import BatchShape, estimate
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        for tensor in tree_iter(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.known or storage._cdata in given:  # a view, or written in place
+                continue
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def measured(model: Any, batch_size: int, sequence_len: int, is_packed: bool) -> int:
+    """The peak of a forward and backward pass, without the adapters' gradients, which are counted apart."""
+    ids = torch.randint(model.config.vocab_size, (batch_size, sequence_len), generator=torch.Generator().manual_seed(0))
+    positions = (torch.arange(sequence_len) % (sequence_len // 3)).expand_as(ids) if is_packed else None
+    with LiveBytes() as live:
+        (causal_loss_sum(model, ids, ids, positions) / ids.numel()).backward()
+    return live.peak
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
+    "nf4": {"dtype": "bfloat16", "load_in_4bit": True},
+    "eager": {"dtype": "bfloat16", "attn_implementation": "eager"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "batch", "targets"),
+    [
+        *(
+            (name, form, (1, length, False, checkpointing), "all-linear")
+            for name in ("base5m", "stories260k")
+            for form in ("fp32", "bf16")
+            for length, checkpointing in ((64, False), (384, False), (384, True))
+        ),
+        ("base5m", "nf4", (1, 384, False, False), "all-linear"),
+        ("stories260k", "nf4", (1, 384, False, True), "all-linear"),
+        ("base5m", "bf16", (3, 96, True, False), "all-linear"),
+        ("base5m", "fp32", (1, 384, True, True), "all-linear"),
+        ("base5m", "eager", (2, 192, False, False), "all-linear"),
+        ("base5m", "bf16", (2, 192, False, False), ["q_proj", "v_proj"]),
+        ("stories260k", "fp32", (2, 192, False, True), ["gate_proj", "down_proj"]),
+    ],
+)
+def test_the_estimate_is_the_measured_peak(name, form, batch, targets):
+    spec, shape = BackboneSpec(str(shared(f"models/{name}")), **FORMS[form]), BatchShape(*batch)
+    model = load_backbone(spec, "cpu", gradient_checkpointing=shape.checkpointing)
+    expected = estimate_of(model, spec, shape, targets)
+    inject_sora(model, r=8, target_modules=targets)
+    found = measured(model, shape.batch_size, shape.sequence_len, shape.is_packed)
+    assert expected == pytest.approx(found, rel=0.05), f"{expected / found - 1:+.1%}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_where_the_vocabulary_is_small_the_layers_decide(dtype, checkpointing):
+    model: Any = tiny_llama(hidden_size=64, intermediate_size=256, num_hidden_layers=4, max_position_embeddings=256).to(
+        dtype
+    )
+    spec, shape = BackboneSpec("", dtype=str(dtype).removeprefix("torch.")), BatchShape(1, 256, False, checkpointing)
+    expected = estimate_of(model, spec, shape, "all-linear")
+    model.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    inject_sora(model, r=8)
+    assert expected == pytest.approx(measured(model, 1, 256, False), rel=0.05)
+
+
+def test_a_short_row_needs_the_dequantised_weight_above_all(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 256}
+    tiny_llama(**sizes).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    spec = BackboneSpec(str(tmp_path), dtype="float32", load_in_4bit=True, compute_dtype="float32")
+    model, shape = load_backbone(spec, "cpu"), BatchShape(1, 12, False, False)
+    expected = estimate_of(model, spec, shape, "all-linear")
+    inject_sora(model, r=8)
+    assert expected == pytest.approx(measured(model, 1, 12, False), rel=0.05)
+
+
+def estimate_of(model: Any, spec: BackboneSpec, shape: BatchShape, targets: Any) -> int:
+    options: dict[str, Any] = {"r": 8, "target_modules": targets, "adapter_bytes_each": 4}
+    found = estimate(model, spec, strategy="none", num_processes=1, batch=shape, **options).activation_bytes
+    assert found is not None
+    return found
+
+
+def test_other_architectures_are_not_guessed_at():
+    assert sizes_of(LlamaConfig()) is not None
+    assert sizes_of(MixtralConfig()) is None and sizes_of(GPTNeoXConfig()) is None
