@@ -177,7 +177,10 @@ def _checked(group: RankBudget, key: str) -> RankBudget:
 
 def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_steps: int = 1) -> float:
     """The feedback of `decoupled`: λ ← clip(λ · exp(κ n (kept − R*)/F)), for the next n steps."""
-    return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(GAIN * num_steps * (kept - wanted) / full)))
+    exponent = GAIN * num_steps * (kept - wanted) / full
+    farther_than_the_bounds = math.log(LAMBDA_MAX / LAMBDA_MIN)
+    exponent = min(farther_than_the_bounds, max(-farther_than_the_bounds, exponent))
+    return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(exponent)))
 
 
 def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, Tensor]:
@@ -197,8 +200,9 @@ def quantile_threshold(
     """τ such that the slots with value > τ cost `wanted`, or less than one component more.
 
     `values` is {module: (R,)}, |g| · importance of each slot.  Where all that live cost less, nobody else is to die.
-    Where they cost less than the budget itself, dead slots may come back, as many as are missing: those for which one
-    step can do most, `within_reach` being the value that it surely gives them.
+    Where they cost less than the budget itself, dead slots may come back, those for which one step does most: if it
+    gave each the value `within_reach`, as many as are missing.  Steps differ, so those that come back are about as
+    many, rather more.
     """
     flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)

@@ -92,7 +92,13 @@ def save_replica(run_dir: Path, step: int, index: int, tensors: Mapping[str, Ten
         RunFailed: as `save`.
     """
     with _or_fail(run_dir, step):
-        _save_tensors(tensors, _temporary(run_dir, step) / replica_file(index))
+        folder = _temporary(run_dir, step)
+        if not folder.is_dir():
+            raise OSError(
+                f"{folder}, which the main process has made, is not to be seen from here: output.output_dir "
+                "has to be on a file system that all machines share"
+            )
+        _save_tensors(tensors, folder / replica_file(index))
 
 
 def replica_file(index: int) -> str:

@@ -37,8 +37,9 @@ def tensor_hash(*tensors: Tensor) -> str:
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each tensor its dtype, its shape and 64 bits of its bytes, computed where it lies: for checks while training.
 
-    The bytes, as 64-bit words x, become Σ w_i x_i mod 2⁶⁴ with fixed odd w_i: one wrong bit always changes it, other
-    differences do but for one in about 2⁶³ of them.  Made against faults, not forgers: those need `tensor_hash`.
+    The bytes, as 64-bit words x, become Σ w_i m(x_i) mod 2⁶⁴ with fixed odd weights w and a mixing bijection m, so that
+    one wrong word always changes it, and wrong words that have a pattern do not cancel.  Made against faults, not
+    forgers: those need `tensor_hash`.
     """
     words = [_weighted_words(tensor) for tensor in tensors.values()]
     sums = torch.stack(words).tolist() if words else []
@@ -48,7 +49,7 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-_BLOCK = 1 << 16
+_BLOCK, _MIX = 1 << 16, -7046029254386353131  # 2⁶⁴ over the golden ratio, odd, as a signed number
 
 
 def _weighted_words(tensor: Tensor) -> Tensor:
@@ -56,8 +57,10 @@ def _weighted_words(tensor: Tensor) -> Tensor:
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     short = -len(data) % 8
     words = torch.nn.functional.pad(data, (0, short)).view(torch.int64) if short else data.view(torch.int64)
+    words = words * _MIX
+    words = words ^ ((words >> 32) & 0xFFFFFFFF)
     whole = len(words) // _BLOCK * _BLOCK
-    places = _odd_weights(min(len(words), _BLOCK), words.device)
+    places = _odd_weights(min(len(words), _BLOCK), words.device, first=1)
     blocks = [(words[:whole].view(-1, _BLOCK) * places).sum(1)] if whole else []
     if whole < len(words):
         rest = words[whole:]
@@ -65,13 +68,13 @@ def _weighted_words(tensor: Tensor) -> Tensor:
     if not blocks:
         return torch.zeros((), dtype=torch.int64, device=words.device)
     sums = torch.cat(blocks)
-    return (sums * _odd_weights(len(sums), words.device)).sum()
+    return (sums * _odd_weights(len(sums), words.device, first=1 << 40)).sum()
 
 
-def _odd_weights(count: int, device: torch.device) -> Tensor:
+def _odd_weights(count: int, device: torch.device, first: int) -> Tensor:
     """Fixed odd 64-bit numbers without a pattern: the counter through splitmix64's multiplications and shifts
     (Steele et al., "Fast splittable pseudorandom number generators", 2014)."""
-    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    mixed = torch.arange(first, first + count, dtype=torch.int64, device=device) * _MIX
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
     return mixed | 1

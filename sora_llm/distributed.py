@@ -218,7 +218,12 @@ ALL: tuple[tuple[int, ...], ...] = ()
 """Every process, where groups of them are asked for."""
 
 
-def agree(hashes: Mapping[str, str], what: str, groups: Sequence[Sequence[int]] = ALL) -> None:
+def agree(
+    hashes: Mapping[str, str],
+    what: str,
+    groups: Sequence[Sequence[int]] = ALL,
+    remedy: str = "restart from the last checkpoint and look at the memory of the machine named",
+) -> None:
     """Raise RunFailed on every process, naming tensors and processes, unless all processes (of each of `groups`) hold
     the same hashes."""
     found = gather_objects(dict(hashes))
@@ -230,8 +235,26 @@ def agree(hashes: Mapping[str, str], what: str, groups: Sequence[Sequence[int]] 
         shown = "; ".join(f"{name} on process {', '.join(map(str, who))}" for name, who in list(odd.items())[:5])
         raise RunFailed(
             f"{what} differs between processes: {shown}{' …' if len(odd) > 5 else ''} ({len(odd)} tensors); nothing "
-            "was written: restart from the last checkpoint and look at the memory of the machine named"
+            f"was written: {remedy}"
         )
+
+
+def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The processes of each machine, from every process's index on its own: a machine begins where that is 0.
+
+    Raises:
+        UserError: they are not numbered machine by machine.
+    """
+    starts = [process for process, local in enumerate(local_indices) if local == 0]
+    found = tuple(
+        tuple(range(start, end)) for start, end in zip(starts, [*starts[1:], len(local_indices)], strict=True)
+    )
+    if [place for own in found for place in range(len(own))] != list(local_indices):
+        raise UserError(
+            f"distributed.replica is node, but the launcher did not number processes machine by machine: their indices "
+            f"on their machines are {list(local_indices)}; launch them in blocks, or use replica process"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -248,18 +271,23 @@ class Replicas:
     lead_group: Any = None
 
     @classmethod
-    def make(cls, replica: str, world: World, device: torch.device | str = "cpu") -> Replicas:
-        """Every process a replica ("process"), or those of a machine together ("node") (collective)."""
-        local_indices = [found[0] for found in gather_integers([world.local_process_index], device)]
-        starts = [p for p, local in enumerate(local_indices) if replica == "process" or local == 0]
-        ends = [*starts[1:], len(local_indices)]
-        members = tuple(tuple(range(start, end)) for start, end in zip(starts, ends, strict=True))
-        index = next(k for k, processes in enumerate(members) if world.process_index in processes)
+    def make(
+        cls, replica: str, world: World, device: torch.device | str = "cpu", timeout_minutes: float = 30
+    ) -> Replicas:
+        """Every process a replica ("process"), or those of a machine together ("node") (collective).
+
+        Raises:
+            UserError: the launcher did not number the processes machine by machine.
+        """
         if not _several():
             return cls()
+        local_indices = [found[0] for found in gather_integers([world.local_process_index], device)]
+        members = machines(local_indices) if replica == "node" else tuple((p,) for p in range(world.num_processes))
+        index = next(k for k, processes in enumerate(members) if world.process_index in processes)
+        timeout = timedelta(minutes=timeout_minutes)  # a new group takes its backend's, not that of the world
         # Every process takes part in the making of every group, its own or not.
-        groups = [dist.new_group(list(processes)) if len(processes) > 1 else None for processes in members]
-        lead_group = dist.new_group([processes[0] for processes in members])
+        groups = [dist.new_group(list(own), timeout=timeout) if len(own) > 1 else None for own in members]
+        lead_group = dist.new_group([own[0] for own in members], timeout=timeout)
         return cls(members, index, groups[index], lead_group)
 
     @property
@@ -621,16 +649,17 @@ class Engine:
     def prove_agreement(self) -> None:
         """Compare what this strategy replicates; call it between steps, before the next one heals a copy.
 
-        DDP: parameters and moments (with replicas: moments within each; call it when a round has ended).  ZeRO-1/2:
-        the model copies, and each process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3
-        keeps no replica: nothing can be compared here.
+        DDP: parameters and moments (with replicas: within each of them).  ZeRO-1/2: the model copies, and each
+        process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3 keeps no replica: nothing can
+        be compared here.
 
         Raises:
             RunFailed: naming tensors and processes.
         """
         if self.strategy in ("none", "zero3") or self.is_spent:
             return
-        agree(fingerprints(self._adapter_parameters), "the adapter")
+        members = ALL if self.replicas is None else self.replicas.members
+        agree(fingerprints(self._adapter_parameters), "the adapter", members)
         if self.strategy == "ddp":
             moments = {
                 f"{name}.{key}": state[key]
@@ -638,7 +667,6 @@ class Engine:
                 if MOMENTS[0] in (state := self.optimizer.state.get(p, {}))
                 for key in MOMENTS
             }
-            members = ALL if self.replicas is None else self.replicas.members
             agree(fingerprints(moments), "the optimizer state", members)
         if self.is_zero:
             self._prove_masters()

@@ -43,14 +43,18 @@ def cut_and_export(training: Training) -> StageResult:
     config, is_path = job.config, job.plan.is_path
     directory.step = training.done
     directory.status("running", phase="export")
-    if training.agrees:
-        engine.prove_agreement()
+    training.prove_agreement()
     masters = engine.masters()
     goes_on_from = masters if training.rounds is None else training.rounds.tensors()
     with engine.released() as model:
         ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
         job.heed_stop()
-        fields: dict[str, Any] = {**ranks.fields, **training.labels, "alarms": training.alarmed or None}
+        fields: dict[str, Any] = {
+            **ranks.fields,
+            **training.labels,
+            **training.late_round,
+            "alarms": training.alarmed or None,
+        }
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
         if is_path and job.data.train is not None:

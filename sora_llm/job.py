@@ -65,9 +65,16 @@ class Job:
         """What optimizer step `step` trains on."""
         packed = self.config.data.sample_packing
         batch_size = self.config.train.per_device_train_batch_size
-        together = None if self.replicas is None else self.replicas.own_members
+        together, rotation = None, 0
+        if self.replicas is not None:
+            together, rotation = self.replicas.own_members, step
         return step_batches(
-            self.order.step(step), self.world, batch_size, lambda rows: self.inputs.batch(rows, packed=packed), together
+            self.order.step(step),
+            self.world,
+            batch_size,
+            lambda rows: self.inputs.batch(rows, packed=packed),
+            together,
+            rotation,
         )
 
     @property
@@ -162,6 +169,8 @@ def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
     user_file = config.distributed.deepspeed_config
     launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if strategy not in ZERO_STAGES:
+        if user_file is not None and config.distributed.sync_every > 1:
+            raise UserError("distributed.deepspeed_config is for ZeRO, and local updates run under ddp; leave it out")
         if user_file is not None:
             raise UserError(
                 f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"

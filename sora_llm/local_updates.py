@@ -1,7 +1,8 @@
 """Local updates: replicas take some optimizer steps apart, then agree on one adapter.  Factors in, factors out.
 
     A, B    θ ← θ₀ − η (Δ + μ v),  Δ = θ₀ − mean_k θ_k,  v ← μ v + Δ        (η = 1, μ = 0: plain averaging)
-    g       g ← prox of mean_k g_k; soft: S_T with T = Σ of the round's τ_t, averaged over replicas
+    g       g ← prox of mean_k g_k; soft: S_T with T = Σ of the round's τ_t, averaged over replicas (a replica that
+            skipped a step has no τ of it); adaptive: the quantile of what the mean gates weigh
 
 θ₀ is what they agreed on last.  Gates are not thresholded inside a round: a prox in each replica would shrink by each
 replica's noise, and the mean of different supports is dense.
@@ -87,12 +88,12 @@ class OuterOptimizer:
         return start - self.learning_rate * (gradient + self.momentum * velocity)
 
 
-def shift_gates(gate: Tensor, mean: Tensor, agreed: Tensor) -> Tensor:
-    """A replica's gate (R,) after the prox moved the mean gate to `agreed`: by as much, and 0 where that is 0.
+def shrink_gates(gate: Tensor, mean: Tensor, agreed: Tensor) -> Tensor:
+    """A replica's gate (R,) after the prox took the mean gate to `agreed`: shrunk in the same proportion.
 
-    So the mean over replicas is `agreed`, and all have its support.
+    So the mean over replicas is `agreed`, all have its support, and no gate changes its sign.
     """
-    return torch.where(agreed == 0, torch.zeros_like(gate), gate + (agreed - mean))
+    return torch.where(agreed == 0, torch.zeros_like(gate), gate * (agreed / mean))
 
 
 def owners(sizes: Mapping[str, int], num_owners: int) -> list[list[str]]:

@@ -42,14 +42,18 @@ def step_batches(
     micro_batch_size: int,
     collate: Callable[[list[list[TokenRow]]], Mapping[str, Tensor]],
     together: Sequence[int] | None = None,
+    rotation: int = 0,
 ) -> StepBatches:
     """What a step that takes `sequences` is made of on this process.
 
-    `together` are the processes whose gradients are averaged with this one's; None is all of them.
+    `together` are the processes whose gradients are averaged with this one's; None is all of them.  Shares are dealt by
+    falling length; with a `rotation` process p takes that of process p + `rotation`, so that over steps none has the
+    long rows, or an epoch's missing ones, more often than others.
     """
 
     def share_of(process_index: int) -> list[list[PackedRows]]:
-        return share(sequences, process_index, world.num_processes, micro_batch_size)
+        place = (process_index + rotation) % world.num_processes
+        return share(sequences, place, world.num_processes, micro_batch_size)
 
     mine = share_of(world.process_index)
     return StepBatches(
@@ -104,6 +108,8 @@ class Tally:
     loss_sum: Tensor
     weight: float = 0.0
     skipped_in_a_row: int = 0
+    most_in_a_row: int = 0
+    """Of skipped steps, until somebody looked at it last."""
     skipped_steps: int = 0
     tokens: int = 0
     steps: int = 0
@@ -120,7 +126,10 @@ class Tally:
         self.steps += 1
         if outcome.skipped:
             self.skipped_in_a_row += 1
+            self.most_in_a_row = max(self.most_in_a_row, self.skipped_in_a_row)
             self.skipped_steps += 1
+            return
+        if batches.weight == 0:  # it stood still
             return
         self.skipped_in_a_row = 0
         self.loss_sum += loss_sum
@@ -157,7 +166,8 @@ class Tally:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it (collective); skipped steps by process, which differ between replicas."""
         loss_sum, weight = self.totals()
-        skipped = gather_integers([self.skipped_in_a_row, self.skipped_steps], self.device)
+        own = [self.skipped_in_a_row, self.most_in_a_row, self.skipped_steps]
+        skipped = gather_integers(own, self.device)
         return {"loss_sum": loss_sum, "weight": weight, "skipped": skipped}
 
     def load(self, state: Mapping[str, Any], process_index: int) -> None:
@@ -166,7 +176,7 @@ class Tally:
             self.loss_sum += state["loss_sum"]
             self.weight = float(state["weight"])
         own = state["skipped"][min(process_index, len(state["skipped"]) - 1)]
-        self.skipped_in_a_row, self.skipped_steps = own
+        self.skipped_in_a_row, self.most_in_a_row, self.skipped_steps = own
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:

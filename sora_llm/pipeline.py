@@ -352,13 +352,12 @@ def cut_by_consensus(
     flat: dict[str, Tensor] = {}
     everyone = [masters]
     if replicas is not None:
-        gathered = {name: replicas.gather_on_main(tensor.to(device)) for name, tensor in masters.items()}
-        everyone = (
-            [{name: found[k].cpu() for name, found in gathered.items()} for k in range(replicas.num)]
-            if world.is_main
-            else []
-        )
-        del gathered
+        gathered = {
+            name: [found.cpu() for found in replicas.gather_on_main(tensor.to(device))]
+            for name, tensor in masters.items()
+        }
+        members = range(replicas.num) if world.is_main else []
+        everyone = [{name: found[k] for name, found in gathered.items()} for k in members]
 
     def cut() -> tuple[float, int | None, float | None]:
         factors = [factors_of(layers, values) for values in everyone]
@@ -404,6 +403,7 @@ def cut_factors(
     """
     factors = replicas[0]
     if all(gate is None for _, _, gate in factors.values()):
+        assert len(replicas) == 1, "replicas are merged while they have gates"
         return {name: (A, B) for name, (A, B, _) in factors.items()}, (0.0, None, None)
     groups: list[tuple[list[str], int | None, int]] = [(list(factors), None, 0)]
     if budgets:

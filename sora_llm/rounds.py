@@ -17,12 +17,11 @@ from torch import Tensor
 
 from sora_llm.consensus import fingerprints
 from sora_llm.distributed import Engine, Replicas, agree, gather_objects, sum_over_processes
-from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shift_gates
+from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shrink_gates
 from sora_llm.merge import mean_jaccard
 
 Gates = Mapping[str, Tensor]  # module → (R,)
 Prox = Callable[[Gates, Gates], Gates]  # gates, Σ τ → gates
-ChooseProx = Callable[[Gates], Prox]  # the mean gates → the prox of this round
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class RoundReport:
 
     `merge_error` is ‖mean(B g A) − mean(B) mean(g) mean(A)‖ / ‖mean(B g A)‖ over all modules, `support_overlap` the
     mean Jaccard index of the supports that the replicas' own gates would have (None where nothing is pruned or nobody
-    is there to compare with), `sync_bytes` what each replica sent, and received, `sync_seconds` how long it took,
-    waiting for the slowest replica included.
+    is there to compare with), `sync_bytes` what each replica sent, and received, `sync_seconds` how long it took.
     """
 
     merge_error: float
@@ -52,14 +50,16 @@ class RoundReport:
 
 
 class Rounds:
-    """`anchor` holds the float32 values that all agreed on last, by tensor name, on the engine's device; `agree` says
-    whether the replicas still hold them."""
+    """`anchor` holds the float32 values that all agreed on last, by tensor name, on the engine's device.
+
+    `is_open` says whether replicas have taken steps since; `agree` whether they hold one adapter: not while a round is
+    open, nor after one that kept their factors apart for a merge.
+    """
 
     def __init__(self, replicas: Replicas, outer: OuterOptimizer) -> None:
         self.replicas, self.outer = replicas, outer
         self.anchor: dict[str, Tensor] = {}
-        self.agree = True
-        self.number = 0
+        self.agree, self.is_open = True, False
 
     def begin(self, engine: Engine) -> None:
         """Take what `engine` holds as agreed on (collective).
@@ -67,14 +67,24 @@ class Rounds:
         Raises:
             RunFailed: it is not the same on every process.
         """
-        agree(fingerprints(engine.values()), "the adapter of a first round")
         self.anchor = {name: value.clone() for name, value in engine.values().items()}
         self.outer.velocity = {}
-        self.agree = True
+        self.agree, self.is_open = True, False
+        self.prove(engine)
+
+    def prove(self, engine: Engine) -> None:
+        """Compare, on all processes, what they hold where they agree, else what they agreed on last (collective).
+
+        Raises:
+            RunFailed: it differs; tensors and processes are named.
+        """
+        remedy = "look for other files or versions on the machine named, or for faults of its memory"
+        values = engine.values() if self.agree else self.anchor
+        agree(fingerprints(values), "what replicas agreed on", remedy=remedy)
 
     def part(self) -> None:
         """The replicas take steps of their own from here, until `end`."""
-        self.agree = False
+        self.agree, self.is_open = False, True
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -83,37 +93,39 @@ class Rounds:
             name.removesuffix(".gate"): value.cpu() for name, value in self.anchor.items() if name.endswith(".gate")
         }
 
-    def end(self, engine: Engine, choose_prox: ChooseProx | None, *, keep_factors: bool = False) -> RoundReport:
+    def end(
+        self,
+        engine: Engine,
+        prox: Prox | None = None,
+        *,
+        choose: Callable[[Gates], None] = lambda mean_gates: None,
+        keep_factors: bool = False,
+    ) -> RoundReport:
         """Let all replicas agree (collective).
 
-        Factors take the outer step to their mean, gates become the prox of theirs.  With `keep_factors` only the
-        supports are agreed on: A and B stay each replica's own, for a merge of the products, and every gate moves as
-        the mean one did; the anchor is then the adapter that would have been.
+        Factors take the outer step to their mean, gates become the prox of theirs, for which `choose` may look at the
+        means first; without `prox` they become their mean.  With `keep_factors` only the supports are agreed on: A and
+        B stay each replica's own, for a merge of the products, and every gate shrinks as the mean one did; the anchor
+        is then the adapter that would have been.
         """
         since = time.monotonic()
         own, thresholds = engine.values(), engine.take_thresholds()
         mean, drift = self._average({**own, **{f"{name}.{_TAU}": tau for name, tau in thresholds.items()}})
         mean_thresholds = {name: mean.pop(f"{name}.{_TAU}") for name in thresholds}
         agreed, overlap = dict(mean), None
-        if choose_prox is not None:
-            prox = choose_prox(_gates(mean))
+        if prox is not None:
+            choose(_gates(mean))
             agreed |= {f"{name}.gate": gate for name, gate in prox(_gates(mean), mean_thresholds).items()}
             overlap = self._overlap(prox(_gates(own), thresholds))
         for name in agreed:
             if not name.endswith(".gate"):
                 agreed[name] = self.outer.step(name, self.anchor[name], mean[name])
         if keep_factors:
-            engine.write(
-                {
-                    name: shift_gates(own[name], mean[name], value)
-                    for name, value in agreed.items()
-                    if name.endswith(".gate")
-                }
-            )
+            gates = [name for name in agreed if name.endswith(".gate")]
+            engine.write({name: shrink_gates(own[name], mean[name], agreed[name]) for name in gates})
         else:
             engine.write(agreed)
-        self.anchor, self.agree = agreed, not keep_factors
-        self.number += 1
+        self.anchor, self.agree, self.is_open = agreed, not keep_factors, False
         num_values = sum(value.numel() for value in (*own.values(), *thresholds.values()))
         num_bytes = round_bytes(num_values, self.replicas.num)
         return RoundReport(drift.relative, overlap, num_bytes, time.monotonic() - since)
@@ -174,7 +186,7 @@ class Rounds:
 
     def state(self) -> dict[str, int | bool]:
         """The rest of it, as JSON."""
-        return {"number": self.number, "agree": self.agree, "replicas": self.replicas.num}
+        return {"agree": self.agree, "is_open": self.is_open, "replicas": self.replicas.num}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, int | bool], engine: Engine) -> None:
         """Put back `tensors` and `state`; `engine` holds this replica's own values."""
@@ -185,7 +197,7 @@ class Rounds:
             for name, value in tensors.items()
             if name.endswith(suffix)
         }
-        self.number, self.agree = int(state["number"]), bool(state["agree"])
+        self.agree, self.is_open = bool(state["agree"]), bool(state["is_open"])
 
 
 _TAU, _VELOCITY = "tau", "outer_velocity"

@@ -91,7 +91,7 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
             say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
         return StartPoint(passed_over=warnings)
     state = checkpoint.read_state(folder)
-    if "stage" not in state:
+    if "stage" not in state or "skipped" not in state["tally"]:
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
         raise UserError(

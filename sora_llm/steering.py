@@ -22,8 +22,8 @@ from sora_llm.distributed import gather_integers
 from sora_llm.errors import RunFailed
 from sora_llm.sora import hard_threshold
 
-SURE_MOVE = 0.1
-"""What Adam moves a gate in one step at the least, in units of the learning rate, for nearly all of them."""
+LIKELY_MOVE = 0.1
+"""What Adam moves two of three noisy gates by in one step, at the least, in units of the learning rate."""
 
 
 class Steering:
@@ -90,7 +90,7 @@ class Steering:
         values = {name: gates[name].abs().cpu() * self.importance[name] for name in budget.costs}
         within_reach = None
         if gate_lr is not None:
-            within_reach = {name: SURE_MOVE * gate_lr * self.importance[name] for name in budget.costs}
+            within_reach = {name: LIKELY_MOVE * gate_lr * self.importance[name] for name in budget.costs}
         return quantile_threshold(values, budget, wanted, within_reach)
 
     def cut(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

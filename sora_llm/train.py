@@ -11,10 +11,11 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from sora_llm import checkpoint, distributed, hub, pipeline
 from sora_llm.backbone import DTYPES
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.distributed import Replicas, on_every, on_main
+from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.files import user_path
@@ -48,10 +49,10 @@ from sora_llm.job import (
 )
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
-from sora_llm.loop import peak_memory_gib, seed_step, train_step
+from sora_llm.loop import StepBatches, peak_memory_gib, seed_step, train_step
 from sora_llm.plan import Stage, make_plan, rows_in_step
 from sora_llm.report import read_json_lines
-from sora_llm.rounds import Gates, Prox, Rounds
+from sora_llm.rounds import Gates
 from sora_llm.rundir import RunDirectory, environment
 from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
@@ -75,7 +76,6 @@ from sora_llm.training import (
     make_engine,
     make_steering,
     save_checkpoint,
-    skipped,
 )
 
 EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
@@ -187,7 +187,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
             return finished
         replicas = None
         if settings.sync_every > 1:
-            replicas = Replicas.make(settings.replica, world, accelerator.device)
+            replicas = Replicas.make(settings.replica, world, accelerator.device, settings.timeout_minutes)
         job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, lifeline, replicas)
         announce(job)
         if dry_run:
@@ -316,6 +316,7 @@ def train_stage(training: Training) -> None:
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)
+        training.late_round = close_round(training)
     while not training.has_ended:
         step, step_of_stage = training.done, training.done - training.first
         change_form(training, step_of_stage)
@@ -331,29 +332,24 @@ def train_stage(training: Training) -> None:
         # Before the step: the gather after it would heal a flipped copy.
         due = training.has_ended or is_due(config.distributed.check_every, done)
         due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
-        check = engine.prove_agreement if due and training.rounds is None else None
-        training.is_check_due |= due
         if training.rounds is not None:
             training.rounds.part()
-        loss_sum, outcome = train_step(engine, batches, job.num_averaging, before_step=check)
+        loss_sum, outcome = train_step(
+            engine, batches, job.num_averaging, before_step=engine.prove_agreement if due else None
+        )
         tally.add(loss_sum, outcome, batches)
-        synced: dict[str, Any] = {}
-        is_synced = training.rounds is None or training.has_ended or ends_round(training, step_of_stage)
-        if training.rounds is not None and is_synced:
-            synced = end_round(training, training.rounds, step_of_stage)
-        if is_synced:
-            refuse_more_skipping(training)
+        synced = close_round(training)
+        refuse_more_skipping(training)
         is_logged = training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
         if is_logged or synced:
             seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
-            seen["grad_norm"] = mean_over_replicas(training, outcome.grad_norm)
+            seen["grad_norm"] = grad_norm(training, outcome, batches)
             try:
                 log_step(training, seen)
             except Preempted:  # in the evaluation: the resumed run begins with this line
                 save_checkpoint(training, unlogged=seen)
                 raise
-            if training.rounds is not None and training.has_ended and not is_synced:  # patience ended it
-                end_round(training, training.rounds, step_of_stage)
+            training.late_round = close_round(training)  # where patience has ended the stage
         saved = training.has_ended or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
@@ -375,12 +371,12 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
         place, rates = stage.phases.place(step), stage.rates(step)
         if rounds is None:
             sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
-        elif not steering.is_adaptive:  # which chooses when the round ends
+        elif not steering.is_adaptive:  # that chooses when the round ends
             first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
             if step == first:
                 steering.choose(rounds.gates, stage.phases.place(end - 1), engine.device, num_steps=end - first)
             sparse_lambda = steering.chosen
-        steered = steering.fields
+        steered = steering.fields if rounds is None or not steering.is_adaptive else {}
     engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
     return steered
 
@@ -391,49 +387,57 @@ def is_pruning(stage: Stage, step: int) -> bool:
 
 
 def refuse_more_skipping(training: Training) -> None:
-    """RunFailed after too many non-finite steps in a row (collective with local updates)."""
-    in_a_row, _ = skipped(training)
+    """RunFailed after too many non-finite steps in a row; with local updates when a round has ended, by the replica
+    that skipped most (collective)."""
+    tally, rounds = training.tally, training.rounds
+    if rounds is not None and rounds.is_open:
+        return
+    in_a_row, tally.most_in_a_row = tally.most_in_a_row, tally.skipped_in_a_row
+    if rounds is not None:
+        in_a_row = max(found for (found,) in distributed.gather_integers([in_a_row], training.engine.device))
     if in_a_row >= training.job.config.train.max_skipped_steps:
         raise RunFailed(
-            f"the last {in_a_row} steps, up to step {training.done}, had a non-finite loss or gradient and were "
+            f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
             "skipped; lower train.learning_rate or look at the data, and start the command again"
         )
 
 
-def mean_over_replicas(training: Training, value: float) -> float:
-    """Of a figure that is the same on all processes of a replica (collective with local updates)."""
+def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) -> float:
+    """Of the step; with local updates the mean over the processes that had rows (collective)."""
     if training.rounds is None:
-        return value
-    world = training.job.world
-    return distributed.sum_over_processes(value, device=training.engine.device)[0] / world.num_processes
+        return outcome.grad_norm
+    has_rows = float(batches.weight > 0)
+    total, count = distributed.sum_over_processes(outcome.grad_norm * has_rows, has_rows, device=training.engine.device)
+    return total / count
 
 
-def ends_round(training: Training, step: int) -> bool:
-    """Whether a round of local updates ends with `step` of the stage."""
-    return step + 1 == training.stage.round_bounds(step, training.job.config.distributed.sync_every)[1]
+def close_round(training: Training) -> dict[str, Any]:
+    """End the round of local updates that is open, if the last step or the end of the stage is its end (collective).
 
-
-def end_round(training: Training, rounds: Rounds, step: int) -> dict[str, Any]:
-    """Let the replicas agree after `step` of the stage; what its line says of that (collective).
-
-    Before consensus takes the best of the mean of products (`svd`) only the support is agreed on: factors stay apart
-    for the merge.
+    Returns: what the line of the step says of it; {} where nothing ended.
     """
-    stage, engine, steering = training.stage, training.engine, training.steering
+    stage, engine, steering, rounds = training.stage, training.engine, training.steering, training.rounds
+    settings, step = training.job.config, training.done - 1 - training.first
+    if rounds is None or not rounds.is_open:
+        return {}
+    if not training.has_ended and step + 1 < stage.round_bounds(step, settings.distributed.sync_every)[1]:
+        return {}
 
-    def prox(mean_gates: Gates) -> Prox:
+    def choose(mean_gates: Gates) -> None:
         if steering.is_adaptive:
             steering.choose(mean_gates, stage.phases.place(step), engine.device)
-            return lambda gates, thresholds: steering.cut(gates)
-        return lambda gates, thresholds: {n: soft_threshold(gates[n], thresholds[n]) for n in gates}
 
+    def prox(gates: Gates, thresholds: Gates) -> Gates:
+        if steering.is_adaptive:
+            return steering.cut(gates)
+        return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
+
+    prunes = is_pruning(stage, step)
+    # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
     is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
-    merges = is_cut_next and training.job.config.sora.consensus == "svd"
-    report = rounds.end(engine, prox if is_pruning(stage, step) else None, keep_factors=merges)
-    if training.is_check_due and rounds.agree:
-        engine.prove_agreement()
-        training.is_check_due = False
-    return {**report.fields, **(steering.fields if is_pruning(stage, step) else {})}
+    merges = is_cut_next and settings.sora.consensus == "svd"
+    report = rounds.end(engine, prox if prunes else None, choose=choose, keep_factors=merges)
+    return {**report.fields, **(steering.fields if prunes else {})}
 
 
 def change_form(training: Training, step: int) -> None:
@@ -447,8 +451,7 @@ def change_form(training: Training, step: int) -> None:
     if step not in stage.changes:
         return
     training.tally.pause_clock()
-    if training.agrees:
-        engine.prove_agreement()
+    training.prove_agreement()
     old = engine.masters()
     importance: dict[str, Tensor] = {}
     with engine.released(whole=False) as model:
@@ -499,10 +502,23 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
     }
 
 
+@contextlib.contextmanager
+def rehearsal_folder(job: Job) -> Iterator[Path]:
+    """A folder that all processes see, as they will the run directory, and that is removed (collective)."""
+    run_dir = user_path(job.config.output.output_dir, "output.output_dir")
+    above = next(folder for folder in run_dir.absolute().parents if folder.is_dir())
+    folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above), job.world)
+    try:
+        yield Path(folder)
+    finally:
+        if job.world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def rehearse(job: Job) -> RunResult:
     """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory(Path(folder), is_main=job.world.is_main)
+    with rehearsal_folder(job) as folder:
+        directory = RunDirectory(folder, is_main=job.world.is_main)
         training = load_and_inject(job, directory, StartPoint())
         engine, tally = training.engine, training.tally
         job.heed_stop()
@@ -510,14 +526,14 @@ def rehearse(job: Job) -> RunResult:
         set_rates(training, 0)
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.num_averaging)
-        if outcome.skipped:
+        if distributed.any_process(outcome.skipped, engine.device):
             raise RunFailed(
                 "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
             )
         tally.add(loss_sum, outcome, batches)
         training.done = 1
         if training.rounds is not None:
-            training.rounds.end(engine, None)
+            training.rounds.end(engine)
         save_checkpoint(training)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
     memory, steps = job.memory, job.plan.total_steps

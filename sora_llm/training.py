@@ -59,8 +59,8 @@ class Training:
     """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
     alarmed: list[str] = field(default_factory=list)
     """Alarms that wait for the next line of metrics."""
-    is_check_due: bool = False
-    """Whether the replicas are to prove that they agree as soon as they do."""
+    late_round: Mapping[str, Any] = field(default_factory=dict)
+    """What is to be said of a round that ended after the last step's line."""
     unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
 
@@ -77,6 +77,17 @@ class Training:
     def agrees(self) -> bool:
         """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
         return self.rounds is None or self.rounds.agree
+
+    def prove_agreement(self) -> None:
+        """Compare what the processes hold in common, between steps (collective).
+
+        Raises:
+            RunFailed: it differs.
+        """
+        if self.rounds is None:
+            self.engine.prove_agreement()
+        else:
+            self.rounds.prove(self.engine)
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -152,7 +163,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
 
 
 def warm_start(job: Job, model: nn.Module) -> None:
-    """Let the adapters begin where the saved one ended; DDP and ZeRO start with the main process's values anyway."""
+    """Let the adapters begin where the saved one ended."""
     lora = start_lora(job.config)
     start_from(model, lora.factors, lora.scaling)
 
@@ -225,13 +236,15 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         "learning_rate": rates["learning_rate"],
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
         **seen,
-        "skipped_steps": skipped(training)[1],
+        "skipped_steps": skipped_steps(training),
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
         **training.labels,
     }
-    place = stage.phases.place(step_of_stage) if phase == SPARSIFY else None
+    # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
+    is_between = training.rounds is not None and training.rounds.is_open
+    place = stage.phases.place(step_of_stage) if phase == SPARSIFY and not is_between else None
     found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
     fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
     training.alarmed = []
@@ -259,14 +272,12 @@ def evaluation_due(job: Job, done: int) -> bool:
     return job.data.dev is not None and is_due(job.config.evaluation.eval_steps, done)
 
 
-def skipped(training: Training) -> tuple[int, int]:
-    """Steps skipped in a row and in all, by the replica that skipped most (collective with local updates)."""
-    tally = training.tally
-    own = [tally.skipped_in_a_row, tally.skipped_steps]
+def skipped_steps(training: Training) -> int:
+    """Of the run; with local updates by the replica that skipped most (collective)."""
+    own = training.tally.skipped_steps
     if training.rounds is None:
-        return own[0], own[1]
-    in_a_row, in_all = zip(*distributed.gather_integers(own, training.engine.device), strict=True)
-    return max(in_a_row), max(in_all)
+        return own
+    return max(found for (found,) in distributed.gather_integers([own], training.engine.device))
 
 
 def dev_loss(job: Job, model: nn.Module) -> float:
@@ -328,14 +339,13 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
-        importance = {name: tensor for name, tensor in own.items() if name.endswith(WEIGHTS)}
-        tensors = {**rounds.tensors(), **importance}
+        tensors = rounds.tensors()
         steps = distributed.gather_objects(optimizer_steps)
         state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
         state["rounds"] = rounds.state()
         on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
-        if_lead = rounds.replicas.is_lead
-        on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if if_lead else None)
+        is_lead = rounds.replicas.is_lead
+        on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
     directory.checkpoint = on_main(
         lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas), job.world
     )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from helpers import tiny_llama
 from reference import use_float64_norms
 from torch import Tensor
 
+from sora_llm import pipeline
+from sora_llm.budget import make_budgets
 from sora_llm.distributed import Engine, Replicas, make_accelerator
 from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.rounds import Prox, Rounds
+from sora_llm.rounds import Gates, Rounds
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import World, launched_world
 
@@ -80,8 +83,9 @@ def everything_in_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def soft(mean_gates: Any) -> Prox:
-    return lambda gates, thresholds: {name: soft_threshold(gates[name], thresholds[name]) for name in gates}
+def soft(gates: Gates, thresholds: Gates) -> Gates:
+    """The prox of a round."""
+    return {name: soft_threshold(gates[name], thresholds[name]) for name in gates}
 
 
 class Place:
@@ -123,8 +127,9 @@ class Place:
             self.step(engine, [batches[step] for batches in own], step, lam)
             if step + 1 in ROUND_ENDS:
                 apart.append({name: value.clone() for name, value in engine.values().items()})
-                report = rounds.end(engine, soft if step >= FIRST_PRUNED else None)
-                engine.prove_agreement()
+                with counted_traffic() as traffic:
+                    report = rounds.end(engine, soft if step >= FIRST_PRUNED else None)
+                rounds.prove(engine)
                 distances.append(report.merge_error)
                 overlaps.append(report.support_overlap)
         result = {
@@ -133,6 +138,7 @@ class Place:
             "overlaps": overlaps,
             "apart": apart,
             "bytes": report.sync_bytes,
+            "traffic": traffic,
         }
         with engine.released():
             pass
@@ -144,9 +150,13 @@ def rounds_world(cases: dict[str, dict[str, Any]], replica: str = "process", fau
     with everything_in_float64():
         place = Place(replica)
         report: dict[str, Any] = {name: place.run(**case) for name, case in cases.items()}
-        if faults:
+        if faults and replica == "process":
             report |= {"flips": flips(place), "poisoned": poisoned_replica(place), "idle": idle_replica(place)}
-            report |= {"averaged": averaged(place)}
+            report |= {"averaged": averaged(place), "cut": merged_cut(place, None), "budget": merged_cut(place, 1500)}
+        if faults and replica == "node":
+            report = {**report, "flips": flips_in_a_node(place)}
+    if faults and replica == "process":
+        report["low precision"] = low_precision(place)
     return report
 
 
@@ -157,18 +167,33 @@ def flips(place: Place) -> dict[str, str | None]:
     rounds.begin(engine)
     batches = make_batches(place.world.process_index)
     place.step(engine, [batches[0]], 0, 0.0)
-    rounds.end(engine, None)
-    found: dict[str, str | None] = {"nothing": verdict(engine)}
+    rounds.end(engine)
+    found: dict[str, str | None] = {"nothing": verdict(lambda: rounds.prove(engine))}
     name, parameter = list(adapter_parameters(engine.module).items())[5]
     if place.world.process_index == place.world.num_processes - 1:
         parameter.data.view(-1)[3] *= 1 + 1e-15
-    found["name"], found["parameter"] = name, verdict(engine)
+    found["name"], found["parameter"] = name, verdict(lambda: rounds.prove(engine))
     return found
 
 
-def verdict(engine: Engine) -> str | None:
+def flips_in_a_node(place: Place) -> dict[str, str | None]:
+    """What prove_agreement says inside a round: of nodes that drifted apart, and of a wrong moment on process 3."""
+    engine = place.engine()
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    own = [make_batches(process)[0] for process in place.replicas.own_members]
+    place.step(engine, own, 0, 0.0)
+    found = {"nothing": verdict(engine.prove_agreement)}
+    name, parameter = list(adapter_parameters(engine.module).items())[5]
+    if place.world.process_index == 3:
+        engine.optimizer.state[parameter]["exp_avg"].view(-1)[3] *= 1 + 1e-15
+    found["name"], found["moment"] = name, verdict(engine.prove_agreement)
+    return found
+
+
+def verdict(prove: Callable[[], None]) -> str | None:
     try:
-        engine.prove_agreement()
+        prove()
     except RunFailed as error:
         return str(error)
     return None
@@ -190,9 +215,9 @@ def poisoned_replica(place: Place) -> dict[str, Any]:
         skipped.append(place.step(engine, [batches[step]], step, 0.0))
         embedding.data.copy_(saved)
     steps = engine.num_optimizer_steps
-    rounds.end(engine, None)
+    rounds.end(engine)
     finite = all(bool(value.isfinite().all()) for value in engine.values().values())
-    return {"skipped": skipped, "num_steps": steps, "finite": finite, "verdict": verdict(engine)}
+    return {"skipped": skipped, "num_steps": steps, "finite": finite, "verdict": verdict(lambda: rounds.prove(engine))}
 
 
 def idle_replica(place: Place) -> dict[str, Any]:
@@ -208,8 +233,82 @@ def idle_replica(place: Place) -> dict[str, Any]:
     moved = any(not torch.equal(before[name], value) for name, value in engine.values().items())
     rounds = Rounds(place.replicas, OuterOptimizer())
     rounds.anchor = before
-    rounds.end(engine, None)
-    return {"moved": moved, "verdict": verdict(engine)}
+    rounds.end(engine)
+    return {"moved": moved, "verdict": verdict(lambda: rounds.prove(engine))}
+
+
+def merged_cut(place: Place, budget: int | None) -> dict[str, Any]:
+    """Replicas that keep their factors apart at a round's end, then are cut by consensus."""
+    engine = place.engine()
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    batches = make_batches(place.world.process_index)
+    for step in range(3):
+        place.step(engine, [batches[step]], step, 2.0)
+    rounds.end(engine, soft, keep_factors=True)
+    own = engine.masters()
+    budgets = []
+    if budget is not None:
+        shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(engine.module).items()}
+        budgets = make_budgets(shapes, R, None, budget, {}, 0)
+    with engine.released() as model:
+        cut = pipeline.cut_by_consensus(
+            model,
+            own,
+            consensus="svd",
+            budgets=budgets,
+            dtype=torch.float64,
+            world=place.world,
+            device="cpu",
+            replicas=place.replicas,
+        )
+        plain = {name: (layer.lora_A, layer.lora_B) for name, layer in adapters(model).items()}
+    factors = {name: None if A is None or B is None else (A.detach(), B.detach()) for name, (A, B) in plain.items()}
+    gates = {name: (gate != 0).sum().item() for name, gate in rounds.gates.items()}
+    return {"own": own, "cut": factors, "alive": gates, "spread": cut.spread, "kept": cut.ranks.kept_params}
+
+
+def low_precision(place: Place) -> dict[str, Any]:
+    """Two rounds of bfloat16 adapters: masters and parameters after each, on every process; one module alone."""
+    torch.manual_seed(1)
+    model = tiny_llama(**SMALL_MODEL).bfloat16()
+    inject_sora(model, r=R, lora_alpha=LORA_ALPHA, target_modules=["layers.1.mlp.up_proj"], dtype=torch.bfloat16)
+    groups = parameter_groups(model, 1.0, 1.0, deferred=True)
+    engine = Engine(place.accelerator, model, ProxAdamW(groups), place.strategy, MAX_NORM, place.replicas)
+    rounds = Rounds(place.replicas, OuterOptimizer())
+    rounds.begin(engine)
+    batches = make_batches(place.world.process_index)
+    for step in range(4):
+        place.step(engine, [batches[step]], step, 0.5)
+        if step % 2:
+            own = {name: value.clone() for name, value in engine.values().items()}
+            rounds.end(engine, soft)
+    rounds.prove(engine)
+    parameters = {name: p.detach().clone() for name, p in adapter_parameters(engine.module).items()}
+    return {"own": own, "masters": {n: v.clone() for n, v in engine.values().items()}, "parameters": parameters}
+
+
+@contextlib.contextmanager
+def counted_traffic() -> Iterator[dict[str, int]]:
+    """Bytes of float tensors that this process sends to others, and receives, inside."""
+    gather, broadcast = dist.gather, dist.broadcast
+    traffic = {"sent": 0, "received": 0}
+
+    def counted_gather(tensor: Tensor, found: Any = None, dst: int = 0, group: Any = None) -> None:
+        size = tensor.numel() * tensor.element_size()
+        traffic["received" if found is not None else "sent"] += size * (1 if found is None else len(found) - 1)
+        gather(tensor, found, dst=dst, group=group)
+
+    def counted_broadcast(tensor: Tensor, src: int = 0) -> None:
+        size, others = tensor.numel() * tensor.element_size(), dist.get_world_size() - 1
+        traffic["sent" if src == dist.get_rank() else "received"] += size * (others if src == dist.get_rank() else 1)
+        broadcast(tensor, src=src)
+
+    dist.gather, dist.broadcast = counted_gather, counted_broadcast
+    try:
+        yield traffic
+    finally:
+        dist.gather, dist.broadcast = gather, broadcast
 
 
 def averaged(place: Place) -> dict[str, Any]:

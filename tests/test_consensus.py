@@ -450,11 +450,33 @@ def test_every_single_wrong_bit_changes_a_fingerprint(size, dtype, seed):
 
 def test_fingerprints_tell_order_shape_dtype_and_far_places_apart():
     tensor = torch.arange(3 * 2**17 + 5, dtype=torch.float32)
+    crossed = tensor.clone()  # word 1 of block 0 and word 0 of block 1
+    crossed[[2, 3, 2**17, 2**17 + 1]] = tensor[[2**17, 2**17 + 1, 2, 3]]
     swapped = tensor.clone()
     swapped[[0, 2**17]] = tensor[[2**17, 0]]
     last = tensor.clone()
     last[-1] += 1
-    variants = {"plain": tensor, "swapped": swapped, "last": last, "column": tensor[:, None], "long": tensor.int()}
+    variants = {
+        "plain": tensor,
+        "swapped": swapped,
+        "last": last,
+        "crossed": crossed,
+        "column": tensor[:, None],
+        "long": tensor.int(),
+    }
     assert len(set(fingerprints(variants).values())) == len(variants)
     assert fingerprints({"t": tensor.view(-1)[::2]}) == fingerprints({"t": tensor[::2].clone()})
     assert fingerprints({}) == {}
+
+
+@pytest.mark.parametrize("bit", [63, 62, 61, 52, 31, 0])
+def test_the_same_bit_flipped_in_two_words_changes_a_fingerprint(bit):
+    """What a faulty memory line does; weights alone would let two flips of a high bit cancel."""
+    words = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
+    found = fingerprints({"t": words})["t"]
+    mask = torch.tensor(1 << bit if bit < 63 else -(2**63))
+    for first in range(0, 63, 3):
+        for second in range(first + 1, 64, 5):
+            flipped = words.clone()
+            flipped[[first, second]] ^= mask
+            assert fingerprints({"t": flipped})["t"] != found, (first, second)
