@@ -116,14 +116,14 @@ def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> float:
 
     0 where both products are 0; infinite where only the first is.
     """
-    difference = _product_norm(torch.cat([A1.double(), A2.double()]), torch.cat([B1.double(), -B2.double()], dim=1))
-    size = _product_norm(A1.double(), B1.double())
+    difference = product_norm(torch.cat([A1.double(), A2.double()]), torch.cat([B1.double(), -B2.double()], dim=1))
+    size = product_norm(A1.double(), B1.double())
     if size == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / size
 
 
-def _product_norm(A: Tensor, B: Tensor) -> float:
+def product_norm(A: Tensor, B: Tensor) -> float:
     """‖B A‖_F of A (R, I), B (O, R)."""
     if A.shape[0] == 0:
         return 0.0
@@ -135,7 +135,7 @@ def _product_norm(A: Tensor, B: Tensor) -> float:
 def _product_energy(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) -> float:
     """‖s · B diag(g) A‖_F² in float64."""
     A_RI = A.detach().double() if gate is None else gate.detach().double()[:, None] * A.detach().double()
-    return (scaling * _product_norm(A_RI, B.detach().double())) ** 2
+    return (scaling * product_norm(A_RI, B.detach().double())) ** 2
 
 
 # ------------------------------------------------------------------------------------------------------------- cuts

@@ -6,11 +6,10 @@ The gate and the scale s are folded into the factors, so the right scale is 1 in
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sora_llm.card import Provenance, model_card, publish_export
 from sora_llm.consensus import empty_factors, product_distance
+from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.files import copy_folder, file_sha256, publish
-from sora_llm.hub import card_metadata
+from sora_llm.files import copy_folder, file_sha256
 from sora_llm.inject import adapters, bare, target_linears
-from sora_llm.lora_files import CERTIFICATE, CONFIG, WEIGHTS
+from sora_llm.lora_files import CONFIG, WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 
 LAYOUTS = ("padded", "ragged")
@@ -34,27 +34,6 @@ MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e
 MIN_EFFECT, MAX_GAIN_ERROR = 1e-3, 0.5
 
 PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A' (R', I), B' (O, R') of scale 1
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the model card says about where an adapter comes from."""
-
-    base_model: str = ""
-    data: Sequence[str] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    tokenizer_files: Sequence[Path] = ()
-    chat_template: str | None = None
-    load_options: str = ""
-    """How the base was loaded: the other arguments of from_pretrained, as Python text."""
-    story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
-    """How it was made: the beginning of a sentence."""
-    beside: str = "trained and evaluated"
-    """What was done beside the base as `load_options` load it."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    """What the certificate says beside the self-check, as JSON."""
-    details: str = ""
-    """A section of the model card, in Markdown."""
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -250,9 +229,9 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
     training, layers = model.training, adapters(model)
     model.eval()
     try:
-        trained = _logits(model, probe_ids)
+        trained = logits_of(model, probe_ids)
         with bare(model):
-            base = _logits(model, probe_ids)
+            base = logits_of(model, probe_ids)
             try:
                 peft_model = load_adapter(model, folder)
             except UserError as error:
@@ -260,12 +239,9 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
                     f"the exported adapter is not the trained one: {error}; nothing was exported"
                 ) from error
             try:
-                logits = _logits(peft_model, probe_ids)
-                effect = trained - base
-                off = float((logits - trained).norm() / torch.maximum(trained.norm(), effect.norm()))
-                gain = float((logits - base).flatten() @ effect.flatten() / effect.norm() ** 2)
-                seen = float(effect.norm() / trained.norm()) >= MIN_EFFECT
-                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain if seen else None))
+                logits = logits_of(peft_model, probe_ids)
+                off, gain = logit_errors(logits, trained, base)
+                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain))
             finally:
                 peft_model.unload()
     finally:
@@ -295,8 +271,26 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     return loaded
 
 
+def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, float | None]:
+    """`Errors.logits` and `Errors.gain` of logits that should be the trained ones."""
+    effect = trained - base
+    off = float((found - trained).norm() / torch.maximum(trained.norm(), effect.norm()))
+    gain = float((found - base).flatten() @ effect.flatten() / effect.norm() ** 2)
+    return off, gain if float(effect.norm() / trained.norm()) >= MIN_EFFECT else None
+
+
+def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str) -> list[str]:
+    """What is wrong with logits that are `off` where activations have this dtype; `who` shows the adapter's effect."""
+    limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
+    problems = [] if off <= limit else [f"logits are off by {off:.2e} (allowed {limit:g})"]
+    if gain is not None and not abs(gain - 1) <= MAX_GAIN_ERROR:
+        problems.append(f"{who} {gain:.2f} of the adapter's effect on the logits")
+    return problems
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) in float32 on the CPU."""
     device = next(model.parameters()).device
     return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
 
@@ -347,12 +341,8 @@ def certify_and_publish(
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
     problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
-    if not errors.logits <= limit:
-        problems.append(f"logits are off by {errors.logits:.2e} (allowed {limit:g})")
-    if errors.gain is not None and not abs(errors.gain - 1) <= MAX_GAIN_ERROR:
-        problems.append(f"PEFT's forward shows {errors.gain:.2f} of the adapter's effect on the logits")
+    problems += logit_problems(errors.logits, errors.gain, dtype, "PEFT's forward shows")
     if problems:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
@@ -366,80 +356,29 @@ def certify_and_publish(
         "sha256": file_sha256(temporary / WEIGHTS),
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
-    try:
-        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n")
-        (temporary / "README.md").write_text(model_card(layout, ranks, shapes, certificate, provenance))
-        publish(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
+    verdicts = of_folder(read_folder(temporary, list(ranks)), base=provenance.base_model or "BASE")
+    certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
+    card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
+    publish_export(temporary, folder, certificate, card)
     return certificate
 
 
-# ------------------------------------------------------------------------------------------------------ model card
-
-
-def _trained_beside(provenance: Provenance) -> str:
-    if not provenance.load_options:
-        return ""
-    return (
-        f"The adapter was {provenance.beside} beside the base loaded with (`import torch`, "
-        f"`from transformers import BitsAndBytesConfig`)\n\n    {provenance.load_options}\n"
-    )
-
-
-def _template_line(provenance: Provenance) -> str:
-    if provenance.chat_template is None:
-        return ""
-    return "Prompts were rendered with the template in chat_template.jinja; use the same (the tokenizer here does).\n"
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n{body}\n" if body else ""
-
-
-def model_card(
+def _card(
     layout: str,
     ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
     certificate: Mapping[str, Any],
+    verdicts: Mapping[str, Verdict],
     provenance: Provenance,
 ) -> str:
-    """README.md of an adapter: what it is, its ranks, how to load it."""
-    base = provenance.base_model or "the base model"
-    costs = {name: i + o for name, (i, o) in shapes.items()}
-    mean = sum(ranks[n] * c for n, c in costs.items()) / sum(costs.values())
-    parameters = sum(ranks[n] * c for n, c in costs.items())
-    served_rank = next((limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= max(ranks.values())), 512)
-    metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
-    data = "".join(f"* {path}\n" for path in provenance.data)
-    table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
-    return f"""---
-{card_metadata(provenance.base_model)}
----
-# LoRA adapter for {base}
-
-{provenance.story} and exported as a plain LoRA: layout `{layout}`, scale folded into the factors
-(`lora_alpha == r`). Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size),
-{parameters:,} parameters in them.
-
-{metrics}
-{_template_line(provenance)}
-Self-check: PEFT {certificate["peft_version"]} reloads it with the ΔW of every module (largest relative
-difference {max(m["delta_error"] for m in certificate["modules"].values()):.1e}) and logits (relative difference
-{certificate["logits_error"]:.1e}).
-
-## Load it
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
-```
-{_trained_beside(provenance)}
-vLLM: `vllm serve {base} --enable-lora --max-lora-rank {served_rank} --lora-modules adapter=path/to/this/folder`
-
-{_section("Data", data)}{provenance.details}## Ranks
-| module | rank |
-|---|---|
-{table}
-"""
+    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    return model_card(
+        f"layout `{layout}`, scale folded into the factors (`lora_alpha == r`)",
+        ranks,
+        shapes,
+        f"PEFT {certificate['peft_version']} reloads it with the ΔW of every module (largest relative difference "
+        f"{worst:.1e}) and logits (relative difference {certificate['logits_error']:.1e}).",
+        verdicts,
+        provenance,
+        in_python=verdicts[PEFT].works and verdicts[TRANSFORMERS].works,
+    )

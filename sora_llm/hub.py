@@ -61,15 +61,15 @@ def has_token() -> bool:
     return get_token() is not None
 
 
-def card_metadata(base_model: str) -> str:
-    """The YAML on top of a model card.  The hub refuses a base that is no repository, such as a local folder."""
+def card_metadata(base_model: str, library: str = "peft") -> str:
+    """The YAML on top of the model card of an adapter that `library` loads.  The hub refuses a base that is no repository, such as a local folder."""
     try:
         validate_repo_id(base_model)
         on_hub = not Path(base_model).expanduser().exists()
     except HFValidationError:
         on_hub = False
     data = ModelCardData(
-        library_name="peft",
+        library_name=library,
         base_model=base_model if on_hub else None,
         pipeline_tag="text-generation",
         tags=["lora", "sora"],

@@ -87,16 +87,16 @@ def read_lora(folder: Path) -> LoraFiles:
         raise UserError(f"{folder / WEIGHTS} holds no factors")
     factors, scaling = {}, {}
     for name, pair in pairs.items():
-        if not _is_target(name, config):
+        if not is_target(name, config):
             raise UserError(
                 f"{folder} holds factors of {name}, which its {CONFIG} leaves out, so that PEFT would ignore them; "
                 "mend that file"
             )
         A, B = _checked(pair, name, folder)
-        rank = _by_pattern(config["rank_pattern"], name, config["r"])
+        rank = by_pattern(config["rank_pattern"], name, config["r"])
         if A.shape[0] != rank:
             raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
-        alpha = _by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
+        alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         live = (A != 0).any(1) & (B != 0).any(0)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -169,7 +169,7 @@ def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tenso
     return A, B
 
 
-def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise: float) -> float:
+def by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise: float) -> float:
     """PEFT's rule: the value of the first pattern that the end of the module's name matches."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern.pattern})$", name):
@@ -177,7 +177,7 @@ def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise:
     return otherwise
 
 
-def _is_target(name: str, config: Mapping[str, Any]) -> bool:
+def is_target(name: str, config: Mapping[str, Any]) -> bool:
     """Whether PEFT puts an adapter on the module `name`."""
 
     def matches(targets: Any) -> bool:

@@ -194,7 +194,9 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     certificate = export_adapter(model, tmp_path / "adapter", layout)
     assert json.loads((tmp_path / "adapter" / "certificate.json").read_text()) == certificate
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert certificate.keys() == {"passed", "layout", "modules", "logits_error", "peft_version", "sha256"}
+    assert certificate.keys() == {
+        *("passed", "layout", "modules", "logits_error", "peft_version", "sha256", "consumers")
+    }
     assert certificate["passed"] is True and certificate["layout"] == layout
     assert certificate["sha256"] == hashlib.sha256(weights).hexdigest()
     assert certificate["peft_version"] == peft.__version__
@@ -263,12 +265,12 @@ def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_
 def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, tmp_path, monkeypatch):
     """The model that PEFT sees may differ elsewhere, where no ΔW shows it."""
     model = trained_model("float32", stories)
-    real = export._logits
+    real = export.logits_of
 
     def skewed(of_model, ids):
         return real(of_model, ids) * (1.01 if type(of_model).__name__.startswith("Peft") else 1.0)
 
-    monkeypatch.setattr(export, "_logits", skewed)
+    monkeypatch.setattr(export, "logits_of", skewed)
     with pytest.raises(RunFailed, match="logits are off by"):
         export_adapter(model, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,144 @@
+"""What lies beside everything that is exported: its model card and its certificate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sora_llm.consumers import Verdict
+from sora_llm.errors import RunFailed
+from sora_llm.files import publish
+from sora_llm.hub import card_metadata
+from sora_llm.lora_files import CERTIFICATE
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the model card says about where an adapter comes from."""
+
+    base_model: str = ""
+    data: Sequence[str] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tokenizer_files: Sequence[Path] = ()
+    chat_template: str | None = None
+    load_options: str = ""
+    """How the base was loaded: the other arguments of from_pretrained, as Python text."""
+    story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+    """How it was made: the beginning of a sentence."""
+    beside: str = "trained and evaluated"
+    """What was done beside the base as `load_options` load it."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What the certificate says beside the self-check, as JSON."""
+    details: str = ""
+    """A section of the model card, in Markdown."""
+
+
+def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> None:
+    """Put certificate and model card beside what lies in `temporary`, and all of it in its place.
+
+    Raises:
+        RunFailed: the disk is full or read-only; nothing is left.
+    """
+    try:
+        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n")
+        (temporary / CARD).write_text(card)
+        publish(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
+
+
+def model_card(
+    form: str,
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    checked: str,
+    verdicts: Mapping[str, Verdict],
+    provenance: Provenance,
+    *,
+    in_python: bool = False,
+) -> str:
+    """README.md of an adapter or a merged model: what it is, its ranks, where it works and how it is loaded there.
+
+    `form` is what it was exported as, `checked` what its self-check saw; `verdicts` by engine ({} for a whole model);
+    `in_python` shows how PEFT loads it.
+    """
+    base = provenance.base_model or "the base model"
+    costs = {name: i + o for name, (i, o) in shapes.items()}
+    mean = sum(ranks[n] * c for n, c in costs.items()) / sum(costs.values())
+    parameters = sum(ranks[n] * c for n, c in costs.items())
+    metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
+    data = "".join(f"* {path}\n" for path in provenance.data)
+    table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
+    library = "peft" if in_python else "gguf" if verdicts else "transformers"
+    return f"""---
+{card_metadata(provenance.base_model, library)}
+---
+# {"LoRA adapter for" if verdicts else "LoRA merged into"} {base}
+
+{provenance.story} and exported as {"a plain LoRA" if verdicts else "a whole model"}: {form}.
+Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size), {parameters:,} parameters in them.
+
+{metrics}
+{_template_line(provenance)}
+Self-check: {checked}
+
+{_python(base, provenance) if in_python else ""}{_where_it_works(verdicts)}{_section("Data", data)}{provenance.details}
+## Ranks
+| module | rank |
+|---|---|
+{table}
+"""
+
+
+def _python(base: str, provenance: Provenance) -> str:
+    beside = ""
+    if provenance.load_options:
+        beside = (
+            f"The adapter was {provenance.beside} beside the base loaded with (`import torch`, "
+            f"`from transformers import BitsAndBytesConfig`)\n\n    {provenance.load_options}\n\n"
+        )
+    return f"""## Load it
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+{beside}"""
+
+
+def _where_it_works(verdicts: Mapping[str, Verdict]) -> str:
+    """A table of engines, by their rules of scale and shape, and a block with how to serve it in each."""
+    if not verdicts:
+        return ""
+    rows = "".join(f"| {engine} | {verdict.reason or 'yes'} |\n" for engine, verdict in verdicts.items())
+    lines = dict.fromkeys(
+        f"# {engine}\n{verdict.serve}\n" for engine, verdict in verdicts.items() if verdict.works and verdict.serve
+    )
+    return f"""## Where it works
+By the rules that each engine has for scale and shapes, computed from these files, not by running it.
+
+| engine | applies it exactly |
+|---|---|
+{rows}
+```
+{"".join(lines)}```
+
+"""
+
+
+def _template_line(provenance: Provenance) -> str:
+    if provenance.chat_template is None:
+        return ""
+    return "Prompts were rendered with the template in chat_template.jinja; use the same (the tokenizer here does).\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n{body}\n" if body else ""

@@ -1,0 +1,266 @@
+"""Which engines apply an adapter as it is: the scale that each would use and the shapes that it insists on, computed
+from the files alone by the rules that the engines' sources have.
+
+    vLLM ≤ 0.31, SGLang, TGI, LoRAX   one scale for all modules, lora_alpha / r
+    PEFT, transformers, vLLM ≥ 0.32   alpha_pattern / rank_pattern where they name the module
+    llama.cpp, Ollama                 alpha / (rank of the tensor), 1 where alpha is 0
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sora_llm.errors import UserError
+from sora_llm.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
+from sora_llm.lora_files import CONFIG, WEIGHTS, by_pattern, is_target
+
+PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "vLLM ≤ 0.31"
+SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"
+CONSUMERS = (PEFT, TRANSFORMERS, VLLM, OLD_VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank takes."""
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
+_MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an engine applies an adapter exactly: the first rule that it breaks, "" if none, and how to serve it."""
+
+    reason: str
+    serve: str = ""
+
+    @property
+    def works(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """A PEFT folder as engines see it: its config, {module: (rows of A, columns of B)}, and the modules that it was
+    made for."""
+
+    config: dict[str, Any]
+    ranks: dict[str, tuple[int, int]]
+    targets: frozenset[str]
+
+    @property
+    def r(self) -> int:
+        return int(self.config["r"])
+
+    @property
+    def alpha(self) -> float:
+        return float(self.config["lora_alpha"])
+
+    @property
+    def odd_rank(self) -> str | None:
+        """A module of another rank than r, None if there is none."""
+        return next((name for name, found in self.ranks.items() if found != (self.r, self.r)), None)
+
+    @property
+    def missing(self) -> str | None:
+        """A target without tensors, None if there is none."""
+        return next(iter(sorted(self.targets - self.ranks.keys())), None)
+
+
+def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
+    """Config and shapes of the LoRA in `folder`; `targets` are modules beside those that have tensors.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        if int(config["r"]) < 1 or not math.isfinite(float(config["lora_alpha"])):
+            raise ValueError(f"r is {config['r']} and lora_alpha {config['lora_alpha']}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the adapter {folder} cannot be read: {error}") from None
+    ranks: dict[str, tuple[int, int]] = {}
+    for key, shape in shapes.items():
+        found = _TENSOR.fullmatch(key)
+        if found is None:
+            raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
+        A, B = ranks.get(found["module"], (0, 0))
+        ranks[found["module"]] = (shape[0], B) if found["kind"] == "A" else (A, shape[1])
+    return LoraFolder(config, ranks, frozenset(targets) | ranks.keys())
+
+
+# -------------------------------------------------------------------------------------------------------- a folder
+
+
+def of_folder(
+    lora: LoraFolder,
+    scales: float | Mapping[str, float] = 1.0,
+    base: str = "BASE",
+    place: str = "path/to/this/folder",
+) -> dict[str, Verdict]:
+    """{engine: verdict} of a PEFT folder whose right scale is `scales` (1 in what is exported here); `base` and `place`
+    are what serve lines name."""
+    wanted = {name: scales[name] if isinstance(scales, Mapping) else scales for name in lora.ranks}
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= lora.r), None)
+    vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={place}"
+    by_engine = {
+        PEFT: (_peft(lora, wanted), f'PeftModel.from_pretrained(base, "{place}")'),
+        TRANSFORMERS: (_peft(lora, wanted), f'base.load_adapter("{place}")'),
+        VLLM: (_vllm(lora, wanted, reads_patterns=True), vllm),
+        OLD_VLLM: (_vllm(lora, wanted, reads_patterns=False), vllm),
+        SGLANG: (
+            _sglang(lora, wanted),
+            f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={place}",
+        ),
+        TGI: (_by_kind(lora, wanted), f"text-generation-launcher --model-id {base} --lora-adapters adapter={place}"),
+        LORAX: (
+            _by_kind(lora, wanted),
+            f"lorax-launcher --model-id {base} --adapter-id {place} --adapter-source local",
+        ),
+        LLAMA_CPP: (_converted(lora, wanted), f"python convert_lora_to_gguf.py --base {base} {place}"),
+        OLLAMA: (iter(["it takes GGUF files with llama.cpp's order of rows: export with --layout gguf"]), ""),
+        MLX: (iter(["it reads a file format of its own, adapters.safetensors with lora_parameters"]), ""),
+    }
+    return {engine: _verdict(problems, serve) for engine, (problems, serve) in by_engine.items()}
+
+
+def _verdict(problems: Iterator[str], serve: str) -> Verdict:
+    reason = next(problems, "")
+    return Verdict(reason, "" if reason else serve)
+
+
+def _peft(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
+    """Patterns decide scale and rank; a tensor whose module is not named is dropped without a word."""
+    yield from _plain(lora)
+    for name in lora.ranks:
+        if not is_target(name, lora.config):
+            yield f"target_modules leaves {name} out: its tensors would be dropped silently"
+    yield from _ranks_by_pattern(lora)
+    yield from _wrong_scale({name: _scale_by_pattern(lora, name) for name in lora.ranks}, wanted)
+
+
+def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool) -> Iterator[str]:
+    yield from _plain(lora)
+    if lora.r > VLLM_RANKS[-1]:
+        yield f"r is {lora.r}, above its largest --max-lora-rank, {VLLM_RANKS[-1]}"
+    for name, found in lora.ranks.items():
+        if max(found) > lora.r:
+            yield f"{name} has rank {max(found)}, more than r {lora.r}, for which it makes room"
+    own = {name: _scale_by_pattern(lora, name) if reads_patterns else _global_scale(lora) for name in lora.ranks}
+    yield from _wrong_scale(own, wanted)
+
+
+def _sglang(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
+    """One rank and one scale; projections that it stacks (q, k, v; gate, up) must all be there.  It knows no rsLoRA."""
+    yield from _plain(lora)
+    if lora.odd_rank is not None:
+        yield f"{lora.odd_rank} has rank {lora.ranks[lora.odd_rank][0]} and r is {lora.r}: it takes one rank"
+    if lora.missing is not None:
+        yield f"{lora.missing} has no tensors: it stacks projections and wants every target in every layer"
+    yield from _wrong_scale(dict.fromkeys(lora.ranks, lora.alpha / lora.r), wanted)
+
+
+def _by_kind(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
+    """TGI and LoRAX stack a projection over all layers: of one rank, and dropped altogether where a layer lacks it."""
+    yield from _plain(lora)
+    if lora.missing is not None:
+        yield f"{lora.missing} has no tensors: it would drop that projection in every layer"
+    kinds: dict[str, tuple[int, int]] = {}
+    for name, found in lora.ranks.items():
+        if kinds.setdefault(name.rpartition(".")[2], found) != found:
+            yield f"{name} has another rank than in other layers: it stacks layers"
+    yield from _wrong_scale(dict.fromkeys(lora.ranks, _global_scale(lora)), wanted)
+
+
+def _converted(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
+    """convert_lora_to_gguf.py writes lora_alpha alone; llama.cpp divides it by the rank of each tensor."""
+    yield from _plain(lora)
+    own = {name: lora.alpha / found[1] if lora.alpha else 1.0 for name, found in lora.ranks.items()}
+    yield from _wrong_scale(own, wanted, "; export with --layout gguf")
+
+
+def _plain(lora: LoraFolder) -> Iterator[str]:
+    for option in _MORE_THAN_LORA:
+        if lora.config.get(option):
+            yield f"{option} is set, which is more than a plain LoRA"
+    if lora.config.get("bias", "none") != "none":
+        yield "it has biases of its own"
+    for name, (rank_A, rank_B) in lora.ranks.items():
+        if rank_A != rank_B or not rank_A:
+            yield f"the factors of {name} have {rank_A} and {rank_B} slots"
+
+
+def _ranks_by_pattern(lora: LoraFolder) -> Iterator[str]:
+    for name, (rank, _) in lora.ranks.items():
+        said = by_pattern(_patterns(lora.config, "rank_pattern"), name, lora.r)
+        if said != rank:
+            yield f"{name} has rank {rank} where the config says {said:g}: it would not be loaded"
+
+
+def _scale_by_pattern(lora: LoraFolder, name: str) -> float:
+    alpha = by_pattern(_patterns(lora.config, "alpha_pattern"), name, lora.alpha)
+    rank = by_pattern(_patterns(lora.config, "rank_pattern"), name, lora.r)
+    return alpha / (math.sqrt(rank) if lora.config.get("use_rslora") else rank)
+
+
+def _global_scale(lora: LoraFolder) -> float:
+    return lora.alpha / (math.sqrt(lora.r) if lora.config.get("use_rslora") else lora.r)
+
+
+def _patterns(config: Mapping[str, Any], option: str) -> dict[re.Pattern[str], float]:
+    return {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
+
+
+def _wrong_scale(own: Mapping[str, float], wanted: Mapping[str, float], instead: str = "") -> Iterator[str]:
+    for name, scale in own.items():
+        if scale != wanted[name]:
+            yield f"it would scale {name} by {scale:.4g} instead of {wanted[name]:.4g}{instead}"
+
+
+# ---------------------------------------------------------------------------------------------------------- a GGUF
+
+
+def of_gguf(
+    file: GgufFile,
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, int]],
+    place: str = "adapter.gguf",
+) -> dict[str, Verdict]:
+    """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
+    what is built on it read such files."""
+    verdict = _verdict(_llama_cpp(file, architecture, shapes), "")
+    if not verdict.works:
+        return {LLAMA_CPP: verdict, OLLAMA: verdict}
+    return {
+        LLAMA_CPP: Verdict("", f"llama-server -m base.gguf --lora {place}"),
+        OLLAMA: Verdict("", f"FROM ./base.gguf\nADAPTER ./{place}"),
+    }
+
+
+def _llama_cpp(file: GgufFile, architecture: Architecture, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """What its loader insists on: kind of file, architecture of the base, whole pairs, shapes of the base."""
+    for key, wanted in (("general.type", "adapter"), (TYPE_KEY, "lora"), ("general.architecture", architecture.name)):
+        if file.keys.get(key) != wanted:
+            yield f"{key} is {file.keys.get(key)!r} and must be {wanted!r}"
+    modules = {name: module for module, name in architecture.tensor_names(list(shapes)).items()}
+    alpha = file.keys.get(ALPHA_KEY, 0.0)
+    for tensor in file.tensors:
+        name, _, kind = tensor.rpartition(".")
+        if kind not in KINDS or name not in modules:
+            yield f"the base has no tensor for {tensor}"
+            continue
+        pair = [file.tensors.get(f"{name}.{wanted}") for wanted in KINDS]
+        A, B = pair
+        if A is None or B is None:
+            yield f"{name} has only its {kind}"
+            continue
+        if (A.shape[1], B.shape[0]) != shapes[modules[name]] or A.shape[0] != B.shape[1]:
+            yield f"{name} is {tuple(B.shape)} × {tuple(A.shape)}, which does not fit the base"
+        if alpha and alpha != B.shape[1]:
+            yield f"it would scale {name} by {alpha / B.shape[1]:.4g} instead of 1"

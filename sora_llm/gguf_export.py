@@ -1,0 +1,92 @@
+"""llama.cpp's adapter file, verified: written, read back by gguf's own reader, compared with the factors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.consumers import LLAMA_CPP, of_gguf
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.files import file_sha256
+from sora_llm.gguf_lora import PlainFactors, architecture_of, compare, factors_in, read_gguf, write_gguf
+
+FILE = "adapter.gguf"
+
+
+def export_gguf(
+    factors: PlainFactors, config: Any, folder: Path, *, outtype: str = "f32", provenance: Provenance
+) -> dict[str, Any]:
+    """Write plain factors of scale 1 as `folder`/adapter.gguf; the base's weights are not needed.
+
+    `config` is the base's transformers config.  Pruned modules are left out; the others keep their own ranks.  The
+    folder appears complete or not at all; an older one of the same name is replaced.
+
+    Returns: the certificate.
+    Raises:
+        UserError: an architecture or a module that is not known in llama.cpp, or an adapter without a rank.
+        RunFailed: what was read back is not what was written, or the disk is full; nothing is left.
+    """
+    architecture = architecture_of(config)
+    if not any(A.shape[0] for A, _ in factors.values()):
+        raise UserError("every rank of the adapter was pruned, so there is nothing for llama.cpp to apply")
+    shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in factors.items()}
+    architecture.tensor_names(list(shapes))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            write_gguf(temporary / FILE, factors, architecture, outtype, f"LoRA for {provenance.base_model}")
+        except OSError as error:
+            raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
+        file = read_gguf(temporary / FILE)
+        errors, problems = compare(factors, factors_in(file, architecture, list(factors)), outtype)
+        verdicts = of_gguf(file, architecture, shapes)
+        if not verdicts[LLAMA_CPP].works:
+            problems.append(f"llama.cpp would not apply it: {verdicts[LLAMA_CPP].reason}")
+        if problems:
+            lossless = "" if outtype == "f32" else "; f32 loses nothing"
+            raise RunFailed(
+                f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was "
+                f"exported{lossless}"
+            )
+        ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+        certificate = {
+            **provenance.notes,
+            "passed": True,
+            "layout": "gguf",
+            "outtype": outtype,
+            "architecture": architecture.name,
+            "modules": {name: {"rank": ranks[name], "delta_error": errors[name]} for name in ranks},
+            "gguf_version": version("gguf"),
+            "sha256": file_sha256(temporary / FILE),
+            "consumers": {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()},
+        }
+        publish_export(temporary, folder, certificate, _card(ranks, shapes, certificate, verdicts, provenance))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return certificate
+
+
+def _card(
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    certificate: Mapping[str, Any],
+    verdicts: Mapping[str, Any],
+    provenance: Provenance,
+) -> str:
+    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    return model_card(
+        f"`{FILE}` for llama.cpp (architecture {certificate['architecture']}, {certificate['outtype']}, a rank per "
+        "module, scale folded into the factors)",
+        ranks,
+        shapes,
+        f"read back by gguf {certificate['gguf_version']}, every module has its ΔW (largest relative difference "
+        f"{worst:.1e}).",
+        verdicts,
+        provenance,
+    )
