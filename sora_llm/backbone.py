@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -320,8 +323,13 @@ def tokenizer_files_in(folder: Path) -> list[Path]:
 
 def tokenizer_files(spec: BackboneSpec) -> list[Path]:
     """The files of the base's tokenizer, as they are (`save_pretrained` would not write tokenizer.model)."""
+    return base_files(spec, TOKENIZER_FILES)
+
+
+def base_files(spec: BackboneSpec, names: Sequence[str]) -> list[Path]:
+    """Those files of the base that exist: in its folder, or in the hub's cache."""
     if spec.folder.is_dir():
-        return tokenizer_files_in(spec.folder)
+        return [spec.folder / name for name in names if (spec.folder / name).is_file()]
     from transformers.utils import cached_file
 
     found = (
@@ -332,6 +340,56 @@ def tokenizer_files(spec: BackboneSpec) -> list[Path]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        for name in TOKENIZER_FILES
+        for name in names
     )
     return [Path(path) for path in found if path is not None]
+
+
+def weight_files(spec: BackboneSpec) -> list[Path]:
+    """The base's weights in safetensors, one file or its shards.
+
+    Raises:
+        UserError: there are none, or not all of them.
+    """
+    index = base_files(spec, [INDEX])
+    if not index:
+        single = base_files(spec, [SINGLE])
+        if not single:
+            raise UserError(
+                f"{spec.name_or_path} has no weights in safetensors ({SINGLE}); pickles (*.bin) are not read: load and "
+                "save it with transformers, and name that folder"
+            )
+        return single
+    try:
+        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index[0]} is damaged: {error}") from None
+    shards = base_files(spec, names)
+    if len(shards) < len(names):
+        missing = next(name for name in names if name not in [path.name for path in shards])
+        raise UserError(f"{spec.name_or_path} lacks {missing}, which its {INDEX} names")
+    return shards
+
+
+def dequantised(weight: Tensor, spec: BackboneSpec, device: torch.device | str) -> Tensor:
+    """What a 4-bit layer of `spec` makes of a weight (O, I) of the base's files: the numbers that it multiplies with,
+    bit for bit, on the CPU in spec.dtype."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(
+        weight.to(device, DTYPES[spec.dtype]),
+        compress_statistics=spec.double_quant,
+        quant_type=spec.quant_type,
+        quant_storage=DTYPES[spec.quant_storage],
+    )
+    return functional.dequantize_4bit(codes, state).cpu()
+
+
+def dequantised_weight(layer: nn.Linear) -> Tensor | None:
+    """The numbers that a loaded 4-bit layer multiplies with; None for another layer."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return None
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(layer.weight.data, state).cpu()

@@ -1,0 +1,235 @@
+"""The whole model with the adapter inside, W' = W + ΔW: written shard by shard, checked from disk.
+
+The sum is made in float32 and rounded once to the model's dtype.  W is what the base's files hold, or what 4-bit layers
+make of it (`dequantise`): those are the numbers that the adapter was trained beside, in every quantised layer and not
+only where there is an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sora_llm.backbone import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    BackboneSpec,
+    base_files,
+    dequantised,
+    weight_files,
+)
+from sora_llm.card import Provenance
+from sora_llm.errors import UserError
+from sora_llm.inject import target_linears
+
+MAX_SHARD_BYTES = 4 * 2**30
+PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R) of scale 1
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a tensor of the base becomes one of the merged model.
+
+    `files` says where every tensor lies; `quantised` are the linear layers that are 4-bit ones in `spec`, and their
+    weights go through that where `dequantise`.
+    """
+
+    factors: PlainFactors
+    spec: BackboneSpec
+    files: Mapping[str, Path]
+    quantised: frozenset[str]
+    dequantise: bool
+    device: torch.device | str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.dtype]
+
+    def base(self, key: str) -> Tensor:
+        """A tensor of the base, before anything is added."""
+        with safe_open(self.files[key], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        if self.dequantise and key.endswith(".weight") and key.removesuffix(".weight") in self.quantised:
+            return dequantised(tensor, self.spec, self.device)
+        return tensor
+
+    def merged(self, key: str) -> Tensor:
+        """The tensor of the merged model."""
+        tensor = self.base(key)
+        if not tensor.is_floating_point():
+            return tensor
+        delta = self._factors_of(key)
+        if delta is not None:
+            A, B = delta
+            tensor = torch.addmm(tensor.float(), B.float(), A.float())
+        return tensor.to(self.dtype)
+
+    def difference(self, key: str, found: Tensor) -> tuple[float, float | None]:
+        """How far `found` is from base + ΔW in float64, in units of what rounding allows (1 or less is right), and the
+        share of ΔW that rounding took, ‖found − base − ΔW‖ / ‖ΔW‖ (None where there is no ΔW).
+
+        Rounding once moves a number x by u |x| at most; the float32 sum before it, of R + 1 terms, by (R + 2) 2⁻²⁴
+        times the sum of their sizes.
+        """
+        base = self.base(key)
+        if found.shape != base.shape or (base.is_floating_point() and found.dtype != self.dtype):
+            return math.inf, None
+        if not base.is_floating_point():
+            return (0.0 if torch.equal(found, base) else math.inf), None
+        expected, terms, delta = base.double(), base.double().abs(), None
+        factors = self._factors_of(key)
+        if factors is not None:
+            A, B = (factor.double() for factor in factors)
+            delta, terms = B @ A, terms + B.abs() @ A.abs()
+            expected = expected + delta
+        rank = 0 if factors is None else factors[0].shape[0]
+        info = torch.finfo(self.dtype)
+        allowed = info.eps / 2 * expected.abs() + (rank + 2) * 2.0**-24 * terms + info.smallest_normal * info.eps
+        off = found.double() - expected
+        worst = float((off.abs() / allowed).max()) if off.numel() else 0.0
+        lost = None if delta is None else float(off.norm() / delta.norm()) if delta.any() else 0.0
+        return (math.inf if math.isnan(worst) else worst), lost
+
+    def _factors_of(self, key: str) -> tuple[Tensor, Tensor] | None:
+        found = self.factors.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        return found if found is not None and found[0].shape[0] else None
+
+
+def plan_merge(
+    factors: PlainFactors, spec: BackboneSpec, bare_model: nn.Module, *, dequantise: bool, device: torch.device | str
+) -> Merge:
+    """Look at the headers of the base's files, before anything is loaded.
+
+    Raises:
+        UserError: weights that are no safetensors, are damaged, or lack a layer's weight by its name or shape.
+    """
+    files: dict[str, Path] = {}
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files(spec):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    files[key], shapes[key] = path, file.get_slice(key).get_shape()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the weights {path} are damaged: {error}") from None
+    quantised = target_linears(bare_model)
+    for name, linear in quantised.items():
+        shape = [linear.out_features, linear.in_features]
+        if shapes.get(f"{name}.weight") != shape:
+            raise UserError(
+                f"the files of {spec.name_or_path} hold no {name}.weight of shape {shape}: their tensors are not named "
+                "as its layers are; load and save it with transformers, and name that folder"
+            )
+    return Merge(factors, spec, files, frozenset(quantised), dequantise, device)
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def merged_size(merge: Merge, key: str) -> int:
+    """Bytes of a tensor of the merged model."""
+    with safe_open(merge.files[key], framework="pt") as file:
+        part = file.get_slice(key)
+        is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
+        item = merge.dtype.itemsize if is_float else _ITEM_BYTES.get(part.get_dtype(), 8)
+        return math.prod(part.get_shape()) * item
+
+
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
+
+
+def planned_shards(merge: Merge) -> list[list[str]]:
+    """The tensors of each file to write, in the order of the base's files."""
+    shards: list[list[str]] = [[]]
+    room = MAX_SHARD_BYTES
+    for key in merge.files:
+        size = merged_size(merge, key)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = MAX_SHARD_BYTES
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def refuse_small_disk(folder: Path, size: int) -> None:
+    existing = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise UserError(
+            f"the merged model takes {size / 2**30:.1f} GiB, and {existing} has {free / 2**30:.1f} GiB free"
+        )
+
+
+def write_shards(merge: Merge, shards: Sequence[Sequence[str]], folder: Path) -> list[str]:
+    """The names of the files, one for each shard."""
+    count = len(shards)
+    names = [SINGLE if count == 1 else f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
+    where: dict[str, str] = {}
+    size = 0
+    for name, keys in zip(names, shards, strict=True):
+        tensors = {key: merge.merged(key).contiguous() for key in keys}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(keys, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if count > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    return names
+
+
+def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance: Provenance) -> None:
+    """Config, generation config, tokenizer, chat template and the base's own code, if it has any."""
+    source = base_files(spec, ["config.json"])[0]
+    content = json.loads(source.read_text())
+    content.pop("quantization_config", None)
+    content["torch_dtype" if "torch_dtype" in content else "dtype"] = spec.dtype
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    code = [path.name for path in source.parent.glob("*.py")] if getattr(config, "auto_map", None) else []
+    for path in [*base_files(spec, ["generation_config.json", *code]), *provenance.tokenizer_files]:
+        shutil.copyfile(path, folder / path.name)
+    if provenance.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(provenance.chat_template)
+
+
+# -------------------------------------------------------------------------------------------------------- checking
+
+
+def check_shards(
+    merge: Merge, shards: Sequence[Sequence[str]], names: Sequence[str], folder: Path
+) -> tuple[dict[str, float], list[str]]:
+    """{module: share of ΔW that rounding took}, and a sentence about each tensor that is more than rounding off."""
+    lost, problems = dict.fromkeys(merge.factors, 0.0), []
+    for keys, tensors in zip(shards, _read(folder, names), strict=True):
+        if sorted(keys) != sorted(tensors):
+            problems.append("a shard holds other tensors than were written")
+        for key in keys:
+            found = tensors[key]() if key in tensors else torch.empty(0)
+            off, share = merge.difference(key, found)
+            if not off <= 1:
+                problems.append(f"{key} is off by {off:.2g} times what rounding to {merge.spec.dtype} allows")
+            if share is not None:
+                lost[key.removesuffix(".weight")] = share
+    return lost, problems
+
+
+def _read(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """{tensor: how to read it} of one file after the other."""
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            yield {key: _reader(file, key) for key in file.keys()}  # noqa: SIM118
+
+
+def _reader(file: Any, key: str) -> Callable[[], Tensor]:
+    return lambda: file.get_tensor(key)

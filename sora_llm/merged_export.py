@@ -1,0 +1,191 @@
+"""The merged model, verified: from disk it has the weights base + ΔW, and the logits of base with adapter."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sora_llm.backbone import DTYPES, BackboneSpec, dequantised_weight, load_backbone
+from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.errors import RunFailed
+from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
+from sora_llm.files import file_sha256
+from sora_llm.inject import bare, cut_adapters, inject_sora
+from sora_llm.merged import (
+    Merge,
+    check_shards,
+    merged_size,
+    planned_shards,
+    refuse_small_disk,
+    write_shards,
+    write_small_files,
+)
+
+
+def export_merged(
+    merge: Merge,
+    config: Any,
+    folder: Path,
+    *,
+    provenance: Provenance,
+    dev_loss_of: Callable[[nn.Module], float] | None = None,
+) -> dict[str, Any]:
+    """Write the merged model to `folder`, verified from disk; returns the certificate.
+
+    `config` is the base's transformers config.  Memory: the base with the adapter, as it was trained; then a shard of
+    MAX_SHARD_BYTES and a few copies of one weight; then the merged model.  With `dev_loss_of` the dev loss of base with
+    adapter, of the merged model, and of one merged from the other form of a quantised base are measured.
+
+    Raises:
+        UserError: no room on the disk.
+        RunFailed: the merged weights or logits are not base + ΔW, or the disk is full; nothing is left.
+    """
+    shards = planned_shards(merge)
+    refuse_small_disk(folder, sum(merged_size(merge, key) for keys in shards for key in keys))
+    expected, losses = _beside_the_base(merge, dev_loss_of)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            names = write_shards(merge, shards, temporary)
+            write_small_files(merge.spec, config, temporary, provenance)
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"the merged model could not be written to {folder.parent}: {error}") from error
+        lost, problems = check_shards(merge, shards, names, temporary)
+        off, gain = math.nan, None
+        if not problems:
+            off, gain, found = _reload(merge, temporary, expected, dev_loss_of)
+            losses |= found
+            problems = logit_problems(off, gain, _coarsest(merge), "the merged model shows")
+        if problems:
+            raise RunFailed(
+                f"the merged model is not base + adapter: {'; '.join(problems[:3])}; nothing was exported (an adapter "
+                f"that is small beside rounding to {merge.spec.dtype} is better served as an adapter)"
+            )
+        ranks = {name: A.shape[0] for name, (A, _) in merge.factors.items()}
+        certificate = {
+            **provenance.notes,
+            "passed": True,
+            "layout": "merged",
+            "base": "dequantized" if merge.dequantise else "original",
+            "dtype": merge.spec.dtype,
+            "modules": {name: {"rank": ranks[name], "delta_error": lost[name]} for name in ranks},
+            "logits_error": off,
+            "dev_loss": losses,
+            "sha256": {name: file_sha256(temporary / name) for name in names},
+        }
+        publish_export(temporary, folder, certificate, _card(merge, ranks, certificate, provenance))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return certificate
+
+
+# ---------------------------------------------------------------------------------------------------------- logits
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Of the base and of base + adapter, on the same tokens."""
+
+    ids: Tensor
+    base: Tensor
+    adapted: Tensor
+
+
+def _beside_the_base(
+    merge: Merge, dev_loss_of: Callable[[nn.Module], float] | None
+) -> tuple[_Logits, dict[str, float]]:
+    """What base + adapter does, on the base that is merged."""
+    spec = merge.spec if merge.dequantise else _unquantised(merge.spec)
+    model = load_backbone(spec, merge.device)
+    if merge.dequantise:
+        _prove_dequantised(merge, model)
+    inject_sora(model, r=1, lora_alpha=1, target_modules=list(merge.factors))  # of scale 1, as the factors are
+    cut_adapters(model, dict(merge.factors))
+    model.eval()
+    ids = default_probe(model)
+    with bare(model):
+        base = logits_of(model, ids)
+    logits = _Logits(ids, base, logits_of(model, ids))
+    losses = {} if dev_loss_of is None else {"base + adapter": dev_loss_of(model)}
+    del model
+    _free()
+    return logits, losses
+
+
+def _prove_dequantised(merge: Merge, model: nn.Module) -> None:
+    """RunFailed unless the 4-bit layers of a loaded base are those that are dequantised, with the same numbers in the
+    first of them."""
+    held = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantised = [name for name, module in held.items() if getattr(module.weight, "quant_state", None) is not None]
+    if frozenset(quantised) != merge.quantised:
+        odd = sorted(merge.quantised.symmetric_difference(quantised))
+        raise RunFailed(f"{odd[0]} is not quantised as it was expected ({len(odd)} layers differ); use --base original")
+    held_weight = dequantised_weight(held[quantised[0]])
+    assert held_weight is not None
+    if not torch.equal(held_weight, merge.base(f"{quantised[0]}.weight")):
+        raise RunFailed(f"{quantised[0]} is quantised to other numbers than those of its file; use --base original")
+
+
+def _reload(
+    merge: Merge, folder: Path, expected: _Logits, dev_loss_of: Callable[[nn.Module], float] | None
+) -> tuple[float, float | None, dict[str, float]]:
+    """Error and gain of the logits of the model in `folder`, and its dev loss, beside that of the other form."""
+    model = load_backbone(replace(_unquantised(merge.spec), name_or_path=str(folder), revision=None), merge.device)
+    off, gain = logit_errors(logits_of(model, expected.ids), expected.adapted, expected.base)
+    losses = {}
+    if dev_loss_of is not None:
+        forms = {True: "merged, dequantized", False: "merged, original"}
+        losses[forms[merge.dequantise]] = dev_loss_of(model)
+        if merge.spec.load_in_4bit:
+            other = replace(merge, dequantise=not merge.dequantise)
+            with torch.no_grad():
+                for name in merge.quantised:
+                    layer = model.get_submodule(name)
+                    layer.weight.copy_(other.merged(f"{name}.weight"))  # type: ignore[operator]
+            losses[forms[not merge.dequantise]] = dev_loss_of(model)
+    del model
+    _free()
+    return off, gain, losses
+
+
+def _unquantised(spec: BackboneSpec) -> BackboneSpec:
+    return replace(spec, load_in_4bit=False, load_in_8bit=False)
+
+
+def _coarsest(merge: Merge) -> torch.dtype:
+    """Of what is computed in: the model's dtype, and that of 4-bit layers."""
+    dtypes = [merge.dtype] + ([DTYPES[merge.spec.compute_dtype]] if merge.dequantise else [])
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any], provenance: Provenance) -> str:
+    shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merge.factors.items()}
+    base = "the base as 4-bit layers hold it" if merge.dequantise else "the base as its files hold it"
+    losses = {f"dev loss, {name}": loss for name, loss in certificate["dev_loss"].items()}
+    lost = max(module["delta_error"] for module in certificate["modules"].values())
+    return model_card(
+        f"{base} plus ΔW, summed in float32 and rounded once to {merge.spec.dtype}",
+        ranks,
+        shapes,
+        f"every weight is base + ΔW to that rounding (which is {lost:.1e} of ΔW where it is most), and logits are "
+        f"those of base with adapter (relative difference {certificate['logits_error']:.1e}).",
+        {},
+        replace(provenance, metrics={**provenance.metrics, **losses}),
+    )
