@@ -62,7 +62,8 @@ def has_token() -> bool:
 
 
 def card_metadata(base_model: str, library: str = "peft") -> str:
-    """The YAML on top of the model card of an adapter that `library` loads.  The hub refuses a base that is no repository, such as a local folder."""
+    """The YAML on top of the model card of what `library` loads.  The hub refuses a base that is no repository, such as
+    a local folder."""
     try:
         validate_repo_id(base_model)
         on_hub = not Path(base_model).expanduser().exists()
