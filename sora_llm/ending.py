@@ -71,7 +71,7 @@ def cut_and_export(training: Training) -> StageResult:
                 data=[dataset.path for dataset in config.data.datasets],
                 metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
                 tokenizer_files=job.inputs.tokenizer_files,
-                chat_template=exported_template(config, job.inputs),
+                chat_template=exported_template(config, job.inputs.tokenizer),
                 load_options=job.inputs.backbone.load_call,
             ),
             allow_empty=config.output.allow_empty_adapter,

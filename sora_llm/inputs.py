@@ -460,13 +460,13 @@ def special_warning(num_written: int, first: tuple[str, str] | None = None) -> l
     ]
 
 
-def exported_template(config: Config, inputs: Inputs) -> str | None:
+def exported_template(config: Config, tokenizer: Any) -> str | None:
     """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
     before it, unless the tokenizer has it already."""
     if not _has_conversations(config):
         return None
-    template = served_template(inputs.tokenizer, inputs.chat_template)
-    return None if template == inputs.tokenizer.chat_template else template
+    template = served_template(tokenizer, resolve_template(tokenizer, config.data.chat_template))
+    return None if template == tokenizer.chat_template else template
 
 
 def prompt_ids(config: Config, inputs: Inputs, prompt: str) -> list[int]:

@@ -229,5 +229,5 @@ def test_a_stage_that_is_not_there_is_a_sentence(
 
     assert "has no stage 0.3; it has 0.2, 0.5, 0.8" in refused(straight, "--stage", "0.3")
     assert "the smallest has" in refused(straight, "--max-params", "3")
-    assert "is not a run directory" in refused(tmp_path)
+    assert "is no run directory" in refused(tmp_path)
     assert not (tmp_path / "out").exists()

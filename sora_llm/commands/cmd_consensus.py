@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files, tokenizer_files_in
 from sora_llm.commands.common import ALONE, exit_code
-from sora_llm.commands.size import add_size_arguments, budget_of, check_size
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import Source, base_of, read_source, refuse_other_targets, replica, shapes_in
 from sora_llm.consensus import mean_rank
 from sora_llm.distributed import make_accelerator
@@ -20,7 +19,6 @@ from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import cut_adapters, inject_sora
 from sora_llm.inputs import quiet_libraries
-from sora_llm.lora_files import CERTIFICATE
 from sora_llm.merge import Merged, merge, merge_errors
 
 
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         check_numbers(arguments)
         folders = [user_path(text, "SOURCE") for text in arguments.sources]
         out = arguments.out.absolute()
-        check_out(out, folders)
+        check_out(out, folders, lambda certificate: "merge" in certificate, "merged adapter")
         quiet_libraries()
         sources = [read_source(folder) for folder in folders]
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)
@@ -61,11 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         merged = merge(
             replicas, budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance, arguments.min_rank
         )
-        if merged.report.kept_cost == 0 and merged.report.energy > 0:
-            raise UserError(
-                f"the size leaves nothing: the cheapest rank takes {min(i + o for i, o in shapes.values()):,} "
-                "parameters; give more"
-            )
+        refuse_nothing(merged.report.kept_cost, merged.report.energy, shapes)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         certificate = export_merged(sources, merged, spec, arguments.layout, out, result)
         del certificate["merge"]  # said already
@@ -85,23 +79,6 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
         raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: they are numbers from 0, not all of them 0")
     check_size(arguments)
-
-
-def check_out(out: Path, folders: Sequence[Path]) -> None:
-    """UserError where the merged adapter would replace something else."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if out.resolve() in [folder.resolve() for folder in folders]:
-        raise UserError(f"--out {out} is one of the sources; name another folder")
-    if out.is_dir() and any(out.iterdir()) and not _is_merged(out):
-        raise UserError(f"--out {out} exists and holds no merged adapter; name another folder, it would be replaced")
-
-
-def _is_merged(folder: Path) -> bool:
-    try:
-        return "merge" in json.loads((folder / CERTIFICATE).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------------- result

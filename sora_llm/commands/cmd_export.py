@@ -1,117 +1,330 @@
-"""`sora-llm export RUN`: the adapter of a finished run, or of a stage of its sparsity path, once more and verified."""
+"""`sora-llm export SOURCE`: an adapter for another engine, smaller, or merged into its base; always verified."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sora_llm.backbone import load_backbone
+from torch import nn
+
+from sora_llm.backbone import (
+    BackboneSpec,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    skeleton,
+    tokenizer_files,
+    tokenizer_files_in,
+)
 from sora_llm.commands.common import ALONE, exit_code
-from sora_llm.config import Config, load_config
-from sora_llm.consensus import empty_factors
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
+from sora_llm.commands.sources import Source, base_of, of_run, plain_factors, read_source, shapes_in
+from sora_llm.config import Config
+from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
-from sora_llm.inject import adapters, cut_adapters, inject_sora
-from sora_llm.inputs import check_backbone, target_modules
-from sora_llm.lora_files import CERTIFICATE, CONFIG, WEIGHTS, read_lora
+from sora_llm.gguf_export import export_gguf
+from sora_llm.gguf_lora import OUTTYPES, architecture_of
+from sora_llm.inject import cut_adapters, inject_sora
+from sora_llm.inputs import check_inputs, exported_template, load_data, quiet_libraries
+from sora_llm.merged import plan_merge
+from sora_llm.merged_export import export_merged
+from sora_llm.pipeline import evaluate
 from sora_llm.plan import stage_name
 from sora_llm.report import read_json_lines
 
-OWN_FILES = (CONFIG, WEIGHTS, CERTIFICATE, "README.md", "chat_template.jinja")
+BASES = ("dequantized", "original")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Write the adapter of a run in another layout, or of one stage of its sparsity path; the base is "
-        "loaded, and the files are checked against the trained adapter as they are after training.",
+        description="Write an adapter again: in another layout, of another size, of one stage of a sparsity path, or "
+        "merged into its base.  SOURCE is a run directory, a checkpoint or any PEFT LoRA folder.  What is written is "
+        "read back from disk and checked.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, checkpoint or LoRA folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new folder")
+    parser.add_argument(
+        "--layout",
+        choices=(*LAYOUTS, "gguf", "merged"),
+        default="padded",
+        help="padded: a PEFT folder of one rank; ragged: of a rank per module; gguf: llama.cpp's adapter file; merged: "
+        "the whole model (default padded)",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", type=float, metavar="λ", help="the stage of a path, by its λ")
     which.add_argument("--max-params", type=int, metavar="N", help="the stage of the best dev loss within N parameters")
-    parser.add_argument("--layout", choices=LAYOUTS, default="padded")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter's new folder")
+    add_size_arguments(parser)
+    parser.add_argument("--outtype", choices=tuple(OUTTYPES), help="numbers of layout gguf (default f32)")
+    parser.add_argument(
+        "--base",
+        choices=BASES,
+        help="what layout merged adds to: the weights as 4-bit layers hold them, which the adapter was trained beside "
+        "(default of a 4-bit run), or as they are in the base's files",
+    )
+    parser.add_argument("--skip-dev-loss", action="store_true", help="do not measure a merged model on the dev rows")
+    parser.add_argument("--base-model", metavar="MODEL", help="the base model, where SOURCE names another place for it")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
     def command() -> dict[str, Any]:
-        config_file = arguments.run / "config.yaml"
-        if not config_file.is_file():
-            raise UserError(f"{arguments.run} is not a run directory: it holds no config.yaml")
-        source, line = chosen(arguments.run, arguments.stage, arguments.max_params)
-        if arguments.out.resolve() == source.resolve():
-            raise UserError(f"--out is {source} itself; name another folder")
-        return export_again(load_config(config_file), source, line, arguments.layout, arguments.out)
+        check_size(arguments)
+        check_options(arguments)
+        source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
+        out = arguments.out.absolute()
+        check_out(out, [arguments.source, source.folder or arguments.source], _is_ours, "exported adapter")
+        quiet_libraries()
+        spec = base_of([source], arguments.base_model, arguments.trust_remote_code)
+        dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
+        adapter = prepared(source, spec, arguments)
+        if arguments.layout == "gguf":
+            architecture_of(adapter.config).tensor_names(list(adapter.factors))
+        provenance = provenance_of(source, spec, line, adapter)
+        if arguments.layout == "gguf":
+            outtype = arguments.outtype or "f32"
+            certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
+        elif arguments.layout == "merged":
+            device = make_accelerator("none", ALONE).device
+            merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
+            dev_loss_of = None if arguments.skip_dev_loss else dev_loss(source.config, spec, device)
+            certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=dev_loss_of)
+        else:
+            certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)
+        return described(arguments, line, adapter, certificate)
 
-    def text(result: dict[str, Any]) -> str:
-        of = f", stage {result['stage']}" if "stage" in result else ""
-        return f"{result['adapter']}: {result['layout']}, {result['kept_params']:,} parameters{of}; self-check passed"
-
-    return exit_code(command, arguments.json, text)
+    return exit_code(command, arguments.json, as_text)
 
 
-def chosen(run: Path, stage: float | None, max_params: int | None) -> tuple[Path, dict[str, Any]]:
-    """The folder of the adapter that is meant, and the line of metrics that tells of it.
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """UserError for options of another layout."""
+    if arguments.outtype is not None and arguments.layout != "gguf":
+        raise UserError(f"--outtype is for --layout gguf; layout {arguments.layout} has numbers of its own")
+    if arguments.base is not None and arguments.layout != "merged":
+        raise UserError("--base says what --layout merged adds to; another place of the base model is --base-model")
+    if arguments.skip_dev_loss and arguments.layout != "merged":
+        raise UserError(f"--skip-dev-loss is for --layout merged; layout {arguments.layout} measures none")
+
+
+def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
+    """Whether the adapter is added to what 4-bit layers hold.
+
+    Raises:
+        UserError: the base is not in 4-bit layers.
+    """
+    if spec.load_in_8bit and base != "original":
+        raise UserError(
+            "8-bit layers round activations too, so that no weights equal them; merge with --base original, and mind "
+            "the dev loss"
+        )
+    if base == "dequantized" and not spec.load_in_4bit:
+        raise UserError(
+            "--base dequantized: nothing says that the adapter was trained beside 4-bit layers; leave it out"
+        )
+    return spec.load_in_4bit and base != "original"
+
+
+def _is_ours(certificate: Mapping[str, Any]) -> bool:
+    return "source" in certificate and "layout" in certificate
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def chosen(path: Path, stage: float | None, max_params: int | None) -> tuple[Source, dict[str, Any]]:
+    """The adapter that is meant, and the line of metrics that tells of it ({} where there is none).
 
     Raises:
         UserError: there is none.
     """
-    exports = [line for line in read_json_lines(run / "metrics.jsonl") if line["phase"] == "export"]
-    stages = {stage_name(line["sparse_lambda"]): line for line in exports if "stage" in line}
     if stage is None and max_params is None:
-        folder = run / "adapter"
-        if not exports or not folder.is_dir():
-            raise UserError(f"{run} has no adapter yet; start its command again to let it finish")
-        return folder, exports[-1]
+        source = read_source(path)
+        exports = _exports(path) if source.folder == path / "adapter" else []
+        return source, exports[-1] if exports else {}
+    stages = {stage_name(line["sparse_lambda"]): line for line in _exports(path) if "stage" in line}
     if not stages:
-        raise UserError(f"{run} is no sparsity path, or none of its stages is done; leave --stage and --max-params out")
+        raise UserError(
+            f"{path} is no sparsity path, or none of its stages is done; leave --stage and --max-params out"
+        )
     if stage is not None:
         name = stage_name(stage)
         if name not in stages:
-            raise UserError(f"{run} has no stage {name}; it has {', '.join(stages)}")
-        return run / "path" / name, stages[name]
+            raise UserError(f"{path} has no stage {name}; it has {', '.join(stages)}")
+        return of_run(path, path / "path" / name), stages[name]
     assert max_params is not None
     within = {name: line for name, line in stages.items() if line["kept_params"] <= max_params}
     if not within:
         smallest = min(line["kept_params"] for line in stages.values())
-        raise UserError(f"no stage of {run} has {max_params:,} parameters or fewer; the smallest has {smallest:,}")
+        raise UserError(f"no stage of {path} has {max_params:,} parameters or fewer; the smallest has {smallest:,}")
     if any("eval_loss" not in line for line in within.values()):
-        raise UserError(f"the stages of {run} have no dev loss to be chosen by; name one with --stage")
+        raise UserError(f"the stages of {path} have no dev loss to be chosen by; name one with --stage")
     best = min(within, key=lambda name: within[name]["eval_loss"])
-    return run / "path" / best, within[best]
+    return of_run(path, path / "path" / best), within[best]
 
 
-def export_again(config: Config, source: Path, line: Mapping[str, Any], layout: str, out: Path) -> dict[str, Any]:
-    """Put the adapter in `source` on its base and export it to `out`, with the self-check."""
-    spec, _ = check_backbone(config, "none")
-    factors = {name: (A, B) for name, (A, B, _) in read_lora(source).factors.items()}  # an export's scale is 1
-    model = load_backbone(spec, make_accelerator("none", ALONE).device)
-    inject_sora(model, r=1, lora_alpha=1, target_modules=target_modules(config))  # of scale 1, as exported factors are
-    cut = {
-        name: factors.get(name) or empty_factors(layer.in_features, layer.out_features)
-        for name, layer in adapters(model).items()
-    }
-    cut_adapters(model, cut)
-    template = source / "chat_template.jinja"
-    provenance = Provenance(
-        base_model=config.model.name_or_path,
-        data=[dataset.path for dataset in config.data.datasets],
-        metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line else {},
-        tokenizer_files=[path for path in sorted(source.iterdir()) if path.name not in OWN_FILES],
-        chat_template=template.read_text() if template.is_file() else None,
+def _exports(run_dir: Path) -> list[dict[str, Any]]:
+    return [line for line in read_json_lines(run_dir / "metrics.jsonl") if line["phase"] == "export"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Plain factors of scale 1 of every target, and the base that they are for, without its weights.
+
+    `cut` says what was dropped, None if the adapter was not recompressed.
+    """
+
+    factors: PlainFactors
+    config: Any
+    bare_model: nn.Module
+    cut: CutReport | None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: A.shape[0] for name, (A, _) in self.factors.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """{module: (I, O)}."""
+        return {name: (A.shape[1], B.shape[0]) for name, (A, B) in self.factors.items()}
+
+
+def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) -> Adapter:
+    """The source's adapter as plain factors, cut to the size that was asked for.
+
+    Raises:
+        UserError: it does not fit the base, or the size leaves nothing.
+    """
+    config = load_config(spec)
+    bare_model = skeleton(config, spec)
+    source = source.on(bare_model)
+    shapes = shapes_in(spec, bare_model, [source])
+    factors = plain_factors(source, shapes)
+    budget, tolerance = budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance
+    if budget is None and tolerance is None:
+        return Adapter(factors, config, bare_model, None)
+    gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
+    factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
+    refuse_nothing(report.kept_cost, report.energy, shapes)
+    return Adapter(factors, config, bare_model, report)
+
+
+# ----------------------------------------------------------------------------------------------------------- export
+
+
+def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], adapter: Adapter) -> Provenance:
+    """What model card and certificate say about where the adapter comes from."""
+    files = tokenizer_files_in(source.folder) if source.folder is not None else []
+    if files or source.config is None:
+        template = None  # it is one of these files, where there is one
+    else:
+        template = exported_template(source.config, load_tokenizer(spec))
+    own = source.config is not None
+    is_whole = adapter.cut is None
+    return Provenance(
+        base_model=spec.name_or_path,
+        data=list(source.data),
+        metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
+        tokenizer_files=files or tokenizer_files(spec),
+        chat_template=template,
         load_options=spec.load_call,
+        story=Provenance.story if own else f"Taken from the LoRA {source.name}",
+        beside=Provenance.beside if own else "verified",
+        notes={"source": source.name, **_cut_notes(adapter.cut)},
+        details="" if adapter.cut is None else f"## Size\n{_cut_sentence(adapter.cut)}\n",
     )
-    certificate = export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
-    stage = {"stage": stage_name(line["sparse_lambda"])} if "stage" in line else {}
+
+
+def _cut_notes(cut: CutReport | None) -> dict[str, Any]:
+    return {} if cut is None else {"energy_dropped": _share(cut), "relative_error": math.sqrt(_share(cut))}
+
+
+def _share(cut: CutReport) -> float:
+    """Of Σ ‖ΔW‖²."""
+    return cut.dropped_energy / cut.energy if cut.energy else 0.0
+
+
+def _cut_sentence(cut: CutReport) -> str:
+    return (
+        f"Cut to its largest singular components: {_share(cut):.2%} of Σ ‖ΔW‖² was dropped (relative error of ΔW "
+        f"{math.sqrt(_share(cut)):.3g})."
+    )
+
+
+def export_on_base(
+    factors: PlainFactors, spec: BackboneSpec, layout: str, out: Path, provenance: Provenance
+) -> dict[str, Any]:
+    """A PEFT folder, checked on the base with its weights."""
+    model = load_backbone(spec, make_accelerator("none", ALONE).device)
+    inject_sora(model, r=1, lora_alpha=1, target_modules=list(factors))  # of scale 1, as the factors are
+    cut_adapters(model, factors)
+    return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
+
+
+def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable[[nn.Module], float] | None:
+    """How to measure a model on the dev rows of the run; None where it has none."""
+    if config is None or (config.data.val_datasets is None and config.data.val_set_size is None):
+        return None
+    config = replace(config, model=replace(config.model, name_or_path=spec.name_or_path, revision=spec.revision))
+    try:
+        inputs = check_inputs(config, "none")
+        rows = load_data(config, inputs, ALONE).dev
+    except UserError as error:
+        raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
+    assert rows is not None
+    batch_size = config.evaluation.per_device_eval_batch_size
+    return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device).loss
+
+
+# ----------------------------------------------------------------------------------------------------------- result
+
+
+def described(
+    arguments: argparse.Namespace, line: Mapping[str, Any], adapter: Adapter, certificate: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was exported, as JSON."""
+    costs = {name: i + o for name, (i, o) in adapter.shapes.items()}
     return {
-        "adapter": str(out),
-        "layout": layout,
-        **stage,
-        "kept_params": line["kept_params"],
-        "mean_rank": line["mean_rank"],
-        "certificate": certificate,
+        "adapter": str(arguments.out),
+        "layout": arguments.layout,
+        **({"stage": stage_name(line["sparse_lambda"])} if "stage" in line else {}),
+        "kept_params": kept_params(adapter.ranks, adapter.shapes),
+        "mean_rank": mean_rank(adapter.ranks, costs),
+        **_cut_notes(adapter.cut),
+        "certificate": dict(certificate),
     }
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """For a terminal: what it is, where it works and where not."""
+    certificate = result["certificate"]
+    of = f", stage {result['stage']}" if "stage" in result else ""
+    lines = [
+        f"{result['adapter']}: {result['layout']}, {result['kept_params']:,} parameters, mean rank "
+        f"{result['mean_rank']:.2f}{of}; self-check passed"
+    ]
+    if "energy_dropped" in result:
+        lines.append(
+            f"dropped {result['energy_dropped']:.2%} of Σ ‖ΔW‖² (relative error of ΔW {result['relative_error']:.3g})"
+        )
+    if result["layout"] == "merged":
+        lost = max(module["delta_error"] for module in certificate["modules"].values())
+        lines.append(
+            f"{certificate['base']} base + ΔW in {certificate['dtype']}: rounding took {lost:.1e} of ΔW where it took "
+            f"most, logits are off by {certificate['logits_error']:.1e}"
+        )
+        lines += [f"dev loss {loss:.4f}  {name}" for name, loss in certificate["dev_loss"].items()]
+        return "\n".join(lines)
+    consumers = certificate["consumers"]
+    exact = [engine for engine, reason in consumers.items() if reason == "exact"]
+    lines.append(f"applied exactly by {', '.join(exact)}; how to serve it: {result['adapter']}/README.md")
+    lines += [f"not by {engine}: {reason}" for engine, reason in consumers.items() if reason != "exact"]
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sora_llm.commands.adapter_view import spectra_of
 from sora_llm.commands.common import exit_code
-from sora_llm.commands.size import add_size_arguments, budget_of, check_size
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size
 from sora_llm.commands.sources import Source, read_source
 from sora_llm.config import load_config
 from sora_llm.consensus import mean_rank, scaling_of

@@ -14,12 +14,13 @@ from sora_llm import checkpoint
 from sora_llm.backbone import BackboneSpec, dtype_name, load_config
 from sora_llm.config import Config
 from sora_llm.config import load_config as load_run_config
-from sora_llm.consensus import Factors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
+from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
 from sora_llm.errors import UserError
 from sora_llm.inject import check_shape, target_linears
 from sora_llm.inputs import backbone_spec, target_modules
 from sora_llm.lora_files import CONFIG, is_same_base, read_lora
 from sora_llm.merge import Replica
+from sora_llm.sora import fold
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Source:
     """An adapter to merge: its factors by module, its targets (a pruned one has no factors), what it was trained on.
 
     `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
-    how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any.
+    how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any, `config` that of
+    the run it comes from.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Source:
     spec: BackboneSpec | None = None
     data: tuple[str, ...] = ()
     folder: Path | None = None
+    config: Config | None = None
 
     def on(self, bare_model: nn.Module) -> Source:
         """With all targets that it has on this base."""
@@ -76,7 +79,7 @@ def read_source(folder: Path) -> Source:
                 f"{folder} has no adapter yet; start its command again to let it finish, or name one of its "
                 f"checkpoints ({folder / 'checkpoints'})"
             )
-        return _of_run(folder)
+        return of_run(folder, folder / "adapter")
     raise UserError(
         f"{folder} is no run directory (config.yaml), checkpoint ({checkpoint.COMPLETE}) or LoRA ({CONFIG})"
     )
@@ -87,8 +90,9 @@ def _of_lora(folder: Path) -> Source:
     return Source(str(folder), lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder)
 
 
-def _of_run(run_dir: Path) -> Source:
-    config, lora = load_run_config(run_dir / "config.yaml"), read_lora(run_dir / "adapter")
+def of_run(run_dir: Path, adapter: Path) -> Source:
+    """One of the adapters of a run: its last one, or a stage of its path."""
+    config, lora = load_run_config(run_dir / "config.yaml"), read_lora(adapter)
     return Source(
         str(run_dir),
         config.model.name_or_path,
@@ -98,7 +102,8 @@ def _of_run(run_dir: Path) -> Source:
         lora.targets,
         spec=backbone_spec(config, "none"),
         data=_data(config),
-        folder=run_dir / "adapter",
+        folder=adapter,
+        config=config,
     )
 
 
@@ -130,6 +135,7 @@ def _of_checkpoint(folder: Path) -> Source:
         selector=target_modules(config),
         spec=backbone_spec(config, "none"),
         data=_data(config),
+        config=config,
     )
 
 
@@ -207,6 +213,17 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Sourc
             check_shape(source.name, name, found, shapes[name])
     everywhere = frozenset().union(*(source.targets for source in sources))
     return {name: shape for name, shape in shapes.items() if name in everywhere}
+
+
+def plain_factors(source: Source, shapes: Mapping[str, tuple[int, int]]) -> PlainFactors:
+    """Gates and scale folded in, modules that the source lacks with rank 0; in the order of `shapes`."""
+    plain = {}
+    for name, (num_in, num_out) in shapes.items():
+        if name in source.factors:
+            plain[name] = fold(*source.factors[name], scaling_of(source.scaling, name))
+        else:
+            plain[name] = empty_factors(num_in, num_out)
+    return plain
 
 
 def replica(source: Source, weight: float, shapes: Mapping[str, tuple[int, int]]) -> Replica:

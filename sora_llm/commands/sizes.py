@@ -1,16 +1,21 @@
-"""How large an adapter may be, as the commands that choose among its components take it."""
+"""How much of an adapter is kept, and what a new folder may replace: what `consensus` and `export` share."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from sora_llm.budget import params_of
 from sora_llm.errors import UserError
+from sora_llm.lora_files import CERTIFICATE
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """A mean rank, a number of parameters, or an error; and the ranks that every module keeps."""
+    """--target-rank, --target-params or --tolerance, and --min-rank."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--target-rank", type=float, metavar="N", help="keep at most this mean rank, weighted by I + O")
     size.add_argument("--target-params", type=int, metavar="N", help="keep at most so many parameters")
@@ -38,3 +43,29 @@ def budget_of(arguments: argparse.Namespace, cost: int) -> int | None:
         budget: int | None = arguments.target_params
         return budget
     return params_of(arguments.target_rank, cost)
+
+
+def refuse_nothing(kept_cost: int, energy: float, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """UserError if a size left nothing of an adapter that did something."""
+    if kept_cost == 0 and energy > 0:
+        raise UserError(
+            f"the size leaves nothing: the cheapest rank takes {min(i + o for i, o in shapes.values()):,} "
+            "parameters; give more"
+        )
+
+
+def check_out(out: Path, sources: Sequence[Path], is_ours: Callable[[dict[str, Any]], bool], what: str) -> None:
+    """UserError where a result would replace something else than `what`, which `is_ours` knows by its certificate."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if out.resolve() in [folder.resolve() for folder in sources]:
+        raise UserError(f"--out {out} is one of the sources; name another folder")
+    if out.is_dir() and any(out.iterdir()) and not _has_certificate(out, is_ours):
+        raise UserError(f"--out {out} exists and holds no {what}; name another folder, it would be replaced")
+
+
+def _has_certificate(folder: Path, is_ours: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return is_ours(json.loads((folder / CERTIFICATE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
