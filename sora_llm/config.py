@@ -207,7 +207,7 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 # What the schema knows and this version cannot do yet: key → (the values that work, what to do instead).
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "output.export_layout": (("padded", "ragged"), "use padded or ragged and convert or merge the adapter afterwards"),
+    "output.export_layout": (("padded", "ragged"), "use padded, then sora-llm export --layout gguf or merged"),
 }
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.

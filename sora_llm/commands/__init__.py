@@ -21,7 +21,7 @@ JOURNEY = {
     "where it goes": {
         "export": (
             "sora_llm.commands.cmd_export",
-            "a run's adapter in another layout, or a stage of its sparsity path",
+            "an adapter for another engine, smaller, merged into its base, or a stage of a path",
         ),
         "consensus": ("sora_llm.commands.cmd_consensus", "adapters trained apart become one, of the size asked for"),
         "recommend-ranks": ("sora_llm.commands.cmd_recommend_ranks", "its ranks as a config for plain PEFT or axolotl"),
