@@ -230,6 +230,7 @@ def of_gguf(
     file: GgufFile,
     architecture: Architecture,
     shapes: Mapping[str, tuple[int, int]],
+    base: str = "BASE",
     place: str = "adapter.gguf",
 ) -> dict[str, Verdict]:
     """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
@@ -238,7 +239,9 @@ def of_gguf(
     if not verdict.works:
         return {LLAMA_CPP: verdict, OLLAMA: verdict}
     return {
-        LLAMA_CPP: Verdict("", f"llama-server -m base.gguf --lora {place}"),
+        LLAMA_CPP: Verdict(
+            "", f"python convert_hf_to_gguf.py {base} --outfile base.gguf\nllama-server -m base.gguf --lora {place}"
+        ),
         OLLAMA: Verdict("", f"FROM ./base.gguf\nADAPTER ./{place}"),
     }
 

@@ -30,6 +30,9 @@ from sora_llm.merged import (
     write_small_files,
 )
 
+ADAPTED = "base + adapter"
+MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
+
 
 def export_merged(
     merge: Merge,
@@ -117,7 +120,7 @@ def _beside_the_base(
     with bare(model):
         base = logits_of(model, ids)
     logits = _Logits(ids, base, logits_of(model, ids))
-    losses = {} if dev_loss_of is None else {"base + adapter": dev_loss_of(model)}
+    losses = {} if dev_loss_of is None else {ADAPTED: dev_loss_of(model)}
     del model
     _free()
     return logits, losses
@@ -145,15 +148,14 @@ def _reload(
     off, gain = logit_errors(logits_of(model, expected.ids), expected.adapted, expected.base)
     losses = {}
     if dev_loss_of is not None:
-        forms = {True: "merged, dequantized", False: "merged, original"}
-        losses[forms[merge.dequantise]] = dev_loss_of(model)
+        losses[MERGED[merge.dequantise]] = dev_loss_of(model)
         if merge.spec.load_in_4bit:
             other = replace(merge, dequantise=not merge.dequantise)
             with torch.no_grad():
                 for name in merge.quantised:
                     layer = model.get_submodule(name)
                     layer.weight.copy_(other.merged(f"{name}.weight"))  # type: ignore[operator]
-            losses[forms[not merge.dequantise]] = dev_loss_of(model)
+            losses[MERGED[not merge.dequantise]] = dev_loss_of(model)
     del model
     _free()
     return off, gain, losses
@@ -178,7 +180,12 @@ def _free() -> None:
 def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any], provenance: Provenance) -> str:
     shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merge.factors.items()}
     base = "the base as 4-bit layers hold it" if merge.dequantise else "the base as its files hold it"
-    losses = {f"dev loss, {name}": loss for name, loss in certificate["dev_loss"].items()}
+    forms = {
+        ADAPTED: "dev loss of base + adapter",
+        MERGED[merge.dequantise]: "dev loss of this model",
+        MERGED[not merge.dequantise]: "dev loss, had it been merged into the other form of the base",
+    }
+    losses = {forms[name]: loss for name, loss in certificate["dev_loss"].items()}
     lost = max(module["delta_error"] for module in certificate["modules"].values())
     return model_card(
         f"{base} plus ΔW, summed in float32 and rounded once to {merge.spec.dtype}",
@@ -187,5 +194,5 @@ def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any]
         f"every weight is base + ΔW to that rounding (which is {lost:.1e} of ΔW where it is most), and logits are "
         f"those of base with adapter (relative difference {certificate['logits_error']:.1e}).",
         {},
-        replace(provenance, metrics={**provenance.metrics, **losses}),
+        replace(provenance, metrics=losses or provenance.metrics),
     )

@@ -95,7 +95,7 @@ def test_a_merged_run_is_measured_on_its_dev_rows(
     assert list(losses) == ["base + adapter", "merged, original"]
     assert losses["base + adapter"] == pytest.approx(line["eval_loss"])
     assert losses["merged, original"] == pytest.approx(line["eval_loss"], rel=1e-5)
-    assert f"dev loss, merged, original: {line['eval_loss']:.4f}" in (tmp_path / "merged" / "README.md").read_text()
+    assert f"dev loss of this model: {line['eval_loss']:.4f}" in (tmp_path / "merged" / "README.md").read_text()
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "certificate.json"}
     silent = export(capsys, run_dir, "--layout", "merged", "--skip-dev-loss", "--out", tmp_path / "merged")
