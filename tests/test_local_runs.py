@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import DENSE_STEPS, STEPS, Playground, checkpoints, interrupt, lines, overrides, result, status
 
+from sora_llm.budget import GAIN, LAMBDA_MAX, LAMBDA_MIN, next_lambda
 from sora_llm.errors import UserError
 from sora_llm.train import run
 
@@ -144,3 +146,26 @@ def test_one_process_may_take_rounds_too(ground: Playground, tmp_path: Path) -> 
     assert [line["step"] for line in rounds] == [2, 4, 6]
     assert all(line["sync_bytes"] == 0 and line["merge_error"] == 0 for line in rounds)
     assert rounds[0]["step"] == DENSE_STEPS
+
+
+def test_a_dry_run_of_several_replicas_keeps_nothing(ground: Playground) -> None:
+    call = ground.call("local dry", 2, **CASES["budget, cut by svd"])
+    call["arguments"].append("--dry-run")
+    children = ground.nursery.world("faults:trainer", 2, call)
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    assert "dry run: one step and one save worked, nothing was kept" in children[0].output
+    assert "local updates: 2 replicas, averaged every 3 steps; a round moves" in children[0].output
+    assert list(ground.run_dir("local dry").parent.iterdir()) == []
+
+
+def test_feedback_moves_lambda_once_a_round(ground: Playground, tmp_path: Path) -> None:
+    changed = {"sora.threshold": "decoupled", "sora.consensus_at": 1.0, "distributed.sync_every": 2}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**CASES["budget, cut by svd"], **changed}))
+    strengths = {line["step"]: line["lambda"] for line in lines(tmp_path / "run", "metrics.jsonl") if "lambda" in line}
+    assert strengths[3] == strengths[4] != strengths[5] == strengths[6]
+
+
+def test_lambda_stays_within_its_bounds_however_long_a_round_is() -> None:
+    assert next_lambda(0.1, 1000, 34.0, 1000, num_steps=500) == LAMBDA_MAX
+    assert next_lambda(0.1, 0, 1000.0, 1000, num_steps=5000) == LAMBDA_MIN
+    assert next_lambda(0.1, 600, 500.0, 1000, num_steps=3) == pytest.approx(0.1 * math.exp(3 * GAIN * 0.1))
