@@ -9,6 +9,7 @@ Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models"
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,61 +32,120 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
     return z.masked_fill(z.abs() * importance <= tau, 0.0)
 
 
-class SoraBranch(torch.autograd.Function):
-    """y + s · B (g ⊙ (A drop(x))) in one autograd node.
+def add_branch(
+    base_layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """base_layer(x) + s · B (g ⊙ (A drop(x))), for a base layer that keeps neither x nor its answer for itself.
 
-    Saved for the backward pass are x itself (the tensor its neighbours q/k/v or gate/up also hold, never a copy or a
-    float32 cast of it) and the narrow u = A drop(x); the dropout mask is drawn again from its seed.  The factors are
-    cast to x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
+    Two autograd nodes, one on either side of the base layer.  The branch's answer is added into the base layer's own,
+    and its gradient into the base layer's own gradient of x, so nothing as wide as x or y is allocated or summed for
+    it.  Saved for the backward pass are x itself (the tensor its neighbours q/k/v or gate/up also hold, never a copy
+    or a float32 cast of it) and the narrow u = A drop(x); the dropout mask is drawn again from its seed.  The factors
+    are cast to x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
     """
+    x_to_base, u_RT = _Down.apply(x, lora_A, dropout, seed)
+    y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
+    return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
+
+
+class _Down(torch.autograd.Function):
+    """x, and u = A drop(x) as (R, T): with T last every product reads rows as they lie, also of a few odd ranks."""
 
     @staticmethod
-    def forward(ctx, y, x, lora_A, lora_B, gate, scaling, dropout, seed):
+    def forward(ctx, x, lora_A, dropout, seed):
         x_TI = x.reshape(-1, x.shape[-1])
-        u_TR = _drop(x_TI, dropout, seed) @ lora_A.to(x.dtype).T
-        h_TR = u_TR if gate is None else u_TR * gate.to(x.dtype)
-        ctx.save_for_backward(x, u_TR, lora_A, lora_B, gate)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.y_dtype = scaling, dropout, seed, y.dtype
-        if y.dtype != x.dtype:  # a quantised layer may answer in another dtype than it was asked in
-            return y + (scaling * (h_TR @ lora_B.to(x.dtype).T)).to(y.dtype).view(y.shape)
-        y_TO = y.reshape(-1, y.shape[-1])
-        return torch.addmm(y_TO, h_TR, lora_B.to(x.dtype).T, alpha=scaling).view(y.shape)
+        A_RI = lora_A.to(x.dtype)
+        u_RT = A_RI @ x_TI.T if dropout == 0 else (A_RI @ (x_TI * _kept(x_TI, dropout, seed)).T) / (1 - dropout)
+        ctx.save_for_backward(x, lora_A)
+        ctx.dropout, ctx.seed = dropout, seed
+        ctx.set_materialize_grads(False)
+        return x, u_RT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, du_RT):
+        x, lora_A = ctx.saved_tensors
+        need_x, need_A = ctx.needs_input_grad[:2]
+        x_TI = x.reshape(-1, x.shape[-1])
+        kept_TI = None
+        if ctx.dropout > 0:
+            kept_TI = _kept(x_TI, ctx.dropout, ctx.seed)
+            du_RT = du_RT / (1 - ctx.dropout)
+        dA = None
+        if need_A:
+            dA = (du_RT @ (x_TI if kept_TI is None else x_TI * kept_TI)).to(lora_A.dtype)
+        if need_x:
+            dx = _add_product(dx, du_RT.T, lora_A.to(x.dtype), x.shape, kept_TI)
+        return dx if need_x else None, dA, None, None
+
+
+class _Up(torch.autograd.Function):
+    """y + s · B (g ⊙ u), in the place of y."""
+
+    @staticmethod
+    def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
+        scale = scaling if gate is None else (scaling * gate).to(dtype)[:, None]
+        ctx.save_for_backward(u_RT, lora_B, gate)
+        ctx.scaling = scaling
+        # Detached, y shares its memory and its version: a base layer that needs its answer for its own gradient makes
+        # the backward pass fail with a message.
+        return _add_product(y.detach(), (u_RT * scale).T, lora_B.to(dtype).T, y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, u_TR, lora_A, lora_B, gate = ctx.saved_tensors
-        need_y, need_x, need_A, need_B, need_g = ctx.needs_input_grad[:5]
-        x_TI = x.reshape(-1, x.shape[-1])
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
-        g_R = None if gate is None else gate.to(x.dtype)
+        u_RT, lora_B, gate = ctx.saved_tensors
+        need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
+        dtype = u_RT.dtype
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        scale = ctx.scaling if gate is None else (ctx.scaling * gate).to(dtype)[:, None]
 
-        h_TR = u_TR if g_R is None else u_TR * g_R
-        dB = (ctx.scaling * (dy_TO.T @ h_TR)).to(lora_B.dtype) if need_B else None
-        dh_TR = ctx.scaling * (dy_TO @ lora_B.to(x.dtype))
-        dg = (dh_TR * u_TR).sum(0, dtype=torch.promote_types(gate.dtype, torch.float32)) if need_g else None
-        du_TR = dh_TR if g_R is None else dh_TR * g_R
-        dA = (du_TR.T @ _drop(x_TI, ctx.dropout, ctx.seed)).to(lora_A.dtype) if need_A else None
-        dx = _drop(du_TR @ lora_A.to(x.dtype), ctx.dropout, ctx.seed).view(x.shape) if need_x else None
-        dg = None if dg is None else dg.to(gate.dtype)
-        return dy if need_y else None, dx, dA, dB, dg, None, None, None
+        dB = ((u_RT * scale) @ dy_TO).T.to(lora_B.dtype, memory_format=torch.contiguous_format) if need_B else None
+        dh_RT = lora_B.to(dtype).T @ dy_TO.T
+        du_RT = dh_RT * scale if need_u else None
+        dg = None
+        if need_g:
+            sums_R = (dh_RT * u_RT).sum(1, dtype=torch.promote_types(gate.dtype, torch.float32))
+            dg = (ctx.scaling * sums_R).to(gate.dtype)
+        return dy if need_y else None, du_RT, dB, dg, None, None
 
 
-def _drop(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
-    """Inverted dropout whose mask is a function of `seed` alone (so backward draws it again instead of keeping it)."""
-    if dropout == 0.0:
-        return x_TI
+def _add_product(
+    wide: Tensor | None, left: Tensor, right: Tensor, shape: torch.Size, mask: Tensor | None = None
+) -> Tensor:
+    """wide + mask ⊙ (left @ right), in the place of `wide` where its memory allows it; None is 0."""
+    if wide is not None and mask is None and wide.dtype == left.dtype and wide.is_contiguous():
+        wide.view(-1, shape[-1]).addmm_(left, right)
+        return wide
+    product = left @ right
+    product = (product if mask is None else product.mul_(mask)).view(shape)
+    # A quantised layer may answer in another dtype than it was asked in.
+    return product if wide is None else wide + product.to(wide.dtype)
+
+
+def _kept(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
+    """1 where dropout keeps x, else 0: a function of `seed` alone, so backward draws it again instead of keeping it.
+
+    Sixteen random bits decide for an element (a third of the time of `bernoulli_` on a CPU).
+    """
     generator = torch.Generator(device=x_TI.device)
     generator.manual_seed(seed)
-    keep_TI = torch.empty_like(x_TI).bernoulli_(1.0 - dropout, generator=generator)
-    return x_TI * keep_TI.div_(1.0 - dropout)
+    words = torch.empty((x_TI.numel() + 3) // 4, dtype=torch.int64, device=x_TI.device)
+    draws_TI = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x_TI.numel()].view_as(x_TI)
+    return (draws_TI >= min(round(dropout * 2**16), 2**16 - 1) - 2**15).to(x_TI.dtype)
 
 
 @torch.compiler.disable
-def _branch_with_dropout(y, x, lora_A, lora_B, gate, scaling, dropout):
-    # The seed comes from torch's own generator, which activation checkpointing restores before it recomputes.
-    seed = int(torch.randint(2**62, (1,)).item())
-    return SoraBranch.apply(y, x, lora_A, lora_B, gate, scaling, dropout, seed)
+def _draw_seed() -> int:
+    # From torch's own generator, which activation checkpointing restores before it recomputes.
+    return int(torch.randint(2**62, (1,)).item())
 
 
 class SoraLinear(nn.Module):
@@ -139,12 +199,11 @@ class SoraLinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        if self.lora_A is None:
-            return y
-        if self.training and self.lora_dropout > 0:
-            return _branch_with_dropout(y, x, self.lora_A, self.lora_B, self.gate, self.scaling, self.lora_dropout)
-        return SoraBranch.apply(y, x, self.lora_A, self.lora_B, self.gate, self.scaling, 0.0, 0)
+        if self.lora_A is None or self.lora_B is None:
+            return self.base_layer(x)
+        dropout = self.lora_dropout if self.training else 0.0
+        seed = _draw_seed() if dropout > 0 else 0
+        return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
 
     def cut(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays."""

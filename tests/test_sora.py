@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sora_llm.inject import inject_sora
-from sora_llm.sora import SoraBranch, SoraLinear, fold, keep_live_slots, soft_threshold
+from sora_llm.sora import SoraLinear, add_branch, fold, keep_live_slots, soft_threshold
 
 IN, OUT, R = 7, 5, 3
 S = 1.5  # the scale: a forgotten s shows
@@ -33,6 +33,11 @@ def plain(y, x, A, B, g, scaling=S):
     return y + scaling * nn.functional.linear(u if g is None else u * g, B)
 
 
+def branch(y, x, A, B, g, scaling, dropout, seed):
+    """The branch on a base layer that answers y, whatever it is asked."""
+    return add_branch(lambda _: y.clone(), x, A, B, g, scaling, dropout, seed)
+
+
 def backward(output, leaves, seed=9):
     """Gradients of the leaves for a fixed random cotangent."""
     dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -54,14 +59,14 @@ def layer_of(base=None, dropout=0.0, dtype=torch.float32, dead=0, r=R):
 def test_the_gradients_are_those_of_finite_differences(x_shape, gated, dropout):
     y, x, A, B, g = tensors(x_shape)
     g = g if gated else None
-    assert torch.autograd.gradcheck(lambda *t: SoraBranch.apply(*t, S, dropout, 5), (y, x, A, B, g))
+    assert torch.autograd.gradcheck(lambda *t: branch(*t, S, dropout, 5), (y, x, A, B, g))
 
 
 @pytest.mark.parametrize("frozen", range(5), ids=["y", "x", "A", "B", "gate"])
 def test_an_input_that_requires_no_gradient_changes_no_other_gradient(frozen):
     leaves = tensors((2, 3, IN))
     leaves[frozen].requires_grad_(False)
-    assert torch.autograd.gradcheck(lambda *t: SoraBranch.apply(*t, S, 0.0, 0), leaves)
+    assert torch.autograd.gradcheck(lambda *t: branch(*t, S, 0.0, 0), leaves)
 
 
 def test_gradcheck_holds_through_the_base_layer_and_for_strided_inputs():
@@ -85,7 +90,7 @@ def test_output_and_all_gradients_equal_the_plain_formula(dtype, gated):
     truth = [t.detach().double().requires_grad_() for t in ours]
     if not gated:
         ours[4], truth[4] = None, None
-    found, expected = SoraBranch.apply(*ours, S, 0.0, 0), plain(*truth)
+    found, expected = branch(*ours, S, 0.0, 0), plain(*truth)
     assert found.dtype == dtype
     assert relative_error(found, expected) < ROUNDING[dtype]
     pairs = zip(
@@ -103,7 +108,7 @@ def test_float32_adapters_serve_a_bf16_input_and_get_float32_gradients():
     _, _, *adapter = tensors((2, 8, IN), torch.float32)
     # The truth knows the factors as they are cast: what is compared is the arithmetic, not that cast.
     truth = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in (y, x, *adapter)]
-    found = SoraBranch.apply(y, x, *adapter, S, 0.0, 0)
+    found = branch(y, x, *adapter, S, 0.0, 0)
     expected = plain(*truth)
     assert found.dtype == torch.bfloat16
     assert relative_error(found, expected) < ROUNDING[torch.bfloat16]
@@ -117,7 +122,7 @@ def test_float32_adapters_serve_a_bf16_input_and_get_float32_gradients():
 def test_a_base_layer_that_answers_in_another_dtype_keeps_it(y_dtype, x_dtype):
     y = tensors((4, IN), y_dtype)[0]
     _, x, A, B, g = tensors((4, IN), x_dtype)
-    found = SoraBranch.apply(y, x, A, B, g, S, 0.0, 0)
+    found = branch(y, x, A, B, g, S, 0.0, 0)
     truth = [t.detach().double().requires_grad_() for t in (y, x, A, B, g)]
     assert found.dtype == y_dtype
     assert relative_error(found, plain(*truth)) < ROUNDING[torch.bfloat16]
@@ -164,13 +169,31 @@ def test_soft_threshold_is_the_proximal_map_of_the_absolute_value(tau):
     assert not torch.signbit(x[~moved]).any(), "−0 would be +0 after ZeRO's gathers: other bits"
 
 
+def test_a_base_layer_that_needs_its_own_answer_again_is_an_error_not_a_wrong_gradient():
+    """The branch is added in the answer's place; exp keeps its answer for its gradient."""
+    x = torch.randn(4, IN, requires_grad=True)
+    layer = layer_of(nn.Linear(IN, IN))
+    output = add_branch(torch.exp, x, layer.lora_A, torch.randn(IN, R), layer.gate, S)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_an_answer_that_does_not_lie_in_rows_gets_the_branch_too():
+    y, x, A, B, g = tensors((4, IN))
+    across = y.detach().T.contiguous().T.requires_grad_()
+    assert not across.is_contiguous()
+    found = add_branch(lambda _: across * 1, x, A, B, g, S)
+    torch.testing.assert_close(found, plain(y, x, A, B, g))
+    torch.testing.assert_close(backward(found, [across, A]), backward(plain(y, x, A, B, g), [y, A]))
+
+
 # ----- dropout --------------------------------------------------------------------------------------------------------
 
 
 def drop(x, dropout, seed):
     """What the branch does to x: the branch itself with A, B the identity, g absent, y zero."""
     eye = torch.eye(x.shape[-1], dtype=x.dtype)
-    return SoraBranch.apply(torch.zeros_like(x), x, eye, eye, None, 1.0, dropout, seed)
+    return branch(torch.zeros_like(x), x, eye, eye, None, 1.0, dropout, seed)
 
 
 def test_dropout_zeroes_its_share_of_x_and_keeps_the_expectation():
@@ -187,7 +210,7 @@ def test_dropout_gradients_equal_the_plain_formula_under_the_same_mask():
     y, x, A, B, g = tensors((2, 8, IN))
     mask = drop(torch.ones_like(x), 0.4, seed=3)
     assert 0 < (mask == 0).sum() < mask.numel()
-    found = SoraBranch.apply(y, x, A, B, g, S, 0.4, 3)
+    found = branch(y, x, A, B, g, S, 0.4, 3)
     expected = plain(y, x * mask, A, B, g)
     torch.testing.assert_close(found, expected)
     for gradient, true_gradient in zip(backward(found, [x, A, B, g]), backward(expected, [x, A, B, g]), strict=True):
@@ -260,7 +283,7 @@ def test_neighbours_keep_one_shared_x_and_narrow_us_no_mask_and_no_float32_copy(
     wide = [t for t in kept.values() if t.numel() >= x.numel()]
     assert [t.data_ptr() for t in wide] == [x.data_ptr()], "only x itself, once for the three layers"
     narrow = [t for t in kept.values() if t.numel() < x.numel()]
-    assert [(tuple(t.shape), t.dtype) for t in narrow] == [((tokens, R), torch.bfloat16)] * 3
+    assert [(tuple(t.shape), t.dtype) for t in narrow] == [((R, tokens), torch.bfloat16)] * 3
     output.float().sum().backward()
     assert all(layer.lora_A.grad.abs().sum() > 0 for layer in (q, k, v))
 
