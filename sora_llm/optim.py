@@ -61,16 +61,9 @@ class ProxAdamW(torch.optim.AdamW):
         low_precision = self._swap_in_masters()
         super().step()
         for group in self.param_groups:
-            if group["sparse_lambda"] > 0:
-                for gate in group["params"]:
-                    if gate.grad is None:
-                        continue
-                    if group.get("deferred", False):
-                        self._defer(gate, self._tau(gate, group))
-                    elif group["threshold"] == "adaptive":
-                        self._cut_hard(gate, group["sparse_lambda"])
-                    else:
-                        gate.copy_(soft_threshold(gate, self._tau(gate, group)))
+            gates = [gate for gate in group["params"] if gate.grad is not None]
+            if group["sparse_lambda"] > 0 and gates:
+                self._prox(gates, group)
         self._swap_out_masters(low_precision)
         return loss
 
@@ -85,10 +78,24 @@ class ProxAdamW(torch.optim.AdamW):
                 if name != "step" and param.dtype not in (torch.float32, torch.float64):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
-    def _cut_hard(self, gate: Tensor, threshold: float) -> None:
-        importance = self.state[gate].get(IMPORTANCE)
-        if importance is not None:
-            gate.copy_(hard_threshold(gate, importance, threshold))
+    def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:
+        """The prox of a group's gates, all in one vector: apart, each would be some launches on a GPU."""
+        if group.get("deferred", False):
+            for gate in gates:
+                self._defer(gate, self._tau(gate, group))
+            return
+        if group["threshold"] == "adaptive":
+            gates = [gate for gate in gates if IMPORTANCE in self.state[gate]]
+            if not gates:
+                return
+            importance = _together([self.state[gate][IMPORTANCE] for gate in gates])
+            cut = hard_threshold(_together(gates), importance, group["sparse_lambda"])
+        else:
+            taus = [self._tau(gate, group) for gate in gates]
+            tau = _together(taus) if isinstance(taus[0], Tensor) else taus[0]
+            cut = soft_threshold(_together(gates), tau)
+        parts = cut.split([gate.numel() for gate in gates])
+        torch._foreach_copy_(gates, [part.view_as(gate) for part, gate in zip(parts, gates, strict=True)])
 
     def _defer(self, gate: Tensor, tau: float | Tensor) -> None:
         state = self.state[gate]
@@ -129,6 +136,10 @@ class ProxAdamW(torch.optim.AdamW):
             param.copy_(master)
             params[index] = param
             self.state[param] = {**self.state.pop(master), "master": master}
+
+
+def _together(tensors: list[Any]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def parameter_groups(
