@@ -142,7 +142,7 @@ def _kept(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
     return (draws_TI >= min(round(dropout * 2**16), 2**16 - 1) - 2**15).to(x_TI.dtype)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes a second
 def _draw_seed() -> int:
     # From torch's own generator, which activation checkpointing restores before it recomputes.
     return int(torch.randint(2**62, (1,)).item())
