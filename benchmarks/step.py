@@ -353,7 +353,7 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
     device = torch.device(options.device)
     model = make_backbone(options.shape, options.layers, cell["backbone"], device)
     if cell["checkpointing"] == "on":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(model.config.vocab_size, (1, cell["tokens"]), generator=torch.Generator().manual_seed(2)).to(
         device
     )
