@@ -70,7 +70,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
 # ------------------------------------------------------------------------------------------------------------ backbones
 
 
-def make_backbone(shape: str, layers: int | None, backbone: str, device: torch.device) -> nn.Module:
+def make_backbone(
+    shape: str, layers: int | None, backbone: str, device: torch.device, quant_storage: torch.dtype = torch.uint8
+) -> nn.Module:
     """Frozen LLaMA blocks of random weights in bfloat16, their linears quantised under "nf4"."""
     hidden, intermediate, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -88,12 +90,12 @@ def make_backbone(shape: str, layers: int | None, backbone: str, device: torch.d
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     if backbone == "nf4":
         for name, linear in target_linears(model).items():
-            model.set_submodule(name, quantised(linear))
+            model.set_submodule(name, quantised(linear, quant_storage))
         forbid_cpu_repack(model)
     return model.requires_grad_(False).train()
 
 
-def quantised(linear: nn.Linear) -> nn.Linear:
+def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
     """The same layer in NF4 with double quantisation and bfloat16 compute."""
     import bitsandbytes as bnb
 
@@ -104,6 +106,7 @@ def quantised(linear: nn.Linear) -> nn.Linear:
         compute_dtype=torch.bfloat16,
         compress_statistics=True,
         quant_type="nf4",
+        quant_storage=quant_storage,
     )
     layer.load_state_dict({"weight": linear.weight.detach()})
     return layer.to(linear.weight.device)
