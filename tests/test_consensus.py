@@ -430,11 +430,11 @@ def test_float32_factors_are_compared_in_float64():
 
 
 @given(
-    size=st.integers(0, 70),
+    size=st.integers(0, 20),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_single_wrong_bit_changes_a_fingerprint(size, dtype, seed):
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
     found = fingerprints({"t": tensor})["t"]
