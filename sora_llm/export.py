@@ -261,11 +261,16 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     devices = [device] if device.type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
+        if not (folder / WEIGHTS).is_file():  # PEFT would unpickle another file
+            raise UserError(f"{folder} holds no {WEIGHTS}; adapters are read from safetensors alone")
         try:
+            names = set(load_file(folder / WEIGHTS))
             loaded = PeftModel.from_pretrained(model, str(folder), torch_device=str(device)).eval()
+        except SafetensorError as error:
+            raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"the adapter {folder} does not fit this base: {str(error).splitlines()[0]}") from error
-    missing = set(load_file(folder / WEIGHTS)) - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    missing = names - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if missing:
         raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")
     return loaded

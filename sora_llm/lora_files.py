@@ -109,6 +109,12 @@ def saved_base(folder: Path) -> str:
     return base
 
 
+def saved_revision(folder: Path) -> str | None:
+    """The revision of it; UserError as `read_lora`."""
+    revision: str | None = _read_config(folder).get("revision")
+    return revision
+
+
 def is_same_base(one: str, other: str) -> bool:
     """Whether two names mean one place: local folders by where they lie, hub ids by their name."""
     return _place(one) == _place(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -286,3 +287,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(lora, capsys, monkeypatch):
     assert heard.err.count("sora_llm: stopped") == 1 and heard.err.count("cut at the limit") == 1
     assert len(shown) > 2 + 3, "the next answer was whole"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle"])
+def test_a_damaged_adapter_is_a_sentence(damage, stories, tmp_path, capsys):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    options = {"peft_type": "LORA", "base_model_name_or_path": str(stories), "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps({**options, "target_modules": ["q_proj"]}))
+    if damage == "truncated":
+        (folder / "adapter_model.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
+    else:
+        (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    assert cli.main(["generate", str(folder), "--prompt", "Once", "--raw"]) == 2
+    assert ("is damaged" if damage == "truncated" else "safetensors alone") in capsys.readouterr().err
+
+
+def test_standard_input_that_is_no_text_is_a_sentence(stories, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00")))
+    assert cli.main(["generate", str(stories)]) == 2
+    assert "standard input is not UTF-8 text" in capsys.readouterr().err

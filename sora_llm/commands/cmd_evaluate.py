@@ -90,6 +90,11 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
         subject = replace(subject, adapter=arguments.adapter)
     elif arguments.no_adapter:
         subject = replace(subject, adapter=None)
+    elif subject.adapter is None and Path(arguments.config).is_dir():
+        raise UserError(
+            f"{arguments.config} has no adapter yet: train it to the end, name one of its checkpoints, or measure the "
+            "base alone with --no-adapter"
+        )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
     config = subject.config or config_for(subject)
     if arguments.data is not None:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         out = arguments.out.absolute()
         check_out(out, [arguments.source, source.folder or arguments.source], _is_ours, "exported adapter")
         quiet_libraries()
-        spec = base_of([source], arguments.base_model, arguments.trust_remote_code)
+        spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
         adapter = prepared(source, spec, arguments)
         if arguments.layout == "gguf":

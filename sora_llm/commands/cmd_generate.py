@@ -109,7 +109,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     elif not prompts:
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError('there is nothing to answer: give --prompt "…", --prompts-file FILE, or standard input')
-        prompts = [of_text(sys.stdin.read().strip("\r\n"), "standard input")]
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text ({error.reason})") from None
+        prompts = [of_text(text.strip("\r\n"), "standard input")]
     for prompt in prompts:
         if not prompt.messages[-1].content.strip():
             raise UserError(f"the prompt of {prompt.place} is empty")

@@ -37,13 +37,21 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
     except KeyboardInterrupt:
         print("sora_llm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _stop_printing()
+        return 0
     text = json.dumps(result, indent=1) if as_json else as_text(result)
     try:
         if text:
             print(text, flush=True)
-    except BrokenPipeError:  # who reads has seen enough; the interpreter would complain once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _stop_printing()
     return 0
+
+
+def _stop_printing() -> None:
+    """Who reads has seen enough; the interpreter would complain once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def visible(text: str) -> str:

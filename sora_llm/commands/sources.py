@@ -159,8 +159,12 @@ def refuse_other_targets(sources: Sequence[Source], allow_missing: bool) -> None
             )
 
 
-def base_of(sources: Sequence[Source], base: str | None, trust_remote_code: bool) -> BackboneSpec:
+def base_of(
+    sources: Sequence[Source], base: str | None, trust_remote_code: bool, option: str = "--base"
+) -> BackboneSpec:
     """How to load the one base of all sources, or `base` in its place: as the first run did, or in its own dtype.
+
+    `option` is what the command calls `base`.
 
     Raises:
         UserError: they name different bases, or none.
@@ -169,28 +173,28 @@ def base_of(sources: Sequence[Source], base: str | None, trust_remote_code: bool
     revision = None
     if base is None:
         named = [source for source in sources if source.base]
-        refuse_other_bases(named)
+        refuse_other_bases(named, option)
         base, revision = (known or named[0]).base, (known or named[0]).revision
     spec = BackboneSpec(base) if known is None or known.spec is None else known.spec
     spec = replace(spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code)
     return spec if known else replace(spec, dtype=dtype_name(load_config(spec)))
 
 
-def refuse_other_bases(named: Sequence[Source]) -> None:
+def refuse_other_bases(named: Sequence[Source], option: str = "--base") -> None:
     """UserError unless all sources are of one base; `named` are those that say of which."""
     if not named:
-        raise UserError("no source says which base it is of; name it with --base MODEL")
+        raise UserError(f"no source says which base it is of; name it with {option} MODEL")
     first = named[0]
     for other in named[1:]:
         if not is_same_base(first.base, other.base):
             raise UserError(
                 f"{first.name} is of the base {first.base} and {other.name} of {other.base}; only adapters of one base "
-                "can be merged (--base MODEL, if these are copies of one model)"
+                f"can be merged ({option} MODEL, if these are copies of one model)"
             )
         if (first.revision or "main") != (other.revision or "main") and not Path(first.base).expanduser().is_dir():
             raise UserError(
                 f"{first.name} is of revision {first.revision or 'main'} of {first.base} and {other.name} of "
-                f"{other.revision or 'main'}; only adapters of one base can be merged (--base MODEL, if they are equal)"
+                f"{other.revision or 'main'}; only adapters of one base can be merged ({option} MODEL, if equal)"
             )
 
 

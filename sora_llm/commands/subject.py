@@ -23,7 +23,7 @@ from sora_llm.export import load_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import adapters, bare, check_shape, cut_adapters, inject_sora
 from sora_llm.inputs import backbone_spec, quiet_libraries
-from sora_llm.lora_files import CONFIG, saved_base
+from sora_llm.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.sora import keep_live_slots
 
 
@@ -66,7 +66,7 @@ def find_subject(place: str, overrides: Sequence[str] = ()) -> Subject:
         return Subject(backbone_spec(config, "none"), config, path)
     if overrides:
         raise UserError(f"{place} is a LoRA folder without a config to override; leave {overrides[0]} out")
-    return Subject(BackboneSpec(saved_base(path)), None, path)
+    return Subject(BackboneSpec(saved_base(path), revision=saved_revision(path)), None, path)
 
 
 def _of_run(config_file: Path, overrides: Sequence[str]) -> Subject:
