@@ -1,5 +1,7 @@
 """Small models and layers that several test files need."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -25,6 +27,13 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
         "initializer_range": 0.3,  # logits far from uniform, so that gradients are of order 1
     }
     return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
+
+
+def saved_tiny_llama(folder: Path) -> Path:
+    """A random LLaMA on disk, in float32, with a tokenizer's file that is never read."""
+    tiny_llama().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
 
 
 def linear4bit(weight_OI: torch.Tensor, compute_dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise_all, relative_error, tiny_llama
+from helpers import randomise_all, relative_error, saved_tiny_llama, tiny_llama
 from peft_loras import KINDS, deltas, peft_lora, ranks_of
 from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
@@ -24,11 +24,7 @@ from sora_llm.lora_files import OTHER_BASES, OTHER_METHODS, read_lora
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA on disk, in float32."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    tiny_llama().save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")  # never read here
-    return folder
+    return saved_tiny_llama(tmp_path_factory.mktemp("base") / "model")
 
 
 def consensus(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from sora_llm.train import run
 CONFIG = "configs/llama7b.yaml"
 PREEMPTED = 75
 LOCAL = {"distributed.sync_every": 3, "output.save_steps": 1, "sora.lora_dropout": 0.1}
+BUDGET, SLOTS = "budget, cut by svd", "slots, an outer optimizer"
 CASES: dict[str, dict[str, Any]] = {
     # rounds end after steps 2, 4 and 6: with every phase
-    "budget, cut by svd": {
+    BUDGET: {
         **LOCAL,
         "sora.sparse_lambda": None,
         "sora.target_rank": 2,
@@ -27,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "sora.consensus": "svd",
     },
     # after 2, 5 and 6
-    "slots, an outer optimizer": {
+    SLOTS: {
         **LOCAL,
         "distributed.outer_learning_rate": 0.7,
         "distributed.outer_momentum": 0.9,
@@ -35,26 +38,28 @@ CASES: dict[str, dict[str, Any]] = {
         "sora.sparse_lambda": 0.02,
     },
 }
-ROUND_ENDS = {"budget, cut by svd": [2, 4, 6], "slots, an outer optimizer": [2, 5, 6]}
+ROUND_ENDS = {BUDGET: [2, 4, 6], SLOTS: [2, 5, 6]}
 WEIGHTS = "adapter.safetensors"
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def case(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def straight(case: str, ground: Playground) -> Path:
-    """The directory of an undisturbed run, with a checkpoint of every step."""
-    name = f"local {case}"
-    assert ground.codes(name, 2, **{"distributed.strategy": "auto"}, **CASES[case]) == [0, 0]
-    return ground.run_dir(name)
+def straight(ground: Playground) -> Callable[[str], Path]:
+    """The directory of an undisturbed run of a case, with a checkpoint of every step."""
+
+    @functools.cache
+    def make(case: str) -> Path:
+        name = f"local {case}"
+        assert ground.codes(name, 2, **{"distributed.strategy": "auto"}, **CASES[case]) == [0, 0]
+        return ground.run_dir(name)
+
+    return make
 
 
-def test_a_run_takes_ddp_and_says_at_every_round_what_it_saw(case: str, straight: Path) -> None:
-    assert json.loads((straight / "env.json").read_text())["strategy"] == "ddp"
-    logged = [line for line in lines(straight, "metrics.jsonl") if line["phase"] != "export"]
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_takes_ddp_and_says_at_every_round_what_it_saw(case: str, straight: Callable[[str], Path]) -> None:
+    run_dir = straight(case)
+    assert json.loads((run_dir / "env.json").read_text())["strategy"] == "ddp"
+    logged = [line for line in lines(run_dir, "metrics.jsonl") if line["phase"] != "export"]
     rounds = [line for line in logged if "sync_bytes" in line]
     assert [line["step"] for line in rounds] == ROUND_ENDS[case]
     assert all(line["sync_seconds"] > 0 for line in rounds)
@@ -63,83 +68,78 @@ def test_a_run_takes_ddp_and_says_at_every_round_what_it_saw(case: str, straight
     assert ["support_overlap" in line for line in rounds] == [line["phase"] == "sparsify" for line in rounds]
     ranks = {line["step"]: line["mean_rank"] for line in logged if line["step"] > 0}
     held = {step: max([end for end in ROUND_ENDS[case] if end <= step], default=0) for step in ranks}
-    after_cut = [] if "svd" not in case else [step for step in ranks if step > ROUND_ENDS[case][1]]
+    after_cut = [] if case == SLOTS else [step for step in ranks if step > ROUND_ENDS[case][1]]
     for step, rank in ranks.items():  # inside a round no gate dies: what counts is what was agreed on last
         if step not in after_cut:
             assert rank == (ranks[held[step]] if held[step] else 4.0), step
-    last = lines(straight, "metrics.jsonl")[-1]
+    last = lines(run_dir, "metrics.jsonl")[-1]
     assert 0 < last["mean_rank"] < 4 and last["eval_loss_exported"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
-def test_a_budget_is_kept_by_the_merge_of_products(case: str, straight: Path) -> None:
-    if "budget" not in case:
-        pytest.skip("the other case has none")
-    last = lines(straight, "metrics.jsonl")[-1]
-    budget = next(line["budget_params"] for line in lines(straight, "metrics.jsonl") if "budget_params" in line)
+def test_a_budget_is_kept_by_the_merge_of_products(straight: Callable[[str], Path]) -> None:
+    logged = lines(straight(BUDGET), "metrics.jsonl")
+    last = logged[-1]
+    budget = next(line["budget_params"] for line in logged if "budget_params" in line)
     shapes = [64 + 64, 64 + 32, 64 + 172]  # of q and o, k and v, the MLP
     assert budget - min(shapes) < last["kept_params"] <= budget
 
 
-STEPS_OF = {"budget, cut by svd": (3, 4, 5), "slots, an outer optimizer": (4,)}
+STEPS_OF = {BUDGET: (3, 4, 5), SLOTS: (4,)}
 """Inside a round, at the round whose factors are merged by the cut, after the cut; inside a round."""
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_one_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
-    case: str, straight: Path, ground: Playground
+    case: str, straight: Callable[[str], Path], ground: Playground
 ) -> None:
-    whole = result(straight)
+    undisturbed = straight(case)
+    whole = result(undisturbed)
     for step in STEPS_OF[case]:
         name = f"local {case} from {step}"
-        run_dir = interrupt(straight, ground.run_dir(name), step)
+        run_dir = interrupt(undisturbed, ground.run_dir(name), step)
         assert ground.codes(name, 2, **CASES[case]) == [0, 0]
         assert result(run_dir) == whole, step
         for later in range(step + 1, STEPS + 1):
             for file in (WEIGHTS, "replica-0.safetensors", "replica-1.safetensors"):
-                ours, theirs = (folder / "checkpoints" / f"step-{later}" / file for folder in (run_dir, straight))
+                ours, theirs = (folder / "checkpoints" / f"step-{later}" / file for folder in (run_dir, undisturbed))
                 assert ours.read_bytes() == theirs.read_bytes(), (later, file)
 
 
-def test_so_does_one_that_was_asked_to_stop_inside_a_round(case: str, straight: Path, ground: Playground) -> None:
-    if "budget" not in case:
-        pytest.skip("one case is enough")
+def test_so_does_one_that_was_asked_to_stop_inside_a_round(straight: Callable[[str], Path], ground: Playground) -> None:
     name = "local stopped"
     fault = {"place": "step", "nth": 3, "do": "TERM", "process": 1}
-    children = ground.start(name, 2, [fault], **CASES[case])
+    children = ground.start(name, 2, [fault], **CASES[BUDGET])
     assert [child.wait() for child in children] == [PREEMPTED, PREEMPTED], children[0].output
     found = status(ground.run_dir(name))
     assert (found["state"], found["checkpoint"]) == ("preempted", "checkpoints/step-3")
-    assert ground.codes(name, 2, **CASES[case]) == [0, 0]
-    assert result(ground.run_dir(name)) == result(straight)
+    assert ground.codes(name, 2, **CASES[BUDGET]) == [0, 0]
+    assert result(ground.run_dir(name)) == result(straight(BUDGET))
 
 
 def test_another_number_of_replicas_is_refused_and_changes_nothing(
-    case: str, straight: Path, ground: Playground
+    straight: Callable[[str], Path], ground: Playground
 ) -> None:
-    if "budget" not in case:
-        pytest.skip("one case is enough")
-    run_dir = interrupt(straight, ground.run_dir("local alone"), 3)
+    run_dir = interrupt(straight(BUDGET), ground.run_dir("local alone"), 3)
     before = checkpoints(run_dir)
     with pytest.raises(UserError, match=r"holds 2 replicas .* this launch has 1; launch as many"):
-        run(CONFIG, *overrides(ground.folder, run_dir, **CASES[case]))
+        run(CONFIG, *overrides(ground.folder, run_dir, **CASES[BUDGET]))
     assert checkpoints(run_dir) == before
 
 
-def test_a_damaged_replica_is_a_damaged_checkpoint(case: str, straight: Path, ground: Playground) -> None:
-    if "budget" not in case:
-        pytest.skip("one case is enough")
+def test_a_damaged_replica_is_a_damaged_checkpoint(straight: Callable[[str], Path], ground: Playground) -> None:
     name = "local damaged"
-    run_dir = interrupt(straight, ground.run_dir(name), 4)
+    run_dir = interrupt(straight(BUDGET), ground.run_dir(name), 4)
     file = run_dir / "checkpoints" / "step-4" / "replica-1.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    children = ground.start(name, 2, **CASES[case])
+    children = ground.start(name, 2, **CASES[BUDGET])
     assert [child.wait() for child in children] == [0, 0]
     assert "replica-1.safetensors is not what was saved" in children[0].output
     assert "resuming from" in children[0].output and "step 3 of 6" in children[0].output
-    assert result(run_dir) == result(straight)
+    assert result(run_dir) == result(straight(BUDGET))
 
 
 def test_one_process_may_take_rounds_too(ground: Playground, tmp_path: Path) -> None:
-    found = run(CONFIG, *overrides(ground.folder, tmp_path / "run", **CASES["budget, cut by svd"]))
+    found = run(CONFIG, *overrides(ground.folder, tmp_path / "run", **CASES[BUDGET]))
     assert found.status["state"] == "finished"
     logged = lines(tmp_path / "run", "metrics.jsonl")
     rounds = [line for line in logged if "sync_bytes" in line]
@@ -149,7 +149,7 @@ def test_one_process_may_take_rounds_too(ground: Playground, tmp_path: Path) -> 
 
 
 def test_a_dry_run_of_several_replicas_keeps_nothing(ground: Playground) -> None:
-    call = ground.call("local dry", 2, **CASES["budget, cut by svd"])
+    call = ground.call("local dry", 2, **CASES[BUDGET])
     call["arguments"].append("--dry-run")
     children = ground.nursery.world("faults:trainer", 2, call)
     assert [child.wait() for child in children] == [0, 0], children[0].output
@@ -160,7 +160,7 @@ def test_a_dry_run_of_several_replicas_keeps_nothing(ground: Playground) -> None
 
 def test_feedback_moves_lambda_once_a_round(ground: Playground, tmp_path: Path) -> None:
     changed = {"sora.threshold": "decoupled", "sora.consensus_at": 1.0, "distributed.sync_every": 2}
-    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**CASES["budget, cut by svd"], **changed}))
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**CASES[BUDGET], **changed}))
     strengths = {line["step"]: line["lambda"] for line in lines(tmp_path / "run", "metrics.jsonl") if "lambda" in line}
     assert strengths[3] == strengths[4] != strengths[5] == strengths[6]
 
