@@ -43,7 +43,7 @@ from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd, kept_params, shapes_of
 from sora_llm.distributed import make_accelerator
-from sora_llm.inject import cut_adapters, inject_sora
+from sora_llm.inject import put_on
 from sora_llm.inputs import check_inputs, load_data
 from sora_llm.local_updates import round_bytes
 from sora_llm.lora_files import read_lora
@@ -242,9 +242,7 @@ def dev_loss(folder: Path, factors: Plain) -> float:
     rows = load_data(config, inputs, ALONE).dev
     assert rows is not None
     device = make_accelerator("none", ALONE).device
-    model = load_backbone(inputs.backbone, device)
-    inject_sora(model, r=1, lora_alpha=1, target_modules=config.sora.target_modules)
-    cut_adapters(model, dict(factors))
+    model = put_on(load_backbone(inputs.backbone, device), factors)
     return evaluate(model, rows, inputs.batch, batch_size=8, world=ALONE, device=device).loss
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_llm.consensus import kept_params, mean_rank
 from sora_llm.consumers import Verdict
 from sora_llm.errors import RunFailed
 from sora_llm.files import publish
@@ -71,8 +72,6 @@ def model_card(
     """
     base = provenance.base_model or "the base model"
     costs = {name: i + o for name, (i, o) in shapes.items()}
-    mean = sum(ranks[n] * c for n, c in costs.items()) / sum(costs.values())
-    parameters = sum(ranks[n] * c for n, c in costs.items())
     metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
     data = "".join(f"* {path}\n" for path in provenance.data)
     table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
@@ -83,7 +82,8 @@ def model_card(
 # {"LoRA adapter for" if verdicts else "LoRA merged into"} {base}
 
 {provenance.story} and exported as {"a plain LoRA" if verdicts else "a whole model"}: {form}.
-Mean rank {mean:.2f} over {len(ranks)} modules (weighted by their size), {parameters:,} parameters in them.
+Mean rank {mean_rank(ranks, costs):.2f} over {len(ranks)} modules (weighted by their size), \
+{kept_params(ranks, shapes):,} parameters in them.
 
 {metrics}
 {_template_line(provenance)}

@@ -20,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from sora_llm.errors import UserError
 from sora_llm.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
-from sora_llm.lora_files import CONFIG, WEIGHTS, by_pattern, is_target
+from sora_llm.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target
 
 PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "vLLM ≤ 0.31"
 SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"
 CONSUMERS = (PEFT, TRANSFORMERS, VLLM, OLD_VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
 _MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
 
@@ -87,7 +86,7 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
         raise UserError(f"the adapter {folder} cannot be read: {error}") from None
     ranks: dict[str, tuple[int, int]] = {}
     for key, shape in shapes.items():
-        found = _TENSOR.fullmatch(key)
+        found = TENSOR.fullmatch(key)
         if found is None:
             raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
         A, B = ranks.get(found["module"], (0, 0))

@@ -308,16 +308,8 @@ class Replicas:
 
         Part k has one shape and dtype everywhere.
         """
-        if not _several():
-            return [parts[0]]
-        if not self.is_lead:
-            return []
-        received: list[Tensor] = []
-        for owner, part in enumerate(parts):
-            found = [torch.empty_like(part) for _ in self.members] if owner == self.index else None
-            dist.gather(part.contiguous(), found, dst=self.members[owner][0], group=self.lead_group)
-            received = received if found is None else found
-        return received
+        received = [self._gather(part, owner) for owner, part in enumerate(parts)]
+        return received[self.index] if self.index < len(parts) else []
 
     def spread(self, own: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
         """What each lead has, on every process (collective); `like` has the shapes and dtypes, leads give their own."""
@@ -335,12 +327,16 @@ class Replicas:
     def gather_on_main(self, tensor: Tensor) -> list[Tensor]:
         """Every replica's tensor, of one shape and dtype, in their order on the main process; [] elsewhere
         (collective)."""
+        return self._gather(tensor, 0)
+
+    def _gather(self, tensor: Tensor, owner: int) -> list[Tensor]:
+        """Every replica's tensor on the lead of replica `owner`, process 0 being that of the first; [] elsewhere."""
         if not _several():
             return [tensor]
         if not self.is_lead:
             return []
-        found = [torch.empty_like(tensor) for _ in self.members] if dist.get_rank() == 0 else None
-        dist.gather(tensor.contiguous(), found, dst=0, group=self.lead_group)
+        found = [torch.empty_like(tensor) for _ in self.members] if owner == self.index else None
+        dist.gather(tensor.contiguous(), found, dst=self.members[owner][0], group=self.lead_group)
         return found or []
 
 
@@ -532,10 +528,7 @@ class Engine:
         if self.is_spent:
             return {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(self.module).items()}
         if not self.is_zero:
-            return {
-                name: self.optimizer.state.get(p, {}).get("master", p).detach().float().cpu().clone()
-                for name, p in self._adapter_parameters.items()
-            }
+            return {name: value.cpu().clone() for name, value in self.values().items()}
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p).float().cpu().clone() for name, p in self._adapter_parameters.items()}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sora_llm.card import Provenance, model_card, publish_export
-from sora_llm.consensus import empty_factors, product_distance
+from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import copy_folder, file_sha256
@@ -32,8 +32,6 @@ MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ b
 # Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 MIN_EFFECT, MAX_GAIN_ERROR = 1e-3, 0.5
-
-PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A' (R', I), B' (O, R') of scale 1
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

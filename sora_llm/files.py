@@ -98,3 +98,9 @@ def user_path(text: str, key: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{key} is {text!r}: {error}") from None
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or what is nearest above it and there already."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())

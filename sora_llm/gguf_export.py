@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.consensus import PlainFactors
 from sora_llm.consumers import LLAMA_CPP, of_gguf
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256
-from sora_llm.gguf_lora import PlainFactors, architecture_of, compare, factors_in, read_gguf, write_gguf
+from sora_llm.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 
 FILE = "adapter.gguf"
 

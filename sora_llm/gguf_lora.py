@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm.consensus import product_distance, product_norm
+from sora_llm.consensus import PlainFactors, product_distance, product_norm
 from sora_llm.errors import RunFailed, UserError
 
 # transformers' class → llama.cpp's architecture, and whether its base converter reorders the rows of q_proj and k_proj.
@@ -36,8 +36,6 @@ OUTTYPES = {
 ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}  # of one number, relative
 ALPHA_KEY, TYPE_KEY = gguf.Keys.Adapter.LORA_ALPHA, gguf.Keys.Adapter.TYPE
 KINDS = ("lora_a", "lora_b")
-
-PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R) of scale 1
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,16 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
         layer.cut(*factors[name])
 
 
+def put_on(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """Put plain factors of scale 1 {module: (A (R, I), B (O, R))} on a bare model, in place; returns it.
+
+    They keep their own dtype and ranks, R = 0 being a module without a branch.
+    """
+    inject_sora(model, r=1, lora_alpha=1, target_modules=list(factors))
+    cut_adapters(model, factors)
+    return model
+
+
 def start_from(
     model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], scaling: Mapping[str, float]
 ) -> None:

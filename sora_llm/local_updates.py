@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Adapter = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), g (R,) or None
+from sora_llm.consensus import Adapter
 
 
 @dataclass(frozen=True)

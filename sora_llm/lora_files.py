@@ -23,7 +23,7 @@ from sora_llm.files import file_sha256
 
 CONFIG, WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
 BASE = "base_model_name_or_path"
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
+TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
 OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base
     "use_dora": "DoRA rescales the columns of the sum",
     "fan_in_fan_out": "its layers hold their weights transposed",
@@ -79,7 +79,7 @@ def read_lora(folder: Path) -> LoraFiles:
         raise UserError(f"{folder} holds no {WEIGHTS} that can be read{pickled}: {error}") from None
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = _TENSOR.fullmatch(key)
+        found = TENSOR.fullmatch(key)
         if found is None:
             raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()

@@ -30,11 +30,12 @@ from sora_llm.backbone import (
     weight_files,
 )
 from sora_llm.card import Provenance
+from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
+from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
 
 MAX_SHARD_BYTES = 4 * 2**30
-PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R) of scale 1
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def planned_shards(merge: Merge) -> list[list[str]]:
 
 
 def refuse_small_disk(folder: Path, size: int) -> None:
-    existing = next(path for path in folder.absolute().parents if path.exists())
+    existing = nearest_existing(folder.parent)
     free = shutil.disk_usage(existing).free
     if size > free:
         raise UserError(

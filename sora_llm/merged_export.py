@@ -19,7 +19,7 @@ from sora_llm.card import Provenance, model_card, publish_export
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.files import file_sha256
-from sora_llm.inject import bare, cut_adapters, inject_sora
+from sora_llm.inject import bare, put_on
 from sora_llm.merged import (
     Merge,
     check_shards,
@@ -113,9 +113,7 @@ def _beside_the_base(
     model = load_backbone(spec, merge.device)
     if merge.dequantise:
         _prove_dequantised(merge, model)
-    inject_sora(model, r=1, lora_alpha=1, target_modules=list(merge.factors))  # of scale 1, as the factors are
-    cut_adapters(model, dict(merge.factors))
-    model.eval()
+    put_on(model, merge.factors).eval()
     ids = default_probe(model)
     with bare(model):
         base = logits_of(model, ids)

@@ -19,6 +19,7 @@ from sora_llm.allocation import balanced, components
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat
 from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import (
+    Adapter,
     CutReport,
     PlainFactors,
     cut_slots,
@@ -44,8 +45,6 @@ from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
-
-Adapter = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), gate (R,) or None
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 

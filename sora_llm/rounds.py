@@ -89,9 +89,7 @@ class Rounds:
     @property
     def gates(self) -> dict[str, Tensor]:
         """{module: gate (R,)} as agreed on last, on the CPU: their zeros are the support."""
-        return {
-            name.removesuffix(".gate"): value.cpu() for name, value in self.anchor.items() if name.endswith(".gate")
-        }
+        return {name: gate.cpu() for name, gate in _gates(self.anchor).items()}
 
     def end(
         self,

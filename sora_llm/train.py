@@ -29,7 +29,7 @@ from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.files import user_path
+from sora_llm.files import nearest_existing, user_path
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -58,11 +58,7 @@ from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
-from sora_llm.topology import (
-    ZERO_STAGES,
-    launched_world,
-    resolve_strategy,
-)
+from sora_llm.topology import ZERO_STAGES, launched_world, resolve_strategy
 from sora_llm.training import (
     WEIGHTS,
     Training,
@@ -73,8 +69,8 @@ from sora_llm.training import (
     is_due,
     load_and_inject,
     log_step,
-    make_engine,
     make_steering,
+    renew_engine,
     save_checkpoint,
 )
 
@@ -471,10 +467,7 @@ def change_form(training: Training, step: int) -> None:
                 return
             masters = cut.masters
     del old
-    training.engine = make_engine(job, model)
-    training.engine.load(masters, importance, 0)
-    if training.rounds is not None:
-        training.rounds.begin(training.engine)
+    renew_engine(training, model, masters, importance)
     training.steering.importance = {name.removesuffix(WEIGHTS): values for name, values in importance.items()}
 
 
@@ -483,10 +476,7 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     job = training.job
     with training.engine.released(whole=False) as model:
         pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
-    training.engine = make_engine(job, model)
-    training.engine.load(masters, {}, 0)
-    if training.rounds is not None:
-        training.rounds.begin(training.engine)
+    renew_engine(training, model, masters, {})
     training.stage_number += 1
     training.first, training.has_ended, training.unlogged = training.done, False, None
     training.steering = make_steering(job, training.stage_number)
@@ -506,7 +496,7 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
 def rehearsal_folder(job: Job) -> Iterator[Path]:
     """A folder that all processes see, as they will the run directory, and that is removed (collective)."""
     run_dir = user_path(job.config.output.output_dir, "output.output_dir")
-    above = next(folder for folder in run_dir.absolute().parents if folder.is_dir())
+    above = nearest_existing(run_dir.parent)
     folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above), job.world)
     try:
         yield Path(folder)

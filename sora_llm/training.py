@@ -19,14 +19,8 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import UserError
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
-from sora_llm.inputs import (
-    start_lora,
-    target_modules,
-)
-from sora_llm.job import (
-    Job,
-    say,
-)
+from sora_llm.inputs import start_lora, target_modules
+from sora_llm.job import Job, say
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loop import Tally, peak_memory_gib
 from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
@@ -213,6 +207,16 @@ def make_engine(job: Job, model: nn.Module) -> Engine:
         deferred=job.replicas is not None,
     )
     return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm, job.replicas)
+
+
+def renew_engine(
+    training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Go on with a fresh optimizer, in a round of its own, from `masters` that all processes hold (collective)."""
+    training.engine = make_engine(training.job, model)
+    training.engine.load(masters, state, 0)
+    if training.rounds is not None:
+        training.rounds.begin(training.engine)
 
 
 def make_rounds(job: Job) -> Rounds | None:

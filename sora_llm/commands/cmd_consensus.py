@@ -17,7 +17,7 @@ from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
-from sora_llm.inject import cut_adapters, inject_sora
+from sora_llm.inject import put_on
 from sora_llm.inputs import quiet_libraries
 from sora_llm.merge import Merged, merge, merge_errors
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         merged = merge(
             replicas, budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance, arguments.min_rank
         )
-        refuse_nothing(merged.report.kept_cost, merged.report.energy, shapes)
+        refuse_nothing(merged.report.kept_cost, merged.report.energy, map(sum, shapes.values()))
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         certificate = export_merged(sources, merged, spec, arguments.layout, out, result)
         del certificate["merge"]  # said already
@@ -122,9 +122,7 @@ def export_merged(
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
-    model = load_backbone(spec, make_accelerator("none", ALONE).device)
-    inject_sora(model, r=1, lora_alpha=1, target_modules=list(merged.factors))  # scale 1, as the merged factors are
-    cut_adapters(model, merged.factors)
+    model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), merged.factors)
     per_source = [tokenizer_files_in(source.folder) for source in sources if source.folder is not None]
     files = next((found for found in per_source if found), None) or tokenizer_files(spec)
     provenance = Provenance(

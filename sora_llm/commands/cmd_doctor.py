@@ -22,6 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from sora_llm.commands.common import EXIT_INTERRUPTED
+from sora_llm.files import nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
@@ -175,7 +176,7 @@ def disks() -> Iterator[Finding]:
         "disk: runs": Path.cwd(),
     }
     for name, place in places.items():
-        existing = next(path for path in (place, *place.parents) if path.exists())
+        existing = nearest_existing(place)
         free = shutil.disk_usage(existing).free / 2**30
         said = f"{free:,.1f} GiB free for {place}"
         if not os.access(existing, os.W_OK):

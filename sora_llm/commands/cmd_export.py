@@ -30,7 +30,7 @@ from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
-from sora_llm.inject import cut_adapters, inject_sora
+from sora_llm.inject import put_on
 from sora_llm.inputs import check_inputs, exported_template, load_data, quiet_libraries
 from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
@@ -213,7 +213,7 @@ def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) 
         return Adapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
-    refuse_nothing(report.kept_cost, report.energy, shapes)
+    refuse_nothing(report.kept_cost, report.energy, map(sum, shapes.values()))
     return Adapter(factors, config, bare_model, report)
 
 
@@ -263,9 +263,7 @@ def export_on_base(
     factors: PlainFactors, spec: BackboneSpec, layout: str, out: Path, provenance: Provenance
 ) -> dict[str, Any]:
     """A PEFT folder, checked on the base with its weights."""
-    model = load_backbone(spec, make_accelerator("none", ALONE).device)
-    inject_sora(model, r=1, lora_alpha=1, target_modules=list(factors))  # of scale 1, as the factors are
-    cut_adapters(model, factors)
+    model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), factors)
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
 

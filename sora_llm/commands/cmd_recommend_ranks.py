@@ -11,7 +11,7 @@ from typing import Any
 
 from sora_llm.commands.adapter_view import spectra_of
 from sora_llm.commands.common import exit_code
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import Source, read_source
 from sora_llm.config import load_config
 from sora_llm.consensus import mean_rank, scaling_of
@@ -66,16 +66,12 @@ def recommended(source: Source, trained: float | None, arguments: argparse.Names
     costs = costs_of(found)
     budget = budget_of(arguments, sum(costs.values()))
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
+    energy = sum(spectrum.energy for spectrum in found.values())
+    refuse_nothing(sum(ranks.values()), energy, costs.values())
     if not any(ranks.values()):
-        alive = any(spectrum.rank for spectrum in found.values())
-        raise UserError(
-            f"the size leaves nothing: the cheapest rank takes {min(costs.values()):,} parameters; give more"
-            if alive
-            else f"{source.name} changes nothing: every ΔW is 0"
-        )
+        raise UserError(f"{source.name} changes nothing: every ΔW is 0")
     own = arguments.scaling if arguments.scaling is not None else trained
     scaling = {name: scaling_of(source.scaling, name) if own is None else own for name in found}
-    energy = sum(spectrum.energy for spectrum in found.values())
     kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
     return {
         "source": source.name,

@@ -1,11 +1,11 @@
-"""How much of an adapter is kept, and what a new folder may replace: what `consensus` and `export` share."""
+"""How much of an adapter is kept, and what a new folder may replace: `consensus`, `export`, `recommend-ranks`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,10 @@ def budget_of(arguments: argparse.Namespace, cost: int) -> int | None:
     return params_of(arguments.target_rank, cost)
 
 
-def refuse_nothing(kept_cost: int, energy: float, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """UserError if a size left nothing of an adapter that did something."""
+def refuse_nothing(kept_cost: int, energy: float, costs: Iterable[int]) -> None:
+    """UserError if a size left nothing of an adapter that did something; `costs` are the modules' I + O."""
     if kept_cost == 0 and energy > 0:
-        raise UserError(
-            f"the size leaves nothing: the cheapest rank takes {min(i + o for i, o in shapes.values()):,} "
-            "parameters; give more"
-        )
+        raise UserError(f"the size leaves nothing: the cheapest rank takes {min(costs):,} parameters; give more")
 
 
 def check_out(out: Path, sources: Sequence[Path], is_ours: Callable[[dict[str, Any]], bool], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Adapters to merge: what a run directory, a checkpoint or a LoRA folder holds, and whether they belong together."""
+"""Adapters: what a run directory, a checkpoint or a LoRA folder holds, and whether several belong together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sora_llm.sora import fold
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter to merge: its factors by module, its targets (a pruned one has no factors), what it was trained on.
+    """An adapter: its factors by module, its targets (a pruned one has no factors), what it was trained on.
 
     `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
     how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any, `config` that of

@@ -14,17 +14,15 @@ from sora_llm import checkpoint
 from sora_llm.backbone import BackboneSpec, dtype_name, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.common import ALONE
-from sora_llm.commands.sources import checkpoint_config, read_source
+from sora_llm.commands.sources import checkpoint_config, plain_factors, read_source, shapes_in
 from sora_llm.config import Config, load_config
-from sora_llm.consensus import empty_factors, scaling_of
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.files import user_path
-from sora_llm.inject import adapters, bare, check_shape, cut_adapters, inject_sora
+from sora_llm.inject import bare, put_on
 from sora_llm.inputs import backbone_spec, quiet_libraries
 from sora_llm.lora_files import CONFIG, saved_base, saved_revision
-from sora_llm.sora import keep_live_slots
 
 
 @dataclass(frozen=True)
@@ -129,15 +127,5 @@ def load(subject: Subject) -> Loaded:
         adapted = load_adapter(model, subject.adapter)
         return Loaded(adapted, adapted.disable_adapter)
     source = read_source(subject.adapter).on(model)
-    inject_sora(model, r=1, lora_alpha=scaling_of(source.scaling, ""), target_modules=sorted(source.targets))
-    cut = {}
-    for name, layer in adapters(model).items():
-        shape = (layer.in_features, layer.out_features)
-        if name in source.factors:
-            A, B, gate = source.factors[name]
-            check_shape(source.name, name, (A.shape[1], B.shape[0]), shape)
-            cut[name] = keep_live_slots(A, B, gate)
-        else:  # pruned
-            cut[name] = empty_factors(*shape)
-    cut_adapters(model, cut)
-    return Loaded(model.eval(), partial(bare, model))
+    factors = plain_factors(source, shapes_in(subject.spec, model, [source]))
+    return Loaded(put_on(model, factors).eval(), partial(bare, model))
