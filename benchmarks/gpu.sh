@@ -1,60 +1,80 @@
 #!/usr/bin/env bash
 # What to run on a GPU machine, and where its results go.
 #
-#   bash benchmarks/gpu.sh [FOLDER]                     (default: outputs/gpu)
+#   bash benchmarks/gpu.sh [FOLDER [PART …]]            (default: outputs/gpu and all parts)
 #   SORA_GPU_REHEARSAL=1 bash benchmarks/gpu.sh         the same on a CPU with a toy model: proves the script
 #
-# 1. the tests that need a CUDA device   2. step.py on a LLaMA-7B shape of random NF4 weights: time, tokens/s, peak
-# memory, what adapters cost above the frozen backbone and beside PEFT   3. ZeRO-2 and ZeRO-3 over all GPUs, or in one
-# process.
+#   tests       the tests that need a CUDA device
+#   step        step.py on a LLaMA-7B shape, packed 2,048, with and without recompute, NF4: time, tokens/s, peak memory,
+#               what adapters cost above the frozen backbone and beside PEFT
+#   step_bf16   the same backbone unquantised
+#   run         gpu_run.py: whole runs of the product, with and without recompute, and their memory against `estimate`
+#   zero2, zero3   zero.py over all GPUs, or in one process
 #
 # It goes on where a part fails, says so, and ends with 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
+shift
+parts=${*:-tests step step_bf16 run zero2 zero3}
 mkdir -p "$folder"
 failed=0
 
 part() { # name, command…: its output on the terminal and in FOLDER/name.txt
-  local name=$1
+  local name=$1 started=$SECONDS
   shift
   echo "== $name: $*"
   if ! "$@" 2>&1 | tee "$folder/$name.txt"; then
     echo "== $name FAILED"
     failed=1
   fi
+  echo "== $name: $((SECONDS - started)) s"
 }
 
 if [ -n "${SORA_GPU_REHEARSAL:-}" ]; then
   export CUDA_VISIBLE_DEVICES=
   gpus=0
-  device=cpu shape=(--shape tiny --rounds 1 --warm-up 1)
+  device=cpu shape=(--shape tiny) rounds=(--rounds 1 --warm-up 1)
   tokens=64
+  small=(data.sequence_len=512)
 else
-  gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
+  gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())') || exit 1
   if [ "$gpus" = 0 ]; then
     echo "this machine has no CUDA device; SORA_GPU_REHEARSAL=1 tries the script itself on a CPU" >&2
     exit 2
   fi
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$folder/hardware.txt"
-  device=cuda shape=(--shape 7b)
+  device=cuda shape=(--shape 7b) rounds=(--rounds 7)
   tokens=2048
+  small=()
 fi
-
-gpu_tests() { # 5: there are none
-  python -m pytest -q -m gpu tests
-  local code=$?
-  [ "$code" = 5 ] && { echo "no test is marked gpu yet"; return 0; }
-  return "$code"
-}
-part tests gpu_tests
-common=(--device "$device" "${shape[@]}" --tokens "$tokens" --checkpointing on --out "$folder/step.jsonl")
-part step python benchmarks/step.py "${common[@]}" --backbones nf4 --ranks 8,64
-part step_bf16 python benchmarks/step.py "${common[@]}" --backbones bf16 --ranks 64 --arms peft,peft_bf16,ours,cut
-
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+step=(python3 benchmarks/step.py --device "$device" "${shape[@]}" "${rounds[@]}" --tokens "$tokens" --out "$folder/step.jsonl")
 processes=$((gpus > 1 ? gpus : 1))
-for strategy in zero2 zero3; do
-  part "$strategy" torchrun --standalone --nproc_per_node "$processes" benchmarks/zero.py "$strategy" "${shape[@]}" \
-    --tokens "$tokens"
+
+for name in $parts; do
+  case $name in
+    tests) part tests python3 -m pytest -q -m gpu -n 6 --dist loadgroup tests/test_gpu.py ;;
+    step)
+      part step_recompute "${step[@]}" --checkpointing on --backbones nf4 --ranks 16,64
+      part step_open "${step[@]}" --checkpointing off --backbones nf4 --ranks 16,64 --arms peft_bf16,ours,ungated,cut
+      ;;
+    step_bf16) part step_bf16 "${step[@]}" --checkpointing on,off --backbones bf16 --ranks 64 --arms peft_bf16,ours,cut ;;
+    run)
+      run=(python3 benchmarks/gpu_run.py "${shape[@]}" --folder "$folder/run")
+      part run_recompute "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}"
+      part run_open "${run[@]}" train.per_device_train_batch_size=1 train.gradient_accumulation_steps=8 \
+        train.gradient_checkpointing=false "${small[@]}"
+      rm -rf "$folder/run"
+      ;;
+    zero2 | zero3)
+      part "$name" torchrun --standalone --nproc_per_node "$processes" benchmarks/zero.py "$name" "${shape[@]}" \
+        "${rounds[@]}" --tokens "$tokens"
+      ;;
+    *)
+      echo "benchmarks/gpu.sh: there is no part $name" >&2
+      exit 2
+      ;;
+  esac
 done
 exit "$failed"

@@ -15,6 +15,7 @@ broken step).  A step is the forward pass, the loss and the backward pass down t
     adalora         PEFT's AdaLoRA without its orthogonality loss
     gated           the formula of SoRA as one writes it down, left to autograd
     ours            inject_sora
+    ungated         ours without gates: LoRA by our layer, so that ours − ungated is what gates cost
     ours_dropout    ours with a dropout of 0.05
     cut             ours after consensus_prune to a quarter of the ranks
 
@@ -51,10 +52,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import ProxAdamW, consensus_prune, inject_sora, parameter_groups
+from sora_llm.backbone import enable_checkpointing
 from sora_llm.inject import adapters, forbid_cpu_repack, target_linears
 
-ARMS = ("floor", "peft", "peft_bf16", "peft_dropout", "adalora", "gated", "ours", "ours_dropout", "cut")
-SAME_FUNCTION = ("peft", "peft_bf16", "gated", "ours")
+ARMS = ("floor", "peft", "peft_bf16", "peft_dropout", "adalora", "gated", "ours", "ungated", "ours_dropout", "cut")
+SAME_FUNCTION = ("peft", "peft_bf16", "gated", "ours", "ungated")
 DROPOUT, LORA_ALPHA, KEPT_SHARE = 0.05, 16, 0.25
 LEARNING_RATE = 1e-8  # the optimizer does its work and every step is the same
 
@@ -71,12 +73,17 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
 
 
 def make_backbone(
-    shape: str, layers: int | None, backbone: str, device: torch.device, quant_storage: torch.dtype = torch.uint8
+    shape: str,
+    layers: int | None,
+    backbone: str,
+    device: torch.device,
+    quant_storage: torch.dtype = torch.uint8,
+    vocabulary_of_at_least: int = 0,
 ) -> nn.Module:
     """Frozen LLaMA blocks of random weights in bfloat16, their linears quantised under "nf4"."""
     hidden, intermediate, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=max(vocabulary, vocabulary_of_at_least),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers or all_layers,
@@ -154,12 +161,14 @@ def make_arm(arm: str, model: nn.Module, factors: Factors, r: int) -> nn.Module:
     model = copy_of(model)
     if arm == "floor":
         return model
-    if arm in ("ours", "ours_dropout", "cut"):
+    if arm in ("ours", "ungated", "ours_dropout", "cut"):
         inject_sora(model, r, LORA_ALPHA, DROPOUT if arm == "ours_dropout" else 0.0)
         with torch.no_grad():
             for name, layer in adapters(model).items():
                 layer.lora_A.copy_(factors[name][0])  # type: ignore[union-attr]
                 layer.lora_B.copy_(factors[name][1])  # type: ignore[union-attr]
+                if arm == "ungated":
+                    layer.gate = None
         return consensus_prune(model, target_rank=KEPT_SHARE * r) if arm == "cut" else model
     if arm == "gated":
         for name, linear in target_linears(model).items():
@@ -212,7 +221,7 @@ class Arm:
     def forward_backward(self) -> None:
         torch.manual_seed(0)
         logits = self.model(inputs_embeds=self.inputs, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[0, :-1].float(), self.ids[0, 1:])
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[:, 1:].flatten())
         loss.backward()
         self.loss_tensor = loss.detach()
 
@@ -356,10 +365,10 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
     device = torch.device(options.device)
     model = make_backbone(options.shape, options.layers, cell["backbone"], device)
     if cell["checkpointing"] == "on":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.randint(model.config.vocab_size, (1, cell["tokens"]), generator=torch.Generator().manual_seed(2)).to(
-        device
-    )
+        enable_checkpointing(model)
+    generator = torch.Generator().manual_seed(2)
+    shape = (options.rows, cell["tokens"])
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
     inputs = model.get_input_embeddings()(ids).detach() * 50  # embeddings of unit size, as trained ones are
     factors = random_factors(model, cell["r"])
     arms = {
@@ -398,7 +407,7 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
                 "ratio": [q1, ratio, q3],
                 "limit": 0.0 if name == "floor" else limit_of(model, rank),
                 "optimizer_seconds": statistics.median(updates[name]),
-                "tokens_per_second": cell["tokens"] / statistics.median(seconds[name]),
+                "tokens_per_second": ids.numel() / statistics.median(seconds[name]),
                 **{f"{key}_mib": None if value is None else value / 2**20 for key, value in memory.items()},
                 "adapter_mib": arm.adapter_bytes / 2**20,
                 "optimizer_mib": arm.optimizer_bytes / 2**20,
@@ -426,7 +435,6 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1),
         "shape": options.shape,
         "layers": options.layers or SHAPES[options.shape][2],
-        "rounds": options.rounds,
     }
 
 
@@ -439,12 +447,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     overhead_of_peft = by_arm["peft"]["ratio"][1] - 1 if "peft" in by_arm else None
     lines = [
-        f"**{first['backbone']}, r = {first['r']}, {first['tokens']} tokens, checkpointing {first['checkpointing']}** "
-        f"(load {first['load_average']})",
+        f"**{first['backbone']}, r = {first['r']}, {first['rows']} × {first['tokens']} tokens, checkpointing "
+        f"{first['checkpointing']}** (load {first['load_average']})",
         "",
-        "| | step, ms | above the floor (quartiles) | × limit | of PEFT's | optimizer, ms | saved, MiB | peak, MiB "
-        "| RSS, MiB | gradient norm |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | step, ms | tokens/s | above the floor (quartiles) | × limit | of PEFT's | optimizer, ms | saved, MiB "
+        "| peak, MiB | RSS, MiB | gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         q1, ratio, q3 = (value - 1 for value in record["ratio"])
@@ -454,8 +462,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         times = "" if is_floor else f"{ratio / record['limit']:.1f}"
         rss = "" if record["rss_mib"] is None else f"{record['rss_mib']:.0f}"
         norm = "" if record["grad_norm"] is None else f"{record['grad_norm']:.4g}"
+        speed = f"{record['step_seconds'] * 1e3:.1f} | {record['tokens_per_second']:,.0f}"
         lines.append(
-            f"| {record['arm']} | {record['step_seconds'] * 1e3:.1f} | {above} | {times} | {of_peft} | "
+            f"| {record['arm']} | {speed} | {above} | {times} | {of_peft} | "
             f"{record['optimizer_seconds'] * 1e3:.2f} | {record['saved_mib']:.1f} | {record['peak_mib']:.1f} | {rss} | "
             f"{norm} |"
         )
@@ -467,6 +476,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbones", default="bf16,nf4", help="of bf16, nf4")
     parser.add_argument("--ranks", default="8,64")
     parser.add_argument("--tokens", default="512")
+    parser.add_argument("--rows", type=int, default=1, help="sequences of so many tokens in a step")
     parser.add_argument("--checkpointing", default="off", help="of off, on")
     parser.add_argument("--arms", default=",".join(ARMS), help="the floor is always among them")
     parser.add_argument("--shape", default="small", choices=SHAPES)
@@ -486,8 +496,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.ranks, options.tokens = (
         [int(v) for v in getattr(options, name).split(",")] for name in ("ranks", "tokens")
     )
-    if options.rounds < 1 or options.warm_up < 1:
-        parser.error("--rounds and --warm-up start at 1")
+    if min(options.rows, options.rounds, options.warm_up) < 1:
+        parser.error("--rows, --rounds and --warm-up start at 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
     return options
@@ -495,13 +505,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
     if options.device == "cpu":
+        torch.set_num_threads(options.threads)
         keep_freed_memory()
     grid = itertools.product(options.backbones, options.ranks, options.tokens, options.checkpointing)
     for backbone, r, tokens, checkpointing in grid:
-        cell = {"backbone": backbone, "r": r, "tokens": tokens, "checkpointing": checkpointing}
-        records = [{**record, **circumstances(options)} for record in measure(cell, options)]
+        cell = {"backbone": backbone, "r": r, "rows": options.rows, "tokens": tokens, "checkpointing": checkpointing}
+        taken = {**circumstances(options), "rounds": options.rounds}
+        records = [{**record, **taken} for record in measure(cell, options)]
         if options.out is not None:
             with options.out.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)

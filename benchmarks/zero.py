@@ -21,7 +21,7 @@ from step import SHAPES, circumstances, make_backbone
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sora_llm import ProxAdamW, inject_sora, parameter_groups
-from sora_llm.backbone import DTYPES, resolve_quant_storage
+from sora_llm.backbone import DTYPES, enable_checkpointing, resolve_quant_storage
 from sora_llm.distributed import Engine, end, make_accelerator
 from sora_llm.loop import StepBatches, peak_memory_gib, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would shard while it builds, as backbone.py says
     storage = DTYPES[resolve_quant_storage("auto", "bfloat16", options.strategy)]
     model = make_backbone(options.shape, options.layers, "nf4", torch.device(device), storage)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     model.enable_input_require_grads()
     inject_sora(model, options.r, 16)
     optimizer = ProxAdamW(parameter_groups(model, 1e-4, 1e-3, sparse_lambda=0.5))

@@ -244,13 +244,16 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
     if gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
 
 
-def _enable_checkpointing(model: Any) -> None:
-    """Non-reentrant: reentrant checkpointing loses the gradients of frozen inputs."""
+def enable_checkpointing(model: Any) -> None:
+    """Let the model recompute each block's activations in the backward pass.
+
+    Non-reentrant: reentrant checkpointing loses the gradients of frozen inputs.
+    """
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.20 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
