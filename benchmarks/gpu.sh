@@ -5,9 +5,9 @@
 #   SORA_GPU_REHEARSAL=1 bash benchmarks/gpu.sh         the same on a CPU with a toy model: proves the script
 #
 #   tests       the tests that need a CUDA device
-#   step        step.py on a LLaMA-7B shape, packed 2,048, with and without recompute, NF4: time, tokens/s, peak memory,
-#               what adapters cost above the frozen backbone and beside PEFT
-#   step_bf16   the same backbone unquantised
+#   step        step.py on a LLaMA-7B shape, sequences of 2,048, with and without recompute, NF4 and bf16: time, tokens/s,
+#               peak memory, what adapters cost above the frozen backbone and beside PEFT
+#   liger       the same with Liger's kernels in the backbone, where liger-kernel is installed (not by default)
 #   run         gpu_run.py: whole runs of the product, with and without recompute, and their memory against `estimate`
 #   zero2, zero3   zero.py over all GPUs, or in one process
 #
@@ -44,7 +44,7 @@ else
     exit 2
   fi
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$folder/hardware.txt"
-  device=cuda shape=(--shape 7b) rounds=(--rounds 7)
+  device=cuda shape=(--shape 7b) rounds=(--rounds 5)
   tokens=2048
   small=()
 fi
@@ -54,16 +54,19 @@ processes=$((gpus > 1 ? gpus : 1))
 
 for name in $parts; do
   case $name in
-    tests) part tests python3 -m pytest -q -m gpu -n 6 --dist loadgroup tests/test_gpu.py ;;
+    tests) part tests python3 -m pytest -q -m gpu -n 12 tests/test_gpu.py ;;
     step)
-      part step_recompute "${step[@]}" --checkpointing on --backbones nf4 --ranks 16,64
-      part step_open "${step[@]}" --checkpointing off --backbones nf4 --ranks 16,64 --arms peft_bf16,ours,ungated,cut
+      part step_r16 "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours,ungated
+      part step_r64 "${step[@]}" --rows 4 --backbones nf4 --ranks 64 --arms peft_bf16,ours,ungated,ours_dropout,cut
+      part step_short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours
+      part step_recompute "${step[@]}" --rows 4 --checkpointing on --backbones nf4 --ranks 16 --arms peft_bf16,ours
+      part step_bf16 "${step[@]}" --rows 4 --backbones bf16 --ranks 16 --arms peft_bf16,ours
       ;;
-    step_bf16) part step_bf16 "${step[@]}" --checkpointing on,off --backbones bf16 --ranks 64 --arms peft_bf16,ours,cut ;;
+    liger) part step_liger "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft_bf16,ours --liger ;;
     run)
       run=(python3 benchmarks/gpu_run.py "${shape[@]}" --folder "$folder/run")
       part run_recompute "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}"
-      part run_open "${run[@]}" train.per_device_train_batch_size=1 train.gradient_accumulation_steps=8 \
+      part run_open "${run[@]}" train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 \
         train.gradient_checkpointing=false "${small[@]}"
       rm -rf "$folder/run"
       ;;

@@ -102,6 +102,13 @@ def make_backbone(
     return model.requires_grad_(False).train()
 
 
+def use_liger(model: nn.Module) -> None:
+    """Liger's kernels for norms, rotary embedding and SwiGLU; loss and adapters stay what they are."""
+    from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model)
+
+
 def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
     """The same layer in NF4 with double quantisation and bfloat16 compute."""
     import bitsandbytes as bnb
@@ -147,12 +154,14 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 def random_factors(model: nn.Module, r: int) -> dict[str, tuple[Tensor, Tensor]]:
     """{module: (A (R, I), B (O, R))} of the size that they have some time into a training, float32."""
-    generator = torch.Generator().manual_seed(1)
     found = {}
+    generator: torch.Generator | None = None
     for name, linear in target_linears(model).items():
-        A = torch.randn(r, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
-        B = torch.randn(linear.out_features, r, generator=generator) / math.sqrt(linear.out_features)
-        found[name] = (A.to(linear.weight.device), B.to(linear.weight.device))
+        generator = generator or torch.Generator(linear.weight.device).manual_seed(1)
+        options: Any = {"generator": generator, "device": linear.weight.device}
+        A = torch.randn(r, linear.in_features, **options) / math.sqrt(linear.in_features)
+        B = torch.randn(linear.out_features, r, **options) / math.sqrt(linear.out_features)
+        found[name] = (A, B)
     return found
 
 
@@ -364,6 +373,8 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
     """Take the steps of one cell of the grid in turn; one record per arm."""
     device = torch.device(options.device)
     model = make_backbone(options.shape, options.layers, cell["backbone"], device)
+    if options.liger:
+        use_liger(model)
     if cell["checkpointing"] == "on":
         enable_checkpointing(model)
     generator = torch.Generator().manual_seed(2)
@@ -447,7 +458,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     overhead_of_peft = by_arm["peft"]["ratio"][1] - 1 if "peft" in by_arm else None
     lines = [
-        f"**{first['backbone']}, r = {first['r']}, {first['rows']} × {first['tokens']} tokens, checkpointing "
+        f"**{first['backbone']}{', Liger' if first['liger'] else ''}, r = {first['r']}, {first['rows']} × {first['tokens']} tokens, checkpointing "
         f"{first['checkpointing']}** (load {first['load_average']})",
         "",
         "| | step, ms | tokens/s | above the floor (quartiles) | × limit | of PEFT's | optimizer, ms | saved, MiB "
@@ -484,6 +495,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--liger", action="store_true", help="every arm with Liger's kernels (CUDA)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     options = parser.parse_args(argv)
@@ -510,7 +522,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     grid = itertools.product(options.backbones, options.ranks, options.tokens, options.checkpointing)
     for backbone, r, tokens, checkpointing in grid:
-        cell = {"backbone": backbone, "r": r, "rows": options.rows, "tokens": tokens, "checkpointing": checkpointing}
+        cell = {
+            "backbone": backbone,
+            "liger": options.liger,
+            "r": r,
+            "rows": options.rows,
+            "tokens": tokens,
+            "checkpointing": checkpointing,
+        }
         taken = {**circumstances(options), "rounds": options.rounds}
         records = [{**record, **taken} for record in measure(cell, options)]
         if options.out is not None:

@@ -87,44 +87,63 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """y + s · B (g ⊙ u), in the place of y."""
+    """y + s · B (g ⊙ u), in the place of y.
+
+    g goes into B and s into the products, which costs no pass over the tokens and few kernels: at some thousand tokens
+    it is their number that an adapter costs on a GPU.  For the same reason the gradient of g is taken from the product
+    uᵀ dy that B's needs anyway.
+    """
 
     @staticmethod
     def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
-        scale = scaling if gate is None else (scaling * gate).to(dtype)[:, None]
         ctx.save_for_backward(u_RT, lora_B, gate)
         ctx.scaling = scaling
         # Detached, y shares its memory and its version: a base layer that needs its answer for its own gradient makes
         # the backward pass fail with a message.
-        return _add_product(y.detach(), (u_RT * scale).T, lora_B.to(dtype).T, y.shape)
+        return _add_product(y.detach(), u_RT.T, _gated(lora_B, gate, dtype).T, y.shape, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         u_RT, lora_B, gate = ctx.saved_tensors
         need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
-        dtype = u_RT.dtype
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        scale = ctx.scaling if gate is None else (ctx.scaling * gate).to(dtype)[:, None]
-
-        dB = ((u_RT * scale) @ dy_TO).T.to(lora_B.dtype, memory_format=torch.contiguous_format) if need_B else None
-        dh_RT = lora_B.to(dtype).T @ dy_TO.T
-        du_RT = dh_RT * scale if need_u else None
-        dg = None
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(u_RT.dtype)
+        du_RT = _product(_gated(lora_B, gate, u_RT.dtype).T, dy_TO.T, ctx.scaling) if need_u else None
+        dB = dg = None
+        if need_B or need_g:
+            product_OR = _product(u_RT, dy_TO, ctx.scaling).T
+            dB = _gated(product_OR, gate, lora_B.dtype) if need_B else None
         if need_g:
-            sums_R = (dh_RT * u_RT).sum(1, dtype=torch.promote_types(gate.dtype, torch.float32))
-            dg = (ctx.scaling * sums_R).to(gate.dtype)
+            dg = (product_OR * lora_B).sum(0, dtype=torch.promote_types(gate.dtype, torch.float32)).to(gate.dtype)
         return dy if need_y else None, du_RT, dB, dg, None, None
 
 
+def _gated(columns_OR: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """columns ⊙ g in `dtype`, rounded once, in rows that follow each other."""
+    if gate is None:
+        return columns_OR.to(dtype, memory_format=torch.contiguous_format)
+    out = torch.empty(columns_OR.shape, dtype=dtype, device=columns_OR.device)
+    return torch.mul(columns_OR, gate, out=out)
+
+
+def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """alpha · left @ right."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
+
+
 def _add_product(
-    wide: Tensor | None, left: Tensor, right: Tensor, shape: torch.Size, mask: Tensor | None = None
+    wide: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    shape: torch.Size,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """wide + mask ⊙ (left @ right), in the place of `wide` where its memory allows it; None is 0."""
+    """wide + mask ⊙ (alpha · left @ right), in the place of `wide` where its memory allows it; None is 0."""
     if wide is not None and mask is None and wide.dtype == left.dtype and wide.is_contiguous():
-        wide.view(-1, shape[-1]).addmm_(left, right)
+        wide.view(-1, shape[-1]).addmm_(left, right, alpha=alpha)
         return wide
-    product = left @ right
+    product = _product(left, right, alpha)
     product = (product if mask is None else product.mul_(mask)).view(shape)
     # A quantised layer may answer in another dtype than it was asked in.
     return product if wide is None else wide + product.to(wide.dtype)

@@ -70,8 +70,9 @@ def start(
 ) -> Finished:
     """Run `launcher arguments…` from the project's root and wait for it."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # no accelerate config of the user's may decide how tests are launched
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": str(ROOT), **environ}
+    clean |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": python_path, **environ}
     process = subprocess.run(
         [*launcher, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
     )

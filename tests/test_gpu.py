@@ -147,11 +147,12 @@ FLOAT32 = {
     "sora.lora_dropout": 0.0,  # a GPU draws other masks than a CPU
     "train.max_steps": 20,
 }
+SAVED = {"output.save_steps": 6, "output.save_total_limit": None}
 
 
 @pytest.fixture(scope="module")
 def float32_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return train(tmp_path_factory.mktemp("gpu") / "none", **FLOAT32, **{"output.save_steps": 6})
+    return train(tmp_path_factory.mktemp("gpu") / "none", **FLOAT32, **SAVED)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_a_4bit_run_learns_is_cut_and_exports_what_peft_reloads(nf4_run: Finishe
     first, *_, last = found.lines("metrics.jsonl")
     assert last["eval_loss"] < first["eval_loss"] - 0.5
     assert last["mean_rank"] <= 2 and found.json("adapter/certificate.json")["passed"]
-    assert found.json("env.json").get("gpus"), "the run saw no GPU"
+    assert found.json("env.json")["hardware"].get("gpus"), "the run saw no GPU"
     assert last["eval_loss_exported"] == pytest.approx(last["eval_loss"], rel=1e-3)
     arguments = [CONFIG, *gsm8k_overrides(found.directory), "--adapter", str(found.directory / "adapter"), "--json"]
     for environ in ({}, HIDDEN):
@@ -197,7 +198,7 @@ def test_every_strategy_trains_the_same_adapter_under_nccl(
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(float32_run: Finished, tmp_path: Path) -> None:
     directory = interrupt(float32_run.directory, tmp_path / "resumed", 6)
-    resumed = train(directory, **FLOAT32, **{"output.save_steps": 6})
+    resumed = train(directory, **FLOAT32, **SAVED)
     expected, own = delta_weights(float32_run.directory), delta_weights(resumed.directory)
     assert all(relative_error(own[name], delta) < 1e-4 for name, delta in expected.items() if delta.numel())
     assert f"step 6 of {FLOAT32['train.max_steps']}" in resumed.output
