@@ -4,19 +4,20 @@
 #   bash benchmarks/gpu.sh [FOLDER [PART …]]            (default: outputs/gpu and all parts)
 #   SORA_GPU_REHEARSAL=1 bash benchmarks/gpu.sh         the same on a CPU with a toy model: proves the script
 #
-#   tests       the tests that need a CUDA device
-#   step        step.py on a LLaMA-7B shape, sequences of 2,048, with and without recompute, NF4 and bf16: time, tokens/s,
-#               peak memory, what adapters cost above the frozen backbone and beside PEFT
-#   liger       the same with Liger's kernels in the backbone, where liger-kernel is installed (not by default)
-#   run         gpu_run.py: whole runs of the product, with and without recompute, and their memory against `estimate`
-#   zero2, zero3   zero.py over all GPUs, or in one process
+#   tests                    the tests that need a CUDA device
+#   r16 r64                  step.py on a LLaMA-7B shape in NF4, 4 x 2,048 tokens, without recompute: time, tokens/s, peak
+#                            memory, what adapters cost above the frozen backbone and beside PEFT
+#   short recompute bf16     1 x 2,048 tokens; with recompute; on the unquantised backbone
+#   liger                    with Liger's kernels in the backbone; needs liger-kernel, not one of all parts
+#   run run_open             gpu_run.py: whole runs of the product, with and without recompute, memory against `estimate`
+#   zero2 zero3              zero.py over all GPUs, or in one process
 #
 # It goes on where a part fails, says so, and ends with 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
 shift
-parts=${*:-tests step step_bf16 run zero2 zero3}
+parts=${*:-tests r16 r64 short recompute bf16 run run_open zero2 zero3}
 mkdir -p "$folder"
 failed=0
 
@@ -49,27 +50,24 @@ else
   small=()
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-step=(python3 benchmarks/step.py --device "$device" "${shape[@]}" "${rounds[@]}" --tokens "$tokens" --out "$folder/step.jsonl")
+step=(python3 benchmarks/step.py --device "$device" "${shape[@]}" "${rounds[@]}" --tokens "$tokens")
+step+=(--out "$folder/step.jsonl")
 processes=$((gpus > 1 ? gpus : 1))
+
+run=(python3 benchmarks/gpu_run.py "${shape[@]}" --folder "$folder/model")
+open=(train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 train.gradient_checkpointing=false)
 
 for name in $parts; do
   case $name in
     tests) part tests python3 -m pytest -q -m gpu -n 12 tests/test_gpu.py ;;
-    step)
-      part step_r16 "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours,ungated
-      part step_r64 "${step[@]}" --rows 4 --backbones nf4 --ranks 64 --arms peft_bf16,ours,ungated,ours_dropout,cut
-      part step_short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours
-      part step_recompute "${step[@]}" --rows 4 --checkpointing on --backbones nf4 --ranks 16 --arms peft_bf16,ours
-      part step_bf16 "${step[@]}" --rows 4 --backbones bf16 --ranks 16 --arms peft_bf16,ours
-      ;;
-    liger) part step_liger "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft_bf16,ours --liger ;;
-    run)
-      run=(python3 benchmarks/gpu_run.py "${shape[@]}" --folder "$folder/run")
-      part run_recompute "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}"
-      part run_open "${run[@]}" train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 \
-        train.gradient_checkpointing=false "${small[@]}"
-      rm -rf "$folder/run"
-      ;;
+    r16) part r16 "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours,ungated ;;
+    r64) part r64 "${step[@]}" --rows 4 --backbones nf4 --ranks 64 --arms peft_bf16,ours,ungated,ours_dropout,cut ;;
+    short) part short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours ;;
+    recompute) part recompute "${step[@]}" --rows 4 --checkpointing on --backbones nf4 --ranks 16 --arms peft_bf16,ours ;;
+    bf16) part bf16 "${step[@]}" --rows 4 --backbones bf16 --ranks 16 --arms peft_bf16,ours ;;
+    liger) part liger "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft_bf16,ours --liger ;;
+    run) part run "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}" ;;
+    run_open) part run_open "${run[@]}" "${open[@]}" "${small[@]}" ;;
     zero2 | zero3)
       part "$name" torchrun --standalone --nproc_per_node "$processes" benchmarks/zero.py "$name" "${shape[@]}" \
         "${rounds[@]}" --tokens "$tokens"
@@ -80,4 +78,5 @@ for name in $parts; do
       ;;
   esac
 done
+rm -rf "$folder/model"
 exit "$failed"

@@ -458,8 +458,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     overhead_of_peft = by_arm["peft"]["ratio"][1] - 1 if "peft" in by_arm else None
     lines = [
-        f"**{first['backbone']}{', Liger' if first['liger'] else ''}, r = {first['r']}, {first['rows']} × {first['tokens']} tokens, checkpointing "
-        f"{first['checkpointing']}** (load {first['load_average']})",
+        f"**{first['backbone']}{', Liger' if first['liger'] else ''}, r = {first['r']}, {first['rows']} × "
+        f"{first['tokens']} tokens, checkpointing {first['checkpointing']}** (load {first['load_average']})",
         "",
         "| | step, ms | tokens/s | above the floor (quartiles) | × limit | of PEFT's | optimizer, ms | saved, MiB "
         "| peak, MiB | RSS, MiB | gradient norm |",
