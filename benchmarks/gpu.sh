@@ -5,6 +5,7 @@
 #   SORA_GPU_REHEARSAL=1 bash benchmarks/gpu.sh         the same on a CPU with a toy model: proves the script
 #
 #   tests                    the tests that need a CUDA device
+#   kernels                  gpu_kernels.py: whether the processor or the GPU is what a step waits for
 #   r16 r64                  step.py on a LLaMA-7B shape in NF4, 4 x 2,048 tokens, without recompute: time, tokens/s, peak
 #                            memory, what adapters cost above the frozen backbone and beside PEFT
 #   short recompute bf16     1 x 2,048 tokens; with recompute; on the unquantised backbone
@@ -17,7 +18,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
 shift
-parts=${*:-tests r16 r64 short recompute bf16 run run_open zero2 zero3}
+parts=${*:-tests kernels r16 r64 short recompute bf16 run run_open zero2 zero3}
 mkdir -p "$folder"
 failed=0
 
@@ -66,6 +67,13 @@ for name in $parts; do
     recompute) part recompute "${step[@]}" --rows 4 --checkpointing on --backbones nf4 --ranks 16 --arms peft_bf16,ours ;;
     bf16) part bf16 "${step[@]}" --rows 4 --backbones bf16 --ranks 16 --arms peft_bf16,ours ;;
     liger) part liger "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft_bf16,ours --liger ;;
+    kernels)
+      if [ "$gpus" = 0 ]; then
+        echo "== kernels: needs a GPU, left out"
+      else
+        part kernels python3 benchmarks/gpu_kernels.py
+      fi
+      ;;
     run) part run "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}" ;;
     run_open) part run_open "${run[@]}" "${open[@]}" "${small[@]}" ;;
     zero2 | zero3)
