@@ -295,6 +295,13 @@ class Replicas:
         return len(self.members)
 
     @property
+    def stride(self) -> int:
+        """By how many processes shares of rows move on from step to step, the same number everywhere: those of a
+        replica where all have as many, so that replicas pass whole shares on; else 1."""
+        sizes = {len(own) for own in self.members}
+        return sizes.pop() if len(sizes) == 1 else 1
+
+    @property
     def own_members(self) -> tuple[int, ...]:
         """The processes of this one."""
         return self.members[self.index]

@@ -67,7 +67,7 @@ class Job:
         batch_size = self.config.train.per_device_train_batch_size
         together, rotation = None, 0
         if self.replicas is not None:
-            together, rotation = self.replicas.own_members, step
+            together, rotation = self.replicas.own_members, step * self.replicas.stride
         return step_batches(
             self.order.step(step),
             self.world,

@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import DENSE_STEPS, STEPS, Playground, checkpoints, interrupt, lines, overrides, result, status
+from helpers import relative_error
+from small_runs import (
+    DENSE_STEPS,
+    STEPS,
+    Playground,
+    checkpoints,
+    delta_weights,
+    interrupt,
+    lines,
+    overrides,
+    result,
+    status,
+)
+from spawn import launched
 
 from sora_llm.budget import GAIN, LAMBDA_MAX, LAMBDA_MIN, next_lambda
 from sora_llm.errors import UserError
@@ -169,3 +182,60 @@ def test_lambda_stays_within_its_bounds_however_long_a_round_is() -> None:
     assert next_lambda(0.1, 1000, 34.0, 1000, num_steps=500) == LAMBDA_MAX
     assert next_lambda(0.1, 0, 1000.0, 1000, num_steps=5000) == LAMBDA_MIN
     assert next_lambda(0.1, 600, 500.0, 1000, num_steps=3) == pytest.approx(0.1 * math.exp(3 * GAIN * 0.1))
+
+
+def test_two_machines_of_two_processes_train_as_two_processes_of_twice_the_rows(ground: Playground) -> None:
+    """replica: node, from the launcher's numbers to the exported adapter."""
+    options = {**CASES[BUDGET], "sora.lora_dropout": 0.0}
+    rows = {"train.per_device_train_batch_size": 2}
+    assert ground.codes("local pair", 2, **options, **rows) == [0, 0]
+    rows = {"train.per_device_train_batch_size": 1, "evaluation.per_device_eval_batch_size": 1}
+    call = ground.call("local nodes", 4, **options, **rows, **{"distributed.replica": "node"})
+    places = [
+        {**environ, "LOCAL_RANK": f"{rank % 2}", "LOCAL_WORLD_SIZE": "2"} for rank, environ in enumerate(launched(4))
+    ]
+    children = [ground.nursery.start("faults:trainer", call, place) for place in places]
+    assert [child.wait() for child in children] == [0] * 4, children[0].output
+    pair, nodes = ground.run_dir("local pair"), ground.run_dir("local nodes")
+    found = delta_weights(nodes)
+    for name, delta in delta_weights(pair).items():
+        assert relative_error(found[name], delta) < 1e-3, name  # float32 sums in another order, then Adam
+    sent = [[line["sync_bytes"] for line in lines(d, "metrics.jsonl") if "sync_bytes" in line] for d in (pair, nodes)]
+    assert sent[0] == sent[1] and len(sent[0]) == 3
+
+
+def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
+    options = {
+        **CASES[BUDGET],
+        "sora.consensus_at": 0.5,
+        "train.max_steps": 12,
+        "train.learning_rate": 0.5,
+        "evaluation.eval_steps": 1,
+        "evaluation.early_stopping_patience": 1,
+    }
+    assert ground.codes("local patience", 2, **options) == [0, 0]
+    logged = lines(ground.run_dir("local patience"), "metrics.jsonl")
+    *_, stopped, last = logged
+    assert (stopped["step"], stopped["phase"]) == (8, "finetune"), "two steps after the cut, of rounds of three"
+    assert "sync_bytes" not in stopped and last["sync_bytes"] > 0, "what came after the last round is merged too"
+    assert last["step"] == 8 and last["eval_loss_exported"] == pytest.approx(stopped["eval_loss"], rel=1e-4)
+
+
+def test_every_budget_is_kept_where_there_are_several(ground: Playground) -> None:
+    options = {**CASES[BUDGET], "sora.budgets": {"self_attn": 1, "mlp": 3}}
+    assert ground.codes("local budgets", 2, **options) == [0, 0]
+    ranks = lines(ground.run_dir("local budgets"), "ranks.jsonl")[-1]["ranks"]
+    costs = {
+        "q_proj": 128,
+        "o_proj": 128,
+        "k_proj": 96,
+        "v_proj": 96,
+        "gate_proj": 236,
+        "up_proj": 236,
+        "down_proj": 236,
+    }
+    for pattern, target in options["sora.budgets"].items():
+        own = {name: rank for name, rank in ranks.items() if pattern in name}
+        spent = sum(rank * costs[name.rpartition(".")[2]] for name, rank in own.items())
+        whole = sum(target * costs[name.rpartition(".")[2]] for name in own)
+        assert whole - min(costs[name.rpartition(".")[2]] for name in own) < spent <= whole, pattern
