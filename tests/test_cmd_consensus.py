@@ -249,7 +249,7 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "--tolerance is 1", a, b, "--tolerance", 1, *out)
     refused(capsys, "--min-rank is 1", a, b, "--min-rank", 1, *out)
     refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
-    refused(capsys, "there is no folder", a, tmp_path / "nowhere", *out)
+    refused(capsys, f"there is no {tmp_path}/nowhere", a, tmp_path / "nowhere", *out)
     refused(capsys, "is no run directory", a, base, *out)
     refused(capsys, "holds no merged adapter", a, b, "--out", tmp_path / "full")
     refused(capsys, "the size leaves nothing", a, b, "--target-params", 1, *out)

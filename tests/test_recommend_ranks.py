@@ -101,7 +101,9 @@ def test_a_run_is_recommended_at_the_scale_that_it_was_trained_with(tmp_path, ca
     made = peft_made(result["lora_config"], tmp_path / "made")
     assert made == {name: (module["rank"], 1.5) for name, module in certificate.items() if module["rank"]}
     assert result["pruned"] == [name for name, module in certificate.items() if not module["rank"]] != []
-    folded = peft_made(recommended(capsys, run / "adapter")["lora_config"], tmp_path / "folded")
+    assert recommended(capsys, run / "adapter")["lora_config"] == result["lora_config"], "it is the run's"
+    (run / "adapter").rename(tmp_path / "elsewhere")
+    folded = peft_made(recommended(capsys, tmp_path / "elsewhere")["lora_config"], tmp_path / "folded")
     assert folded == {name: (rank, 1.0) for name, (rank, _) in made.items()}
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         out = arguments.out.absolute()
         check_out(out, folders, lambda certificate: "merge" in certificate, "merged adapter")
         quiet_libraries()
-        sources = [read_source(folder) for folder in folders]
+        sources = [read_source(path) for path in arguments.sources]
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)
         bare_model = skeleton(load_config(spec), spec)
         sources = [source.on(bare_model) for source in sources]

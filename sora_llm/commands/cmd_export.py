@@ -21,8 +21,9 @@ from sora_llm.backbone import (
     tokenizer_files_in,
 )
 from sora_llm.commands.common import ALONE, exit_code
+from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, base_of, of_run, plain_factors, read_source, shapes_in
+from sora_llm.commands.sources import Source, base_of, plain_factors, shapes_in, source_of
 from sora_llm.config import Config
 from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
 from sora_llm.distributed import make_accelerator
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         "merged into its base.  SOURCE is a run directory, a checkpoint or any PEFT LoRA folder.  What is written is "
         "read back from disk and checked.",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, checkpoint or LoRA folder")
+    parser.add_argument("source", metavar="SOURCE", help="run directory, checkpoint or LoRA folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new folder")
     parser.add_argument(
         "--layout",
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         check_options(arguments)
         source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
         out = arguments.out.absolute()
-        check_out(out, [arguments.source, source.folder or arguments.source], _is_ours, "exported adapter")
+        place = Path(arguments.source).expanduser()
+        check_out(out, [place, source.folder or place], _is_ours, "exported adapter")
         quiet_libraries()
         spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
@@ -140,18 +142,19 @@ def _is_ours(certificate: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def chosen(path: Path, stage: float | None, max_params: int | None) -> tuple[Source, dict[str, Any]]:
+def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Source, dict[str, Any]]:
     """The adapter that is meant, and the line of metrics that tells of it ({} where there is none).
 
     Raises:
         UserError: there is none.
     """
+    place = find_place(path)
+    exports = [] if place.run_dir is None else _exports(place.run_dir)
+    stages = {stage_name(line["sparse_lambda"]): line for line in exports if "stage" in line}
     if stage is None and max_params is None:
-        source = read_source(path)
-        exports = _exports(path) if source.folder == path / "adapter" else []
-        return source, exports[-1] if exports else {}
-    stages = {stage_name(line["sparse_lambda"]): line for line in _exports(path) if "stage" in line}
-    if not stages:
+        own = stages.get(place.stage) if place.stage is not None else exports[-1] if exports else None
+        return source_of(place), own or {}
+    if place.run_dir is None or not stages:
         raise UserError(
             f"{path} is no sparsity path, or none of its stages is done; leave --stage and --max-params out"
         )
@@ -159,16 +162,21 @@ def chosen(path: Path, stage: float | None, max_params: int | None) -> tuple[Sou
         name = stage_name(stage)
         if name not in stages:
             raise UserError(f"{path} has no stage {name}; it has {', '.join(stages)}")
-        return of_run(path, path / "path" / name), stages[name]
-    assert max_params is not None
+    else:
+        assert max_params is not None
+        name = _best_within(path, stages, max_params)
+    return source_of(find_place(place.run_dir / "path" / name)), stages[name]
+
+
+def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params: int) -> str:
+    """The stage of the best dev loss within a number of parameters."""
     within = {name: line for name, line in stages.items() if line["kept_params"] <= max_params}
     if not within:
         smallest = min(line["kept_params"] for line in stages.values())
         raise UserError(f"no stage of {path} has {max_params:,} parameters or fewer; the smallest has {smallest:,}")
     if any("eval_loss" not in line for line in within.values()):
         raise UserError(f"the stages of {path} have no dev loss to be chosen by; name one with --stage")
-    best = min(within, key=lambda name: within[name]["eval_loss"])
-    return of_run(path, path / "path" / best), within[best]
+    return min(within, key=lambda name: within[name]["eval_loss"])
 
 
 def _exports(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,17 +6,14 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sora_llm.commands.adapter_view import spectra_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import Source, read_source
-from sora_llm.config import load_config
 from sora_llm.consensus import mean_rank, scaling_of
 from sora_llm.errors import UserError
-from sora_llm.files import user_path
 from sora_llm.spectrum import costs_of, lora_options, ranks_within
 
 FORMATS = ("python", "axolotl")
@@ -41,22 +38,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
         check_size(arguments)
         if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
             raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
-        folder = user_path(arguments.place, "the path")
-        return recommended(read_source(folder), trained_scaling(folder), arguments)
+        return recommended(read_source(arguments.place), arguments)
 
     as_text = python_snippet if arguments.format == "python" else axolotl_snippet
     return exit_code(command, arguments.json, as_text)
 
 
-def trained_scaling(folder: Path) -> float | None:
-    """lora_alpha / r of the run in `folder`, whose exported adapter has it folded in; None where it is no run."""
-    if not (folder / "config.yaml").is_file():
-        return None
-    sora = load_config(folder / "config.yaml").sora
-    return sora.lora_alpha / sora.r
-
-
-def recommended(source: Source, trained: float | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
     """Ranks, what they hold of the adapter, and the config, as JSON.
 
     Raises:
@@ -70,7 +58,9 @@ def recommended(source: Source, trained: float | None, arguments: argparse.Names
     refuse_nothing(sum(ranks.values()), energy, costs.values())
     if not any(ranks.values()):
         raise UserError(f"{source.name} changes nothing: every ΔW is 0")
-    own = arguments.scaling if arguments.scaling is not None else trained
+    own = arguments.scaling
+    if own is None and source.config is not None:  # the scale that an exported adapter has folded in
+        own = source.config.sora.lora_alpha / source.config.sora.r
     scaling = {name: scaling_of(source.scaling, name) if own is None else own for name in found}
     kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
     return {

@@ -1,9 +1,7 @@
-"""Adapters: what a run directory, a checkpoint or a LoRA folder holds, and whether several belong together."""
+"""Adapters: the factors that a run, a checkpoint or a LoRA folder holds, and whether several belong together."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +10,13 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.backbone import BackboneSpec, dtype_name, load_config
+from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
-from sora_llm.config import load_config as load_run_config
 from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
 from sora_llm.errors import UserError
 from sora_llm.inject import check_shape, target_linears
 from sora_llm.inputs import backbone_spec, target_modules
-from sora_llm.lora_files import CONFIG, is_same_base, read_lora
+from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import Replica
 from sora_llm.sora import fold
 
@@ -61,86 +59,44 @@ class Source:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_source(folder: Path) -> Source:
-    """The adapter that a path means.
+def read_source(path: str | Path) -> Source:
+    """The adapter that a path names.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; a source is a run directory, a checkpoint or a LoRA folder")
-    if (folder / CONFIG).is_file():
-        return _of_lora(folder)
-    if (folder / checkpoint.COMPLETE).is_file() or (folder / checkpoint.STATE).is_file():
-        return _of_checkpoint(folder)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "adapter" / CONFIG).is_file():
-            raise UserError(
-                f"{folder} has no adapter yet; start its command again to let it finish, or name one of its "
-                f"checkpoints ({folder / 'checkpoints'})"
-            )
-        return of_run(folder, folder / "adapter")
-    raise UserError(
-        f"{folder} is no run directory (config.yaml), checkpoint ({checkpoint.COMPLETE}) or LoRA ({CONFIG})"
-    )
+    return source_of(find_place(path))
 
 
-def _of_lora(folder: Path) -> Source:
-    lora = read_lora(folder)
-    return Source(str(folder), lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder)
+def source_of(place: Place) -> Source:
+    """The adapter of a place; UserError where it has none, or one that cannot be read."""
+    folder = place.with_adapter()
+    if place.config is not None and place.is_checkpoint:
+        return _of_checkpoint(place.name, folder, place.config)
+    lora, config = read_lora(folder), place.config
+    source = Source(place.name, lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder)
+    return source if config is None else _of_run(source, config)
 
 
-def of_run(run_dir: Path, adapter: Path) -> Source:
-    """One of the adapters of a run: its last one, or a stage of its path."""
-    config, lora = load_run_config(run_dir / "config.yaml"), read_lora(adapter)
-    return Source(
-        str(run_dir),
-        config.model.name_or_path,
-        config.model.revision,
-        lora.factors,
-        lora.scaling,
-        lora.targets,
+def _of_run(source: Source, config: Config) -> Source:
+    """With what the run says of it."""
+    return replace(
+        source,
+        base=config.model.name_or_path,
+        revision=config.model.revision,
         spec=backbone_spec(config, "none"),
-        data=_data(config),
-        folder=adapter,
+        data=tuple(dataset.path for dataset in config.data.datasets),
         config=config,
     )
 
 
-def checkpoint_config(folder: Path) -> Config:
-    """The config of the run that saved a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is incomplete, damaged, or of another version.
-    """
-    state = checkpoint.read_state(folder)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # JSON is YAML, and only config.py reads configs
-        json.dump(state["config"], file)
-        file.flush()
-        return load_run_config(file.name)
-
-
-def _of_checkpoint(folder: Path) -> Source:
-    config = checkpoint_config(folder)
+def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
     tensors = checkpoint.read_tensors(folder)
-    names = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
-    factors = {n: (tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"], tensors.get(f"{n}.gate")) for n in names}
-    return Source(
-        str(folder),
-        config.model.name_or_path,
-        config.model.revision,
-        factors,
-        config.sora.lora_alpha / config.sora.r,
-        frozenset(names),
-        selector=target_modules(config),
-        spec=backbone_spec(config, "none"),
-        data=_data(config),
-        config=config,
-    )
-
-
-def _data(config: Config) -> tuple[str, ...]:
-    return tuple(dataset.path for dataset in config.data.datasets)
+    modules = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
+    factors = {m: (tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], tensors.get(f"{m}.gate")) for m in modules}
+    scaling = config.sora.lora_alpha / config.sora.r
+    source = Source(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
+    return _of_run(source, config)
 
 
 # ------------------------------------------------------------------------------------------------- belonging together
@@ -176,7 +132,9 @@ def base_of(
         refuse_other_bases(named, option)
         base, revision = (known or named[0]).base, (known or named[0]).revision
     spec = BackboneSpec(base) if known is None or known.spec is None else known.spec
-    spec = replace(spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code)
+    spec = replace(
+        spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code or spec.trust_remote_code
+    )
     return spec if known else replace(spec, dtype=dtype_name(load_config(spec)))
 
 

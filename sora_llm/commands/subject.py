@@ -10,16 +10,15 @@ from pathlib import Path
 
 from torch import nn
 
-from sora_llm import checkpoint
 from sora_llm.backbone import BackboneSpec, dtype_name, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.common import ALONE
-from sora_llm.commands.sources import checkpoint_config, plain_factors, read_source, shapes_in
-from sora_llm.config import Config, load_config
+from sora_llm.commands.places import find_place
+from sora_llm.commands.sources import plain_factors, read_source, shapes_in
+from sora_llm.config import Config
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
-from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
 from sora_llm.inputs import backbone_spec, quiet_libraries
 from sora_llm.lora_files import CONFIG, saved_base, saved_revision
@@ -35,54 +34,17 @@ class Subject:
     adapter: Path | None
 
 
-def find_subject(place: str, overrides: Sequence[str] = ()) -> Subject:
-    """What `place` names: a run directory, a config (of a run that may have an adapter by now), a checkpoint, or the
-    folder of a LoRA; one that lies in a run directory is the run's.  `overrides` are of the config.
+def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
+    """What `path` names; `overrides` are of the run's config.
 
     Raises:
         UserError: nothing of that kind.
     """
-    path = user_path(place, "the path")
-    if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"there is no {place}; name a run directory, a config, a checkpoint or a LoRA folder")
-        return _of_run(path, overrides)
-    if (path / "config.yaml").is_file():
-        return _of_run(path / "config.yaml", overrides)
-    if (path / checkpoint.STATE).is_file():
-        if overrides:
-            raise UserError(f"{place} is a checkpoint, whose config is its own; leave {overrides[0]} out")
-        config = checkpoint_config(path)
-        return Subject(backbone_spec(config, "none"), config, path)
-    if not (path / CONFIG).is_file():
-        raise UserError(
-            f"{place} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA folder ({CONFIG})"
-        )
-    run_config = next((c for c in (path.absolute().parent, path.absolute().parent.parent) if _is_run_of(c, path)), None)
-    if run_config is not None:
-        config = load_config(run_config / "config.yaml", overrides)
-        return Subject(backbone_spec(config, "none"), config, path)
-    if overrides:
-        raise UserError(f"{place} is a LoRA folder without a config to override; leave {overrides[0]} out")
-    return Subject(BackboneSpec(saved_base(path), revision=saved_revision(path)), None, path)
-
-
-def _of_run(config_file: Path, overrides: Sequence[str]) -> Subject:
-    """A run by its config: the one in whose directory the file lies, or that will go where it says."""
-    config = load_config(config_file, overrides)
-    run_dir = config_file.parent
-    if not (run_dir / "status.json").is_file() and not (run_dir / "adapter" / CONFIG).is_file():
-        run_dir = user_path(config.output.output_dir, "output.output_dir")
-    adapter = run_dir / "adapter"
-    return Subject(backbone_spec(config, "none"), config, adapter if (adapter / CONFIG).is_file() else None)
-
-
-def _is_run_of(run_dir: Path, adapter: Path) -> bool:
-    """Whether `adapter` is adapter/ or path/<λ>/ of a run directory."""
-    inside = adapter.absolute().relative_to(run_dir).parts
-    return (run_dir / "config.yaml").is_file() and (
-        inside == ("adapter",) or (len(inside) == 2 and inside[0] == "path")
-    )
+    place = find_place(path, overrides)
+    if place.config is not None:
+        return Subject(backbone_spec(place.config, "none"), place.config, place.adapter)
+    folder = place.with_adapter()
+    return Subject(BackboneSpec(saved_base(folder), revision=saved_revision(folder)), None, folder)
 
 
 def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> Subject:

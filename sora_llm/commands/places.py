@@ -1,0 +1,119 @@
+"""What a path given to a command names: a run, a checkpoint or a LoRA; the one order in which all commands look."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sora_llm import checkpoint
+from sora_llm.config import Config, load_config
+from sora_llm.errors import UserError
+from sora_llm.files import user_path
+from sora_llm.lora_files import CERTIFICATE, CONFIG
+
+
+@dataclass(frozen=True)
+class Place:
+    """`name` is the path as it was given.
+
+    `adapter` is the folder of a LoRA or of a checkpoint, None where a run has none yet; `config` is the run's, None for
+    an adapter that no run here made; `run_dir` is the directory of the run that exported the adapter, None for a
+    checkpoint too.
+    """
+
+    name: str
+    adapter: Path | None
+    config: Config | None = None
+    run_dir: Path | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.adapter is not None and not (self.adapter / CONFIG).is_file()
+
+    @property
+    def stage(self) -> str | None:
+        """The name of the stage of a sparsity path whose adapter this is; None for adapter/ and all others."""
+        if self.adapter is None or self.run_dir is None or self.adapter.parent == self.run_dir:
+            return None
+        return self.adapter.name
+
+    def with_adapter(self) -> Path:
+        """The adapter's folder; UserError where there is none yet."""
+        if self.adapter is None:
+            raise UserError(
+                f"{self.name} has no adapter yet; start its command again to let it finish, or name one of its "
+                "checkpoints"
+            )
+        return self.adapter
+
+
+def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
+    """The run, checkpoint or LoRA that `path` names.
+
+    In this order: a file is the config of a run, which may have an adapter by now; a folder with adapter_config.json is
+    a LoRA, the run's if it is adapter/ or path/<λ>/ of a run directory; one with state.json is a checkpoint; one with
+    config.yaml is a run directory.  `overrides` are of the run's config.
+
+    A config that was found in a folder, and not named, does not consent to running a base's own Python code: folders
+    come from elsewhere, and the command line has a word for it.
+
+    Raises:
+        UserError: nothing of that kind.
+    """
+    name, folder = str(path), user_path(str(path), "the path")
+    if not folder.exists():
+        raise UserError(f"there is no {name}; name a run directory, a config, a checkpoint or a LoRA folder")
+    if not folder.is_dir():
+        return _of_config(name, folder, load_config(folder, overrides))
+    if (folder / CONFIG).is_file():
+        whole = Path(os.path.abspath(folder))  # noqa: PTH100  # resolve() follows links, and an adapter may be one
+        is_stage = whole.parent.name == "path"
+        run_dir = whole.parent.parent if is_stage else whole.parent
+        if (is_stage or whole.name == "adapter") and _is_run(run_dir):
+            config = _without_consent(load_config(run_dir / "config.yaml", overrides), overrides)
+            return Place(name, whole, config, run_dir)
+        if overrides:
+            raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
+        return Place(name, folder)
+    if (folder / checkpoint.STATE).is_file() or (folder / checkpoint.COMPLETE).is_file():
+        if overrides:
+            raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
+        return Place(name, folder, _without_consent(_checkpoint_config(folder)))
+    if (folder / "config.yaml").is_file():
+        config_file = folder / "config.yaml"
+        return _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
+    raise UserError(f"{name} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
+
+
+def _of_config(name: str, file: Path, config: Config) -> Place:
+    """A run by its config: the one in whose directory the file lies, or that will go where it says."""
+    run_dir = file.parent
+    if not _is_run(run_dir) and not (run_dir / "adapter" / CONFIG).is_file():
+        run_dir = user_path(config.output.output_dir, "output.output_dir")
+    adapter = run_dir / "adapter"
+    return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run has written here: a config.yaml alone may be anybody's."""
+    marks = ("status.json", f"adapter/{CERTIFICATE}")
+    return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)
+
+
+def _without_consent(config: Config, overrides: Sequence[str] = ()) -> Config:
+    if any("trust_remote_code" in text for text in overrides):
+        return config
+    return replace(config, model=replace(config.model, trust_remote_code=False))
+
+
+def _checkpoint_config(folder: Path) -> Config:
+    """The config of the run that saved a checkpoint; UserError if it is incomplete, damaged, or of another version."""
+    state = checkpoint.read_state(folder)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # JSON is YAML, and only config.py reads configs
+        json.dump(state["config"], file)
+        file.flush()
+        return load_config(file.name)

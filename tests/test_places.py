@@ -1,0 +1,74 @@
+"""What a path names is the same for every command: the run's adapter is the run's, by whichever path it is reached."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from peft_loras import peft_lora
+from test_generate import run_dir
+
+from sora_llm.commands.places import find_place
+from sora_llm.commands.sources import base_of, read_source
+from sora_llm.commands.subject import find_subject, on_base
+from sora_llm.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with an adapter and a stage whose files name another base than the run does."""
+    folder = run_dir(tmp_path / "run", **{"model.trust_remote_code": True})
+    lora = peft_lora(Path("/some/base"), tmp_path / "lora", 1, r=2)
+    shutil.copytree(lora, folder / "adapter")
+    shutil.copytree(lora, folder / "path" / "0.5")
+    return folder
+
+
+@pytest.mark.parametrize("inside", ["", "adapter", "path/0.5", "path/../adapter"])
+def test_the_adapter_of_a_run_is_the_runs_for_every_command(run, stories, inside):
+    source, subject = read_source(run / inside), find_subject(str(run / inside))
+    assert source.config is not None and source.config == subject.config
+    assert source.base == str(stories) and source.spec == subject.spec
+    assert source.folder == subject.adapter and source.folder.samefile(run / (inside or "adapter"))
+    assert find_place(run / inside).stage == ("0.5" if "0.5" in inside else None)
+
+
+def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.yaml").write_text("port: 8080\n")
+    other = shutil.copytree(run / "adapter", tmp_path / "project" / "adapter")
+    for folder in (other, tmp_path / "lora"):
+        source, subject = read_source(folder), find_subject(str(folder))
+        assert source.config is subject.config is None
+        assert source.base == subject.spec.name_or_path == "/some/base"
+
+
+def test_a_link_to_an_adapter_is_the_runs_in_whose_directory_it_lies(run, stories):
+    shutil.move(run / "adapter", run.parent / "moved")
+    (run / "adapter").symlink_to(run.parent / "moved")
+    assert read_source(run / "adapter").base == str(stories)
+    assert read_source(run.parent / "moved").base == "/some/base"
+
+
+def test_a_folder_does_not_consent_to_running_code_and_the_command_line_does(run):
+    def consents(path: Path, *overrides: str, flag: bool = False) -> bool:
+        subject = on_base(find_subject(str(path), overrides), None, False, flag)
+        assert overrides or subject.spec == base_of([read_source(path)], None, flag)
+        return subject.spec.trust_remote_code
+
+    assert not consents(run) and not consents(run / "adapter")
+    assert consents(run, flag=True) and consents(run / "adapter", "model.trust_remote_code=true")
+    assert consents(run / "config.yaml"), "a config that is named says what its owner wants, as in training"
+
+
+def test_what_is_nothing_is_said_in_the_same_words(run, tmp_path):
+    shutil.rmtree(run / "adapter")
+    assert find_subject(str(run)).adapter is None, "a base alone can be asked"
+    for path, said in (
+        (run, "has no adapter yet"),
+        (tmp_path / "no", "there is no"),
+        (tmp_path, "is no run directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_source(path)
