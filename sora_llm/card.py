@@ -11,10 +11,10 @@ from typing import Any
 
 from sora_llm.consensus import kept_params, mean_rank
 from sora_llm.consumers import Verdict
-from sora_llm.errors import RunFailed
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
-from sora_llm.lora_files import CERTIFICATE
+from sora_llm.lora_files import CERTIFICATE, CONFIG
 
 CARD = "README.md"
 
@@ -38,6 +38,15 @@ class Provenance:
     """What the certificate says beside the self-check, as JSON."""
     details: str = ""
     """A section of the model card, in Markdown."""
+
+
+def refuse_other_contents(folder: Path) -> None:
+    """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
+    is_export = any((folder / name).is_file() for name in (CONFIG, CERTIFICATE))
+    if folder.is_dir() and not is_export and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and holds no adapter; name another folder, this one would be replaced")
 
 
 def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> None:

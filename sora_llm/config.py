@@ -174,7 +174,8 @@ class Output:
     save_total_limit: Count | None = 2  # checkpoints kept; null: all
     resume: str = "auto"  # auto: from the newest complete checkpoint; never; or the path of a checkpoint
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # []: no tracker
-    export_layout: Literal["padded", "ragged", "gguf", "merged"] = "padded"  # padded loads in every engine
+    export_layout: Literal["padded", "ragged", "gguf", "merged"] = "padded"
+    # of adapter/: padded loads in every engine; gguf and merged: a folder of that name beside a padded one
     allow_empty_adapter: bool = False  # true: an adapter whose every rank was pruned is no error
     push_to_hub: bool = False  # upload adapter/ once the run is finished; a failed upload never fails the run
     hub_model_id: str | None = None  # user/name or name; null: the name of output_dir, in the user's namespace
@@ -206,9 +207,7 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
 
 # What the schema knows and this version cannot do yet: key → (the values that work, what to do instead).
 # "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
-NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "output.export_layout": (("padded", "ragged"), "use padded, then sora-llm export --layout gguf or merged"),
-}
+NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {}
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
 OLD_NAMES: dict[str, tuple[str, ...]] = {

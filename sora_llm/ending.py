@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sora_llm import export, pipeline
 from sora_llm.config import to_dict
+from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
 from sora_llm.export import Provenance
 from sora_llm.generation import sample_answers
@@ -23,6 +24,7 @@ from sora_llm.job import (
     Job,
     say,
 )
+from sora_llm.layouts import adapter_layout, export_beside
 from sora_llm.plan import stage_name
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
@@ -35,6 +37,8 @@ class StageResult:
 
     exported: pipeline.Exported
     masters: Mapping[str, Tensor]
+    factors: PlainFactors
+    """Of the adapter that was exported."""
 
 
 def cut_and_export(training: Training) -> StageResult:
@@ -64,21 +68,15 @@ def cut_and_export(training: Training) -> StageResult:
             directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
             if is_path
             else directory.path / "adapter",
-            config.output.export_layout,
+            adapter_layout(config.output.export_layout),
             world=job.world,
-            provenance=Provenance(
-                base_model=config.model.name_or_path,
-                data=[dataset.path for dataset in config.data.datasets],
-                metrics={"dev loss of the trained adapter": fields["eval_loss"]} if "eval_loss" in fields else {},
-                tokenizer_files=job.inputs.tokenizer_files,
-                chat_template=exported_template(config, job.inputs.tokenizer),
-                load_options=job.inputs.backbone.load_call,
-            ),
+            provenance=provenance(job, fields.get("eval_loss")),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
             before_publishing=job.heed_stop,
         )
+        factors = export.folded_factors(model)
         if job.world.is_main and training.stage is job.plan.stages[-1]:
             answer_samples(job, model, directory)
     if exported.eval_loss is not None:
@@ -92,7 +90,20 @@ def cut_and_export(training: Training) -> StageResult:
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
-    return StageResult(exported, goes_on_from)
+    return StageResult(exported, goes_on_from, factors)
+
+
+def provenance(job: Job, dev_loss: float | None) -> Provenance:
+    """What the model card says about the run."""
+    config = job.config
+    return Provenance(
+        base_model=config.model.name_or_path,
+        data=[dataset.path for dataset in config.data.datasets],
+        metrics={} if dev_loss is None else {"dev loss of the trained adapter": dev_loss},
+        tokenizer_files=job.inputs.tokenizer_files,
+        chat_template=exported_template(config, job.inputs.tokenizer),
+        load_options=job.inputs.backbone.load_call,
+    )
 
 
 def finish(training: Training, result: StageResult) -> RunResult:
@@ -101,11 +112,34 @@ def finish(training: Training, result: StageResult) -> RunResult:
     adapter = directory.path / "adapter"
     if job.plan.is_path:
         on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
+    leave_beside(training, result)
     directory.adapter = adapter
     directory.status("finished", phase="done")
     directory.report(to_dict(job.config), plots=True)
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
     return RunResult(adapter, metrics, status)
+
+
+def leave_beside(training: Training, result: StageResult) -> None:
+    """The adapter once more as gguf/ or merged/, where the config asks for it; the main process writes (collective)."""
+    job, layout = training.job, training.job.config.output.export_layout
+    if layout in export.LAYOUTS:
+        return
+    job.heed_stop()
+    del training.engine.module  # the base is about to be loaded again
+    eval_loss = training.directory.last_metrics.get("eval_loss")
+    said = on_main(
+        lambda: export_beside(
+            layout,
+            job.inputs,
+            result.factors,
+            training.directory.path,
+            provenance=provenance(job, eval_loss),
+            device=job.accelerator.device,
+        ),
+        job.world,
+    )
+    say(job.world, said)
 
 
 def memorisation(job: Job, model: nn.Module) -> float:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import copy_folder, file_sha256
 from sora_llm.inject import adapters, bare, target_linears
-from sora_llm.lora_files import CONFIG, WEIGHTS
+from sora_llm.lora_files import WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 
 LAYOUTS = ("padded", "ragged")
@@ -86,8 +86,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
     """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and holds no adapter; name another folder, this one would be replaced")
+    refuse_other_contents(folder)
     factors = folded_factors(model)
     if not factors:
         raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consensus import PlainFactors
 from sora_llm.consumers import LLAMA_CPP, of_gguf
 from sora_llm.errors import RunFailed, UserError
@@ -28,9 +28,11 @@ def export_gguf(
 
     Returns: the certificate.
     Raises:
-        UserError: an architecture or a module that is not known in llama.cpp, or an adapter without a rank.
+        UserError: an architecture or a module that is not known in llama.cpp, an adapter without a rank, or a folder
+            that holds something else than an export.
         RunFailed: what was read back is not what was written, or the disk is full; nothing is left.
     """
+    refuse_other_contents(folder)
     architecture = architecture_of(config)
     if not any(A.shape[0] for A, _ in factors.values()):
         raise UserError("every rank of the adapter was pruned, so there is nothing for llama.cpp to apply")

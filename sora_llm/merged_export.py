@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sora_llm.backbone import DTYPES, BackboneSpec, dequantised_weight, load_backbone
-from sora_llm.card import Provenance, model_card, publish_export
+from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.files import file_sha256
@@ -49,9 +49,10 @@ def export_merged(
     adapter, of the merged model, and of one merged from the other form of a quantised base are measured.
 
     Raises:
-        UserError: no room on the disk.
+        UserError: no room on the disk, or a folder that holds something else than an export.
         RunFailed: the merged weights or logits are not base + ΔW, or the disk is full; nothing is left.
     """
+    refuse_other_contents(folder)
     shards = planned_shards(merge)
     refuse_small_disk(folder, sum(merged_size(merge, key) for keys in shards for key in keys))
     expected, losses = _beside_the_base(merge, dev_loss_of)

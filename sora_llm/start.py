@@ -12,6 +12,7 @@ from sora_llm import checkpoint
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed import on_main
 from sora_llm.errors import UserError
+from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path
 from sora_llm.job import Job, say
 from sora_llm.plan import Plan, refuse_other_config
@@ -54,6 +55,9 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         world,
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
     )
+    layout = plan.config.output.export_layout
+    if layout not in LAYOUTS and not (run_dir / layout).is_dir():
+        say(world, f"it has no {layout}: sora-llm export {run_dir} --layout {layout} --out {run_dir / layout}")
     metrics = read_json_lines(run_dir / "metrics.jsonl")
     return RunResult(adapter, metrics[-1] if metrics else {}, status)
 

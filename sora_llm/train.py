@@ -47,6 +47,7 @@ from sora_llm.job import (
     refuse_other_data,
     say,
 )
+from sora_llm.layouts import check_layout
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
 from sora_llm.loop import StepBatches, peak_memory_gib, seed_step, train_step
@@ -168,10 +169,12 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         hub.check_target(config.output.hub_model_id, run_dir)
     inputs = check_inputs(config, strategy)
     check_output(run_dir, config.output.resume)
+    shapes = target_shapes(config, inputs.skeleton)
+    check_layout(config.output.export_layout, inputs, shapes, run_dir)
 
     data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
     order = training_order(config, inputs, data, rows_in_step(config, world))
-    plan = make_plan(config, strategy, world, order.steps_in, target_shapes(config, inputs.skeleton))
+    plan = make_plan(config, strategy, world, order.steps_in, shapes)
 
     with contextlib.ExitStack() as stack:
         group = process_group(config, strategy, world, run_dir, zero_options, lifeline)

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "budget and lambda": (lambda tmp: ["sora.target_rank=4"], "only one of"),
     "neither budget nor lambda": (lambda tmp: ["sora.sparse_lambda=null"], "set exactly one"),
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
-    "not built yet": (lambda tmp: ["output.export_layout=gguf"], "not available in this version"),
+    "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
     "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
     "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),

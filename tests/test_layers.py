@@ -24,7 +24,7 @@ LAYERS = [
     {"report_page", "gguf_export", "merged_export"},
     {"pipeline", "generation", "loop", "rundir", "steering", "rounds"},
     {"inputs"},
-    {"plan"},
+    {"plan", "layouts"},
     {"job"},
     {"start"},
     {"training"},

@@ -1,0 +1,76 @@
+"""What a run leaves beside adapter/: gguf/ for llama.cpp or merged/, the whole model (output.export_layout)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_llm.card import Provenance, refuse_other_contents
+from sora_llm.consensus import PlainFactors
+from sora_llm.errors import UserError
+from sora_llm.export import LAYOUTS
+from sora_llm.gguf_export import export_gguf
+from sora_llm.gguf_lora import architecture_of
+from sora_llm.inputs import Inputs
+from sora_llm.merged import plan_merge
+from sora_llm.merged_export import export_merged
+
+
+def adapter_layout(layout: str) -> str:
+    """That of adapter/ itself, which is a PEFT folder whatever lies beside it."""
+    return layout if layout in LAYOUTS else "padded"
+
+
+def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, int]], run_dir: Path) -> None:
+    """Whether the run's base can be written in `layout`, from its config and the headers of its files.
+
+    Raises:
+        UserError: an architecture or a module that llama.cpp does not have, files that cannot be merged into, 8-bit
+            layers, or a folder of that name in the run directory that holds something else.
+    """
+    if layout in LAYOUTS:
+        return
+    try:
+        if layout == "gguf":
+            architecture_of(inputs.skeleton.config).tensor_names(list(targets))
+        elif inputs.backbone.load_in_8bit:
+            raise UserError("8-bit layers round activations too, so that no weights equal them")
+        else:
+            plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=inputs.backbone.load_in_4bit, device="cpu")
+        refuse_other_contents(run_dir / layout)
+    except UserError as error:
+        raise UserError(f"output.export_layout {layout}: {error}") from None
+
+
+def export_beside(
+    layout: str,
+    inputs: Inputs,
+    factors: PlainFactors,
+    run_dir: Path,
+    *,
+    provenance: Provenance,
+    device: torch.device | str,
+) -> str:
+    """Write run_dir/`layout`, verified, from the factors of the run's adapter; one process.  Returns what to say.
+
+    A merged model is of the base as it was trained beside: of the numbers that 4-bit layers hold.  The model that was
+    trained is not needed, and should be gone: the base is loaded again.
+
+    Raises:
+        UserError: no room on the disk.
+        RunFailed: what was read back is not what was trained; nothing is left.
+    """
+    folder, base = run_dir / layout, inputs.backbone
+    certificate: dict[str, Any]
+    if layout == "gguf":
+        if not any(A.shape[0] for A, _ in factors.values()):
+            return f"{folder} is not written: every rank was pruned, so there is nothing for llama.cpp to apply"
+        certificate = export_gguf(factors, inputs.skeleton.config, folder, provenance=provenance)
+    else:
+        merge = plan_merge(factors, base, inputs.skeleton, dequantise=base.load_in_4bit, device=device)
+        certificate = export_merged(merge, inputs.skeleton.config, folder, provenance=provenance)
+    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    return f"self-check of {layout} passed (ΔW to {worst:.1e}): {folder}"

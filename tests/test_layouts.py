@@ -1,0 +1,81 @@
+"""`output.export_layout: gguf` and `merged`: a verified folder beside adapter/, and what it cannot be is said first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative_error
+from small_runs import CONFIG, Playground, overrides, status
+from transformers import AutoModelForCausalLM
+
+from sora_llm.backbone import BackboneSpec, dequantised
+from sora_llm.gguf_lora import Architecture, factors_in, read_gguf
+from sora_llm.lora_files import read_lora
+from sora_llm.train import main
+
+CUT = {"sora.consensus_at": 0.6, "sora.sparse_lambda": 0.9}
+
+
+def deltas(run_dir: Path) -> dict[str, torch.Tensor]:
+    """ΔW of adapter/, as PEFT reads it."""
+    lora = read_lora(run_dir / "adapter")
+    return {name: lora.scaling[name] * (B.double() @ A.double()) for name, (A, B, _) in lora.factors.items()}
+
+
+def test_gguf_lies_beside_the_adapter_and_is_the_same_under_zero2(ground: Playground) -> None:
+    options = {"distributed.strategy": "zero2", "output.export_layout": "gguf", **CUT}
+    assert ground.codes("gguf", 2, **options) == [0, 0]
+    run_dir = ground.run_dir("gguf")
+    expected = deltas(run_dir)
+    architecture = Architecture("llama", 5, {"q_proj": 8, "k_proj": 4})
+    file = factors_in(read_gguf(run_dir / "gguf" / "adapter.gguf"), architecture, list(expected))
+    assert file, "nothing was pruned away, or the test says nothing"
+    for name, delta in expected.items():
+        A, B = file.get(name, (torch.zeros(0, delta.shape[1]), torch.zeros(delta.shape[0], 0)))
+        assert relative_error(B.double() @ A.double(), delta) < 1e-6, name
+    certificate = json.loads((run_dir / "gguf" / "certificate.json").read_text())
+    assert certificate["passed"] and certificate["layout"] == "gguf"
+    assert json.loads((run_dir / "adapter" / "certificate.json").read_text())["layout"] == "padded"
+    assert (status(run_dir)["state"], status(run_dir)["adapter"]) == ("finished", "adapter")
+
+
+def test_merged_is_the_dequantised_base_with_the_adapter_inside(ground: Playground, stories: Path) -> None:
+    quantized = {"quantization.load_in_4bit": True, "quantization.bnb_4bit_compute_dtype": "float32"}
+    assert ground.codes("merged", 1, **{"output.export_layout": "merged", **quantized, **CUT}) == [0]
+    run_dir = ground.run_dir("merged")
+    spec = BackboneSpec(str(stories), dtype="float32", load_in_4bit=True, compute_dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "merged")
+    for name, delta in deltas(run_dir).items():
+        weight = dequantised(base.get_submodule(name).weight.detach(), spec, "cpu").double()
+        assert relative_error(merged.get_submodule(name).weight, weight + delta) < 1e-6, name
+    card = (run_dir / "merged" / "README.md").read_text()
+    assert "the base as 4-bit layers hold it plus ΔW" in card and "dev loss of the trained adapter" in card
+    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_trained(
+    ground: Playground, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(layout: str, **options: object) -> str:
+        arguments = overrides(ground.folder, tmp_path / "run", **{"output.export_layout": layout, **options})
+        assert main([CONFIG, *arguments]) == 2
+        return capsys.readouterr().err
+
+    other = Path(shutil.copytree(stories, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["PhiForCausalLM"]}))
+    said = refused("gguf", **{"model.name_or_path": str(other)})
+    assert "output.export_layout gguf: " in said and "not for PhiForCausalLM" in said
+    assert "8-bit layers round activations too" in refused("merged", **{"quantization.load_in_8bit": True})
+    (other / "model.safetensors").rename(other / "pytorch_model.bin")
+    assert "pickles (*.bin) are not read" in refused("merged", **{"model.name_or_path": str(other)})
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "gguf").mkdir(parents=True)
+    (tmp_path / "run" / "gguf" / "base.gguf").write_text("mine")
+    assert "holds no adapter; name another folder" in refused("gguf")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["gguf", "base.gguf"]
