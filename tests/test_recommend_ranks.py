@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from helpers import randomise_all, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_loras import KINDS, deltas, peft_lora
 from runs import gsm8k_overrides
+from small_runs import checkpoints
 
 from sora_llm import cli
+from sora_llm.commands import cmd_recommend_ranks
+from sora_llm.commands.sources import read_source
 from sora_llm.config import load_config, to_yaml
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
@@ -105,6 +110,33 @@ def test_a_run_is_recommended_at_the_scale_that_it_was_trained_with(tmp_path, ca
     (run / "adapter").rename(tmp_path / "elsewhere")
     folded = peft_made(recommended(capsys, tmp_path / "elsewhere")["lora_config"], tmp_path / "folded")
     assert folded == {name: (rank, 1.0) for name, (rank, _) in made.items()}
+
+
+def test_pruned_targets_count_in_the_mean_whatever_the_files_leave_out(undisturbed, tmp_path, capsys):
+    """The same adapter with zeros where it was pruned, without these modules, and as a checkpoint after the cut."""
+    run, size = undisturbed[1], ("--target-rank", "0.3")
+    last = run / "checkpoints" / checkpoints(run)[-1]
+    for layout in ("padded", "ragged"):
+        arguments = [str(last), "--target-rank", "0.6", "--layout", layout, "--out", str(tmp_path / layout)]
+        assert cli.main(["export", *arguments]) == 0
+    capsys.readouterr()
+    padded, ragged = (recommended(capsys, tmp_path / layout, *size) for layout in ("padded", "ragged"))
+    lora = read_source(tmp_path / "ragged")
+    assert lora.factors.keys() < lora.targets, "or the test says nothing"
+    assert padded["lora_config"] == ragged["lora_config"] and sorted(padded["pruned"]) == sorted(ragged["pruned"])
+    assert padded["mean_rank"] == ragged["mean_rank"] <= 0.3
+    was_cut = replace(read_source(last), factors=lora.factors, targets=frozenset(lora.factors), scaling=lora.scaling)
+    options = Namespace(target_rank=0.3, target_params=None, tolerance=None, min_rank=0, scaling=1.0)
+    found = cmd_recommend_ranks.recommended(was_cut, Namespace(**vars(options), base=None, trust_remote_code=False))
+    assert found["lora_config"] == ragged["lora_config"] and found["pruned"] == ragged["pruned"]
+
+    file = tmp_path / "ragged" / "adapter_config.json"
+    base = json.loads(file.read_text())["base_model_name_or_path"]
+    file.write_text(file.read_text().replace(base, "/gone"))
+    assert not recommended(capsys, tmp_path / "ragged")["mean_rank_is_of_all_targets"]
+    assert cli.main(["recommend-ranks", str(tmp_path / "ragged"), *size]) == 2
+    assert "name it with --base MODEL, or use --target-params" in capsys.readouterr().err
+    assert recommended(capsys, tmp_path / "ragged", *size, "--base", base)["lora_config"] == padded["lora_config"]
 
 
 def test_the_snippets_say_the_same(tmp_path, capsys):

@@ -8,13 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sora_llm.backbone import load_config, skeleton
 from sora_llm.commands.adapter_view import spectra_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, read_source
+from sora_llm.commands.sources import Source, base_of, read_source, shapes_in
 from sora_llm.consensus import mean_rank, scaling_of
 from sora_llm.errors import UserError
-from sora_llm.spectrum import costs_of, lora_options, ranks_within
+from sora_llm.inputs import quiet_libraries
+from sora_llm.spectrum import Spectrum, costs_of, lora_options, ranks_within
 
 FORMATS = ("python", "axolotl")
 
@@ -30,6 +32,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     parser.add_argument(
         "--scaling", type=float, metavar="S", help="alpha / rank of every module (default: as the adapter was trained)"
     )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model, where it lies in another place by now; its config is read where the files of a pruned "
+        "adapter do not say how large all targets are",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--format", choices=FORMATS, default="python", help="of what is printed; default %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object; lora_config is for PEFT")
     arguments = parser.parse_args(argv)
@@ -51,11 +60,11 @@ def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]
         UserError: nothing is left, or the adapter is more than plain LoRA.
     """
     found = spectra_of(source)
-    costs = costs_of(found)
+    costs, pruned, is_whole = all_targets(source, found, arguments)
     budget = budget_of(arguments, sum(costs.values()))
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
-    refuse_nothing(sum(ranks.values()), energy, costs.values())
+    refuse_nothing(sum(ranks.values()), energy, costs_of(found).values())
     if not any(ranks.values()):
         raise UserError(f"{source.name} changes nothing: every ΔW is 0")
     own = arguments.scaling
@@ -66,12 +75,45 @@ def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]
     return {
         "source": source.name,
         "base_model": source.base,
-        "mean_rank": mean_rank(ranks, costs),
+        "mean_rank": mean_rank(dict.fromkeys(costs, 0) | ranks, costs),
+        "mean_rank_is_of_all_targets": is_whole,
         "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
         "energy_kept": kept / energy,
-        "pruned": [name for name, rank in ranks.items() if not rank] + sorted(source.targets - found.keys()),
+        "pruned": [name for name, rank in ranks.items() if not rank] + pruned,
         "lora_config": lora_options(ranks, scaling),
     }
+
+
+def all_targets(
+    source: Source, found: Mapping[str, Spectrum], arguments: argparse.Namespace
+) -> tuple[dict[str, int], list[str], bool]:
+    """{target: I + O}, those without factors, and whether these are all.
+
+    What was pruned may have no factors in the files, and counts in a mean rank all the same: its size comes from the
+    base's config.  Without a base only a mean rank as budget is out of reach.
+
+    Raises:
+        UserError: a base that cannot be read and is needed for --target-rank, or was named.
+    """
+    costs = costs_of(found)
+    pruned = sorted(source.targets - found.keys())
+    if not source.may_lack_targets:
+        return costs, pruned, True
+    try:
+        quiet_libraries()
+        spec = base_of([source], arguments.base, arguments.trust_remote_code)
+        bare_model = skeleton(load_config(spec), spec)
+        shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
+    except UserError as error:
+        if arguments.base is not None:
+            raise
+        if arguments.target_rank is None:
+            return costs, pruned, False
+        raise UserError(
+            f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
+            f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"
+        ) from None
+    return {name: sum(shape) for name, shape in shapes.items()}, sorted(shapes.keys() - found.keys()), True
 
 
 # --------------------------------------------------------------------------------------------------------- snippets
@@ -116,9 +158,10 @@ def axolotl_snippet(result: Mapping[str, Any]) -> str:
 
 def _comments(result: Mapping[str, Any]) -> list[str]:
     pruned = result["pruned"]
+    of = "" if result["mean_rank_is_of_all_targets"] else " (of the modules in the files)"
     left = f"; {len(pruned)} modules of rank 0 are no targets" if pruned else ""
     return [
         f"# ranks of {result['source']}" + (f", base {result['base_model']}" if result["base_model"] else ""),
-        f"# mean rank {result['mean_rank']:.2f}, {result['kept_params']:,} parameters, "
+        f"# mean rank {result['mean_rank']:.2f}{of}, {result['kept_params']:,} parameters, "
         f"{result['energy_kept']:.1%} of ‖ΔW‖²{left}",
     ]

@@ -49,6 +49,12 @@ class Source:
         return replace(self, targets=self.targets | target_linears(bare_model, self.selector).keys())
 
     @property
+    def may_lack_targets(self) -> bool:
+        """Whether its files alone do not say how large every target is: one that was pruned has no factors there."""
+        is_cut = self.selector is not None and all(gate is None for _, _, gate in self.factors.values())
+        return is_cut or not self.targets <= self.factors.keys()
+
+    @property
     def ranks(self) -> dict[str, int]:
         """{module: live slots}."""
         slots = {name: A.shape[0] for name, (A, _, _) in self.factors.items()}
