@@ -81,10 +81,27 @@ def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora,
     assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5)
 
 
+def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(lora, rows, tmp_path, capsys):
+    """A separator changes the tokens of a prompt, and so the loss."""
+    own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    data = {"data.datasets": [{**own, "separator": "\n"}], "data.val_set_size": None}
+    run = run_dir(tmp_path / "run", **data, **{"data.val_datasets": [{**own, "separator": "\n"}]})
+    (run / "adapter").symlink_to(lora)
+    expected = evaluated(capsys, run)
+    assert evaluated(capsys, run, "--data", rows, *FORM) == expected == evaluated(capsys, run, "--data", rows)
+    plain = evaluated(capsys, lora, "--data", rows, *FORM)
+    assert plain["adapter"]["loss"] != pytest.approx(expected["adapter"]["loss"], rel=1e-3)
+    for form in ([], FORM):
+        assert evaluated(capsys, run, "--data", rows, *form, "--separator", "") == plain
+    assert evaluated(capsys, lora, "--data", rows, *FORM, "--separator", "\n") == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "give --data FILE"),
+        (["--separator", ""], "--data"),
+        (["--data", "{rows}", "--type", "completion", "--separator", " "], "--type prompt_completion only"),
         (["--data", "{rows}"], "--type"),
         (["--type", "alpaca"], "--data"),
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),

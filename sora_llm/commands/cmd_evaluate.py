@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     parser.add_argument("--type", choices=tuple(DATASET_FIELDS), help="of --data; default: as the run's first data set")
     parser.add_argument("--column", action="append", metavar="OURS=THEIRS", help="of --data, where names differ")
     parser.add_argument("--function", metavar="MODULE:FUNCTION", help="of --data, with --type custom")
+    parser.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="of --data, between prompt and completion; default: the run's, where it trained on prompt_completion rows",
+    )
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     arguments = parser.parse_intermixed_args(argv)
@@ -103,8 +108,10 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
         config = replace(
             config, data=replace(config.data, datasets=(dataset,), val_datasets=(dataset,), val_set_size=None)
         )
-    elif arguments.type or arguments.column or arguments.function or arguments.split:
-        raise UserError("--type, --column, --function and --split describe the data set that --data names; name it")
+    elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
+        raise UserError(
+            "--type, --column, --function, --separator and --split describe the data set that --data names; name it"
+        )
     elif not config.data.datasets:
         raise UserError(f"{arguments.config} is no run's, so it names no data; give --data FILE --type TYPE")
     # What only training needs may be gone.
@@ -136,14 +143,18 @@ def config_for(subject: Subject) -> Config:
 
 
 def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Dataset:
-    """The data set that the command line describes; without --type it has the form of the run's first one."""
+    """The data set that the command line describes; without --type it has the form of the run's first one, and whatever
+    its type the separator that the run put behind prompts."""
     if arguments.type is None:
         if not own:
             raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(DATASET_FIELDS)})")
         described = replace(own[0], path=arguments.data, split=None, revision=None, weight=None, streaming=False)
     else:
-        described = Dataset(path=arguments.data, type=arguments.type)
-    columns = {}
+        separators = (dataset.separator for dataset in own if dataset.type == arguments.type)
+        described = Dataset(path=arguments.data, type=arguments.type, separator=next(separators, ""))
+    if arguments.separator is not None and described.type != "prompt_completion":
+        raise UserError(f"--separator goes with --type prompt_completion only, not {described.type}; leave it out")
+    columns: dict[str, str] = {}
     for text in arguments.column or ():
         ours, equals, theirs = text.partition("=")
         if not equals or ours not in DATASET_FIELDS[described.type]:
@@ -155,7 +166,9 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Data
         raise UserError("--type custom needs --function module:function, which makes messages of a row")
     if described.type != "custom" and function is not None:
         raise UserError(f"--function goes with --type custom only, not {described.type}; leave it out")
-    return replace(described, columns=columns or described.columns, function=function, split=arguments.split)
+    separator = described.separator if arguments.separator is None else arguments.separator
+    columns = columns or described.columns
+    return replace(described, columns=columns, function=function, separator=separator, split=arguments.split)
 
 
 def rows_of(config: Config, inputs: Inputs) -> TokenDataset:
