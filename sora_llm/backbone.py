@@ -127,7 +127,7 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.name_or_path: the weights {path} are damaged: {error}") from None
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         raise UserError(
             f"model.name_or_path: the folder {folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the "
             "base model's tokenizer files into it"
@@ -317,6 +317,11 @@ def takes_columns(model: nn.Module) -> bool:
     while isinstance(wrapped := getattr(inner, "module", None), nn.Module):
         inner = wrapped
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer can be loaded from a local folder: its vocabulary is there, not only a template."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def tokenizer_files_in(folder: Path) -> list[Path]:

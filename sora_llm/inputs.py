@@ -63,8 +63,9 @@ class Inputs:
         return collate(sequences, self.pad_token_id, packed=packed, flat=flat)
 
 
-def check_inputs(config: Config, strategy: str) -> Inputs:
-    """Look at everything the config names, cheap things first.
+def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec | None = None) -> Inputs:
+    """Look at everything the config names, cheap things first; `tokenizer_source` is where the tokenizer lies, if it is
+    not the base's.
 
     Raises:
         UserError: files, model folder, tokenizer, template, target modules or lengths that cannot work.
@@ -78,7 +79,7 @@ def check_inputs(config: Config, strategy: str) -> Inputs:
     spec, skeleton = check_backbone(config, strategy)
     if config.model.adapter is not None:
         check_start(start_lora(config).factors, target_shapes(config, skeleton), config.sora.r)
-    tokenizer = backbone.load_tokenizer(spec)
+    tokenizer = backbone.load_tokenizer(tokenizer_source or spec)
     template = resolve_template(tokenizer, config.data.chat_template)
     inputs = Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
     for prompt in config.evaluation.sample_prompts:
@@ -394,7 +395,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         lines.append(f"dev data: {describe(data.dev_report)}")
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
-    if _has_conversations(config) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
+    if has_conversations(config.data.datasets) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
         lines.append(
             "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for "
             "it to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
@@ -402,8 +403,9 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     return lines
 
 
-def _has_conversations(config: Config) -> bool:
-    return any(dataset.type not in ("completion", "prompt_completion") for dataset in config.data.datasets)
+def has_conversations(datasets: Sequence[Dataset]) -> bool:
+    """Whether rows of one of them are rendered with a chat template."""
+    return any(dataset.type not in ("completion", "prompt_completion") for dataset in datasets)
 
 
 def describe(report: DataReport) -> str:
@@ -463,7 +465,7 @@ def special_warning(num_written: int, first: tuple[str, str] | None = None) -> l
 def exported_template(config: Config, tokenizer: Any) -> str | None:
     """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
     before it, unless the tokenizer has it already."""
-    if not _has_conversations(config):
+    if not has_conversations(config.data.datasets):
         return None
     template = served_template(tokenizer, resolve_template(tokenizer, config.data.chat_template))
     return None if template == tokenizer.chat_template else template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_generate import run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm import cli
+from sora_llm.data.templates import TEMPLATES
 
 ROWS = [("Tim had a", " red ball."), ("She was so", " happy and ran home."), ("Once", " upon a time")]
 
@@ -94,6 +96,28 @@ def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(l
     for form in ([], FORM):
         assert evaluated(capsys, run, "--data", rows, *form, "--separator", "") == plain
     assert evaluated(capsys, lora, "--data", rows, *FORM, "--separator", "\n") == expected
+
+
+def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora, tmp_path, capsys):
+    """As in `generate`: its tokenizer and template before the base's, and no template that nobody named."""
+    rows = tmp_path / "alpaca.jsonl"
+    rows.write_text(json.dumps({"instruction": "Tell a story.", "output": "Once upon a time."}) + "\n")
+    arguments = ["--data", rows, "--type", "alpaca"]
+    assert cli.main(["evaluate", str(lora), *map(str, arguments)]) == 2
+    assert "none comes with" in capsys.readouterr().err
+    expected = evaluated(capsys, lora, *arguments, "--chat-template", "vicuna")
+    for kind in ("beside", "tokenizer"):
+        folder = Path(shutil.copytree(lora, tmp_path / kind))
+        if kind == "tokenizer":
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(stories / name, folder / name)
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            settings["chat_template"] = TEMPLATES["vicuna"]
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        else:
+            (folder / "chat_template.jinja").write_text(TEMPLATES["vicuna"])
+        assert evaluated(capsys, folder, *arguments) == expected
+    assert evaluated(capsys, lora, *arguments, "--chat-template", "alpaca") != expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from sora_llm import backbone
 from sora_llm.commands.common import visible
-from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base
+from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
 from sora_llm.data.sources import BadRow
 from sora_llm.data.templates import TEMPLATES, resolve_template
@@ -148,7 +148,7 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
     model_config = backbone.load_config(subject.spec)
-    tokenizer = backbone.load_tokenizer(_tokenizer_source(subject))
+    tokenizer = backbone.load_tokenizer(tokenizer_source(subject))
     form = _form(arguments, subject, tokenizer)
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
@@ -163,14 +163,6 @@ def load_asked(interview: Interview, sampling: Sampling, seed: int) -> Asked:
     return asked
 
 
-def _tokenizer_source(subject: Subject) -> backbone.BackboneSpec:
-    """The base, but for a LoRA from elsewhere that brings a tokenizer of its own."""
-    folder = subject.adapter
-    if subject.config is None and folder is not None and backbone.tokenizer_files_in(folder):
-        return replace(subject.spec, name_or_path=str(folder.absolute()), revision=None)
-    return subject.spec
-
-
 def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> PromptForm:
     """How prompts are written: as asked for, else as in training, else by the tokenizer's own template."""
     if arguments.raw:
@@ -180,11 +172,9 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
     if subject.config is not None:
         template = resolve_template(tokenizer, subject.config.data.chat_template)
         return prompt_form(subject.config, tokenizer, template)
-    beside = None if subject.adapter is None else subject.adapter / "chat_template.jinja"
-    if beside is not None and beside.is_file():
-        return templated(tokenizer, resolve_template(tokenizer, str(beside)))
-    if tokenizer.chat_template:
-        return templated(tokenizer, resolve_template(tokenizer, None))
+    beside = template_beside(subject)
+    if beside is not None or tokenizer.chat_template:
+        return templated(tokenizer, resolve_template(tokenizer, beside))
     notice("no chat template comes with it, so prompts are continued as plain text; --chat-template names one")
     return PromptForm(None)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from sora_llm import backbone, checkpoint
 from sora_llm.commands.common import ALONE, config_parser, exit_code
-from sora_llm.commands.subject import Subject, find_subject, load, on_base
+from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
 from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
-from sora_llm.inputs import Inputs, check_inputs, load_data, prepare_rows
+from sora_llm.inputs import Inputs, check_inputs, has_conversations, load_data, prepare_rows
 from sora_llm.lora_files import CONFIG
 from sora_llm.pipeline import evaluate
 
@@ -42,13 +43,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
         metavar="TEXT",
         help="of --data, between prompt and completion; default: the run's, where it trained on prompt_completion rows",
     )
+    parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     arguments = parser.parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
-        subject, config = find_measured(arguments)
-        inputs = check_inputs(config, "none")
+        subject, config, tokenizer_place = find_measured(arguments)
+        inputs = check_inputs(config, "none", tokenizer_place)
+        if subject.config is None:
+            refuse_guessed_template(arguments.config, config, inputs)
         rows = rows_of(config, inputs)
         loaded = load(subject)
 
@@ -80,13 +84,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     return exit_code(command, arguments.json, text)
 
 
-def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
-    """What is measured, and a config that names the rows to measure it on.
+def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backbone.BackboneSpec]:
+    """What is measured, a config that names the rows to measure it on, and where their tokenizer is: that and the
+    template are those of RUN or ADAPTER, as in `generate`, whatever other adapter is measured.
 
     Raises:
         UserError: nothing of that kind, an adapter that is none, or no data set.
     """
-    subject = find_subject(arguments.config, arguments.overrides)
+    named = subject = find_subject(arguments.config, arguments.overrides)
     if arguments.adapter is not None and arguments.no_adapter:
         raise UserError("--adapter and --no-adapter exclude each other; give one of them")
     if arguments.adapter is not None:
@@ -101,7 +106,10 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
             "base alone with --no-adapter"
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
-    config = subject.config or config_for(subject)
+    named = replace(named, spec=subject.spec)
+    config = subject.config or config_for(named)
+    if arguments.chat_template is not None:
+        config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
         dataset = other_dataset(arguments, config.data.datasets)
         # In both places, so that the run's own files need not be there any more.
@@ -124,22 +132,30 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config]:
         output=replace(config.output, report_to=()),
         evaluation=replace(config.evaluation, sample_prompts=()),
     )
-    return subject, config
+    return subject, config, tokenizer_source(named)
 
 
 def config_for(subject: Subject) -> Config:
     """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
     text_config = backbone.load_config(subject.spec).get_text_config()
-    assert subject.adapter is not None
-    template = subject.adapter / "chat_template.jinja"
     return Config(
         model=Model(dtype=subject.spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
         quantization=Quantization(load_in_4bit=subject.spec.load_in_4bit),
         data=Data(
-            chat_template=str(template) if template.is_file() else None,
+            chat_template=template_beside(subject),
             sequence_len=min(2048, getattr(text_config, "max_position_embeddings", None) or 2048),
         ),
     )
+
+
+def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
+    """UserError if rows need a chat template and none comes with an adapter that no run here made."""
+    comes_with_one = config.data.chat_template is not None or inputs.tokenizer.chat_template
+    if has_conversations(config.data.val_datasets or ()) and not comes_with_one:
+        raise UserError(
+            f"these rows need a chat template and none comes with {name}, so nothing says how it was spoken to; name "
+            f"one with --chat-template ({', '.join(TEMPLATES)} or a jinja file)"
+        )
 
 
 def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Dataset:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sora_llm.backbone import BackboneSpec, dtype_name, load_backbone
+from sora_llm.backbone import BackboneSpec, dtype_name, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.common import ALONE
 from sora_llm.commands.places import find_place
@@ -66,6 +66,22 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     if subject.config is None:
         spec = replace(spec, dtype=dtype_name(model_config))
     return replace(subject, spec=spec)
+
+
+def tokenizer_source(subject: Subject) -> BackboneSpec:
+    """Where the tokenizer is: the base, but for a LoRA from elsewhere that brings one of its own."""
+    folder = subject.adapter
+    if subject.config is None and folder is not None and has_tokenizer(folder):
+        return replace(subject.spec, name_or_path=str(folder.absolute()), revision=None)
+    return subject.spec
+
+
+def template_beside(subject: Subject) -> str | None:
+    """The chat template file that a LoRA from elsewhere brings; None for a run's, whose config says what was used."""
+    if subject.config is not None or subject.adapter is None:
+        return None
+    file = subject.adapter / "chat_template.jinja"
+    return str(file) if file.is_file() else None
 
 
 @dataclass(frozen=True)
