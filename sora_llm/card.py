@@ -24,6 +24,8 @@ class Provenance:
     """What the model card says about where an adapter comes from."""
 
     base_model: str = ""
+    revision: str | None = None
+    """Of the base; None for the default branch, and for a local folder."""
     data: Sequence[str] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
@@ -108,6 +110,7 @@ Self-check: {checked}
 
 def _python(base: str, provenance: Provenance) -> str:
     beside = ""
+    revision = f', revision="{provenance.revision}"' if provenance.revision else ""
     if provenance.load_options:
         beside = (
             f"The adapter was {provenance.beside} beside the base loaded with (`import torch`, "
@@ -117,7 +120,7 @@ def _python(base: str, provenance: Provenance) -> str:
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 {beside}"""

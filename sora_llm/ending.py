@@ -98,6 +98,7 @@ def provenance(job: Job, dev_loss: float | None) -> Provenance:
     config = job.config
     return Provenance(
         base_model=config.model.name_or_path,
+        revision=config.model.revision,
         data=[dataset.path for dataset in config.data.datasets],
         metrics={} if dev_loss is None else {"dev loss of the trained adapter": dev_loss},
         tokenizer_files=job.inputs.tokenizer_files,

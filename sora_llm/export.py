@@ -96,7 +96,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
             "sora.max_lambda or the budget), train longer, or set output.allow_empty_adapter: true"
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
-    config = _peft_config(model, factors, layout, provenance.base_model)
+    config = _peft_config(model, factors, layout, provenance)
     tensors = _padded(factors, config.r) if layout == "padded" else _ragged(factors)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -113,7 +113,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
     return temporary
 
 
-def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, base_model: str) -> Any:
+def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, provenance: Provenance) -> Any:
     from peft import LoraConfig
 
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
@@ -126,7 +126,8 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, base_mode
         options |= {"rank_pattern": live, "alpha_pattern": dict(live)}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=provenance.base_model,
+        revision=provenance.revision,
         r=r,
         lora_alpha=r,  # with the scale folded into B, alpha / r = 1 is right under every engine's rule
         lora_dropout=0.0,

@@ -83,6 +83,25 @@ def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora,
     assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5)
 
 
+def test_another_adapter_is_any_of_the_same_base(stories, lora, rows, tmp_path, capsys):
+    own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    data = {"data.datasets": [own], "data.val_datasets": [own], "data.val_set_size": None}
+    first, second = (run_dir(tmp_path / name, **data) for name in ("first", "second"))
+    assert cli.main(["evaluate", str(first), "--adapter", str(second)]) == 2
+    assert "has no adapter yet" in capsys.readouterr().err
+    shutil.copytree(lora, second / "adapter")
+    expected = evaluated(capsys, second)
+    for other in (second, second / "adapter", lora):
+        assert evaluated(capsys, first, "--adapter", other) == expected, other
+    copy = shutil.copytree(stories, tmp_path / "copy")
+    settings = json.loads((lora / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(copy)}
+    stranger = Path(shutil.copytree(lora, tmp_path / "stranger"))
+    (stranger / "adapter_config.json").write_text(json.dumps(settings))
+    assert cli.main(["evaluate", str(first), "--adapter", str(stranger)]) == 2
+    assert f"is of the base {copy} and {first} of {stories}" in capsys.readouterr().err
+    assert evaluated(capsys, first, "--adapter", stranger, "--base", stories) == expected
+
+
 def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(lora, rows, tmp_path, capsys):
     """A separator changes the tokens of a prompt, and so the loss."""
     own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
@@ -131,7 +150,7 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),
         (["--data", "{rows}", "--type", "custom"], "--function"),
         (["--data", "/nope.jsonl", "--type", "alpaca"], "/nope.jsonl"),
-        (["--data", "{rows}", *FORM, "--adapter", "/nope"], "adapter_config.json"),
+        (["--data", "{rows}", *FORM, "--adapter", "/nope"], "there is no /nope"),
         (["--data", "{rows}", *FORM, "--adapter", "/nope", "--no-adapter"], "exclude each other"),
     ],
 )

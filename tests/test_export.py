@@ -17,6 +17,7 @@ from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
+from sora_llm.lora_files import read_lora
 from sora_llm.sora import keep_live_slots
 
 R, LORA_ALPHA = 6, 9.0  # s = 1.5
@@ -347,11 +348,13 @@ def test_tokenizer_files_are_copied_byte_for_byte(stories, tmp_path):
 
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
     model = trained_model("float32", stories)
-    provenance = Provenance(base_model="some/base", data=["train.jsonl"], metrics={"dev loss": 1.25})
+    provenance = Provenance("some/base", revision="v2", data=["train.jsonl"], metrics={"dev loss": 1.25})
     export_adapter(model, tmp_path / "adapter", provenance=provenance)
     card = (tmp_path / "adapter" / "README.md").read_text()
     header = card.split("---")[1]
     assert "base_model: some/base" in header and "library_name: peft" in header
+    assert 'from_pretrained("some/base", revision="v2")' in card
+    assert config_of(tmp_path / "adapter")["revision"] == "v2" == read_lora(tmp_path / "adapter").revision
     assert "train.jsonl" in card and "dev loss: 1.2500" in card
     for name, layer in adapters(model).items():
         assert f"| {name} | {int((layer.gate != 0).sum())} |" in card

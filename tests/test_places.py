@@ -9,8 +9,9 @@ import pytest
 from peft_loras import peft_lora
 from test_generate import run_dir
 
+from sora_llm.backbone import BackboneSpec
 from sora_llm.commands.places import find_place
-from sora_llm.commands.sources import base_of, read_source
+from sora_llm.commands.sources import base_of, is_one_base, read_source
 from sora_llm.commands.subject import find_subject, on_base
 from sora_llm.errors import UserError
 
@@ -60,6 +61,14 @@ def test_a_folder_does_not_consent_to_running_code_and_the_command_line_does(run
     assert not consents(run) and not consents(run / "adapter")
     assert consents(run, flag=True) and consents(run / "adapter", "model.trust_remote_code=true")
     assert consents(run / "config.yaml"), "a config that is named says what its owner wants, as in training"
+
+
+def test_bases_are_one_by_place_or_by_revision():
+    def one(first: tuple[str, str | None], second: tuple[str, str | None]) -> bool:
+        return is_one_base(BackboneSpec(*first), BackboneSpec(*second))
+
+    assert one(("a/b", None), ("a/b", "main")) and one(("/tmp", None), ("/tmp/../tmp", None))
+    assert not one(("a/b", None), ("a/b", "v2")) and not one(("a/b", None), ("a/c", None))
 
 
 def test_what_is_nothing_is_said_in_the_same_words(run, tmp_path):

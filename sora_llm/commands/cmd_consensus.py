@@ -127,6 +127,7 @@ def export_merged(
     files = next((found for found in per_source if found), None) or tokenizer_files(spec)
     provenance = Provenance(
         base_model=spec.name_or_path,
+        revision=spec.revision,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=files,
         load_options=spec.load_call,

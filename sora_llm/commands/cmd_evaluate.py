@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sora_llm import backbone, checkpoint
+from sora_llm import backbone
 from sora_llm.commands.common import ALONE, config_parser, exit_code
+from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.inputs import Inputs, check_inputs, has_conversations, load_data, prepare_rows
-from sora_llm.lora_files import CONFIG
 from sora_llm.pipeline import evaluate
 
 
@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
         metavar="RUN|CONFIG|ADAPTER",
         what="run directory, config, checkpoint or LoRA folder",
     )
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="another adapter than the run's: any PEFT LoRA")
+    parser.add_argument(
+        "--adapter",
+        metavar="RUN|ADAPTER",
+        help="another adapter of the same base than the run's own",
+    )
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
@@ -95,9 +99,7 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
     if arguments.adapter is not None and arguments.no_adapter:
         raise UserError("--adapter and --no-adapter exclude each other; give one of them")
     if arguments.adapter is not None:
-        if not any((arguments.adapter / name).is_file() for name in (CONFIG, checkpoint.STATE)):
-            raise UserError(f"--adapter {arguments.adapter} holds no {CONFIG}; name an exported adapter")
-        subject = replace(subject, adapter=arguments.adapter)
+        subject = replace(subject, adapter=other_adapter(arguments, subject))
     elif arguments.no_adapter:
         subject = replace(subject, adapter=None)
     elif subject.adapter is None and Path(arguments.config).is_dir():
@@ -133,6 +135,24 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
         evaluation=replace(config.evaluation, sample_prompts=()),
     )
     return subject, config, tokenizer_source(named)
+
+
+def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Path:
+    """The folder of what --adapter names.
+
+    Raises:
+        UserError: nothing there, or an adapter of another base than RUN's, unless --base says which one is meant.
+    """
+    other = find_subject(arguments.adapter)
+    if other.adapter is None:
+        raise UserError(f"--adapter {arguments.adapter} has no adapter yet; name one of its checkpoints")
+    said, meant = other.spec, subject.spec
+    if arguments.base is None and said.name_or_path and meant.name_or_path and not is_one_base(said, meant):
+        raise UserError(
+            f"--adapter {arguments.adapter} is of the base {base_name(said)} and {arguments.config} of "
+            f"{base_name(meant)}; if these are copies of one model, say which to load with --base MODEL"
+        )
+    return other.adapter
 
 
 def config_for(subject: Subject) -> Config:

@@ -239,6 +239,7 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
     is_whole = adapter.cut is None
     return Provenance(
         base_model=spec.name_or_path,
+        revision=spec.revision,
         data=list(source.data),
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),

@@ -150,16 +150,24 @@ def refuse_other_bases(named: Sequence[Source], option: str = "--base") -> None:
         raise UserError(f"no source says which base it is of; name it with {option} MODEL")
     first = named[0]
     for other in named[1:]:
-        if not is_same_base(first.base, other.base):
+        one, another = (BackboneSpec(source.base, source.revision) for source in (first, other))
+        if not is_one_base(one, another):
             raise UserError(
-                f"{first.name} is of the base {first.base} and {other.name} of {other.base}; only adapters of one base "
-                f"can be merged ({option} MODEL, if these are copies of one model)"
+                f"{first.name} is of the base {base_name(one)} and {other.name} of {base_name(another)}; only adapters "
+                f"of one base can be merged ({option} MODEL, if these are copies of one model)"
             )
-        if (first.revision or "main") != (other.revision or "main") and not Path(first.base).expanduser().is_dir():
-            raise UserError(
-                f"{first.name} is of revision {first.revision or 'main'} of {first.base} and {other.name} of "
-                f"{other.revision or 'main'}; only adapters of one base can be merged ({option} MODEL, if equal)"
-            )
+
+
+def is_one_base(one: BackboneSpec, other: BackboneSpec) -> bool:
+    """Whether two specs load the same weights: one folder, or one revision of one repository of the hub."""
+    if not is_same_base(one.name_or_path, other.name_or_path):
+        return False
+    return one.folder.is_dir() or (one.revision or "main") == (other.revision or "main")
+
+
+def base_name(spec: BackboneSpec) -> str:
+    """With its revision, where it is of the hub."""
+    return spec.name_or_path if spec.folder.is_dir() else f"{spec.name_or_path} (revision {spec.revision or 'main'})"
 
 
 def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
