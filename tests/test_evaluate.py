@@ -85,7 +85,8 @@ def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora,
 
 def test_another_adapter_is_any_of_the_same_base(stories, lora, rows, tmp_path, capsys):
     own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
-    data = {"data.datasets": [own], "data.val_datasets": [own], "data.val_set_size": None}
+    gone = {**own, "path": str(tmp_path / "gone.jsonl")}  # what a run trained on need not be there any more
+    data = {"data.datasets": [gone], "data.val_datasets": [own], "data.val_set_size": None}
     first, second = (run_dir(tmp_path / name, **data) for name in ("first", "second"))
     assert cli.main(["evaluate", str(first), "--adapter", str(second)]) == 2
     assert "has no adapter yet" in capsys.readouterr().err

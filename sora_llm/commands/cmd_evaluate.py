@@ -12,13 +12,13 @@ from typing import Any
 
 from sora_llm import backbone
 from sora_llm.commands.common import ALONE, config_parser, exit_code
+from sora_llm.commands.measuring import dev_rows, measuring
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
-from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
-from sora_llm.inputs import Inputs, check_inputs, has_conversations, load_data, prepare_rows
+from sora_llm.inputs import Inputs, check_inputs, has_conversations
 from sora_llm.pipeline import evaluate
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
         inputs = check_inputs(config, "none", tokenizer_place)
         if subject.config is None:
             refuse_guessed_template(arguments.config, config, inputs)
-        rows = rows_of(config, inputs)
+        rows = dev_rows(config, inputs)
         loaded = load(subject)
 
         def loss() -> dict[str, float]:
@@ -114,27 +114,14 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
         config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
         dataset = other_dataset(arguments, config.data.datasets)
-        # In both places, so that the run's own files need not be there any more.
-        config = replace(
-            config, data=replace(config.data, datasets=(dataset,), val_datasets=(dataset,), val_set_size=None)
-        )
+        config = replace(config, data=replace(config.data, val_datasets=(dataset,), val_set_size=None))
     elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
         raise UserError(
             "--type, --column, --function, --separator and --split describe the data set that --data names; name it"
         )
     elif not config.data.datasets:
         raise UserError(f"{arguments.config} is no run's, so it names no data; give --data FILE --type TYPE")
-    # What only training needs may be gone.
-    spec = subject.spec
-    base: dict[str, Any] = {"name_or_path": spec.name_or_path, "revision": spec.revision}
-    base["trust_remote_code"] = spec.trust_remote_code
-    config = replace(
-        config,
-        model=replace(config.model, **base, adapter=None),
-        output=replace(config.output, report_to=()),
-        evaluation=replace(config.evaluation, sample_prompts=()),
-    )
-    return subject, config, tokenizer_source(named)
+    return subject, measuring(config, subject.spec), tokenizer_source(named)
 
 
 def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Path:
@@ -205,13 +192,3 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Data
     separator = described.separator if arguments.separator is None else arguments.separator
     columns = columns or described.columns
     return replace(described, columns=columns, function=function, separator=separator, split=arguments.split)
-
-
-def rows_of(config: Config, inputs: Inputs) -> TokenDataset:
-    """The dev rows; the training rows are read only where dev rows are held out of them."""
-    if inputs.val_datasets:
-        return prepare_rows(config, inputs, inputs.val_datasets, ALONE)[0]
-    rows = load_data(config, inputs, ALONE).dev
-    if rows is None:
-        raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    return rows

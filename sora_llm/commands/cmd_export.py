@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sora_llm.backbone import (
     tokenizer_files_in,
 )
 from sora_llm.commands.common import ALONE, exit_code
+from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import Source, base_of, plain_factors, shapes_in, source_of
@@ -32,7 +33,7 @@ from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.inject import put_on
-from sora_llm.inputs import check_inputs, exported_template, load_data, quiet_libraries
+from sora_llm.inputs import check_inputs, exported_template, quiet_libraries
 from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
 from sora_llm.pipeline import evaluate
@@ -278,15 +279,14 @@ def export_on_base(
 
 def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable[[nn.Module], float] | None:
     """How to measure a model on the dev rows of the run; None where it has none."""
-    if config is None or (config.data.val_datasets is None and config.data.val_set_size is None):
+    if config is None or not has_dev_rows(config):
         return None
-    config = replace(config, model=replace(config.model, name_or_path=spec.name_or_path, revision=spec.revision))
+    config = measuring(config, spec)
     try:
         inputs = check_inputs(config, "none")
-        rows = load_data(config, inputs, ALONE).dev
+        rows = dev_rows(config, inputs)
     except UserError as error:
         raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
-    assert rows is not None
     batch_size = config.evaluation.per_device_eval_batch_size
     return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device).loss
 

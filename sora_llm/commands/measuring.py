@@ -1,0 +1,50 @@
+"""On which rows `evaluate` and `export` measure a run, and with which base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sora_llm.backbone import BackboneSpec
+from sora_llm.commands.common import ALONE
+from sora_llm.config import Config
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.errors import UserError
+from sora_llm.inputs import Inputs, load_data, prepare_rows
+
+
+def measuring(config: Config, spec: BackboneSpec) -> Config:
+    """A run's config to measure it by, on the base that `spec` names: what only training needs may be gone, which are
+    the training files too where dev rows have files of their own."""
+    model = replace(
+        config.model,
+        name_or_path=spec.name_or_path,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        adapter=None,
+    )
+    return replace(
+        config,
+        model=model,
+        data=replace(config.data, datasets=config.data.val_datasets or config.data.datasets),
+        output=replace(config.output, report_to=()),
+        evaluation=replace(config.evaluation, sample_prompts=()),
+    )
+
+
+def has_dev_rows(config: Config) -> bool:
+    """Whether a run set rows aside."""
+    return config.data.val_datasets is not None or config.data.val_set_size is not None
+
+
+def dev_rows(config: Config, inputs: Inputs) -> TokenDataset:
+    """The dev rows; the training rows are read only where dev rows are held out of them.
+
+    Raises:
+        UserError: bad rows, or none at all.
+    """
+    if inputs.val_datasets:
+        return prepare_rows(config, inputs, inputs.val_datasets, ALONE)[0]
+    rows = load_data(config, inputs, ALONE).dev
+    if rows is None:
+        raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
+    return rows
