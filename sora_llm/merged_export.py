@@ -30,8 +30,13 @@ from sora_llm.merged import (
     write_small_files,
 )
 
-ADAPTED = "base + adapter"
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
+
+
+def adapted(spec: BackboneSpec) -> str:
+    """What base + adapter is called: by the form in which the base is loaded."""
+    form = "4-bit" if spec.load_in_4bit else "8-bit" if spec.load_in_8bit else "original"
+    return f"{form} base + adapter"
 
 
 def export_merged(
@@ -45,8 +50,9 @@ def export_merged(
     """Write the merged model to `folder`, verified from disk; returns the certificate.
 
     `config` is the base's transformers config.  Memory: the base with the adapter, as it was trained; then a shard of
-    MAX_SHARD_BYTES and a few copies of one weight; then the merged model.  With `dev_loss_of` the dev loss of base with
-    adapter, of the merged model, and of one merged from the other form of a quantised base are measured.
+    MAX_SHARD_BYTES and a few copies of one weight; then the merged model.  With `dev_loss_of` dev losses are measured:
+    of base with adapter, as it was trained and, if that is another, on the base that is merged; of the merged model; of
+    one merged from the other form of a 4-bit base.
 
     Raises:
         UserError: no room on the disk, or a folder that holds something else than an export.
@@ -109,7 +115,7 @@ class _Logits:
 def _beside_the_base(
     merge: Merge, dev_loss_of: Callable[[nn.Module], float] | None
 ) -> tuple[_Logits, dict[str, float]]:
-    """What base + adapter does, on the base that is merged."""
+    """What base + adapter does on the base that is merged; its dev loss there, and as it was trained."""
     spec = merge.spec if merge.dequantise else _unquantised(merge.spec)
     model = load_backbone(spec, merge.device)
     if merge.dequantise:
@@ -119,9 +125,14 @@ def _beside_the_base(
     with bare(model):
         base = logits_of(model, ids)
     logits = _Logits(ids, base, logits_of(model, ids))
-    losses = {} if dev_loss_of is None else {ADAPTED: dev_loss_of(model)}
+    losses = {} if dev_loss_of is None else {adapted(spec): dev_loss_of(model)}
     del model
     _free()
+    if dev_loss_of is not None and spec != merge.spec:
+        trained = put_on(load_backbone(merge.spec, merge.device), merge.factors).eval()
+        losses = {adapted(merge.spec): dev_loss_of(trained), **losses}
+        del trained
+        _free()
     return logits, losses
 
 
@@ -180,7 +191,8 @@ def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any]
     shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merge.factors.items()}
     base = "the base as 4-bit layers hold it" if merge.dequantise else "the base as its files hold it"
     forms = {
-        ADAPTED: "dev loss of base + adapter",
+        adapted(_unquantised(merge.spec)): "dev loss of original base + adapter",
+        adapted(merge.spec): f"dev loss of {adapted(merge.spec)}, as it was trained",
         MERGED[merge.dequantise]: "dev loss of this model",
         MERGED[not merge.dequantise]: "dev loss, had it been merged into the other form of the base",
     }

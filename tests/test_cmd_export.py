@@ -88,8 +88,8 @@ def test_a_merged_run_is_measured_on_its_dev_rows(
     run_dir = undisturbed[1]
     result = export(capsys, run_dir, "--layout", "merged", "--out", tmp_path / "merged")
     losses, line = result["certificate"]["dev_loss"], lines(run_dir, "metrics.jsonl")[-1]
-    assert list(losses) == ["base + adapter", "merged, original"]
-    assert losses["base + adapter"] == pytest.approx(line["eval_loss"])
+    assert list(losses) == ["original base + adapter", "merged, original"]
+    assert losses["original base + adapter"] == pytest.approx(line["eval_loss"])
     assert losses["merged, original"] == pytest.approx(line["eval_loss"], rel=1e-5)
     assert f"dev loss of this model: {line['eval_loss']:.4f}" in (tmp_path / "merged" / "README.md").read_text()
     names = {path.name for path in (tmp_path / "merged").iterdir()}

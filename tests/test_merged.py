@@ -160,10 +160,14 @@ def test_both_forms_of_a_quantised_base_are_measured(base: Path, tmp_path: Path)
         out = tmp_path / str(dequantise)
         losses = export(planned(spec, factors, dequantise), out, dev_loss_of=lambda model: float(logits(model).sum()))
         sums[dequantise] = losses["dev_loss"]
-        assert next(iter(sums[dequantise])) == "base + adapter"
+        assert next(iter(sums[dequantise])) == "4-bit base + adapter", "as it was trained, whatever it is merged into"
     names = ("merged, dequantized", "merged, original")
     assert all(sums[True][name] == sums[False][name] for name in names) and sums[True][names[0]] != sums[True][names[1]]
-    assert sums[True]["base + adapter"] == pytest.approx(sums[True][names[0]], rel=1e-2)
+    assert sums[True]["4-bit base + adapter"] == sums[False]["4-bit base + adapter"]
+    assert "original base + adapter" not in sums[True]
+    assert sums[False]["original base + adapter"] == pytest.approx(sums[False][names[1]], rel=1e-2)
+    assert sums[False]["original base + adapter"] != pytest.approx(sums[False]["4-bit base + adapter"], rel=1e-2)
+    assert sums[True]["4-bit base + adapter"] == pytest.approx(sums[True][names[0]], rel=1e-2)
 
 
 # ----- what is not right is not published -----------------------------------------------------------------------------
