@@ -165,6 +165,11 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
     try:
         return factory.from_pretrained(str(spec.folder), **spec.source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+            raise UserError(
+                f"{spec.name_or_path} comes with Python code of its own, which runs only if you say so: "
+                "model.trust_remote_code: true in the config of a run, --trust-remote-code for a command"
+            ) from error
         reason = str(error).strip().split("\n")[0]
         if not spec.folder.is_dir():
             reason = f"there is no such folder, and from the hub: {reason}"

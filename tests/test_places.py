@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from peft_loras import peft_lora
 from test_generate import run_dir
 
-from sora_llm.backbone import BackboneSpec
+from sora_llm.backbone import BackboneSpec, load_config
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import base_of, is_one_base, read_source
 from sora_llm.commands.subject import find_subject, on_base
@@ -61,6 +62,16 @@ def test_a_folder_does_not_consent_to_running_code_and_the_command_line_does(run
     assert not consents(run) and not consents(run / "adapter")
     assert consents(run, flag=True) and consents(run / "adapter", "model.trust_remote_code=true")
     assert consents(run / "config.yaml"), "a config that is named says what its owner wants, as in training"
+
+
+def test_a_base_that_comes_with_code_is_refused_with_the_word_that_runs_it(stories, tmp_path):
+    base = shutil.copytree(stories, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "mine.Config"}, "model_type": "mine"}
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "mine.py").write_text("raise SystemExit('the code ran')\n")
+    with pytest.raises(UserError, match=r"comes with Python code of its own.*--trust-remote-code"):
+        load_config(BackboneSpec(str(base)))
 
 
 def test_bases_are_one_by_place_or_by_revision():
