@@ -81,6 +81,24 @@ def test_a_checkpoint_is_read_with_its_gates(tmp_path, capsys):
     assert found["kind"] == "checkpoint"
 
 
+def test_a_checkpoint_without_factors_or_with_values_that_are_none_is_a_sentence(tmp_path, stories, capsys):
+    model = tiny_llama()
+    inject_sora(model, r=6)
+    randomise_all(model)
+    masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    config = {"config": to_dict(load_config("configs/llama7b.yaml", gsm8k_overrides(tmp_path)))}
+    pruned = checkpoint.save(tmp_path / "pruned", 3, {}, config)
+    assert cli.main(["inspect", str(pruned)]) == 2 and "was pruned" in capsys.readouterr().err
+    assert cli.main(["recommend-ranks", str(pruned)]) == 2 and "changes nothing" in capsys.readouterr().err
+    for kind, value in (("lora_A", float("nan")), ("lora_B", float("inf")), ("gate", float("nan"))):
+        name = f"model.layers.0.mlp.up_proj.{kind}"
+        broken = {**masters, name: torch.full_like(masters[name], value)}
+        folder = checkpoint.save(tmp_path / kind, 3, broken, config)
+        for command in (["inspect"], ["recommend-ranks"], ["export", "--target-rank", "1", "--out", f"{tmp_path}/out"]):
+            assert cli.main([command[0], str(folder), *command[1:]]) == 2, command
+            assert "not finite; name an earlier checkpoint" in capsys.readouterr().err
+
+
 def test_energy_is_told_as_the_mean_rank_that_holds_it(tmp_path, capsys):
     folder = peft_lora(BASE, tmp_path / "lora", 1, r=8, lora_alpha=8, target_modules=["q_proj"])
     found = inspected(capsys, folder)["mean_rank_for_energy"]

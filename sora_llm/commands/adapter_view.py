@@ -28,6 +28,8 @@ def view(folder: Path) -> dict[str, Any]:
     """
     source = read_source(folder)
     found = spectra_of(source)
+    if not found:
+        raise UserError(f"{folder} has no factors to look at: every module of it was pruned")
     costs = costs_of(found)
     is_checkpoint = (folder / checkpoint.STATE).is_file()
     ranks = {name: spectrum.rank for name, spectrum in found.items()}

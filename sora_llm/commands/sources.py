@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sora_llm import checkpoint
@@ -100,6 +101,10 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
     tensors = checkpoint.read_tensors(folder)
     modules = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
     factors = {m: (tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], tensors.get(f"{m}.gate")) for m in modules}
+    for module, (A, B, gate) in factors.items():
+        live = torch.ones(len(A), dtype=torch.bool) if gate is None else gate != 0
+        if not all(bool(t.isfinite().all()) for t in (A[live], B[:, live], live if gate is None else gate)):
+            raise UserError(f"{name} holds values of {module} that are not finite; name an earlier checkpoint")
     scaling = config.sora.lora_alpha / config.sora.r
     source = Source(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
     return _of_run(source, config)
