@@ -16,7 +16,7 @@ from sora_llm.files import publish
 from sora_llm.hub import card_metadata
 from sora_llm.lora_files import CERTIFICATE, CONFIG
 
-CARD = "README.md"
+CARD, TEMPLATE = "README.md", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ def model_card(
     provenance: Provenance,
     *,
     in_python: bool = False,
+    template_use: str = "use the same (the tokenizer here does)",
 ) -> str:
     """README.md of an adapter or a merged model: what it is, its ranks, where it works and how it is loaded there.
 
     `form` is what it was exported as, `checked` what its self-check saw; `verdicts` by engine ({} for a whole model);
-    `in_python` shows how PEFT loads it.
+    `in_python` shows how PEFT loads it; `template_use` says how to render prompts with the chat template that lies
+    beside it, where provenance has one.
     """
     base = provenance.base_model or "the base model"
     costs = {name: i + o for name, (i, o) in shapes.items()}
@@ -97,7 +99,7 @@ Mean rank {mean_rank(ranks, costs):.2f} over {len(ranks)} modules (weighted by t
 {kept_params(ranks, shapes):,} parameters in them.
 
 {metrics}
-{_template_line(provenance)}
+{_template_line(provenance, template_use)}
 Self-check: {checked}
 
 {_python(base, provenance) if in_python else ""}{_where_it_works(verdicts)}{_section("Data", data)}{provenance.details}
@@ -146,10 +148,10 @@ By the rules that each engine has for scale and shapes, computed from these file
 """
 
 
-def _template_line(provenance: Provenance) -> str:
+def _template_line(provenance: Provenance, use: str) -> str:
     if provenance.chat_template is None:
         return ""
-    return "Prompts were rendered with the template in chat_template.jinja; use the same (the tokenizer here does).\n"
+    return f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
 
 
 def _section(title: str, body: str) -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError
@@ -106,7 +106,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
         for path in provenance.tokenizer_files:
             shutil.copyfile(path, temporary / path.name)
         if provenance.chat_template is not None:
-            (temporary / "chat_template.jinja").write_text(provenance.chat_template)
+            (temporary / TEMPLATE).write_text(provenance.chat_template)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error

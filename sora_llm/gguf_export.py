@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consensus import PlainFactors
 from sora_llm.consumers import LLAMA_CPP, of_gguf
 from sora_llm.errors import RunFailed, UserError
@@ -23,8 +23,9 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write plain factors of scale 1 as `folder`/adapter.gguf; the base's weights are not needed.
 
-    `config` is the base's transformers config.  Pruned modules are left out; the others keep their own ranks.  The
-    folder appears complete or not at all; an older one of the same name is replaced.
+    `config` is the base's transformers config.  Pruned modules are left out; the others keep their own ranks.  Where
+    provenance has a chat template it lies beside the file: the one in the base's file may be another.  The folder
+    appears complete or not at all; an older one of the same name is replaced.
 
     Returns: the certificate.
     Raises:
@@ -44,6 +45,8 @@ def export_gguf(
         try:
             temporary.mkdir(parents=True)
             write_gguf(temporary / FILE, factors, architecture, outtype, f"LoRA for {provenance.base_model}")
+            if provenance.chat_template is not None:
+                (temporary / TEMPLATE).write_text(provenance.chat_template)
         except OSError as error:
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)
@@ -92,4 +95,5 @@ def _card(
         f"{worst:.1e}).",
         verdicts,
         provenance,
+        template_use=f"serve it with the same: llama-server … --jinja --chat-template-file {TEMPLATE}",
     )

@@ -29,7 +29,7 @@ from sora_llm.backbone import (
     dequantised,
     weight_files,
 )
-from sora_llm.card import Provenance
+from sora_llm.card import TEMPLATE, Provenance
 from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing
@@ -201,7 +201,7 @@ def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance:
     for path in [*base_files(spec, ["generation_config.json", *code]), *provenance.tokenizer_files]:
         shutil.copyfile(path, folder / path.name)
     if provenance.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(provenance.chat_template)
+        (folder / TEMPLATE).write_text(provenance.chat_template)
 
 
 # -------------------------------------------------------------------------------------------------------- checking

@@ -194,6 +194,23 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_takes_the_place_of_any_other_export_and_of_nothing_else(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the layouts: what is refused is refused before the base is loaded."""
+    lora, out = peft_lora(base, tmp_path / "lora", 1, r=2), tmp_path / "out"
+    (lora / "chat_template.jinja").write_text("{{ messages }}")
+    files = {"gguf": "adapter.gguf", "merged": "config.json", "padded": "adapter_config.json", "ragged": "README.md"}
+    for layout, file in [*files.items(), ("gguf", "adapter.gguf")]:
+        export(capsys, lora, "--layout", layout, "--out", out)
+        assert (out / file).is_file() and (out / "adapter.gguf").is_file() == (layout == "gguf")
+        assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (out / "tokenizer.json").is_file() == (layout != "gguf"), "the base's, where it brings a template alone"
+    foreign = peft_lora(base, tmp_path / "foreign", 1, r=2)
+    for layout in files:
+        refused(capsys, "holds no exported adapter", lora, "--layout", layout, "--out", foreign)
+
+
 def test_the_padded_layout_has_every_target_of_the_run(
     undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,17 @@ def export(factors: Any, folder: Path, config: Any = None, outtype: str = "f32")
     return export_gguf(factors, config or config_of(), folder, outtype=outtype, provenance=Provenance("some/base"))
 
 
+def test_the_card_names_the_template_that_lies_there_and_no_other(tmp_path: Path) -> None:
+    for template in (None, "{{ messages }}"):
+        provenance = Provenance("some/base", chat_template=template)
+        export_gguf(random_adapter(), config_of(), tmp_path / "out", provenance=provenance)
+        names = {path.name for path in (tmp_path / "out").iterdir()} - {"chat_template.jinja"}
+        assert names == {"adapter.gguf", "README.md", "certificate.json"}
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert ("chat_template.jinja" in card) == (tmp_path / "out" / "chat_template.jinja").is_file() == bool(template)
+        assert "tokenizer" not in card
+
+
 # ----- order of rows --------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from sora_llm.backbone import (
     BackboneSpec,
+    has_tokenizer,
     load_backbone,
     load_config,
     load_tokenizer,
@@ -20,6 +21,7 @@ from sora_llm.backbone import (
     tokenizer_files,
     tokenizer_files_in,
 )
+from sora_llm.card import TEMPLATE
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
@@ -231,10 +233,8 @@ def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) 
 
 def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], adapter: Adapter) -> Provenance:
     """What model card and certificate say about where the adapter comes from."""
-    files = tokenizer_files_in(source.folder) if source.folder is not None else []
-    if files or source.config is None:
-        template = None  # it is one of these files, where there is one
-    else:
+    files, template = own_tokenizer(source)
+    if template is None and source.config is not None and not files:
         template = exported_template(source.config, load_tokenizer(spec))
     own = source.config is not None
     is_whole = adapter.cut is None
@@ -251,6 +251,20 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
         notes={"source": source.name, **_cut_notes(adapter.cut)},
         details="" if adapter.cut is None else f"## Size\n{_cut_sentence(adapter.cut)}\n",
     )
+
+
+def own_tokenizer(source: Source) -> tuple[list[Path], str | None]:
+    """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and the chat template
+    that lies beside it."""
+    if source.folder is None:
+        return [], None
+    template = source.folder / TEMPLATE
+    files = tokenizer_files_in(source.folder) if has_tokenizer(source.folder) else []
+    try:
+        own = template.read_text(encoding="utf-8") if template.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{template} cannot be read: {error}") from None
+    return [file for file in files if file != template], own
 
 
 def _cut_notes(cut: CutReport | None) -> dict[str, Any]:
