@@ -130,6 +130,20 @@ def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatc
     assert cli.main(["doctor"]) == 0
 
 
+def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
+    states = {"zero2": FAILED}
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), "ninja: stopped"))
+    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "warning  zero2" in shown and shown.count("apt install g++") == 2
+    assert shown.endswith("ddp; not under ZeRO on the CPU\n")
+    states["nf4"] = FAILED
+    assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4\n")
+    monkeypatch.setattr(cmd_doctor, "compiler", lambda: Finding("compiler", OK, "g++ and ninja"))
+    assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4, zero2\n")
+
+
 def test_missing_or_old_packages_are_named(monkeypatch):
     monkeypatch.setattr(
         cmd_doctor.metadata, "requires", lambda _: ["torch>=999", "nowhere>=1", "pytest; extra == 'dev'"]

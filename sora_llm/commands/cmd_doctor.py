@@ -66,8 +66,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
     if arguments.json:
         print(json.dumps({"ready": not failed, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
-        print(f"\nnot ready: {', '.join(failed)}" if failed else "\nready to train")
+        print(f"\n{verdict(findings)}")
     return 1 if failed else 0
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The last line."""
+    failed = [finding.name for finding in findings if finding.state == FAILED]
+    if failed:
+        return f"not ready: {', '.join(failed)}"
+    if any(finding.name == "zero2" and finding.state == WARNING for finding in findings):
+        return "ready to train with one process or under distributed.strategy: ddp; not under ZeRO on the CPU"
+    return "ready to train"
 
 
 def as_text(finding: Finding) -> str:
@@ -83,11 +93,13 @@ def examine(time_limit: float) -> Iterator[Finding]:
     if any(finding.state == FAILED for finding in found):
         return
     yield trial("devices", time_limit, "install a torch and a driver that fit each other, or set CUDA_VISIBLE_DEVICES=")
-    yield compiler()
+    compiles = compiler()
+    yield compiles
     yield build_lock(extensions_folder())
     yield from disks()
     for name, remedy in REMEDIES.items():
-        yield trial(name, time_limit, remedy)
+        tried = trial(name, time_limit, remedy)
+        yield without_compiler(tried, compiles) if name == "zero2" and compiles.state != OK else tried
 
 
 REMEDIES = {
@@ -97,6 +109,14 @@ REMEDIES = {
     "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
     "zero2": "mend what is said above it, or train with distributed.strategy: ddp",
 }
+
+
+def without_compiler(found: Finding, compiles: Finding) -> Finding:
+    """The trial of ZeRO where its operator could not be compiled: nothing is wrong with what is installed, and all
+    other strategies train."""
+    if found.state == OK:
+        return found
+    return Finding(found.name, WARNING, f"no step under ZeRO here: {compiles.said}", compiles.remedy)
 
 
 # ------------------------------------------------------------------------------------------------ without a process
@@ -134,14 +154,15 @@ def versions() -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """DeepSpeed compiles one small operator where it runs on the CPU."""
-    missing = [name for name in ("g++", "ninja") if shutil.which(name, path=_path_with_scripts()) is None]
+    ways = {"g++": "apt install g++", "ninja": "pip install ninja"}
+    missing = [name for name in ways if shutil.which(name, path=_path_with_scripts()) is None]
     if not missing:
         return Finding("compiler", OK, "g++ and ninja")
     return Finding(
         "compiler",
         WARNING,
         f"no {' and no '.join(missing)}, which ZeRO on a CPU compiles an operator with",
-        "apt install g++ and pip install ninja, or use distributed.strategy: ddp there",
+        f"{' and '.join(ways[name] for name in missing)}, or use distributed.strategy: ddp there",
     )
 
 
