@@ -37,6 +37,10 @@ class DecoderSizes:
     vocabulary: int
 
 
+PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+"""The linear layers that the arithmetic is about: fused ones (qkv_proj, gate_up_proj) keep other tensors."""
+
+
 def sizes_of(text_config: Any) -> DecoderSizes | None:
     """From a transformers config; None for an architecture of another kind (experts, no gate, other names)."""
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")

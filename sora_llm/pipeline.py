@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export
-from sora_llm.activations import activation_bytes, sizes_of
+from sora_llm.activations import PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.allocation import balanced, components
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat
 from sora_llm.budget import RankBudget, importances, make_budgets
@@ -223,10 +223,11 @@ def _activation_bytes(
     skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
 ) -> int | None:
     sizes = sizes_of(skeleton.config.get_text_config())
-    if sizes is None:
+    linears = target_linears(skeleton)
+    if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
         return None
     is_quantised = spec.load_in_4bit or spec.load_in_8bit
-    largest = max(linear.in_features * linear.out_features for linear in target_linears(skeleton).values())
+    largest = max(linear.in_features * linear.out_features for linear in linears.values())
     return activation_bytes(
         sizes,
         batch_size=batch.batch_size,
@@ -251,7 +252,13 @@ def memory_table(memory: MemoryEstimate) -> str:
         *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
         ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
     )
-    return "\n".join(f"  {name:<21} {_readable(size)} per process" for name, size in parts)
+    lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
+    if memory.activation_bytes is None:
+        lines.append(
+            "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
+            "down projections; the peak of a step: train --dry-run"
+        )
+    return "\n".join(lines)
 
 
 def _readable(size: int) -> str:

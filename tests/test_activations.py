@@ -11,12 +11,12 @@ from conftest import shared
 from helpers import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 from sora_llm.activations import sizes_of
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
 from sora_llm.inject import inject_sora
-from sora_llm.pipeline import BatchShape, estimate
+from sora_llm.pipeline import BatchShape, estimate, memory_table
 
 
 class LiveBytes(TorchDispatchMode):
@@ -130,3 +130,14 @@ def estimate_of(model: Any, spec: BackboneSpec, shape: BatchShape, targets: Any)
 def test_other_architectures_are_not_guessed_at():
     assert sizes_of(LlamaConfig()) is not None
     assert sizes_of(MixtralConfig()) is None and sizes_of(GPTNeoXConfig()) is None
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [(LlamaConfig, True), (Qwen3Config, True), (Phi3Config, False)])
+def test_fused_projections_keep_other_tensors_and_so_get_a_sentence_and_no_number(kind: Any, is_known: bool) -> None:
+    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = kind(**options, num_key_value_heads=2, vocab_size=128, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    options = {"target_modules": "all-linear", "adapter_bytes_each": 4, "strategy": "none", "num_processes": 1}
+    memory = estimate(model, BackboneSpec("x"), r=4, batch=BatchShape(1, 64, False, False), **options)
+    assert (memory.activation_bytes is not None) == is_known == ("not known" not in memory_table(memory))
