@@ -20,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from sora_llm.errors import UserError
 from sora_llm.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
-from sora_llm.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target
+from sora_llm.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target, more_than_lora
 
 PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "vLLM ≤ 0.31"
 SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"
 CONSUMERS = (PEFT, TRANSFORMERS, VLLM, OLD_VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
-_MORE_THAN_LORA = ("use_dora", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,8 @@ def _converted(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
 
 
 def _plain(lora: LoraFolder) -> Iterator[str]:
-    for option in _MORE_THAN_LORA:
-        if lora.config.get(option):
-            yield f"{option} is set, which is more than a plain LoRA"
-    if lora.config.get("bias", "none") != "none":
-        yield "it has biases of its own"
+    for more in more_than_lora(lora.config):
+        yield f"more than a plain LoRA: {more}"
     for name, (rank_A, rank_B) in lora.ranks.items():
         if rank_A != rank_B or not rank_A:
             yield f"the factors of {name} have {rank_A} and {rank_B} slots"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,13 +144,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG} is not the config of a LoRA ({error or type(error).__name__})") from None
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
-    for option, value in config.items():
-        is_set = value is not None if option.endswith("_config") else bool(value)
-        if is_set and option not in _HARMLESS:
-            why = OTHER_METHODS.get(option, "what that does is not known here")
-            raise UserError(f"{folder} is more than a plain LoRA: {option} is set, {why}")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder} is more than a plain LoRA: it trains biases (bias: {config['bias']})")
+    more = next(more_than_lora(config), None)
+    if more is not None:
+        raise UserError(f"{folder} is more than a plain LoRA: {more}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(OTHER_BASES):
         raise UserError(
@@ -158,6 +154,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "does; PEFT can convert most of these while they are saved (path_initial_model_for_weight_conversion)"
         )
     return config
+
+
+def more_than_lora(config: Mapping[str, Any]) -> Iterator[str]:
+    """What an adapter_config.json asks for beside factors of linear layers, in words; nothing of a plain LoRA."""
+    for option, value in config.items():
+        is_set = value is not None if option.endswith("_config") else bool(value)
+        if is_set and option not in _HARMLESS:
+            yield f"{option} is set, {OTHER_METHODS.get(option, 'what that does is not known here')}"
+    if config.get("bias", "none") != "none":
+        yield f"it trains biases (bias: {config['bias']})"
 
 
 def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.gguf_lora import Architecture, GgufFile
 from sora_llm.inject import adapters, inject_sora
+from sora_llm.lora_files import OTHER_METHODS, read_lora
 
 FOLDERS = set(CONSUMERS) - {"Ollama", "MLX-LM"}  # who read PEFT folders at all, or a file converted from one
 ONE_RANK = {"SGLang", "TGI", "LoRAX"}
@@ -123,6 +124,16 @@ def test_a_broken_rule_is_named_by_those_who_have_it(padded: tuple[Path, list[st
     verdicts = of_folder(read_folder(folder, targets))
     assert {name for name, verdict in verdicts.items() if verdict.works} == expected
     assert all(bool(verdict.reason) != bool(verdict.serve) for verdict in verdicts.values())
+
+
+@pytest.mark.parametrize("option", [*OTHER_METHODS, "of_next_year"])
+def test_what_is_more_than_a_plain_lora_is_no_engines(padded: tuple[Path, list[str]], option: str) -> None:
+    config(**{option: {"some": "thing"}})(padded[0])
+    verdicts = of_folder(read_folder(*padded))
+    assert not any(verdict.works for verdict in verdicts.values())
+    assert option in verdicts["PEFT"].reason
+    with pytest.raises(UserError, match=f"more than a plain LoRA: {option}"):
+        read_lora(padded[0])
 
 
 def test_the_right_scale_may_be_another_than_1(padded: tuple[Path, list[str]]) -> None:
