@@ -113,8 +113,8 @@ def finish(training: Training, result: StageResult) -> RunResult:
     adapter = directory.path / "adapter"
     if job.plan.is_path:
         on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
-    leave_beside(training, result)
     directory.adapter = adapter
+    leave_beside(training, result)
     directory.status("finished", phase="done")
     directory.report(to_dict(job.config), plots=True)
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)

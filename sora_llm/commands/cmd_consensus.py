@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files, tokenizer_files_in
+from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, base_of, read_source, refuse_other_targets, replica, shapes_in
+from sora_llm.commands.sources import (
+    Source,
+    base_of,
+    own_tokenizer,
+    read_source,
+    refuse_other_targets,
+    replica,
+    shapes_in,
+)
 from sora_llm.consensus import mean_rank
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
@@ -123,13 +131,14 @@ def export_merged(
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), merged.factors)
-    per_source = [tokenizer_files_in(source.folder) for source in sources if source.folder is not None]
-    files = next((found for found in per_source if found), None) or tokenizer_files(spec)
+    brought = [own_tokenizer(source) for source in sources]
+    files, template = next((found for found in brought if any(found)), ([], None))
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
-        tokenizer_files=files,
+        tokenizer_files=files or tokenizer_files(spec),
+        chat_template=template,
         load_options=spec.load_call,
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",

@@ -13,20 +13,17 @@ from torch import nn
 
 from sora_llm.backbone import (
     BackboneSpec,
-    has_tokenizer,
     load_backbone,
     load_config,
     load_tokenizer,
     skeleton,
     tokenizer_files,
-    tokenizer_files_in,
 )
-from sora_llm.card import TEMPLATE
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, base_of, plain_factors, shapes_in, source_of
+from sora_llm.commands.sources import Source, base_of, own_tokenizer, plain_factors, shapes_in, source_of
 from sora_llm.config import Config
 from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
 from sora_llm.distributed import make_accelerator
@@ -251,20 +248,6 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
         notes={"source": source.name, **_cut_notes(adapter.cut)},
         details="" if adapter.cut is None else f"## Size\n{_cut_sentence(adapter.cut)}\n",
     )
-
-
-def own_tokenizer(source: Source) -> tuple[list[Path], str | None]:
-    """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and the chat template
-    that lies beside it."""
-    if source.folder is None:
-        return [], None
-    template = source.folder / TEMPLATE
-    files = tokenizer_files_in(source.folder) if has_tokenizer(source.folder) else []
-    try:
-        own = template.read_text(encoding="utf-8") if template.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{template} cannot be read: {error}") from None
-    return [file for file in files if file != template], own
 
 
 def _cut_notes(cut: CutReport | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sora_llm import checkpoint
-from sora_llm.backbone import BackboneSpec, dtype_name, load_config
+from sora_llm.backbone import BackboneSpec, dtype_name, has_tokenizer, load_config, tokenizer_files_in
+from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
 from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
@@ -108,6 +109,20 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
     scaling = config.sora.lora_alpha / config.sora.r
     source = Source(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
     return _of_run(source, config)
+
+
+def own_tokenizer(source: Source) -> tuple[list[Path], str | None]:
+    """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and the chat template
+    that lies beside it."""
+    if source.folder is None:
+        return [], None
+    template = source.folder / TEMPLATE
+    files = tokenizer_files_in(source.folder) if has_tokenizer(source.folder) else []
+    try:
+        own = template.read_text(encoding="utf-8") if template.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{template} cannot be read: {error}") from None
+    return [file for file in files if file != template], own
 
 
 # ------------------------------------------------------------------------------------------------- belonging together
