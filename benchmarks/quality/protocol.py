@@ -1,0 +1,278 @@
+"""What is compared, at which sizes, with which learning rates and seeds: README.md as code, without torch.
+
+A *cell* is one run.  The rule that tunes an arm's learning rate is `wanted_rates` and `best_rate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG = "configs/llama7b.yaml"
+R = 16
+TUNING, TEST = "tuning", "test"
+"""Which rows a cell is measured on."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to an adapter of some size.
+
+    `sora` are keys of the config's section sora: the product's own run, which prunes and cuts as they say.  With None
+    the adapter is a plain LoRA (its gates are folded away before the first step), whose budgeted size is that of its
+    first step, or is reached by `cuts` (shares of the steps), each of which keeps the same share of what was left.
+    """
+
+    name: str
+    what: str
+    sora: Mapping[str, Any] | None = None
+    starts_small: bool = False
+    cuts: tuple[float, ...] = ()
+    keeps: str = "svd"
+    is_extra: bool = False
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("lora", "LoRA at r = 16"),
+        Arm("uniform", "LoRA of the final size from the start", starts_small=True),
+        Arm("svd", "LoRA, cut by its singular values at 40 %, trained on", cuts=(0.4,)),
+        Arm("svd4", "LoRA, cut so in four steps at 20, 30, 40, 50 %, trained on", cuts=(0.2, 0.3, 0.4, 0.5)),
+        Arm("random", "LoRA, random slots kept at 40 %, trained on", cuts=(0.4,), keeps="random"),
+        Arm("sora", "SoRA as shipped: adaptive, cut by singular values at 40 %", sora={}),
+        Arm("decoupled", "SoRA with threshold: decoupled", sora={"threshold": "decoupled"}),
+        Arm("slots", "SoRA with consensus: slots", sora={"consensus": "slots"}, is_extra=True),
+        Arm("late", "SoRA with consensus_at: 0.7", sora={"consensus_at": 0.7}, is_extra=True),
+        Arm("end", "SoRA with consensus_at: 1.0", sora={"consensus_at": 1.0}, is_extra=True),
+    )
+}
+CORE_SIZES, EXTRA_SIZES = (0.25, 0.70), (0.10, 0.50)
+WHOLE = 1.0  # the size of `lora`
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells of an experiment have in common."""
+
+    steps: int = 282
+    rows_per_step: int = 16
+    num_train: int = 3000
+    num_tuning: int = 500
+    num_test: int = 1000
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    tuning_seeds: tuple[int, ...] = (101, 102)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """What makes the result of a cell beside the cell itself."""
+        names = ("steps", "rows_per_step", "num_train", "num_tuning", "num_test")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """An arm at a size: what has one learning rate."""
+
+    size: float
+    arm: str
+
+    def __str__(self) -> str:
+        return self.arm if self.size == WHOLE else f"{self.arm} {self.size:.0%}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    group: Group
+    learning_rate: float
+    seed: int
+    rows: str
+    protocol: Protocol = field(default_factory=Protocol)
+
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.group.arm]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The cell as its line says it."""
+        return {**asdict(self.group), "learning_rate": self.learning_rate, "seed": self.seed, "rows": self.rows}
+
+    @property
+    def key(self) -> str:
+        """Hash of all that makes the result: the config of the run but for its paths, the rows, the arm's cuts."""
+        arm = self.arm
+        described = [self.fields, self.protocol.fields, self.overrides(), arm.starts_small, arm.cuts, arm.keeps]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+    def overrides(self, folder: Path | None = None, base: Path | None = None) -> dict[str, Any]:
+        """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl, `base` is the model; None where paths do not count."""
+        plain = {"sparse_lambda": 0.0, "target_rank": None, "consensus_at": 1.0}
+        sora = plain if self.arm.sora is None else {"target_rank": self.group.size * R, **self.arm.sora}
+        paths: dict[str, Any] = {}
+        if folder is not None:
+            paths = {
+                "model.name_or_path": str(base),
+                "data.datasets": [dataset(folder / "train.jsonl")],
+                "data.val_datasets": [dataset(folder / f"{TUNING}.jsonl")],
+                "data.cache_dir": str(folder / "cache"),
+            }
+        return {
+            **paths,
+            **{f"sora.{key}": value for key, value in sora.items()},
+            # s = lora_alpha / r is 1 for every arm and size, so that one learning rate means the same everywhere
+            "sora.r": R,
+            "sora.lora_alpha": R,
+            "sora.lora_dropout": 0.0,
+            "model.dtype": "float32",
+            "quantization.load_in_4bit": False,
+            "data.val_set_size": None,
+            "data.sequence_len": MAX_TOKENS,
+            "data.sample_packing": False,
+            "train.max_steps": self.protocol.steps,
+            "train.num_train_epochs": None,
+            "train.per_device_train_batch_size": self.protocol.rows_per_step,
+            "train.gradient_accumulation_steps": 1,
+            "train.gradient_checkpointing": False,
+            "train.learning_rate": self.learning_rate,
+            "train.seed": self.seed,
+            "evaluation.per_device_eval_batch_size": 64,
+            "output.report_to": [],
+        }
+
+
+MAX_TOKENS = 256
+
+
+def dataset(path: Path) -> dict[str, Any]:
+    """GSM8K rows as data.datasets takes them."""
+    return {
+        "path": str(path),
+        "type": "prompt_completion",
+        "columns": {"prompt": "question", "completion": "answer"},
+    }
+
+
+# --------------------------------------------------------------------------------------------------- learning rates
+
+LADDER = tuple(8e-3 * 2.0**k for k in range(-5, 6))
+Losses = Mapping[float, float]  # learning rate → mean loss over the tuning seeds; infinite where a run failed
+
+
+def wanted_rates(found: Losses, first: Sequence[float]) -> list[float]:
+    """The learning rates that are still to be tried, none when tuning has ended.
+
+    First those of `first`, a part of LADDER (powers of 2).  While the best one lies at an edge of what was tried, the
+    next one beyond it.  Then √2 to either side of the best one.
+    """
+    if missing := [rate for rate in first if rate not in found]:
+        return missing
+    best = min((rate for rate in found if rate in LADDER), key=lambda rate: (found[rate], rate))
+    place = LADDER.index(best)
+    neighbours = [LADDER[index] for index in (place - 1, place + 1) if 0 <= index < len(LADDER)]
+    if beyond := [rate for rate in neighbours if rate not in found]:
+        return beyond
+    between = [float(f"{math.sqrt(best * rate):.3g}") for rate in neighbours]
+    return [rate for rate in between if rate not in found]
+
+
+def best_rate(found: Losses) -> float:
+    """The rate of the lowest mean loss; of equal ones the lowest rate."""
+    return min(found, key=lambda rate: (found[rate], rate))
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
+    """LoRA at r = 16, and the six others of the core at every size."""
+    others = [arm.name for arm in ARMS.values() if not arm.is_extra and arm.name != "lora"]
+    return [Group(WHOLE, "lora"), *(Group(size, name) for size in sizes for name in others)]
+
+
+def extra_groups() -> list[Group]:
+    """By priority, for the time that is left."""
+    variants = [Group(0.25, arm.name) for arm in ARMS.values() if arm.is_extra]
+    sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
+    return [*variants, *sizes]
+
+
+class Queue:
+    """Which cell comes next, from the results so far: tuning, then the fresh seeds size by size, then the extras.
+
+    Seeds go through all arms one after the other, so that what is there when time runs out are whole pairs.
+    """
+
+    def __init__(self, protocol: Protocol, blocks: Sequence[Sequence[Group]]) -> None:
+        """Each of `blocks` is tuned as a whole before its seeds are run."""
+        self.protocol, self.blocks = protocol, blocks
+
+    def tuning_losses(self, group: Group, lines: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
+        """{learning rate: mean loss} of the rates whose tuning seeds are all there."""
+        found: dict[float, float] = {}
+        rates = {*self.protocol.rates, *LADDER, *_between()}
+        for rate in sorted(rates):
+            cells = self.tuning_cells(group, rate)
+            if all(cell.key in lines for cell in cells):
+                found[rate] = sum(lines[cell.key].get("loss", math.inf) for cell in cells) / len(cells)
+        return found
+
+    def tuning_cells(self, group: Group, rate: float) -> list[Cell]:
+        return [Cell(group, rate, seed, TUNING, self.protocol) for seed in self.protocol.tuning_seeds]
+
+    def tuned(self, group: Group, lines: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """The frozen learning rate, None while tuning has not ended (or where every rate failed)."""
+        found = self.tuning_losses(group, lines)
+        if not found or wanted_rates(found, self.protocol.rates):
+            return None
+        best = best_rate(found)
+        return best if math.isfinite(found[best]) else None
+
+    def test_cells(self, group: Group, lines: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+        rate = self.tuned(group, lines)
+        if rate is None:
+            return []
+        return [Cell(group, rate, seed, TEST, self.protocol) for seed in self.protocol.seeds]
+
+    def missing(self, lines: Mapping[str, Mapping[str, Any]]) -> Iterator[Cell]:
+        """All cells that can be run now, the most urgent first."""
+        for block in self.blocks:
+            for group in block:
+                for rate in wanted_rates(self.tuning_losses(group, lines), self.protocol.rates):
+                    yield from (cell for cell in self.tuning_cells(group, rate) if cell.key not in lines)
+            cells = [cell for group in block for cell in self.test_cells(group, lines) if cell.key not in lines]
+            yield from sorted(cells, key=lambda cell: (self._part(cell.group), cell.seed))
+
+    def _part(self, group: Group) -> float:
+        """LoRA at r = 16, which the others are measured by, goes with the smallest size."""
+        smallest = min(other.size for block in self.blocks for other in block)
+        return smallest if group.size == WHOLE else group.size
+
+
+def _between() -> list[float]:
+    return [float(f"{math.sqrt(a * b):.3g}") for a, b in zip(LADDER, LADDER[1:], strict=False)]
+
+
+# ------------------------------------------------------------------------------------------------------- its results
+
+
+def read_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """{key: line} of a file of runs; a line that was cut off by the end of a machine is passed over, of two lines with
+    one key the first counts."""
+    found: dict[str, dict[str, Any]] = {}
+    if file.exists():
+        for text in file.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            found.setdefault(line["key"], line)
+    return found
