@@ -1,0 +1,87 @@
+"""The whole pipeline in small: tune, freeze, confirm; then whether the arms come out in the committed order.
+
+    python benchmarks/quality/smoke.py [--workers 2] [--out FILE] [--commit]
+
+Four arms at a quarter of the parameters, twenty steps of four rows: a check of the pipeline, not a measurement.  With
+--out it goes on from the runs that are there.  --commit writes smoke.json, what later runs are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grid import HERE, missing_data, work_off
+from protocol import Group, Protocol, Queue, read_lines
+
+SMALL = Protocol(
+    steps=20,
+    rows_per_step=4,
+    num_train=400,
+    num_tuning=32,
+    num_test=64,
+    rates=(8e-3, 1.6e-2),
+    tuning_seeds=(101,),
+    seeds=(1, 2),
+)
+GROUPS = [Group(1.0, "lora"), *(Group(0.25, arm) for arm in ("uniform", "random", "sora"))]
+COMMITTED = HERE / "smoke.json"
+CLEAR = 0.03
+"""Arms whose committed losses are nearer than this may change places: other kernels round otherwise."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", action="store_true")
+    arguments = parser.parse_args()
+    if wrong := missing_data():
+        print(f"smoke.py: {wrong}", file=sys.stderr)
+        return 2
+    queue = Queue(SMALL, [GROUPS])
+    with tempfile.TemporaryDirectory() as folder:
+        out = arguments.out or Path(folder) / "runs.jsonl"
+        if code := work_off(queue, out, "cpu", arguments.workers, seconds=None):
+            return code
+        found = mean_losses(queue, read_lines(out))
+    if arguments.commit:
+        COMMITTED.write_text(json.dumps(found, indent=1) + "\n")
+    committed = json.loads(COMMITTED.read_text())
+    for name, loss in found.items():
+        print(f"{name:<14} test loss {loss:.4f}, committed {committed[name]:.4f}")
+    if wrong := out_of_order(found, committed):
+        print("smoke.py: " + "; ".join(wrong), file=sys.stderr)
+        return 1
+    print("the arms come out in the committed order")
+    return 0
+
+
+def mean_losses(queue: Queue, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """{arm and size: mean test loss}; a failed run counts as infinite."""
+    found = {}
+    for group in GROUPS:
+        cells = queue.test_cells(group, lines)
+        losses = [lines[cell.key].get("loss", float("inf")) for cell in cells]
+        found[str(group)] = statistics.mean(losses) if losses else float("inf")
+    return found
+
+
+def out_of_order(found: Mapping[str, float], committed: Mapping[str, float]) -> list[str]:
+    """A sentence for every pair that is clearly apart in `committed` and not in that order here."""
+    return [
+        f"{better} ({found[better]:.4f}) is not better than {worse} ({found[worse]:.4f})"
+        for better in committed
+        for worse in committed
+        if committed[better] + CLEAR < committed[worse] and not found[better] < found[worse]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
