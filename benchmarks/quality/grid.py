@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs.jsonl"
 HEADROOM = 1.3
 """A cell is begun if the longest run so far, times this, fits into the time left."""
+TOO_MANY = 8
+"""Failed runs in a row."""
 
 
 def main() -> int:
@@ -134,9 +136,7 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------ the scheduler
 
 
-def work_off(
-    queue: Queue, out: Path, device: str, num_workers: int, seconds: float | None, again: bool = False
-) -> int:
+def work_off(queue: Queue, out: Path, device: str, num_workers: int, seconds: float | None, again: bool = False) -> int:
     """Give missing cells to workers until there are none, or no time; the exit code."""
     deadline = None if seconds is None else time.monotonic() + seconds
     lines = read_lines(out)
@@ -161,6 +161,13 @@ def work_off(
             print("grid.py: a worker died; what it ran is lost, start the command again to go on", file=sys.stderr)
             return 1
     print(overview(queue, lines))
+    if scheduler.has_given_up:
+        print(
+            f"grid.py: the last {TOO_MANY} runs failed; look at what their lines in {out} say, and start the command "
+            "again with --again",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -176,7 +183,7 @@ class Scheduler:
     ) -> None:
         self._queue, self._lines, self._deadline, self._submit = queue, lines, deadline, submit
         self._running: dict[Future[dict[str, Any]], Cell] = {}
-        self._longest, self._begun = 0.0, time.monotonic()
+        self._longest, self._begun, self._failed_in_a_row = 0.0, time.monotonic(), 0
 
     def go(self, num_workers: int) -> None:
         """Until nothing is missing, or nothing more fits into the time left."""
@@ -188,10 +195,16 @@ class Scheduler:
                 line = self._lines[cell.key] = future.result()
                 self._longest = max(self._longest, line["wall_seconds"])
                 say(cell, line, time.monotonic() - self._begun)
+                self._failed_in_a_row = self._failed_in_a_row + 1 if "failed" in line else 0
             self._fill(num_workers)
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether it must be the machine, not the arms: a GPU that has failed once fails every run after it."""
+        return self._failed_in_a_row >= TOO_MANY
+
     def _fill(self, num_workers: int) -> None:
-        if len(self._running) >= num_workers or self._is_late():
+        if self.has_given_up or len(self._running) >= num_workers or self._is_late():
             return
         underway = {cell.key for cell in self._running.values()}
         for cell in self._queue.missing(self._lines):

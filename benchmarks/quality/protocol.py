@@ -5,7 +5,9 @@ A *cell* is one run.  The rule that tunes an arm's learning rate is `wanted_rate
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,13 +110,17 @@ class Cell:
 
     @property
     def key(self) -> str:
+        return _key(self)
+
+    @property
+    def identity(self) -> str:
         """Hash of all that makes the result: the config of the run but for its paths, the rows, the arm's cuts."""
         arm = self.arm
         described = [self.fields, self.protocol.fields, self.overrides(), arm.starts_small, arm.cuts, arm.keeps]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
     def overrides(self, folder: Path | None = None, base: Path | None = None) -> dict[str, Any]:
-        """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl, `base` is the model; None where paths do not count."""
+        """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl, `base` is the model.  Without paths for the key."""
         plain = {"sparse_lambda": 0.0, "target_rank": None, "consensus_at": 1.0}
         sora = plain if self.arm.sora is None else {"target_rank": self.group.size * R, **self.arm.sora}
         paths: dict[str, Any] = {}
@@ -147,6 +153,11 @@ class Cell:
             "evaluation.per_device_eval_batch_size": 64,
             "output.report_to": [],
         }
+
+
+@functools.cache
+def _key(cell: Cell) -> str:
+    return cell.identity
 
 
 MAX_TOKENS = 256
@@ -258,21 +269,27 @@ class Queue:
 
 
 def _between() -> list[float]:
-    return [float(f"{math.sqrt(a * b):.3g}") for a, b in zip(LADDER, LADDER[1:], strict=False)]
+    return [float(f"{math.sqrt(a * b):.3g}") for a, b in itertools.pairwise(LADDER)]
 
 
 # ------------------------------------------------------------------------------------------------------- its results
 
 
+def read_all(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of runs; one that was cut off by the end of a machine is passed over."""
+    found = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
 def read_lines(file: Path) -> dict[str, dict[str, Any]]:
-    """{key: line} of a file of runs; a line that was cut off by the end of a machine is passed over, of two lines with
-    one key the first counts."""
+    """{key: line} of a file of runs.  Of two lines with one key the first counts that did not fail."""
     found: dict[str, dict[str, Any]] = {}
-    if file.exists():
-        for text in file.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            found.setdefault(line["key"], line)
+    for line in read_all(file):
+        if line["key"] not in found or "failed" in found[line["key"]]:
+            found[line["key"]] = line
     return found

@@ -18,7 +18,7 @@ import random
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ BASE, GSM8K = DATA / "models/base5m", DATA / "data/gsm8k_train.jsonl"
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 EVAL_BATCH = 64
 NUM_POINTS = 10
-"""Of a run's loss curve."""
+"""Of a run's curve."""
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -99,21 +99,22 @@ class Runner:
         found = len(self.data.train), len(self.rows[TUNING]), len(self.rows[TEST])
         assert found == (protocol.num_train, protocol.num_tuning, protocol.num_test), f"rows were left out: {found}"
         self.shapes = target_shapes(config, self.inputs.skeleton)
-        self._about = {"device": device_name(self.accelerator.device), "sources": source_hash(), "commit": commit()}
+        self.device_name = device_name(self.accelerator.device)
+        self._about = {"device": self.device_name, "sources": source_hash(), "commit": commit()}
 
     def config(self, cell: Cell) -> Config:
         """The config that `python -m sora_llm.train` would be given."""
         values = {**cell.overrides(self.folder, BASE), "output.output_dir": str(self.folder / "run")}
         return load_config(ROOT / CONFIG, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
-    def run(self, cell: Cell, curve_rows: int = 0) -> dict[str, Any]:
+    def run(self, cell: Cell, curve_rows: int = 0, num_points: int = NUM_POINTS) -> dict[str, Any]:
         """The line of a cell, also where it failed.  With `curve_rows` the points of its curve have the loss over so
         many of its rows, measured while the clock stands still."""
         started = time.perf_counter()
         line: dict[str, Any] = {"key": cell.key, "cell": cell.fields, "protocol": cell.protocol.fields}
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                found = self._run(cell, curve_rows)
+                found = self._run(cell, curve_rows, num_points)
             line |= found if math.isfinite(found["loss"]) else {"failed": f"the loss is {found['loss']}"}
         except Exception as error:
             line |= {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
@@ -122,7 +123,7 @@ class Runner:
         finished = {"wall_seconds": round(time.perf_counter() - started, 2), "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
         return {**line, **self._about, **finished}
 
-    def _run(self, cell: Cell, curve_rows: int) -> dict[str, Any]:
+    def _run(self, cell: Cell, curve_rows: int, num_points: int) -> dict[str, Any]:
         base_loss = self._base_loss(cell.rows)
         budget = params_of(cell.group.size * R, sum(i + o for i, o in self.shapes.values()))
         training = self._begin(cell, budget)
@@ -131,7 +132,7 @@ class Runner:
             change = functools.partial(cut_plain, cell=cell, budget=budget)
         rows = self.rows[cell.rows]
         some = rows.select(range(curve_rows))
-        curve = train(training, change, (lambda: self._loss(some)) if curve_rows else None)
+        curve = train(training, change, num_points, (lambda: self._loss(some)) if curve_rows else None)
         masters = training.engine.masters()
         with training.engine.released() as model:
             cut = cut_adapter(training, model, masters, dtype=torch.float32)
@@ -184,15 +185,18 @@ LADDER_START = 1e-3  # of a config that is never trained
 
 
 def train(
-    training: Training, change: Callable[[Training, int], None], measure: Callable[[], float] | None
+    training: Training,
+    change: Callable[[Training, int], None],
+    num_points: int,
+    measure: Callable[[], float] | None,
 ) -> list[dict[str, float]]:
     """All steps; `change` puts the adapters into another form before some.
 
-    Returns: NUM_POINTS points: step, seconds (steps and changes of form), loss (of the rows trained on since the last
-    point), mean_rank, and, where it is given, what `measure` says as eval_loss.
+    Returns: `num_points` points of step, seconds (of steps and changes of form), loss (of the rows trained on since the
+    point before), mean_rank, and as eval_loss what `measure` says, where it is given.
     """
     job, tally, total = training.job, training.tally, training.stage.total_steps
-    due = {round(point * total / NUM_POINTS) for point in range(1, NUM_POINTS + 1)}
+    due = {round(point * total / num_points) for point in range(1, num_points + 1)}
     curve: list[dict[str, float]] = []
     seconds, since = 0.0, time.perf_counter()
     for step in range(total):

@@ -80,8 +80,8 @@ def main() -> int:
         print(f"{key} differs\n  here:                       {ours[key]}\n  python -m sora_llm.train:   {theirs[key]}")
     if not differing:
         print(
-            f"{cell.group}, {arguments.steps} steps: tuning loss {ours['loss']:.6f}, {ours['kept_params']:,} parameters "
-            f"and the losses and mean ranks of {NUM_POINTS} points are those of python -m sora_llm.train, bit for bit"
+            f"{cell.group}, {arguments.steps} steps: tuning loss {ours['loss']:.6f}, {ours['kept_params']:,} "
+            f"parameters, losses and mean ranks of {NUM_POINTS} points: as python -m sora_llm.train, bit for bit"
         )
     return 1 if differing else 0
 

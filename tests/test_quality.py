@@ -1,0 +1,173 @@
+"""The quality benchmark: its learning rates, its order of runs, its tests; its runs are the product's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SHARED
+
+QUALITY = ROOT / "benchmarks/quality"
+sys.path.insert(0, str(QUALITY))
+from protocol import (  # noqa: E402
+    CORE_SIZES,
+    LADDER,
+    TEST,
+    TUNING,
+    Cell,
+    Group,
+    Protocol,
+    Queue,
+    best_rate,
+    core_groups,
+    read_lines,
+    wanted_rates,
+)
+from speed import seconds_to  # noqa: E402
+from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p  # noqa: E402
+from verdicts import Found, Hypothesis, hypotheses, verdict_table  # noqa: E402
+
+FIRST = Protocol.rates
+Lines = dict[str, dict[str, Any]]
+
+
+def tuned_by_the_rule(loss_of: Any) -> dict[float, float]:
+    found: dict[float, float] = {}
+    while rates := wanted_rates(found, FIRST):
+        found |= {rate: loss_of(rate) for rate in rates}
+    return found
+
+
+@pytest.mark.parametrize("best", [6e-4, 3e-3, 8e-3, 1.1e-2, 4e-2, 0.15])
+def test_tuning_ends_with_a_best_rate_that_has_tried_rates_on_both_sides(best: float) -> None:
+    found = tuned_by_the_rule(lambda rate: math.log2(rate / best) ** 2)
+    chosen = best_rate(found)
+    assert min(found) < chosen < max(found)
+    assert abs(math.log2(chosen / best)) <= 0.26, "√2 steps around the best power of two come within a quarter"
+    assert len(found) >= 6
+
+
+def test_a_rate_that_fails_is_never_chosen_and_does_not_stop_the_tuning() -> None:
+    found = tuned_by_the_rule(lambda rate: math.inf if rate > 5e-3 else -rate)
+    assert best_rate(found) == max(rate for rate in found if rate <= 5e-3)
+
+
+def made(cell: Cell, loss: float) -> dict[str, Any]:
+    kept = round(443_904 * cell.group.size)
+    return {"key": cell.key, "cell": cell.fields, "base_loss": 5.0, "loss": loss, "kept_params": kept, "device": "none"}
+
+
+def worked_off(queue: Queue, loss_of: Any) -> tuple[Lines, list[Cell]]:
+    """Every cell that the queue asks for, one after the other."""
+    lines: Lines = {}
+    order = []
+    while (cell := next(queue.missing(lines), None)) is not None:
+        lines[cell.key] = made(cell, loss_of(cell))
+        order.append(cell)
+    return lines, order
+
+
+def plain_loss(cell: Cell) -> float:
+    return 2.0 + math.log2(cell.learning_rate / 8e-3) ** 2 + 0.001 * cell.seed
+
+
+def test_all_arms_are_tuned_then_the_quarter_is_confirmed_then_the_larger_size() -> None:
+    lines, order = worked_off(Queue(Protocol(), [core_groups()]), plain_loss)
+    assert len(order) == len(lines), "no cell comes twice"
+    stages = [(cell.rows, cell.group.size) for cell in order]
+    test_sizes = [size for rows, size in stages if rows == TEST]
+    assert stages[-len(test_sizes) :] == [(TEST, size) for size in test_sizes], "tuning comes first"
+    assert test_sizes == sorted(test_sizes, key=lambda size: size == 0.70)
+    assert {cell.learning_rate for cell in order if cell.rows == TEST} == {8e-3}
+    first_seed = [cell for cell in order if cell.rows == TEST][:7]
+    assert {cell.seed for cell in first_seed} == {1}, "pairs are whole when time runs out"
+    assert not {cell.seed for cell in order if cell.rows == TEST} & set(Protocol.tuning_seeds)
+
+
+def test_a_cell_is_another_one_when_anything_that_makes_its_result_is() -> None:
+    base = Cell(Group(0.25, "svd"), 8e-3, 1, TUNING)
+    others = [
+        Cell(Group(0.70, "svd"), 8e-3, 1, TUNING),
+        Cell(Group(0.25, "svd4"), 8e-3, 1, TUNING),
+        Cell(Group(0.25, "random"), 8e-3, 1, TUNING),
+        Cell(Group(0.25, "svd"), 4e-3, 1, TUNING),
+        Cell(Group(0.25, "svd"), 8e-3, 2, TUNING),
+        Cell(Group(0.25, "svd"), 8e-3, 1, TEST),
+        Cell(Group(0.25, "svd"), 8e-3, 1, TUNING, Protocol(steps=100)),
+    ]
+    assert len({cell.key for cell in [base, *others]}) == 8
+    assert base.key == Cell(Group(0.25, "svd"), 8e-3, 1, TUNING, Protocol(seeds=(1, 2))).key
+
+
+def test_a_line_that_was_cut_off_is_passed_over_and_a_run_that_was_made_again_counts(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    lines = [{"key": "a", "failed": "x"}, {"key": "a", "loss": 1.0}, {"key": "a", "loss": 2.0}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"key": "b", "lo')
+    assert read_lines(file) == {"a": {"key": "a", "loss": 1.0}}
+
+
+def test_the_sign_flip_test_counts_sign_patterns() -> None:
+    assert sign_flip_p([-0.1 * n for n in range(1, 9)]) == 1 / 256
+    assert sign_flip_p([0.1] * 8) == 1.0
+    values = [-0.5, 0.2, -0.3, 0.1]
+    flipped = [
+        sum(s * abs(v) for s, v in zip(signs, values, strict=True)) for signs in itertools.product((1, -1), repeat=4)
+    ]
+    assert sign_flip_p(values) == sum(total <= sum(values) + 1e-9 for total in flipped) / 16
+
+
+def test_holm_corrects_step_by_step_and_a_binomial_tail_is_that_of_fair_coins() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert sign_test_p(8, 8) == 1 / 256 and sign_test_p(7, 8) == 9 / 256 and sign_test_p(0, 8) == 1.0
+
+
+def test_a_bootstrap_interval_is_the_same_every_time_and_holds_the_mean() -> None:
+    values = [1.0, 2.0, 4.0, 3.0, 2.5, 1.5, 2.0, 3.5]
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert min(values) < low < sum(values) / 8 < high < max(values)
+
+
+def test_verdicts_follow_the_losses_seed_by_seed() -> None:
+    """SoRA 0.01 better than uniform, 0.01 worse than four SVD cuts, 0.03 worse than LoRA: a gap of about 3 nats."""
+    shift = {"lora": 0.0, "sora": 0.03, "uniform": 0.04, "svd": 0.05, "svd4": 0.02, "random": 0.3, "decoupled": 0.1}
+    queue = Queue(Protocol(), [core_groups()])
+    lines, _ = worked_off(queue, lambda cell: plain_loss(cell) + shift[cell.group.arm])
+    rows = verdict_table(Found(queue, lines)).splitlines()
+    verdict = {tuple(cell.strip() for cell in row.split("|")[1:4:2]): row.split("|")[-2].strip() for row in rows[2:]}
+    assert verdict["H1", "lora"] == "**holds**", "0.03 of 3 nats is within the margin of 2 %"
+    for size in CORE_SIZES:
+        assert verdict[f"H2 at {size:.0%}", f"uniform {size:.0%}"] == "**holds**"
+        assert verdict[f"H3 at {size:.0%}", f"svd4 {size:.0%}"] == "**the opposite**"
+    incomplete = {key: line for key, line in lines.items() if line["cell"]["seed"] != 8}
+    assert "holds" not in verdict_table(Found(queue, incomplete)), "seven pairs of eight decide nothing"
+
+
+def test_h3_needs_sora_to_beat_both_rivals() -> None:
+    rivals = {h.name: [rival.arm for rival in h.rivals] for h in hypotheses()}
+    assert rivals["H3 at 25%"] == ["svd", "svd4"]
+    assert isinstance(hypotheses()[0], Hypothesis) and hypotheses()[0].margin == 0.02
+
+
+def test_the_time_to_a_loss_lies_between_the_points_around_it() -> None:
+    curve = [{"seconds": 1.0, "eval_loss": 4.0}, {"seconds": 3.0, "eval_loss": 3.0}]
+    assert seconds_to(curve, 3.5) == 2.0
+    assert seconds_to(curve, 2.9) == math.inf
+
+
+def test_all_rates_of_the_protocol_are_rungs_of_the_ladder() -> None:
+    assert set(FIRST) <= set(LADDER)
+
+
+@pytest.mark.skipif(not (SHARED / "models/base5m").exists(), reason="base5m is missing; set SORA_TEST_DATA")
+def test_a_run_of_the_benchmark_is_bit_for_bit_that_of_the_command() -> None:
+    command = [sys.executable, str(QUALITY / "same_as_train.py"), "--steps", "10"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit for bit" in done.stdout
