@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import ROOT, SHARED
 QUALITY = ROOT / "benchmarks/quality"
 sys.path.insert(0, str(QUALITY))
 from protocol import (  # noqa: E402
+    ARMS,
     CORE_SIZES,
     LADDER,
     TEST,
@@ -103,6 +105,15 @@ def test_a_cell_is_another_one_when_anything_that_makes_its_result_is() -> None:
     ]
     assert len({cell.key for cell in [base, *others]}) == 8
     assert base.key == Cell(Group(0.25, "svd"), 8e-3, 1, TUNING, Protocol(seeds=(1, 2))).key
+
+
+def test_a_cell_is_another_one_when_its_arm_is_made_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, ways = Cell(Group(0.25, "svd"), 8e-3, 1, TUNING), [{}, {"cuts": (0.5,)}, {"keeps": "random"}, {"sora": {}}]
+    svd, found = ARMS["svd"], set()
+    for way in ways:
+        monkeypatch.setitem(ARMS, "svd", replace(svd, **way))
+        found.add(cell.identity)
+    assert len(found) == len(ways)
 
 
 def test_a_line_that_was_cut_off_is_passed_over_and_a_run_that_was_made_again_counts(tmp_path: Path) -> None:
