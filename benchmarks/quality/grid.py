@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs.jsonl"
 HEADROOM = 1.3
-"""A cell is begun if the longest run so far, times this, fits into the time left."""
+"""A cell is begun if the longest of the last runs, times this, fits into the time left."""
+LAST = 24
 TOO_MANY = 8
 """Failed runs in a row."""
 
@@ -183,7 +185,8 @@ class Scheduler:
     ) -> None:
         self._queue, self._lines, self._deadline, self._submit = queue, lines, deadline, submit
         self._running: dict[Future[dict[str, Any]], Cell] = {}
-        self._longest, self._begun, self._failed_in_a_row = 0.0, time.monotonic(), 0
+        self._last_seconds: deque[float] = deque([0.0], maxlen=LAST)  # the first runs of workers warm up
+        self._begun, self._failed_in_a_row = time.monotonic(), 0
 
     def go(self, num_workers: int) -> None:
         """Until nothing is missing, or nothing more fits into the time left."""
@@ -193,7 +196,7 @@ class Scheduler:
             for future in ended:
                 cell = self._running.pop(future)
                 line = self._lines[cell.key] = future.result()
-                self._longest = max(self._longest, line["wall_seconds"])
+                self._last_seconds.append(line["wall_seconds"])
                 say(cell, line, time.monotonic() - self._begun)
                 self._failed_in_a_row = self._failed_in_a_row + 1 if "failed" in line else 0
             self._fill(num_workers)
@@ -215,7 +218,7 @@ class Scheduler:
                 return
 
     def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() + HEADROOM * self._longest > self._deadline
+        return self._deadline is not None and time.monotonic() + HEADROOM * max(self._last_seconds) > self._deadline
 
 
 def say(cell: Cell, line: Mapping[str, Any], seconds: float) -> None:

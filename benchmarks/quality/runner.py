@@ -86,7 +86,7 @@ class Runner:
     def __init__(self, protocol: Protocol, folder: Path, device: str) -> None:
         if device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         self.protocol, self.folder = protocol, folder
         with contextlib.redirect_stdout(io.StringIO()):
             config = self.config(Cell(Group(WHOLE, "lora"), LADDER_START, 0, TUNING, protocol))
