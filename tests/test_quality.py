@@ -16,6 +16,7 @@ from conftest import ROOT, SHARED
 
 QUALITY = ROOT / "benchmarks/quality"
 sys.path.insert(0, str(QUALITY))
+from grid import append  # noqa: E402
 from protocol import (  # noqa: E402
     ARMS,
     CORE_SIZES,
@@ -120,7 +121,9 @@ def test_a_line_that_was_cut_off_is_passed_over_and_a_run_that_was_made_again_co
     file = tmp_path / "runs.jsonl"
     lines = [{"key": "a", "failed": "x"}, {"key": "a", "loss": 1.0}, {"key": "a", "loss": 2.0}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"key": "b", "lo')
-    assert read_lines(file) == {"a": {"key": "a", "loss": 1.0}}
+    append(file, {"key": "c"})
+    append(file, {"key": "d"})
+    assert read_lines(file) == {"a": {"key": "a", "loss": 1.0}, "c": {"key": "c"}, "d": {"key": "d"}}
 
 
 def test_the_sign_flip_test_counts_sign_patterns() -> None:

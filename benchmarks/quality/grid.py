@@ -83,9 +83,13 @@ def bad_input(arguments: argparse.Namespace) -> str | None:
         return f"--minutes is {arguments.minutes:g}; give more than 0, or leave it out"
     if wrong := [size for size in arguments.sizes if not 0.05 <= size < 1]:
         return f"--sizes has {wrong[0]:g}; give shares of LoRA at r = 16, from 0.05 to below 1"
-    if not arguments.out.absolute().parent.is_dir():
-        return f"--out is {arguments.out}, whose folder does not exist; make it first"
-    return missing_data() or missing_device(arguments.device)
+    return unusable(arguments.out) or missing_data() or missing_device(arguments.device)
+
+
+def unusable(out: Path) -> str | None:
+    if not out.absolute().parent.is_dir():
+        return f"--out is {out}, whose folder does not exist; make it first"
+    return f"--out is {out}, a folder; name a file" if out.is_dir() else None
 
 
 def missing_data() -> str | None:
@@ -127,10 +131,14 @@ def run_and_write(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Add a whole line, whoever else does so at the same time."""
-    with file.open("a") as opened:
+    """Add a whole line, whoever else does so at the same time, also behind one that a dying machine cut off."""
+    with file.open("ab+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
-        opened.write(json.dumps(line) + "\n")
+        if opened.seek(0, os.SEEK_END):
+            opened.seek(-1, os.SEEK_END)
+            if opened.read(1) != b"\n":
+                opened.write(b"\n")
+        opened.write(json.dumps(line).encode() + b"\n")
         opened.flush()
         os.fsync(opened.fileno())
 

@@ -278,7 +278,7 @@ def _between() -> list[float]:
 def read_all(file: Path) -> list[dict[str, Any]]:
     """The lines of a file of runs; one that was cut off by the end of a machine is passed over."""
     found = []
-    for text in file.read_text().splitlines() if file.exists() else ():
+    for text in file.read_text().splitlines() if file.is_file() else ():
         try:
             found.append(json.loads(text))
         except ValueError:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import HERE, append, missing_data, missing_device
+from grid import HERE, append, missing_data, missing_device, unusable
 from protocol import TUNING, WHOLE, Cell, Group, Protocol, Queue, core_groups, read_all, read_lines
 from statistics_of_pairs import sign_test_p
 
@@ -44,7 +44,7 @@ def main() -> int:
     groups = Group(WHOLE, "lora"), Group(arguments.size, "sora")
     queue, lines = Queue(protocol, [core_groups()]), read_lines(arguments.runs)
     rates = {group: queue.tuned(group, lines) for group in groups}
-    wrong = missing_data() or missing_device(arguments.device)
+    wrong = unusable(arguments.out) or missing_data() or missing_device(arguments.device)
     if untuned := [str(group) for group, rate in rates.items() if rate is None]:
         wrong = f"{arguments.runs} has no learning rate for {' and '.join(untuned)} yet; run grid.py first"
     if not 1 <= arguments.pairs <= len(protocol.seeds):
