@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from conftest import ROOT, SHARED
 
 QUALITY = ROOT / "benchmarks/quality"
 sys.path.insert(0, str(QUALITY))
-from grid import append  # noqa: E402
+from grid import Scheduler, append  # noqa: E402
 from protocol import (  # noqa: E402
     ARMS,
     CORE_SIZES,
@@ -91,6 +93,40 @@ def test_all_arms_are_tuned_then_the_quarter_is_confirmed_then_the_larger_size()
     first_seed = [cell for cell in order if cell.rows == TEST][:7]
     assert {cell.seed for cell in first_seed} == {1}, "pairs are whole when time runs out"
     assert not {cell.seed for cell in order if cell.rows == TEST} & set(Protocol.tuning_seeds)
+
+
+def scheduled(line_of: Any, deadline: float | None, num_workers: int) -> tuple[Scheduler, Lines]:
+    """A scheduler whose workers answer at once, after it has come to its end."""
+    lines: Lines = {}
+
+    def submit(cell: Cell) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        future.set_result(line_of(cell))
+        return future
+
+    scheduler = Scheduler(Queue(Protocol(), [core_groups()]), lines, deadline, submit)
+    scheduler.go(num_workers)
+    return scheduler, lines
+
+
+def test_the_scheduler_makes_every_run_once_with_any_number_of_workers() -> None:
+    def line_of(cell: Cell) -> dict[str, Any]:
+        return {**made(cell, plain_loss(cell)), "wall_seconds": 1.0}
+
+    _, alone = scheduled(line_of, None, 1)
+    _, together = scheduled(line_of, None, 12)
+    assert alone.keys() == together.keys() and len(alone) > 200
+
+
+def test_no_run_is_begun_that_would_not_end_in_time() -> None:
+    soon = time.monotonic() + 100
+    _, lines = scheduled(lambda cell: {**made(cell, 1.0), "wall_seconds": 90.0}, soon, 4)
+    assert len(lines) == 4, "the first of each worker, then 1.3 · 90 s is more than 100 s"
+
+
+def test_a_machine_on_which_everything_fails_is_not_given_all_cells() -> None:
+    broken, lines = scheduled(lambda cell: {"key": cell.key, "failed": "CUDA error", "wall_seconds": 0.1}, None, 2)
+    assert broken.has_given_up and len(lines) < 12
 
 
 def test_a_cell_is_another_one_when_anything_that_makes_its_result_is() -> None:
