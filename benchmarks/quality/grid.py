@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import ARMS, CORE_SIZES, Cell, Group, Protocol, Queue, core_groups, extra_groups, read_lines
+from protocol import ARMS, CORE_SIZES, Cell, Group, Protocol, Queue, core_blocks, extra_groups, read_lines
 
 if TYPE_CHECKING:
     from runner import Runner
@@ -59,7 +59,7 @@ def main() -> int:
         return 2
     started = time.monotonic()
     protocol = Protocol(steps=arguments.steps)
-    blocks = [core_groups(arguments.sizes)]
+    blocks = core_blocks(arguments.sizes)
     if not arguments.core_only and arguments.arms is None and tuple(arguments.sizes) == CORE_SIZES:
         blocks += [[group] for group in extra_groups()]
     if arguments.arms is not None:

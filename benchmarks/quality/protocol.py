@@ -62,7 +62,7 @@ WHOLE = 1.0  # the size of `lora`
 class Protocol:
     """What all cells of an experiment have in common."""
 
-    steps: int = 282
+    steps: int = 188
     rows_per_step: int = 16
     num_train: int = 3000
     num_tuning: int = 500
@@ -203,10 +203,16 @@ def best_rate(found: Losses) -> float:
 # ------------------------------------------------------------------------------------------------------------ order
 
 
-def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
-    """LoRA at r = 16, and the six others of the core at every size."""
+def core_blocks(sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
+    """LoRA at r = 16 with the six others of the core at the first size; those six at each of the other sizes."""
     others = [arm.name for arm in ARMS.values() if not arm.is_extra and arm.name != "lora"]
-    return [Group(WHOLE, "lora"), *(Group(size, name) for size in sizes for name in others)]
+    first, *later = ([Group(size, name) for name in others] for size in sizes)
+    return [[Group(WHOLE, "lora"), *first], *later]
+
+
+def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
+    """All of `core_blocks`."""
+    return [group for block in core_blocks(sizes) for group in block]
 
 
 def extra_groups() -> list[Group]:
