@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --processes ''     # the prediction alone
 
 Counted is every call of the process group (gloo) during steps of a tiny float32 LLaMA, whoever makes it: the loop, DDP
-or DeepSpeed; the bytes are those that one process gives.  Predicted is the time of a step from a stated model with no
-measurement of a GPU in it: read it as what the strategies cost relative to each other.
+or DeepSpeed; the bytes are those that one process gives.  Predicted is the time of a step from the model of
+sora_llm/step_time.py, which `sora-llm estimate` uses for a config.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -23,6 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from spawn import spawn, warm_deepspeed
 from step import SHAPES
+
+from sora_llm.step_time import Machines, Work, step_time
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -65,70 +66,25 @@ def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ predicted
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the prediction assumes of the hardware."""
-
-    flops: float = 989e12
-    """bf16 peak of a GPU, 1/s (an H100 SXM's data sheet)."""
-    utilisation: float = 0.35
-    """Share of the peak that a step with an NF4 backbone reaches: assumed."""
-    gpus_per_node: int = 8
-    inside: float = 300e9
-    """Bytes a second from and to a GPU inside a machine (NVLink): assumed."""
-    between: float = 25e9
-    """The same between machines (200 Gbit/s a GPU): assumed."""
-    latency: float = 20e-6
-    """Seconds of one collective for every doubling of the processes: assumed."""
-
-
-def linears(shape: str) -> list[tuple[int, int]]:
-    """(in, out) of the linears of one layer."""
-    hidden, intermediate, _, heads, kv_heads, _ = SHAPES[shape]
+def work_of(shape: str, r: int, tokens: int) -> Work:
+    """A step with r on all linears, gradient checkpointing, float32 adapters and an NF4 backbone."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     kv = hidden * kv_heads // heads
     attention = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
-    return [*attention, (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    linears = [*attention, (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    products = layers * sum(i * o for i, o in linears)
+    return Work(
+        tokens=tokens,
+        linear_parameters=products,
+        head_parameters=vocabulary * hidden,
+        adapter_parameters=layers * r * sum(i + o for i, o in linears),
+        num_layers=layers,
+        # NF4 with its scales; embeddings and head in bf16
+        frozen_bytes=round(0.53 * products) + 2 * 2 * vocabulary * hidden,
+    )
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds of a step, by what they are spent on; none of them hidden behind another."""
-
-    compute: float
-    reduce: float
-    gather: float
-
-    @property
-    def step(self) -> float:
-        return self.compute + self.reduce + self.gather
-
-
-def predict(shape: str, strategy: str, num_gpus: int, r: int, tokens: int, machine: Machine) -> Prediction:
-    """A step of `tokens` tokens on every GPU, gradient checkpointing on, float32 adapters, an NF4 backbone.
-
-    compute   (6 T Σ I O of the linears: forward, again for the backward pass, backward; 4 T of the head;
-              8 T r Σ (I + O) of the adapters) / (flops · utilisation); attention is left out
-    reduce    ring all-reduce of the adapter's gradients: 2 (K − 1)/K · bytes / bandwidth
-    gather    zero2: (K − 1)/K of the adapter; zero3: of adapter and backbone, in forward and again in backward
-    """
-    layers, vocabulary, hidden = SHAPES[shape][2], SHAPES[shape][5], SHAPES[shape][0]
-    products = layers * sum(i * o for i, o in linears(shape))
-    adapter = layers * r * sum(i + o for i, o in linears(shape))
-    compute = tokens * (6 * products + 4 * vocabulary * hidden + 8 * adapter) / (machine.flops * machine.utilisation)
-    bandwidth = machine.inside if num_gpus <= machine.gpus_per_node else machine.between
-    share, doublings = (num_gpus - 1) / num_gpus, max(num_gpus - 1, 0).bit_length()
-    backbone = 0.53 * products + 2 * 2 * vocabulary * hidden  # NF4 with its scales; embeddings and head in bf16
-    reduce = 2 * share * 4 * adapter / bandwidth + machine.latency * doublings
-    if strategy == "ddp":
-        return Prediction(compute, reduce, 0.0)
-    if strategy == "zero2":
-        return Prediction(compute, reduce, share * 4 * adapter / bandwidth + machine.latency * doublings)
-    # Half of a ring all-reduce is a reduce-scatter; a gather for every layer in either direction.
-    gather = 2 * share * (backbone + 4 * adapter) / bandwidth + 2 * layers * machine.latency * doublings
-    return Prediction(compute, reduce / 2, gather)
-
-
-def predicted(r: int, tokens: int, machine: Machine, gpus: Sequence[int]) -> str:
+def predicted(r: int, tokens: int, machines: Machines, gpus: Sequence[int]) -> str:
     lines = [
         f"| model | strategy | {' | '.join(f'{k} GPUs' for k in gpus)} |",
         "|---|---|" + "---|" * len(gpus),
@@ -137,8 +93,8 @@ def predicted(r: int, tokens: int, machine: Machine, gpus: Sequence[int]) -> str
         for strategy in ("ddp", "zero2", "zero3"):
             cells = []
             for number in gpus:
-                found = predict(shape, strategy, number, r, tokens, machine)
-                cells.append(f"{found.step:.2f} s ({1 - found.compute / found.step:.0%})")
+                found = step_time(work_of(shape, r, tokens), strategy, number, machines)
+                cells.append(f"{found.seconds:.2f} s ({1 - found.compute / found.seconds:.0%})")
             lines.append(f"| {shape} | {strategy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="of a GPU in a step")
     for name in ("flops", "utilisation", "inside", "between", "latency"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(Machine, name))
+        parser.add_argument(f"--{name}", type=float, default=getattr(Machines, name))
     options = parser.parse_args(argv)
-    machine = Machine(
+    machines = Machines(
         **{name: getattr(options, name) for name in ("flops", "utilisation", "inside", "between", "latency")}
     )
-    print(f"**Predicted, not measured** (r = {options.r}, {options.tokens} tokens a GPU and step; {machine}):")
+    print(f"**Predicted, not measured** (r = {options.r}, {options.tokens} tokens a GPU and step; {machines}):")
     print("seconds of a step, in brackets the share that is communication\n")
-    print(predicted(options.r, options.tokens, machine, [int(k) for k in options.gpus.split(",")]) + "\n", flush=True)
+    print(predicted(options.r, options.tokens, machines, [int(k) for k in options.gpus.split(",")]) + "\n", flush=True)
     if options.processes:
         numbers = [int(number) for number in options.processes.split(",")]
         print(f"**Counted** (bytes that one process gives in a step; load {os.getloadavg()[0]:.1f})\n")

@@ -35,6 +35,7 @@ from sora_llm.generation import Stop
 from sora_llm.inject import check_start, target_linears
 from sora_llm.lora_files import LoraFiles, read_lora
 from sora_llm.pipeline import BatchShape, MemoryEstimate, estimate
+from sora_llm.step_time import Work
 from sora_llm.topology import ZERO_STAGES, World
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
@@ -205,6 +206,25 @@ def estimate_memory(
             config.data.sample_packing,
             config.train.gradient_checkpointing,
         ),
+    )
+
+
+def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work:
+    """A full step of one process before anything is cut, every sequence of `data.sequence_len` tokens."""
+    train, whole = config.train, estimate_memory(config, spec, skeleton, "none", 1)
+    head = skeleton.get_output_embeddings()  # type: ignore[operator]
+    per_micro_batch = train.per_device_train_batch_size * config.data.sequence_len
+    return Work(
+        tokens=per_micro_batch * train.gradient_accumulation_steps,
+        linear_parameters=sum(layer.in_features * layer.out_features for layer in target_linears(skeleton).values()),
+        head_parameters=0 if head is None else head.weight.numel(),
+        adapter_parameters=whole.trainable_parameters,
+        num_layers=skeleton.config.get_text_config().num_hidden_layers,  # type: ignore[union-attr, operator]
+        frozen_bytes=whole.weight_bytes,
+        adapter_itemsize=2 if adapter_dtype(config) == "bfloat16" else 4,
+        checkpointing=train.gradient_checkpointing,
+        micro_batches=train.gradient_accumulation_steps,
+        sync_every=config.distributed.sync_every,
     )
 
 

@@ -90,7 +90,35 @@ def test_estimate_prints_json(tmp_path, capsys):
     assert (printed["strategy"], printed["num_processes"], printed["frozen_parameters"]) == ("zero2", 2, 260032)
 
 
-@pytest.mark.parametrize("arguments", [["--num-processes", "0"], ["model.name_or_path=/nope/x"]])
+def test_estimate_says_how_long_a_step_would_take_on_what_gpus(tmp_path, capsys):
+    overrides = gsm8k_overrides(tmp_path / "run", **{"train.gradient_checkpointing": True})
+    found = []
+    for tflops in ("100", "200"):
+        options = ["--num-processes", "2", "--tflops", tflops, "--utilisation", "0.5", "--json"]
+        assert cli.main(["estimate", CONFIG, *overrides, *options]) == 0
+        found.append(json.loads(capsys.readouterr().out)["step"])
+    slow, fast = found
+    assert slow["assumed"]["flops"] == 1e14 and slow["tokens"] == 2 * 320
+    # stories260k: five layers of 64 × (64, 32, 32, 64) and 3 · 64 × 172, a head of 512 × 64, r = 64 on all linears
+    linear, head = 5 * (64 * 192 + 3 * 64 * 172), 512 * 64
+    adapter = 5 * 64 * (128 + 96 + 96 + 128 + 3 * 236 + 7)  # with a gate a slot
+    assert slow["compute"] == pytest.approx(640 * (6 * linear + 4 * head + 8 * adapter) / 5e13)
+    assert fast["compute"] == pytest.approx(slow["compute"] / 2) and fast["reduce"] == slow["reduce"] > 0
+    assert slow["seconds"] == pytest.approx(slow["compute"] + slow["reduce"] + slow["gather"])
+    assert cli.main(["estimate", CONFIG, *overrides, "--tflops", "200"]) == 0
+    assert "calculated for GPUs of 200 TFLOP/s at 35% (not measured" in capsys.readouterr().out
+
+
+BAD_ESTIMATES = [
+    ["--num-processes", "0"],
+    ["model.name_or_path=/nope/x"],
+    ["--tflops", "0"],
+    ["--utilisation", "1.5"],
+    ["--between", "nan"],
+]
+
+
+@pytest.mark.parametrize("arguments", BAD_ESTIMATES)
 def test_estimate_refuses_bad_input(tmp_path, capsys, arguments):
     assert cli.main(["estimate", CONFIG, *gsm8k_overrides(tmp_path / "run"), *arguments]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -13,7 +13,7 @@ PACKAGE = Path(sora_llm.__file__).parent
 LAYERS = [
     {"errors"},
     {"files", "stop", "lifeline", "hub"},
-    {"topology", "sora", "schedule", "allocation", "budget", "activations"},
+    {"topology", "sora", "schedule", "allocation", "budget", "activations", "step_time"},
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files", "spectrum", "gguf_lora"},
     {"consumers"},
@@ -35,7 +35,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALGORITHM = [
-    *("sora", "schedule", "allocation", "activations", "budget", "consensus"),
+    *("sora", "schedule", "allocation", "activations", "step_time", "budget", "consensus"),
     *("merge", "local_updates", "spectrum", "optim", "inject"),
 ]
 

@@ -53,8 +53,9 @@ def test_a_layer_adds_six_products_to_its_base_and_sums_nothing_wide(gated):
     assert seen.total(*PRODUCTS) == 2 + 6
     assert seen.counts["addmm_"] == 2
     assert seen.total("add", "add_", "clone") == 0
-    # The rest is narrow: casts of factors and gradients, s and the gate; 17 and 9 operations with torch 2.13.
-    assert seen.total() <= 8 + (18 if gated else 10)
+    # The rest is narrow: casts of factors and gradients, and the gate.  On a GPU each is a kernel, and at a few
+    # thousand tokens the time to start them is what an adapter costs (benchmarks/gpu.md).
+    assert seen.total() - seen.total("empty", "new_empty", "promote_types") <= 2 + (14 if gated else 12)
 
 
 def test_an_input_that_needs_no_gradient_costs_no_gradient_of_it():

@@ -1,43 +1,98 @@
-"""`sora-llm estimate CONFIG`: memory per process before anything but the model's config is loaded."""
+"""`sora-llm estimate CONFIG`: memory per process and time of a step, from the model's config alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import load_config
 from sora_llm.errors import UserError
-from sora_llm.inputs import check_backbone, estimate_memory
+from sora_llm.inputs import check_backbone, estimate_memory, step_work
 from sora_llm.pipeline import MemoryEstimate, memory_table
+from sora_llm.step_time import Machines, step_time
 from sora_llm.topology import World, resolve_strategy
+
+HARDWARE = {
+    "tflops": ("flops", 1e12, "bf16 peak of a GPU, TFLOP/s"),
+    "utilisation": ("utilisation", 1.0, "share of it that a step reaches"),
+    "gpus-per-node": ("gpus_per_node", 1, "GPUs of a machine"),
+    "inside": ("inside", 1e9, "GB/s from and to a GPU inside a machine"),
+    "between": ("between", 1e9, "GB/s between machines"),
+}
+"""Option: field of Machines, its unit, what it is."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
     parser = config_parser(
-        prog, "Memory per process: weights, adapters, gradients, optimizer state, activations of full batches."
+        prog,
+        "Memory per process (weights, adapters, gradients, optimizer state, activations of full batches), and how long "
+        "a step takes on GPUs like those that are assumed: calculated, not measured.",
     )
     parser.add_argument("--num-processes", type=int, default=1, help="processes that share the work (default 1)")
+    hardware = parser.add_argument_group("assumed of the GPUs (default: H100 SXM)")
+    for option, (field, unit, what) in HARDWARE.items():
+        default = getattr(Machines, field) / unit
+        hardware.add_argument(
+            f"--{option}",
+            type=type(unit),
+            default=type(unit)(default),
+            metavar="N",
+            help=f"{what} (default {default:g})",
+        )
     arguments = parser.parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         if arguments.num_processes < 1:
             raise UserError(f"--num-processes is {arguments.num_processes}; it must be at least 1")
+        machines = machines_of(vars(arguments))
         config = load_config(arguments.config, arguments.overrides)
         world = World(arguments.num_processes, 0, 0)
         strategy = resolve_strategy(config.distributed.strategy, world, {}, config.model.dtype)
         spec, skeleton = check_backbone(config, strategy)
         memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
-        return {"strategy": strategy, "num_processes": world.num_processes, **asdict(memory)}
-
-    def text(result: dict[str, Any]) -> str:
-        fields = {key: value for key, value in result.items() if key not in ("strategy", "num_processes")}
-        return (
-            f"{result['strategy']} on {result['num_processes']} process(es)\n"
-            f"  trainable parameters  {result['trainable_parameters']:,}\n"
-            f"  frozen parameters     {result['frozen_parameters']:,}\n"
-            f"{memory_table(MemoryEstimate(**fields))}"
-        )
+        work = step_work(config, spec, skeleton)
+        step = step_time(work, strategy, world.num_processes, machines)
+        return {
+            "strategy": strategy,
+            "num_processes": world.num_processes,
+            **asdict(memory),
+            "step": {**asdict(step), "seconds": step.seconds, "tokens": work.tokens, "assumed": asdict(machines)},
+        }
 
     return exit_code(command, arguments.json, text)
+
+
+def machines_of(options: Mapping[str, Any]) -> Machines:
+    """What the options assume of the hardware.
+
+    Raises:
+        UserError: a number that is not above 0, or a share above 1.
+    """
+    found = {}
+    for option, (field, unit, _) in HARDWARE.items():
+        value = options[option.replace("-", "_")]
+        if not 0 < value < float("inf") or (field == "utilisation" and value > 1):
+            allowed = "above 0 and at most 1" if field == "utilisation" else "above 0"
+            raise UserError(f"--{option} is {value:g}; it must be {allowed}")
+        found[field] = value * unit
+    return Machines(**found)
+
+
+def text(result: Mapping[str, Any]) -> str:
+    about = ("strategy", "num_processes", "step")
+    memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
+    step, processes = result["step"], result["num_processes"]
+    machines = Machines(**step["assumed"])
+    rate = step["tokens"] * processes / step["seconds"]
+    return (
+        f"{result['strategy']} on {processes} process(es)\n"
+        f"  trainable parameters  {memory.trainable_parameters:,}\n"
+        f"  frozen parameters     {memory.frozen_parameters:,}\n"
+        f"{memory_table(memory)}\n"
+        f"a step of {step['tokens']:,} tokens per process, calculated for GPUs of {machines.flops / 1e12:g} TFLOP/s at "
+        f"{machines.utilisation:.0%} (not measured; see --help):\n"
+        f"  {step['seconds']:.3g} s ({step['compute']:.3g} compute, {step['reduce']:.2g} reduce, {step['gather']:.2g} "
+        f"gather), {rate:,.0f} tokens/s over all"
+    )

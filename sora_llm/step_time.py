@@ -1,0 +1,88 @@
+"""How long a step takes on GPUs, calculated from sizes and from what is assumed of the machines: no measurement in it.
+
+    compute   T (4 W, or 6 W with gradient checkpointing; 4 V H of the head; 6 N or 8 N of the adapters) / (flops ·
+              utilisation): a product with W costs 2 T W forward and 2 T W for the gradient of its input, and is taken
+              once more where it is recomputed.  Attention is left out.
+    reduce    the adapters' gradients, 2 (K − 1)/K · bytes / bandwidth (a ring all-reduce), half of it under ZeRO-3;
+              once in sync_every steps where updates are local
+    gather    ZeRO-1/2: (K − 1)/K of the adapters.  ZeRO-3: of adapters and frozen weights, in forward and in
+              backward of every micro-batch
+
+T tokens of a process in a step, W Σ I·O of the frozen linears, N parameters of the adapters, V·H of the head, K
+processes.  Each collective adds a latency for every doubling of K, under ZeRO-3 one for each layer and direction.
+Nothing is hidden behind anything else.  Read it as what strategies cost beside each other; what was measured stands in
+benchmarks/gpu.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What is assumed of the hardware; the defaults are those of H100 SXM machines of eight."""
+
+    flops: float = 989e12
+    """bf16 peak of a GPU, 1/s (data sheet)."""
+    utilisation: float = 0.35
+    """Share of that peak that a step reaches when it waits for the GPU and not for the processor."""
+    gpus_per_node: int = 8
+    inside: float = 300e9
+    """Bytes a second from and to a GPU inside a machine (NVLink)."""
+    between: float = 25e9
+    """The same between machines (200 Gbit/s a GPU)."""
+    latency: float = 20e-6
+    """Seconds of one collective for every doubling of the processes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of one process."""
+
+    tokens: int
+    linear_parameters: int
+    """Σ I·O of all frozen linears but the head."""
+    head_parameters: int
+    adapter_parameters: int
+    num_layers: int
+    frozen_bytes: int
+    """Of the whole backbone as it is stored."""
+    adapter_itemsize: int = 4
+    checkpointing: bool = True
+    micro_batches: int = 1
+    sync_every: int = 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds, by what they are spent on."""
+
+    compute: float
+    reduce: float
+    gather: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.reduce + self.gather
+
+
+def step_time(work: Work, strategy: str, num_processes: int, machines: Machines) -> StepTime:
+    """A step under none, ddp, zero1, zero2 or zero3, as the module says."""
+    again = 1 if work.checkpointing else 0
+    per_token = (
+        (4 + 2 * again) * work.linear_parameters + 4 * work.head_parameters + (6 + 2 * again) * work.adapter_parameters
+    )
+    compute = work.tokens * per_token / (machines.flops * machines.utilisation)
+    bandwidth = machines.inside if num_processes <= machines.gpus_per_node else machines.between
+    share, doublings = (num_processes - 1) / num_processes, (num_processes - 1).bit_length()
+    adapter_bytes, latency = work.adapter_itemsize * work.adapter_parameters, machines.latency * doublings
+    reduce = 2 * share * adapter_bytes / bandwidth + latency
+    gather = share * adapter_bytes / bandwidth + latency
+    if strategy in ("none", "ddp"):
+        return StepTime(compute, reduce / work.sync_every, 0.0)
+    if strategy in ("zero1", "zero2"):
+        return StepTime(compute, reduce, gather)
+    passes = 2 * work.micro_batches
+    gather = passes * (share * (work.frozen_bytes + adapter_bytes) / bandwidth + work.num_layers * latency)
+    return StepTime(compute, reduce / 2, gather)
