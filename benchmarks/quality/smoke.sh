@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quality benchmark in small, on two CPU cores in less than five minutes: are its runs those of the product, and do
+# The quality benchmark in small, for two CPU cores (README.md says how long): are its runs those of the product, and do
 # tuning, freezing and confirming still give the committed order?  SORA_TEST_DATA: the folder of data/ and models/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
