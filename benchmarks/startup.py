@@ -3,9 +3,9 @@
     python benchmarks/startup.py [--rounds 3] [CONFIG section.key=value ...]     (default: the demo's config and base)
 
 One process with one thread.  Parts: *imports* of `sora_llm.train`, *checks* of config and inputs before weights,
-*data*, *group* (accelerate, and DeepSpeed's import under ZeRO), *model* (weights, injection, the proof that packed rows do not
-see each other, prepare, first files), *dev loss* before the first step, *first step*.  Medians over processes started
-one after the other; CPU seconds beside the wall's, which other jobs on the machine lengthen.
+*data*, *group* (accelerate, and DeepSpeed's import under ZeRO), *model* (weights, injection, the proof that packed rows
+do not see each other, prepare, first files), *dev loss* before the first step, *first step*.  Medians over processes
+started one after the other; CPU seconds beside the wall's, which other jobs on the machine lengthen.
 """
 
 from __future__ import annotations
