@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
-    checkpoint = make_checkpoint(options.folder / "model", options.shape, options.layers, torch.device(options.device))
+    place = options.folder / f"model-{options.shape}-{options.layers or 'all'}"
+    checkpoint = make_checkpoint(place, options.shape, options.layers, torch.device(options.device))
     gc.collect()
     torch.cuda.empty_cache()  # the run is another process
     made = time.perf_counter()

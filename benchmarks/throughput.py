@@ -185,7 +185,7 @@ def loop(steps: int) -> None:
     whole: list[float] = []
     bare: list[float] = []
     real = train.train_step
-    state = {"ended": 0.0, "pause": 0.0}
+    state = {"ended": 0.0}
 
     def timed(engine: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
         """A step of the loop; and after it the bare one, whose seconds the loop is not charged with."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export, pipeline
+from sora_llm.backbone import free_unused
 from sora_llm.config import to_dict
 from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
@@ -127,7 +128,8 @@ def leave_beside(training: Training, result: StageResult) -> None:
     if layout in export.LAYOUTS:
         return
     job.heed_stop()
-    del training.engine.module  # the base is about to be loaded again
+    del training.engine.module
+    free_unused()  # under ZeRO the model is part of cycles, and the base is about to be loaded again
     eval_loss = training.directory.last_metrics.get("eval_loss")
     said = on_main(
         lambda: export_beside(

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from sora_llm import backbone
+from sora_llm.activations import sizes_of
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Dataset
 from sora_llm.data.batches import collate
@@ -209,8 +210,13 @@ def estimate_memory(
     )
 
 
-def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work:
-    """A full step of one process before anything is cut, every sequence of `data.sequence_len` tokens."""
+def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work | None:
+    """A full step of one process before anything is cut, every sequence of `data.sequence_len` tokens.
+
+    None for a model of which `activations.sizes_of` knows no sizes: with experts, a token does not pass every linear.
+    """
+    if sizes_of(skeleton.config.get_text_config()) is None:  # type: ignore[union-attr, operator]
+        return None
     train, whole = config.train, estimate_memory(config, spec, skeleton, "none", 1)
     head = skeleton.get_output_embeddings()  # type: ignore[operator]
     per_micro_batch = train.per_device_train_batch_size * config.data.sequence_len
@@ -225,6 +231,7 @@ def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work:
         checkpointing=train.gradient_checkpointing,
         micro_batches=train.gradient_accumulation_steps,
         sync_every=config.distributed.sync_every,
+        is_machine_a_replica=config.distributed.replica == "node",
     )
 
 

@@ -47,8 +47,8 @@ def step_batches(
     """What a step that takes `sequences` is made of on this process.
 
     `together` are the processes whose gradients are averaged with this one's; None is all of them.  Shares are dealt by
-    falling length; with a `rotation` process p takes that of process p + `rotation`, so that over steps none has the
-    long rows, or an epoch's missing ones, more often than others.
+    falling length; with a `rotation` process p takes that of process p + `rotation`, so that over steps no replica has
+    the long rows, or an epoch's missing ones, more often than others.
     """
 
     def share_of(process_index: int) -> list[list[PackedRows]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_llm.backbone import DTYPES, BackboneSpec, dequantised_weight, load_backbone
+from sora_llm.backbone import DTYPES, BackboneSpec, dequantised_weight, free_unused, load_backbone
 from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
@@ -127,12 +126,12 @@ def _beside_the_base(
     logits = _Logits(ids, base, logits_of(model, ids))
     losses = {} if dev_loss_of is None else {adapted(spec): dev_loss_of(model)}
     del model
-    _free()
+    free_unused()
     if dev_loss_of is not None and spec != merge.spec:
         trained = put_on(load_backbone(merge.spec, merge.device), merge.factors).eval()
         losses = {adapted(merge.spec): dev_loss_of(trained), **losses}
         del trained
-        _free()
+        free_unused()
     return logits, losses
 
 
@@ -167,7 +166,7 @@ def _reload(
                     layer.weight.copy_(other.merged(f"{name}.weight"))  # type: ignore[operator]
             losses[MERGED[not merge.dequantise]] = dev_loss_of(model)
     del model
-    _free()
+    free_unused()
     return off, gain, losses
 
 
@@ -179,12 +178,6 @@ def _coarsest(merge: Merge) -> torch.dtype:
     """Of what is computed in: the model's dtype, and that of 4-bit layers."""
     dtypes = [merge.dtype] + ([DTYPES[merge.spec.compute_dtype]] if merge.dequantise else [])
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any], provenance: Provenance) -> str:

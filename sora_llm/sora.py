@@ -119,9 +119,11 @@ class _Up(torch.autograd.Function):
 
 
 def _gated(columns_OR: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """columns ⊙ g in `dtype`, rounded once, in rows that follow each other."""
+    """columns ⊙ g in `dtype`, computed in the widest of the three and rounded once, in rows that follow each other."""
     if gate is None:
         return columns_OR.to(dtype, memory_format=torch.contiguous_format)
+    if torch.promote_types(torch.promote_types(columns_OR.dtype, gate.dtype), dtype) == dtype:
+        gate = gate.to(dtype)
     out = torch.empty(columns_OR.shape, dtype=dtype, device=columns_OR.device)
     return torch.mul(columns_OR, gate, out=out)
 

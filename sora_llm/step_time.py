@@ -3,13 +3,15 @@
     compute   T (4 W, or 6 W with gradient checkpointing; 4 V H of the head; 6 N or 8 N of the adapters) / (flops ·
               utilisation): a product with W costs 2 T W forward and 2 T W for the gradient of its input, and is taken
               once more where it is recomputed.  Attention is left out.
-    reduce    the adapters' gradients, 2 (K − 1)/K · bytes / bandwidth (a ring all-reduce), half of it under ZeRO-3;
-              once in sync_every steps where updates are local
+    reduce    the adapters' gradients, 2 (K − 1)/K · bytes / bandwidth (a ring all-reduce): once a step, under ZeRO-2
+              once a micro-batch, under ZeRO-3 half of it once a micro-batch.  Where updates are local, once in
+              sync_every steps, and inside a machine at every step where its processes are one replica
     gather    ZeRO-1/2: (K − 1)/K of the adapters.  ZeRO-3: of adapters and frozen weights, in forward and in
               backward of every micro-batch
 
 T tokens of a process in a step, W Σ I·O of the frozen linears, N parameters of the adapters, V·H of the head, K
-processes.  Each collective adds a latency for every doubling of K, under ZeRO-3 one for each layer and direction.
+processes.  A gather or a scatter adds a latency for every doubling of K, under ZeRO-3 for each layer; an all-reduce is
+one of each.
 Nothing is hidden behind anything else.  Read it as what strategies cost beside each other; what was measured stands in
 benchmarks/gpu.md.
 """
@@ -52,6 +54,8 @@ class Work:
     checkpointing: bool = True
     micro_batches: int = 1
     sync_every: int = 1
+    is_machine_a_replica: bool = False
+    """Whether processes of a machine average their gradients at every step, where sync_every is more than 1."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,24 @@ def step_time(work: Work, strategy: str, num_processes: int, machines: Machines)
         (4 + 2 * again) * work.linear_parameters + 4 * work.head_parameters + (6 + 2 * again) * work.adapter_parameters
     )
     compute = work.tokens * per_token / (machines.flops * machines.utilisation)
+    adapter_bytes = work.adapter_itemsize * work.adapter_parameters
+    reduce = 2 * _ring(num_processes, adapter_bytes, machines)
+    gather = _ring(num_processes, adapter_bytes, machines)
+    if strategy in ("none", "ddp"):
+        reduce /= work.sync_every
+        if work.sync_every > 1 and work.is_machine_a_replica:
+            reduce += 2 * _ring(min(num_processes, machines.gpus_per_node), adapter_bytes, machines)
+        return StepTime(compute, reduce, 0.0)
+    if strategy == "zero1":
+        return StepTime(compute, reduce, gather)
+    if strategy == "zero2":
+        return StepTime(compute, reduce * work.micro_batches, gather)
+    layers = _ring(num_processes, work.frozen_bytes + adapter_bytes, machines, calls=work.num_layers)
+    return StepTime(compute, reduce / 2 * work.micro_batches, 2 * work.micro_batches * layers)
+
+
+def _ring(num_processes: int, size: int, machines: Machines, calls: int = 1) -> float:
+    """Seconds for `size` bytes to go once around, in so many calls: a gather or a scatter, half of an all-reduce."""
     bandwidth = machines.inside if num_processes <= machines.gpus_per_node else machines.between
     share, doublings = (num_processes - 1) / num_processes, (num_processes - 1).bit_length()
-    adapter_bytes, latency = work.adapter_itemsize * work.adapter_parameters, machines.latency * doublings
-    reduce = 2 * share * adapter_bytes / bandwidth + latency
-    gather = share * adapter_bytes / bandwidth + latency
-    if strategy in ("none", "ddp"):
-        return StepTime(compute, reduce / work.sync_every, 0.0)
-    if strategy in ("zero1", "zero2"):
-        return StepTime(compute, reduce, gather)
-    passes = 2 * work.micro_batches
-    gather = passes * (share * (work.frozen_bytes + adapter_bytes) / bandwidth + work.num_layers * latency)
-    return StepTime(compute, reduce / 2, gather)
+    return share * size / bandwidth + calls * machines.latency * doublings

@@ -99,6 +99,8 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
             any_process(False)  # the loop's: was one of us asked to stop?
         assert not outcome.skipped and outcome.grad_norm > 0
         steps.append(seen.calls)
+    with CountCollectives() as accumulated:
+        train_step(engine, StepBatches(2 * rows, 2 * tokens, 2 * (NUM_TOKENS - 1), tokens, tokens), world.num_processes)
     with engine.released():
         pass
-    return {**sizes, "num_parameters": len(adapter_parameters(model)), "steps": steps}
+    return {**sizes, "num_parameters": len(adapter_parameters(model)), "steps": steps, "accumulated": accumulated.calls}

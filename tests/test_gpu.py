@@ -208,4 +208,5 @@ def test_the_finished_run_answers(nf4_run: Finished) -> None:
     arguments = [str(nf4_run.directory), "--prompt", "How many?", "--max-new-tokens", "8", "--compare", "--json"]
     found = start((PLAIN[0], "-m", "sora_llm", "generate"), arguments, nf4_run.directory)
     assert found.returncode == 0, found.output
-    assert "How many?" in found.stdout
+    (answer,) = json.loads(found.stdout)["answers"]
+    assert answer["base"] and answer["adapted"] and answer["base"] != answer["adapted"]

@@ -180,6 +180,14 @@ def test_zero2_reduces_gradients_gathers_updated_shards_and_agrees_on_three_scal
             assert process["adapter_bytes"] / 2 <= gathered <= process["adapter_bytes"] / 2 + padding
 
 
+@pytest.mark.parametrize(("strategy", "times"), [("ddp", 1), ("zero2", 2)])
+def test_with_two_micro_batches_ddp_reduces_once_and_zero2_twice(worlds, strategy, times):
+    """What step_time.py charges for."""
+    for process in worlds[strategy]:
+        gradients = [size for name, size in process["accumulated"] if "reduce" in name and size > 8]
+        assert gradients == [process["adapter_bytes"]] * times
+
+
 def test_no_step_of_ddp_or_zero2_moves_as_much_as_the_frozen_weights_would_be(worlds):
     for processes in worlds.values():
         for process in processes:

@@ -33,8 +33,8 @@ def test_recomputing_takes_each_forward_product_once_more():
 
 def test_a_reduction_is_a_ring_over_the_slowest_link():
     inside, between = (step_time(WORK, "ddp", number, MACHINES).reduce for number in (8, 16))
-    assert inside == pytest.approx(2 * 7 / 8 * ADAPTER_BYTES / 300e9 + 3 * 20e-6)
-    assert between == pytest.approx(2 * 15 / 16 * ADAPTER_BYTES / 25e9 + 4 * 20e-6)
+    assert inside == pytest.approx(2 * (7 / 8 * ADAPTER_BYTES / 300e9 + 3 * 20e-6))
+    assert between == pytest.approx(2 * (15 / 16 * ADAPTER_BYTES / 25e9 + 4 * 20e-6))
 
 
 def test_zero2_gathers_adapters_and_zero3_everything_in_each_direction_of_every_micro_batch():
@@ -49,3 +49,14 @@ def test_local_updates_reduce_once_in_so_many_steps():
     local = dataclasses.replace(WORK, sync_every=30)
     own, every = (step_time(work, "ddp", 64, MACHINES).reduce for work in (local, WORK))
     assert own == pytest.approx(every / 30)
+    by_machine = dataclasses.replace(local, is_machine_a_replica=True)
+    inside = step_time(WORK, "ddp", 8, MACHINES).reduce
+    assert step_time(by_machine, "ddp", 64, MACHINES).reduce == pytest.approx(own + inside)
+
+
+@pytest.mark.parametrize(("strategy", "times"), [("ddp", 1), ("zero1", 1), ("zero2", 4), ("zero3", 4)])
+def test_zero2_and_zero3_reduce_every_micro_batch(strategy, times):
+    """As counted: tests/test_step_costs.py."""
+    four = dataclasses.replace(WORK, micro_batches=4)
+    own, once = (step_time(work, strategy, 16, MACHINES).reduce for work in (four, WORK))
+    assert own == pytest.approx(times * once)

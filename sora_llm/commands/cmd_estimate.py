@@ -11,7 +11,7 @@ from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.inputs import check_backbone, estimate_memory, step_work
 from sora_llm.pipeline import MemoryEstimate, memory_table
-from sora_llm.step_time import Machines, step_time
+from sora_llm.step_time import Machines, Work, step_time
 from sora_llm.topology import World, resolve_strategy
 
 HARDWARE = {
@@ -20,6 +20,7 @@ HARDWARE = {
     "gpus-per-node": ("gpus_per_node", 1, "GPUs of a machine"),
     "inside": ("inside", 1e9, "GB/s from and to a GPU inside a machine"),
     "between": ("between", 1e9, "GB/s between machines"),
+    "latency": ("latency", 1e-6, "microseconds of a gather for every doubling of the processes"),
 }
 """Option: field of Machines, its unit, what it is."""
 
@@ -53,13 +54,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> 
         spec, skeleton = check_backbone(config, strategy)
         memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
         work = step_work(config, spec, skeleton)
-        step = step_time(work, strategy, world.num_processes, machines)
-        return {
-            "strategy": strategy,
-            "num_processes": world.num_processes,
-            **asdict(memory),
-            "step": {**asdict(step), "seconds": step.seconds, "tokens": work.tokens, "assumed": asdict(machines)},
-        }
+        step = None if work is None else told(work, strategy, world.num_processes, machines)
+        return {"strategy": strategy, "num_processes": world.num_processes, **asdict(memory), "step": step}
 
     return exit_code(command, arguments.json, text)
 
@@ -80,19 +76,32 @@ def machines_of(options: Mapping[str, Any]) -> Machines:
     return Machines(**found)
 
 
+def told(work: Work, strategy: str, num_processes: int, machines: Machines) -> dict[str, Any]:
+    """The time of a step as it is printed."""
+    step = step_time(work, strategy, num_processes, machines)
+    return {**asdict(step), "seconds": step.seconds, "tokens": work.tokens, "assumed": asdict(machines)}
+
+
 def text(result: Mapping[str, Any]) -> str:
     about = ("strategy", "num_processes", "step")
     memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
     step, processes = result["step"], result["num_processes"]
-    machines = Machines(**step["assumed"])
-    rate = step["tokens"] * processes / step["seconds"]
-    return (
+    sizes = (
         f"{result['strategy']} on {processes} process(es)\n"
         f"  trainable parameters  {memory.trainable_parameters:,}\n"
         f"  frozen parameters     {memory.frozen_parameters:,}\n"
         f"{memory_table(memory)}\n"
-        f"a step of {step['tokens']:,} tokens per process, calculated for GPUs of {machines.flops / 1e12:g} TFLOP/s at "
-        f"{machines.utilisation:.0%} (not measured; see --help):\n"
+    )
+    if step is None:
+        return (
+            f"{sizes}the time of a step is not calculated: its arithmetic is of decoders whose tokens pass every layer"
+        )
+    machines = Machines(**step["assumed"])
+    rate = step["tokens"] * processes / step["seconds"]
+    peak = f"{machines.flops / 1e12:g} TFLOP/s at {machines.utilisation:.0%}"
+    return (
+        f"{sizes}a step of {step['tokens']:,} tokens per process, calculated for GPUs of {peak} (not "
+        f"measured; see --help):\n"
         f"  {step['seconds']:.3g} s ({step['compute']:.3g} compute, {step['reduce']:.2g} reduce, {step['gather']:.2g} "
         f"gather), {rate:,.0f} tokens/s over all"
     )
