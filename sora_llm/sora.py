@@ -89,9 +89,8 @@ class _Down(torch.autograd.Function):
 class _Up(torch.autograd.Function):
     """y + s · B (g ⊙ u), in the place of y.
 
-    g goes into B and s into the products, which costs no pass over the tokens and few kernels: at some thousand tokens
-    it is their number that an adapter costs on a GPU.  For the same reason the gradient of g is taken from the product
-    uᵀ dy that B's needs anyway.
+    g goes into B and s into the products, which takes few kernels: at some thousand tokens it is their number that an
+    adapter costs on a GPU.
     """
 
     @staticmethod
@@ -108,13 +107,14 @@ class _Up(torch.autograd.Function):
         u_RT, lora_B, gate = ctx.saved_tensors
         need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(u_RT.dtype)
-        du_RT = _product(_gated(lora_B, gate, u_RT.dtype).T, dy_TO.T, ctx.scaling) if need_u else None
-        dB = dg = None
-        if need_B or need_g:
-            product_OR = _product(u_RT, dy_TO, ctx.scaling).T
-            dB = _gated(product_OR, gate, lora_B.dtype) if need_B else None
-        if need_g:
-            dg = (product_OR * lora_B).sum(0, dtype=torch.promote_types(gate.dtype, torch.float32)).to(gate.dtype)
+        dB = _gated(_product(u_RT, dy_TO, ctx.scaling).T, gate, lora_B.dtype) if need_B else None
+        du_RT = dg = None
+        if need_u or need_g:
+            dh_RT = _product(lora_B.to(u_RT.dtype).T, dy_TO.T, ctx.scaling)
+            if need_u:
+                du_RT = dh_RT if gate is None else dh_RT * gate.to(dh_RT.dtype)[:, None]
+            if need_g:
+                dg = (dh_RT * u_RT).sum(1, dtype=torch.promote_types(gate.dtype, torch.float32)).to(gate.dtype)
         return dy if need_y else None, du_RT, dB, dg, None, None
 
 
