@@ -142,6 +142,36 @@ def test_a_checkpoint_is_read_where_its_base_lies_elsewhere(
     assert (tmp_path / "merged" / "tokenizer.json").exists(), "of the first source that has one"
 
 
+def test_checkpoints_keep_the_template_that_they_were_trained_with(
+    undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing lies beside a checkpoint: its config says it.  Where two differ the first counts, the other is named."""
+    run_dir, folders = undisturbed[1], {}
+    rows = {"path": "rows.jsonl", "type": "alpaca", "columns": {}}
+    for name in ("chatml", "vicuna"):
+        folders[name] = tmp_path / name
+        shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folders[name])
+        state = json.loads((folders[name] / "state.json").read_text())
+        data = state["config"]["data"]
+        data["datasets"] = [data["datasets"][0] | rows]
+        data["chat_template"] = name
+        (folders[name] / "state.json").write_text(json.dumps(state))
+        hashes = {file: file_sha256(folders[name] / file) for file in ("adapter.safetensors", "state.json")}
+        (folders[name] / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+        assert cli.main(["export", str(folders[name]), "--out", str(tmp_path / f"{name}-exported")]) == 0
+    capsys.readouterr()
+    completions = run_dir / "adapter"  # trained without a template, and brings tokenizer files
+    result = consensus(capsys, completions, folders["chatml"], folders["chatml"], "--out", tmp_path / "merged")
+    found, expected = (tmp_path / name / "chat_template.jinja" for name in ("merged", "chatml-exported"))
+    assert found.read_text() == expected.read_text() != (tmp_path / "vicuna-exported" / found.name).read_text()
+    assert (result["chat_template_of"], result["other_chat_templates"]) == (str(folders["chatml"]), [])
+
+    assert cli.main(["consensus", *map(str, folders.values()), "--out", str(tmp_path / "merged")]) == 0
+    said = f"the chat template is that of {folders['chatml']}; {folders['vicuna']} was trained with another one"
+    assert f"warning: {said}" in capsys.readouterr().out and said in (tmp_path / "merged" / "README.md").read_text()
+    assert found.read_text() == expected.read_text()
+
+
 def peft_lora_of(run_dir: Path, folder: Path) -> Path:
     """The run's adapter as weights and config alone, as a plain PEFT folder has them."""
     folder.mkdir()

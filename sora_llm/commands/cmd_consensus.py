@@ -12,13 +12,14 @@ from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
+    SharedTokenizer,
     Source,
     base_of,
-    own_tokenizer,
     read_source,
     refuse_other_targets,
     replica,
     shapes_in,
+    shared_tokenizer,
 )
 from sora_llm.consensus import mean_rank
 from sora_llm.distributed import make_accelerator
@@ -68,8 +69,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
             replicas, budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance, arguments.min_rank
         )
         refuse_nothing(merged.report.kept_cost, merged.report.energy, map(sum, shapes.values()))
+        tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
-        certificate = export_merged(sources, merged, spec, arguments.layout, out, result)
+        result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
+        certificate = export_merged(sources, merged, spec, tokenizer, arguments.layout, out, result)
         del certificate["merge"]  # said already
         return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
@@ -125,25 +128,26 @@ def export_merged(
     sources: Sequence[Source],
     merged: Merged,
     spec: BackboneSpec,
+    tokenizer: SharedTokenizer,
     layout: str,
     out: Path,
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), merged.factors)
-    brought = [own_tokenizer(source) for source in sources]
-    files, template = next((found for found in brought if any(found)), ([], None))
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
-        tokenizer_files=files or tokenizer_files(spec),
-        chat_template=template,
+        tokenizer_files=tokenizer.files or tokenizer_files(spec),
+        chat_template=tokenizer.template,
         load_options=spec.load_call,
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",
         notes={"merge": dict(result)},
-        details=f"## Merge\n{_sources_table(result)}\n\nWho kept what:\n\n{_modules_table(result)}\n\n",
+        details="## Merge\n"
+        + "".join(f"{part}\n\n" for part in (_sources_table(result), *_template_warning(result), "Who kept what:"))
+        + f"{_modules_table(result)}\n\n",
     )
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
@@ -173,8 +177,20 @@ def as_text(result: Mapping[str, Any]) -> str:
         "",
         f"{result['adapter']}: {result['layout']}, mean rank {result['mean_rank']:.2f}, {result['kept_params']:,} "
         f"parameters{short}; relative merge error {result['merge_error']:.2e}; self-check passed",
+        *(f"warning: {sentence}" for sentence in _template_warning(result)),
     ]
     return "\n".join(lines)
+
+
+def _template_warning(result: Mapping[str, Any]) -> list[str]:
+    """A sentence if the sources were not all spoken to alike."""
+    others = result["other_chat_templates"]
+    if not others:
+        return []
+    return [
+        f"the chat template is that of {result['chat_template_of']}; {', '.join(others)} "
+        f"{'was' if len(others) == 1 else 'were'} trained with another one"
+    ]
 
 
 def _sources_table(result: Mapping[str, Any]) -> str:

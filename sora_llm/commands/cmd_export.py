@@ -15,7 +15,6 @@ from sora_llm.backbone import (
     BackboneSpec,
     load_backbone,
     load_config,
-    load_tokenizer,
     skeleton,
     tokenizer_files,
 )
@@ -32,7 +31,7 @@ from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.inject import put_on
-from sora_llm.inputs import check_inputs, exported_template, quiet_libraries
+from sora_llm.inputs import check_inputs, quiet_libraries
 from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
 from sora_llm.pipeline import evaluate
@@ -230,9 +229,7 @@ def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) 
 
 def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], adapter: Adapter) -> Provenance:
     """What model card and certificate say about where the adapter comes from."""
-    files, template = own_tokenizer(source)
-    if template is None and source.config is not None and not files:
-        template = exported_template(source.config, load_tokenizer(spec))
+    files, template = own_tokenizer(source, spec)
     own = source.config is not None
     is_whole = adapter.cut is None
     return Provenance(

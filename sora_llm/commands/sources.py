@@ -10,14 +10,21 @@ import torch
 from torch import nn
 
 from sora_llm import checkpoint
-from sora_llm.backbone import BackboneSpec, dtype_name, has_tokenizer, load_config, tokenizer_files_in
+from sora_llm.backbone import (
+    BackboneSpec,
+    dtype_name,
+    has_tokenizer,
+    load_config,
+    load_tokenizer,
+    tokenizer_files_in,
+)
 from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
 from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
 from sora_llm.errors import UserError
 from sora_llm.inject import check_shape, target_linears
-from sora_llm.inputs import backbone_spec, target_modules
+from sora_llm.inputs import backbone_spec, exported_template, has_conversations, target_modules
 from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import Replica
 from sora_llm.sora import fold
@@ -111,18 +118,62 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
     return _of_run(source, config)
 
 
-def own_tokenizer(source: Source) -> tuple[list[Path], str | None]:
-    """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and the chat template
-    that lies beside it."""
-    if source.folder is None:
-        return [], None
-    template = source.folder / TEMPLATE
-    files = tokenizer_files_in(source.folder) if has_tokenizer(source.folder) else []
-    try:
-        own = template.read_text(encoding="utf-8") if template.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{template} cannot be read: {error}") from None
-    return [file for file in files if file != template], own
+def own_tokenizer(source: Source, spec: BackboneSpec) -> tuple[list[Path], str | None]:
+    """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and its chat template:
+    the one that lies beside it, or else, where it brings no tokenizer, the one that its run trained with.
+
+    Raises:
+        UserError: a template that cannot be read.
+    """
+    files: list[Path] = []
+    if source.folder is not None:
+        template = source.folder / TEMPLATE
+        if has_tokenizer(source.folder):
+            files = [file for file in tokenizer_files_in(source.folder) if file != template]
+        try:
+            if template.is_file():
+                return files, template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{template} cannot be read: {error}") from None
+    if source.config is None or files or not _used_template(source):
+        return files, None
+    return files, exported_template(source.config, load_tokenizer(spec))
+
+
+def _used_template(source: Source) -> bool:
+    """Whether its run is known to have rendered rows with one."""
+    return source.config is not None and has_conversations(source.config.data.datasets)
+
+
+@dataclass(frozen=True)
+class SharedTokenizer:
+    """What several sources bring together: `owner` is whose template it is (None: nobody brings one), `others` are
+    those that were trained with another one."""
+
+    files: list[Path]
+    template: str | None
+    owner: str | None
+    others: list[str]
+
+
+def shared_tokenizer(sources: Sequence[Source], spec: BackboneSpec) -> SharedTokenizer:
+    """Files and template of the first source that brings a template, or else of the first one that brings files.
+
+    Raises:
+        UserError: a template that cannot be read.
+    """
+    brought = [own_tokenizer(source, spec) for source in sources]
+    files = next((files for files, _ in brought if files), [])
+    owner = next((index for index, (_, template) in enumerate(brought) if template is not None), None)
+    if owner is None:
+        return SharedTokenizer(files, None, None, [])
+    own_files, template = brought[owner]
+    others = [
+        source.name
+        for source, (_, other) in zip(sources, brought, strict=True)
+        if other != template and (other is not None or _used_template(source))  # else it used none that is known
+    ]
+    return SharedTokenizer(own_files or files, template, sources[owner].name, others)
 
 
 # ------------------------------------------------------------------------------------------------- belonging together
