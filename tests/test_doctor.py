@@ -131,17 +131,48 @@ def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatc
 
 
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
-    states = {"zero2": FAILED}
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), "ninja: stopped"))
+    states, said = {"zero2": FAILED}, [f"{cmd_doctor.NOT_BUILT}: c++: not found"]
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), said[0]))
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "warning  zero2" in shown and shown.count("apt install g++") == 2
+    assert "warning  zero2" in shown and shown.count("apt install g++") == 2 and said[0] in shown
     assert shown.endswith("ddp; not under ZeRO on the CPU\n")
     states["nf4"] = FAILED
     assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4\n")
     monkeypatch.setattr(cmd_doctor, "compiler", lambda: Finding("compiler", OK, "g++ and ninja"))
     assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4, zero2\n")
+
+
+def test_a_step_that_fails_for_another_reason_is_a_failure_without_a_compiler_too(monkeypatch, capsys):
+    said = "a step under ZeRO-2 is not the step of one process (off by 3.0e-01)"
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, FAILED if name == "zero2" else OK, said))
+    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert f"failed   zero2          {said}" in shown and shown.endswith("not ready: zero2\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        ("Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed.", "due to ninja"),
+        (
+            "Error building extension 'deepspeed_shm_comm': [1/3] c++ -c x\n/bin/sh: 1: c++: not found\nninja: ",
+            "/bin/sh: 1",
+        ),
+        ("nccl: unhandled system error", None),
+    ],
+)
+def test_the_trial_knows_a_failed_build_from_other_failures(monkeypatch, error, why):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(trials, "make_accelerator", fails)
+    with pytest.raises(Exception) as raised:
+        trials.zero2()
+    assert str(raised.value).startswith(cmd_doctor.NOT_BUILT) == (why is not None)
+    assert (why or error) in str(raised.value)
 
 
 def test_missing_or_old_packages_are_named(monkeypatch):

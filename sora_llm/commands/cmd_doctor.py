@@ -111,12 +111,16 @@ REMEDIES = {
 }
 
 
+NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
+"""How that failure of the trial begins."""
+
+
 def without_compiler(found: Finding, compiles: Finding) -> Finding:
-    """The trial of ZeRO where its operator could not be compiled: nothing is wrong with what is installed, and all
-    other strategies train."""
-    if found.state == OK:
+    """The trial of ZeRO where a compiler is missing: if that is why it failed, nothing is wrong with what is installed,
+    and all other strategies train.  Any other failure stays one."""
+    if found.state != FAILED or not found.said.startswith(NOT_BUILT):
         return found
-    return Finding(found.name, WARNING, f"no step under ZeRO here: {compiles.said}", compiles.remedy)
+    return Finding(found.name, WARNING, found.said, compiles.remedy)
 
 
 # ------------------------------------------------------------------------------------------------ without a process

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
+from sora_llm.commands.cmd_doctor import NOT_BUILT
 from sora_llm.commands.common import ALONE
 from sora_llm.distributed import Engine, any_process, make_accelerator, sum_over_processes
 from sora_llm.errors import RunFailed, UserError
@@ -27,6 +28,8 @@ from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import prove_packing
 from sora_llm.topology import deepspeed_config, launched_world
 
+CPU_OPERATOR = "deepspeed_shm_comm"
+"""What DeepSpeed compiles where processes meet on a CPU, and nowhere else."""
 MAX_PRODUCT_ERROR = 1e-4
 """Of a 4-bit layer's float32 products, relative: a kernel that is right rounds to 1e-6."""
 MAX_QUANTISATION_ERROR = 0.15
@@ -134,7 +137,12 @@ def zero2() -> str:
     options = deepspeed_config("zero2", max_grad_norm=1.0, adapter_dtype="float32")
     alone, shared = (inject_sora(tiny_llama(), r=4, lora_alpha=8) for _ in range(2))
     shared.load_state_dict(copy.deepcopy(alone.state_dict()))
-    accelerator = make_accelerator("zero2", world, deepspeed_config=options, timeout_minutes=2)
+    try:
+        accelerator = make_accelerator("zero2", world, deepspeed_config=options, timeout_minutes=2)
+    except (RuntimeError, ImportError) as error:
+        if CPU_OPERATOR not in str(error):
+            raise
+        raise RunFailed(f"{NOT_BUILT}: {why_not_built(str(error))}") from error
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1)).to(accelerator.device)
     alone.to(accelerator.device)
 
@@ -155,6 +163,12 @@ def zero2() -> str:
     off = any_process(worst > 1e-3, accelerator.device)
     assert not off, f"a step under ZeRO-2 is not the step of one process (off by {worst:.1e})"
     return f"a step of {world.num_processes} processes is that of one (to {worst:.0e}), on {accelerator.device.type}"
+
+
+def why_not_built(output: str) -> str:
+    """The line of a failed build that names the cause, not the commands around it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "not found" in line or "error:" in line), lines[0])[:200]
 
 
 def _optimizer(model: nn.Module) -> ProxAdamW:
