@@ -46,6 +46,20 @@ def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, t
         assert source.base == subject.spec.name_or_path == "/some/base"
 
 
+def test_a_config_is_of_its_output_dir_whatever_adapter_lies_beside_it(run, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copytree(tmp_path / "lora", project / "adapter")
+    for name in ("my.yaml", "config.yaml"):
+        file = Path(shutil.copyfile(run / "config.yaml", project / name))
+        assert find_place(file, [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
+        assert find_place(file).adapter == run / "adapter"
+    shutil.copyfile(run / "config.yaml", run / "next.yaml")
+    assert find_place(run / "next.yaml", [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
+    moved = Path(shutil.move(run, tmp_path / "moved"))
+    assert find_place(moved / "config.yaml").run_dir == moved == find_place(moved).run_dir
+
+
 def test_a_link_to_an_adapter_is_the_runs_in_whose_directory_it_lies(run, stories):
     shutil.move(run / "adapter", run.parent / "moved")
     (run / "adapter").symlink_to(run.parent / "moved")

@@ -90,9 +90,9 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
 
 
 def _of_config(name: str, file: Path, config: Config) -> Place:
-    """A run by its config: the one in whose directory the file lies, or that will go where it says."""
+    """A run by its config: the one that left the file in its directory, or else the one that goes where it says."""
     run_dir = file.parent
-    if not _is_run(run_dir) and not (run_dir / "adapter" / CONFIG).is_file():
+    if file.name != "config.yaml" or not _is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
     adapter = run_dir / "adapter"
     return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
