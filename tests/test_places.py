@@ -74,6 +74,7 @@ def test_a_folder_does_not_consent_to_running_code_and_the_command_line_does(run
         return subject.spec.trust_remote_code
 
     assert not consents(run) and not consents(run / "adapter")
+    assert not consents(run, "data.cache_dir=trust_remote_code"), "that word elsewhere is no consent"
     assert consents(run, flag=True) and consents(run / "adapter", "model.trust_remote_code=true")
     assert consents(run / "config.yaml"), "a config that is named says what its owner wants, as in training"
 

@@ -105,7 +105,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _without_consent(config: Config, overrides: Sequence[str] = ()) -> Config:
-    if any("trust_remote_code" in text for text in overrides):
+    if any(text.partition("=")[0] == "model.trust_remote_code" for text in overrides):
         return config
     return replace(config, model=replace(config.model, trust_remote_code=False))
 
