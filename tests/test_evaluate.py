@@ -146,6 +146,14 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         ([], "give --data FILE"),
         (["--separator", ""], "--data"),
         (["--data", "{rows}", "--type", "completion", "--separator", " "], "--type prompt_completion only"),
+        (
+            ["--data", "{rows}", *FORM, "--chat-template", "vicuna"],
+            "rows of type prompt_completion are measured without",
+        ),
+        (
+            ["--data", "{rows}", "--type", "completion", "--chat-template", "vicuna"],
+            "type completion are measured without",
+        ),
         (["--data", "{rows}"], "--type"),
         (["--type", "alpaca"], "--data"),
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),

@@ -121,6 +121,12 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
         )
     elif not config.data.datasets:
         raise UserError(f"{arguments.config} is no run's, so it names no data; give --data FILE --type TYPE")
+    measured = config.data.val_datasets or config.data.datasets
+    if arguments.chat_template is not None and not has_conversations(measured):
+        raise UserError(
+            f"--chat-template is for rows that are conversations; rows of type {measured[0].type} are measured without "
+            "one; leave it out"
+        )
     return subject, measuring(config, subject.spec), tokenizer_source(named)
 
 
