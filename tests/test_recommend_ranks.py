@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import randomise_all, tiny_llama
+from helpers import randomise_all, saved_tiny_llama, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_loras import KINDS, deltas, peft_lora
 from runs import gsm8k_overrides
@@ -137,6 +137,19 @@ def test_pruned_targets_count_in_the_mean_whatever_the_files_leave_out(undisturb
     assert cli.main(["recommend-ranks", str(tmp_path / "ragged"), *size]) == 2
     assert "name it with --base MODEL, or use --target-params" in capsys.readouterr().err
     assert recommended(capsys, tmp_path / "ragged", *size, "--base", base)["lora_config"] == padded["lora_config"]
+
+
+def test_a_base_that_is_named_has_to_fit_though_the_files_say_all(tmp_path, capsys):
+    folder, fits = peft_lora(BASE, tmp_path / "lora", 1, r=2), saved_tiny_llama(tmp_path / "fits")
+    capsys.readouterr()  # what libraries print while they save
+    expected = recommended(capsys, folder, "--target-rank", "1.5")
+    found = recommended(capsys, folder, "--target-rank", "1.5", "--base", fits)
+    assert found == {**expected, "base_model": str(fits)}
+    other = saved_tiny_llama(tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace('_size": 48', '_size": 64'))
+    for base, said in ((other, "it is an adapter of another base"), ("/no/such", "/no/such")):
+        assert cli.main(["recommend-ranks", str(folder), "--base", str(base)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_snippets_say_the_same(tmp_path, capsys):

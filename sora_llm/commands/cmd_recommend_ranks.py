@@ -35,10 +35,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="the base model, where it lies in another place by now; its config is read where the files of a pruned "
-        "adapter do not say how large all targets are",
+        help="the base model, where it lies in another place by now: the adapter is checked against its config, which "
+        "is read without this too where the files of a pruned adapter do not say how large all targets are",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the base, if it is read"
+    )
     parser.add_argument("--format", choices=FORMATS, default="python", help="of what is printed; default %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object; lora_config is for PEFT")
     arguments = parser.parse_args(argv)
@@ -74,7 +76,7 @@ def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]
     kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
     return {
         "source": source.name,
-        "base_model": source.base,
+        "base_model": arguments.base or source.base,
         "mean_rank": mean_rank(dict.fromkeys(costs, 0) | ranks, costs),
         "mean_rank_is_of_all_targets": is_whole,
         "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
@@ -90,14 +92,15 @@ def all_targets(
     """{target: I + O}, those without factors, and whether these are all.
 
     What was pruned may have no factors in the files, and counts in a mean rank all the same: its size comes from the
-    base's config.  Without a base only a mean rank as budget is out of reach.
+    base's config.  A base that is named is read in any case, and has to fit; without one only a mean rank as budget is
+    out of reach.
 
     Raises:
         UserError: a base that cannot be read and is needed for --target-rank, or was named.
     """
     costs = costs_of(found)
     pruned = sorted(source.targets - found.keys())
-    if not source.may_lack_targets:
+    if not source.may_lack_targets and arguments.base is None:
         return costs, pruned, True
     try:
         quiet_libraries()
