@@ -11,6 +11,7 @@ import pytest
 from run_dirs import MadeUpRun
 
 from sora_llm import cli
+from sora_llm.config import load_config, to_yaml
 
 
 def inspected(capsys, *arguments: object) -> str:
@@ -86,19 +87,33 @@ def test_what_went_wrong_is_said_and_cannot_command_the_terminal(tmp_path, capsy
     assert "! the end of metrics.jsonl is torn" in shown
 
 
+def test_a_config_is_the_run_that_it_belongs_to_as_for_every_command(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.finish()
+    text = to_yaml(load_config("configs/llama7b.yaml", [f"output.output_dir={run.path}"]))
+    for file in (run.path / "config.yaml", tmp_path / "my.yaml"):
+        file.write_text(text)
+        assert inspected(capsys, file) == inspected(capsys, run.path), file
+    (tmp_path / "my.yaml").write_text(text.replace(str(run.path), str(tmp_path / "later")))
+    assert cli.main(["inspect", str(tmp_path / "my.yaml")]) == 2
+    assert f"there is no {tmp_path / 'later'}" in capsys.readouterr().err
+
+
 def test_a_run_that_has_only_begun(tmp_path, capsys):
     run = MadeUpRun(tmp_path / "run")
     shown = inspected(capsys, run.write("running"))
     assert "running" in shown and "not measured" in shown
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "file"])
-def test_what_is_no_run_directory_is_bad_input(tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "said"), [("missing", "output.output_dir"), ("empty", "output.output_dir"), ("file", "is missing in")]
+)
+def test_what_is_no_run_directory_is_bad_input(tmp_path, capsys, name, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     assert cli.main(["inspect", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
-    assert len(error.strip().splitlines()) == 1 and "output.output_dir" in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1 and said in error and "Traceback" not in error
     assert not (tmp_path / "empty" / "report.html").exists()
 
 

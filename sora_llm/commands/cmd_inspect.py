@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
         description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not; ranks, sizes, "
         "scales and singular values of a checkpoint or of any plain LoRA, without its base.",
     )
-    parser.add_argument("place", metavar="RUN|CHECKPOINT|ADAPTER", help="a run directory, a checkpoint, a LoRA folder")
+    parser.add_argument(
+        "place", metavar="RUN|CHECKPOINT|ADAPTER", help="run directory, config, checkpoint or LoRA folder"
+    )
     parser.add_argument("--plots", action="store_true", help="of a run: also draw the charts as plots/*.png")
     parser.add_argument("--modules", action="store_true", help="of an adapter: a line of its spectrum for every module")
     parser.add_argument("--json", action="store_true", help="print one JSON object and write nothing")
@@ -43,25 +45,32 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
 
     def command() -> dict[str, Any]:
         folder = user_path(arguments.place, "the path")
+        if folder.is_file():
+            folder = run_of_config(arguments.place)
         if not folder.is_dir():
-            raise UserError(
-                f"{folder} is not a folder; name a run directory (output.output_dir of a run) or an adapter"
-            )
-        if is_run_directory(folder):
-            if arguments.modules:
-                raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
-            return _of_run(folder, arguments)
-        if arguments.plots:
-            raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
-        if not any((folder / name).is_file() for name in ADAPTER_MARKERS):
+            raise UserError(f"there is no {folder}; name a run directory (output.output_dir of a run) or an adapter")
+        if any((folder / name).is_file() for name in ADAPTER_MARKERS):
+            if arguments.plots:
+                raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
+            content: dict[str, Any] = adapter_view().view(folder)
+            return content
+        if not is_run_directory(folder):
             raise UserError(
                 f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
                 f"run, a checkpoint ({ADAPTER_MARKERS[1]}) or a LoRA ({ADAPTER_MARKERS[0]})"
             )
-        content: dict[str, Any] = adapter_view().view(folder)
-        return content
+        if arguments.modules:
+            raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
+        return _of_run(folder, arguments)
 
     return exit_code(command, arguments.json, text)
+
+
+def run_of_config(name: str) -> Path:
+    """The directory of the run whose config a file is, as for every command; UserError where it is no config."""
+    places = import_module("sora_llm.commands.places")  # with torch, which a run directory does not need
+    run_dir: Path = places.find_place(name).run_dir
+    return run_dir
 
 
 ADAPTER_MARKERS = ("adapter_config.json", "state.json")
