@@ -14,7 +14,7 @@ from sora_llm.consumers import Verdict
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
-from sora_llm.lora_files import CERTIFICATE, CONFIG
+from sora_llm.lora_files import CERTIFICATE
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 
@@ -46,9 +46,20 @@ def refuse_other_contents(folder: Path) -> None:
     """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
-    is_export = any((folder / name).is_file() for name in (CONFIG, CERTIFICATE))
-    if folder.is_dir() and not is_export and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and holds no adapter; name another folder, this one would be replaced")
+    if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
+        raise UserError(
+            f"{folder} exists and holds no export (no {CERTIFICATE} says so); name another folder, this one would be "
+            "replaced"
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
+    try:
+        certificate = json.loads((folder / CERTIFICATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(certificate, dict) and {"layout", "modules"} <= certificate.keys()
 
 
 def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sora_llm import backbone
 from sora_llm.activations import sizes_of
 from sora_llm.backbone import BackboneSpec
+from sora_llm.card import refuse_other_contents
 from sora_llm.config import Config, Dataset
 from sora_llm.data.batches import collate
 from sora_llm.data.chunks import Tokenizing
@@ -256,6 +257,10 @@ def check_output(run_dir: Path, resume: str) -> None:
         raise UserError(
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
+    try:
+        refuse_other_contents(run_dir / "adapter")  # at the end it would be too late
+    except UserError as error:
+        raise UserError(f"output.output_dir: {error}") from None
     if resume not in ("auto", "never") and not user_path(resume, "output.resume").is_dir():
         raise UserError(f"output.resume is {resume!r}: it must be auto, never, or the folder of a checkpoint")
 

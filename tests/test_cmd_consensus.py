@@ -281,9 +281,9 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
     refused(capsys, f"there is no {tmp_path}/nowhere", a, tmp_path / "nowhere", *out)
     refused(capsys, "is no run directory", a, base, *out)
-    refused(capsys, "holds no merged adapter", a, b, "--out", tmp_path / "full")
+    refused(capsys, "holds no export", a, b, "--out", tmp_path / "full")
     refused(capsys, "the size leaves nothing", a, b, "--target-params", 1, *out)
-    refused(capsys, "holds no merged adapter", a, a, "--out", b)  # somebody's training output, checkpoints and all
+    refused(capsys, "holds no export", a, a, "--out", b)  # somebody's training output, checkpoints and all
     refused(capsys, "one of the sources", a, b, "--out", b)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
 

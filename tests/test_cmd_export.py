@@ -165,7 +165,7 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     refused(capsys, "the size leaves nothing", lora, "--target-params", 1, *out)
     refused(capsys, "--min-rank is 1", lora, "--min-rank", 1, *out)
     refused(capsys, "is one of the sources", lora, "--out", lora)
-    refused(capsys, "holds no exported adapter", lora, "--out", tmp_path / "full")
+    refused(capsys, "holds no export", lora, "--out", tmp_path / "full")
     refused(capsys, "is a file", lora, "--out", tmp_path / "full" / "notes.txt")
     refused(capsys, "there is no folder /no/such", lora, "--base-model", "/no/such", *out)
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
@@ -183,7 +183,7 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     run_dir = undisturbed[1]
     refused(capsys, "is one of the sources", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
     copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
-    refused(capsys, "holds no exported adapter", run_dir, "--out", copy / "adapter")
+    refused(capsys, "is the adapter of a run", run_dir, "--out", copy / "adapter")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"))
     refused(capsys, "--skip-dev-loss goes on without", copy, "--layout", "merged", "--out", tmp_path / "out")
@@ -207,8 +207,24 @@ def test_an_export_takes_the_place_of_any_other_export_and_of_nothing_else(
         assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
         assert (out / "tokenizer.json").is_file() == (layout != "gguf"), "the base's, where it brings a template alone"
     foreign = peft_lora(base, tmp_path / "foreign", 1, r=2)
-    for layout in files:
-        refused(capsys, "holds no exported adapter", lora, "--layout", layout, "--out", foreign)
+    for certificate in (None, "[]", "{}", "torn"):
+        if certificate is not None:
+            (foreign / "certificate.json").write_text(certificate)
+        for layout in files:
+            refused(capsys, "holds no export", lora, "--layout", layout, "--out", foreign)
+
+
+def test_what_a_run_left_beside_its_adapter_is_an_export_too(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its certificate is like that of a command, but for the source."""
+    lora, out = peft_lora(base, tmp_path / "lora", 1, r=2), tmp_path / "gguf"
+    export(capsys, lora, "--layout", "gguf", "--out", out)
+    certificate = json.loads((out / "certificate.json").read_text())
+    del certificate["source"]
+    (out / "certificate.json").write_text(json.dumps(certificate))
+    export(capsys, lora, "--layout", "gguf", "--out", out)
+    assert json.loads((out / "certificate.json").read_text())["source"] == str(lora)
 
 
 def test_the_padded_layout_has_every_target_of_the_run(

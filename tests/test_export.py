@@ -253,13 +253,13 @@ def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_
     folder = tmp_path / "adapter"
     if older:
         folder.mkdir()
-        (folder / "adapter_config.json").write_text("kept")
+        (folder / "certificate.json").write_text('{"layout": "padded", "modules": {}}')
     model = trained_model("float32", stories)
     expected = logits(model)
     monkeypatch.setattr(export, what, damage())
     with pytest.raises(RunFailed, match=r"the exported adapter is not the trained one: .*nothing was exported"):
         export_adapter(model, folder)
-    assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "adapter_config.json"] if older else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "certificate.json"] if older else [])
     assert torch.equal(logits(model), expected)
 
 
@@ -298,7 +298,7 @@ def test_a_forward_that_leaves_the_adapter_out_is_noticed_even_if_its_effect_is_
 
 def test_a_folder_with_something_else_in_it_is_not_replaced(stories, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="holds no adapter"):
+    with pytest.raises(UserError, match="holds no export"):
         export_adapter(trained_model("float32", stories), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 

@@ -82,5 +82,8 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "gguf").mkdir(parents=True)
     (tmp_path / "run" / "gguf" / "base.gguf").write_text("mine")
-    assert "holds no adapter; name another folder" in refused("gguf")
+    assert "gguf exists and holds no export" in refused("gguf")
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["gguf", "base.gguf"]
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")  # somebody's LoRA, not the run's
+    assert "output.output_dir: " in (said := refused("padded")) and "adapter exists and holds no export" in said

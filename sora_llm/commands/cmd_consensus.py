@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         check_numbers(arguments)
         folders = [user_path(text, "SOURCE") for text in arguments.sources]
         out = arguments.out.absolute()
-        check_out(out, folders, lambda certificate: "merge" in certificate, "merged adapter")
+        check_out(out, folders)
         quiet_libraries()
         sources = [read_source(path) for path in arguments.sources]
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
         out = arguments.out.absolute()
         place = Path(arguments.source).expanduser()
-        check_out(out, [place, source.folder or place], _is_ours, "exported adapter")
+        check_out(out, [place, source.folder or place])
         quiet_libraries()
         spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
@@ -132,10 +132,6 @@ def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
             "--base dequantized: nothing says that the adapter was trained beside 4-bit layers; leave it out"
         )
     return spec.load_in_4bit and base != "original"
-
-
-def _is_ours(certificate: Mapping[str, Any]) -> bool:
-    return "source" in certificate and "layout" in certificate
 
 
 # ---------------------------------------------------------------------------------------------------------- sources

@@ -70,12 +70,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
     if not folder.is_dir():
         return _of_config(name, folder, load_config(folder, overrides))
     if (folder / CONFIG).is_file():
-        whole = Path(os.path.abspath(folder))  # noqa: PTH100  # resolve() follows links, and an adapter may be one
-        is_stage = whole.parent.name == "path"
-        run_dir = whole.parent.parent if is_stage else whole.parent
-        if (is_stage or whole.name == "adapter") and _is_run(run_dir):
+        run_dir = run_of_adapter(folder)
+        if run_dir is not None:
             config = _without_consent(load_config(run_dir / "config.yaml", overrides), overrides)
-            return Place(name, whole, config, run_dir)
+            return Place(name, _absolute(folder), config, run_dir)
         if overrides:
             raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
         return Place(name, folder)
@@ -96,6 +94,20 @@ def _of_config(name: str, file: Path, config: Config) -> Place:
         run_dir = user_path(config.output.output_dir, "output.output_dir")
     adapter = run_dir / "adapter"
     return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
+
+
+def run_of_adapter(folder: Path) -> Path | None:
+    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
+    whole = _absolute(folder)
+    is_stage = whole.parent.name == "path"
+    run_dir = whole.parent.parent if is_stage else whole.parent
+    is_adapter = (is_stage or whole.name == "adapter") and (whole / CONFIG).is_file()
+    return run_dir if is_adapter and _is_run(run_dir) else None
+
+
+def _absolute(folder: Path) -> Path:
+    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100
 
 
 def _is_run(folder: Path) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sora_llm.budget import params_of
+from sora_llm.card import refuse_other_contents
+from sora_llm.commands.places import run_of_adapter
 from sora_llm.errors import UserError
-from sora_llm.lora_files import CERTIFICATE
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +50,13 @@ def refuse_nothing(kept_cost: int, energy: float, costs: Iterable[int]) -> None:
         raise UserError(f"the size leaves nothing: the cheapest rank takes {min(costs):,} parameters; give more")
 
 
-def check_out(out: Path, sources: Sequence[Path], is_ours: Callable[[dict[str, Any]], bool], what: str) -> None:
-    """UserError where a result would replace something else than `what`, which `is_ours` knows by its certificate."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+def check_out(out: Path, sources: Sequence[Path]) -> None:
+    """UserError where a result would replace a source, the adapter of a run, or anything but an earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:
         raise UserError(f"--out {out} is one of the sources; name another folder")
-    if out.is_dir() and any(out.iterdir()) and not _has_certificate(out, is_ours):
-        raise UserError(f"--out {out} exists and holds no {what}; name another folder, it would be replaced")
-
-
-def _has_certificate(folder: Path, is_ours: Callable[[dict[str, Any]], bool]) -> bool:
+    if run_of_adapter(out) is not None:
+        raise UserError(f"--out {out} is the adapter of a run, which would be replaced; name another folder")
     try:
-        return is_ours(json.loads((folder / CERTIFICATE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return False
+        refuse_other_contents(out)
+    except UserError as error:
+        raise UserError(f"--out {error}") from None
