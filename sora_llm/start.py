@@ -55,11 +55,22 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         world,
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
     )
-    layout = plan.config.output.export_layout
-    if layout not in LAYOUTS and not (run_dir / layout).is_dir():
-        say(world, f"it has no {layout}: sora-llm export {run_dir} --layout {layout} --out {run_dir / layout}")
-    metrics = read_json_lines(run_dir / "metrics.jsonl")
-    return RunResult(adapter, metrics[-1] if metrics else {}, status)
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    metrics = lines[-1] if lines else {}
+    for line in what_is_missing(plan.config.output.export_layout, run_dir, metrics):
+        say(world, line)
+    return RunResult(adapter, metrics, status)
+
+
+def what_is_missing(layout: str, run_dir: Path, metrics: Mapping[str, Any]) -> list[str]:
+    """What to say if a finished run did not come to leave `layout` beside its adapter; `metrics` are its last line.
+
+    Of an adapter without a rank there is no gguf to make.
+    """
+    is_empty = metrics.get("kept_params") == 0
+    if layout in LAYOUTS or (run_dir / layout).is_dir() or (layout == "gguf" and is_empty):
+        return []
+    return [f"it has no {layout}: sora-llm export {run_dir} --layout {layout} --out {run_dir / layout}"]
 
 
 @dataclass(frozen=True)

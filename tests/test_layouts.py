@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sora_llm.backbone import BackboneSpec, dequantised
 from sora_llm.gguf_lora import Architecture, factors_in, read_gguf
 from sora_llm.lora_files import read_lora
+from sora_llm.start import what_is_missing
 from sora_llm.train import main
 
 CUT = {
@@ -61,6 +62,17 @@ def test_merged_is_the_dequantised_base_with_the_adapter_inside(ground: Playgrou
     card = (run_dir / "merged" / "README.md").read_text()
     assert "the base as 4-bit layers hold it plus ΔW" in card and "dev loss of the trained adapter" in card
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_finished_run_says_how_to_get_what_it_did_not_leave_unless_there_is_nothing_to_leave(tmp_path: Path) -> None:
+    some, nothing = {"kept_params": 5}, {"kept_params": 0}
+    (line,) = what_is_missing("gguf", tmp_path, some)
+    assert line == f"it has no gguf: sora-llm export {tmp_path} --layout gguf --out {tmp_path / 'gguf'}"
+    assert what_is_missing("gguf", tmp_path, nothing) == [], "export would refuse it"
+    assert what_is_missing("merged", tmp_path, nothing), "the base can be written all the same"
+    (tmp_path / "gguf").mkdir()
+    for layout in ("padded", "gguf"):
+        assert what_is_missing(layout, tmp_path, some) == []
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_trained(
