@@ -175,7 +175,8 @@ class Output:
     resume: str = "auto"  # auto: from the newest complete checkpoint; never; or the path of a checkpoint
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # []: no tracker
     export_layout: Literal["padded", "ragged", "gguf", "merged"] = "padded"
-    # of adapter/: padded loads in every engine; gguf and merged: a folder of that name beside a padded one
+    # of adapter/: padded for engines that read PEFT folders, ragged for PEFT, transformers and vLLM; gguf and merged:
+    # a folder of that name beside a padded one
     allow_empty_adapter: bool = False  # true: an adapter whose every rank was pruned is no error
     push_to_hub: bool = False  # upload adapter/ once the run is finished; a failed upload never fails the run
     hub_model_id: str | None = None  # user/name or name; null: the name of output_dir, in the user's namespace

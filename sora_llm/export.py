@@ -59,13 +59,13 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write the adapters of `model` as a plain LoRA that PEFT reloads with the same ΔW and logits; one process.
 
-    `layout` is "padded" (every target module at one rank: every engine loads it) or "ragged" (own ranks, pruned
-    modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
-    folder appears complete or not at all; an older one of the same name is replaced.
+    `layout` is "padded" (every target module at one rank, for engines that read PEFT folders) or "ragged" (own ranks,
+    pruned modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
+    folder appears complete or not at all; an older export of the same name is replaced.
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, no adapters, or a `folder` that holds something else than an adapter.
+        UserError: unknown layout, no adapters, or a `folder` that holds something else than an export.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
     folder = Path(folder)
