@@ -210,7 +210,8 @@ def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
         "distributed.sync_every": 100,  # so that every step of the finetune phase lies inside its one round
         "sora.consensus_at": 0.5,
         "train.max_steps": 24,
-        "train.learning_rate": 0.5,  # the dev loss does not fall twelve times in a row
+        "train.learning_rate": 1.0,  # so that the dev loss does not fall twelve times in a row
+        "train.lr_scheduler_type": "constant_with_warmup",
         "evaluation.eval_steps": 1,
         "evaluation.early_stopping_patience": 1,
     }
