@@ -224,6 +224,7 @@ def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
     assert last["eval_loss_exported"] == pytest.approx(stopped["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.matrix
 def test_every_budget_is_kept_where_there_are_several(ground: Playground) -> None:
     options = {**CASES[BUDGET], "sora.budgets": {"self_attn": 1, "mlp": 3}}
     assert ground.codes("local budgets", 2, **options) == [0, 0]

@@ -215,6 +215,7 @@ def test_all_rates_of_the_protocol_are_rungs_of_the_ladder() -> None:
     assert set(FIRST) <= set(LADDER)
 
 
+@pytest.mark.matrix  # and in benchmarks/quality/smoke.sh
 @pytest.mark.skipif(not (SHARED / "models/base5m").exists(), reason="base5m is missing; set SORA_TEST_DATA")
 def test_a_run_of_the_benchmark_is_bit_for_bit_that_of_the_command() -> None:
     command = [sys.executable, str(QUALITY / "same_as_train.py"), "--steps", "10"]
