@@ -184,6 +184,7 @@ def test_lambda_stays_within_its_bounds_however_long_a_round_is() -> None:
     assert next_lambda(0.1, 600, 500.0, 1000, num_steps=3) == pytest.approx(0.1 * math.exp(3 * GAIN * 0.1))
 
 
+@pytest.mark.matrix
 def test_two_machines_of_two_processes_train_as_two_processes_of_twice_the_rows(ground: Playground) -> None:
     """replica: node, from the launcher's numbers to the exported adapter."""
     options = {**CASES[BUDGET], "sora.lora_dropout": 0.0}
@@ -204,6 +205,7 @@ def test_two_machines_of_two_processes_train_as_two_processes_of_twice_the_rows(
     assert sent[0] == sent[1] and len(sent[0]) == 3
 
 
+@pytest.mark.matrix
 def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
     options = {
         **CASES[BUDGET],
