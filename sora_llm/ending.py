@@ -38,8 +38,8 @@ class StageResult:
 
     exported: pipeline.Exported
     masters: Mapping[str, Tensor]
-    factors: PlainFactors
-    """Of the adapter that was exported."""
+    factors: PlainFactors | None
+    """Of the adapter that was exported, on the main process, where another layout is to be written beside it."""
 
 
 def cut_and_export(training: Training) -> StageResult:
@@ -77,7 +77,8 @@ def cut_and_export(training: Training) -> StageResult:
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
             before_publishing=job.heed_stop,
         )
-        factors = export.folded_factors(model)
+        is_written_beside = config.output.export_layout not in export.LAYOUTS
+        factors = export.folded_factors(model) if is_written_beside and job.world.is_main else None
         if job.world.is_main and training.stage is job.plan.stages[-1]:
             answer_samples(job, model, directory)
     if exported.eval_loss is not None:
@@ -124,25 +125,26 @@ def finish(training: Training, result: StageResult) -> RunResult:
 
 def leave_beside(training: Training, result: StageResult) -> None:
     """The adapter once more as gguf/ or merged/, where the config asks for it; the main process writes (collective)."""
-    job, layout = training.job, training.job.config.output.export_layout
+    job, layout, factors = training.job, training.job.config.output.export_layout, result.factors
     if layout in export.LAYOUTS:
         return
     job.heed_stop()
     del training.engine.module
     free_unused()  # under ZeRO the model is part of cycles, and the base is about to be loaded again
     eval_loss = training.directory.last_metrics.get("eval_loss")
-    said = on_main(
-        lambda: export_beside(
+
+    def write() -> str:
+        assert factors is not None, "they are the main process's"
+        return export_beside(
             layout,
             job.inputs,
-            result.factors,
+            factors,
             training.directory.path,
             provenance=provenance(job, eval_loss),
             device=job.accelerator.device,
-        ),
-        job.world,
-    )
-    say(job.world, said)
+        )
+
+    say(job.world, on_main(write, job.world))
 
 
 def memorisation(job: Job, model: nn.Module) -> float:
