@@ -122,10 +122,8 @@ def _gated(columns_OR: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tenso
     """columns ⊙ g in `dtype`, computed in the widest of the three and rounded once, in rows that follow each other."""
     if gate is None:
         return columns_OR.to(dtype, memory_format=torch.contiguous_format)
-    if torch.promote_types(torch.promote_types(columns_OR.dtype, gate.dtype), dtype) == dtype:
-        gate = gate.to(dtype)
     out = torch.empty(columns_OR.shape, dtype=dtype, device=columns_OR.device)
-    return torch.mul(columns_OR, gate, out=out)
+    return torch.mul(columns_OR, gate.to(torch.promote_types(gate.dtype, dtype)), out=out)
 
 
 def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:

@@ -11,9 +11,8 @@
 
 T tokens of a process in a step, W Σ I·O of the frozen linears, N parameters of the adapters, V·H of the head, K
 processes.  A gather or a scatter adds a latency for every doubling of K, under ZeRO-3 for each layer; an all-reduce is
-one of each.
-Nothing is hidden behind anything else.  Read it as what strategies cost beside each other; what was measured stands in
-benchmarks/gpu.md.
+one of each.  Nothing is hidden behind anything else.  Read it as what strategies cost beside each other; what was
+measured stands in benchmarks/gpu.md.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ def step_time(work: Work, strategy: str, num_processes: int, machines: Machines)
     )
     compute = work.tokens * per_token / (machines.flops * machines.utilisation)
     adapter_bytes = work.adapter_itemsize * work.adapter_parameters
-    reduce = 2 * _ring(num_processes, adapter_bytes, machines)
     gather = _ring(num_processes, adapter_bytes, machines)
+    reduce = 2 * gather
     if strategy in ("none", "ddp"):
         reduce /= work.sync_every
         if work.sync_every > 1 and work.is_machine_a_replica:
@@ -91,7 +90,7 @@ def step_time(work: Work, strategy: str, num_processes: int, machines: Machines)
     if strategy == "zero2":
         return StepTime(compute, reduce * work.micro_batches, gather)
     layers = _ring(num_processes, work.frozen_bytes + adapter_bytes, machines, calls=work.num_layers)
-    return StepTime(compute, reduce / 2 * work.micro_batches, 2 * work.micro_batches * layers)
+    return StepTime(compute, gather * work.micro_batches, 2 * work.micro_batches * layers)
 
 
 def _ring(num_processes: int, size: int, machines: Machines, calls: int = 1) -> float:

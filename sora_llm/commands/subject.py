@@ -12,6 +12,7 @@ from torch import nn
 
 from sora_llm.backbone import BackboneSpec, dtype_name, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
+from sora_llm.card import TEMPLATE
 from sora_llm.commands.common import ALONE
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import plain_factors, read_source, shapes_in
@@ -80,7 +81,7 @@ def template_beside(subject: Subject) -> str | None:
     """The chat template file that a LoRA from elsewhere brings; None for a run's, whose config says what was used."""
     if subject.config is not None or subject.adapter is None:
         return None
-    file = subject.adapter / "chat_template.jinja"
+    file = subject.adapter / TEMPLATE
     return str(file) if file.is_file() else None
 
 
