@@ -36,14 +36,14 @@ def saved_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def linear4bit(weight_OI: torch.Tensor, compute_dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A bitsandbytes NF4 layer of this weight on the CPU."""
+def linear4bit(weight_OI: torch.Tensor, compute_dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Linear:
+    """A bitsandbytes NF4 layer of this weight."""
     import bitsandbytes as bnb
 
     num_out, num_in = weight_OI.shape
     layer = bnb.nn.Linear4bit(num_in, num_out, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight_OI})
-    return layer.to("cpu")  # quantises
+    return layer.to(device)  # quantises
 
 
 def linear8bit(weight_OI: torch.Tensor) -> nn.Linear:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import linear4bit, randomise, relative_error, tiny_llama
 from runs import PLAIN, Finished, gsm8k_overrides, start
 from small_runs import delta_weights, interrupt
 from torch import nn
@@ -42,21 +42,11 @@ def base_of(kind: str, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(NUM_IN, NUM_OUT, bias=False).to("cuda", dtype)
     if kind == "plain":
         return linear
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(NUM_IN, NUM_OUT, bias=False, compute_dtype=dtype, quant_type="nf4")
-    layer.load_state_dict({"weight": linear.weight.detach()})
-    return layer.to("cuda")
+    return linear4bit(linear.weight.detach(), dtype, "cuda")
 
 
 def layer_of(base: nn.Linear, dropout: float = 0.0) -> SoraLinear:
-    layer = SoraLinear(base, R, lora_alpha=2 * R, lora_dropout=dropout)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in (layer.lora_A, layer.lora_B, layer.gate):
-            assert parameter is not None
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return layer
+    return randomise(SoraLinear(base, R, lora_alpha=2 * R, lora_dropout=dropout), seed=1, size=0.1)
 
 
 def gradients(output: torch.Tensor, leaves: list[Any]) -> list[torch.Tensor]:
@@ -111,8 +101,6 @@ def test_dropout_zeroes_its_share() -> None:
 
 
 def test_an_adapter_starts_the_same_on_a_gpu_and_on_a_cpu_and_so_do_its_fingerprints() -> None:
-    from helpers import tiny_llama
-
     models = [tiny_llama(), tiny_llama().to("cuda")]
     found = []
     for model in models:
