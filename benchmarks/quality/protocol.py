@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,12 +61,12 @@ WHOLE = 1.0  # the size of `lora`
 class Protocol:
     """What all cells of an experiment have in common."""
 
-    steps: int = 188
-    rows_per_step: int = 16
+    steps: int = 125
+    rows_per_step: int = 8
     num_train: int = 3000
-    num_tuning: int = 500
-    num_test: int = 1000
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    num_tuning: int = 300
+    num_test: int = 500
+    rates: tuple[float, ...] = (4e-3, 5.66e-3, 8e-3, 1.13e-2)
     tuning_seeds: tuple[int, ...] = (101, 102)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -138,7 +137,8 @@ class Cell:
             "sora.r": R,
             "sora.lora_alpha": R,
             "sora.lora_dropout": 0.0,
-            "model.dtype": "float32",
+            "model.dtype": "bfloat16",
+            "model.attn_implementation": "eager",  # on a CPU and at this length the fastest
             "quantization.load_in_4bit": False,
             "data.val_set_size": None,
             "data.sequence_len": MAX_TOKENS,
@@ -150,7 +150,7 @@ class Cell:
             "train.gradient_checkpointing": False,
             "train.learning_rate": self.learning_rate,
             "train.seed": self.seed,
-            "evaluation.per_device_eval_batch_size": 64,
+            "evaluation.per_device_eval_batch_size": EVAL_BATCH,
             "output.report_to": [],
         }
 
@@ -160,7 +160,8 @@ def _key(cell: Cell) -> str:
     return cell.identity
 
 
-MAX_TOKENS = 256
+MAX_TOKENS = 224
+EVAL_BATCH = 16
 
 
 def dataset(path: Path) -> dict[str, Any]:
@@ -174,25 +175,21 @@ def dataset(path: Path) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------- learning rates
 
-LADDER = tuple(8e-3 * 2.0**k for k in range(-5, 6))
+LADDER = tuple(float(f"{8e-3 * 2 ** (k / 2):.3g}") for k in range(-10, 11))
 Losses = Mapping[float, float]  # learning rate → mean loss over the tuning seeds; infinite where a run failed
 
 
 def wanted_rates(found: Losses, first: Sequence[float]) -> list[float]:
     """The learning rates that are still to be tried, none when tuning has ended.
 
-    First those of `first`, a part of LADDER (powers of 2).  While the best one lies at an edge of what was tried, the
-    next one beyond it.  Then √2 to either side of the best one.
+    First those of `first`, a part of LADDER (steps of √2).  While the best one lies at an edge of what was tried, the
+    next one beyond it.
     """
     if missing := [rate for rate in first if rate not in found]:
         return missing
-    best = min((rate for rate in found if rate in LADDER), key=lambda rate: (found[rate], rate))
-    place = LADDER.index(best)
+    place = LADDER.index(best_rate(found))
     neighbours = [LADDER[index] for index in (place - 1, place + 1) if 0 <= index < len(LADDER)]
-    if beyond := [rate for rate in neighbours if rate not in found]:
-        return beyond
-    between = [float(f"{math.sqrt(best * rate):.3g}") for rate in neighbours]
-    return [rate for rate in between if rate not in found]
+    return [rate for rate in neighbours if rate not in found]
 
 
 def best_rate(found: Losses) -> float:
@@ -203,10 +200,13 @@ def best_rate(found: Losses) -> float:
 # ------------------------------------------------------------------------------------------------------------ order
 
 
+RIVALS, CONTROLS = ("uniform", "svd", "svd4", "sora"), ("random", "decoupled")
+"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core."""
+
+
 def core_blocks(sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
-    """LoRA at r = 16 with the six others of the core at the first size; those six at each of the other sizes."""
-    others = [arm.name for arm in ARMS.values() if not arm.is_extra and arm.name != "lora"]
-    first, *later = ([Group(size, name) for name in others] for size in sizes)
+    """LoRA at r = 16 with the rivals at the first size; the rivals at the others; the controls, size by size."""
+    first, *later = ([Group(size, name) for name in arms] for arms in (RIVALS, CONTROLS) for size in sizes)
     return [[Group(WHOLE, "lora"), *first], *later]
 
 
@@ -235,8 +235,7 @@ class Queue:
     def tuning_losses(self, group: Group, lines: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
         """{learning rate: mean loss} of the rates whose tuning seeds are all there."""
         found: dict[float, float] = {}
-        rates = {*self.protocol.rates, *LADDER, *_between()}
-        for rate in sorted(rates):
+        for rate in LADDER:
             cells = self.tuning_cells(group, rate)
             if all(cell.key in lines for cell in cells):
                 found[rate] = sum(lines[cell.key].get("loss", math.inf) for cell in cells) / len(cells)
@@ -272,10 +271,6 @@ class Queue:
         """LoRA at r = 16, which the others are measured by, goes with the smallest size."""
         smallest = min(other.size for block in self.blocks for other in block)
         return smallest if group.size == WHOLE else group.size
-
-
-def _between() -> list[float]:
-    return [float(f"{math.sqrt(a * b):.3g}") for a, b in itertools.pairwise(LADDER)]
 
 
 # ------------------------------------------------------------------------------------------------------- its results

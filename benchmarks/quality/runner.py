@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from plain import cut_plain, make_plain, with_cuts
-from protocol import CONFIG, MAX_TOKENS, TEST, TUNING, WHOLE, Cell, Group, Protocol, R, dataset
+from protocol import CONFIG, EVAL_BATCH, MAX_TOKENS, TEST, TUNING, WHOLE, Cell, Group, Protocol, R, dataset
 
 from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
@@ -55,7 +55,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
 BASE, GSM8K = DATA / "models/base5m", DATA / "data/gsm8k_train.jsonl"
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
-EVAL_BATCH = 64
 NUM_POINTS = 10
 """Of a run's curve."""
 
@@ -71,7 +70,7 @@ def split(protocol: Protocol, folder: Path) -> None:
     tokens = load_tokenizer(spec)([row["question"] + row["answer"] for row in rows])["input_ids"]
     short = [row for row, ids in zip(rows, tokens, strict=True) if len(ids) < MAX_TOKENS]  # and the end of the answer
     random.Random(0).shuffle(short)
-    starts = {"train": (0, protocol.num_train), TUNING: (3000, protocol.num_tuning), TEST: (3500, protocol.num_test)}
+    starts = {"train": (0, protocol.num_train), TUNING: (3000, protocol.num_tuning), TEST: (3300, protocol.num_test)}
     for name, (start, count) in starts.items():
         part = short[start : start + count]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
