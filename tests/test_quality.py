@@ -30,6 +30,7 @@ from protocol import (  # noqa: E402
     Protocol,
     Queue,
     best_rate,
+    core_blocks,
     core_groups,
     read_lines,
     wanted_rates,
@@ -54,8 +55,8 @@ def test_tuning_ends_with_a_best_rate_that_has_tried_rates_on_both_sides(best: f
     found = tuned_by_the_rule(lambda rate: math.log2(rate / best) ** 2)
     chosen = best_rate(found)
     assert min(found) < chosen < max(found)
-    assert abs(math.log2(chosen / best)) <= 0.26, "√2 steps around the best power of two come within a quarter"
-    assert len(found) >= 6
+    assert abs(math.log2(chosen / best)) <= 0.26, "rungs are √2 apart"
+    assert set(FIRST) <= set(found)
 
 
 def test_a_rate_that_fails_is_never_chosen_and_does_not_stop_the_tuning() -> None:
@@ -82,17 +83,25 @@ def plain_loss(cell: Cell) -> float:
     return 2.0 + math.log2(cell.learning_rate / 8e-3) ** 2 + 0.001 * cell.seed
 
 
-def test_all_arms_are_tuned_then_the_quarter_is_confirmed_then_the_larger_size() -> None:
-    lines, order = worked_off(Queue(Protocol(), [core_groups()]), plain_loss)
+def test_each_block_is_tuned_as_a_whole_and_then_confirmed_seed_by_seed() -> None:
+    blocks = core_blocks()
+    lines, order = worked_off(Queue(Protocol(), blocks), plain_loss)
     assert len(order) == len(lines), "no cell comes twice"
-    stages = [(cell.rows, cell.group.size) for cell in order]
-    test_sizes = [size for rows, size in stages if rows == TEST]
-    assert stages[-len(test_sizes) :] == [(TEST, size) for size in test_sizes], "tuning comes first"
-    assert test_sizes == sorted(test_sizes, key=lambda size: size == 0.70)
     assert {cell.learning_rate for cell in order if cell.rows == TEST} == {8e-3}
-    first_seed = [cell for cell in order if cell.rows == TEST][:7]
-    assert {cell.seed for cell in first_seed} == {1}, "pairs are whole when time runs out"
     assert not {cell.seed for cell in order if cell.rows == TEST} & set(Protocol.tuning_seeds)
+    for block in blocks:
+        cells = [cell for cell in order if cell.group in block]
+        assert cells == order[: len(cells)], "nothing of a later block comes before the end of an earlier one"
+        order = order[len(cells) :]
+        confirmed = [cell for cell in cells if cell.rows == TEST]
+        assert cells[-len(confirmed) :] == confirmed, "tuning comes first"
+        assert [cell.seed for cell in confirmed] == sorted(cell.seed for cell in confirmed), "pairs are whole, in time"
+        assert len(confirmed) == len(block) * len(Protocol.seeds)
+
+
+def test_the_first_block_answers_what_is_asked_at_its_size() -> None:
+    first = set(core_blocks()[0])
+    assert all({*h.rivals, Group(h.size, "sora")} <= first for h in hypotheses() if h.size == CORE_SIZES[0])
 
 
 def scheduled(line_of: Any, deadline: float | None, num_workers: int) -> tuple[Scheduler, Lines]:
