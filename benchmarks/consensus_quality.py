@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gsm8k import BASE, GSM8K, ROOT, dataset
 from torch import Tensor
 
 from sora_llm.backbone import load_backbone
@@ -50,8 +51,6 @@ from sora_llm.lora_files import read_lora
 from sora_llm.merge import Replica, merge
 from sora_llm.pipeline import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
 CONFIG = "configs/llama7b.yaml"
 R, RANK, K, LEARNING_RATE, DEV_ROWS = 16, 4, 4, 8e-3, 128
 TOGETHER = ("ddp", "H8", "H30", "H100")
@@ -62,7 +61,7 @@ Plain = Mapping[str, tuple[Tensor, Tensor]]
 
 def split(folder: Path) -> None:
     """dev.jsonl and shard-K.jsonl of GSM8K."""
-    rows = (DATA / "data/gsm8k_train.jsonl").read_text().splitlines()
+    rows = GSM8K.read_text().splitlines()
     (folder / "dev.jsonl").write_text("\n".join(rows[:DEV_ROWS]))
     for shard in range(K):
         (folder / f"shard-{shard}.jsonl").write_text("\n".join(rows[DEV_ROWS + shard :: K]))
@@ -70,21 +69,16 @@ def split(folder: Path) -> None:
 
 def overrides(folder: Path, shards: Sequence[int], seed: int, steps: int, **others: Any) -> list[str]:
     """Of configs/llama7b.yaml; every process takes two rows a step."""
-
-    def rows(name: str) -> dict[str, Any]:
-        columns = {"prompt": "question", "completion": "answer"}
-        return {"path": str(folder / f"{name}.jsonl"), "type": "prompt_completion", "columns": columns}
-
     values = {
         "sora.r": R,
         "sora.lora_alpha": R,
         "sora.lora_dropout": 0.0,
         "sora.target_rank": RANK,
-        "model.name_or_path": str(DATA / "models/base5m"),
+        "model.name_or_path": str(BASE),
         "model.dtype": "float32",
         "quantization.load_in_4bit": False,
-        "data.datasets": [rows(f"shard-{shard}") for shard in shards],
-        "data.val_datasets": [rows("dev")],
+        "data.datasets": [dataset(folder / f"shard-{shard}.jsonl") for shard in shards],
+        "data.val_datasets": [dataset(folder / "dev.jsonl")],
         "data.val_set_size": None,
         "data.sequence_len": 256,
         "data.sample_packing": False,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,30 +23,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gsm8k import BASE, ROOT, dataset
 from step import SHAPES, circumstances, make_backbone
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve()
 CONFIG = "configs/llama7b.yaml"
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, device: torch.device) -> Path:
     """A LLaMA of random weights on disk, with a real tokenizer."""
     if not (folder / "config.json").exists():
-        vocabulary = json.loads((DATA / "models/base5m/config.json").read_text())["vocab_size"]
+        vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
         model = make_backbone(shape, layers, "bf16", device, vocabulary_of_at_least=vocabulary)
         model.save_pretrained(folder)  # type: ignore[operator]
-    for file in (DATA / "models/base5m").glob("*token*"):
+    for file in BASE.glob("*token*"):
         shutil.copy(file, folder)
     return folder
 
 
 def overrides(checkpoint: Path, run_dir: Path, steps: int) -> dict[str, Any]:
-    columns = {"prompt": "question", "completion": "answer"}
-    rows = {"path": str(DATA / "data/gsm8k_train.jsonl"), "type": "prompt_completion", "columns": columns}
     return {
         "model.name_or_path": str(checkpoint),
-        "data.datasets": [rows],
+        "data.datasets": [dataset()],
         "data.val_set_size": 64,
         "train.num_train_epochs": None,
         "train.max_steps": steps,

@@ -31,8 +31,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
+from gsm8k import BASE, ROOT, dataset
+
 R = 16
 ARMS = ("svd", "slots", "lora")
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -69,15 +69,13 @@ class Cell:
         }
         budget = {"r": R, "lora_alpha": R, "target_rank": self.share * R, "consensus": self.arm}
         sora = plain | {"consensus": "slots"} if self.arm == "lora" else budget
-        columns = {"prompt": "question", "completion": "answer"}
-        rows = {"path": str(DATA / "data/gsm8k_train.jsonl"), "type": "prompt_completion", "columns": columns}
         return {
             **{f"sora.{key}": value for key, value in sora.items()},
             "sora.lora_dropout": 0.0,
-            "model.name_or_path": str(DATA / "models/base5m"),
+            "model.name_or_path": str(BASE),
             "model.dtype": "float32",
             "quantization.load_in_4bit": False,
-            "data.datasets": [rows],
+            "data.datasets": [dataset()],
             "data.val_set_size": 128,
             "data.sequence_len": 256,
             "data.sample_packing": False,

@@ -30,22 +30,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve()
+from gsm8k import BASE, COLUMNS, DATA, GSM8K, ROOT, dataset
+
 CONFIG = "configs/llama7b.yaml"
 JOBS = ("packed", "padded", "trl_packed", "trl_padded")
 R, SEQUENCE, PACKED_ROWS, PADDED_ROWS, WARM_UP = 16, 512, 2, 8, 2
-COLUMNS = {"prompt": "question", "completion": "answer"}
 
 
 def overrides(run_dir: Path, steps: int, packed: bool, **others: Any) -> list[str]:
     """Of CONFIG."""
-    rows = {"path": str(DATA / "data/gsm8k_train.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
     values = {
-        "model.name_or_path": str(DATA / "models/base5m"),
+        "model.name_or_path": str(BASE),
         "sora.r": R,
         "sora.target_rank": R / 4,
-        "data.datasets": [rows],
+        "data.datasets": [dataset()],
         "data.val_set_size": 16,
         "data.sequence_len": SEQUENCE,
         "data.sample_packing": packed,
@@ -96,16 +94,15 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
             seen.append((time.perf_counter(), int((inputs["labels"] != -100).sum())))
             return loss
 
-    base = DATA / "models/base5m"
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16, quantization_config=quantization)
     forbid_cpu_repack(model)
-    rows = [json.loads(line) for line in (DATA / "data/gsm8k_train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
     options = SFTConfig(
         output_dir=str(folder),
         max_length=SEQUENCE,
@@ -127,7 +124,7 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
         model,
         options,
         train_dataset=Dataset.from_list([{key: row[name] for key, name in COLUMNS.items()} for row in rows]),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(BASE),
         peft_config=LoraConfig(r=R, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
     )
     trainer.train()
