@@ -206,10 +206,6 @@ DATASET_FIELDS = {  # the fields that `columns` may map, by type
     "custom": (),
 }
 
-# What the schema knows and this version cannot do yet: key → (the values that work, what to do instead).
-# "dataset.…" stands for every entry of data.datasets and data.val_datasets.  Who builds a feature deletes its line.
-NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {}
-
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
 OLD_NAMES: dict[str, tuple[str, ...]] = {
     "model.name_or_path": ("base_model", "model_name_or_path", "pretrained_model_name_or_path", "model_id"),
@@ -276,7 +272,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     origin = _Origin(str(path), tree, tuple(overridden))
     config = _section(Config, tree, "", origin)
     _check_required(config, origin)
-    _check_available(config, origin)
     _check_combinations(config, origin)
     return config
 
@@ -561,23 +556,6 @@ def _check_one_of(config: Config, origin: _Origin, keys: tuple[str, ...], none_i
             f"{' and '.join(origin.state(config, key) for key in stated)} are set, and only one of "
             f"{', '.join(keys)} may be; unset the other, for example with {in_file[0]}=null on the command line."
         )
-
-
-def _check_available(config: Config, origin: _Origin) -> None:
-    for known_as, key, value in _settings(config):
-        works, instead = NOT_YET.get(known_as, ((value,), ""))
-        if value not in works:
-            raise UserError(f"{key}: {_show(value)} ({origin.of(key)}) is not available in this version; {instead}.")
-
-
-def _settings(config: Config) -> Iterator[tuple[str, str, Any]]:
-    """(name in NOT_YET, dotted key, value) of every setting."""
-    for section in fields(config):
-        for name, value in vars(getattr(config, section.name)).items():
-            yield f"{section.name}.{name}", f"{section.name}.{name}", value
-    for key, dataset in _datasets(config.data):
-        for name, value in vars(dataset).items():
-            yield f"dataset.{name}", f"{key}.{name}", value
 
 
 def _datasets(data: Data) -> Iterator[tuple[str, Dataset]]:

@@ -32,7 +32,7 @@ from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import DEFAULT_TEMPLATE, resolve_template
 from sora_llm.data.tokenize import answer_end, encode_prompt, ends_visibly, served_template
 from sora_llm.errors import UserError
-from sora_llm.files import user_path
+from sora_llm.files import nearest_existing, user_path
 from sora_llm.generation import Stop
 from sora_llm.inject import check_start, target_linears
 from sora_llm.lora_files import LoraFiles, read_lora
@@ -242,10 +242,10 @@ def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work |
 def check_output(run_dir: Path, resume: str) -> None:
     """UserError if the run directory cannot be made or written, or `resume` cannot be followed; leaves nothing."""
     try:
-        existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        existing = nearest_existing(run_dir)
         if not existing.is_dir():
             raise UserError(f"output.output_dir {run_dir}: {existing} is a file, not a folder; name another one")
-        if existing == run_dir:
+        if existing == run_dir.absolute():
             if not os.access(run_dir, os.W_OK | os.X_OK):
                 raise PermissionError(13, "permission denied")
         else:

@@ -11,7 +11,6 @@ import yaml
 import sora_llm.config
 from sora_llm.config import (
     ALIASES,
-    NOT_YET,
     Config,
     differing_keys,
     load_config,
@@ -429,22 +428,7 @@ def test_yaml_that_tries_to_run_code_is_refused_and_runs_nothing(load, tmp_path,
     assert not trace.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- not built yet
-
-
-def test_what_is_not_built_yet_is_refused_and_never_ignored(load, monkeypatch):
-    monkeypatch.setitem(NOT_YET, "output.export_layout", (("padded", "ragged"), "use padded"))
-    assert load("output.export_layout=ragged").output.export_layout == "ragged"
-    message = message_of(load, "output.export_layout=gguf")
-    assert "'gguf'" in message and message.endswith("is not available in this version; use padded.")
-
-
-def test_every_line_of_the_table_is_about_a_key_and_its_default_works(load):
-    printed = to_dict(load())
-    printed["dataset"] = printed["data"]["datasets"][0]
-    for key, (works, _) in NOT_YET.items():
-        section, name = key.split(".")
-        assert printed[section][name] in works
+# ------------------------------------------------------------------------------------------------------- combinations
 
 
 @pytest.mark.parametrize(
