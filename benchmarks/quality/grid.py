@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import ARMS, CORE_SIZES, Cell, Group, Protocol, Queue, core_blocks, extra_groups, read_lines
+from protocol import ARMS, CORE_SIZES, WHOLE, Cell, Group, Protocol, Queue, core_blocks, extra_groups, read_lines
 
 if TYPE_CHECKING:
     from runner import Runner
@@ -63,8 +63,8 @@ def main() -> int:
     if not arguments.core_only and arguments.arms is None and tuple(arguments.sizes) == CORE_SIZES:
         blocks += [[group] for group in extra_groups()]
     if arguments.arms is not None:
-        named = [Group(size, arm) for arm in arguments.arms for size in arguments.sizes if arm != "lora"]
-        blocks = [[*(group for group in blocks[0] if group.arm == "lora" and "lora" in arguments.arms), *named]]
+        sizes = {arm: [WHOLE] if ARMS[arm].is_whole else arguments.sizes for arm in arguments.arms}
+        blocks = [[Group(size, arm) for arm in arguments.arms for size in sizes[arm]]]
     queue = Queue(protocol, blocks)
     if arguments.dry_run:
         print(overview(queue, read_lines(arguments.out)))

@@ -36,15 +36,23 @@ class Arm:
     cuts: tuple[float, ...] = ()
     keeps: str = "svd"
     is_extra: bool = False
+    is_whole: bool = False
 
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("lora", "LoRA at r = 16"),
+        Arm("lora", "LoRA at r = 16", is_whole=True),
         Arm("uniform", "LoRA of the final size from the start", starts_small=True),
         Arm("svd", "LoRA, cut by its singular values at 40 %, trained on", cuts=(0.4,)),
         Arm("svd4", "LoRA, cut so in four steps at 20, 30, 40, 50 %, trained on", cuts=(0.2, 0.3, 0.4, 0.5)),
+        Arm("svd4early", "LoRA, cut so at 10, 20, 30, 40 %, trained on", cuts=(0.1, 0.2, 0.3, 0.4)),
+        Arm(
+            "balanced",
+            "SoRA with a budget of all ranks: what its changes of form do without pruning",
+            sora={},
+            is_whole=True,
+        ),
         Arm("random", "LoRA, random slots kept at 40 %, trained on", cuts=(0.4,), keeps="random"),
         Arm("sora", "SoRA as shipped: adaptive, cut by singular values at 40 %", sora={}),
         Arm("decoupled", "SoRA with threshold: decoupled", sora={"threshold": "decoupled"}),
@@ -68,7 +76,7 @@ class Protocol:
     num_test: int = 500
     rates: tuple[float, ...] = (4e-3, 5.66e-3, 8e-3, 1.13e-2)
     tuning_seeds: tuple[int, ...] = (101, 102)
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15, 16, 17, 18)
 
     @property
     def fields(self) -> dict[str, int]:
@@ -200,14 +208,15 @@ def best_rate(found: Losses) -> float:
 # ------------------------------------------------------------------------------------------------------------ order
 
 
-RIVALS, CONTROLS = ("uniform", "svd", "svd4", "sora"), ("random", "decoupled")
-"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core."""
+RIVALS, CONTROLS = ("uniform", "svd", "svd4", "sora"), ("svd4early", "random", "decoupled")
+"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`."""
 
 
 def core_blocks(sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
     """LoRA at r = 16 with the rivals at the first size; the rivals at the others; the controls, size by size."""
-    first, *later = ([Group(size, name) for name in arms] for arms in (RIVALS, CONTROLS) for size in sizes)
-    return [[Group(WHOLE, "lora"), *first], *later]
+    rivals, controls = ([[Group(size, name) for name in arms] for size in sizes] for arms in (RIVALS, CONTROLS))
+    first, *later = rivals
+    return [[Group(WHOLE, "lora"), *first], *later, [Group(WHOLE, "balanced")], *controls]
 
 
 def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
@@ -229,7 +238,7 @@ class Queue:
     """
 
     def __init__(self, protocol: Protocol, blocks: Sequence[Sequence[Group]]) -> None:
-        """Each of `blocks` is tuned as a whole before its seeds are run."""
+        """Block by block: first tuning, then seeds; what waits for runs under way does not hold up the next."""
         self.protocol, self.blocks = protocol, blocks
 
     def tuning_losses(self, group: Group, lines: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
@@ -265,12 +274,7 @@ class Queue:
                 for rate in wanted_rates(self.tuning_losses(group, lines), self.protocol.rates):
                     yield from (cell for cell in self.tuning_cells(group, rate) if cell.key not in lines)
             cells = [cell for group in block for cell in self.test_cells(group, lines) if cell.key not in lines]
-            yield from sorted(cells, key=lambda cell: (self._part(cell.group), cell.seed))
-
-    def _part(self, group: Group) -> float:
-        """LoRA at r = 16, which the others are measured by, goes with the smallest size."""
-        smallest = min(other.size for block in self.blocks for other in block)
-        return smallest if group.size == WHOLE else group.size
+            yield from sorted(cells, key=lambda cell: cell.seed)
 
 
 # ------------------------------------------------------------------------------------------------------- its results

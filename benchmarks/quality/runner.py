@@ -65,6 +65,7 @@ NUM_POINTS = 10
 def split(protocol: Protocol, folder: Path) -> None:
     """Write train.jsonl, tuning.jsonl and test.jsonl: disjoint rows of GSM8K of at most MAX_TOKENS tokens, shuffled
     once and for all.  The rows of a smaller protocol are the first of a larger one's."""
+    assert protocol.num_train <= 3000 and protocol.num_tuning <= 300, "parts would overlap"
     spec = backbone_spec(load_config(ROOT / CONFIG, [f"model.name_or_path={BASE}"]), "none")
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
     tokens = load_tokenizer(spec)([row["question"] + row["answer"] for row in rows])["input_ids"]
@@ -227,9 +228,10 @@ def device_name(device: torch.device) -> str:
 
 
 def source_hash() -> str:
-    """Of the package's sources: says also where there is no git which code ran."""
+    """Of the package's sources and of those of the runs here: says also where there is no git which code ran."""
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "sora_llm").rglob("*.py")):
+    here = Path(__file__).resolve().parent
+    for file in [*sorted((ROOT / "sora_llm").rglob("*.py")), here / "runner.py", here / "plain.py"]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
