@@ -7,6 +7,8 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
+LEVEL = 0.05
+"""Of every family of tests."""
 ROUNDING = 1e-12
 
 
