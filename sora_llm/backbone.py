@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sora_llm.errors import UserError
+from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
 
@@ -171,7 +171,7 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
                 f"{spec.name_or_path} comes with Python code of its own, which runs only if you say so: "
                 "model.trust_remote_code: true in the config of a run, --trust-remote-code for a command"
             ) from error
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if not spec.folder.is_dir():
             reason = f"there is no such folder, and from the hub: {reason}"
         raise UserError(
@@ -181,7 +181,8 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
             raise
         raise UserError(
-            f"the {what} of model.name_or_path {spec.name_or_path} is damaged: {str(error).splitlines()[0][:300]}"
+            f"the {what} of model.name_or_path {spec.name_or_path} cannot be read, damaged perhaps: "
+            f"{first_line(error)[:300]}"
         ) from error
 
 
@@ -221,7 +222,7 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
                 config, trust_remote_code=spec.trust_remote_code, attn_implementation=spec.attn_implementation
             )
     except (ImportError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"model.attn_implementation {spec.attn_implementation} cannot be used: {reason[:300]}"
         ) from error
@@ -382,7 +383,7 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
             )
         return single
     try:
-        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index[0]} is damaged: {error}") from None
     shards = base_files(spec, names)

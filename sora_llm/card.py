@@ -56,7 +56,7 @@ def refuse_other_contents(folder: Path) -> None:
 def is_export(folder: Path) -> bool:
     """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
     try:
-        certificate = json.loads((folder / CERTIFICATE).read_text())
+        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(certificate, dict) and {"layout", "modules"} <= certificate.keys()
@@ -69,8 +69,8 @@ def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any]
         RunFailed: the disk is full or read-only; nothing is left.
     """
     try:
-        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n")
-        (temporary / CARD).write_text(card)
+        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
         publish(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

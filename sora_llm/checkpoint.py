@@ -59,7 +59,7 @@ def save(
         if num_replicas == 0:
             begin_replicas(run_dir, step)
         _save_tensors(tensors, temporary / TENSORS)
-        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         fsync(temporary / STATE)
         names = [TENSORS, STATE, *(replica_file(index) for index in range(num_replicas))]
         hashes = {name: file_sha256(temporary / name) for name in names}
@@ -153,7 +153,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: not a complete checkpoint, or its files are not the ones that were written.
     """
     try:
-        said = (folder / COMPLETE).read_text()
+        said = (folder / COMPLETE).read_text(encoding="utf-8")
         hashes = json.loads(said)
         names = [TENSORS, STATE, *(name for name in hashes if name not in (TENSORS, STATE))]
         if any(Path(name).name != name for name in names):
@@ -161,7 +161,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         found = {name: file_sha256(folder / name) for name in names}
         damaged = [name for name in found if found[name] != hashes[name]]
         if said == _complete(found):
-            state: dict[str, Any] = json.loads((folder / STATE).read_text())
+            state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from None
@@ -175,7 +175,7 @@ def read_tensors(folder: Path, file: str = TENSORS) -> dict[str, Tensor]:
         UserError: they cannot be read, on a machine that does not see the folder for example.
     """
     try:
-        if file_sha256(folder / file) == json.loads((folder / COMPLETE).read_text())[file]:
+        if file_sha256(folder / file) == json.loads((folder / COMPLETE).read_text(encoding="utf-8"))[file]:
             return load_file(folder / file)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
@@ -195,13 +195,19 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def set_aside_damaged(run_dir: Path) -> None:
-    """Rename what is no whole checkpoint to damaged-step-N, so that it does not count as one of those to keep."""
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename what must not count as one of those to keep, nor as the newest, when a run goes on from `step`.
+
+    What is no whole checkpoint becomes damaged-step-N, and a later one, which the run has gone back from,
+    abandoned-step-N.
+    """
     for folder in _folders(run_dir):
         try:
-            read_state(folder)
+            is_later = read_state(folder)["step"] > step
+            aside = folder.with_name(f"abandoned-{folder.name}") if is_later else folder
         except UserError:
             aside = folder.with_name(f"damaged-{folder.name}")
+        if aside != folder:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
 
@@ -212,7 +218,7 @@ def set_aside_damaged(run_dir: Path) -> None:
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """The content of status.json, None where there is none that can be read."""
     try:
-        return json.loads((run_dir / "status.json").read_text())
+        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -255,7 +261,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         UserError: the directory cannot be written.
     """
     deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
-    path = run_dir / ".lock"
+    path, is_new = run_dir / ".lock", not run_dir.exists()
     try:
         while True:
             try:
@@ -288,5 +294,6 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         finally:
             if not (run_dir / "config.yaml").exists():  # nothing was begun here: leave no trace
                 path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        run_dir.rmdir()

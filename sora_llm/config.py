@@ -263,13 +263,26 @@ T = TypeVar("T")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads the YAML file `path`, applies `section.key=value` overrides in order, and checks everything that can be
     checked without looking at any other file.  Raises `UserError` for the first thing that is wrong."""
-    tree = _rename(_read_file(Path(path)), str(path))
+    return _of_tree(_read_file(Path(path)), str(path), overrides)
+
+
+def from_dict(content: dict[str, Any], origin: str) -> Config:
+    """The config that `to_dict` gave, checked as one of a file is; `origin` is where messages say that it is from.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return _of_tree(content, origin, ())
+
+
+def _of_tree(content: dict[str, Any], file: str, overrides: Sequence[str]) -> Config:
+    tree = _rename(content, file)
     overridden = []
     for text in overrides:
         key, value = _read_override(text)
         tree = _with_value(tree, key.split("."), value, text)
         overridden.append(key)
-    origin = _Origin(str(path), tree, tuple(overridden))
+    origin = _Origin(file, tree, tuple(overridden))
     config = _section(Config, tree, "", origin)
     _check_required(config, origin)
     _check_combinations(config, origin)

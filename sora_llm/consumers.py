@@ -76,7 +76,7 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
         UserError: files that cannot be read.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         if int(config["r"]) < 1 or not math.isfinite(float(config["lora_alpha"])):

@@ -3,6 +3,11 @@
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(ValueError):
     """Bad input: a config, a file, a combination.  The message is one or two sentences for the person who
     started the command: what was given, what is allowed, what to do.  The commands print it and exit with 2."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import copy_folder, file_sha256
 from sora_llm.inject import adapters, bare, target_linears
 from sora_llm.lora_files import WEIGHTS
@@ -106,7 +106,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
         for path in provenance.tokenizer_files:
             shutil.copyfile(path, temporary / path.name)
         if provenance.chat_template is not None:
-            (temporary / TEMPLATE).write_text(provenance.chat_template)
+            (temporary / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
@@ -267,7 +267,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         except SafetensorError as error:
             raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the adapter {folder} does not fit this base: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the adapter {folder} does not fit this base: {first_line(error)}") from error
     missing = names - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if missing:
         raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")

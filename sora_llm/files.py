@@ -30,7 +30,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         fsync(temporary)
         temporary.replace(path)
     except OSError:  # a full disk needs the room
@@ -98,6 +98,11 @@ def user_path(text: str, key: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{key} is {text!r}: {error}") from None
+
+
+def caches() -> Path:
+    """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def nearest_existing(path: Path) -> Path:

@@ -46,7 +46,7 @@ def export_gguf(
             temporary.mkdir(parents=True)
             write_gguf(temporary / FILE, factors, architecture, outtype, f"LoRA for {provenance.base_model}")
             if provenance.chat_template is not None:
-                (temporary / TEMPLATE).write_text(provenance.chat_template)
+                (temporary / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
         except OSError as error:
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)

@@ -176,7 +176,12 @@ def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
                 f"distributed.deepspeed_config is set but the strategy is {strategy}; use zero1, zero2 or zero3"
             )
         return None
-    if user_file is None and launcher_file != "none":
+    if launcher_file not in ("", "none"):
+        if user_file is not None:
+            raise UserError(
+                f"the launcher brings a DeepSpeed config, {launcher_file}, and distributed.deepspeed_config names "
+                "another; leave one of them out"
+            )
         user_file = launcher_file
     return deepspeed_config(
         strategy,

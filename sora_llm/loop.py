@@ -80,13 +80,15 @@ def train_step(
     The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all micro-batches
     and of the `num_processes` whose gradients engines average, hence the factor.  A non-finite loss makes this
     process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together.  A replica
-    that the last step of an epoch left without rows stands still.  `before_step` is called between the two: there the
-    copies of the step before are still what every process computed with.
+    that the last step of an epoch left without rows stands still.  `before_step` is called between the two, also on
+    a replica that stands still: there the copies of the step before are still what every process computed with.
 
     Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     if batches.weight == 0:
+        if before_step is not None:
+            before_step()
         return loss_sum, StepOutcome(0.0, skipped=False)
     weight = torch.tensor(num_processes / batches.weight, device=engine.device)
     for index, batch in enumerate(batches.micro_batches):

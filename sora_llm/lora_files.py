@@ -127,7 +127,7 @@ def _place(base: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
         for option in ("rank_pattern", "alpha_pattern"):
             config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
@@ -213,7 +213,7 @@ def _certified(folder: Path) -> frozenset[str]:
         UserError: it is the certificate of other weights.
     """
     try:
-        certificate = json.loads((folder / CERTIFICATE).read_text())
+        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
         modules, sha256 = frozenset(certificate["modules"]), certificate["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()

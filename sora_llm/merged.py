@@ -186,22 +186,22 @@ def write_shards(merge: Merge, shards: Sequence[Sequence[str]], folder: Path) ->
         size += sum(tensor.nbytes for tensor in tensors.values())
     if count > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return names
 
 
 def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance: Provenance) -> None:
     """Config, generation config, tokenizer, chat template and the base's own code, if it has any."""
     source = base_files(spec, ["config.json"])[0]
-    content = json.loads(source.read_text())
+    content = json.loads(source.read_text(encoding="utf-8"))
     content.pop("quantization_config", None)
     content["torch_dtype" if "torch_dtype" in content else "dtype"] = spec.dtype
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     code = [path.name for path in source.parent.glob("*.py")] if getattr(config, "auto_map", None) else []
     for path in [*base_files(spec, ["generation_config.json", *code]), *provenance.tokenizer_files]:
         shutil.copyfile(path, folder / path.name)
     if provenance.chat_template is not None:
-        (folder / TEMPLATE).write_text(provenance.chat_template)
+        (folder / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- checking

@@ -17,7 +17,7 @@ import torch
 
 from sora_llm import __version__
 from sora_llm.checkpoint import read_status, remove_leftovers, run_lock, write_status
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
@@ -92,8 +92,17 @@ class RunDirectory:
         self.last_metrics = line
         self._progress.show(line)
         self.status("running")
-        if self._tracker is not None:
-            self._tracker({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
+        self._track({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
+
+    def _track(self, values: Mapping[str, Any], step: int) -> None:
+        """Tell the trackers.  Whatever goes wrong there costs their curves, not the run."""
+        if self._tracker is None:
+            return
+        try:
+            self._tracker(values, step)
+        except Exception as error:
+            self._tracker = None
+            print(f"warning: output.report_to: nothing is logged there any more: {first_line(error)}", flush=True)
 
     def ranks(self, step: int, ranks: Mapping[str, int], labels: Mapping[str, Any]) -> None:
         """One line of ranks.jsonl."""

@@ -42,13 +42,17 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     saved, env = run_dir / "config.yaml", run_dir / "env.json"
     if not saved.exists() or not env.exists():
         return None
+    if plan.config.output.resume == "never":
+        raise UserError(
+            f"another run has begun in output.output_dir {run_dir} and output.resume is never; name another"
+        )
     try:
-        num_processes = json.loads(env.read_text())["num_processes"]
+        num_processes = json.loads(env.read_text(encoding="utf-8"))["num_processes"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
     refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
     status = checkpoint.read_status(run_dir)
-    if status is None or status.get("state") != "finished" or plan.config.output.resume not in ("auto", "never"):
+    if status is None or status.get("state") != "finished" or plan.config.output.resume != "auto":
         return None
     adapter = run_dir / status["adapter"]
     say(
@@ -95,7 +99,9 @@ def resume_point(job: Job, run_dir: Path) -> StartPoint:
 def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     resume = job.config.output.resume
     warnings: list[str] = []
-    if resume in ("auto", "never"):
+    if resume == "never":
+        return StartPoint()
+    if resume == "auto":
         folder, warnings = checkpoint.newest(run_dir)
         for warning in warnings:
             say(job.world, f"warning: passed over: {warning}")

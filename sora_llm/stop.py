@@ -46,7 +46,7 @@ class StopRequest:
         is_main: the main process removes the file.  Others must not be the first to leave because of it: their
             launcher would end the main one before it has obeyed.
         others_wait: whether this process is in a group already, where it must not leave alone.
-        look_for_file: whether a STOP file counts while `at_once` is true.
+        look_for_file: whether a STOP file counts; a dry run leaves it to the run that it is for.
         leave: what is left to do before a process ends whose main thread does not get to it.
         """
         self.file = run_dir / STOP_FILE
@@ -130,7 +130,7 @@ class StopRequest:
 
     def reason(self, look_for_file: bool) -> str | None:
         """What asked for it, or None."""
-        if self._asked_by is None and look_for_file and self.file.exists():
+        if self._asked_by is None and look_for_file and self._looks and self.file.exists():
             return f"the file {self.file}"
         return self._asked_by
 

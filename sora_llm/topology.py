@@ -132,7 +132,7 @@ def _stated_stage(environ: Mapping[str, str]) -> int | None:
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """A DeepSpeed JSON config file as a dict; UserError if it is missing or is not a JSON object."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the DeepSpeed config {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

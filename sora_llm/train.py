@@ -28,7 +28,7 @@ from sora_llm.backbone import DTYPES
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
-from sora_llm.errors import Preempted, RunFailed, UserError
+from sora_llm.errors import Preempted, RunFailed, UserError, first_line
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.inputs import (
     check_inputs,
@@ -61,7 +61,7 @@ from sora_llm.start import RunResult, StartPoint, finished_before, note_preempte
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import ZERO_STAGES, launched_world, resolve_strategy
 from sora_llm.training import (
-    WEIGHTS,
+    IMPORTANCE_SUFFIX,
     Training,
     current_dev_loss,
     current_ranks,
@@ -268,11 +268,25 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         ),
         job.world,
     )
-    if start.passed_over:
-        on_main(lambda: checkpoint.set_aside_damaged(directory.path), job.world)
-    own_options = {"wandb": {"dir": str(directory.path), "name": directory.path.name}}
-    job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
+    on_main(lambda: checkpoint.set_aside(directory.path, start.step), job.world)
+    on_main(lambda: start_trackers(job, directory.path), job.world)
     return training
+
+
+def start_trackers(job: Job, run_dir: Path) -> None:
+    """Those of output.report_to; on the main process, the only one that logs.
+
+    Raises:
+        RunFailed: one of them cannot be started, for example without a login.
+    """
+    own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
+    try:
+        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
+    except Exception as error:  # of whatever library it is
+        names = ", ".join(job.config.output.report_to)
+        raise RunFailed(
+            f"output.report_to {names} could not be started: {first_line(error)}; mend that, or set output.report_to=[]"
+        ) from error
 
 
 def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
@@ -285,7 +299,8 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
     if status is None:
         status = {"state": "preempted", "checkpoint": None}
         if is_main and not dry_run:
-            with contextlib.suppress(UserError), checkpoint.run_lock(run_dir, 0):  # else another run is in there
+            # Another run may be in there, or the disk be full.
+            with contextlib.suppress(UserError, OSError), checkpoint.run_lock(run_dir, 0):
                 status = note_preempted(run_dir)
     if is_main:
         if not dry_run:
@@ -471,7 +486,7 @@ def change_form(training: Training, step: int) -> None:
             masters = cut.masters
     del old
     renew_engine(training, model, masters, importance)
-    training.steering.importance = {name.removesuffix(WEIGHTS): values for name, values in importance.items()}
+    training.steering.importance = {name.removesuffix(IMPORTANCE_SUFFIX): values for name, values in importance.items()}
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:

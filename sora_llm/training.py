@@ -132,7 +132,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         rounds.load(agreed, state["rounds"], engine)
     steering = make_steering(job, state["stage"]["number"])
     steering.load(
-        state["steering"], {name.removesuffix(WEIGHTS): tensors[name] for name in tensors if name.endswith(WEIGHTS)}
+        state["steering"],
+        {name.removesuffix(IMPORTANCE_SUFFIX): tensors[name] for name in tensors if name.endswith(IMPORTANCE_SUFFIX)},
     )
     tally = Tally.start(engine.device)
     tally.load(state["tally"], job.world.process_index)
@@ -168,7 +169,7 @@ def make_steering(job: Job, stage_number: int) -> Steering:
     return Steering(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)
 
 
-WEIGHTS = f".gate.{IMPORTANCE}"
+IMPORTANCE_SUFFIX = f".gate.{IMPORTANCE}"
 
 
 def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_cut: bool) -> dict[str, Tensor]:

@@ -105,14 +105,21 @@ class Place:
         groups = parameter_groups(model, 1.0, 1.0, weight_decay=DECAY, threshold=threshold, deferred=True)
         return Engine(self.accelerator, model, ProxAdamW(groups), self.strategy, MAX_NORM, self.replicas)
 
-    def step(self, engine: Engine, batches: Sequence[Sequence[MicroBatch]], step: int, lam: float) -> bool:
+    def step(
+        self,
+        engine: Engine,
+        batches: Sequence[Sequence[MicroBatch]],
+        step: int,
+        lam: float,
+        before_step: Callable[[], None] | None = None,
+    ) -> bool:
         """One local step on `batches` of the processes of this replica, each on its own; whether it was skipped."""
         tokens = [sum(int((labels[:, 1:] != -100).sum()) for _, labels in own) for own in batches]
         mine = self.replicas.own_members.index(self.world.process_index)
         rows = [{"input_ids": ids, "labels": labels} for ids, labels in batches[mine]]
         engine.set_rates(LEARNING_RATES[step], GATE_LRS[step], lam)
         figures = StepBatches(rows, sum(tokens), tokens[mine], sum(tokens), sum(tokens))
-        return train_step(engine, figures, len(self.replicas.own_members))[1].skipped
+        return train_step(engine, figures, len(self.replicas.own_members), before_step)[1].skipped
 
     def run(
         self, seeds: Sequence[int], threshold: str = "decoupled", outer: Sequence[float] = (1.0, 0.0)
@@ -227,9 +234,9 @@ def idle_replica(place: Place) -> dict[str, Any]:
     if place.world.process_index == place.world.num_processes - 1:
         empty = StepBatches([], 0.0, 0.0, 10, 10)
         engine.set_rates(LEARNING_RATES[0], GATE_LRS[0], 0.0)
-        train_step(engine, empty, 1)
+        train_step(engine, empty, 1, before_step=engine.prove_agreement)
     else:
-        place.step(engine, [make_batches(0)[0]], 0, 0.0)
+        place.step(engine, [make_batches(0)[0]], 0, 0.0, before_step=engine.prove_agreement)
     moved = any(not torch.equal(before[name], value) for name, value in engine.values().items())
     rounds = Rounds(place.replicas, OuterOptimizer())
     rounds.anchor = before

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from safetensors.torch import load_file
 from small_runs import CONFIG, STEPS, Playground, checkpoints, overrides, result, status
 
 from sora_llm import checkpoint, config
+from sora_llm.commands.common import ALONE
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256, publish
 from sora_llm.rundir import RunDirectory
+from sora_llm.start import finished_before
 from sora_llm.train import main
 
 FILES = ("COMPLETE", "state.json", "adapter.safetensors")
@@ -358,6 +361,26 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
     kept = [f"step-{step}" for step in (4, 5, 6)]  # written anew: the damaged ones did not count
     assert checkpoints(interrupted) == ["damaged-step-3", "damaged-step-4", *kept]
     assert checkpoint.newest(interrupted) == (folder / "step-6", [])
+
+
+def test_a_run_that_must_not_resume_does_not_take_up_one_that_began_while_it_waited(
+    undisturbed: dict[int, Path],
+) -> None:
+    given = config.load_config(undisturbed[1] / "config.yaml", ["output.resume=never"])
+    with pytest.raises(UserError, match="another run has begun"):
+        finished_before(SimpleNamespace(config=given), undisturbed[1], ALONE)
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_leaves_the_later_ones_aside(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+) -> None:
+    """They would count as the newest of those to keep, and the next start would go on from them."""
+    folder, limit = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": 2}
+    assert checkpoints(interrupted)[-1] == "step-4"
+    code, output = start(interrupted, **{"output.resume": str(folder / "step-2"), **limit})
+    assert code == 0 and f"resuming from {folder / 'step-2'}" in output
+    assert result(interrupted) == result(undisturbed[1])
+    assert checkpoints(interrupted) == ["abandoned-step-3", "abandoned-step-4", "step-5", "step-6"]
 
 
 @pytest.mark.parametrize("name", FILES)

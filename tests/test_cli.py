@@ -88,6 +88,8 @@ def test_estimate_prints_json(tmp_path, capsys):
     assert cli.main(["estimate", CONFIG, *overrides, "--num-processes", "2", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["strategy"], printed["num_processes"], printed["frozen_parameters"]) == ("zero2", 2, 260032)
+    assert cli.main(["estimate", CONFIG, *overrides, "distributed.sync_every=4", "--num-processes", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["strategy"] == "ddp", "as the run would resolve it"
 
 
 def test_estimate_says_how_long_a_step_would_take_on_what_gpus(tmp_path, capsys):

@@ -284,7 +284,7 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "holds no export", a, b, "--out", tmp_path / "full")
     refused(capsys, "the size leaves nothing", a, b, "--target-params", 1, *out)
     refused(capsys, "holds no export", a, a, "--out", b)  # somebody's training output, checkpoints and all
-    refused(capsys, "one of the sources", a, b, "--out", b)
+    refused(capsys, "what the result is made of", a, b, "--out", b)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
 
 

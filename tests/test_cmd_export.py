@@ -164,8 +164,12 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     refused(capsys, "--target-rank is 0", lora, "--target-rank", 0, *out)
     refused(capsys, "the size leaves nothing", lora, "--target-params", 1, *out)
     refused(capsys, "--min-rank is 1", lora, "--min-rank", 1, *out)
-    refused(capsys, "is one of the sources", lora, "--out", lora)
+    refused(capsys, "is what the result is made of", lora, "--out", lora)
     refused(capsys, "holds no export", lora, "--out", tmp_path / "full")
+    merged = Path(shutil.copytree(base, tmp_path / "merged"))  # an earlier export that is the base of a later one
+    (merged / "certificate.json").write_text('{"layout": "merged", "modules": {}}')
+    onto = ("--layout", "merged", "--base-model", merged, "--out", merged)
+    refused(capsys, "is what the result is made of", lora, *onto)
     refused(capsys, "is a file", lora, "--out", tmp_path / "full" / "notes.txt")
     refused(capsys, "there is no folder /no/such", lora, "--base-model", "/no/such", *out)
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
@@ -181,7 +185,7 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = undisturbed[1]
-    refused(capsys, "is one of the sources", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
+    refused(capsys, "is what the result is made of", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
     copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     refused(capsys, "is the adapter of a run", run_dir, "--out", copy / "adapter")
     text = (copy / "config.yaml").read_text()

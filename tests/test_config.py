@@ -13,6 +13,7 @@ from sora_llm.config import (
     ALIASES,
     Config,
     differing_keys,
+    from_dict,
     load_config,
     resume_conflicts,
     to_dict,
@@ -79,6 +80,7 @@ def test_every_shipped_config_loads_and_survives_being_written_and_read_again(pa
     again.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(again) == config
     assert yaml.safe_load(to_yaml(config)) == to_dict(config), "other YAML readers see the same values"
+    assert from_dict(to_dict(config), "a checkpoint") == config
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

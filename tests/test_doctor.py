@@ -17,6 +17,7 @@ from spawn import warm_deepspeed
 from sora_llm import cli
 from sora_llm.commands import cmd_doctor, trials
 from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, Finding
+from sora_llm.data.prepare import default_cache_dir
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -192,6 +193,8 @@ def test_a_full_disk_a_missing_compiler_and_a_stale_lock_are_found(tmp_path, mon
         usage = SimpleNamespace(free=free * 2**30, total=2**40)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         assert {found.state for found in cmd_doctor.disks()} == {state}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert str(default_cache_dir().parent) in next(iter(cmd_doctor.disks())).said, "where training puts its tokens"
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: str(tmp_path))
     assert cmd_doctor.compiler().state == WARNING
     lock = tmp_path / "deepspeed_shm_comm" / "lock"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from sora_llm.config import load_config
+from sora_llm.errors import RunFailed
 from sora_llm.report import JsonLines, Progress, read_json_lines
 from sora_llm.rundir import RunDirectory, environment
+from sora_llm.train import start_trackers
 
 
 def test_fields_without_a_value_are_left_out(tmp_path):
@@ -36,6 +40,33 @@ def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
     text = stream.getvalue()
     assert "step 10/20 dense  loss 1.5000  mean rank 8.00  λ 0.5" in text and "left" in text
     assert ("\r" in text) is terminal and text.count("\n") == (1 if terminal else 2)
+
+
+def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(tmp_path, capsys):
+    told = []
+
+    def tracker(values, step):
+        told.append(step)
+        if step == 2:
+            raise OSError("no space left on device\nand more")
+
+    directory = RunDirectory(tmp_path, is_main=True, tracker=tracker)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=3)
+    for step in (1, 2, 3):
+        directory.metrics(step, "dense", {"loss": 1.0})
+    assert told == [1, 2] and [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert warnings == ["warning: output.report_to: nothing is logged there any more: no space left on device"]
+
+
+def test_a_tracker_that_cannot_be_started_is_a_sentence(tmp_path):
+    def refuse(*_, **__):
+        raise ValueError("api_key not configured\n(no tty)")
+
+    config = load_config("configs/demo.yaml", ["output.report_to=[wandb]"])
+    job = SimpleNamespace(accelerator=SimpleNamespace(init_trackers=refuse), config=config)
+    with pytest.raises(RunFailed, match=r"report_to wandb could not be started: api_key not configured; mend that"):
+        start_trackers(job, tmp_path)
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from sora_llm.commands import COMMANDS
 from sora_llm.commands.common import exit_code
-from sora_llm.errors import UserError
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = ("config", "place", "run", "sources")
@@ -32,15 +31,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm completion") -
 
 
 def script(commands: Mapping[str, tuple[str, str]], shell: str) -> str:
-    """The completion script of `commands` {name: (module, what it does)}.
+    """The completion script of `commands` {name: (module, what it does)}."""
+    import shtab
 
-    Raises:
-        UserError: the library that writes such scripts is not there.
-    """
-    try:
-        import shtab
-    except ImportError:
-        raise UserError("completion scripts are written by shtab, which is not installed: pip install shtab") from None
     root = argparse.ArgumentParser(prog="sora-llm")
     root.add_argument("--version", action="store_true", help="print the version")
     subparsers = root.add_subparsers(dest="command")

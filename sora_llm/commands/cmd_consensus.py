@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         quiet_libraries()
         sources = [read_source(path) for path in arguments.sources]
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)
+        check_out(out, [spec.folder])
         bare_model = skeleton(load_config(spec), spec)
         sources = [source.on(bare_model) for source in sources]
         refuse_other_targets(sources, arguments.allow_missing)

@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from sora_llm.commands.common import EXIT_INTERRUPTED
-from sora_llm.files import nearest_existing
+from sora_llm.files import caches, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
@@ -178,7 +178,7 @@ def _path_with_scripts() -> str:
 def extensions_folder() -> Path:
     """Where torch builds such operators."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(own) if own else Path.home() / ".cache" / "torch_extensions"
+    return Path(own) if own else caches() / "torch_extensions"
 
 
 def build_lock(folder: Path) -> Finding:
@@ -196,8 +196,8 @@ def build_lock(folder: Path) -> Finding:
 def disks() -> Iterator[Finding]:
     """Room for tokens, models and temporary files, and for what processes of a GPU machine share."""
     places = {
-        "disk: data": Path.home() / ".cache" / "sora_llm",
-        "disk: models": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")),
+        "disk: data": caches() / "sora_llm",
+        "disk: models": Path(os.environ.get("HF_HOME") or caches() / "huggingface"),
         "disk: runs": Path.cwd(),
     }
     for name, place in places.items():
@@ -235,7 +235,7 @@ def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.com
         finally:
             for process in processes:
                 _end(process)
-        texts = [output.read_text(errors="replace") for output in outputs]
+        texts = [output.read_text(encoding="utf-8", errors="replace") for output in outputs]
     ended = [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
     if not in_time:
         return Finding(name, FAILED, f"nothing came of it within {time_limit:g} s", remedy)

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> 
         machines = machines_of(vars(arguments))
         config = load_config(arguments.config, arguments.overrides)
         world = World(arguments.num_processes, 0, 0)
-        strategy = resolve_strategy(config.distributed.strategy, world, {}, config.model.dtype)
+        settings = config.distributed
+        strategy = resolve_strategy(settings.strategy, world, {}, config.model.dtype, sync_every=settings.sync_every)
         spec, skeleton = check_backbone(config, strategy)
         memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
         work = step_work(config, spec, skeleton)

@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         check_out(out, [place, source.folder or place])
         quiet_libraries()
         spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
+        check_out(out, [spec.folder])
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
         adapter = prepared(source, spec, arguments)
         if arguments.layout == "gguf":

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import checkpoint
-from sora_llm.config import Config, load_config
+from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.lora_files import CERTIFICATE, CONFIG
@@ -125,7 +123,4 @@ def _without_consent(config: Config, overrides: Sequence[str] = ()) -> Config:
 def _checkpoint_config(folder: Path) -> Config:
     """The config of the run that saved a checkpoint; UserError if it is incomplete, damaged, or of another version."""
     state = checkpoint.read_state(folder)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # JSON is YAML, and only config.py reads configs
-        json.dump(state["config"], file)
-        file.flush()
-        return load_config(file.name)
+    return from_dict(state["config"], str(folder / checkpoint.STATE))

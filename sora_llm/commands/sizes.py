@@ -51,9 +51,10 @@ def refuse_nothing(kept_cost: int, energy: float, costs: Iterable[int]) -> None:
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
-    """UserError where a result would replace a source, the adapter of a run, or anything but an earlier export."""
+    """UserError where a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
+    earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:
-        raise UserError(f"--out {out} is one of the sources; name another folder")
+        raise UserError(f"--out {out} is what the result is made of; name another folder")
     if run_of_adapter(out) is not None:
         raise UserError(f"--out {out} is the adapter of a run, which would be replaced; name another folder")
     try:

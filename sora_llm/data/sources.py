@@ -24,7 +24,7 @@ from typing import Any
 
 from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
 from sora_llm.data.readers import BadRow as BadRow
-from sora_llm.errors import UserError
+from sora_llm.errors import UserError, first_line
 from sora_llm.files import file_sha256, user_path
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -297,7 +297,7 @@ def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
         except StopIteration:
             return
         except Exception as error:  # network, a damaged file of the data set: each has a class of its own
-            raise UserError(f"data set {name}#{index} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"data set {name}#{index} cannot be read: {first_line(error)}") from error
         yield f"#{index}", partial(as_table_row, row)
 
 
@@ -310,9 +310,5 @@ def _load_hub(path: str, split: str, revision: str | None, streaming: bool = Fal
     except Exception as error:  # hub, http, offline mode, wrong split, missing config: each has a class of its own
         raise UserError(
             f"data set {path!r} (split {split!r}) is neither a file or folder here nor could it be loaded from the "
-            f"hub: {_first_line(error)}"
+            f"hub: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
