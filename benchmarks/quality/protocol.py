@@ -22,7 +22,7 @@ TUNING, TEST = "tuning", "test"
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to an adapter of some size.
+    """A way to an adapter of some size; README.md says in words which is what.
 
     `sora` are keys of the config's section sora: the product's own run, which prunes and cuts as they say.  With None
     the adapter is a plain LoRA (its gates are folded away before the first step), whose budgeted size is that of its
@@ -30,37 +30,36 @@ class Arm:
     """
 
     name: str
-    what: str
     sora: Mapping[str, Any] | None = None
     starts_small: bool = False
     cuts: tuple[float, ...] = ()
     keeps: str = "svd"
-    is_extra: bool = False
     is_whole: bool = False
 
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("lora", "LoRA at r = 16", is_whole=True),
-        Arm("uniform", "LoRA of the final size from the start", starts_small=True),
-        Arm("svd", "LoRA, cut by its singular values at 40 %, trained on", cuts=(0.4,)),
-        Arm("svd4", "LoRA, cut so in four steps at 20, 30, 40, 50 %, trained on", cuts=(0.2, 0.3, 0.4, 0.5)),
-        Arm("svd4early", "LoRA, cut so at 10, 20, 30, 40 %, trained on", cuts=(0.1, 0.2, 0.3, 0.4)),
-        Arm(
-            "balanced",
-            "SoRA with a budget of all ranks: what its changes of form do without pruning",
-            sora={},
-            is_whole=True,
-        ),
-        Arm("random", "LoRA, random slots kept at 40 %, trained on", cuts=(0.4,), keeps="random"),
-        Arm("sora", "SoRA as shipped: adaptive, cut by singular values at 40 %", sora={}),
-        Arm("decoupled", "SoRA with threshold: decoupled", sora={"threshold": "decoupled"}),
-        Arm("slots", "SoRA with consensus: slots", sora={"consensus": "slots"}, is_extra=True),
-        Arm("late", "SoRA with consensus_at: 0.7", sora={"consensus_at": 0.7}, is_extra=True),
-        Arm("end", "SoRA with consensus_at: 1.0", sora={"consensus_at": 1.0}, is_extra=True),
+        Arm("lora", is_whole=True),
+        Arm("uniform", starts_small=True),
+        Arm("svd", cuts=(0.4,)),
+        Arm("svd4", cuts=(0.2, 0.3, 0.4, 0.5)),
+        Arm("svd4early", cuts=(0.1, 0.2, 0.3, 0.4)),
+        Arm("balanced", sora={}, is_whole=True),
+        Arm("random", cuts=(0.4,), keeps="random"),
+        Arm("sora", sora={}),
+        Arm("decoupled", sora={"threshold": "decoupled"}),
+        Arm("slots", sora={"consensus": "slots"}),
+        Arm("late", sora={"consensus_at": 0.7}),
+        Arm("end", sora={"consensus_at": 1.0}),
     )
 }
+RIVALS, CONTROLS, EXTRAS = (
+    ("uniform", "svd", "svd4", "sora"),
+    ("svd4early", "random", "decoupled"),
+    ("slots", "late", "end"),
+)
+"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`; if time is left."""
 CORE_SIZES, EXTRA_SIZES = (0.25, 0.70), (0.10, 0.50)
 WHOLE = 1.0  # the size of `lora`
 
@@ -208,10 +207,6 @@ def best_rate(found: Losses) -> float:
 # ------------------------------------------------------------------------------------------------------------ order
 
 
-RIVALS, CONTROLS = ("uniform", "svd", "svd4", "sora"), ("svd4early", "random", "decoupled")
-"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`."""
-
-
 def core_blocks(sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
     """LoRA at r = 16 with the rivals at the first size; the rivals at the others; the controls, size by size."""
     rivals, controls = ([[Group(size, name) for name in arms] for size in sizes] for arms in (RIVALS, CONTROLS))
@@ -226,7 +221,7 @@ def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
 
 def extra_groups() -> list[Group]:
     """By priority, for the time that is left."""
-    variants = [Group(0.25, arm.name) for arm in ARMS.values() if arm.is_extra]
+    variants = [Group(0.25, name) for name in EXTRAS]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
     return [*variants, *sizes]
 
