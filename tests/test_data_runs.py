@@ -89,7 +89,7 @@ MODES = {
 }
 
 
-IN_THE_ORDINARY_RUN = ("packed", "accumulated", "a streamed mixture, not packed")
+IN_THE_ORDINARY_RUN = ("packed", "accumulated")
 
 
 @pytest.mark.parametrize(

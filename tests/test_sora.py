@@ -311,6 +311,7 @@ def test_quantised_base_layers_get_the_same_branch(make, dtype):
         assert relative_error(gradient, true_gradient) < ROUNDING[dtype]
 
 
+@pytest.mark.matrix
 def test_a_compiled_model_agrees_with_the_eager_one():
     model = inject_sora(tiny_llama(num_hidden_layers=1), r=R, lora_alpha=6, lora_dropout=0.2)
     for index, layer in enumerate(m for m in model.modules() if isinstance(m, SoraLinear)):

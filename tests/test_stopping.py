@@ -71,7 +71,7 @@ MOMENTS = [
     [
         ("none", 1, [("TERM", 0), ("USR1", 0), ("INT", 0)]),
         pytest.param("none", 1, [("stop file", 0)], marks=pytest.mark.matrix),
-        ("zero2", 2, [("TERM", 0), ("USR1", 1), ("stop file", 0)]),
+        pytest.param("zero2", 2, [("TERM", 0), ("USR1", 1), ("stop file", 0)], marks=pytest.mark.matrix),
         pytest.param("zero2", 2, [("INT", 1), ("TERM", None)], marks=pytest.mark.matrix),
         pytest.param("ddp", 2, [("TERM", 1), ("stop file", 0)], marks=pytest.mark.matrix),
         pytest.param("zero3", 2, [("TERM", 1), ("stop file", 0)], marks=pytest.mark.matrix),

@@ -146,6 +146,7 @@ def test_another_config_is_refused_by_name_also_on_a_finished_run(alone: Finishe
     assert _snapshot(alone.directory) == before
 
 
+@pytest.mark.matrix
 def test_the_saved_config_repeats_the_run(alone: Finished, tmp_path: Path) -> None:
     resolved = yaml.safe_load((alone.directory / "config.yaml").read_text())
     assert resolved["distributed"]["strategy"] == "none"
