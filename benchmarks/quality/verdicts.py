@@ -307,7 +307,7 @@ def draw_recovery(found: Found, file: Path) -> None:
             kept = [line["kept_params"] for line in found.runs_of(group).values() if "failed" not in line]
             low, high = bootstrap_interval(recovery)
             mean = statistics.mean(recovery)
-            xs.append(statistics.mean(kept) * 1.01 ** (index - len(ARMS) / 2))  # beside each other
+            xs.append(statistics.mean(kept) * 1.005 ** (index - len(ARMS) / 2))  # beside each other
             ys.append(100 * mean)
             errors.append((100 * (mean - low), 100 * (high - mean)))
             axes.scatter([xs[-1]] * len(recovery), [100 * r for r in recovery], s=6, color=f"C{index}", alpha=0.4)
