@@ -6,7 +6,7 @@ Every run is `python -m sora_llm.train configs/paper.yaml` on base5m and 300 row
 steps of 8 rows, each from the uncut weights of the one before.  *retrained* is the path as shipped; *control* learns in
 its first stage alone, as the released script does (threshold constant, retrain false).  After each stage the pruned
 adapter's loss over 200 of the rows trained on (memorisation) and over 200 others (generalisation).  Stages become lines
-of path.jsonl; a run whose lines are there is not made again.  Draws path.png and prints the table of path.md.
+of path.jsonl; a run whose lines are there is not made again.  Draws path.png and prints the table of README.md.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             losses = []
             for key in ("train_loss", "eval_loss"):
                 found = [line[key] for line in stage]
-                losses.append(f"{mean(stage, key):.3f} ({min(found):.3f}–{max(found):.3f})")
+                spread = f" ({min(found):.3f}–{max(found):.3f})" if len(found) > 1 else ""
+                losses.append(f"{mean(stage, key):.3f}{spread}")
             rows.append(
                 f"| {arm} | {stage[0]['sparse_lambda']:.4g} | {mean(stage, 'kept_params'):,.0f} | "
                 f"{mean(stage, 'mean_rank'):.2f} | {' | '.join(losses)} |"
@@ -143,25 +144,32 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """Both losses against kept parameters: means over seeds as lines, every seed as a dot."""
+    """Both losses against kept parameters: means over seeds as lines, every seed as a dot; whole, and where the path
+    lies."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (whole, near) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     names = {"train_loss": "rows trained on", "eval_loss": "other rows"}
-    for index, (key, name) in enumerate(names.items()):
-        for arm, style in zip(ARMS, ("-", "--"), strict=True):
-            stages = by_stage(lines, arm)
-            kept, losses = [mean(stage, "kept_params") for stage in stages], [mean(stage, key) for stage in stages]
-            axes.plot(kept, losses, style, color=f"C{index}", marker="o", label=f"{arm}, {name}")
-            for stage in stages:
-                dots = [line["kept_params"] for line in stage], [line[key] for line in stage]
-                axes.scatter(*dots, s=8, color=f"C{index}", alpha=0.4)
-    axes.axhline(mean(lines, "base_loss"), color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlabel="kept parameters", ylabel="loss (grey: other rows before training)")
-    axes.legend()
+    for axes in (whole, near):
+        for index, (key, name) in enumerate(names.items()):
+            for arm, style in zip(ARMS, ("-", "--"), strict=True):
+                stages = by_stage(lines, arm)
+                kept, losses = [mean(stage, "kept_params") for stage in stages], [mean(stage, key) for stage in stages]
+                axes.plot(kept, losses, style, color=f"C{index}", marker="o", label=f"{arm}, {name}")
+                for stage in stages:
+                    dots = [line["kept_params"] for line in stage], [line[key] for line in stage]
+                    axes.scatter(*dots, s=8, color=f"C{index}", alpha=0.4)
+        axes.set(xlabel="kept parameters")
+    whole.axhline(mean(lines, "base_loss"), color="0.7", linewidth=0.8, zorder=0)
+    whole.set(ylabel="loss (grey: other rows before training)")
+    path = [line for line in lines if line["arm"] == "retrained"]
+    losses = [line[key] for line in path for key in names]
+    near.set(xlim=(0.9 * min(line["kept_params"] for line in path), None))
+    near.set(ylim=(min(losses) - 0.05, max(losses) + 0.2))
+    whole.legend()
     figure.savefig(file, dpi=150)
 
 
