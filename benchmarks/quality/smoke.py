@@ -33,7 +33,7 @@ SMALL = Protocol(
 )
 GROUPS = [Group(1.0, "lora"), *(Group(0.25, arm) for arm in ("uniform", "sora"))]
 COMMITTED = HERE / "smoke.json"
-CLEAR = 0.03
+CLEAR = 0.04
 """Arms whose committed losses are nearer than this may change places: other kernels round otherwise."""
 
 
