@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,11 @@ def what_is_missing(layout: str, run_dir: Path, metrics: Mapping[str, Any]) -> l
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Step 0, or a checkpoint: `state` is its state.json; `passed_over` are newer ones that are damaged, in words."""
+    """Step 0, or a checkpoint: `state` is its state.json."""
 
     step: int = 0
     folder: Path | None = None
     state: Mapping[str, Any] | None = None
-    passed_over: Sequence[str] = ()
 
 
 def resume_point(job: Job, run_dir: Path) -> StartPoint:
@@ -110,7 +109,7 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     if folder is None:
         if warnings:
             say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
-        return StartPoint(passed_over=warnings)
+        return StartPoint()
     state = checkpoint.read_state(folder)
     if "stage" not in state or "skipped" not in state["tally"]:
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
@@ -132,7 +131,7 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
             "the files, or name a new output.output_dir"
         )
     say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
-    return StartPoint(state["step"], folder, state, warnings)
+    return StartPoint(state["step"], folder, state)
 
 
 def note_preempted(run_dir: Path) -> dict[str, Any]:

@@ -27,7 +27,20 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import ARMS, CORE_SIZES, WHOLE, Cell, Group, Protocol, Queue, core_blocks, extra_groups, read_lines
+from protocol import (
+    ARMS,
+    BASE,
+    CORE_SIZES,
+    GSM8K,
+    WHOLE,
+    Cell,
+    Group,
+    Protocol,
+    Queue,
+    core_blocks,
+    extra_groups,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from runner import Runner
@@ -93,10 +106,9 @@ def unusable(out: Path) -> str | None:
 
 
 def missing_data() -> str | None:
-    data = Path(os.environ.get("SORA_TEST_DATA", HERE.parent.parent.parent / "shared"))
-    for needed in ("models/base5m", "data/gsm8k_train.jsonl"):
-        if not (data / needed).exists():
-            return f"{data / needed} is missing; set SORA_TEST_DATA to the folder that holds data/ and models/"
+    for needed in (BASE, GSM8K):
+        if not needed.exists():
+            return f"{needed} is missing; set SORA_TEST_DATA to the folder that holds data/ and models/"
     return None
 
 

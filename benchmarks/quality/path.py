@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from grid import HERE, append, missing_data, unusable
-from protocol import EVAL_BATCH, MAX_TOKENS, TUNING, Protocol, R, dataset, read_all
+from protocol import BASE, EVAL_BATCH, MAX_TOKENS, ROOT, TUNING, Protocol, R, dataset, read_all
 
 CONFIG = "configs/paper.yaml"
 ROWS = Protocol(num_train=300, num_tuning=200, num_test=8)
@@ -68,8 +68,6 @@ def main() -> int:
 
 def overrides(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl."""
-    from runner import BASE
-
     return {
         **ARMS[arm],
         "sora.r": R,
@@ -104,7 +102,7 @@ def stages_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "sora_llm.train", CONFIG]
     command += [f"{key}={json.dumps(value)}" for key, value in values.items()]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=HERE.parent.parent, env=environ, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     if done.returncode:
         said = (done.stdout + done.stderr)[-2000:]
         raise SystemExit(f"path.py: {arm}, seed {seed}, ended with {done.returncode}: {said}")

@@ -9,10 +9,14 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from gsm8k import BASE, GSM8K, ROOT, dataset  # noqa: F401  # of all benchmarks; the scripts here take it from here
 
 CONFIG = "configs/llama7b.yaml"
 R = 16
@@ -169,15 +173,6 @@ def _key(cell: Cell) -> str:
 
 MAX_TOKENS = 224
 EVAL_BATCH = 16
-
-
-def dataset(path: Path) -> dict[str, Any]:
-    """GSM8K rows as data.datasets takes them."""
-    return {
-        "path": str(path),
-        "type": "prompt_completion",
-        "columns": {"prompt": "question", "completion": "answer"},
-    }
 
 
 # --------------------------------------------------------------------------------------------------- learning rates

@@ -24,7 +24,22 @@ from typing import Any
 
 import torch
 from plain import cut_plain, make_plain, with_cuts
-from protocol import CONFIG, EVAL_BATCH, MAX_TOKENS, TEST, TUNING, WHOLE, Cell, Group, Protocol, R, dataset
+from protocol import (
+    BASE,
+    CONFIG,
+    EVAL_BATCH,
+    GSM8K,
+    MAX_TOKENS,
+    ROOT,
+    TEST,
+    TUNING,
+    WHOLE,
+    Cell,
+    Group,
+    Protocol,
+    R,
+    dataset,
+)
 
 from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
@@ -51,9 +66,6 @@ from sora_llm.topology import World
 from sora_llm.train import change_form, refuse_more_skipping, set_rates
 from sora_llm.training import Training, current_ranks, cut_adapter, make_engine, make_steering
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DATA = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared"))
-BASE, GSM8K = DATA / "models/base5m", DATA / "data/gsm8k_train.jsonl"
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 NUM_POINTS = 10
 """Of a run's curve."""
@@ -89,7 +101,7 @@ class Runner:
         torch.set_num_threads(1)
         self.protocol, self.folder = protocol, folder
         with contextlib.redirect_stdout(io.StringIO()):
-            config = self.config(Cell(Group(WHOLE, "lora"), LADDER_START, 0, TUNING, protocol))
+            config = self.config(Cell(Group(WHOLE, "lora"), protocol.rates[0], 0, TUNING, protocol))
             self.inputs = check_inputs(config, "none")
             self.data = load_data(config, self.inputs, ALONE)
             test_rows = dataset_spec(Dataset(**dataset(folder / f"{TEST}.jsonl")))
@@ -179,9 +191,6 @@ class Runner:
         self.accelerator.free_memory()
         for name, layer in adapters(self.model).items():
             self.model.set_submodule(name, layer.base_layer)
-
-
-LADDER_START = 1e-3  # of a config that is never trained
 
 
 def train(
