@@ -3,9 +3,9 @@
     python benchmarks/scaling.py                    # both: starts 1, 2 and 4 processes by strategy, some minutes
     python benchmarks/scaling.py --processes ''     # the prediction alone
 
-Counted is every call of the process group (gloo) during steps of a tiny float32 LLaMA, whoever makes it: the loop, DDP
-or DeepSpeed; the bytes are those that one process gives.  Predicted is the time of a step from the model of
-sora_llm/step_time.py, which `sora-llm estimate` uses for a config.
+Counted is every call of the process group (gloo) while the engine is made and during steps of a tiny float32 LLaMA,
+whoever makes it: the loop, DDP or DeepSpeed; the bytes are those that one process gives, or takes of a broadcast.
+Predicted is the time of a step from the model of sora_llm/step_time.py, which `sora-llm estimate` uses for a config.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
-    """A Markdown table of a step's collectives: the last of three, when everything has settled."""
-    lines = [
-        "| processes | strategy | calls | reduced | adapter gathered | frozen gathered | scalars | all bytes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table of a step's collectives, the last of three, when everything has settled, and of the start's."""
+    columns = (
+        "processes | strategy | calls | reduced | adapter gathered | frozen gathered | scalars | all bytes | start"
+    )
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
     warm_deepspeed()
     for number in num_processes:
         for strategy in strategies if number > 1 else ("none",):
@@ -55,9 +55,10 @@ def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
                 found["frozen_bytes"] / (found["frozen_bytes"] + found["adapter_bytes"]) if strategy == "zero3" else 0
             )
             frozen = round(kinds["gathered"] * share)
+            start = sum(size for _, size in found["start"])
             lines.append(
                 f"| {number} | {strategy} | {len(last)} | {kinds['reduced']:,} | {kinds['gathered'] - frozen:,} | "
-                f"{frozen:,} | {kinds['scalars']} | {sum(kinds.values()):,} |"
+                f"{frozen:,} | {kinds['scalars']} | {sum(kinds.values()):,} | {start:,} |"
             )
     sizes = f"Adapter: {found['adapter_bytes']:,} bytes; frozen weights: {found['frozen_bytes']:,} bytes."
     return "\n".join([*lines, "", sizes])

@@ -72,7 +72,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
-    """The collectives of every step of a tiny float32 LLaMA, and the bytes of what could have travelled."""
+    """Collectives of a tiny float32 LLaMA, while it is prepared and in every step; the bytes of what could travel."""
     world = launched_world(os.environ)
     options = None
     if strategy in ZERO_STAGES:
@@ -86,7 +86,8 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
         "frozen_bytes": sum(p.numel() * p.element_size() for p in frozen),
     }
     optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2, sparse_lambda=0.5))
-    engine = Engine(accelerator, model, optimizer, strategy, 1.0)
+    with CountCollectives() as start:
+        engine = Engine(accelerator, model, optimizer, strategy, 1.0)
     steps = []
     for step in range(NUM_STEPS):
         ids = torch.randint(48, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(step + world.process_index))
@@ -103,4 +104,5 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
         train_step(engine, StepBatches(2 * rows, 2 * tokens, 2 * (NUM_TOKENS - 1), tokens, tokens), world.num_processes)
     with engine.released():
         pass
-    return {**sizes, "num_parameters": len(adapter_parameters(model)), "steps": steps, "accumulated": accumulated.calls}
+    calls = {"start": start.calls, "steps": steps, "accumulated": accumulated.calls}
+    return {**sizes, "num_parameters": len(adapter_parameters(model)), **calls}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from worlds import NUM_STEPS, SHORT, delta_weights
 
 from sora_llm.report import read_json_lines
 
-STRATEGIES = ("none", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("none", "ddp", "zero2", "zero3", "zero1")
 SEVERAL = STRATEGIES[1:]
 ZERO = STRATEGIES[2:]
+IN_THE_ORDINARY_RUN = STRATEGIES[:4]  # zero1 is zero2's code but for who adds gradients up
 IN_NF4 = ("none", "zero2", "zero3")  # the others: test_matrix.py
 EVALUATIONS = [("fp32", False), ("fp32", True), ("nf4", False), ("nf4", True)]  # precision, gradient checkpointing
 RESUMED = ("none", "zero2")  # the others: test_matrix.py
@@ -36,6 +37,16 @@ TO_THE_END = {"consensus_at": 1.0, "consensus": "slots"}
 """Gates until the end of the run."""
 
 Worlds = Callable[[str], list[dict[str, Any]]]
+
+
+def cases(cells: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, strategies or tuples with some; what is not in the ordinary run goes to the matrix."""
+
+    def ordinary(cell: tuple[Any, ...]) -> bool:
+        return not set(STRATEGIES).difference(IN_THE_ORDINARY_RUN).intersection(cell)
+
+    values = [(cell,) if isinstance(cell, str) else cell for cell in cells]
+    return [pytest.param(*value, marks=[] if ordinary(value) else pytest.mark.matrix) for value in values]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +156,7 @@ CELLS = [(strategy, precision) for strategy, precision in CELLS if precision == 
 # ---------------------------------------------------------------------------------------------------------- equivalence
 
 
-@pytest.mark.parametrize(("strategy", "precision"), CELLS)
+@pytest.mark.parametrize(("strategy", "precision"), cases(CELLS))
 def test_two_processes_train_what_one_process_trains(worlds: Worlds, strategy: str, precision: str) -> None:
     one, several = worlds("none")[0]["runs"][precision], worlds(strategy)[0]["runs"][precision]
     assert NUM_STEPS >= 20 and several["num_steps"] == one["num_steps"] == NUM_STEPS
@@ -156,7 +167,7 @@ def test_two_processes_train_what_one_process_trains(worlds: Worlds, strategy: s
     assert one["losses"][-1] < one["losses"][0] / 2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize(("strategy", "precision"), CELLS)
+@pytest.mark.parametrize(("strategy", "precision"), cases(CELLS))
 def test_the_same_gates_are_zero_and_not_all(worlds: Worlds, strategy: str, precision: str) -> None:
     one, several = worlds("none")[0]["runs"][precision], worlds(strategy)[0]["runs"][precision]
     pattern = zero_pattern(one["gates"])
@@ -165,7 +176,7 @@ def test_the_same_gates_are_zero_and_not_all(worlds: Worlds, strategy: str, prec
     assert any(dead) and not all(dead)
 
 
-@pytest.mark.parametrize(("strategy", "precision"), CELLS)
+@pytest.mark.parametrize(("strategy", "precision"), cases(CELLS))
 def test_every_process_holds_the_same_gates_and_masters(worlds: Worlds, strategy: str, precision: str) -> None:
     first, second = (report["runs"][precision] for report in worlds(strategy))
     for kind in ("gates", "masters"):
@@ -188,7 +199,7 @@ def test_the_compared_steps_were_uneven(worlds: Worlds) -> None:
 # ------------------------------------------------------------------------------------------------------------- sharding
 
 
-@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("strategy", cases(ZERO))
 def test_deepspeed_runs_the_stage_that_was_asked_for(worlds: Worlds, strategy: str) -> None:
     for report in worlds(strategy):
         layout = report["runs"]["fp32"]["layout"]
@@ -199,7 +210,7 @@ def test_deepspeed_runs_the_stage_that_was_asked_for(worlds: Worlds, strategy: s
         assert layout["partitions_gradients"] is (strategy != "zero1")
 
 
-@pytest.mark.parametrize("strategy", SEVERAL)
+@pytest.mark.parametrize("strategy", cases(SEVERAL))
 def test_a_process_keeps_its_share_of_the_optimizer_state(worlds: Worlds, strategy: str) -> None:
     shares = [report["runs"]["fp32"]["shares"] for report in worlds(strategy)]
     whole = worlds("none")[0]["runs"]["fp32"]["shares"]["kept"]
@@ -239,14 +250,14 @@ def test_thresholding_outside_the_optimizer_is_undone_by_zero2(worlds: Worlds) -
     assert all(bool((zero2["naive"][name] != 0).all()) for name in gates), "not one gate stays at zero"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
 def test_an_evaluation_in_the_middle_changes_no_bit(worlds: Worlds, strategy: str) -> None:
     """Masters and moments; in NF4 on a CPU, bitsandbytes would repack the weights at the first forward in eval mode."""
     for report in worlds(strategy):
         assert report["evaluation"] and all(report["evaluation"])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
 def test_preparing_changes_no_gate(worlds: Worlds, strategy: str) -> None:
     for report in worlds(strategy):
         assert report["prepared"] == {"model": True, "masters": True}
@@ -255,7 +266,7 @@ def test_preparing_changes_no_gate(worlds: Worlds, strategy: str) -> None:
 # --------------------------------------------------------------------------------------------------- agreeing on a step
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
 def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(worlds: Worlds, strategy: str) -> None:
     for report in worlds(strategy):
         skipped = report["skipped"]
@@ -265,7 +276,7 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(worlds: 
         assert skipped["moved"] and skipped["goes_on_as_if_nothing_happened"]
 
 
-@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "zero1"])
+@pytest.mark.parametrize("strategy", IN_THE_ORDINARY_RUN)
 def test_a_run_stops_after_max_skipped_steps_in_a_row(worlds: Worlds, folder: Path, strategy: str) -> None:
     for report in worlds(strategy):
         assert report["stopped"]["steps"] == 5, "two good ones and three that were skipped"
@@ -278,7 +289,7 @@ def test_a_run_stops_after_max_skipped_steps_in_a_row(worlds: Worlds, folder: Pa
 # ------------------------------------------------------------------------------------------------------------ agreement
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("strategy", cases(["ddp", "zero1", "zero2"]))
 def test_one_flipped_bit_is_found_and_named_on_every_process(worlds: Worlds, strategy: str) -> None:
     kinds = {"ddp": ("copy", "exp_avg", "exp_avg_sq")}.get(strategy, ("copy", "master"))
     for process, report in enumerate(worlds(strategy)):
@@ -295,9 +306,7 @@ def test_one_flipped_bit_is_found_and_named_on_every_process(worlds: Worlds, str
 # ----------------------------------------------------------------------------------------------------- saving, resuming
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [(a, b) for i, b in enumerate(STRATEGIES) for a in STRATEGIES[:i]], ids=lambda name: name
-)
+@pytest.mark.parametrize(("source", "target"), cases((a, b) for i, b in enumerate(STRATEGIES) for a in STRATEGIES[:i]))
 def test_a_state_saved_under_one_strategy_goes_on_under_another(worlds: Worlds, source: str, target: str) -> None:
     """Read back bit for bit, and a step further equal to rounding whoever takes them."""
     for report in worlds(target):

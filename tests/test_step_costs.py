@@ -192,3 +192,14 @@ def test_no_step_of_ddp_or_zero2_moves_as_much_as_the_frozen_weights_would_be(wo
     for processes in worlds.values():
         for process in processes:
             assert all(sum(size for _, size in step) < process["frozen_bytes"] / 2 for step in process["steps"])
+
+
+def test_before_the_first_step_every_weight_travels_once(worlds):
+    """DDP and DeepSpeed make all processes equal to the first one, whatever each has loaded."""
+    for processes in worlds.values():
+        for process in processes:
+            sent = sum(size for name, size in process["start"] if name == "broadcast_")
+            whole = process["adapter_bytes"] + process["frozen_bytes"]
+            shapes = 32 * process["num_parameters"]  # which DDP compares first
+            assert whole <= sent <= whole + shapes
+            assert sum(size for _, size in process["start"]) - sent <= 8
