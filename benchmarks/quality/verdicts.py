@@ -171,13 +171,14 @@ def verdict_table(found: Found) -> str:
 
 
 def difference_table(found: Found) -> str:
-    """Paired differences: SoRA's from all others of its size, and everybody's from LoRA at r = 16."""
+    """Paired differences: everybody's from LoRA at r = 16, SoRA's from all others of its size and from itself uncut."""
     rows = ["| arm | against | pairs | mean difference, % of the gap (95 %) | p, better | p, within the margin |"]
     rows += ["|---|---|---|---|---|---|"]
     pairs = [(group, LORA) for group in found.groups if group != LORA]
     for size in sorted({group.size for group in found.groups} - {WHOLE}):
         own = Group(size, "sora")
         pairs += [(own, group) for group in found.groups if group.size == size and group != own]
+        pairs += [(own, Group(WHOLE, "balanced"))]
     for group, rival in pairs:
         if differences := found.differences(group, rival):
             low, high = bootstrap_interval(differences)
