@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve()
 
-# Two threads of one process that wait for each other on a busy machine cost 20 ms a product, and no tensor here is large.
+# On a busy machine two threads that wait for each other cost 20 ms a product, and no tensor here is large.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A killed build leaves a lock in the shared cache that hangs later runs: tests keep theirs apart.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "sora_llm_test_extensions"))
