@@ -33,10 +33,9 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
     """A Markdown table of a step's collectives, the last of three, when everything has settled, and of the start's."""
-    columns = (
-        "processes | strategy | calls | reduced | adapter gathered | frozen gathered | scalars | all bytes | start"
-    )
-    lines = [f"| {columns} |", "|---" * 9 + "|"]
+    columns = "processes, strategy, calls, reduced, adapter gathered, frozen gathered, scalars, all bytes, at the start"
+    names = columns.split(", ")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     warm_deepspeed()
     for number in num_processes:
         for strategy in strategies if number > 1 else ("none",):

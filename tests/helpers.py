@@ -10,8 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_llm.inject import adapters
 from sora_llm.sora import SoraLinear
 
-torch.set_num_threads(1)  # these tensors are too small to share out
-
 
 def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     """A random LLaMA of two layers with grouped-query attention; `overrides` change its config."""
