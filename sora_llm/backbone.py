@@ -228,6 +228,15 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
         ) from error
 
 
+def check_attention(spec: BackboneSpec) -> None:
+    """UserError if this machine cannot train through the attention; `skeleton` refuses what is not there at all."""
+    if spec.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "model.attn_implementation flex_attention cannot be used: torch has no backward pass of it without a GPU; "
+            "set it to sdpa"
+        )
+
+
 def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_checkpointing: bool = False) -> nn.Module:
     """The frozen model on `device`, quantised as `spec` says, ready to be injected.
 

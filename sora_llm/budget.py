@@ -74,102 +74,96 @@ def make_budgets(
     target_params: int | None,
     budgets: Mapping[str, float],
     min_rank: int,
+    *,
+    may_be_empty: bool = False,
+    section: str = "sora.",
 ) -> list[RankBudget]:
     """One budget per pattern of `budgets` (its mean rank), and one for the modules that none of them matches.
 
-    `shapes` is {module: (I, O)}.  Those others share `target_rank`, or what the patterns leave of `target_params`.
+    `shapes` is {module: (I, O)}.  Those others share `target_rank`, or what the patterns leave of `target_params`;
+    with `may_be_empty` that may be less than one rank.  `section` is what errors write before the names of settings.
 
     Raises:
         UserError: a module that two patterns match, a pattern without modules, a budget that is less than `min_rank`
-            of every module, or more than r of every module.
+            of every module, less than one rank, or more than r of every module.
     """
     owners: dict[str, str] = {}
     for pattern in budgets:
-        found = [name for name in shapes if _matches(pattern, name)]
+        found = [name for name in shapes if _matches(pattern, name, section)]
         if not found:
-            raise UserError(f"sora.budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}")
+            raise UserError(
+                f"{section}budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}"
+            )
         for name in found:
             if name in owners:
                 raise UserError(
-                    f"sora.budgets: {name} is matched by {owners[name]!r} and by {pattern!r}; a module belongs to one "
-                    "budget, so make one of the patterns narrower"
+                    f"{section}budgets: {name} is matched by {owners[name]!r} and by {pattern!r}; a module belongs to "
+                    "one budget, so make one of the patterns narrower"
                 )
             owners[name] = pattern
-    made = [
-        _group(pattern, "sora.budgets", [name for name in owners if owners[name] == pattern], shapes, r, mean, min_rank)
-        for pattern, mean in budgets.items()
-    ]
+
+    def group(pattern: str, names: Sequence[str], params: int) -> RankBudget:
+        return RankBudget(
+            pattern,
+            {name: sum(shapes[name]) for name in names},
+            {name: min(r, *shapes[name]) for name in names},
+            params,
+            min_rank,
+        )
+
+    made = []
+    for pattern, mean_rank in budgets.items():
+        names = [name for name in owners if owners[name] == pattern]
+        params = params_of(mean_rank, sum(sum(shapes[name]) for name in names))
+        made.append(group(pattern, names, params))
+        _check(made[-1], f"{section}budgets {pattern!r}", section)
     rest = [name for name in shapes if name not in owners]
     if target_params is not None:
-        taken = sum(group.params for group in made)
+        taken = sum(budget.params for budget in made)
         if taken > target_params or (rest and taken == target_params):
             raise UserError(
-                f"sora.budgets takes {taken:,} of the {target_params:,} parameters of sora.target_params"
+                f"{section}budgets takes {taken:,} of the {target_params:,} parameters of {section}target_params"
                 f"{' and leaves none for the other modules' if rest else ''}; raise target_params, or lower the budgets"
             )
-        if rest:
-            key = f"what sora.budgets leaves of sora.target_params {target_params:,}" if made else "sora.target_params"
-            made.append(_checked(_costed(EVERY_MODULE, rest, shapes, r, target_params - taken, min_rank), key))
-    elif rest:
-        assert target_rank is not None
-        made.append(_group(EVERY_MODULE, "sora.target_rank", rest, shapes, r, target_rank, min_rank))
+        key, params = f"{section}target_params", target_params - taken
+        if made:
+            key = f"what {section}budgets leaves of {key} {target_params:,}"
+    else:
+        assert target_rank is not None or not rest
+        key, params = f"{section}target_rank", params_of(target_rank or 0, sum(sum(shapes[name]) for name in rest))
+    if rest:
+        others = group(EVERY_MODULE, rest, params)
+        _check(others, key, section, may_be_empty=may_be_empty)
+        made.append(others)
     return made
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, section: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
-        raise UserError(f"sora.budgets: {pattern!r} is not a regular expression ({error})") from None
+        raise UserError(f"{section}budgets: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _group(
-    pattern: str,
-    key: str,
-    names: Sequence[str],
-    shapes: Mapping[str, tuple[int, int]],
-    r: int,
-    mean_rank: float,
-    min_rank: int,
-) -> RankBudget:
-    """The budget of `names` that is a mean rank."""
-    costs = sum(sum(shapes[name]) for name in names)
-    params = params_of(mean_rank, costs)
-    return _checked(_costed(pattern, names, shapes, r, params, min_rank), key)
-
-
-def _costed(
-    pattern: str, names: Sequence[str], shapes: Mapping[str, tuple[int, int]], r: int, params: int, min_rank: int
-) -> RankBudget:
-    return RankBudget(
-        pattern,
-        {name: sum(shapes[name]) for name in names},
-        {name: min(r, *shapes[name]) for name in names},
-        params,
-        min_rank,
-    )
-
-
-def _checked(group: RankBudget, key: str) -> RankBudget:
-    which = f"{key} {group.name!r}" if key == "sora.budgets" else key
+def _check(group: RankBudget, key: str, section: str, *, may_be_empty: bool = False) -> None:
+    """UserError for a budget that cannot be; `key` is where it was set."""
     if group.params > group.full:
         raise UserError(
-            f"{which} is {group.params:,} parameters (mean rank {group.mean_rank(group.params):.4g}), more than the "
+            f"{key} is {group.params:,} parameters (mean rank {group.mean_rank(group.params):.4g}), more than the "
             f"{group.full:,} that its modules have before pruning (mean rank {group.mean_rank(group.full):.4g}); lower "
-            "it, or raise sora.r"
+            f"it, or raise {section}r"
         )
     floor = sum(cost * min(group.min_rank, group.caps[name]) for name, cost in group.costs.items())
     if group.params < floor:
         raise UserError(
-            f"{which} is {group.params:,} parameters, less than the {floor:,} that sora.min_rank {group.min_rank} "
-            "keeps in its modules; raise it, or lower sora.min_rank"
+            f"{key} is {group.params:,} parameters, less than the {floor:,} that {section}min_rank {group.min_rank} "
+            f"keeps in its modules; raise it, or lower {section}min_rank"
         )
-    if group.params < min(group.costs.values()):
+    if group.params < min(group.costs.values()) and not may_be_empty:
         raise UserError(
-            f"{which} is {group.params:,} parameters, less than the {min(group.costs.values()):,} that one rank of its "
-            "smallest module takes; raise it"
+            f"{key} is {group.params:,} parameters, less than the {min(group.costs.values()):,} that one rank of its "
+            "smallest module takes, so that nothing would be left; raise it"
         )
-    return group
 
 
 # ----------------------------------------------------------------------------------------------------- two ways there

@@ -437,8 +437,12 @@ def _section(cls: type[T], tree: Any, key: str, origin: _Origin) -> T:
             continue  # null unsets: the default holds
         try:
             values[name] = _convert(value, hints[name], inner, origin)
+            if value == "" and NoneType in get_args(hints[name]):
+                raise _MismatchError
         except _MismatchError:
             allowed = _describe(hints[name])
+            if value == "":
+                raise UserError(f"{inner} is an empty text {origin.of(inner)}; it must be {allowed}.") from None
             quotes = "" if isinstance(value, str | list | dict) or "text" not in allowed else " (put it in quotes)"
             raise UserError(f"{inner} is {_show(value)} {origin.of(inner)}; it must be {allowed}{quotes}.") from None
     return cls(**values)

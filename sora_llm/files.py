@@ -9,12 +9,16 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from sora_llm.errors import UserError
 
 _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 """What file systems say that cannot do it, or that do not let us read the folder."""
+
+_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""What they say of a path that is somebody else's, or that cannot be one."""
 
 
 def file_sha256(path: Path) -> str:
@@ -92,8 +96,23 @@ def fsync(path: Path) -> None:
             raise
 
 
+@contextlib.contextmanager
+def reaching_for_input() -> Iterator[None]:
+    """Turn what the file system says of a path out of reach into a UserError, wherever in the block that is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OUT_OF_REACH or error.filename is None:
+            raise
+        raise UserError(
+            f"{error.filename} cannot be used: {error.strerror}; change what may be read there, or name another path"
+        ) from error
+
+
 def user_path(text: str, key: str) -> Path:
-    """A path as the config has it, ~ expanded; UserError for a home that does not exist."""
+    """A path as the config has it, ~ expanded; UserError for a home that does not exist and for what is no path."""
+    if "\0" in text:
+        raise UserError(f"{key} is {text!r}; a path holds no NUL character")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

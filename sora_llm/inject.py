@@ -21,7 +21,7 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     or several suffixes of module names ("q_proj", "mlp.down_proj").
 
     Raises:
-        UserError: a suffix that matches no linear layer, or a model without any.
+        UserError: no suffix, one that matches no linear layer, or a model without any.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
@@ -35,6 +35,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     if target_modules == ALL_LINEAR:
         return linears
     suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if not suffixes:
+        raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")
     for suffix in suffixes:
         if not any(_ends_with(name, suffix) for name in linears):
             known = sorted({name.rpartition(".")[2] for name in linears})
@@ -115,6 +117,8 @@ def put_on(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn
 
     They keep their own dtype and ranks, R = 0 being a module without a branch.
     """
+    if not factors:
+        return model.requires_grad_(False)
     inject_sora(model, r=1, lora_alpha=1, target_modules=list(factors))
     cut_adapters(model, factors)
     return model

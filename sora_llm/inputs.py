@@ -242,6 +242,10 @@ def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work |
 def check_output(run_dir: Path, resume: str) -> None:
     """UserError if the run directory cannot be made or written, or `resume` cannot be followed; leaves nothing."""
     try:
+        if run_dir.is_symlink() and not run_dir.exists():
+            raise UserError(
+                f"output.output_dir {run_dir} is a link to {run_dir.readlink()}, which is not there; make it"
+            )
         existing = nearest_existing(run_dir)
         if not existing.is_dir():
             raise UserError(f"output.output_dir {run_dir}: {existing} is a file, not a folder; name another one")

@@ -532,12 +532,15 @@ def consensus_prune(
     if not layers or any(layer.gate is None for layer in layers.values()):
         raise UserError("the model has no gated SoRA adapters: call inject_sora(model) and train it first")
     has_budget = target_rank is not None or target_params is not None
+    for name, value in (("target_rank", target_rank), ("target_params", target_params)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}; it must be above 0")
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the adapter")
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     rank = max(layer.rank for layer in layers.values())
-    budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank) if has_budget else []
+    budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []
     masters = {name: p.detach().float() for name, p in adapter_parameters(model).items()}
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}

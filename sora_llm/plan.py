@@ -137,14 +137,23 @@ def make_plan(
         total_steps = steps_in(Fraction(str(train.num_train_epochs)))  # as written: 1.1 · 100 steps are 110
     budgets: list[RankBudget] = []
     if sora.sparse_lambda is None:
-        budgets = make_budgets(shapes, sora.r, sora.target_rank, sora.target_params, sora.budgets, sora.min_rank)
+        budgets = make_budgets(
+            shapes,
+            sora.r,
+            sora.target_rank,
+            sora.target_params,
+            sora.budgets,
+            sora.min_rank,
+            may_be_empty=config.output.allow_empty_adapter,
+        )
     threshold = sora.threshold
     if threshold == "auto":
         threshold = "adaptive" if budgets else "decoupled"
     stages = _stages(config, total_steps, threshold == ADAPTIVE)
     storage = backbone_spec(config, strategy).quant_storage
     # The values are of the fields' own literal types; mypy cannot see that through plain strings.
-    gate_lr = stages[0].gate_lr if len(stages) == 1 else sora.gate_lr  # which "auto" differs between stages
+    gate_lrs = {stage.gate_lr for stage in stages}
+    gate_lr = gate_lrs.pop() if len(gate_lrs) == 1 else sora.gate_lr  # "auto", where no one number is the stages' own
     filled = replace(
         config,
         sora=replace(sora, gate_lr=gate_lr, dtype=adapter_dtype(config), threshold=threshold),  # type: ignore[arg-type]

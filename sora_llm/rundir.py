@@ -22,6 +22,9 @@ from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
 
+_DYING_SECONDS = 2.0
+"""A process that is killed closes its connections before the kernel has let go of its locks, or after."""
+
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
 
 
@@ -157,13 +160,14 @@ class RunDirectory:
     def record_loss(self, sentence: str) -> bool:
         """The status of a run of which a process, or the launcher, was lost; returns whether this process wrote it.
 
-        The main process does; if it is the one that died, who finds its lock free and no last word of its own.
+        The main process does; if it is the one that died, who finds its lock free, by and by, and no last word of its
+        own.
         """
         with contextlib.suppress(UserError, RunFailed, OSError):  # a disk that fails too must not keep this one alive
             if self.is_main:
                 self.status("failed", error=sentence)
                 return True
-            with run_lock(self.path, 0):
+            with run_lock(self.path, _DYING_SECONDS):
                 found = read_status(self.path)
                 if found is None or found == self._status_before or found.get("state") == "running":
                     self._write_status("failed", sentence)

@@ -110,7 +110,7 @@ class StopRequest:
         seen, asked_at = False, None
         while self.at_once and not self._raised:
             if self._looks and self._asked_by is None:
-                seen_before, seen = seen, self.file.exists()
+                seen_before, seen = seen, self._file_is_there()
                 if seen if self._is_main else seen_before and not seen:
                     self._asked_by = f"the file {self.file}"
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -130,9 +130,13 @@ class StopRequest:
 
     def reason(self, look_for_file: bool) -> str | None:
         """What asked for it, or None."""
-        if self._asked_by is None and look_for_file and self._looks and self.file.exists():
+        if self._asked_by is None and look_for_file and self._looks and self._file_is_there():
             return f"the file {self.file}"
         return self._asked_by
+
+    def _file_is_there(self) -> bool:
+        """False also where nobody could tell, such as below a folder that may not be entered."""
+        return os.path.exists(self.file)  # noqa: PTH110 - Path.exists raises there
 
     def is_asked(self) -> bool:
         """Whether it was asked for by a signal, for other threads: also by one that the main thread, which may wait for
@@ -145,7 +149,7 @@ class StopRequest:
 
     def remove_file(self) -> None:
         """The request has been obeyed.  Other processes that look for the file themselves have seen it by then."""
-        if self.file.exists():
+        if self._file_is_there():
             time.sleep(2 * LOOK_SECONDS)
             self.file.unlink(missing_ok=True)
 

@@ -19,17 +19,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from sora_llm import checkpoint, distributed, hub, pipeline
-from sora_llm.backbone import DTYPES
+from sora_llm.backbone import DTYPES, check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError, first_line
-from sora_llm.files import nearest_existing, user_path
+from sora_llm.files import nearest_existing, reaching_for_input, user_path
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -78,20 +78,27 @@ from sora_llm.training import (
 EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are bad input like any other, said once however many processes there are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help shows what there is")
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
     """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values read as YAML; null unsets")
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
-    arguments, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; overrides have no dashes: train.max_steps=5")
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        arguments, unknown = parser.parse_known_intermixed_args(argv)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}; overrides have no dashes: train.max_steps=5")
         if arguments.print_config:
             config = load_config(arguments.config, arguments.overrides)
             if is_main:
@@ -164,17 +171,19 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
-    zero_options = deepspeed_options(config, strategy)
-    if config.output.push_to_hub:
-        hub.check_target(config.output.hub_model_id, run_dir)
-    inputs = check_inputs(config, strategy)
-    check_output(run_dir, config.output.resume)
-    shapes = target_shapes(config, inputs.skeleton)
-    check_layout(config.output.export_layout, inputs, shapes, run_dir)
+    with reaching_for_input():
+        zero_options = deepspeed_options(config, strategy)
+        if config.output.push_to_hub:
+            hub.check_target(config.output.hub_model_id, run_dir)
+        inputs = check_inputs(config, strategy)
+        check_attention(inputs.backbone)
+        check_output(run_dir, config.output.resume)
+        shapes = target_shapes(config, inputs.skeleton)
+        check_layout(config.output.export_layout, inputs, shapes, run_dir)
 
-    data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
-    order = training_order(config, inputs, data, rows_in_step(config, world))
-    plan = make_plan(config, strategy, world, order.steps_in, shapes)
+        data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
+        order = training_order(config, inputs, data, rows_in_step(config, world))
+        plan = make_plan(config, strategy, world, order.steps_in, shapes)
 
     with contextlib.ExitStack() as stack:
         group = process_group(config, strategy, world, run_dir, zero_options, lifeline)

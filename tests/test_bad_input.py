@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
 
 from sora_llm import checkpoint
+from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.errors import UserError
+from sora_llm.files import reaching_for_input
 from sora_llm.train import main
 
 CONFIG = "configs/llama7b.yaml"
@@ -26,6 +30,12 @@ def _file(tmp: Path, name: str, text: str) -> Path:
     path = tmp / name
     path.write_text(text)
     return path
+
+
+def _dangling(tmp: Path) -> Path:
+    link = tmp / "link"
+    link.symlink_to("/nowhere")
+    return link
 
 
 def _model(tmp: Path, change: Callable[[Path], object]) -> str:
@@ -104,6 +114,16 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a repository without an upload": (lambda tmp: ["output.hub_model_id=me/mine"], "set output.push_to_hub to true"),
     "an upload without the hub": (lambda tmp: ["output.push_to_hub=true"], "HF_HUB_OFFLINE"),
+    "attention without a backward pass here": (
+        lambda tmp: ["model.attn_implementation=flex_attention"],
+        "no backward pass of it without a GPU",
+    ),
+    "output that is no path": (lambda tmp: ['output.output_dir="a\\0b"'], "holds no NUL character"),
+    "an empty text for none": (lambda tmp: ["model.adapter=''"], "is an empty text on the command line"),
+    "output behind a dangling link": (
+        lambda tmp: [f"output.output_dir={_dangling(tmp)}"],
+        "is a link to /nowhere, which is not there",
+    ),
     "output below a file": (lambda tmp: [f"output.output_dir={_file(tmp, 'f', '')}/run"], "is a file"),
     "output on a read-only place": (lambda tmp: ["output.output_dir=/proc/run"], "cannot be written"),
     "no such checkpoint": (lambda tmp: [f"output.resume={tmp / 'nope'}"], "folder of a checkpoint"),
@@ -123,6 +143,18 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         ],
         "zero_optimization.stage to 3",
     ),
+}
+
+
+TOO_LONG = f"/{'x' * 300}/y"
+"""A path that the file system refuses to look at, also for root."""
+
+CASES |= {
+    f"{key} out of reach": (lambda tmp, key=key: [f"{key}={TOO_LONG}"], "File name too long")  # type: ignore[misc]
+    for key in (
+        *("model.name_or_path", "model.adapter", "data.chat_template", "data.cache_dir"),
+        *("output.output_dir", "output.resume", "data.datasets.0.path"),
+    )
 }
 
 
@@ -166,6 +198,34 @@ def test_nothing_in_an_existing_folder_is_touched(tmp_path: Path) -> None:
     (directory / "notes.txt").write_text("mine")
     assert main([CONFIG, *gsm8k_overrides(directory), "data.sequence_len=8"]) == UserError.exit_code
     assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's place for a moment, which root alone may")
+def test_a_folder_of_data_that_may_not_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+    """Nor is one with such a folder in it: its rows would be missing in silence."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        _file(folder, "rows.jsonl", ALPACA_ROW).chmod(0o644)
+        (folder / "more").mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            for place in (folder, folder / "more", folder / "more" / "rows.jsonl"):
+                with (
+                    pytest.raises(UserError, match=r"more cannot be used: Permission denied|rows.jsonl cannot be used"),
+                    reaching_for_input(),
+                ):
+                    check_paths([DatasetSpec(str(place), "alpaca")])
+        finally:
+            os.seteuid(0)
+
+
+def test_a_wrong_flag_is_said_by_one_of_several_processes(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sora_llm.train.let_main_speak", lambda: None)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--max-steps", "5"]) == UserError.exit_code
+        assert "--help shows what there is" in capsys.readouterr().err
 
 
 def test_a_directory_in_use_is_refused_with_its_holder(

@@ -89,6 +89,11 @@ def test_budgets_that_cannot_be_are_a_sentence(options, said):
         budgets(**options)
 
 
+def test_less_than_one_rank_is_a_budget_where_an_empty_adapter_is_one():
+    (budget,) = make_budgets(SHAPES, 8, 0.01, None, {}, 0, may_be_empty=True)
+    assert 0 <= budget.params < min(budget.costs.values())
+
+
 def test_the_way_down_starts_near_everything_and_ends_above_the_budget():
     (budget,) = budgets()
     places = [step / 50 for step in range(1, 51)]

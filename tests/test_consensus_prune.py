@@ -102,7 +102,10 @@ def test_min_rank_is_kept_where_anything_lives() -> None:
         ({"consensus": "magic"}, "use 'svd' or 'slots'"),
         ({"target_rank": 1, "target_params": 5}, "two ways to say one budget"),
         ({"min_rank": 1}, "needs a budget"),
-        ({"target_rank": 7}, "more than the"),
+        ({"target_rank": 7}, "more than the .* or raise r$"),
+        ({"target_rank": -1}, "target_rank is -1; it must be above 0"),
+        ({"target_params": 0}, "target_params is 0; it must be above 0"),
+        ({"target_rank": 0.01}, "^target_rank is .* nothing would be left"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(options: dict, said: str) -> None:

@@ -106,6 +106,11 @@ def test_a_suffix_that_matches_no_linear_is_refused_with_those_that_exist(suffix
     assert not adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_no_target_module_is_a_mistake_and_no_model_without_adapters() -> None:
+    with pytest.raises(UserError, match="names no module"):
+        inject_sora(tiny_llama(), target_modules=[])
+
+
 def test_a_model_without_linears_is_refused():
     with pytest.raises(UserError, match="no linear layers"):
         inject_sora(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))

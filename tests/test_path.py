@@ -14,8 +14,11 @@ from small_runs import Playground, interrupt, lines, overrides, result
 
 from sora_llm import cli
 from sora_llm.alarms import Patience
+from sora_llm.commands.common import ALONE
+from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.lora_files import read_lora
+from sora_llm.plan import make_plan
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -74,6 +77,16 @@ def test_every_stage_has_its_own_schedule_and_goes_on_from_uncut_weights(straigh
     assert {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".gate")} == {4}
     state = json.loads((straight / "checkpoints" / f"step-{STEPS + 1}" / "state.json").read_text())
     assert state["optimizer_steps"] == 1, "a fresh optimizer"
+
+
+@pytest.mark.parametrize(("dense_ratio", "is_one"), [(0.0, True), (0.25, False)])
+def test_the_rate_of_all_stages_is_filled_in_where_there_is_one(dense_ratio: float, is_one: bool) -> None:
+    changed = {**PATH, "sora.gate_lr": "auto", "sora.dense_ratio": dense_ratio, "train.max_steps": 40}
+    config = load_config(CONFIG, overrides(Path(), Path(), **changed))
+    plan = make_plan(config, "none", ALONE, lambda epochs: 0, {"q_proj": (8, 8)})
+    rates = {stage.gate_lr for stage in plan.stages}
+    assert (len(rates) == 1) is is_one
+    assert plan.config.sora.gate_lr == (rates.pop() if is_one else "auto")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
 
+from sora_llm.checkpoint import read_status, run_lock
 from sora_llm.config import load_config
 from sora_llm.errors import RunFailed
 from sora_llm.report import JsonLines, Progress, read_json_lines
@@ -101,3 +104,15 @@ def test_a_checkpoint_of_another_directory_is_not_in_the_status(tmp_path):
 def test_env_holds_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert "hf_secret" not in json.dumps(environment(num_processes=1, strategy="none", zero_stage=None))
+
+
+def test_a_loss_is_told_also_where_the_lock_of_the_dead_is_freed_a_little_later(tmp_path):
+    """The kernel closes the files of a killed process one by one: others may hear of it before its lock is free."""
+    main = RunDirectory(tmp_path, is_main=True)
+    main.begin(config_yaml="a: 1\n", env={}, total_steps=3)
+    survivor = RunDirectory(tmp_path, is_main=False)
+    with contextlib.ExitStack() as dying:
+        dying.enter_context(run_lock(tmp_path))
+        threading.Timer(0.5, dying.pop_all().close).start()
+        assert survivor.record_loss("process 0 died")
+    assert read_status(tmp_path)["error"] == "process 0 died"

@@ -254,6 +254,5 @@ def test_the_card_says_how_the_base_was_loaded(zero2: Finished) -> None:
 
 
 def test_a_flag_for_a_key_gets_advice(capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([CONFIG, "--train.max_steps=5"])
-    assert stopped.value.code == 2 and "overrides have no dashes" in capsys.readouterr().err
+    assert main([CONFIG, "--train.max_steps=5"]) == UserError.exit_code
+    assert "overrides have no dashes" in capsys.readouterr().err

@@ -53,9 +53,9 @@ def fill_once(folder: Path, fill: Callable[[Path], None], wait_first: float = 0.
         UserError: the cache cannot be written.
         UserError, RunFailed: what `fill` has raised, here or in the process that was waited for.
     """
-    if folder.exists():
-        return True
     try:
+        if folder.exists():
+            return True
         folder.parent.mkdir(parents=True, exist_ok=True)
         return _wait_or_write(folder, fill, wait_first)
     except OSError as error:

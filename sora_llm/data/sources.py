@@ -210,13 +210,18 @@ def _local_files(spec: DatasetSpec) -> list[Path]:
 def _folder_files(folder: Path, type_: str) -> list[Path]:
     """The data files anywhere below a folder, without hidden ones.  Text files count only where text is wanted: the
     README beside conversations is not data."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # else what lies there would be left out in silence
+
+    files = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
     files = [
         file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and kind_of(file) is not None
-        and (type_ == "completion" or kind_of(file) != ".txt")
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        for file in sorted(files)
+        if kind_of(file) is not None and (type_ == "completion" or kind_of(file) != ".txt") and file.is_file()
     ]
     if not files:
         raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
