@@ -71,6 +71,8 @@ def cut_plain(training: Training, step: int, cell: Cell, budget: int) -> None:
     if cell.arm.keeps == "svd":
         scaling = {name: layer.scaling for name, layer in adapters(model).items()}
         plain, _ = cut_svd(factors, scaling, goal)
+    elif cell.arm.keeps == "all":
+        plain = {name: (A, B) for name, (A, B, _) in factors.items()}
     else:
         plain = random_slots(factors, costs, goal, cell.seed)
     with training.engine.released(whole=False) as model:

@@ -30,7 +30,8 @@ class Arm:
 
     `sora` are keys of the config's section sora: the product's own run, which prunes and cuts as they say.  With None
     the adapter is a plain LoRA (its gates are folded away before the first step), whose budgeted size is that of its
-    first step, or is reached by `cuts` (shares of the steps), each of which keeps the same share of what was left.
+    first step, or is reached by `cuts` (shares of the steps), each of which keeps the same share of what was left:
+    singular components, slots at random, or with "all" every slot as it is, so that but the optimizer begins anew.
     """
 
     name: str
@@ -40,6 +41,10 @@ class Arm:
     keeps: str = "svd"
     is_whole: bool = False
 
+
+NEVER_CUT: Mapping[str, Any] = {"sparse_lambda": 0.0, "target_rank": None, "consensus_at": 1.0}
+CHANGES = (0.1, 0.4)
+"""Where `sora` changes its adapters' form, as shipped."""
 
 ARMS = {
     arm.name: arm
@@ -56,14 +61,19 @@ ARMS = {
         Arm("slots", sora={"consensus": "slots"}),
         Arm("late", sora={"consensus_at": 0.7}),
         Arm("end", sora={"consensus_at": 1.0}),
+        Arm("gates", sora={**NEVER_CUT, "gate_lr": 1e-2}, is_whole=True),  # the rate that adaptive gates have
+        Arm("restart", cuts=CHANGES, keeps="all", is_whole=True),
+        Arm("components", cuts=CHANGES, is_whole=True),
     )
 }
-RIVALS, CONTROLS, EXTRAS = (
+RIVALS, CONTROLS, PARTS, EXTRAS = (
     ("uniform", "svd", "svd4", "sora"),
     ("svd4early", "random", "decoupled"),
+    ("gates", "restart", "components"),
     ("slots", "late", "end"),
 )
-"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`; if time is left."""
+"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`; `balanced` taken
+apart; if time is left."""
 CORE_SIZES, EXTRA_SIZES = (0.25, 0.70), (0.10, 0.50)
 WHOLE = 1.0  # the size of `lora`
 
@@ -131,8 +141,7 @@ class Cell:
 
     def overrides(self, folder: Path | None = None, base: Path | None = None) -> dict[str, Any]:
         """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl, `base` is the model.  Without paths for the key."""
-        plain = {"sparse_lambda": 0.0, "target_rank": None, "consensus_at": 1.0}
-        sora = plain if self.arm.sora is None else {"target_rank": self.group.size * R, **self.arm.sora}
+        sora = NEVER_CUT if self.arm.sora is None else {"target_rank": self.group.size * R, **self.arm.sora}
         paths: dict[str, Any] = {}
         if folder is not None:
             paths = {
@@ -216,7 +225,7 @@ def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
 
 def extra_groups() -> list[Group]:
     """By priority, for the time that is left."""
-    variants = [Group(0.25, name) for name in EXTRAS]
+    variants = [*(Group(WHOLE, name) for name in PARTS), *(Group(0.25, name) for name in EXTRAS)]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
     return [*variants, *sizes]
 

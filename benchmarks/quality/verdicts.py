@@ -22,6 +22,7 @@ from protocol import (
     ARMS,
     CORE_SIZES,
     LADDER,
+    PARTS,
     WHOLE,
     Group,
     Protocol,
@@ -37,7 +38,7 @@ from statistics_of_pairs import LEVEL, bootstrap_interval, holm, sign_flip_p
 HERE = Path(__file__).resolve().parent
 MARGIN = 0.02
 """Of the gap between the base and LoRA at r = 16: what is not inferior."""
-LORA = Group(WHOLE, "lora")
+LORA, BALANCED = Group(WHOLE, "lora"), Group(WHOLE, "balanced")
 
 
 def main() -> int:
@@ -171,14 +172,16 @@ def verdict_table(found: Found) -> str:
 
 
 def difference_table(found: Found) -> str:
-    """Paired differences: everybody's from LoRA at r = 16, SoRA's from all others of its size and from itself uncut."""
+    """Paired differences: everybody's from LoRA at r = 16, SoRA's from all others of its size and from itself uncut,
+    that from each of its parts."""
     rows = ["| arm | against | pairs | mean difference, % of the gap (95 %) | p, better | p, within the margin |"]
     rows += ["|---|---|---|---|---|---|"]
     pairs = [(group, LORA) for group in found.groups if group != LORA]
+    pairs += [(BALANCED, Group(WHOLE, part)) for part in PARTS]
     for size in sorted({group.size for group in found.groups} - {WHOLE}):
         own = Group(size, "sora")
         pairs += [(own, group) for group in found.groups if group.size == size and group != own]
-        pairs += [(own, Group(WHOLE, "balanced"))]
+        pairs += [(own, BALANCED)]
     for group, rival in pairs:
         if differences := found.differences(group, rival):
             low, high = bootstrap_interval(differences)
