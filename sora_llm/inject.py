@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
-from sora_llm.sora import SoraLinear
+from sora_llm.sora import Neighbours, SoraLinear
 
 ALL_LINEAR = "all-linear"
 
@@ -75,8 +75,25 @@ def inject_sora(
     for name, linear in targets.items():
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
+    introduce_neighbours(model)
     model.train()  # from_pretrained returns a model in eval mode
     return model
+
+
+NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What layers that read one x are called in transformers' decoders, below one parent."""
+
+
+def introduce_neighbours(model: nn.Module) -> None:
+    """Let adapters that read the same x read it together."""
+    for parent in model.modules():
+        for names in NEIGHBOURS:
+            layers = [getattr(parent, name, None) for name in names]
+            found = [layer for layer in layers if isinstance(layer, SoraLinear)]
+            if len(found) > 1:
+                neighbours = Neighbours(found)
+                for layer in found:
+                    layer.neighbours = neighbours
 
 
 def forbid_cpu_repack(model: nn.Module) -> None:

@@ -9,7 +9,10 @@ Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models"
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,40 +53,71 @@ def add_branch(
     or a float32 cast of it) and the narrow u = A drop(x); the dropout mask is drawn again from its seed.  The factors
     are cast to x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
     """
-    x_to_base, u_RT = _Down.apply(x, lora_A, dropout, seed)
+    x_to_base, u_RT = _Down.apply(x, dropout, seed, lora_A)
+    return _between(base_layer, x, x_to_base, u_RT, lora_B, gate, scaling)
+
+
+def _between(
+    base_layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    x_to_base: Tensor,
+    u_RT: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
     return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
 
 class _Down(torch.autograd.Function):
-    """x, and u = A drop(x) as (R, T): with T last every product reads rows as they lie, also of a few odd ranks."""
+    """x, and u = A drop(x) as (R, T) for each A: with T last every product reads rows as they lie, also of a few odd
+    ranks.  Several A are one product, which reads x once."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, dropout, seed):
+    def forward(ctx, x, dropout, seed, *factors):
         x_TI = x.reshape(-1, x.shape[-1])
-        A_RI = lora_A.to(x.dtype)
+        A_RI = _stacked(factors, x.dtype)
         u_RT = A_RI @ x_TI.T if dropout == 0 else (A_RI @ (x_TI * _kept(x_TI, dropout, seed)).T) / (1 - dropout)
-        ctx.save_for_backward(x, lora_A)
+        ctx.save_for_backward(x, *factors)
         ctx.dropout, ctx.seed = dropout, seed
         ctx.set_materialize_grads(False)
-        return x, u_RT
+        return x, *_parted(u_RT, factors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, du_RT):
-        x, lora_A = ctx.saved_tensors
-        need_x, need_A = ctx.needs_input_grad[:2]
+    def backward(ctx, dx, *parts):
+        x, *factors = ctx.saved_tensors
+        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        asked = [place for place, part in enumerate(parts) if part is not None]  # a u may have met no loss
+        if not asked:
+            return dx, *[None] * (2 + len(factors))
+        factors = [factors[place] for place in asked]
+        du_RT = torch.cat([parts[place] for place in asked]) if len(asked) > 1 else parts[asked[0]]
         x_TI = x.reshape(-1, x.shape[-1])
         kept_TI = None
         if ctx.dropout > 0:
             kept_TI = _kept(x_TI, ctx.dropout, ctx.seed)
             du_RT = du_RT / (1 - ctx.dropout)
-        dA = None
+        gradients = [None] * len(parts)
         if need_A:
-            dA = (du_RT @ (x_TI if kept_TI is None else x_TI * kept_TI)).to(lora_A.dtype)
+            dA_RI = (du_RT @ (x_TI if kept_TI is None else x_TI * kept_TI)).to(factors[0].dtype)
+            for place, dA in zip(asked, _parted(dA_RI, factors), strict=True):
+                gradients[place] = dA
         if need_x:
-            dx = _add_product(dx, du_RT.T, lora_A.to(x.dtype), x.shape, kept_TI)
-        return dx if need_x else None, dA, None, None
+            dx = _add_product(dx, du_RT.T, _stacked(factors, x.dtype), x.shape, kept_TI)
+        return dx if need_x else None, None, None, *gradients
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One (Σ R, I) in `dtype`."""
+    return (torch.cat(list(factors)) if len(factors) > 1 else factors[0]).to(dtype)
+
+
+def _parted(rows: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The rows of each factor."""
+    return rows.split([len(factor) for factor in factors]) if len(factors) > 1 else (rows,)
 
 
 class _Up(torch.autograd.Function):
@@ -185,6 +219,8 @@ class SoraLinear(nn.Module):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     gate: nn.Parameter | None
+    neighbours: Neighbours | None = None
+    """Those that read the same x, itself among them."""
 
     def __init__(
         self,
@@ -221,6 +257,9 @@ class SoraLinear(nn.Module):
         if self.lora_A is None or self.lora_B is None:
             return self.base_layer(x)
         dropout = self.lora_dropout if self.training else 0.0
+        if dropout == 0 and self.neighbours is not None and not torch.compiler.is_compiling():
+            x_to_base, u_RT = self.neighbours.down(self, x)
+            return _between(self.base_layer, x, x_to_base, u_RT, self.lora_B, self.gate, self.scaling)
         seed = _draw_seed() if dropout > 0 else 0
         return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
 
@@ -245,6 +284,61 @@ class SoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, gated={self.gate is not None}"
+
+
+class Neighbours:
+    """Layers that read one x, such as q, k and v: the first that is asked computes u = A x for all of them.
+
+    One product reads x once where each of them would, forward, for dA and for dx.  What was computed for a neighbour
+    waits until it is asked with the very same tensor; anything else begins anew, so that layers which are called in
+    another way are slower and not wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart.
+    """
+
+    def __init__(self, layers: Sequence[SoraLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]  # no cycle: a model ends with its last user
+        self._waiting: _Waiting | None = None
+
+    def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for the base layer, and u (R, T) of `layer`, whose dropout does nothing."""
+        factors = self._factors()
+        if id(layer) not in factors:
+            return _Down.apply(x, 0.0, 0, layer.lora_A)
+        # Gradients asked for or not, the factors and their values: what was computed with others serves nobody.
+        state = torch.is_grad_enabled(), *((id(A), A._version) for A in factors.values())
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or waiting.x is not x or waiting.state != state or id(layer) not in waiting.parts:
+            x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors.values())
+            waiting = _Waiting(x, state, x_to_base, dict(zip(factors, parts, strict=True)))
+        u_RT = waiting.parts.pop(id(layer))
+        if waiting.parts:
+            self._waiting = waiting
+        return waiting.x_to_base, u_RT
+
+    def _factors(self) -> dict[int, nn.Parameter]:
+        """{id of a layer: its A}, without those that are pruned away or partitioned."""
+        found = {}
+        for reference in self._layers:
+            layer = reference()
+            if layer is not None and layer.lora_A is not None and not hasattr(layer.lora_A, "ds_id"):
+                found[id(layer)] = layer.lora_A
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the layers themselves, nothing that waits."""
+        return {"layers": [layer for reference in self._layers if (layer := reference()) is not None]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"])  # type: ignore[misc]
+
+
+@dataclass
+class _Waiting:
+    """What was computed from x for neighbours that have not asked yet: {id of the layer: u (R, T)}."""
+
+    x: Tensor
+    state: tuple[Any, ...]
+    x_to_base: Tensor
+    parts: dict[int, Tensor]
 
 
 def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

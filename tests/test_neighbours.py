@@ -1,0 +1,193 @@
+"""Layers that read one x read it together, and compute what each would by itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import randomise, relative_error, tiny_llama
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sora_llm.inject import adapters, inject_sora
+from sora_llm.sora import Neighbours, SoraLinear
+
+IN, OUTS, RANKS = 7, (5, 3, 4), (3, 2, 4)
+
+
+@pytest.fixture
+def qkv() -> tuple[SoraLinear, ...]:
+    layers = tuple(
+        randomise(SoraLinear(nn.Linear(IN, out).double(), r, lora_alpha=1.5 * r, dtype=torch.float64), seed)
+        for seed, (out, r) in enumerate(zip(OUTS, RANKS, strict=True))
+    )
+    acquaint(layers)
+    return layers
+
+
+def acquaint(layers: tuple[SoraLinear, ...]) -> None:
+    neighbours = Neighbours(layers)
+    for layer in layers:
+        layer.neighbours = neighbours
+
+
+def input_of(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 6, IN, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def truth(layer: SoraLinear, x: Tensor) -> Tensor:
+    """The equation, left to autograd."""
+    if layer.lora_A is None or layer.lora_B is None:
+        return layer.base_layer(x)
+    u = nn.functional.linear(x, layer.lora_A)
+    h = u if layer.gate is None else u * layer.gate
+    return layer.base_layer(x) + layer.scaling * nn.functional.linear(h, layer.lora_B)
+
+
+def trained(layers: tuple[SoraLinear, ...]) -> list[Tensor]:
+    return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+
+def same(found: Iterator[Tensor] | list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def loss_of(outputs: list[Tensor]) -> Tensor:
+    return sum(((index + 1) * y.square().sum() for index, y in enumerate(outputs)), torch.tensor(0.0))
+
+
+def downs(output: Tensor) -> int:
+    """How many nodes of the graph compute u = A x."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == "_DownBackward" for node in seen)
+
+
+@pytest.mark.parametrize("form", ["gated", "cut", "one pruned away"])
+def test_outputs_and_gradients_are_those_of_the_equation(qkv: tuple[SoraLinear, ...], form: str) -> None:
+    if form == "cut":
+        for layer in qkv:
+            layer.cut(layer.lora_A[:2], layer.lora_B[:, :2])
+    if form == "one pruned away":
+        qkv[1].cut(torch.empty(0, IN), torch.empty(OUTS[1], 0))
+    x = input_of()
+    leaves = [x, *trained(qkv)]
+    found, expected = [layer(x) for layer in qkv], [truth(layer, x) for layer in qkv]
+    same(found, expected)
+    assert downs(loss_of(found)) == 1
+    same(torch.autograd.grad(loss_of(found), leaves), list(torch.autograd.grad(loss_of(expected), leaves)))
+
+
+def test_what_meets_no_loss_gets_no_gradient_and_changes_no_other(qkv: tuple[SoraLinear, ...]) -> None:
+    x = input_of()
+    q, _, v = (layer(x) for layer in qkv)
+    loss_of([q, v]).backward()
+    expected = torch.autograd.grad(loss_of([truth(qkv[0], x), truth(qkv[2], x)]), [x, *trained((qkv[0], qkv[2]))])
+    same([x.grad, *(p.grad for p in trained((qkv[0], qkv[2])))], list(expected))
+    assert qkv[1].lora_A.grad is None and qkv[1].lora_B.grad is None
+
+
+def test_layers_that_are_called_in_another_way_than_neighbours_are_right_too(qkv: tuple[SoraLinear, ...]) -> None:
+    q, k, v = qkv
+    x, other = input_of(), input_of(1)
+    calls = [(q, x), (k, other), (k, x), (v, x), (v, x), (v, other), (q, other), (q, other)]
+    same([layer(given) for layer, given in calls], [truth(layer, given) for layer, given in calls])
+    same([layer(x) for layer in (v, k, q)], [truth(layer, x) for layer in (v, k, q)])
+
+
+def test_what_waits_for_a_neighbour_does_not_outlive_the_values_it_was_made_of(qkv: tuple[SoraLinear, ...]) -> None:
+    q, k, v = qkv
+    x = input_of()
+    q(x)
+    with torch.no_grad():
+        k.lora_A.mul_(2)  # as an optimizer does
+    same([k(x)], [truth(k, x)])
+    q(x)
+    v.cut(v.lora_A.detach() * 3, v.lora_B.detach())
+    same([v(x)], [truth(v, x)])
+
+
+def test_what_was_computed_without_gradients_is_not_taken_where_they_are_asked_for(
+    qkv: tuple[SoraLinear, ...],
+) -> None:
+    q, k, _ = qkv
+    x = input_of()
+    with torch.no_grad():
+        q(x)
+    y = k(x)
+    y.sum().backward()
+    assert k.lora_A.grad.abs().sum() > 0
+    q(x)
+    with torch.no_grad():
+        assert not k(x).requires_grad
+
+
+def test_dropout_draws_a_mask_of_its_own_for_each(qkv: tuple[SoraLinear, ...]) -> None:
+    for layer in qkv:
+        layer.lora_dropout = 0.5
+    x = input_of()
+    assert downs(loss_of([layer(x) for layer in qkv])) == 3
+    for layer in qkv:
+        layer.eval()
+    assert downs(loss_of([layer(x) for layer in qkv])) == 1
+
+
+def test_recomputed_activations_give_the_same_gradients(qkv: tuple[SoraLinear, ...]) -> None:
+    x = input_of()
+
+    def block(x: Tensor) -> Tensor:
+        return loss_of([layer(x) for layer in qkv])
+
+    leaves = [x, *trained(qkv)]
+    direct = torch.autograd.grad(block(x), leaves)
+    recomputed = torch.autograd.grad(checkpoint(block, x, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
+
+
+def test_injection_acquaints_q_k_v_and_gate_up() -> None:
+    model = inject_sora(tiny_llama(num_hidden_layers=2), r=2)
+    groups = {}
+    for name, layer in adapters(model).items():
+        groups.setdefault(id(layer.neighbours) if layer.neighbours else name, []).append(name.rpartition(".")[2])
+    assert sorted(map(tuple, groups.values())) == sorted(
+        2 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    )
+    only = inject_sora(tiny_llama(num_hidden_layers=1), r=2, target_modules=["q_proj", "o_proj"])
+    assert all(layer.neighbours is None for layer in adapters(only).values())
+
+
+def test_a_copy_and_a_saved_model_are_acquainted_among_themselves() -> None:
+    model = inject_sora(tiny_llama(num_hidden_layers=1), r=2)
+    ids = torch.arange(10)[None]
+    logits = model(ids, use_cache=False).logits
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        q = adapters(other)["model.layers.0.self_attn.q_proj"]
+        with torch.no_grad():
+            for name, layer in adapters(other).items():
+                randomise(layer, len(name))
+        assert q.neighbours is not adapters(model)["model.layers.0.self_attn.q_proj"].neighbours
+        found = other(ids, use_cache=False).logits
+        assert downs(found) == 4 and relative_error(found, logits) > 0.01
+    assert torch.equal(model(ids, use_cache=False).logits, logits), "the copies' values are their own"
+
+
+def test_a_model_ends_with_its_last_user() -> None:
+    """Without waiting for the garbage collector: the next one may need its memory."""
+    model = inject_sora(tiny_llama(num_hidden_layers=1), r=2)
+    model(torch.arange(10)[None], use_cache=False)
+    layer = weakref.ref(adapters(model)["model.layers.0.self_attn.q_proj"])
+    del model
+    assert layer() is None
