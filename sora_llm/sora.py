@@ -100,7 +100,7 @@ class _Down(torch.autograd.Function):
         if ctx.dropout > 0:
             kept_TI = _kept(x_TI, ctx.dropout, ctx.seed)
             du_RT = du_RT / (1 - ctx.dropout)
-        gradients = [None] * len(parts)
+        gradients: list[Tensor | None] = [None] * len(parts)
         if need_A:
             dA_RI = (du_RT @ (x_TI if kept_TI is None else x_TI * kept_TI)).to(factors[0].dtype)
             for place, dA in zip(asked, _parted(dA_RI, factors), strict=True):
