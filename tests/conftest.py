@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from spawn import EXTENSIONS
 
 if TYPE_CHECKING:
     from small_runs import Playground
@@ -18,8 +18,7 @@ SHARED = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve(
 
 # On a busy machine two threads that wait for each other cost 20 ms a product, and no tensor here is large.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A killed build leaves a lock in the shared cache that hangs later runs: tests keep theirs apart.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "sora_llm_test_extensions"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -56,11 +56,8 @@ def trainer(
 
     `audit` leaves in `folder`/writes.<process> what the process has written, renamed or removed in the run directory.
     """
-    import torch
-
     from sora_llm.train import main
 
-    torch.set_num_threads(1)
     for place in {fault["place"] for fault in faults} - {END}:
         _patch(place, [fault for fault in faults if fault["place"] == place], folder, run_dir)
     writes: set[str] = set()

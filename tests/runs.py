@@ -72,7 +72,7 @@ def start(
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # no accelerate config of the user's may decide how tests are launched
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": python_path, **environ}
+    clean |= {"HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": python_path, **environ}
     process = subprocess.run(
         [*launcher, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
     )

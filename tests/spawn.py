@@ -30,6 +30,9 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+EXTENSIONS = Path(tempfile.gettempdir()) / "sora_llm_test_extensions"
+"""Where DeepSpeed's op is built unless TORCH_EXTENSIONS_DIR says: a killed build leaves a lock in the cache that all
+share, on which later runs hang."""
 GRACE_SECONDS = 20  # after one process failed: how long the others get to fail for their own, better reasons
 QUOTED_LINES = 25
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -190,8 +193,7 @@ def warm_deepspeed(timeout: float = 540) -> None:
 
     A build that was killed leaves a lock file there on which every later process would wait for ever: it is removed.
     """
-    apart = Path(tempfile.gettempdir()) / "sora_llm_test_extensions"  # as in conftest.py, which benchmarks do not read
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(apart))) / "deepspeed_shm_comm"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))) / "deepspeed_shm_comm"
     if not (folder / "deepspeed_shm_comm.so").exists():
         (folder / "lock").unlink(missing_ok=True)
         spawn("spawn:build_deepspeed_op", 1, timeout=timeout)
@@ -218,7 +220,6 @@ def _main(folder: Path) -> None:
 
     import torch
 
-    torch.set_num_threads(1)
     result = getattr(importlib.import_module(module), function)(**call["arguments"])
     temporary = folder / f"result-{os.environ['RANK']}.tmp"
     torch.save(result, temporary)

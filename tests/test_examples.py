@@ -23,7 +23,6 @@ STEPS, R, TARGET_RANK = 20, 8, 3
 
 def run_example(name: str, arguments: list[str]) -> int:
     """Worker: an example's main."""
-    torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "examples"))
     importlib.import_module(name).main(arguments)
     return 0
