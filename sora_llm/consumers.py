@@ -43,8 +43,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A PEFT folder as engines see it: its config, {module: (rows of A, columns of B)}, and the modules that it was
-    made for."""
+    """A PEFT folder as engines see it: its config, {module: (rows of A, columns of B)}, and the modules that engines
+    look for: those of the same kinds in all layers of the base."""
 
     config: dict[str, Any]
     ranks: dict[str, tuple[int, int]]
@@ -65,12 +65,13 @@ class LoraFolder:
 
     @property
     def missing(self) -> str | None:
-        """A target without tensors, None if there is none."""
+        """One of them without tensors, None if there is none."""
         return next(iter(sorted(self.targets - self.ranks.keys())), None)
 
 
 def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
-    """Config and shapes of the LoRA in `folder`; `targets` are modules beside those that have tensors.
+    """Config and shapes of the LoRA in `folder`; `targets` are modules that engines look for beside those that have
+    tensors.
 
     Raises:
         UserError: files that cannot be read.
@@ -155,7 +156,7 @@ def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool
 
 
 def _sglang(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
-    """One rank and one scale; projections that it stacks (q, k, v; gate, up) must all be there.  It knows no rsLoRA."""
+    """One rank and one scale; a projection that is there must be so in every layer.  It knows no rsLoRA."""
     yield from _plain(lora)
     if lora.odd_rank is not None:
         yield f"{lora.odd_rank} has rank {lora.ranks[lora.odd_rank][0]} and r is {lora.r}: it takes one rank"

@@ -359,7 +359,9 @@ def certify_and_publish(
         "sha256": file_sha256(temporary / WEIGHTS),
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
-    verdicts = of_folder(read_folder(temporary, list(ranks)), base=provenance.base_model or "BASE")
+    kinds = {name.rpartition(".")[2] for name in ranks}
+    in_base = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds]
+    verdicts = of_folder(read_folder(temporary, in_base), base=provenance.base_model or "BASE")
     certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
     card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
     publish_export(temporary, folder, certificate, card)

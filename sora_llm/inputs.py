@@ -431,6 +431,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         lines.append(f"dev data: {describe(data.dev_report)}")
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
+        lines += repetition_warning(data.train_report)
     if has_conversations(config.data.datasets) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
         lines.append(
             "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for "
@@ -484,6 +485,16 @@ def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[st
     return [
         f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
         "left out; raise it, or set data.excess_length: truncate"
+    ]
+
+
+def repetition_warning(report: DataReport | None) -> list[str]:
+    """A line if dev rows were drawn from rows of which some are the same."""
+    if report is None or not report.duplicates or report.drop_duplicates:
+        return []
+    return [
+        f"warning: {report.duplicates:,} of the rows are the same as earlier ones, and dev rows are drawn from all, so "
+        "that some of them are trained on as well; set data.drop_duplicates: true"
     ]
 
 

@@ -195,15 +195,19 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     def matches(targets: Any) -> bool:
         if isinstance(targets, str):
             return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
+        return name in targets or any(name.endswith(f".{target}") for target in targets)
 
     targets, excluded, layers = (config.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
     if (targets and not matches(targets)) or (excluded and matches(excluded)):
         return False
-    found = re.match(r".*\.[^.]*\.(\d+)\.", name)
-    if layers is None or layers == [] or found is None:
-        return True
-    return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    if layers is None or layers == [] or isinstance(targets, str) or name in (targets or ()):
+        return True  # layers are for suffixes alone
+    own = config.get("layers_pattern") or ()
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in ([own] if isinstance(own, str) else own)]
+    # The first number of the name: behind it others may follow, of experts.
+    found = (re.match(rf"{pattern}\.(\d+)\.", name) for pattern in patterns or [r".*?\.[^.]*"])
+    number = next((int(match[1]) for match in found if match), None)
+    return number is not None and number in ([layers] if isinstance(layers, int) else layers)
 
 
 def _certified(folder: Path) -> frozenset[str]:

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise_all, relative_error, saved_tiny_llama, tiny_llama
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft_loras import KINDS, deltas, peft_lora, ranks_of
 from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
 
 from sora_llm import cli
+from sora_llm.commands.sources import base_of, own_tokenizer, read_source
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.files import file_sha256
 from sora_llm.inject import inject_sora
-from sora_llm.lora_files import OTHER_BASES, OTHER_METHODS, read_lora
+from sora_llm.lora_files import OTHER_BASES, OTHER_METHODS, is_target, read_lora
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,32 @@ def test_a_lora_is_read_as_peft_applies_it(base: Path, tmp_path: Path, kind: str
     assert lora.factors.keys() == expected.keys() == lora.targets and lora.base_model == str(base)
     for name, (A, B, _) in lora.factors.items():
         assert relative_error(lora.scaling[name] * B.double() @ A.double(), expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "experts"]},
+        {"target_modules": r".*\.(0|3)\..*up_proj", "exclude_modules": ["experts.3.up_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*layers\.1\..*", "layers_to_transform": [0, 1]},
+    ],
+)
+def test_the_modules_that_a_lora_is_for_are_those_that_peft_puts_it_on(options: dict[str, Any]) -> None:
+    names = [
+        "layers.0.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "head.q_proj",
+        "q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    names += [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in (0, 1) for j in (0, 1, 3)]
+    config = LoraConfig(**options)
+    found = {name: is_target(name, options) for name in names}
+    assert found == {name: bool(check_target_module_exists(config, name)) for name in names}
+    assert len(set(found.values())) == 2
 
 
 def test_adapters_of_every_kind_become_the_mean_of_their_products(
@@ -170,6 +199,16 @@ def test_checkpoints_keep_the_template_that_they_were_trained_with(
     said = f"the chat template is that of {folders['chatml']}; {folders['vicuna']} was trained with another one"
     assert f"warning: {said}" in capsys.readouterr().out and said in (tmp_path / "merged" / "README.md").read_text()
     assert found.read_text() == expected.read_text()
+
+
+def test_a_run_that_rendered_nothing_brings_no_template_whatever_its_base_has(
+    undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(undisturbed[1], tmp_path / "run"))  # trained on completions
+    (run_dir / "adapter" / "chat_template.jinja").write_text("a file of the base's tokenizer")
+    source = read_source(run_dir)
+    files, template = own_tokenizer(source, base_of([source], None, False))
+    assert template is None and run_dir / "adapter" / "chat_template.jinja" in files
 
 
 def peft_lora_of(run_dir: Path, folder: Path) -> Path:

@@ -90,11 +90,11 @@ def test_training_finds_what_was_prepared_and_tokenises_nothing(overrides, tmp_p
 
 def test_the_output_folder_gets_the_report_and_loses_nothing(overrides, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "status.json").write_text("{}")
+    (tmp_path / "run" / "notes.txt").write_text("{}")
     (tmp_path / "run" / "data_report.json").write_text("an older one")
     datasets = {"data.datasets": chats(tmp_path, CHAT)}
     assert cli.main(["preprocess", CONFIG, *overrides(**datasets)]) == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data_report.json", "status.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data_report.json", "notes.txt"]
     assert json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]["rows_kept"] == 1
     elsewhere = tmp_path / "reports" / "mine.json"
     assert cli.main(["preprocess", CONFIG, *overrides(**datasets), "--report", str(elsewhere)]) == 0
@@ -225,3 +225,16 @@ def test_the_colour_flag_reaches_the_table(overrides, tmp_path, capsys):
     for flags, expected in (([], False), (["--color"], True)):
         assert cli.main(["preprocess", CONFIG, *overrides(**settings), *flags]) == 0
         assert ("\x1b[2m" in capsys.readouterr().out) is expected
+
+
+def test_the_report_of_a_run_is_of_what_it_trained_on(overrides, tmp_path, capsys):
+    """Looking at other settings of a run that is there does not rewrite it."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "status.json").write_text('{"state": "finished"}')
+    (run_dir / "data_report.json").write_text("its own")
+    assert cli.main(["preprocess", CONFIG, *overrides()]) == 0
+    assert "the run there keeps its own" in capsys.readouterr().out
+    assert (run_dir / "data_report.json").read_text() == "its own"
+    assert cli.main(["preprocess", CONFIG, *overrides(), "--report", str(tmp_path / "other.json")]) == 0
+    assert (tmp_path / "other.json").is_file()

@@ -126,6 +126,16 @@ def test_a_broken_rule_is_named_by_those_who_have_it(padded: tuple[Path, list[st
     assert all(bool(verdict.reason) != bool(verdict.serve) for verdict in verdicts.values())
 
 
+def test_a_projection_that_only_some_layers_have_is_not_for_engines_that_stack_layers(tmp_path: Path) -> None:
+    model = randomise_all(
+        inject_sora(tiny_llama(), r=RANK, lora_alpha=RANK, target_modules=["layers.0.self_attn.q_proj"])
+    )
+    export_adapter(model, tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter" / "certificate.json").read_text())["consumers"]
+    assert {name for name, reason in said.items() if reason == "exact"} == FOLDERS - ONE_RANK
+    assert all("layers.1.self_attn.q_proj has no tensors" in said[name] for name in ONE_RANK)
+
+
 @pytest.mark.parametrize("option", [*OTHER_METHODS, "of_next_year"])
 def test_what_is_more_than_a_plain_lora_is_no_engines(padded: tuple[Path, list[str]], option: str) -> None:
     config(**{option: {"some": "thing"}})(padded[0])

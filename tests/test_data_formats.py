@@ -755,6 +755,19 @@ def test_the_digest_changes_with_the_source_of_the_custom_function(custom_module
     assert source_digest(spec) != first
 
 
+def test_the_digest_changes_with_the_source_of_a_function_that_is_named_where_it_is_imported(tmp_path, monkeypatch):
+    package = f"package_{tmp_path.name.replace('-', '_')}"
+    monkeypatch.chdir(tmp_path)
+    Path(package).mkdir()
+    Path(package, "__init__.py").write_text("from .impl import chat\n")
+    Path(package, "impl.py").write_text("def chat(row):\n    return []\n")
+    spec = DatasetSpec("rows.jsonl", "custom", function=f"{package}:chat")
+    write(tmp_path / "rows.jsonl", "{}")
+    first = source_digest(spec)
+    Path(package, "impl.py").write_text("def chat(row):\n    return [1]\n")
+    assert source_digest(spec) != first
+
+
 def test_a_spec_can_be_sent_to_another_process_and_written_as_json():
     spec = DatasetSpec("a.jsonl", "custom", columns={}, function="a:b", weight=0.5, streaming=True)
     assert pickle.loads(pickle.dumps(spec)) == spec
@@ -817,6 +830,7 @@ def test_alpaca_rows_may_have_a_system_message_and_a_history():
     ]
     for history, reason in (
         ([["a"]], "history\\[0\\] is a list, not a pair"),
+        (1, "history is a number, not a list of pairs"),
         ([["a", ""]], "history\\[0\\].text is empty"),
     ):
         with pytest.raises(BadRow, match=reason):

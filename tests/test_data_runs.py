@@ -183,6 +183,16 @@ def test_special_tokens_written_into_messages_are_warned_of(streaming, tmp_path,
     assert f"warning: rows with a special token written out in a message: 1{where};" in capsys.readouterr().out
 
 
+def test_dev_rows_drawn_from_repeated_rows_are_warned_of(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 3 + '{"instruction": "b", "output": "c"}\n' * 3)
+    data = {"data.datasets": [{"path": str(rows), "type": "alpaca"}], "data.val_set_size": 1}
+    for drop, is_warned_of in ((False, True), (True, False)):
+        options = {**QUICK, **data, "data.drop_duplicates": drop}
+        assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
+        assert ("warning: 4 of the rows are the same as earlier ones" in capsys.readouterr().out) == is_warned_of
+
+
 def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, capsys):
     """chatml under a base model: the model would learn to write <|im_end|>, and no client stops at it by itself."""
     rows = tmp_path / "rows.jsonl"

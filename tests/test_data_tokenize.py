@@ -876,6 +876,14 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(byte, template, p
             assert found == expected
 
 
+@pytest.mark.parametrize(
+    "program", ["{{ 1 / 0 }}", "{{ '{} {}'.format(1) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_a_template_that_fails_as_programs_do_refuses_the_row(byte, program):
+    with pytest.raises(BadRow, match="refuses the conversation"):
+        render(as_dicts(TWO_TURNS.messages), program, byte.special_tokens_map)
+
+
 # ----- one BOS --------------------------------------------------------------------------------------------------------
 
 

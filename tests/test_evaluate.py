@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_generate import lora as lora
 from test_generate import run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm import cli
 from sora_llm.data.templates import TEMPLATES
+from sora_llm.data.tokenize import served_template
 
 ROWS = [("Tim had a", " red ball."), ("She was so", " happy and ran home."), ("Once", " upon a time")]
 
@@ -81,6 +83,34 @@ def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora,
     finally:
         moved.rename(rows)
     assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5)
+
+
+def test_a_run_is_spoken_to_as_in_training_whatever_became_of_its_template_file(stories, lora, tmp_path, capsys):
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
+    rows.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ROWS))
+    template.write_text(TEMPLATES["vicuna"].replace("USER", "CHILD"))
+    data = {"data.datasets": [{"path": str(rows), "type": "alpaca"}], "data.val_set_size": 1}
+    run = run_dir(tmp_path / "run", **data, **{"data.chat_template": str(template)})
+    shutil.copytree(lora, run / "adapter")
+    before = evaluated(capsys, run)  # nothing lies beside the adapter yet: the file is read
+    beside = served_template(AutoTokenizer.from_pretrained(stories), template.read_text())
+    (run / "adapter" / "chat_template.jinja").write_text(beside)
+    template.write_text(TEMPLATES["chatml"])
+    for place in (run, run / "adapter", run / "config.yaml"):
+        assert evaluated(capsys, place) == before or place == run / "config.yaml"
+    assert evaluated(capsys, run, f"data.chat_template={template}") != before, "asked for by name"
+    template.unlink()
+    assert evaluated(capsys, run) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_no_number_is_said_and_not_printed_as_one(lora, rows, tmp_path, capsys):
+    broken = Path(shutil.copytree(lora, tmp_path / "broken"))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    save_file({name: tensor * 1e30 for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
+    assert cli.main(["evaluate", str(broken), "--data", str(rows), *FORM, "--json"]) == 1
+    heard = capsys.readouterr()
+    assert "the loss is nan" in heard.err and not heard.out
 
 
 def test_another_adapter_is_any_of_the_same_base(stories, lora, rows, tmp_path, capsys):

@@ -93,6 +93,14 @@ def test_prompts_come_from_files_and_standard_input(lora, tmp_path, capsys, monk
     (expected,) = generate(capsys, lora, "--prompt", PROMPT)["answers"]
     assert generate(capsys, lora, "--prompts-file", tmp_path / "a.txt")["answers"][0] == expected
     assert generate(capsys, lora, "--prompts-file", tmp_path / "b.jsonl")["answers"] == [expected]
+    odd = f"{PROMPT}\u2028there\x85was"  # the ends of lines to str.splitlines, and to no data file
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n")
+    (tmp_path / "c.txt").write_text(f"{odd}\r\nTim\r\n", newline="")
+    assert [found["prompt"] for found in generate(capsys, lora, "--prompts-file", tmp_path / "c.jsonl")["answers"]] == [
+        odd
+    ]
+    found = generate(capsys, lora, "--prompts-file", tmp_path / "c.txt")["answers"]
+    assert [answer["prompt"] for answer in found] == [odd, "Tim"]
     monkeypatch.setattr("sys.stdin", (tmp_path / "b.jsonl").open())
     assert generate(capsys, lora)["answers"][0]["prompt"] == json.dumps({"prompt": PROMPT})
 
@@ -302,6 +310,14 @@ def test_a_damaged_adapter_is_a_sentence(damage, stories, tmp_path, capsys):
         (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     assert cli.main(["generate", str(folder), "--prompt", "Once", "--raw"]) == 2
     assert ("is damaged" if damage == "truncated" else "safetensors alone") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [[], ["--chat-template", "alpaca"]])
+def test_half_a_character_is_a_sentence(form, lora, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Once \\ud83d upon"}')
+    for given in (["--prompt", "Once \udcff upon"], ["--prompts-file", str(tmp_path / "a.jsonl")]):
+        assert cli.main(["generate", str(lora), *given, *form, *SHORT]) == 2
+        assert "half a surrogate pair" in capsys.readouterr().err
 
 
 def test_standard_input_that_is_no_text_is_a_sentence(stories, monkeypatch, capsys):

@@ -52,7 +52,7 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.A
         type=float,
         default=sampling.top_p,
         metavar="P",
-        help="draw from the likeliest tokens that hold this share; default %(default)s",
+        help="above temperature 0: draw from the likeliest tokens that hold this share; default %(default)s",
     )
     number.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default %(default)s")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")

@@ -17,7 +17,7 @@ from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
 from sora_llm.data.templates import TEMPLATES
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.inputs import Inputs, check_inputs, has_conversations
 from sora_llm.pipeline import evaluate
 
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
                 world=ALONE,
                 device=next(loaded.model.parameters()).device,
             )
+            if not math.isfinite(found.loss):
+                raise RunFailed(
+                    f"the loss is {found.loss}: base or adapter have values that are not finite, or too large for "
+                    "their dtype"
+                )
             return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
 
         result: dict[str, Any] = {"rows": len(rows), "supervised_tokens": rows.num_supervised}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sora_llm.checkpoint import read_status
 from sora_llm.commands.common import ALONE, config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
@@ -34,22 +35,31 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
         prog,
         "Tokenise a config's data into the cache, where training finds it, and report rows, lengths, masks and losses.",
     )
-    parser.add_argument("--report", metavar="FILE", help="default: data_report.json in output.output_dir")
+    parser.add_argument(
+        "--report", metavar="FILE", help="default: data_report.json in output.output_dir, if no run is there yet"
+    )
     parser.add_argument("--color", action="store_true", help="dim masked text also where the output is no terminal")
     arguments = parser.parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.report is None:
-            file = user_path(config.output.output_dir, "output.output_dir") / DATA_REPORT
-        else:
-            file = user_path(arguments.report, "--report")
-        content = {**report_on_data(config, check_inputs(config, "none")), "report": str(file)}
-        _write(file, content)
+        file = report_file(config, arguments.report)
+        found = report_on_data(config, check_inputs(config, "none"))
+        content = {**found, "report": None if file is None else str(file)}
+        if file is not None:
+            _write(file, content)
         return content
 
     colour = arguments.color or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     return exit_code(command, arguments.json, lambda content: as_text(content, colour))
+
+
+def report_file(config: Config, named: str | None) -> Path | None:
+    """Where the report goes; None if no file is named and a run has its own report there, of what it trained on."""
+    if named is not None:
+        return user_path(named, "--report")
+    run_dir = user_path(config.output.output_dir, "output.output_dir")
+    return run_dir / DATA_REPORT if read_status(run_dir) is None else None
 
 
 def report_on_data(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -80,5 +90,6 @@ def as_text(content: dict[str, Any], colour: bool) -> str:
         ends.append(
             f"dev rows        {content['held_out']:,} of the train rows, drawn by train.seed (data.val_set_size)"
         )
-    ends += [f"cache           {content['cache']}", f"report          {content['report']}"]
+    report = content["report"] or "the run there keeps its own; --report FILE names another"
+    ends += [f"cache           {content['cache']}", f"report          {report}"]
     return "\n\n".join([*parts, "\n".join(ends)])

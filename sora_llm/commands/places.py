@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import checkpoint
+from sora_llm.card import TEMPLATE
 from sora_llm.config import Config, from_dict, load_config
+from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.lora_files import CERTIFICATE, CONFIG
@@ -71,7 +73,7 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
             config = _without_consent(load_config(run_dir / "config.yaml", overrides), overrides)
-            return Place(name, _absolute(folder), config, run_dir)
+            return _as_trained(Place(name, _absolute(folder), config, run_dir), overrides)
         if overrides:
             raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
         return Place(name, folder)
@@ -81,7 +83,8 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         return Place(name, folder, _without_consent(_checkpoint_config(folder)))
     if (folder / "config.yaml").is_file():
         config_file = folder / "config.yaml"
-        return _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
+        place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
+        return _as_trained(place, overrides)
     raise UserError(f"{name} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
 
 
@@ -114,8 +117,24 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)
 
 
+def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
+    """With the chat template that the run has put beside its adapter in place of the file that it was read from, which
+    may be another one, or gone, by now."""
+    config, adapter = place.config, place.adapter
+    if config is None or adapter is None or config.data.chat_template in (None, *TEMPLATES):
+        return place
+    beside = adapter / TEMPLATE
+    if not beside.is_file() or _overrides_key("data.chat_template", overrides):
+        return place
+    return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
+
+
+def _overrides_key(key: str, overrides: Sequence[str]) -> bool:
+    return any(text.partition("=")[0] == key for text in overrides)
+
+
 def _without_consent(config: Config, overrides: Sequence[str] = ()) -> Config:
-    if any(text.partition("=")[0] == "model.trust_remote_code" for text in overrides):
+    if _overrides_key("model.trust_remote_code", overrides):
         return config
     return replace(config, model=replace(config.model, trust_remote_code=False))
 

@@ -120,7 +120,8 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
 
 def own_tokenizer(source: Source, spec: BackboneSpec) -> tuple[list[Path], str | None]:
     """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and its chat template:
-    the one that lies beside it, or else, where it brings no tokenizer, the one that its run trained with.
+    the one that lies beside it, or else, where it brings no tokenizer, the one that its run trained with.  A run that
+    rendered no rows has none: what lies there is a file of the base's tokenizer.
 
     Raises:
         UserError: a template that cannot be read.
@@ -129,13 +130,16 @@ def own_tokenizer(source: Source, spec: BackboneSpec) -> tuple[list[Path], str |
     if source.folder is not None:
         template = source.folder / TEMPLATE
         if has_tokenizer(source.folder):
-            files = [file for file in tokenizer_files_in(source.folder) if file != template]
+            files = tokenizer_files_in(source.folder)
+        if source.config is not None and not _used_template(source):
+            return files, None
+        files = [file for file in files if file != template]
         try:
             if template.is_file():
                 return files, template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{template} cannot be read: {error}") from None
-    if source.config is None or files or not _used_template(source):
+    if source.config is None or files:
         return files, None
     return files, exported_template(source.config, load_tokenizer(spec))
 

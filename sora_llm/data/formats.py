@@ -90,7 +90,12 @@ def _alpaca(row: Row, spec: DatasetSpec) -> list[Example]:
 
 def _history(row: Row) -> Iterator[Message]:
     """The earlier questions and answers that some alpaca files give as pairs in a column `history`."""
-    for i, pair in enumerate(row.get("history") or ()):
+    history = row.get("history")
+    if history in (None, "", False):
+        return
+    if not isinstance(history, list | tuple):
+        raise BadRow(f"history is {type_in_words(history)}, not a list of pairs")
+    for i, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history[{i}] is {type_in_words(pair)}, not a pair of question and answer")
         for role, text in zip(("user", "assistant"), pair, strict=True):
@@ -186,7 +191,7 @@ def _text(values: Mapping[str, Any], key: str, prefix: str = "", *, optional: bo
         raise BadRow(f"{place} is missing")
     if not isinstance(value, str):
         raise BadRow(f"{place} is {type_in_words(value)}, not text")
-    return _whole_characters(value, place)
+    return whole_characters(value, place)
 
 
 def _filled_text(values: Mapping[str, Any], key: str, prefix: str = "") -> str:
@@ -196,7 +201,7 @@ def _filled_text(values: Mapping[str, Any], key: str, prefix: str = "") -> str:
     return text
 
 
-def _whole_characters(text: str, place: str) -> str:
+def whole_characters(text: str, place: str) -> str:
     """The text, if it has no half of a surrogate pair: json can hold one, tokenizers fail at it."""
     try:
         text.encode()
@@ -268,7 +273,7 @@ def _message(turn: Any, place: str, keys: tuple[tuple[str, str], ...], roles: Ma
 def _content(content: Any, place: str) -> str:
     """Text, or a list of typed parts of which every one is text."""
     if isinstance(content, str):
-        return _whole_characters(content, place)
+        return whole_characters(content, place)
     if not isinstance(content, list):
         raise BadRow(f"{place} is {type_in_words(content)}, not text or a list of text parts")
     return "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(content))
@@ -281,7 +286,7 @@ def _part(part: Any, place: str) -> str:
     text = part.get("text") if part.get("text") is not None else part.get("value")
     if not isinstance(text, str):
         raise BadRow(f"{place} has no text")
-    return _whole_characters(text, place)
+    return whole_characters(text, place)
 
 
 def _weight(turn: dict[str, Any], place: str) -> float | None:

@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import importlib
+import inspect
 import itertools
 import os
 import sys
@@ -95,12 +96,15 @@ def is_local(path: str) -> bool:
 
 def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_sha256) -> str:
     """A hash of what the rows are made of: the bytes of the files, or the fingerprint of a hub data set (one that is
-    streamed has none), and the source of the module that holds a custom function (not of those that it imports)."""
+    streamed has none), and the sources of the module that a custom function is named in and of the one that defines
+    it (not of others that these import)."""
     digest = hashlib.sha256()
     if spec.function is not None:
-        load_function(spec.function)
-        source = getattr(sys.modules[spec.function.partition(":")[0]], "__file__", None)  # modules in C have none
-        digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
+        function = inspect.unwrap(load_function(spec.function))
+        defined_in = getattr(function, "__module__", None) or type(function).__module__
+        for module in dict.fromkeys((spec.function.partition(":")[0], defined_in)):
+            source = getattr(sys.modules.get(module), "__file__", None)  # modules in C have none
+            digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
     if not is_local(spec.path):
         digest.update(_load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)._fingerprint.encode())
         return digest.hexdigest()

@@ -346,7 +346,7 @@ def _render(
         )
     except jinja2.TemplateSyntaxError:
         raise
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: it may divide by zero, or recurse without an end
         if not messages:
             raise BadRow("the conversation begins with the assistant, which the chat template cannot render") from None
         raise BadRow(f"the chat template refuses the conversation: {error}") from None

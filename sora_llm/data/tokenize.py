@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sora_llm.data.dataset import TokenRow
-from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion
+from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion, whole_characters
 from sora_llm.data.sources import BadRow
 from sora_llm.data.templates import as_dicts, check_has_place, ends_answers_visibly, has_markers, render, render_marked
 
@@ -77,18 +77,24 @@ def tokenize_examples(
 
 def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
     """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
-    as it is."""
+    as it is.
+
+    Raises:
+        BadRow: the template refuses it, or it holds what is no text.
+    """
     if template is not None:
         return encode_dialogue(tokenizer, [Message("user", prompt)], template)
-    return _tokenize([prompt], tokenizer)[0].ids
+    return _tokenize([whole_characters(prompt, "the prompt")], tokenizer)[0].ids
 
 
 def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
     """Ids that a model goes on from: the messages so far with the assistant's turn opened.
 
     Raises:
-        BadRow: the template refuses them.
+        BadRow: the template refuses them, or they hold what is no text.
     """
+    for message in messages:
+        whole_characters(message.content, f"the {message.role}'s message")
     text = render(as_dicts(messages), template, tokenizer.special_tokens_map, prompt=True)
     return _tokenize([text], tokenizer)[0].ids
 
