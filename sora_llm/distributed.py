@@ -77,6 +77,9 @@ def make_accelerator(
         options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)
     if strategy in ZERO_STAGES:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # What an accelerate config file says of DeepSpeed: accelerate refuses it beside a config like ours, and
+        # `resolve_strategy` has compared what of it counts.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         _quiet_deepspeed(cuda)
         # Not zero.Init: transformers skips it for quantised models, so every process loads the whole model anyway.
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config, zero3_init_flag=False)
@@ -597,10 +600,8 @@ class Engine:
                 self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
 
     def _load_zero(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for name, p in self._adapter_parameters.items():
-            safe_set_full_fp32_param(p, masters[name].to(self.device))
+            self._write_zero(p, masters[name])
         if not state:
             return
         for shard, has_gates in zip(self.master_shards(), self._shards_of_gates(), strict=True):
@@ -613,7 +614,24 @@ class Engine:
         for name, p in self._adapter_parameters.items():
             for key in self._state_of(name):
                 if f"{name}.{key}" in state:
-                    safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(self.device), key)
+                    self._write_zero(p, state[f"{name}.{key}"], key)
+
+    def _write_zero(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Give this process its part of the float32 value of `p`, or of what the optimizer has of it under `key`."""
+        from deepspeed import utils
+
+        value, of_key = value.to(self.device), () if key is None else (key,)
+        if self.strategy == "zero3":
+            # DeepSpeed 0.19.8's safe_set_full_* reads past the end of a size that the processes do not divide.
+            size = p.ds_tensor.numel()  # type: ignore[attr-defined]  # ceil(size / number of processes)
+            process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+            whole = nn.functional.pad(value.flatten(), (0, size * num_processes - value.numel()))
+            own = whole[process * size : (process + 1) * size]
+            write = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
+            write(p, own, *of_key)
+        else:
+            write = utils.safe_set_full_fp32_param if key is None else utils.safe_set_full_optimizer_state
+            write(p, value, *of_key)
 
     def _shards_of_gates(self) -> list[bool]:
         """Which of `master_shards` hold gates."""
@@ -665,7 +683,8 @@ class Engine:
                 f"{name}.{key}": state[key]
                 for name, p in self._adapter_parameters.items()
                 if MOMENTS[0] in (state := self.optimizer.state.get(p, {}))
-                for key in MOMENTS
+                for key in (*MOMENTS, "master")
+                if key in state
             }
             agree(fingerprints(moments), "the optimizer state", members)
         if self.is_zero:

@@ -145,8 +145,9 @@ class Tally:
         """loss, tokens_per_second and step_seconds since the last line, which ends here (collective)."""
         total, weight = self.totals()
         self.pause_clock()
-        line = {"tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
-        if self.steps:
+        line = {}
+        if self.steps:  # none since a resumed run began: the line is of a step before
+            line["tokens_per_second"] = self.tokens / max(self.seconds, 1e-9)
             line["step_seconds"] = self.seconds / self.steps
         if weight:
             line["loss"] = total / weight

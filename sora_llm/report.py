@@ -16,18 +16,18 @@ from sora_llm.files import write_text_atomically
 class JsonLines:
     """An append-only file of one JSON object per line; every line is on the disk when `write` returns."""
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, *, exports_again: bool = True):
         """Continue `path` after `last_step`.
 
-        Dropped are later lines, a torn last one, and the line that an export wrote at `last_step` itself: it is
-        going to be made again.
+        Dropped are later lines, a torn last one, and, unless `exports_again` is false, the line that an export wrote at
+        `last_step` itself: it is going to be made again.
         """
         self.path = path
         kept: list[str] = []
         has_last = False
         for line in read_json_lines(path):
             step = line.get("step")
-            again = step == last_step and (has_last or line.get("phase") == "export")
+            again = exports_again and step == last_step and (has_last or line.get("phase") == "export")
             if isinstance(step, int) and step <= last_step and not again:
                 has_last |= step == last_step
                 kept.append(json.dumps(line) + "\n")

@@ -74,8 +74,9 @@ class RunDirectory:
             write_text_atomically(self.path / "env.json", _json(env))
             if data_report is not None:
                 write_text_atomically(self.path / "data_report.json", _json(data_report))
-            self._metrics = JsonLines(self.path / "metrics.jsonl", last_step)
-            self._ranks = JsonLines(self.path / "ranks.jsonl", last_step)
+            # Where the step's own line is still to come, the one before may be a stage's last, which was exported.
+            self._metrics = JsonLines(self.path / "metrics.jsonl", last_step, exports_again=is_logged)
+            self._ranks = JsonLines(self.path / "ranks.jsonl", last_step, exports_again=is_logged)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
 

@@ -116,6 +116,12 @@ def _stated_stage(environ: Mapping[str, str]) -> int | None:
             f"the launcher asks for optimizer offload to {device}, which would replace the proximal optimizer; "
             "launch without --offload_optimizer_device (adapter state is small)"
         )
+    device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    if device not in ("none", ""):
+        raise UserError(
+            f"the launcher asks for parameter offload to {device}, which is read from a DeepSpeed config alone; launch "
+            "without --offload_param_device, and say it in the file that distributed.deepspeed_config names"
+        )
     config_file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     stage: Any = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if config_file and config_file != "none":

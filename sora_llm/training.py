@@ -374,7 +374,7 @@ def cut_adapter(
         dtype=DTYPES[sora.dtype] if dtype is None else dtype,
         world=job.world,
         device=job.accelerator.device,
-        replicas=None if training.agrees else job.replicas,
+        replicas=job.replicas if had_gates and not training.agrees else None,
     )
     if had_gates:
         if cut.spread is not None:

@@ -155,6 +155,18 @@ def test_so_does_one_of_several_processes(
     assert result(run_dir) == result(whole)
 
 
+def test_zero3_shards_sizes_that_its_processes_do_not_divide(ground: Playground) -> None:
+    """It pads them: what is put back, at a change of form or from a checkpoint, ends before the last shard does."""
+    odd = {**BUDGET, "sora.r": 5}
+    for strategy in ("ddp", "zero3"):
+        assert ground.codes(f"odd {strategy}", 2, **{**odd, "distributed.strategy": strategy}) == [0, 0]
+    whole = ground.run_dir("odd zero3")
+    assert_equal_adapters(ground.run_dir("odd ddp"), whole)
+    run_dir = interrupt(whole, ground.run_dir("odd resumed"), CUT_AT)
+    assert ground.codes("odd resumed", 2, **{**odd, "distributed.strategy": "zero3"}) == [0, 0]
+    assert result(run_dir) == result(whole)
+
+
 @pytest.mark.parametrize(
     "step",
     [

@@ -245,3 +245,15 @@ def test_every_budget_is_kept_where_there_are_several(ground: Playground) -> Non
         spent = sum(rank * costs[name.rpartition(".")[2]] for name, rank in own.items())
         whole = sum(target * costs[name.rpartition(".")[2]] for name in own)
         assert whole - min(costs[name.rpartition(".")[2]] for name in own) < spent <= whole, pattern
+
+
+def test_a_cut_that_leaves_nothing_ends_the_run_with_the_empty_adapter_that_was_allowed(ground: Playground) -> None:
+    options = {
+        **CASES[BUDGET],
+        "sora.target_rank": 0.001,
+        "output.allow_empty_adapter": True,
+    }
+    assert ground.codes("empty", 2, **options) == [0, 0]
+    run_dir = ground.run_dir("empty")
+    assert status(run_dir)["state"] == "finished"
+    assert set(lines(run_dir, "ranks.jsonl")[-1]["ranks"].values()) == {0}

@@ -192,6 +192,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone"]
         ([*DEEPSPEED, "--num_processes", "2"], "auto", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("zero3", 2)),
         ([*DEEPSPEED, "--num_processes", "2", "--zero_stage", "2"], "zero2", {}, ("zero2", 2)),
         ([*DEEPSPEED, "--num_processes", "1"], "auto", {}, ("zero2", 1)),
+        ([*ACCELERATE, "--config_file", "launch/cpu.yaml", "--use_deepspeed"], "auto", {}, ("zero2", 2)),
         ([*TORCHRUN, "--nproc_per_node", "2"], "auto", {}, ("zero2", 2)),
         ([*TORCHRUN, "--nproc_per_node", "2"], "ddp", {}, ("ddp", 2)),
         ([*TORCHRUN, "--nproc_per_node", "1"], "auto", {}, ("none", 1)),

@@ -12,11 +12,11 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import Playground, interrupt, lines, overrides, result
 
-from sora_llm import cli
+from sora_llm import cli, training
 from sora_llm.alarms import Patience
 from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
-from sora_llm.errors import UserError
+from sora_llm.errors import Preempted, UserError
 from sora_llm.lora_files import read_lora
 from sora_llm.plan import make_plan
 from sora_llm.train import run
@@ -126,6 +126,29 @@ def test_several_processes_walk_the_same_path(strategy: str, straight: Path, gro
     assert ground.codes(name, 2, **PATH, **{"distributed.strategy": strategy}) == [0, 0]
     ours, theirs = (lines(folder, "ranks.jsonl") for folder in (ground.run_dir(name), straight))
     assert ours == theirs
+
+
+def test_a_path_stopped_in_the_first_evaluation_of_a_stage_keeps_the_line_of_the_stage_before(
+    straight: Path, ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step is logged after the resume; the line before it is of an adapter that is not exported again."""
+    options = {**PATH, "evaluation.eval_steps": STEPS + 1}
+    measured = training.current_dev_loss
+
+    def interrupted(of: training.Training) -> float:
+        if of.done == STEPS + 1:
+            raise Preempted("SIGTERM")
+        return measured(of)
+
+    monkeypatch.setattr(training, "current_dev_loss", interrupted)
+    assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "preempted"
+    monkeypatch.setattr(training, "current_dev_loss", measured)
+    assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "finished"
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        found = [(line["step"], line.get("phase")) for line in lines(tmp_path / "run", name)]
+        assert found == [(line["step"], line.get("phase")) for line in lines(straight, name)]
+    (line,) = (line for line in lines(tmp_path / "run", "metrics.jsonl") if line["step"] == STEPS + 1)
+    assert "loss" in line and line.get("tokens_per_second") != 0
 
 
 def test_without_retraining_later_stages_only_prune(ground: Playground, tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_a_resumed_file_has_no_step_twice(tmp_path):
     assert [(line["step"], line.get("nth")) for line in read_json_lines(path)] == [(0, 0), (5, 1), (10, 2), (11, None)]
 
 
+def test_the_line_of_an_export_stays_where_it_is_not_made_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    lines = [{"step": 4, "phase": "sparsify"}, {"step": 4, "phase": "export"}, {"step": 5, "phase": "sparsify"}]
+    for exports_again, kept in ((True, lines[:1]), (False, lines[:2])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        JsonLines(path, last_step=4, exports_again=exports_again)
+        assert read_json_lines(path) == kept
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
     stream = io.StringIO()

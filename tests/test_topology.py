@@ -120,6 +120,8 @@ def test_stages_that_do_not_exist_are_refused(stage):
 def test_optimizer_offload_is_refused_wherever_it_is_asked_for(tmp_path):
     with pytest.raises(UserError, match="optimizer offload to cpu"):
         resolve("zero2", TWO, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"})
+    with pytest.raises(UserError, match="parameter offload to cpu"):  # which accelerate would drop in silence
+        resolve("zero3", TWO, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"})
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     path = file_with(tmp_path, offload)
     with pytest.raises(UserError, match="offloads the optimizer"):

@@ -93,6 +93,8 @@ class Place:
             options = deepspeed_config(
                 strategy, max_grad_norm=MAX_GRAD_NORM, adapter_dtype=adapter_dtype, user_config=sharded
             )
+        # As `accelerate launch` says it of a config file with keys of DeepSpeed.
+        os.environ["ACCELERATE_CONFIG_DS_FIELDS"] = "zero_stage,gradient_clipping,mixed_precision"
         accelerator = make_accelerator(strategy, world, deepspeed_config=options, timeout_minutes=2)
         return cls(strategy, model, gsm8k_rows(model, data), world, accelerator)
 
