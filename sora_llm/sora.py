@@ -303,8 +303,8 @@ class Neighbours:
         factors = self._factors()
         if id(layer) not in factors:
             return _Down.apply(x, 0.0, 0, layer.lora_A)
-        # Gradients asked for or not, the factors and their values: what was computed with others serves nobody.
-        state = torch.is_grad_enabled(), *((id(A), A._version) for A in factors.values())
+        # Gradients asked for or not, the factors, their values and x's: what was computed with others serves nobody.
+        state = torch.is_grad_enabled(), _version(x), *((id(A), _version(A)) for A in factors.values())
         waiting, self._waiting = self._waiting, None
         if waiting is None or waiting.x is not x or waiting.state != state or id(layer) not in waiting.parts:
             x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors.values())
@@ -329,6 +329,11 @@ class Neighbours:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["layers"])  # type: ignore[misc]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts its changes in place; None for a tensor that was made in inference mode, which does not."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @dataclass

@@ -115,6 +115,16 @@ def test_what_waits_for_a_neighbour_does_not_outlive_the_values_it_was_made_of(q
     q(x)
     v.cut(v.lora_A.detach() * 3, v.lora_B.detach())
     same([v(x)], [truth(v, x)])
+    with torch.no_grad():
+        q(x)
+        x.add_(1)
+        same([k(x)], [truth(k, x)])
+
+
+def test_inference_mode_whose_tensors_count_no_changes_gives_the_same(qkv: tuple[SoraLinear, ...]) -> None:
+    with torch.inference_mode():
+        x = input_of().detach().clone()
+        same([layer(x) for layer in qkv], [truth(layer, x) for layer in qkv])
 
 
 def test_what_was_computed_without_gradients_is_not_taken_where_they_are_asked_for(
