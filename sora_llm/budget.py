@@ -160,9 +160,10 @@ def _check(group: RankBudget, key: str, section: str, *, may_be_empty: bool = Fa
             f"keeps in its modules; raise it, or lower {section}min_rank"
         )
     if group.params < min(group.costs.values()) and not may_be_empty:
+        allowed = ", or set output.allow_empty_adapter: true" if section and group.name == EVERY_MODULE else ""
         raise UserError(
             f"{key} is {group.params:,} parameters, less than the {min(group.costs.values()):,} that one rank of its "
-            "smallest module takes, so that nothing would be left; raise it"
+            f"smallest module takes, so that nothing would be left; raise it{allowed}"
         )
 
 

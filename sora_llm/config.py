@@ -442,6 +442,7 @@ def _section(cls: type[T], tree: Any, key: str, origin: _Origin) -> T:
         except _MismatchError:
             allowed = _describe(hints[name])
             if value == "":
+                allowed = allowed.replace("text", "text with something in it")
                 raise UserError(f"{inner} is an empty text {origin.of(inner)}; it must be {allowed}.") from None
             quotes = "" if isinstance(value, str | list | dict) or "text" not in allowed else " (put it in quotes)"
             raise UserError(f"{inner} is {_show(value)} {origin.of(inner)}; it must be {allowed}{quotes}.") from None

@@ -625,6 +625,8 @@ class Engine:
             # DeepSpeed 0.19.8's safe_set_full_* reads past the end of a size that the processes do not divide.
             size = p.ds_tensor.numel()  # type: ignore[attr-defined]  # ceil(size / number of processes)
             process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+            # Shards are those of all processes: anything else (MiCS) would be zeros here.
+            assert 0 <= size * num_processes - value.numel() < num_processes, (size, num_processes, value.shape)
             whole = nn.functional.pad(value.flatten(), (0, size * num_processes - value.numel()))
             own = whole[process * size : (process + 1) * size]
             write = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state

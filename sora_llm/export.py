@@ -6,6 +6,7 @@ The gate and the scale s are folded into the factors, so the right scale is 1 in
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -359,13 +360,18 @@ def certify_and_publish(
         "sha256": file_sha256(temporary / WEIGHTS),
     }
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
-    kinds = {name.rpartition(".")[2] for name in ranks}
-    in_base = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds]
+    kinds = {_of_any_layer(name) for name in ranks}
+    in_base = [name for name, _ in model.named_modules() if _of_any_layer(name) in kinds]
     verdicts = of_folder(read_folder(temporary, in_base), base=provenance.base_model or "BASE")
     certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
     card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
     publish_export(temporary, folder, certificate, card)
     return certificate
+
+
+def _of_any_layer(name: str) -> str:
+    """A module's name without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _card(

@@ -97,7 +97,7 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def reaching_for_input() -> Iterator[None]:
+def reaching_for_paths() -> Iterator[None]:
     """Turn what the file system says of a path out of reach into a UserError, wherever in the block that is."""
     try:
         yield
@@ -105,7 +105,7 @@ def reaching_for_input() -> Iterator[None]:
         if error.errno not in _OUT_OF_REACH or error.filename is None:
             raise
         raise UserError(
-            f"{error.filename} cannot be used: {error.strerror}; change what may be read there, or name another path"
+            f"{error.filename} cannot be used: {error.strerror}; change its permissions, or name another path"
         ) from error
 
 

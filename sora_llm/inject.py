@@ -12,6 +12,8 @@ from sora_llm.errors import UserError
 from sora_llm.sora import Neighbours, SoraLinear
 
 ALL_LINEAR = "all-linear"
+NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What layers that read one x are called in transformers' decoders, below one parent."""
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -80,17 +82,14 @@ def inject_sora(
     return model
 
 
-NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""What layers that read one x are called in transformers' decoders, below one parent."""
-
-
 def introduce_neighbours(model: nn.Module) -> None:
     """Let adapters that read the same x read it together."""
-    for parent in model.modules():
+    for path, parent in model.named_modules():
         for names in NEIGHBOURS:
             layers = [getattr(parent, name, None) for name in names]
             found = [layer for layer in layers if isinstance(layer, SoraLinear)]
-            if len(found) > 1:
+            reads_two = "cross" in path or "encoder" in path  # where k and v read what q does not
+            if len({layer.in_features for layer in found}) == 1 and len(found) > 1 and not reads_two:
                 neighbours = Neighbours(found)
                 for layer in found:
                     layer.neighbours = neighbours

@@ -205,8 +205,8 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     own = config.get("layers_pattern") or ()
     patterns = [rf"(?:^|.*?\.){pattern}" for pattern in ([own] if isinstance(own, str) else own)]
     # The first number of the name: behind it others may follow, of experts.
-    found = (re.match(rf"{pattern}\.(\d+)\.", name) for pattern in patterns or [r".*?\.[^.]*"])
-    number = next((int(match[1]) for match in found if match), None)
+    found = (re.match(rf"{pattern}\.(?P<number>\d+)\.", name) for pattern in patterns or [r".*?\.[^.]*"])
+    number = next((int(match["number"]) for match in found if match), None)
     return number is not None and number in ([layers] if isinstance(layers, int) else layers)
 
 

@@ -23,7 +23,7 @@ from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
 
 _DYING_SECONDS = 2.0
-"""A process that is killed closes its connections before the kernel has let go of its locks, or after."""
+"""For the lock of a process that was killed: its connections may close before the kernel has let go of its locks."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
 

@@ -9,6 +9,7 @@ Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models"
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -289,9 +290,12 @@ class SoraLinear(nn.Module):
 class Neighbours:
     """Layers that read one x, such as q, k and v: the first that is asked computes u = A x for all of them.
 
-    One product reads x once where each of them would, forward, for dA and for dx.  What was computed for a neighbour
-    waits until it is asked with the very same tensor; anything else begins anew, so that layers which are called in
-    another way are slower and not wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart.
+    One product reads x once where each of them would, forward, for dA and for dx; so their backward passes are one,
+    and activation checkpointing takes them together.  What was computed for a neighbour waits until it is asked with
+    the very same tensor; anything else begins anew, so that layers which are called in another way are slower and not
+    wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart, as does what dropout masks.
+
+    A copy of one of the layers brings copies of the others, whom it knows.
     """
 
     def __init__(self, layers: Sequence[SoraLinear]) -> None:
@@ -300,27 +304,30 @@ class Neighbours:
 
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and u (R, T) of `layer`, whose dropout does nothing."""
-        factors = self._factors()
-        if id(layer) not in factors:
-            return _Down.apply(x, 0.0, 0, layer.lora_A)
-        # Gradients asked for or not, the factors, their values and x's: what was computed with others serves nobody.
-        state = torch.is_grad_enabled(), _version(x), *((id(A), _version(A)) for A in factors.values())
         waiting, self._waiting = self._waiting, None
-        if waiting is None or waiting.x is not x or waiting.state != state or id(layer) not in waiting.parts:
+        if x.is_inference() or hasattr(layer.lora_A, "ds_id"):  # the former counts no changes
+            return _Down.apply(x, 0.0, 0, layer.lora_A)
+        factors = self._factors(layer)
+        state = _state_of(x), *(_state_of(A) for A in factors.values())
+        if waiting is None or not waiting.serves(layer, x, list(factors.values()), state):
             x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors.values())
-            waiting = _Waiting(x, state, x_to_base, dict(zip(factors, parts, strict=True)))
+            waiting = _Waiting(x, list(factors.values()), state, x_to_base, dict(zip(factors, parts, strict=True)))
         u_RT = waiting.parts.pop(id(layer))
         if waiting.parts:
             self._waiting = waiting
         return waiting.x_to_base, u_RT
 
-    def _factors(self) -> dict[int, nn.Parameter]:
-        """{id of a layer: its A}, without those that are pruned away or partitioned."""
-        found = {}
+    def _factors(self, asking: SoraLinear) -> dict[int, Tensor]:
+        """{id of a layer: its A} of those that go into one product with the A of `asking`."""
+        own: Any = asking.lora_A
+        found: dict[int, Tensor] = {}
         for reference in self._layers:
             layer = reference()
-            if layer is not None and layer.lora_A is not None and not hasattr(layer.lora_A, "ds_id"):
-                found[id(layer)] = layer.lora_A
+            if layer is None or layer.lora_A is None or (layer.training and layer.lora_dropout > 0):
+                continue
+            A = layer.lora_A
+            if (A.dtype, A.device, A.shape[1]) == (own.dtype, own.device, own.shape[1]) and not hasattr(A, "ds_id"):
+                found[id(layer)] = A
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,9 +338,10 @@ class Neighbours:
         self.__init__(state["layers"])  # type: ignore[misc]
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Counts its changes in place; None for a tensor that was made in inference mode, which does not."""
-    return None if tensor.is_inference() else tensor._version
+def _state_of(tensor: Tensor) -> tuple[int, bool]:
+    """Changes in place, and whether a gradient is asked for.  A step of ZeRO-1/2, which writes through other views of
+    the memory, is not counted: it comes between forward passes, whose x are other tensors."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad and torch.is_grad_enabled()
 
 
 @dataclass
@@ -341,9 +349,15 @@ class _Waiting:
     """What was computed from x for neighbours that have not asked yet: {id of the layer: u (R, T)}."""
 
     x: Tensor
+    factors: list[Tensor]
     state: tuple[Any, ...]
     x_to_base: Tensor
     parts: dict[int, Tensor]
+
+    def serves(self, layer: SoraLinear, x: Tensor, factors: list[Tensor], state: tuple[Any, ...]) -> bool:
+        """Whether `layer` would compute the same from x."""
+        is_same = self.x is x and self.state == state and len(self.factors) == len(factors)
+        return is_same and id(layer) in self.parts and all(map(operator.is_, self.factors, factors))
 
 
 def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError, first_line
-from sora_llm.files import nearest_existing, reaching_for_input, user_path
+from sora_llm.files import nearest_existing, reaching_for_paths, user_path
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -171,7 +171,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
-    with reaching_for_input():
+    with reaching_for_paths():
         zero_options = deepspeed_options(config, strategy)
         if config.output.push_to_hub:
             hub.check_target(config.output.hub_model_id, run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from runs import ACCELERATE, gsm8k_overrides, start
 from sora_llm import checkpoint
 from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.errors import UserError
-from sora_llm.files import reaching_for_input
+from sora_llm.files import reaching_for_paths
 from sora_llm.train import main
 
 CONFIG = "configs/llama7b.yaml"
@@ -213,7 +214,7 @@ def test_a_folder_of_data_that_may_not_be_listed_is_no_empty_one(tmp_path: Path)
             for place in (folder, folder / "more", folder / "more" / "rows.jsonl"):
                 with (
                     pytest.raises(UserError, match=r"more cannot be used: Permission denied|rows.jsonl cannot be used"),
-                    reaching_for_input(),
+                    reaching_for_paths(),
                 ):
                     check_paths([DatasetSpec(str(place), "alpaca")])
         finally:
@@ -221,11 +222,14 @@ def test_a_folder_of_data_that_may_not_be_listed_is_no_empty_one(tmp_path: Path)
 
 
 def test_a_wrong_flag_is_said_by_one_of_several_processes(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("sora_llm.train.let_main_speak", lambda: None)
+    """The others wait meanwhile, and their launcher ends them."""
+    waited: list[str] = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr("sora_llm.train.let_main_speak", functools.partial(waited.append, rank))
         assert main(["--max-steps", "5"]) == UserError.exit_code
         assert "--help shows what there is" in capsys.readouterr().err
+    assert waited == ["1"]
 
 
 def test_a_directory_in_use_is_refused_with_its_holder(

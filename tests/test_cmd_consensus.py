@@ -50,7 +50,7 @@ def test_a_lora_is_read_as_peft_applies_it(base: Path, tmp_path: Path, kind: str
         {"target_modules": ["q_proj"]},
         {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"], "layers_to_transform": [0]},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
-        {"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "experts"]},
+        {"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "(experts|h)"]},
         {"target_modules": r".*\.(0|3)\..*up_proj", "exclude_modules": ["experts.3.up_proj"]},
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*layers\.1\..*", "layers_to_transform": [0, 1]},
     ],

@@ -49,6 +49,10 @@ def truth(layer: SoraLinear, x: Tensor) -> Tensor:
     return layer.base_layer(x) + layer.scaling * nn.functional.linear(h, layer.lora_B)
 
 
+def ask(layer: SoraLinear, x: Tensor) -> Tensor:
+    return layer(x)
+
+
 def trained(layers: tuple[SoraLinear, ...]) -> list[Tensor]:
     return [p for layer in layers for p in layer.parameters() if p.requires_grad]
 
@@ -101,7 +105,10 @@ def test_layers_that_are_called_in_another_way_than_neighbours_are_right_too(qkv
     q, k, v = qkv
     x, other = input_of(), input_of(1)
     calls = [(q, x), (k, other), (k, x), (v, x), (v, x), (v, other), (q, other), (q, other)]
-    same([layer(given) for layer, given in calls], [truth(layer, given) for layer, given in calls])
+    found, expected = ([call(layer, given) for layer, given in calls] for call in (ask, truth))
+    same(found, expected)
+    leaves = [x, other, *trained(qkv)]
+    same(torch.autograd.grad(loss_of(found), leaves), list(torch.autograd.grad(loss_of(expected), leaves)))
     same([layer(x) for layer in (v, k, q)], [truth(layer, x) for layer in (v, k, q)])
 
 
@@ -119,6 +126,14 @@ def test_what_waits_for_a_neighbour_does_not_outlive_the_values_it_was_made_of(q
         q(x)
         x.add_(1)
         same([k(x)], [truth(k, x)])
+        q(x)
+        k.cut(k.lora_A.clone() * 3, k.lora_B.clone())  # maybe at the place of the old one, which nobody holds
+        same([k(x)], [truth(k, x)])
+    k.lora_A.requires_grad_(False)
+    q(x)
+    k.lora_A.requires_grad_()
+    k(x).sum().backward()
+    assert k.lora_A.grad.abs().sum() > 0
 
 
 def test_inference_mode_whose_tensors_count_no_changes_gives_the_same(qkv: tuple[SoraLinear, ...]) -> None:
@@ -162,6 +177,29 @@ def test_recomputed_activations_give_the_same_gradients(qkv: tuple[SoraLinear, .
     direct = torch.autograd.grad(block(x), leaves)
     recomputed = torch.autograd.grad(checkpoint(block, x, use_reentrant=False), leaves)
     assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
+
+
+def test_a_neighbour_with_dropout_or_another_width_goes_its_own_way(qkv: tuple[SoraLinear, ...]) -> None:
+    q, k, v = qkv
+    k.lora_dropout = 0.5
+    x = input_of()
+    assert downs(loss_of([layer(x) for layer in qkv])) == 2
+    assert q.neighbours._waiting is None, "nothing is left that nobody will ask for"
+    wide = randomise(SoraLinear(nn.Linear(2 * IN, 3).double(), 2, lora_alpha=2, dtype=torch.float64), 5)
+    acquaint((q, v, wide))
+    same([q(x), v(x)], [truth(q, x), truth(v, x)])
+    same([wide(torch.cat([x, x], -1))], [truth(wide, torch.cat([x, x], -1))])
+
+
+def test_attention_to_something_else_is_no_neighbourhood() -> None:
+    class Attention(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(width, 8), nn.Linear(width, 8)
+
+    model = nn.ModuleDict({"self_attn": Attention(8), "cross_attn": Attention(8), "attn": Attention(6)})
+    found = adapters(inject_sora(model, r=2))
+    assert {name for name, layer in found.items() if layer.neighbours} == {f"self_attn.{p}_proj" for p in "qkv"}
 
 
 def test_injection_acquaints_q_k_v_and_gate_up() -> None:

@@ -31,7 +31,7 @@ class Arm:
     `sora` are keys of the config's section sora: the product's own run, which prunes and cuts as they say.  With None
     the adapter is a plain LoRA (its gates are folded away before the first step), whose budgeted size is that of its
     first step, or is reached by `cuts` (shares of the steps), each of which keeps the same share of what was left:
-    singular components, slots at random, or with "all" every slot as it is, so that but the optimizer begins anew.
+    singular components, slots at random, or with "all" every slot as it is, so that only the optimizer begins anew.
     """
 
     name: str

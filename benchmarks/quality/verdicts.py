@@ -172,8 +172,8 @@ def verdict_table(found: Found) -> str:
 
 
 def difference_table(found: Found) -> str:
-    """Paired differences: everybody's from LoRA at r = 16, SoRA's from all others of its size and from itself uncut,
-    that from each of its parts."""
+    """Paired differences: everybody's from LoRA at r = 16, SoRA's from all others of its size and from itself uncut
+    (`balanced`), and of `balanced` from each of its parts."""
     rows = ["| arm | against | pairs | mean difference, % of the gap (95 %) | p, better | p, within the margin |"]
     rows += ["|---|---|---|---|---|---|"]
     pairs = [(group, LORA) for group in found.groups if group != LORA]

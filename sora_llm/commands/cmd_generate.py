@@ -123,7 +123,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def read_file(file: Path) -> list[Prompt]:
     """A prompt of every line that is not empty."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # as of data files: U+2028 ends no line
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # as of data files: U+2028 ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts-file {file} cannot be read: {error}") from None
     filled = [(f"{file}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]

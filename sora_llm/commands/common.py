@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.files import reaching_for_input
+from sora_llm.files import reaching_for_paths
 from sora_llm.topology import World
 
 EXIT_INTERRUPTED = 130
@@ -31,7 +31,7 @@ def config_parser(
 def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> int:
     """Run a command and print its result: 0, 1 (failed), 2 (bad input; a sentence) or 130 (Ctrl-C)."""
     try:
-        with reaching_for_input():
+        with reaching_for_paths():
             result = command()
     except (UserError, RunFailed) as error:
         print(f"sora_llm: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from sora_llm.config import Config, from_dict, load_config
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
+from sora_llm.inputs import has_conversations
 from sora_llm.lora_files import CERTIFICATE, CONFIG
 
 
@@ -68,7 +69,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
     if not folder.exists():
         raise UserError(f"there is no {name}; name a run directory, a config, a checkpoint or a LoRA folder")
     if not folder.is_dir():
-        return _of_config(name, folder, load_config(folder, overrides))
+        place = _of_config(name, folder, load_config(folder, overrides))
+        return (
+            _as_trained(place, overrides) if place.run_dir == folder.parent and folder.name == "config.yaml" else place
+        )
     if (folder / CONFIG).is_file():
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
@@ -119,12 +123,14 @@ def _is_run(folder: Path) -> bool:
 
 def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     """With the chat template that the run has put beside its adapter in place of the file that it was read from, which
-    may be another one, or gone, by now."""
+    may be another one, or gone, by now.  Beside that of a run that rendered nothing lies the base's, if any."""
     config, adapter = place.config, place.adapter
-    if config is None or adapter is None or config.data.chat_template in (None, *TEMPLATES):
+    if config is None or adapter is None or place.run_dir is None or config.data.chat_template in (None, *TEMPLATES):
         return place
     beside = adapter / TEMPLATE
     if not beside.is_file() or _overrides_key("data.chat_template", overrides):
+        return place
+    if not has_conversations(load_config(place.run_dir / "config.yaml").data.datasets):
         return place
     return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
 

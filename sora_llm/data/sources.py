@@ -100,8 +100,10 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
     it (not of others that these import)."""
     digest = hashlib.sha256()
     if spec.function is not None:
-        function = inspect.unwrap(load_function(spec.function))
-        defined_in = getattr(function, "__module__", None) or type(function).__module__
+        function: Any = inspect.unwrap(load_function(spec.function))
+        while isinstance(function, partial):
+            function = inspect.unwrap(function.func)
+        defined_in = str(getattr(function, "__module__", None))
         for module in dict.fromkeys((spec.function.partition(":")[0], defined_in)):
             source = getattr(sys.modules.get(module), "__file__", None)  # modules in C have none
             digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
@@ -212,11 +214,11 @@ def _local_files(spec: DatasetSpec) -> list[Path]:
 
 
 def _folder_files(folder: Path, type_: str) -> list[Path]:
-    """The data files anywhere below a folder, without hidden ones.  Text files count only where text is wanted: the
-    README beside conversations is not data."""
+    """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
+    files count only where text is wanted: the README beside conversations is not data."""
 
     def refuse(error: OSError) -> None:
-        raise error  # else what lies there would be left out in silence
+        raise error  # else what lies in a folder that may not be listed would be left out in silence
 
     files = []
     for place, folders, names in os.walk(folder, onerror=refuse):
