@@ -81,7 +81,8 @@ def make_budgets(
     """One budget per pattern of `budgets` (its mean rank), and one for the modules that none of them matches.
 
     `shapes` is {module: (I, O)}.  Those others share `target_rank`, or what the patterns leave of `target_params`;
-    with `may_be_empty` that may be less than one rank.  `section` is what errors write before the names of settings.
+    with `may_be_empty` that may be less than one rank.  `section` is what errors write before the settings that callers
+    without a config have too; patterns are a config's alone.
 
     Raises:
         UserError: a module that two patterns match, a pattern without modules, a budget that is less than `min_rank`
@@ -89,18 +90,19 @@ def make_budgets(
     """
     owners: dict[str, str] = {}
     for pattern in budgets:
-        found = [name for name in shapes if _matches(pattern, name, section)]
+        found = [name for name in shapes if _matches(pattern, name)]
         if not found:
-            raise UserError(
-                f"{section}budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}"
-            )
+            raise UserError(f"sora.budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}")
         for name in found:
             if name in owners:
                 raise UserError(
-                    f"{section}budgets: {name} is matched by {owners[name]!r} and by {pattern!r}; a module belongs to "
-                    "one budget, so make one of the patterns narrower"
+                    f"sora.budgets: {name} is matched by {owners[name]!r} and by {pattern!r}; a module belongs to one "
+                    "budget, so make one of the patterns narrower"
                 )
             owners[name] = pattern
+
+    def cost_of(names: Sequence[str]) -> int:
+        return sum(sum(shapes[name]) for name in names)
 
     def group(pattern: str, names: Sequence[str], params: int) -> RankBudget:
         return RankBudget(
@@ -114,23 +116,22 @@ def make_budgets(
     made = []
     for pattern, mean_rank in budgets.items():
         names = [name for name in owners if owners[name] == pattern]
-        params = params_of(mean_rank, sum(sum(shapes[name]) for name in names))
-        made.append(group(pattern, names, params))
-        _check(made[-1], f"{section}budgets {pattern!r}", section)
+        made.append(group(pattern, names, params_of(mean_rank, cost_of(names))))
+        _check(made[-1], f"sora.budgets {pattern!r}", section)
     rest = [name for name in shapes if name not in owners]
     if target_params is not None:
         taken = sum(budget.params for budget in made)
         if taken > target_params or (rest and taken == target_params):
             raise UserError(
-                f"{section}budgets takes {taken:,} of the {target_params:,} parameters of {section}target_params"
+                f"sora.budgets takes {taken:,} of the {target_params:,} parameters of sora.target_params"
                 f"{' and leaves none for the other modules' if rest else ''}; raise target_params, or lower the budgets"
             )
         key, params = f"{section}target_params", target_params - taken
         if made:
-            key = f"what {section}budgets leaves of {key} {target_params:,}"
+            key = f"what sora.budgets leaves of {key} {target_params:,}"
     else:
         assert target_rank is not None or not rest
-        key, params = f"{section}target_rank", params_of(target_rank or 0, sum(sum(shapes[name]) for name in rest))
+        key, params = f"{section}target_rank", params_of(target_rank or 0, cost_of(rest))
     if rest:
         others = group(EVERY_MODULE, rest, params)
         _check(others, key, section, may_be_empty=may_be_empty)
@@ -138,11 +139,11 @@ def make_budgets(
     return made
 
 
-def _matches(pattern: str, name: str, section: str) -> bool:
+def _matches(pattern: str, name: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
-        raise UserError(f"{section}budgets: {pattern!r} is not a regular expression ({error})") from None
+        raise UserError(f"sora.budgets: {pattern!r} is not a regular expression ({error})") from None
 
 
 def _check(group: RankBudget, key: str, section: str, *, may_be_empty: bool = False) -> None:

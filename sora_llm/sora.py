@@ -307,11 +307,12 @@ class Neighbours:
         waiting, self._waiting = self._waiting, None
         if x.is_inference() or hasattr(layer.lora_A, "ds_id"):  # the former counts no changes
             return _Down.apply(x, 0.0, 0, layer.lora_A)
-        factors = self._factors(layer)
-        state = _state_of(x), *(_state_of(A) for A in factors.values())
-        if waiting is None or not waiting.serves(layer, x, list(factors.values()), state):
-            x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors.values())
-            waiting = _Waiting(x, list(factors.values()), state, x_to_base, dict(zip(factors, parts, strict=True)))
+        by_layer = self._factors(layer)
+        factors = list(by_layer.values())
+        state = tuple(map(_state_of, (x, *factors)))
+        if waiting is None or not waiting.serves(layer, x, factors, state):
+            x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors)
+            waiting = _Waiting(x, factors, state, x_to_base, dict(zip(by_layer, parts, strict=True)))
         u_RT = waiting.parts.pop(id(layer))
         if waiting.parts:
             self._waiting = waiting
