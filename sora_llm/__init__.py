@@ -13,9 +13,11 @@ _HOME = {
     "consensus_prune": "pipeline",
     "export_adapter": "export",
     "UserError": "errors",
+    "RunFailed": "errors",
 }
 __all__ = [
     "ProxAdamW",
+    "RunFailed",
     "SoraLinear",
     "UserError",
     "consensus_prune",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sora_llm.errors import UserError
+    from sora_llm.errors import RunFailed, UserError
     from sora_llm.export import export_adapter
     from sora_llm.inject import inject_sora
     from sora_llm.optim import ProxAdamW, parameter_groups

@@ -242,6 +242,24 @@ def agree(
         )
 
 
+def refuse_old_wrappers(model: nn.Module) -> None:
+    """Among several processes, let the forward pass of `model` be an error inside a DistributedDataParallel that was
+    made before its parameters were."""
+    if _several():
+        model.register_forward_pre_hook(_refuse_old_wrapper)
+
+
+def _refuse_old_wrapper(model: nn.Module, _inputs: Any) -> None:
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    known = {id(parameter) for parameter in getattr(wrapper, "_module_parameters", ())}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if known and not all(id(parameter) in known for parameter in trained):
+        raise RuntimeError(
+            "this DistributedDataParallel was made before the adapters were cut and would not reduce their gradients: "
+            "wrap the model anew"
+        )
+
+
 def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The processes of each machine, from every process's index on its own: a machine begins where that is 0.
 

@@ -23,8 +23,8 @@ from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refu
 from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError, first_line
-from sora_llm.files import copy_folder, file_sha256
-from sora_llm.inject import adapters, bare, target_linears
+from sora_llm.files import copy_folder, file_sha256, user_path
+from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, target_linears, unwrapped
 from sora_llm.lora_files import WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 
@@ -66,10 +66,13 @@ def export_adapter(
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, no adapters, or a `folder` that holds something else than an export.
+        UserError: unknown layout, no adapters, a model that is no causal language model or in which more than the
+            adapters is trained, or a `folder` that holds something else than an export.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
-    folder = Path(folder)
+    folder = user_path(str(folder), "the folder").absolute()
+    model = unwrapped(model)
+    _check_model(model)
     provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
@@ -78,6 +81,25 @@ def export_adapter(
         return certify_and_publish(model, temporary, folder, layout, check.errors, provenance)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_model(model: nn.Module) -> None:
+    """UserError for a model of which a LoRA of a causal language model would not be all that was trained."""
+    if not adapters(model):
+        raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
+    for needed in ("get_input_embeddings", "prepare_inputs_for_generation"):
+        if not callable(getattr(model, needed, None)):
+            raise UserError(
+                f"{type(model).__name__} is no causal language model of transformers, as PEFT wants one "
+                f"(it has no {needed})"
+            )
+    branches = {id(parameter) for parameter in adapter_parameters(model).values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in branches]
+    if others:
+        raise UserError(
+            f"{others[0]} is trained too, and an exported LoRA would leave it out ({len(others)} tensors outside the "
+            "adapters ask for gradients); freeze it if it is as it was in the base"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -89,12 +111,11 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     refuse_other_contents(folder)
     factors = folded_factors(model)
-    if not factors:
-        raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
     if all(A.shape[0] == 0 for A, _ in factors.values()) and not allow_empty:
         raise RunFailed(
             "every rank of the adapter was pruned, so it would change nothing: prune less (sora.sparse_lambda, "
-            "sora.max_lambda or the budget), train longer, or set output.allow_empty_adapter: true"
+            "sora.max_lambda or the budget), train longer, or allow it (output.allow_empty_adapter: true; in Python "
+            "allow_empty=True)"
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
     config = _peft_config(model, factors, layout, provenance)
@@ -225,10 +246,14 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
 
     `probe_ids` (B, T) are the tokens that logits are compared on.
     """
-    training, layers = model.training, adapters(model)
-    model.eval()
-    try:
+    layers = adapters(model)
+    with evaluating(model):
         trained = logits_of(model, probe_ids)
+        if not bool(trained.isfinite().all()):
+            raise RunFailed(
+                "the trained model's logits are not finite: the adapter has diverged; nothing was exported: lower the "
+                "learning rate"
+            )
         with bare(model):
             base = logits_of(model, probe_ids)
             try:
@@ -243,8 +268,6 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
                 yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain))
             finally:
                 peft_model.unload()
-    finally:
-        model.train(training)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from sora_llm.backbone import pad_token_id
-from sora_llm.inject import bare
+from sora_llm.inject import bare, evaluating
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,9 @@ def sample_answers(
 
     `prompts` maps each prompt to its token ids.
     """
-    training, sampling = model.training, Sampling(max_new_tokens=64)
-    model.eval()
-    adapted = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
-    with bare(model):
-        base = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
-    model.train(training)
+    sampling = Sampling(max_new_tokens=64)
+    with evaluating(model):
+        adapted = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
+        with bare(model):
+            base = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
     return [{"prompt": prompt, "base": base[prompt], "adapted": adapted[prompt]} for prompt in prompts]

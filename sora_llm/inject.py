@@ -14,6 +14,8 @@ from sora_llm.sora import Neighbours, SoraLinear
 ALL_LINEAR = "all-linear"
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What layers that read one x are called in transformers' decoders, below one parent."""
+READ_WITHOUT_CALLING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that take the weights out of their linear layers, past whatever stands in their place."""
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -31,6 +33,7 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
+        if name and not isinstance(model.get_submodule(name.rpartition(".")[0]), READ_WITHOUT_CALLING)
     }
     if not linears:
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
@@ -66,20 +69,54 @@ def inject_sora(
 
     Returns: the same model.
     Raises:
-        UserError: no such target modules.
-        ValueError: adapters are already there, or r < 1.
+        UserError: no such target modules, a model that DistributedDataParallel has wrapped or that has adapters of
+            another library, or one layer in two places.
+        ValueError: adapters are already there, or r, lora_alpha or lora_dropout cannot be.
     """
-    if adapters(model):
+    refuse_wrapper(model, "inject_sora")
+    inner = unwrapped(model)
+    if adapters(inner):
         raise ValueError("this model already has SoRA adapters")
-    targets = target_linears(model, target_modules)
-    model.requires_grad_(False)
-    forbid_cpu_repack(model)
+    if any(name.endswith(".base_layer") for name, _ in inner.named_modules()):
+        raise UserError("the model has adapters of another library: inject_sora takes the base model without them")
+    targets = target_linears(inner, target_modules)
+    _refuse_shared(inner, targets)
+    inner.requires_grad_(False)
+    forbid_cpu_repack(inner)
     for name, linear in targets.items():
         parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
-    introduce_neighbours(model)
+        setattr(inner.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
+    introduce_neighbours(inner)
     model.train()  # from_pretrained returns a model in eval mode
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and of data parallelism, whose modules have the base's names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def refuse_wrapper(model: nn.Module, who: str) -> None:
+    """UserError for a DistributedDataParallel, which goes on reducing the parameters that it was made with."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UserError(
+            f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "
+            "wrap that anew afterwards"
+        )
+
+
+def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
+    """UserError for a target that stands in two places: each would need an adapter, and there is one layer."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = next((known for known, linear in targets.items() if linear is module), name)
+        if first != name:
+            raise UserError(f"{first} and {name} are one layer in two places; leave it out of target_modules")
 
 
 def introduce_neighbours(model: nn.Module) -> None:
@@ -181,6 +218,18 @@ def check_shape(who: str, name: str, found: tuple[int, int], expected: tuple[int
             f"{who} has {name} as {found[0]} → {found[1]}, the base as {expected[0]} → {expected[1]}; it is an adapter "
             "of another base"
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode for the duration; every module comes back in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextlib.contextmanager

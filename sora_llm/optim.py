@@ -8,7 +8,7 @@ master copy at the next step.  The prox is elementwise, so it is exact on any sh
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,22 +33,26 @@ class ProxAdamW(torch.optim.AdamW):
                                              gradient methods for structured neural networks")
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
         adaptive    λ / importance, hard: what is above it is not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
-                    that the caller chooses, importance a tensor of the gate's state; without it nothing is cut.
+                    that the caller chooses, importance a tensor of the gate's state.
     With λ = 0 the step is torch's AdamW bit for bit.  In a group that says "deferred" nothing is cut: τ is summed in
     the state of each gate, for who takes local updates and cuts when replicas meet.
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
-    "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).
+    "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter
+    that was written to since (load_state_dict, a gate set by hand) begins a new master.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **adamw: Any):
         super().__init__(params, lr=lr, **adamw)
-        for group in self.param_groups:
-            threshold = group.setdefault("threshold", "decoupled")
-            if threshold not in THRESHOLDS:
-                raise ValueError(f"threshold {threshold!r} is not one of {', '.join(THRESHOLDS)}")
-            if group.setdefault("sparse_lambda", 0.0) < 0:
-                raise ValueError(f"sparse_lambda is {group['sparse_lambda']}; it must not be negative")
+        self._written: dict[Tensor, int] = {}  # low-precision parameters: their version after `step` wrote to them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._written = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _complete(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,11 +63,14 @@ class ProxAdamW(torch.optim.AdamW):
         else:
             loss = None
         low_precision = self._swap_in_masters()
-        super().step()
-        for group in self.param_groups:
-            gates = [gate for gate in group["params"] if gate.grad is not None]
-            if group["sparse_lambda"] > 0 and gates:
-                self._prox(gates, group)
+        _step_of_adamw()(self)
+        found_inf = getattr(self, "found_inf", None)  # of a GradScaler, which leaves skipping to fused optimizers
+        if found_inf is None or not bool(found_inf):
+            for group in self.param_groups:
+                _complete(group)  # groups are also edited by hand, or come from the state of another AdamW
+                gates = [gate for gate in group["params"] if gate.grad is not None]
+                if group["sparse_lambda"] > 0 and gates:
+                    self._prox(gates, group)
         self._swap_out_masters(low_precision)
         return loss
 
@@ -79,7 +86,7 @@ class ProxAdamW(torch.optim.AdamW):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:
-        """The prox of a group's gates, all in one vector: apart, each would be some launches on a GPU."""
+        """The prox of a group's gates, all of a device in one vector: apart, each would be some launches on a GPU."""
         if group.get("deferred", False):
             for gate in gates:
                 self._defer(gate, self._tau(gate, group))
@@ -87,7 +94,15 @@ class ProxAdamW(torch.optim.AdamW):
         if group["threshold"] == "adaptive":
             gates = [gate for gate in gates if IMPORTANCE in self.state[gate]]
             if not gates:
-                return
+                raise ValueError(
+                    "adaptive thresholds need an importance in the state of each gate, as sora_llm.train puts there; "
+                    "use decoupled, proxgen or constant in a loop of your own"
+                )
+        for device in dict.fromkeys(gate.device for gate in gates):
+            self._prox_on_device([gate for gate in gates if gate.device == device], group)
+
+    def _prox_on_device(self, gates: list[Tensor], group: dict[str, Any]) -> None:
+        if group["threshold"] == "adaptive":
             importance = _together([self.state[gate][IMPORTANCE] for gate in gates])
             cut = hard_threshold(_together(gates), importance, group["sparse_lambda"])
         else:
@@ -109,7 +124,10 @@ class ProxAdamW(torch.optim.AdamW):
             return lr * sparse_lambda
         state = self.state[gate]
         bias_correction = 1.0 - group["betas"][1] ** float(state["step"])
-        denominator = state["exp_avg_sq"].sqrt() / math.sqrt(bias_correction) + group["eps"]
+        denominator = (
+            state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].sqrt() / math.sqrt(bias_correction)
+            + group["eps"]
+        )
         return lr * sparse_lambda / denominator
 
     def _swap_in_masters(self) -> list[tuple[list[Tensor], int, Tensor, Tensor]]:
@@ -118,11 +136,15 @@ class ProxAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             params = group["params"]
             for index, param in enumerate(params):
-                if param.dtype in (torch.float32, torch.float64) or param.grad is None:
+                if param.grad is None:
+                    continue
+                if param.dtype in (torch.float32, torch.float64):
+                    self.state[param].pop("master", None)  # of when it was lower
                     continue
                 state = self.state.pop(param, {})
                 master = state.pop("master", None)
-                master = param.detach().float() if master is None else master
+                if master is None or not self._is_its_rounding(param, master):
+                    master = param.detach().float()
                 master.grad = param.grad.float()
                 if state:
                     self.state[master] = state
@@ -136,6 +158,30 @@ class ProxAdamW(torch.optim.AdamW):
             param.copy_(master)
             params[index] = param
             self.state[param] = {**self.state.pop(master), "master": master}
+            self._written[param] = param._version
+
+    def _is_its_rounding(self, param: Tensor, master: Tensor) -> bool:
+        """Whether nobody but `step` wrote to `param`; values are looked at only where its version says otherwise."""
+        return self._written.get(param) == param._version or torch.equal(master.to(param.dtype), param)
+
+
+def _complete(group: dict[str, Any]) -> None:
+    """The defaults of a parameter group.
+
+    Raises:
+        ValueError: no such threshold, or a negative λ.
+    """
+    threshold = group.setdefault("threshold", "decoupled")
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"threshold {threshold!r} is not one of {', '.join(THRESHOLDS)}")
+    if group.setdefault("sparse_lambda", 0.0) < 0:
+        raise ValueError(f"sparse_lambda is {group['sparse_lambda']}; it must not be negative")
+
+
+def _step_of_adamw() -> Callable[..., Any]:
+    """AdamW's step without the hooks that the first AdamW of a process puts around it: our own step has them."""
+    step = torch.optim.AdamW.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def _together(tensors: list[Any]) -> Tensor:
@@ -160,12 +206,14 @@ def parameter_groups(
     model's modules, the same on every process.
 
     Raises:
-        ValueError: the model has no SoRA adapters.
+        ValueError: the model has no SoRA adapters, or every rank of them was cut.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
     factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]
-    if not factors:
+    if not layers:
         raise ValueError("the model has no SoRA adapters: call inject_sora(model) first")
+    if not factors:
+        raise ValueError("every rank of the adapters was cut: there is nothing left to train")
     groups: list[dict[str, Any]] = [
         {"name": FACTORS, "params": factors, "lr": learning_rate, "weight_decay": weight_decay}
     ]

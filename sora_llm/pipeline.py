@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,10 +38,19 @@ from sora_llm.distributed import (
     broadcast_tensors,
     gather_objects,
     on_main,
+    refuse_old_wrappers,
     sum_over_processes,
 )
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.inject import adapter_parameters, adapters, cut_adapters, target_linears
+from sora_llm.inject import (
+    adapter_parameters,
+    adapters,
+    cut_adapters,
+    evaluating,
+    refuse_wrapper,
+    target_linears,
+    unwrapped,
+)
 from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
@@ -71,15 +81,13 @@ def evaluate(
 
     `collate` makes a batch (the arguments of `causal_loss_sum`) of some rows, unpacked; of none it makes a batch
     without supervised tokens.  Rows of like length go together; every process runs the same number of batches (under
-    ZeRO-3 each forward is a collective), and calls `before_batch` as often.  The model comes back in the mode it was
+    ZeRO-3 each forward is a collective), and calls `before_batch` as often.  Every module comes back in the mode it was
     in, without a gradient touched.
     """
     by_length = sorted(range(len(rows)), key=lambda row: (-int(rows.lengths[row]), row))
     stride = batch_size * world.num_processes
-    training = model.training
-    model.eval()
     loss_sum, weight, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0.0, 0
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(by_length), stride):
             before_batch()
             mine = by_length[start + world.process_index : start + stride : world.num_processes]
@@ -89,7 +97,6 @@ def evaluate(
             weights = batch.get("loss_weights")
             weight += float(supervised.sum() if weights is None else weights[:, 1:][supervised].double().sum())
             loss_sum += causal_loss_sum(model, **{name: part.to(device) for name, part in batch.items()}).double()
-    model.train(training)
     total, total_weight, tokens = sum_over_processes(loss_sum, weight, num_tokens, device=device)
     return EvalResult(total / total_weight, int(tokens))
 
@@ -516,36 +523,47 @@ def consensus_prune(
     that is alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params` the best of all modules are
     kept, never more than the budget, and `min_rank` in every module.
 
-    For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  Make a
-    new optimizer afterwards: the parameters are new ones.
+    For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  The
+    parameters are new ones: make a new optimizer afterwards, and under DDP give `model.module` here and wrap it anew;
+    the forward pass of a wrapper that does not know them is an error.
 
     Returns: the same model.
     Raises:
         UserError: a model without gated adapters, or a budget that cannot be.
-        RunFailed: processes hold different adapters.
+        RunFailed: processes hold different adapters, or values are not finite.
     """
+    refuse_wrapper(model, "consensus_prune")
     if consensus not in ("svd", "slots"):
         raise UserError(f"consensus is {consensus!r}; use 'svd' or 'slots'")
     if target_rank is not None and target_params is not None:
         raise UserError("target_rank and target_params are two ways to say one budget; give one of them")
-    layers = adapters(model)
-    if not layers or any(layer.gate is None for layer in layers.values()):
-        raise UserError("the model has no gated SoRA adapters: call inject_sora(model) and train it first")
+    if torch.is_inference_mode_enabled():
+        raise UserError("consensus_prune makes parameters, which could not be trained from inside inference_mode")
+    inner = unwrapped(model)
+    layers = adapters(inner)
+    if not layers:
+        raise UserError("the model has no SoRA adapters: call inject_sora(model) and train it first")
+    if any(layer.gate is None for layer in layers.values()):
+        raise UserError("the model's adapters have no gates any more: they were cut already")
     has_budget = target_rank is not None or target_params is not None
     for name, value in (("target_rank", target_rank), ("target_params", target_params)):
-        if value is not None and value <= 0:
-            raise UserError(f"{name} is {value}; it must be above 0")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UserError(f"{name} is {value!r}; it must be a number above 0")
+    if not isinstance(min_rank, int) or min_rank < 0:
+        raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")
-    agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the adapter")
+    agree({name: tensor_hash(p) for name, p in adapter_parameters(inner).items()}, "the adapter")
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     rank = max(layer.rank for layer in layers.values())
     budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []
-    masters = {name: p.detach().float() for name, p in adapter_parameters(model).items()}
+    masters = {name: p.detach().float() for name, p in adapter_parameters(inner).items()}
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}
-    cut, _ = cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)
-    cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
+    with _finite("cut"):
+        cut, _ = cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)
+    cut_adapters(inner, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
+    refuse_old_wrappers(inner)
     return model
 
 

@@ -8,16 +8,19 @@ Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models"
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def soft_threshold(z: Tensor, tau: float | Tensor) -> Tensor:
@@ -34,6 +37,21 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
     As a product, so that an importance of 0 is a threshold of infinity.
     """
     return z.masked_fill(z.abs() * importance <= tau, 0.0)
+
+
+def _in_own_dtypes(method: F) -> F:
+    """The method of an autograd function without autocast, which knows some of its products and not others; the
+    base layer keeps the caller's."""
+
+    @functools.wraps(method)
+    def run(ctx, *inputs):
+        device = next(tensor.device.type for tensor in inputs if isinstance(tensor, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return method(ctx, *inputs)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *inputs)
+
+    return run  # type: ignore[return-value]
 
 
 def add_branch(
@@ -77,6 +95,7 @@ class _Down(torch.autograd.Function):
     ranks.  Several A are one product, which reads x once."""
 
     @staticmethod
+    @_in_own_dtypes
     def forward(ctx, x, dropout, seed, *factors):
         x_TI = x.reshape(-1, x.shape[-1])
         A_RI = _stacked(factors, x.dtype)
@@ -88,6 +107,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_own_dtypes
     def backward(ctx, dx, *parts):
         x, *factors = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
@@ -129,6 +149,7 @@ class _Up(torch.autograd.Function):
     """
 
     @staticmethod
+    @_in_own_dtypes
     def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
         ctx.save_for_backward(u_RT, lora_B, gate)
         ctx.scaling = scaling
@@ -138,6 +159,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_own_dtypes
     def backward(ctx, dy):
         u_RT, lora_B, gate = ctx.saved_tensors
         need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
@@ -234,6 +256,10 @@ class SoraLinear(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot")
+        if not lora_alpha > 0:
+            raise ValueError(f"lora_alpha is {lora_alpha}; it must be above 0")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {lora_dropout}; it is a probability from 0 to below 1")
         self.base_layer: nn.Linear = base_layer.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base_layer.in_features, base_layer.out_features, r
         self.scaling, self.lora_dropout = lora_alpha / r, lora_dropout
@@ -308,6 +334,8 @@ class Neighbours:
         if x.is_inference() or hasattr(layer.lora_A, "ds_id"):  # the former counts no changes
             return _Down.apply(x, 0.0, 0, layer.lora_A)
         by_layer = self._factors(layer)
+        if id(layer) not in by_layer:  # a replica of the layer, which DataParallel makes for a pass
+            return _Down.apply(x, 0.0, 0, layer.lora_A)
         factors = list(by_layer.values())
         state = tuple(map(_state_of, (x, *factors)))
         if waiting is None or not waiting.serves(layer, x, factors, state):

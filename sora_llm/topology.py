@@ -186,11 +186,11 @@ def deepspeed_config(
 
 
 def _refuse_optimizer_offload(config: Mapping[str, Any]) -> None:
-    offload = _section(_section(config, "zero_optimization"), "offload_optimizer")
-    if offload.get("device", "none") != "none":
+    zero = _section(config, "zero_optimization")
+    if _section(zero, "offload_optimizer").get("device", "none") != "none" or zero.get("cpu_offload"):  # its old name
         raise UserError(
             "the DeepSpeed config offloads the optimizer, which would replace the proximal optimizer; remove "
-            "zero_optimization.offload_optimizer (adapter state is small)"
+            "zero_optimization.offload_optimizer, or cpu_offload as it was called (adapter state is small)"
         )
 
 

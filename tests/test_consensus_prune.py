@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import dense_delta, randomise_all, relative_error, tiny_llama
+from spawn import spawn
 from torch import nn
 
-from sora_llm import UserError, consensus_prune, inject_sora, pipeline
+from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipeline
 from sora_llm.budget import make_budgets
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.topology import World
@@ -103,16 +106,74 @@ def test_min_rank_is_kept_where_anything_lives() -> None:
         ({"target_rank": 1, "target_params": 5}, "two ways to say one budget"),
         ({"min_rank": 1}, "needs a budget"),
         ({"target_rank": 7}, "more than the .* or raise r$"),
-        ({"target_rank": -1}, "target_rank is -1; it must be above 0"),
-        ({"target_params": 0}, "target_params is 0; it must be above 0"),
+        ({"target_rank": -1}, "target_rank is -1; it must be a number above 0"),
+        ({"target_rank": float("nan")}, "target_rank is nan; it must be a number above 0"),
+        ({"target_rank": "2"}, "target_rank is '2'; it must be a number above 0"),
+        ({"target_params": 0}, "target_params is 0; it must be a number above 0"),
+        ({"target_rank": 2, "min_rank": -1}, "min_rank is -1; it must be an integer from 0"),
         ({"target_rank": 0.01}, "^target_rank is .* nothing would be left"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(options: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         consensus_prune(trained(), **options)
-    with pytest.raises(UserError, match="no gated SoRA adapters"):
+
+
+def test_a_model_without_gates_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="were cut already"):
         consensus_prune(consensus_prune(trained()))
+    with pytest.raises(UserError, match="call inject_sora"):
+        consensus_prune(tiny_llama())
+
+
+def test_values_that_are_not_finite_end_with_a_sentence_and_change_nothing() -> None:
+    model = trained()
+    with torch.no_grad():
+        next(iter(adapters(model).values())).lora_A[0, 0] = float("nan")
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    with pytest.raises(RunFailed, match="cannot be cut"):
+        consensus_prune(model, target_rank=2)
+    assert before.keys() == adapter_parameters(model).keys()
+
+
+def test_a_compiled_model_is_cut_like_the_one_inside() -> None:
+    model, compiled = trained(), torch.compile(trained())
+    consensus_prune(model, target_rank=2)
+    consensus_prune(compiled, target_rank=2)
+    inside = adapter_parameters(compiled._orig_mod)
+    assert all(torch.equal(inside[name], parameter) for name, parameter in adapter_parameters(model).items())
+
+
+def cut_inside_ddp() -> dict[str, str]:
+    """What a process sees that goes on with the wrapper that it had before the cut, and with a new one."""
+    torch.distributed.init_process_group("gloo")
+    model = trained()
+    wrapped = {"old": nn.parallel.DistributedDataParallel(model)}
+
+    def said(action: Callable[[], Any]) -> str:
+        try:
+            action()
+        except (UserError, RuntimeError) as error:
+            return str(error)
+        return "nothing"
+
+    report = {"handed over": said(lambda: consensus_prune(wrapped["old"], target_rank=2))}
+    consensus_prune(wrapped["old"].module, target_rank=2)
+    report["evaluated alone"] = said(lambda: model(input_ids=IDS))
+    report["old"] = said(lambda: wrapped["old"](input_ids=IDS))
+    wrapped["new"] = nn.parallel.DistributedDataParallel(model)
+    report["new"] = said(lambda: wrapped["new"](input_ids=IDS).logits.sum().backward())
+    wrapped.clear()  # reducers hang at the exit of a process whose group is gone
+    torch.distributed.destroy_process_group()
+    return report
+
+
+def test_under_ddp_the_old_wrapper_is_refused_and_a_new_one_goes_on() -> None:
+    """It would reduce none of the new parameters' gradients, and the processes would drift apart."""
+    for report in spawn("test_consensus_prune:cut_inside_ddp", 2, {}, timeout=120):
+        assert "give it model.module" in report["handed over"]
+        assert "wrap the model anew" in report["old"]
+        assert report["evaluated alone"] == report["new"] == "nothing"
 
 
 def test_the_balanced_form_is_the_same_model_with_a_slot_per_component() -> None:

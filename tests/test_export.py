@@ -442,3 +442,54 @@ def test_an_export_leaves_the_random_state_alone(stories, tmp_path):
     torch.manual_seed(5)
     export_adapter(model, tmp_path / "adapter")
     assert torch.equal(torch.rand(3), expected)
+
+
+# ----- models that are not as they were ---------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_exported_under_the_names_of_its_base(stories, tmp_path):
+    model = trained_model("float32", stories)
+    expected = logits(model)
+    export_adapter(torch.compile(model), tmp_path / "adapter")
+    assert relative_error(logits(in_peft("float32", stories, tmp_path / "adapter")), expected) < 2e-5
+
+
+def test_a_model_of_which_more_than_the_adapter_was_trained_is_refused(stories, tmp_path):
+    model = trained_model("float32", stories)
+    model.model.norm.requires_grad_(True)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is trained too"):
+        export_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_peft_could_not_reload_is_refused(tmp_path):
+    headless = inject_sora(tiny_llama().model, r=2)
+    with pytest.raises(UserError, match="LlamaModel is no causal language model"):
+        export_adapter(headless, tmp_path / "adapter")
+
+
+def test_an_adapter_that_has_diverged_is_a_sentence(stories, tmp_path):
+    model = trained_model("float32", stories)
+    with torch.no_grad():
+        adapters(model)["model.layers.0.self_attn.q_proj"].lora_B.fill_(float("nan"))
+    with pytest.raises((RunFailed, ValueError), match="not finite"):
+        export_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_working_directory_and_home_are_folders_like_any_other(stories, tmp_path, monkeypatch):
+    model = trained_model("float32", stories)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_adapter(model, ".")
+    export_adapter(model, "~/there")
+    for folder in ("here", "there"):
+        assert (tmp_path / folder / "certificate.json").is_file()
+
+
+def test_every_module_comes_back_in_the_mode_it_was_in(stories, tmp_path):
+    model = trained_model("float32", stories).train()
+    model.model.norm.eval()
+    export_adapter(model, tmp_path / "adapter")
+    assert model.training and not model.model.norm.training

@@ -168,3 +168,45 @@ def test_bare_shows_the_base_model_and_puts_the_adapters_back_whatever_happens()
         raise KeyError
     assert all(adapters(model)[name] is layer for name, layer in layers.items())
     assert torch.equal(logits(model), adapted)
+
+
+# ----- what cannot be adapted -----------------------------------------------------------------------------------------
+
+
+def test_linear_layers_that_their_parents_do_not_call_are_no_targets():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.block = nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2, 16)
+            self.proj = nn.Linear(8, 8)
+
+    assert list(target_linears(Mixed())) == ["proj"]
+
+
+def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(UserError, match="adapters of another library"):
+        inject_sora(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
+    shared = tiny_llama()
+    shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
+    with pytest.raises(UserError, match=r"0.mlp.up_proj and model.layers.1.mlp.up_proj are one layer"):
+        inject_sora(shared)
+    assert not adapters(shared)
+    with pytest.raises(UserError, match="Linear has no linear layers"):
+        inject_sora(nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 1.0}, {"lora_dropout": 5}, {"lora_alpha": 0}, {"lora_alpha": -16}]
+)
+def test_a_dropout_or_scale_that_cannot_be_is_an_error(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        inject_sora(tiny_llama(), r=2, **options)
+
+
+def test_a_compiled_model_is_injected_under_the_names_of_the_base():
+    inner = tiny_llama()
+    compiled = torch.compile(inner)
+    assert inject_sora(compiled, r=2) is compiled
+    assert list(adapters(inner)) == list(target_linears(tiny_llama()))

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_llama
+from helpers import linear4bit, randomise, relative_error, tiny_llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sora_llm.inject import adapters, inject_sora
+from sora_llm.inject import adapters, inject_sora, target_linears
 from sora_llm.sora import Neighbours, SoraLinear
 
 IN, OUTS, RANKS = 7, (5, 3, 4), (3, 2, 4)
+IDS = torch.arange(20).reshape(2, 10)
 
 
 @pytest.fixture
@@ -239,3 +240,28 @@ def test_a_model_ends_with_its_last_user() -> None:
     layer = weakref.ref(adapters(model)["model.layers.0.self_attn.q_proj"])
     del model
     assert layer() is None
+
+
+def test_a_replica_of_a_layer_reads_for_itself(qkv: tuple[SoraLinear, ...]) -> None:
+    """As torch.nn.DataParallel makes one for a pass, from the parameters of the original."""
+    x = input_of()
+    for layer in qkv:
+        assert relative_error(copy.copy(layer)(x), truth(layer, x)) < 1e-12
+
+
+def test_the_recipe_of_4_bit_training_under_autocast_has_the_gradients_of_the_plain_one() -> None:
+    """Norms in float32 hand q, k and v a float32 x, which a 4-bit layer takes and autocast does not change."""
+    from peft import prepare_model_for_kbit_training
+
+    gradients = []
+    for is_on in (True, False):
+        model = prepare_model_for_kbit_training(tiny_llama(), use_gradient_checkpointing=False)
+        for name, linear in target_linears(model).items():
+            model.set_submodule(name, linear4bit(linear.weight.detach()))
+        for seed, layer in enumerate(adapters(inject_sora(model, r=3)).values()):
+            randomise(layer, seed, size=0.05)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert relative_error(*gradients) < 0.05

@@ -279,8 +279,153 @@ def test_adaptive_zeroes_what_is_not_above_the_threshold_and_shrinks_nothing_els
     assert gate[2] > 0 and gate[3] == 0, "a slot may come back; one without a component may not"
 
 
-def test_adaptive_cuts_nothing_before_the_gates_are_weighed():
+def test_adaptive_needs_gates_that_were_weighed():
     gate, optimizer = adaptive_optimizer(None)
     gate.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="need an importance"):
+        optimizer.step()
+    optimizer.param_groups[0]["sparse_lambda"] = 0.0
     optimizer.step()
     assert torch.count_nonzero(gate) == 4
+
+
+# ----- in loops of other people ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["load_state_dict", "by hand"])
+def test_what_is_written_to_a_bf16_parameter_is_where_the_next_step_begins(write):
+    model = nn.ParameterList([parameters(torch.bfloat16)[1]])
+    optimizer = ProxAdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    gradients(0, *model)
+    optimizer.step()
+    kept = optimizer.state[model[0]]["master"].clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.state[model[0]]["master"], kept), "what nobody wrote to keeps what bf16 cannot hold"
+
+    written = torch.linspace(-1, 1, 40).to(torch.bfloat16)
+    if write == "load_state_dict":
+        model.load_state_dict({"0": written})
+    else:
+        with torch.no_grad():
+            model[0].copy_(written)
+    optimizer.step()
+    assert torch.equal(model[0], written)
+
+
+def test_a_state_that_is_loaded_keeps_masters_that_are_finer_than_the_parameter():
+    first, again = (nn.ParameterList([parameters(torch.bfloat16)[1]]) for _ in range(2))
+    optimizers = [ProxAdamW(params, lr=1e-3, weight_decay=0.0) for params in (first, again)]
+    gradients(0, *first)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    again.load_state_dict(first.state_dict())
+    for params, optimizer in zip((first, again), optimizers, strict=True):
+        gradients(1, *params)
+        optimizer.step()
+    masters = [
+        optimizer.state[params[0]]["master"] for params, optimizer in zip((first, again), optimizers, strict=True)
+    ]
+    assert torch.equal(*masters) and not torch.equal(masters[0], masters[0].bfloat16().float())
+
+
+def test_a_parameter_that_became_float32_has_no_master():
+    params = nn.ParameterList([parameters(torch.bfloat16)[1]])
+    optimizer = ProxAdamW(params, lr=0.1, weight_decay=0.0)
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        params.to(dtype)
+        before = params[0].detach().clone().float()
+        gradients(0, *params)
+        optimizer.step()
+        moved = params[0].detach().float() - before
+        assert 0.05 < float(moved.abs().max()) < 0.2, f"a step of {dtype} goes out from where the parameter is"
+
+
+def test_gates_on_two_devices_are_cut_where_they_are():
+    here, there = parameters()[1], nn.Parameter(torch.empty(3, device="meta"))
+    here.grad, there.grad = torch.zeros_like(here), torch.empty_like(there)
+    optimizer = ProxAdamW([{"params": [here, there], "sparse_lambda": LAMBDA}], lr=GATE_LR, weight_decay=0.0)
+    expected = soft_threshold_reference(here.detach(), GATE_LR * LAMBDA)
+    optimizer.step()
+    torch.testing.assert_close(here.detach(), expected)
+
+
+def test_a_step_that_a_gradient_scaler_skips_cuts_nothing():
+    """A fused optimizer is called for such a step too, and told to skip it."""
+    gate = parameters(torch.float32)[1]
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": LAMBDA}], lr=GATE_LR, weight_decay=0.0, fused=True)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=2.0), gate.detach().clone()
+    for value in (math.inf, 0.0):
+        scaler.scale(torch.ones(()))  # makes its state
+        gate.grad = torch.full_like(gate, value)
+        scaler.step(optimizer)
+        scaler.update()
+        is_cut = not torch.equal(gate.detach(), before)
+        assert is_cut == (value == 0.0)
+
+
+def test_hooks_of_a_step_run_once_and_see_the_step_whole():
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch puts its hooks around the class of whoever is made
+    gate = parameters()[1]
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": 1.0, "threshold": "constant"}], weight_decay=0.0)
+    gate.grad, seen = torch.zeros_like(gate), []
+    optimizer.register_step_post_hook(lambda *_: seen.append(int(torch.count_nonzero(gate))))
+    optimizer.step()
+    assert seen == [0]
+
+
+def test_groups_that_come_later_or_from_another_adamw_have_the_defaults():
+    factor, gate = parameters()
+    optimizer = ProxAdamW([factor], lr=LR)
+    optimizer.add_param_group({"params": [gate], "lr": GATE_LR, "sparse_lambda": LAMBDA})
+    assert optimizer.param_groups[1]["threshold"] == "decoupled"
+    with pytest.raises(ValueError, match="not one of"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "threshold": "soft"})
+
+    plain = torch.optim.AdamW([{"params": [factor]}, {"params": [gate]}])
+    optimizer = ProxAdamW([{"params": [factor]}, {"params": [gate], "sparse_lambda": LAMBDA}])
+    optimizer.load_state_dict(plain.state_dict())
+    gradients(0, factor, gate)
+    optimizer.step()
+    assert [group["sparse_lambda"] for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"), [({"threshold": "hard"}, "hard"), ({"sparse_lambda": -1.0}, "must not be negative")]
+)
+def test_a_group_that_was_edited_into_what_cannot_be_is_an_error(edit, said):
+    gate = parameters()[1]
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": LAMBDA}])
+    optimizer.param_groups[0].update(edit)
+    gradients(0, gate)
+    with pytest.raises(ValueError, match=said):
+        optimizer.step()
+
+
+def test_proxgen_uses_the_denominator_of_the_step_under_amsgrad():
+    gate = parameters()[1]
+    optimizer = ProxAdamW(
+        [{"params": [gate], "sparse_lambda": 1e-3, "threshold": "proxgen"}], lr=GATE_LR, weight_decay=0.0, amsgrad=True
+    )
+    reference = torch.optim.AdamW([theirs := parameters()[1]], lr=GATE_LR, weight_decay=0.0, amsgrad=True)
+    for size in (1.0, 1e-3):  # the second gradient leaves the maximum where it was
+        for param in (gate, theirs):
+            gradients(0, param)
+            param.grad *= size
+        optimizer.step()
+        reference.step()
+        largest = reference.state[theirs]["max_exp_avg_sq"] / (1 - 0.999 ** float(reference.state[theirs]["step"]))
+        expected = soft_threshold_reference(theirs.detach(), GATE_LR * 1e-3 / (largest.sqrt() + EPS))
+        torch.testing.assert_close(gate.detach(), expected, rtol=1e-12, atol=1e-15)
+        theirs.data.copy_(gate.detach())
+
+
+def test_an_adapter_without_any_rank_is_not_one_that_was_never_there():
+    model = inject_sora(tiny_llama(), r=2)
+    cut_adapters(
+        model, {n: (torch.zeros(0, m.in_features), torch.zeros(m.out_features, 0)) for n, m in adapters(model).items()}
+    )
+    with pytest.raises(ValueError, match="every rank of the adapters was cut"):
+        parameter_groups(model, LR, GATE_LR)
+    with pytest.raises(ValueError, match="call inject_sora"):
+        parameter_groups(tiny_llama(), LR, GATE_LR)

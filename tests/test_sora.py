@@ -118,6 +118,32 @@ def test_float32_adapters_serve_a_bf16_input_and_get_float32_gradients():
         assert relative_error(gradient, true_gradient) < ROUNDING[torch.bfloat16]
 
 
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "cast"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_autocast_is_the_base_layers_and_leaves_the_branch_its_dtypes(dtype, cast, dropout, backward_inside):
+    """The same branch, gradients and mask as without it, beside a base layer that computes as autocast wants."""
+    base, x = nn.Linear(IN, OUT, dtype=dtype), tensors((2, 8, IN), dtype)[1].detach()
+    found = []
+    for is_on in (True, False):
+        layer = layer_of(base, dropout)
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", cast, enabled=is_on):
+            y = layer(leaf)
+            if backward_inside:
+                y.float().square().sum().backward()
+        if not backward_inside:
+            y.float().square().sum().backward()
+        found.append([y, leaf.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert found[0][0].dtype == cast and [t.dtype for t in found[0][2:]] == [torch.float32] * 3
+    for with_cast, without in zip(*found, strict=True):
+        assert relative_error(with_cast, without) < 3e-2  # the base layer's answer is rounded to 8 bits
+
+
 @pytest.mark.parametrize(("y_dtype", "x_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_base_layer_that_answers_in_another_dtype_keeps_it(y_dtype, x_dtype):
     y = tensors((4, IN), y_dtype)[0]
