@@ -66,11 +66,15 @@ def load_base(args: argparse.Namespace) -> nn.Module:
 
 def text_rows(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(training, dev) rows of "prompt" and "completion", in an order that the seed decides."""
-    lines = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
+        lines = [json.loads(line) for line in args.data.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [{"prompt": line[args.prompt], "completion": line[args.completion]} for line in lines]
     except KeyError as missing:
         raise SystemExit(f"{args.data} has no field {missing}: see --prompt and --completion") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{args.data} cannot be read as JSON lines: {error}") from None
+    if args.dev_rows < 1:
+        raise SystemExit(f"--dev-rows is {args.dev_rows}; the example ends with a dev loss and needs one at least")
     if len(rows) <= args.dev_rows:
         raise SystemExit(f"{args.data} has {len(rows)} rows, and --dev-rows {args.dev_rows} leaves none to train on")
     random.Random(args.seed).shuffle(rows)

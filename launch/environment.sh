@@ -19,7 +19,7 @@ find_python() {
 install_into_venv() { # the first argument: what to install, e.g. ".[dev]"
   local wanted stamp=.venv/installed.txt
   wanted="$1 $(cat pyproject.toml constraints.txt | cksum)"
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # a venv that failed half-way has a python and no pip
     local python
     python=$(find_python) || exit 1
     echo "making .venv with $("$python" --version)"
@@ -37,6 +37,14 @@ install_into_venv() { # the first argument: what to install, e.g. ".[dev]"
 }
 
 warm_deepspeed() { # compile that operator now, so that two processes need not wait for each other
+  python -c '
+import sys
+from sora_llm.errors import UserError
+from sora_llm.extensions import await_build
+try:
+    await_build(lambda text: print(text, file=sys.stderr, flush=True))
+except UserError as error:
+    sys.exit(f"sora_llm: {error}")' || return 1
   DS_ACCELERATOR=cpu python -c '
 from deepspeed.comm.torch import build_shm_op
 build_shm_op()' >.venv/deepspeed_build.log 2>&1 || { cat .venv/deepspeed_build.log >&2; return 1; }

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sora_llm.commands import COMMANDS, JOURNEY
+from sora_llm.terminal import take_any_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2 for a command that does not exist)."""
+    take_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -34,8 +34,10 @@ from torch import Tensor, nn
 
 from sora_llm.consensus import disagreements, fingerprints, tensor_hash
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.extensions import await_build
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
+from sora_llm.terminal import say
 from sora_llm.topology import ZERO_STAGES, World
 
 T = TypeVar("T")
@@ -81,6 +83,8 @@ def make_accelerator(
         # `resolve_strategy` has compared what of it counts.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         _quiet_deepspeed(cuda)
+        if not cuda:  # where it compiles an operator
+            await_build(lambda text: say(text, sys.stderr) if world.is_main else None)
         # Not zero.Init: transformers skips it for quantised models, so every process loads the whole model anyway.
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config, zero3_init_flag=False)
     else:

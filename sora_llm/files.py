@@ -120,8 +120,11 @@ def user_path(text: str, key: str) -> Path:
 
 
 def caches() -> Path:
-    """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches; UserError without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise UserError("this user has no home folder, where caches lie; set HOME or XDG_CACHE_HOME") from None
 
 
 def nearest_existing(path: Path) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint, distributed, pipeline
+from sora_llm import checkpoint, distributed, pipeline, terminal
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
@@ -158,7 +158,7 @@ def warnings(plan: Plan) -> Iterator[str]:
 def say(world: World, text: str) -> None:
     """Print a line once, however many processes there are."""
     if world.is_main:
-        print(text, flush=True)
+        terminal.say(text)
 
 
 # ---------------------------------------------------------------------------------------------------- its processes

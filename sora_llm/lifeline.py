@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sora_llm import terminal
 from sora_llm.errors import RunFailed
 
 CONNECT_SECONDS = 60
@@ -133,7 +134,7 @@ class Lifeline:
 
 def say(sentence: str) -> None:
     """Print a last sentence."""
-    print(f"sora_llm: {sentence}", file=sys.stderr, flush=True)
+    terminal.say(f"sora_llm: {sentence}", sys.stderr)
 
 
 # ----- connections ----------------------------------------------------------------------------------------------------

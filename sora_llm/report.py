@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sora_llm.files import write_text_atomically
+from sora_llm.terminal import end_progress, say, show_progress
 
 
 class JsonLines:
@@ -89,11 +90,11 @@ class Progress:
             parts.append(f"{_duration(left)} left")
         text = "  ".join(parts)
         if self.stream.isatty():
-            end = "\n" if "eval_loss" in line or line["step"] == self.total_steps else ""
-            self.stream.write(f"\r\033[K{text}{end}")
+            show_progress(text, self.stream)
+            if "eval_loss" in line or line["step"] == self.total_steps:
+                end_progress()
         else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+            say(text, self.stream)
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
+from sora_llm.terminal import say
 
 _DYING_SECONDS = 2.0
 """For the lock of a process that was killed: its connections may close before the kernel has let go of its locks."""
@@ -106,7 +107,7 @@ class RunDirectory:
             self._tracker(values, step)
         except Exception as error:
             self._tracker = None
-            print(f"warning: output.report_to: nothing is logged there any more: {first_line(error)}", flush=True)
+            say(f"warning: output.report_to: nothing is logged there any more: {first_line(error)}")
 
     def ranks(self, step: int, ranks: Mapping[str, int], labels: Mapping[str, Any]) -> None:
         """One line of ranks.jsonl."""
@@ -149,7 +150,7 @@ class RunDirectory:
         try:
             write_report(self.path, config, plots=plots)
         except Exception as error:
-            print(f"warning: report.html is not up to date: {type(error).__name__}: {error}", flush=True)
+            say(f"warning: report.html is not up to date: {type(error).__name__}: {error}")
 
     def preempted(self) -> dict[str, Any] | None:
         """Say in the status that the run was asked to stop; None before `begin`.  Call it on the main process."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sora_llm import terminal
 from sora_llm.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -97,7 +98,8 @@ class StopRequest:
             self._raise_once()
         elif is_first and self._is_main:  # not print, whose buffer this may have interrupted
             with contextlib.suppress(OSError):
-                os.write(2, f"sora_llm: {self._asked_by}: stopping as soon as everything is saved\n".encode())
+                end = "\n" if terminal.is_progress_open() else ""
+                os.write(2, f"{end}sora_llm: {self._asked_by}: stopping as soon as everything is saved\n".encode())
 
     def _raise_once(self) -> None:
         """A second request must not end what the first one has begun to put in order."""

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from sora_llm import checkpoint, distributed, hub, pipeline
+from sora_llm import checkpoint, distributed, hub, pipeline, terminal
 from sora_llm.backbone import DTYPES, check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
     is_main = os.environ.get("RANK", "0") == "0"
+    terminal.take_any_text()
     try:
         arguments, unknown = parser.parse_known_intermixed_args(argv)
         if unknown:
@@ -112,11 +113,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
         if not is_main and not distributed.in_process_group():  # in it, errors are agreed and the main process's too
             let_main_speak()
         if is_main or not distributed.in_process_group():
-            print(f"sora_llm: {error}", file=sys.stderr, flush=True)
+            terminal.say(f"sora_llm: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if is_main:
-            print("sora_llm: interrupted", file=sys.stderr)
+            terminal.say("sora_llm: interrupted", sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_FINISHED
 
@@ -160,8 +161,8 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
 def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
     """Upload the adapter of a finished run, now that its processes do not wait for each other any more."""
     if result.status["state"] == "finished" and result.adapter is not None and launched_world(os.environ).is_main:
-        print(f"uploading {result.adapter} to the hub as {repo_id}", flush=True)
-        print(hub.push(result.adapter, repo_id, stop.is_asked), flush=True)
+        terminal.say(f"uploading {result.adapter} to the hub as {repo_id}")
+        terminal.say(hub.push(result.adapter, repo_id, stop.is_asked))
 
 
 def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
@@ -316,7 +317,7 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
             stop.remove_file()
         saved = status["checkpoint"]
         where = f"{run_dir / saved} is complete; start the same command again to go on" if saved else "nothing to save"
-        print(f"stopped by {request}: {where}", flush=True)
+        terminal.say(f"stopped by {request}: {where}")
     lines = read_json_lines(run_dir / "metrics.jsonl")
     return RunResult(None, lines[-1] if lines else {}, status)
 

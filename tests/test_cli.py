@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from shutil import which
 
 import pytest
@@ -75,6 +78,21 @@ def test_every_command_has_a_help_page(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0 and f"sora-llm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_another_encoding_gets_escapes_for_what_it_lacks(encoding):
+    script = "from sora_llm import cli; cli.main(['--version']); print('λ → é')"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True
+    )
+    assert r"\u03bb \u2192" in shown.stdout.decode(encoding)
+
+
+def test_a_result_that_cannot_be_printed_is_a_sentence(tmp_path, capfd):
+    with Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
+        assert cli.main(["estimate", "configs/llama7b.yaml", *gsm8k_overrides(tmp_path)]) == 1
+    assert "cannot be printed: No space left on device" in capfd.readouterr().err
 
 
 def test_an_unknown_command_is_bad_input(capsys):

@@ -239,3 +239,22 @@ def test_the_padded_layout_has_every_target_of_the_run(
     files = [folder / "adapter_model.safetensors" for folder in (tmp_path / "out", run_dir / "adapter")]
     assert load_file(files[0]).keys() == load_file(files[1]).keys()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run_dir / "adapter" / "tokenizer.json").read_bytes()
+
+
+def test_a_home_written_with_a_tilde_is_that_home(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    peft_lora(base, tmp_path / "lora", 1)
+    export(capsys, tmp_path / "lora", "--layout", "gguf", "--out=~/exported")
+    assert (tmp_path / "home" / "exported" / "adapter.gguf").is_file()
+
+
+def test_lines_of_metrics_without_the_usual_fields_are_passed_over(
+    undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(undisturbed[1], tmp_path / "run")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99}\n{"step": 99, "phase": "export", "stage": 0}\n')
+    export(capsys, run_dir, "--layout", "gguf", "--out", tmp_path / "gguf")
+    refused(capsys, "is no sparsity path", run_dir, "--stage", 0.5, "--out", tmp_path / "stage")

@@ -131,6 +131,20 @@ def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatc
     assert cli.main(["doctor"]) == 0
 
 
+def test_a_user_without_a_home_is_a_finding(monkeypatch):
+    """As in a container that runs under a number without a name."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cmd_doctor.Path, "home", homeless)
+    for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, OK, "fine"))
+    found = {finding.name: finding for finding in cmd_doctor.examine(60.0)}
+    assert found["caches"].state == FAILED and "set HOME or XDG_CACHE_HOME" in found["caches"].said
+
+
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
     states, said = {"zero2": FAILED}, [f"{cmd_doctor.NOT_BUILT}: c++: not found"]
     monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), said[0]))
@@ -197,6 +211,9 @@ def test_a_full_disk_a_missing_compiler_and_a_stale_lock_are_found(tmp_path, mon
     assert str(default_cache_dir().parent) in next(iter(cmd_doctor.disks())).said, "where training puts its tokens"
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: str(tmp_path))
     assert cmd_doctor.compiler().state == WARNING
+    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: None)
+    monkeypatch.setattr(cmd_doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "apt install python3-dev" in cmd_doctor.compiler().remedy
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()

@@ -142,7 +142,9 @@ def test_a_checkpoint_of_trainer_holds_the_adapter_alone(examples, trainer):
     [
         ("--prompt=frage", "has no field 'frage': see --prompt"),
         ("--dev-rows=96", "leaves none to train on"),
+        ("--dev-rows=0", "needs one at least"),
         ("--sequence-len=2", "no prompt of"),
+        ("--steps=1", "--steps has to be 2 or more"),
     ],
 )
 def test_rows_that_cannot_be_used_are_a_sentence(examples, option, said):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import dense_delta, randomise_all, tiny_llama
+from helpers import dense_delta, randomise_all, saved_tiny_llama, tiny_llama
 from peft_loras import KINDS, deltas, peft_lora
 from runs import gsm8k_overrides
 
@@ -79,6 +79,25 @@ def test_a_checkpoint_is_read_with_its_gates(tmp_path, capsys):
     for name, layer in adapters(model).items():
         assert found["modules"][name]["slots"] == int(layer.gate.count_nonzero())
     assert found["kind"] == "checkpoint"
+
+
+def test_modules_that_a_cut_left_without_factors_count_in_the_mean_rank_of_a_checkpoint(tmp_path, capsys):
+    """Their sizes come from the base's config; where that is not on this disk, the mean says of which modules it is."""
+    base = saved_tiny_llama(tmp_path / "base")
+    model = inject_sora(tiny_llama(), r=4)
+    *live, pruned = adapters(model)
+    masters = {name: p.detach() for name, p in adapter_parameters(model).items() if not name.endswith("gate")}
+    masters = {name: tensor + 0.1 for name, tensor in masters.items() if not name.startswith(f"{pruned}.")}
+    for place, is_whole in ((base, True), ("somewhere/else", False)):
+        overrides = gsm8k_overrides(tmp_path, **{"sora.r": 4, "model.name_or_path": str(place)})
+        config = to_dict(load_config("configs/llama7b.yaml", overrides))
+        capsys.readouterr()  # what libraries said while the base was saved
+        found = inspected(capsys, checkpoint.save(tmp_path / f"run {is_whole}", 3, masters, {"config": config}))
+        cost = {name: layer.in_features + layer.out_features for name, layer in adapters(model).items()}
+        counted = cost if is_whole else {name: cost[name] for name in live}
+        rank_of = {name: found["modules"][name]["rank"] for name in live}
+        assert found["mean_rank"] == pytest.approx(sum(rank_of[n] * cost[n] for n in live) / sum(counted.values()))
+        assert found["mean_rank_is_of_all_targets"] is is_whole and found["left_out"] == ([pruned] if is_whole else [])
 
 
 def test_a_checkpoint_without_factors_or_with_values_that_are_none_is_a_sentence(tmp_path, stories, capsys):

@@ -11,8 +11,9 @@ import sora_llm
 PACKAGE = Path(sora_llm.__file__).parent
 # From the bottom up; a module imports only from the lines below its own. `config` stands beside them all.
 LAYERS = [
-    {"errors"},
+    {"errors", "terminal"},
     {"files", "stop", "lifeline", "hub"},
+    {"extensions"},
     {"topology", "sora", "schedule", "allocation", "budget", "activations", "step_time"},
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files", "spectrum", "gguf_lora"},

@@ -15,6 +15,7 @@ from sora_llm.config import load_config
 from sora_llm.errors import RunFailed
 from sora_llm.report import JsonLines, Progress, read_json_lines
 from sora_llm.rundir import RunDirectory, environment
+from sora_llm.terminal import say
 from sora_llm.train import start_trackers
 
 
@@ -52,6 +53,25 @@ def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
     text = stream.getvalue()
     assert "step 10/20 dense  loss 1.5000  mean rank 8.00  λ 0.5" in text and "left" in text
     assert ("\r" in text) is terminal and text.count("\n") == (1 if terminal else 2)
+
+
+def test_a_message_stands_below_the_line_of_progress(monkeypatch):
+    """And that line is no wider than the terminal, so that the next one overwrites the whole of it."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setenv("COLUMNS", "30")
+    progress = Progress(total_steps=20, first_step=0, stream=stream)
+    for step in (10, 11):
+        progress.show({"step": step, "phase": "dense", "loss": 1.5, "mean_rank": 8.0})
+    say("consensus: done", stream)
+    say("and on", stream)
+    shown = stream.getvalue().replace("\r\033[K", "\r").split("\n")
+    assert [line.rpartition("\r")[2] for line in shown] == [
+        "step 11/20 dense  loss 1.5000",
+        "consensus: done",
+        "and on",
+        "",
+    ]
 
 
 def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(tmp_path, capsys):

@@ -147,7 +147,9 @@ def test_a_budget_is_tracked(tmp_path):
 def test_a_path_shows_its_stages_and_the_best_one(tmp_path):
     run = MadeUpRun(tmp_path / "run", 4, 40, 2)
     lambdas = [0.1, 0.2, 0.3, 0.5, 0.8, 1.0]
-    page = opened(run.path_of(lambdas), {"sora": {"lambda_num": 6}, "train": {"max_steps": 40}})
+    config = {"sora": {"lambda_num": 6, "sparse_lambda": 0.1, "max_lambda": 1.0}, "train": {"max_steps": 40}}
+    page = opened(run.path_of(lambdas), config)
+    assert "λ 0.1 to 1" in page.text
     exports = [line for line in run.metrics if line["phase"] == "export"]
     for sparse_lambda, line in zip(lambdas, exports, strict=True):
         row = f"path/{sparse_lambda:.6g} {sparse_lambda:g} {line['kept_params']:,} {line['mean_rank']:.2f}".rstrip("0")
@@ -304,6 +306,7 @@ def test_steps_and_ranks_that_cannot_be_are_left_out(tmp_path):
     run.rank_lines.append({"step": 51, "ranks": {"layers.0.q": -1, "layers.1.q": 10**400, "layers.2.q": 5}})
     page = opened(run.write("running", step=51, phase="sparsify"))
     assert "777" not in page.text and page.cells == {"layers.2.q: rank 5": "5"}
+    assert "51" in opened(run.write("running", step=10**400, phase="sparsify")).text
 
 
 def test_of_a_large_file_of_ranks_evenly_spread_lines_are_read(tmp_path, monkeypatch):
@@ -467,6 +470,7 @@ def test_modules_that_share_their_last_name_keep_their_whole_one(tmp_path):
 def test_numbers_on_axes_are_round_and_differ():
     assert ticks(0, 100, 5) == [0, 20, 40, 60, 80, 100]
     assert ticks(0.0013, 0.0048, 4) == pytest.approx([0.002, 0.003, 0.004])
+    assert ticks(0, 1, 8, least=1.0) == [0, 1] and ticks(0, 4, 8, least=1.0) == [0, 1, 2, 3, 4]
     assert tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
     assert tick_labels([0, 500_000, 1_000_000]) == ["0", "0.5M", "1.0M"]
     assert tick_labels([1.45, 1.5, 1.55]) == ["1.45", "1.50", "1.55"]

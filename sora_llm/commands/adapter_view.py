@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from sora_llm import checkpoint
+from sora_llm.backbone import BackboneSpec, load_config, skeleton
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
-from sora_llm.commands.sources import Source, read_source
+from sora_llm.commands.sources import Source, base_of, read_source, shapes_in
 from sora_llm.consensus import mean_rank
 from sora_llm.errors import UserError
+from sora_llm.inputs import quiet_libraries
 from sora_llm.lora_files import WEIGHTS
 from sora_llm.spectrum import Spectrum, costs_of, ranks_within, spectra
 
@@ -21,7 +24,7 @@ ENERGIES = (0.9, 0.99, 0.999)
 
 
 def view(folder: Path) -> dict[str, Any]:
-    """The adapter in `folder`, as JSON; neither its base nor a GPU is needed.
+    """The adapter in `folder`, as JSON; its base is not needed, and its config is read where it is on this disk.
 
     Raises:
         UserError: no adapter, or one that is more than factors of linear layers.
@@ -30,26 +33,53 @@ def view(folder: Path) -> dict[str, Any]:
     found = spectra_of(source)
     if not found:
         raise UserError(f"{folder} has no factors to look at: every module of it was pruned")
-    costs = costs_of(found)
     is_checkpoint = (folder / checkpoint.STATE).is_file()
+    costs, pruned, is_whole = _costs_on_disk(source, found)
+    nothing = dict.fromkeys(costs, 0)
     ranks = {name: spectrum.rank for name, spectrum in found.items()}
-    # A module that was pruned and left out of the files has no shape there.
-    pruned = sorted(source.targets - found.keys())
     energy = sum(spectrum.energy for spectrum in found.values())
     return {
         "adapter": str(folder),
         "kind": "checkpoint" if is_checkpoint else "lora",
         "base_model": source.base,
         "bytes": (folder / (checkpoint.TENSORS if is_checkpoint else WEIGHTS)).stat().st_size,
-        "mean_rank": mean_rank(ranks, costs),
-        "kept_params": sum(ranks[name] * cost for name, cost in costs.items()),
+        "mean_rank": mean_rank(nothing | ranks, costs),
+        "mean_rank_is_of_all_targets": is_whole,
+        "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
         "norm": energy**0.5,
         "mean_rank_for_energy": {
-            str(share): mean_rank(ranks_within(found, tolerance=(1 - share) ** 0.5), costs) for share in ENERGIES
+            str(share): mean_rank(nothing | ranks_within(found, tolerance=(1 - share) ** 0.5), costs)
+            for share in ENERGIES
         },
         "left_out": pruned,
         "modules": {name: _module(spectrum) for name, spectrum in found.items()},
     }
+
+
+def _costs_on_disk(source: Source, found: Mapping[str, Spectrum]) -> tuple[dict[str, int], list[str], bool]:
+    """{target: I + O}, the targets without factors, and whether these are all; no base is fetched for it."""
+    if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
+        with contextlib.suppress(UserError):
+            return *costs_of_targets(source, found), True
+    return costs_of(found), sorted(source.targets - found.keys()), False
+
+
+def costs_of_targets(
+    source: Source, found: Mapping[str, Spectrum], base: str | None = None, trust_remote_code: bool = False
+) -> tuple[dict[str, int], list[str]]:
+    """{target: I + O} and the targets without factors: what was pruned may have none in the files, and counts in a mean
+    rank all the same.  Its size comes from the config of the base; one that is named has to fit in any case.
+
+    Raises:
+        UserError: a base that cannot be read, or does not fit.
+    """
+    if not source.may_lack_targets and base is None:
+        return costs_of(found), []
+    quiet_libraries()
+    spec = base_of([source], base, trust_remote_code)
+    bare_model = skeleton(load_config(spec), spec)
+    shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
+    return {name: sum(shape) for name, shape in shapes.items()}, sorted(shapes.keys() - found.keys())
 
 
 def spectra_of(source: Source) -> dict[str, Spectrum]:
@@ -100,7 +130,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "modules", f"{len(content['modules'])}{left_out}"
     largest = max(module["rank"] for module in modules)
     slots = max(module["slots"] for module in modules)
-    of = " (of the modules in the files)" if left_out else ""
+    of = "" if content["mean_rank_is_of_all_targets"] else " (of the modules in the files)"
     yield "mean rank", f"{content['mean_rank']:.2f}{of}, at most {largest} in {slots} slots"
     yield "live", f"{content['kept_params']:,} parameters"
     scales = sorted({module["scaling"] for module in modules})

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
     def command() -> dict[str, Any]:
         check_numbers(arguments)
         folders = [user_path(text, "SOURCE") for text in arguments.sources]
-        out = arguments.out.absolute()
+        out = user_path(str(arguments.out), "--out").absolute()
         check_out(out, folders)
         quiet_libraries()
         sources = [read_source(path) for path in arguments.sources]

@@ -12,21 +12,24 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
-from sora_llm.commands.common import EXIT_INTERRUPTED
+from sora_llm.commands.common import exit_code
+from sora_llm.errors import UserError
+from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks
 from sora_llm.files import caches, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
-STALE_LOCK_SECONDS = 1800
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -53,21 +56,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
     arguments = parser.parse_args(argv)
     if not arguments.time_limit > 0:
         parser.error(f"--time-limit is {arguments.time_limit:g}; it is a number of seconds above 0")
-    findings = []
-    try:
+    findings: list[Finding] = []
+
+    def command() -> dict[str, Any]:
         for finding in examine(arguments.time_limit):
             findings.append(finding)
             if not arguments.json:
                 print(as_text(finding), flush=True)
-    except KeyboardInterrupt:
-        print("sora_llm: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    failed = [finding.name for finding in findings if finding.state == FAILED]
-    if arguments.json:
-        print(json.dumps({"ready": not failed, "findings": [asdict(finding) for finding in findings]}, indent=1))
-    else:
-        print(f"\n{verdict(findings)}")
-    return 1 if failed else 0
+        ready = all(finding.state != FAILED for finding in findings)
+        return {"ready": ready, "findings": [asdict(finding) for finding in findings]}
+
+    code = exit_code(command, arguments.json, lambda _: f"\n{verdict(findings)}")
+    return code or int(any(finding.state == FAILED for finding in findings))
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -95,8 +95,11 @@ def examine(time_limit: float) -> Iterator[Finding]:
     yield trial("devices", time_limit, "install a torch and a driver that fit each other, or set CUDA_VISIBLE_DEVICES=")
     compiles = compiler()
     yield compiles
-    yield build_lock(extensions_folder())
-    yield from disks()
+    try:
+        yield build_lock(extensions_folder())
+        yield from disks()
+    except UserError as error:
+        yield Finding("caches", FAILED, str(error))
     for name, remedy in REMEDIES.items():
         tried = trial(name, time_limit, remedy)
         yield without_compiler(tried, compiles) if name == "zero2" and compiles.state != OK else tried
@@ -158,10 +161,13 @@ def versions() -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """DeepSpeed compiles one small operator where it runs on the CPU."""
-    ways = {"g++": "apt install g++", "ninja": "pip install ninja"}
-    missing = [name for name in ways if shutil.which(name, path=_path_with_scripts()) is None]
+    ways = {"g++": "apt install g++", "ninja": "pip install ninja", "Python.h": "apt install python3-dev"}
+    has_header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    path = _path_with_scripts()
+    missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
+    missing += [] if has_header else ["Python.h"]
     if not missing:
-        return Finding("compiler", OK, "g++ and ninja")
+        return Finding("compiler", OK, "g++, ninja and Python's headers")
     return Finding(
         "compiler",
         WARNING,
@@ -175,21 +181,12 @@ def _path_with_scripts() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def extensions_folder() -> Path:
-    """Where torch builds such operators."""
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(own) if own else caches() / "torch_extensions"
-
-
 def build_lock(folder: Path) -> Finding:
     """A build that was killed leaves a lock on which every later one waits for ever."""
-    now = time.time()
-    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
-        with contextlib.suppress(OSError):
-            minutes = (now - lock.stat().st_mtime) / 60
-            if minutes * 60 > STALE_LOCK_SECONDS:
-                said = f"{lock} is {minutes:,.0f} minutes old, of a build that was killed: later ones wait for it"
-                return Finding("build lock", FAILED, said, f"rm {lock}")
+    for lock, age in locks(folder):
+        if age > STALE_LOCK_SECONDS:
+            said = f"{lock} is {age / 60:,.0f} minutes old, of a build that was killed: later ones wait for it"
+            return Finding("build lock", FAILED, said, f"rm {lock}")
     return Finding("build lock", OK, f"none left in {folder}")
 
 

@@ -28,6 +28,7 @@ from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, me
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
+from sora_llm.files import user_path
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.inject import put_on
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         check_size(arguments)
         check_options(arguments)
         source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
-        out = arguments.out.absolute()
+        out = user_path(str(arguments.out), "--out").absolute()
         place = Path(arguments.source).expanduser()
         check_out(out, [place, source.folder or place])
         quiet_libraries()
@@ -176,7 +177,9 @@ def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params:
 
 
 def _exports(run_dir: Path) -> list[dict[str, Any]]:
-    return [line for line in read_json_lines(run_dir / "metrics.jsonl") if line["phase"] == "export"]
+    """The lines that a run wrote of its exports; some that somebody else added are none."""
+    lines = [line for line in read_json_lines(run_dir / "metrics.jsonl") if line.get("phase") == "export"]
+    return [line for line in lines if "stage" not in line or {"sparse_lambda", "kept_params"} <= line.keys()]
 
 
 @dataclass(frozen=True)

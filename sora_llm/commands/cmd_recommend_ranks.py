@@ -8,14 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sora_llm.backbone import load_config, skeleton
-from sora_llm.commands.adapter_view import spectra_of
+from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, base_of, read_source, shapes_in
+from sora_llm.commands.sources import Source, read_source
 from sora_llm.consensus import mean_rank, scaling_of
 from sora_llm.errors import UserError
-from sora_llm.inputs import quiet_libraries
 from sora_llm.spectrum import Spectrum, costs_of, lora_options, ranks_within
 
 FORMATS = ("python", "axolotl")
@@ -91,32 +89,21 @@ def all_targets(
 ) -> tuple[dict[str, int], list[str], bool]:
     """{target: I + O}, those without factors, and whether these are all.
 
-    What was pruned may have no factors in the files, and counts in a mean rank all the same: its size comes from the
-    base's config.  A base that is named is read in any case, and has to fit; without one only a mean rank as budget is
-    out of reach.
-
     Raises:
         UserError: a base that cannot be read and is needed for --target-rank, or was named.
     """
-    costs = costs_of(found)
-    pruned = sorted(source.targets - found.keys())
-    if not source.may_lack_targets and arguments.base is None:
-        return costs, pruned, True
     try:
-        quiet_libraries()
-        spec = base_of([source], arguments.base, arguments.trust_remote_code)
-        bare_model = skeleton(load_config(spec), spec)
-        shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
+        costs, pruned = costs_of_targets(source, found, arguments.base, arguments.trust_remote_code)
     except UserError as error:
         if arguments.base is not None:
             raise
         if arguments.target_rank is None:
-            return costs, pruned, False
+            return costs_of(found), sorted(source.targets - found.keys()), False
         raise UserError(
             f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
             f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"
         ) from None
-    return {name: sum(shape) for name, shape in shapes.items()}, sorted(shapes.keys() - found.keys()), True
+    return costs, pruned, True
 
 
 # --------------------------------------------------------------------------------------------------------- snippets

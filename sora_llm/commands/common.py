@@ -48,6 +48,10 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
             print(text, flush=True)
     except BrokenPipeError:
         _stop_printing()
+    except OSError as error:
+        print(f"sora_llm: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        _stop_printing()
+        return RunFailed.exit_code
     return 0
 
 

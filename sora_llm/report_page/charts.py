@@ -287,9 +287,9 @@ def panel_range(panel: Panel) -> tuple[float, float]:
     return low - room, high + room
 
 
-def ticks(low: float, high: float, most: float) -> list[float]:
-    """Round numbers (1, 2, 5 · 10ᵏ apart) within a range, about `most` of them or fewer."""
-    rough = (high - low) / most
+def ticks(low: float, high: float, most: float, least: float = 0.0) -> list[float]:
+    """Round numbers (1, 2, 5 · 10ᵏ, at least `least` apart) within a range, about `most` of them or fewer."""
+    rough = max((high - low) / most, least)
     if not (rough > 0 and math.isfinite(rough)):
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))

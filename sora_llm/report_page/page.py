@@ -254,8 +254,10 @@ def _target_words(record: Record) -> str:
     params = as_number(setting(record.config, "sora", "target_params"))
     if params is not None:
         return f"target {params:,.0f} parameters"
-    sparse_lambda = as_number(setting(record.config, "sora", "sparse_lambda"))
-    return f"λ {sparse_lambda:g}" if sparse_lambda is not None else "weighted by module size"
+    first, last = (as_number(setting(record.config, "sora", name)) for name in ("sparse_lambda", "max_lambda"))
+    if first is None:
+        return "weighted by module size"
+    return f"λ {first:g}" if last is None else f"λ {first:g} to {last:g}"
 
 
 def _self_check(record: Record) -> tuple[str, str]:

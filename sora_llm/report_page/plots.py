@@ -84,7 +84,7 @@ def _chart(chart: Chart) -> Figure:
         if len(panel.series) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.05), ncols=4, frameon=False, fontsize=8)
     low, high = chart.x_range if chart.from_zero else axes.get_xlim()
-    places = ticks(low, high, 8)
+    places = ticks(low, high, 8, least=1.0)
     axes.set(xlabel=chart.x_label, xlim=(low, high), xticks=places, xticklabels=tick_labels(places))
     return figure
 
@@ -142,7 +142,7 @@ def _picture(picture: Picture) -> Figure:
     axes.set_yticks(middles, [name for name, _ in picture.groups], fontsize=8)
     for start in starts[1:]:
         axes.axhline(start - 0.5, color="white", linewidth=1)
-    places = ticks(low, high, 8)
+    places = ticks(low, high, 8, least=1.0)
     axes.set(xlabel="step", xlim=(low, high), xticks=places, xticklabels=tick_labels(places))
     axes.set_title(f"rank of every module over time (1 to {picture.top}; grey: 0)", fontsize=9)
     return figure

@@ -123,8 +123,8 @@ class Record:
     @cached_property
     def step(self) -> int:
         """The last step that status or metrics know of."""
-        steps = [int(line["step"]) for line in self.lines]
-        return max([as_int(self.status.get("step")) or 0, *steps[-1:]])
+        said = [self.status.get("step"), *(line["step"] for line in self.lines[-1:])]
+        return max((int(step) for step in said if step is not None and _is_step(step)), default=0)
 
     @cached_property
     def total_steps(self) -> int | None:

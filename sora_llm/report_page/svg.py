@@ -71,7 +71,7 @@ def _figure(content: str, height: float, title: str) -> str:
 
 
 def _x_axis(axes: _Axes, x_range: tuple[float, float], name: str) -> list[str]:
-    values = ticks(*x_range, most=8)
+    values = ticks(*x_range, most=8, least=1.0)  # of steps or parameters
     parts = [
         f'<text class="tick" x="{axes.x(value):.1f}" y="{axes.bottom + 16:.1f}" text-anchor="middle">{label}</text>'
         for value, label in zip(values, tick_labels(values), strict=True)
