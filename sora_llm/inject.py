@@ -55,6 +55,13 @@ def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def stacked_weights(model: nn.Module) -> list[str]:
+    """The last names of weights of several matrices in one, such as "experts.down_proj": they are in no linear layer,
+    and no adapter is put on them."""
+    names = (name for name, parameter in model.named_parameters() if parameter.ndim > 2)
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+
+
 def inject_sora(
     model: nn.Module,
     r: int = 64,
@@ -74,6 +81,8 @@ def inject_sora(
         ValueError: adapters are already there, or r, lora_alpha or lora_dropout cannot be.
     """
     refuse_wrapper(model, "inject_sora")
+    if torch.is_inference_mode_enabled():
+        raise UserError("inject_sora makes parameters, which could not be trained from inside inference_mode")
     inner = unwrapped(model)
     if adapters(inner):
         raise ValueError("this model already has SoRA adapters")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sora_llm import checkpoint, distributed, pipeline, terminal
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
@@ -18,6 +20,7 @@ from sora_llm.distributed import Replicas, gather_objects, on_main
 from sora_llm.errors import Preempted, UserError
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
+from sora_llm.inject import ALL_LINEAR, stacked_weights
 from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
 from sora_llm.lifeline import Lifeline
 from sora_llm.local_updates import round_bytes, transfer_seconds
@@ -116,7 +119,7 @@ def announce(job: Job) -> None:
             f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
             f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
-    for line in warnings(plan):
+    for line in warnings(plan, job.inputs.skeleton):
         say(world, f"warning: {line}")
 
 
@@ -133,7 +136,7 @@ def local_updates(job: Job, replicas: Replicas) -> str:
     )
 
 
-def warnings(plan: Plan) -> Iterator[str]:
+def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     """What is allowed and hardly meant."""
     sora, model = plan.config.sora, plan.config.model
     if model.adapter is not None:
@@ -142,6 +145,8 @@ def warnings(plan: Plan) -> Iterator[str]:
             yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
     if plan.config.output.push_to_hub and not has_token():
         yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
+    if sora.target_modules == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
+        yield f"{', '.join(stacked)} are in no linear layer and are not adapted: the adapters are on the others alone"
     if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     travel = min(stage.gate_travel for stage in plan.stages)

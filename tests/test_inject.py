@@ -7,7 +7,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sora_llm.errors import UserError
-from sora_llm.inject import adapter_parameters, adapters, bare, cut_adapters, inject_sora, target_linears
+from sora_llm.inject import (
+    adapter_parameters,
+    adapters,
+    bare,
+    cut_adapters,
+    inject_sora,
+    stacked_weights,
+    target_linears,
+)
 from sora_llm.sora import SoraLinear, keep_live_slots
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -210,3 +218,13 @@ def test_a_compiled_model_is_injected_under_the_names_of_the_base():
     compiled = torch.compile(inner)
     assert inject_sora(compiled, r=2) is compiled
     assert list(adapters(inner)) == list(target_linears(tiny_llama()))
+
+
+def test_experts_that_are_one_tensor_are_named_as_what_no_adapter_is_put_on():
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        mixtral = AutoModelForCausalLM.from_config(config)
+    assert stacked_weights(mixtral) == ["experts.gate_up_proj", "experts.down_proj"]
+    assert stacked_weights(tiny_llama()) == []
