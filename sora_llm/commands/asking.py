@@ -50,24 +50,27 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.A
     number.add_argument(
         "--top-p",
         type=float,
-        default=sampling.top_p,
         metavar="P",
-        help="above temperature 0: draw from the likeliest tokens that hold this share; default %(default)s",
+        help=f"draw from the likeliest tokens that hold this share; default {sampling.top_p:g}",
     )
-    number.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default %(default)s")
+    number.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default 0")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     return parser
 
 
-def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """UserError for numbers that cannot be."""
+def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
+    """UserError for numbers that cannot be, or that decide nothing where nothing is drawn."""
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; it is 0 or more")
-    if not 0 < arguments.top_p <= 1:
-        raise UserError(f"--top-p is {arguments.top_p:g}; it is above 0 and at most 1")
-    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    for name, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
+        if value is not None and arguments.temperature == 0:
+            raise UserError(f"{name} is for what is drawn, and at --temperature 0 nothing is; set that above 0 as well")
+    top_p = default.top_p if arguments.top_p is None else arguments.top_p
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p:g}; it is above 0 and at most 1")
+    return Sampling(arguments.max_new_tokens, arguments.temperature, top_p)
 
 
 @dataclass(frozen=True)

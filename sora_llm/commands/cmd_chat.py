@@ -25,20 +25,22 @@ from sora_llm.generation import Sampling
 
 HELP = "/adapter off|on: ask the base, or the adapter again · /reset: forget the dialogue · /quit, Ctrl-D: end"
 
+DEFAULT = Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
     parser = asking_parser(
         prog,
         f"Talk to an adapter on its base, loaded and spoken to as in training.  {HELP} · Ctrl-C: stop an answer.",
-        Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95),
+        DEFAULT,
     )
     arguments = parser.parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
-        sampling = sampling_of(arguments)
+        sampling = sampling_of(arguments, DEFAULT)
         interview = open_interview(arguments)
         notice(title(interview.subject))
-        asked = load_asked(interview, sampling, arguments.seed)
+        asked = load_asked(interview, sampling, arguments.seed or 0)
         notice(HELP)
         if interview.form.template is None:
             notice("no chat template was used in training: every line is a prompt of its own")

@@ -26,13 +26,15 @@ from sora_llm.data.sources import BadRow, DatasetSpec
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
 
+DEFAULT = Sampling()
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
     parser = asking_parser(
         prog,
         "Answer prompts with an adapter on its base, loaded and spoken to as in training.  A prompt comes from "
         "--prompt, a file, or standard input.",
-        Sampling(),
+        DEFAULT,
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument(
@@ -48,11 +50,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> 
     def command() -> dict[str, Any]:
         if arguments.compare and arguments.no_adapter:
             raise UserError("--compare needs the adapter that --no-adapter leaves out; give one of the two")
-        sampling = sampling_of(arguments)
+        sampling = sampling_of(arguments, DEFAULT)
         prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
         interview = open_interview(arguments)
         ids = [ids_of(interview, prompt) for prompt in prompts]
-        asked = load_asked(interview, sampling, arguments.seed)
+        asked = load_asked(interview, sampling, arguments.seed or 0)
         answers = [
             answers_to(asked, prompt, tokens, arguments, is_alone=len(prompts) == 1)
             for prompt, tokens in zip(prompts, ids, strict=True)
