@@ -71,7 +71,7 @@ def text_rows(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict
         rows = [{"prompt": line[args.prompt], "completion": line[args.completion]} for line in lines]
     except KeyError as missing:
         raise SystemExit(f"{args.data} has no field {missing}: see --prompt and --completion") from None
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{args.data} cannot be read as JSON lines: {error}") from None
     if args.dev_rows < 1:
         raise SystemExit(f"--dev-rows is {args.dev_rows}; the example ends with a dev loss and needs one at least")

@@ -68,10 +68,10 @@ def micro_batches(rows: Sequence[common.Row], batch_size: int) -> Iterator[list[
 
 def sparse_phase(args: argparse.Namespace) -> tuple[int, int]:
     """(steps before pruning begins, steps before the cut): first B has to leave 0, and what is cut has to heal."""
-    if args.steps < 2 or args.sparse_lambda <= 0:
-        raise SystemExit(
-            "--steps has to be 2 or more, for a step with λ and one after the cut, and --sparse-lambda above 0"
-        )
+    if args.steps < 2:
+        raise SystemExit(f"--steps is {args.steps}; it takes 2 or more, one with λ and one after the cut")
+    if args.sparse_lambda <= 0:
+        raise SystemExit(f"--sparse-lambda is {args.sparse_lambda:g}; it must be above 0")
     return args.steps // 8, args.steps // 2
 
 

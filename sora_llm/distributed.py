@@ -254,10 +254,12 @@ def refuse_old_wrappers(model: nn.Module) -> None:
 
 
 def _refuse_old_wrapper(model: nn.Module, _inputs: Any) -> None:
-    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    known = {id(parameter) for parameter in getattr(wrapper, "_module_parameters", ())}
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return
+    known = {id(parameter) for parameter in wrapper._module_parameters}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if known and not all(id(parameter) in known for parameter in trained):
+    if not all(id(parameter) in known for parameter in trained):
         raise RuntimeError(
             "this DistributedDataParallel was made before the adapters were cut and would not reduce their gradients: "
             "wrap the model anew"

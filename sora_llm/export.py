@@ -70,7 +70,9 @@ def export_adapter(
             adapters is trained, or a `folder` that holds something else than an export.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
-    folder = user_path(str(folder), "the folder").absolute()
+    folder = user_path(str(folder), "the folder").resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is where this process works, and an export replaces its folder: name one of its own")
     model = unwrapped(model)
     _check_model(model)
     provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
@@ -249,13 +251,9 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
     layers = adapters(model)
     with evaluating(model):
         trained = logits_of(model, probe_ids)
-        if not bool(trained.isfinite().all()):
-            raise RunFailed(
-                "the trained model's logits are not finite: the adapter has diverged; nothing was exported: lower the "
-                "learning rate"
-            )
         with bare(model):
             base = logits_of(model, probe_ids)
+            _refuse_not_finite(base, trained)
             try:
                 peft_model = load_adapter(model, folder)
             except UserError as error:
@@ -268,6 +266,17 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
                 yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain))
             finally:
                 peft_model.unload()
+
+
+def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:
+    """RunFailed for logits that nothing can be compared with."""
+    if not bool(base.isfinite().all()):
+        raise RunFailed("the base's own logits are not finite, so that no adapter can be checked; nothing was exported")
+    if not bool(trained.isfinite().all()):
+        raise RunFailed(
+            "the adapted model's logits are not finite: the adapter has diverged; nothing was exported: lower the "
+            "learning rate"
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ from pathlib import Path
 from sora_llm.errors import UserError
 from sora_llm.files import caches
 
-STALE_LOCK_SECONDS = 600
-"""DeepSpeed's operator takes a minute; a lock that is older is of a build that was killed."""
-OPERATOR = "deepspeed_shm_comm"  # of ZeRO on a CPU
+STALE_LOCK_SECONDS = 1800
+"""A lock that is older is of a build that was killed."""
+OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # of ZeRO on a CPU, which takes a minute to compile
 
 
 def extensions_folder() -> Path:
@@ -22,12 +23,39 @@ def extensions_folder() -> Path:
     return Path(own) if own else caches() / "torch_extensions"
 
 
-def locks(folder: Path, operator: str = "*") -> Iterator[tuple[Path, float]]:
+def locks_by_existence() -> bool:
+    """Whether this torch takes a lock to be held for as long as its file exists; from 2.15 on the kernel holds it, for
+    a process that lives, and the file stays."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
+
+
+def locks(folder: Path) -> Iterator[tuple[Path, float]]:
     """The locks of builds in `folder` and how many seconds old each is; later builds wait for them without an end."""
-    now = time.time()
-    for lock in [*folder.glob(f"{operator}/lock"), *folder.glob(f"*/{operator}/lock")]:
-        with contextlib.suppress(OSError):
-            yield lock, now - lock.stat().st_mtime
+    for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+        if (age := _age(lock)) is not None:
+            yield lock, age
+
+
+def _age(lock: Path) -> float | None:
+    """In seconds; None where it is gone."""
+    with contextlib.suppress(OSError):
+        return time.time() - lock.stat().st_mtime
+    return None
+
+
+def operator_lock() -> Path:
+    """That of DeepSpeed's operator for this Python and torch, where torch puts it."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return extensions_folder() / OPERATOR / "lock"
+    cuda = torch.version.cuda
+    runs_on = "cpu" if cuda is None else f"cu{cuda.replace('.', '')}"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    return Path(cpp_extension.get_default_build_root(), f"{python}_{runs_on}", OPERATOR, "lock")
 
 
 def await_build(say: Callable[[str], None]) -> None:
@@ -36,15 +64,16 @@ def await_build(say: Callable[[str], None]) -> None:
     Raises:
         UserError: that build was killed, and its lock is still there.
     """
-    has_said = False
-    while held := list(locks(extensions_folder(), OPERATOR)):
-        lock, age = max(held, key=lambda each: each[1])
-        if age > STALE_LOCK_SECONDS:
+    if not locks_by_existence():
+        return
+    has_said, lock = False, operator_lock()
+    while (age := _age(lock)) is not None:
+        if age > OPERATOR_SECONDS:
             raise UserError(
                 f"{lock} is {age / 60:,.0f} minutes old, of a build that was killed, and DeepSpeed would wait for it "
                 f"without an end: rm {lock}"
             )
-        if not has_said:
-            say(f"waiting for another build of DeepSpeed's operator; if there is none: rm {lock}")
+        if not has_said and age > 60:  # younger ones are as a rule of another process of this run
+            say(f"waiting for a build of DeepSpeed's operator by another process; if there is none: rm {lock}")
             has_said = True
         time.sleep(0.5)

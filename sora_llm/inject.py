@@ -14,8 +14,9 @@ from sora_llm.sora import Neighbours, SoraLinear
 ALL_LINEAR = "all-linear"
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What layers that read one x are called in transformers' decoders, below one parent."""
-READ_WITHOUT_CALLING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that take the weights out of their linear layers, past whatever stands in their place."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that read the weights of their linear layers, past whatever stands in the layers' place."""
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -29,12 +30,12 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    linears = {
+    found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
-        if name and not isinstance(model.get_submodule(name.rpartition(".")[0]), READ_WITHOUT_CALLING)
+        if name and isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
     }
+    linears = {name: linear for name, linear in found.items() if not isinstance(_parent(model, name), READS_WEIGHTS)}
     if not linears:
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
     if target_modules == ALL_LINEAR:
@@ -44,6 +45,13 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")
     for suffix in suffixes:
         if not any(_ends_with(name, suffix) for name in linears):
+            bypassed = next((name for name in found if _ends_with(name, suffix)), None)
+            if bypassed is not None:
+                reader = type(_parent(model, bypassed)).__name__
+                raise UserError(
+                    f"target module {suffix!r} is {bypassed}, whose weight {reader} reads without calling it: an "
+                    "adapter would do nothing there"
+                )
             known = sorted({name.rpartition(".")[2] for name in linears})
             raise UserError(
                 f"target module {suffix!r} matches no linear layer of {type(model).__name__}; it has {', '.join(known)}"
@@ -58,7 +66,8 @@ def _ends_with(name: str, suffix: str) -> bool:
 def stacked_weights(model: nn.Module) -> list[str]:
     """The last names of weights of several matrices in one, such as "experts.down_proj": they are in no linear layer,
     and no adapter is put on them."""
-    names = (name for name, parameter in model.named_parameters() if parameter.ndim > 2)
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
+    names = (name for name, p in model.named_parameters() if p.ndim > 2 and id(p) not in convolutions)
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
@@ -102,18 +111,25 @@ def inject_sora(
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and of data parallelism, whose modules have the base's names."""
+    return _layers_of(model)[-1]
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """The wrappers from the outermost on, and the model inside."""
+    layers = [model]
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+        outer = layers[-1]
+        if isinstance(outer, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            layers.append(outer.module)
+        elif isinstance(inner := getattr(outer, "_orig_mod", None), nn.Module):
+            layers.append(inner)
         else:
-            return model
+            return layers
 
 
 def refuse_wrapper(model: nn.Module, who: str) -> None:
     """UserError for a DistributedDataParallel, which goes on reducing the parameters that it was made with."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
         raise UserError(
             f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "
             "wrap that anew afterwards"
@@ -121,11 +137,17 @@ def refuse_wrapper(model: nn.Module, who: str) -> None:
 
 
 def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
-    """UserError for a target that stands in two places: each would need an adapter, and there is one layer."""
+    """UserError for a target that stands in two modules: its adapter would stand in one of them.  A whole block that
+    stands in two places is one module."""
+    first_name = {id(linear): name for name, linear in targets.items()}
     for name, module in model.named_modules(remove_duplicate=False):
-        first = next((known for known, linear in targets.items() if linear is module), name)
-        if first != name:
+        first = first_name.get(id(module), name)
+        if first != name and _parent(model, first) is not _parent(model, name):
             raise UserError(f"{first} and {name} are one layer in two places; leave it out of target_modules")
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def introduce_neighbours(model: nn.Module) -> None:

@@ -133,8 +133,9 @@ class Lifeline:
 
 
 def say(sentence: str) -> None:
-    """Print a last sentence."""
-    terminal.say(f"sora_llm: {sentence}", sys.stderr)
+    """Print a last sentence, without a word to stdout: a thread may hold that which waits for ever."""
+    end = "\n" if terminal.is_progress_open() else ""
+    print(f"{end}sora_llm: {sentence}", file=sys.stderr, flush=True)
 
 
 # ----- connections ----------------------------------------------------------------------------------------------------

@@ -39,20 +39,17 @@ class ProxAdamW(torch.optim.AdamW):
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
     "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter
-    that was written to since (load_state_dict, a gate set by hand) begins a new master.
+    whose values were written since (load_state_dict, a gate set by hand) goes on from those.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **adamw: Any):
         super().__init__(params, lr=lr, **adamw)
-        self._written: dict[Tensor, int] = {}  # low-precision parameters: their version after `step` wrote to them
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._written = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group.setdefault("threshold", "decoupled")
+        param_group.setdefault("sparse_lambda", 0.0)
+        _check_group(param_group)
         super().add_param_group(param_group)
-        _complete(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -62,12 +59,12 @@ class ProxAdamW(torch.optim.AdamW):
                 loss = closure()
         else:
             loss = None
+        self._check_groups()
         low_precision = self._swap_in_masters()
         _step_of_adamw()(self)
         found_inf = getattr(self, "found_inf", None)  # of a GradScaler, which leaves skipping to fused optimizers
         if found_inf is None or not bool(found_inf):
             for group in self.param_groups:
-                _complete(group)  # groups are also edited by hand, or come from the state of another AdamW
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if group["sparse_lambda"] > 0 and gates:
                     self._prox(gates, group)
@@ -76,8 +73,13 @@ class ProxAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which however casts the state to each parameter's dtype: masters and moments stay float32."""
+        """As torch's, which however casts the state to each parameter's dtype: masters and moments stay float32.  What
+        the state of another AdamW does not say of a group, such as λ, stays as it is."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, own, strict=True):
+            for key, value in options.items():
+                group.setdefault(key, value)
         saved_keys = (key for group in state_dict["param_groups"] for key in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for key, param in zip(saved_keys, params, strict=True):
@@ -85,19 +87,24 @@ class ProxAdamW(torch.optim.AdamW):
                 if name != "step" and param.dtype not in (torch.float32, torch.float64):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
+    def _check_groups(self) -> None:
+        """ValueError for a group that was edited into what cannot be; before anything is changed."""
+        for group in self.param_groups:
+            _check_group(group)
+            if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0 and not group.get("deferred", False):
+                gates = [gate for gate in group["params"] if gate.grad is not None]
+                if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):
+                    raise ValueError(
+                        "adaptive thresholds need an importance in the state of each gate, as sora_llm.train puts "
+                        "there; use decoupled, proxgen or constant in a loop of your own"
+                    )
+
     def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:
         """The prox of a group's gates, all of a device in one vector: apart, each would be some launches on a GPU."""
         if group.get("deferred", False):
             for gate in gates:
                 self._defer(gate, self._tau(gate, group))
             return
-        if group["threshold"] == "adaptive":
-            gates = [gate for gate in gates if IMPORTANCE in self.state[gate]]
-            if not gates:
-                raise ValueError(
-                    "adaptive thresholds need an importance in the state of each gate, as sora_llm.train puts there; "
-                    "use decoupled, proxgen or constant in a loop of your own"
-                )
         for device in dict.fromkeys(gate.device for gate in gates):
             self._prox_on_device([gate for gate in gates if gate.device == device], group)
 
@@ -124,10 +131,8 @@ class ProxAdamW(torch.optim.AdamW):
             return lr * sparse_lambda
         state = self.state[gate]
         bias_correction = 1.0 - group["betas"][1] ** float(state["step"])
-        denominator = (
-            state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].sqrt() / math.sqrt(bias_correction)
-            + group["eps"]
-        )
+        second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        denominator = second_moment.sqrt() / math.sqrt(bias_correction) + group["eps"]
         return lr * sparse_lambda / denominator
 
     def _swap_in_masters(self) -> list[tuple[list[Tensor], int, Tensor, Tensor]]:
@@ -142,9 +147,9 @@ class ProxAdamW(torch.optim.AdamW):
                     self.state[param].pop("master", None)  # of when it was lower
                     continue
                 state = self.state.pop(param, {})
-                master = state.pop("master", None)
-                if master is None or not self._is_its_rounding(param, master):
-                    master = param.detach().float()
+                master, value = state.pop("master", None), param.detach().float()
+                # Where a parameter is no longer its master's rounding, somebody else has written to it.
+                master = value if master is None else torch.where(master.to(param.dtype) == param, master, value)
                 master.grad = param.grad.float()
                 if state:
                     self.state[master] = state
@@ -158,23 +163,13 @@ class ProxAdamW(torch.optim.AdamW):
             param.copy_(master)
             params[index] = param
             self.state[param] = {**self.state.pop(master), "master": master}
-            self._written[param] = param._version
-
-    def _is_its_rounding(self, param: Tensor, master: Tensor) -> bool:
-        """Whether nobody but `step` wrote to `param`; values are looked at only where its version says otherwise."""
-        return self._written.get(param) == param._version or torch.equal(master.to(param.dtype), param)
 
 
-def _complete(group: dict[str, Any]) -> None:
-    """The defaults of a parameter group.
-
-    Raises:
-        ValueError: no such threshold, or a negative λ.
-    """
-    threshold = group.setdefault("threshold", "decoupled")
-    if threshold not in THRESHOLDS:
-        raise ValueError(f"threshold {threshold!r} is not one of {', '.join(THRESHOLDS)}")
-    if group.setdefault("sparse_lambda", 0.0) < 0:
+def _check_group(group: Mapping[str, Any]) -> None:
+    """ValueError for no such threshold, or a negative λ."""
+    if group["threshold"] not in THRESHOLDS:
+        raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
+    if group["sparse_lambda"] < 0:
         raise ValueError(f"sparse_lambda is {group['sparse_lambda']}; it must not be negative")
 
 

@@ -8,11 +8,13 @@ Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models"
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,17 +41,21 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
     return z.masked_fill(z.abs() * importance <= tau, 0.0)
 
 
-def _in_own_dtypes(method: F) -> F:
-    """The method of an autograd function without autocast, which knows some of its products and not others; the
-    base layer keeps the caller's."""
+def _in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which knows some products of a branch and not others; the base layer keeps the caller's."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
-    @functools.wraps(method)
-    def run(ctx, *inputs):
-        device = next(tensor.device.type for tensor in inputs if isinstance(tensor, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return method(ctx, *inputs)
-        with torch.autocast(device, enabled=False):
-            return method(ctx, *inputs)
+
+def _without_autocast(backward: F) -> F:
+    """A backward pass as `_in_own_dtypes`: some people call it inside autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        with _in_own_dtypes(next(gradient for gradient in gradients if gradient is not None)):
+            return backward(ctx, *gradients)
 
     return run  # type: ignore[return-value]
 
@@ -72,7 +78,7 @@ def add_branch(
     or a float32 cast of it) and the narrow u = A drop(x); the dropout mask is drawn again from its seed.  The factors
     are cast to x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
     """
-    x_to_base, u_RT = _Down.apply(x, dropout, seed, lora_A)
+    x_to_base, u_RT = _down(x, dropout, seed, lora_A)
     return _between(base_layer, x, x_to_base, u_RT, lora_B, gate, scaling)
 
 
@@ -87,7 +93,14 @@ def _between(
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
-    return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
+    with _in_own_dtypes(x):
+        return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
+
+
+def _down(x: Tensor, dropout: float, seed: int, *factors: Tensor) -> tuple[Tensor, ...]:
+    """x for the base layer, and u = A drop(x) as (R, T) for each A."""
+    with _in_own_dtypes(x):
+        return _Down.apply(x, dropout, seed, *factors)
 
 
 class _Down(torch.autograd.Function):
@@ -95,7 +108,6 @@ class _Down(torch.autograd.Function):
     ranks.  Several A are one product, which reads x once."""
 
     @staticmethod
-    @_in_own_dtypes
     def forward(ctx, x, dropout, seed, *factors):
         x_TI = x.reshape(-1, x.shape[-1])
         A_RI = _stacked(factors, x.dtype)
@@ -107,7 +119,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_in_own_dtypes
+    @_without_autocast
     def backward(ctx, dx, *parts):
         x, *factors = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
@@ -149,7 +161,6 @@ class _Up(torch.autograd.Function):
     """
 
     @staticmethod
-    @_in_own_dtypes
     def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
         ctx.save_for_backward(u_RT, lora_B, gate)
         ctx.scaling = scaling
@@ -159,7 +170,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_in_own_dtypes
+    @_without_autocast
     def backward(ctx, dy):
         u_RT, lora_B, gate = ctx.saved_tensors
         need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
@@ -332,14 +343,16 @@ class Neighbours:
         """x for the base layer, and u (R, T) of `layer`, whose dropout does nothing."""
         waiting, self._waiting = self._waiting, None
         if x.is_inference() or hasattr(layer.lora_A, "ds_id"):  # the former counts no changes
-            return _Down.apply(x, 0.0, 0, layer.lora_A)
+            x_to_base, u_RT = _down(x, 0.0, 0, layer.lora_A)  # type: ignore[arg-type]
+            return x_to_base, u_RT
         by_layer = self._factors(layer)
         if id(layer) not in by_layer:  # a replica of the layer, which DataParallel makes for a pass
-            return _Down.apply(x, 0.0, 0, layer.lora_A)
+            x_to_base, u_RT = _down(x, 0.0, 0, layer.lora_A)  # type: ignore[arg-type]
+            return x_to_base, u_RT
         factors = list(by_layer.values())
         state = tuple(map(_state_of, (x, *factors)))
         if waiting is None or not waiting.serves(layer, x, factors, state):
-            x_to_base, *parts = _Down.apply(x, 0.0, 0, *factors)
+            x_to_base, *parts = _down(x, 0.0, 0, *factors)
             waiting = _Waiting(x, factors, state, x_to_base, dict(zip(by_layer, parts, strict=True)))
         u_RT = waiting.parts.pop(id(layer))
         if waiting.parts:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from typing import TextIO
 
 _open_on: TextIO | None = None
-"""Where a line of progress waits to be overwritten."""
+"""Where a line of progress waits to be overwritten: of the process, as its terminal is."""
 
 
 def take_any_text() -> None:
@@ -41,7 +42,8 @@ def is_progress_open() -> bool:
 def end_progress() -> None:
     """Leave the line of progress as it is; what comes next is below it."""
     global _open_on
-    if _open_on is not None:
-        _open_on.write("\n")
-        _open_on.flush()
-        _open_on = None
+    stream, _open_on = _open_on, None
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone; the message may go elsewhere
+            stream.write("\n")
+            stream.flush()

@@ -214,6 +214,7 @@ def test_a_full_disk_a_missing_compiler_and_a_stale_lock_are_found(tmp_path, mon
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: None)
     monkeypatch.setattr(cmd_doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "apt install python3-dev" in cmd_doctor.compiler().remedy
+    monkeypatch.setattr(cmd_doctor, "locks_by_existence", lambda: True)
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()

@@ -472,20 +472,26 @@ def test_an_adapter_that_has_diverged_is_a_sentence(stories, tmp_path):
     model = trained_model("float32", stories)
     with torch.no_grad():
         adapters(model)["model.layers.0.self_attn.q_proj"].lora_B.fill_(float("nan"))
-    with pytest.raises((RunFailed, ValueError), match="not finite"):
+    with pytest.raises(RunFailed, match="the adapter has diverged"):
+        export_adapter(model, tmp_path / "adapter")
+    model = trained_model("float32", stories)
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("inf")
+    with pytest.raises(RunFailed, match="the base's own logits are not finite"):
         export_adapter(model, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_working_directory_and_home_are_folders_like_any_other(stories, tmp_path, monkeypatch):
+def test_a_tilde_is_home_and_the_working_directory_is_never_replaced(stories, tmp_path, monkeypatch):
     model = trained_model("float32", stories)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path))
-    export_adapter(model, ".")
     export_adapter(model, "~/there")
-    for folder in ("here", "there"):
-        assert (tmp_path / folder / "certificate.json").is_file()
+    assert (tmp_path / "there" / "certificate.json").is_file()
+    for folder in (".", ".."):
+        with pytest.raises(UserError, match="is where this process works"):
+            export_adapter(model, folder)
 
 
 def test_every_module_comes_back_in_the_mode_it_was_in(stories, tmp_path):

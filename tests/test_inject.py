@@ -189,6 +189,8 @@ def test_linear_layers_that_their_parents_do_not_call_are_no_targets():
             self.proj = nn.Linear(8, 8)
 
     assert list(target_linears(Mixed())) == ["proj"]
+    with pytest.raises(UserError, match=r"'linear1' is block.linear1, whose weight TransformerEncoderLayer reads"):
+        target_linears(Mixed(), ["linear1"])
 
 
 def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
@@ -201,6 +203,9 @@ def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
     with pytest.raises(UserError, match=r"0.mlp.up_proj and model.layers.1.mlp.up_proj are one layer"):
         inject_sora(shared)
     assert not adapters(shared)
+    twice = tiny_llama()
+    twice.model.layers[1] = twice.model.layers[0]
+    assert len(adapters(inject_sora(twice, r=2))) == len(PROJECTIONS), "a block that stands twice is one module"
     with pytest.raises(UserError, match="Linear has no linear layers"):
         inject_sora(nn.Linear(3, 4))
 

@@ -264,4 +264,4 @@ def test_the_recipe_of_4_bit_training_under_autocast_has_the_gradients_of_the_pl
             loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    assert relative_error(*gradients) < 0.05
+    assert relative_error(*gradients) < 0.05  # bf16 rounds at 4e-3, here through two layers of large weights

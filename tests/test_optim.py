@@ -292,7 +292,7 @@ def test_adaptive_needs_gates_that_were_weighed():
 # ----- in loops of other people ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", ["load_state_dict", "by hand"])
+@pytest.mark.parametrize("write", ["load_state_dict", "by hand", "through .data"])
 def test_what_is_written_to_a_bf16_parameter_is_where_the_next_step_begins(write):
     model = nn.ParameterList([parameters(torch.bfloat16)[1]])
     optimizer = ProxAdamW(model.parameters(), lr=0.1, weight_decay=0.0)
@@ -306,9 +306,11 @@ def test_what_is_written_to_a_bf16_parameter_is_where_the_next_step_begins(write
     written = torch.linspace(-1, 1, 40).to(torch.bfloat16)
     if write == "load_state_dict":
         model.load_state_dict({"0": written})
-    else:
+    elif write == "by hand":
         with torch.no_grad():
             model[0].copy_(written)
+    else:
+        model[0].data.copy_(written)
     optimizer.step()
     assert torch.equal(model[0], written)
 
@@ -339,6 +341,7 @@ def test_a_parameter_that_became_float32_has_no_master():
         optimizer.step()
         moved = params[0].detach().float() - before
         assert 0.05 < float(moved.abs().max()) < 0.2, f"a step of {dtype} goes out from where the parameter is"
+        assert ("master" in optimizer.state[params[0]]) is (dtype == torch.bfloat16)
 
 
 def test_gates_on_two_devices_are_cut_where_they_are():
@@ -382,12 +385,33 @@ def test_groups_that_come_later_or_from_another_adamw_have_the_defaults():
     with pytest.raises(ValueError, match="not one of"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "threshold": "soft"})
 
-    plain = torch.optim.AdamW([{"params": [factor]}, {"params": [gate]}])
-    optimizer = ProxAdamW([{"params": [factor]}, {"params": [gate], "sparse_lambda": LAMBDA}])
+    assert len(optimizer.param_groups) == 2, "the one that could not be is not there"
+
+
+def test_the_state_of_another_adamw_leaves_what_it_does_not_know():
+    factor, gate = parameters()
+    plain = torch.optim.AdamW([{"params": [factor]}, {"params": [gate]}], lr=0.5)
+    optimizer = ProxAdamW(groups(factor, gate, sparse_lambda=LAMBDA, threshold="constant"))
     optimizer.load_state_dict(plain.state_dict())
+    own = optimizer.param_groups[1]
+    assert (own["lr"], own["sparse_lambda"], own["threshold"], own["name"]) == (0.5, LAMBDA, "constant", "gates")
     gradients(0, factor, gate)
     optimizer.step()
-    assert [group["sparse_lambda"] for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_a_step_that_is_refused_changes_nothing():
+    """Also where a master stands in for the parameter during the step: the next one goes on from there."""
+    gate = parameters(torch.bfloat16)[1]
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": LAMBDA}], lr=GATE_LR)
+    gradients(0, gate)
+    before = gate.detach().clone()
+    optimizer.param_groups[0]["threshold"] = "hard"
+    with pytest.raises(ValueError, match="hard"):
+        optimizer.step()
+    assert torch.equal(gate, before) and optimizer.param_groups[0]["params"][0] is gate
+    optimizer.param_groups[0]["threshold"] = "decoupled"
+    optimizer.step()
+    assert not torch.equal(gate, before)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,26 @@ def test_autocast_is_the_base_layers_and_leaves_the_branch_its_dtypes(dtype, cas
         assert relative_error(with_cast, without) < 3e-2  # the base layer's answer is rounded to 8 bits
 
 
+def test_autocast_and_compilation_go_together():
+    x = tensors((2, 8, IN), torch.float32)[1]
+    found = []
+    for compiled in (False, True):
+        layer = layer_of(nn.Linear(IN, OUT))
+        layer.base_layer.weight.data.fill_(0.1)
+        layer.base_layer.bias.data.zero_()
+        run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_layer_without_memory_has_the_shape_of_its_answer():
+    layer = SoraLinear(nn.Linear(IN, OUT, device="meta"), R, 16)
+    assert layer(torch.empty(3, IN, device="meta")).shape == (3, OUT)
+
+
 @pytest.mark.parametrize(("y_dtype", "x_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_base_layer_that_answers_in_another_dtype_keeps_it(y_dtype, x_dtype):
     y = tensors((4, IN), y_dtype)[0]

@@ -68,7 +68,7 @@ def costs_of_targets(
     source: Source, found: Mapping[str, Spectrum], base: str | None = None, trust_remote_code: bool = False
 ) -> tuple[dict[str, int], list[str]]:
     """{target: I + O} and the targets without factors: what was pruned may have none in the files, and counts in a mean
-    rank all the same.  Its size comes from the config of the base; one that is named has to fit in any case.
+    rank all the same.  Its size comes from the config of the base, which is always read where `base` names it.
 
     Raises:
         UserError: a base that cannot be read, or does not fit.

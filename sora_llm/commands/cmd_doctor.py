@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 from sora_llm.commands.common import exit_code
 from sora_llm.errors import UserError
-from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks
+from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
 from sora_llm.files import caches, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -183,7 +183,7 @@ def _path_with_scripts() -> str:
 
 def build_lock(folder: Path) -> Finding:
     """A build that was killed leaves a lock on which every later one waits for ever."""
-    for lock, age in locks(folder):
+    for lock, age in locks(folder) if locks_by_existence() else ():
         if age > STALE_LOCK_SECONDS:
             said = f"{lock} is {age / 60:,.0f} minutes old, of a build that was killed: later ones wait for it"
             return Finding("build lock", FAILED, said, f"rm {lock}")
