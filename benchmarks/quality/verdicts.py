@@ -298,6 +298,11 @@ def failures(failed: Sequence[Mapping[str, Any]]) -> str:
 # -------------------------------------------------------------------------------------------------------------- plots
 
 
+def look_of(index: int) -> dict[str, Any]:
+    """Colour and marker of an arm: squares where the ten colours begin anew."""
+    return {"color": f"C{index % 10}", "marker": "os"[index // 10], "markerfacecolor": None if index < 10 else "white"}
+
+
 def draw_recovery(found: Found, file: Path) -> None:
     """Recovery of the gap against kept parameters: means, bootstrap intervals, and every seed."""
     plt = pyplot()
@@ -317,7 +322,7 @@ def draw_recovery(found: Found, file: Path) -> None:
             axes.scatter([xs[-1]] * len(recovery), [100 * r for r in recovery], s=6, color=f"C{index}", alpha=0.4)
         if xs:
             bars = list(zip(*errors, strict=True))
-            axes.errorbar(xs, ys, yerr=bars, marker="o", capsize=3, color=f"C{index}", label=arm)
+            axes.errorbar(xs, ys, yerr=bars, capsize=3, label=arm, **look_of(index))
     axes.axhline(100, color="0.7", linewidth=0.8, zorder=0)
     axes.axhline(100 * (1 - MARGIN), color="0.7", linewidth=0.8, linestyle=":", zorder=0)
     axes.set(xscale="log", xlabel="kept parameters", ylabel="recovered gap, % (dotted: margin of H1)")
@@ -340,7 +345,7 @@ def draw_tuning(found: Found, file: Path) -> None:
             if group in found.groups:
                 losses = found.queue.tuning_losses(group, found.lines)
                 own = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-                axes.plot(list(own), list(own.values()), marker="o", markersize=3, color=f"C{index}", label=arm)
+                axes.plot(list(own), list(own.values()), markersize=4, label=arm, **look_of(index))
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{1000 * tick:g}e-3" for tick in ticks])
         axes.set(xlabel="learning rate", title=f"{size:.0%} of r = 16")
