@@ -75,6 +75,10 @@ class Progress:
     def show(self, line: dict[str, Any]) -> None:
         """Print a metrics line."""
         parts = [f"step {line['step']}/{self.total_steps} {line['phase']}"]
+        done = line["step"] - self.first_step
+        if done > 0 and line["step"] < self.total_steps:  # early in the line, which a narrow terminal cuts
+            left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
+            parts.append(f"{_duration(left)} left")
         for key, label, form in (
             ("loss", "loss", ".4f"),
             ("eval_loss", "eval loss", ".4f"),
@@ -84,10 +88,6 @@ class Progress:
         ):
             if key in line:
                 parts.append(f"{label} {line[key]:{form}}")
-        done = line["step"] - self.first_step
-        if done > 0 and line["step"] < self.total_steps:
-            left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
-            parts.append(f"{_duration(left)} left")
         text = "  ".join(parts)
         if self.stream.isatty():
             show_progress(text, self.stream)
