@@ -131,6 +131,17 @@ def test_a_finished_run_is_told_in_numbers(tmp_path):
     assert f"{speeds[-1]:,.0f} 0.4 s 4.10 GiB" in page.text
 
 
+def test_phases_end_where_the_config_plans_it_also_between_the_lines(tmp_path):
+    """Lines every 10 steps, phases that end after 15 and 45: the run of the demo; and a run with one line."""
+    run = MadeUpRun(tmp_path / "run").train(dense=0.15, consensus=0.45)
+    config = {"sora": {"dense_ratio": 0.15, "consensus_at": 0.45}, "train": {"max_steps": 100}}
+    assert "100 of 100 15 dense, 30 sparsify, 55 finetune" in opened(run.finish(), config).text
+    run.metrics = [line for line in run.metrics if line["step"] == 100]
+    assert "100 of 100 15 dense, 30 sparsify, 55 finetune" in opened(run.finish(), config).text
+    other = config | {"sora": {"dense_ratio": 0.15, "consensus_at": 1.0}}
+    assert "100 of 100 100 finetune" in opened(run.finish(), other).text, "what a line says itself counts more"
+
+
 def test_a_budget_is_tracked(tmp_path):
     run = MadeUpRun(tmp_path / "run", has_budget=True).train()
     page = opened(run.finish())

@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any, BinaryIO
 
 from sora_llm.report import read_json_lines
+from sora_llm.schedule import Phases, phases
 
 TRAINING_PHASES = ("dense", "sparsify", "finetune")
 MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
@@ -167,15 +168,35 @@ class Record:
         spans: list[Span] = []
         before = 0
         for line in self.lines:
-            step, phase, stage = line["step"], line.get("phase"), as_int(line.get("stage"))
-            if phase not in TRAINING_PHASES or step <= before:
+            step, own_phase, stage = line["step"], line.get("phase"), as_int(line.get("stage"))
+            if own_phase not in TRAINING_PHASES or step <= before:
                 continue
-            if spans and (spans[-1].phase, spans[-1].stage) == (phase, stage):
-                spans[-1] = Span(phase, stage, spans[-1].first, step)
-            else:
-                spans.append(Span(phase, stage, before, step))
-            before = step
+            for phase, last in self._phases_between(before, step, own_phase):
+                if spans and (spans[-1].phase, spans[-1].stage) == (phase, stage):
+                    spans[-1] = Span(phase, stage, spans[-1].first, last)
+                else:
+                    spans.append(Span(phase, stage, before, last))
+                before = last
         return spans
+
+    def _phases_between(self, before: int, step: int, phase: str) -> list[tuple[str, int]]:
+        """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`: by the boundaries that
+        the config plans where these agree with the line, else all of them as it says."""
+        planned = self._planned_phases
+        if planned is None or planned.at(step - 1) != phase:
+            return [(phase, step)]
+        bounds = [bound for bound in (planned.dense_end, planned.sparsify_end) if before < bound < step]
+        return [(planned.at(last - 1), last) for last in (*bounds, step)]
+
+    @cached_property
+    def _planned_phases(self) -> Phases | None:
+        """Of a run of one stage, where the config says how long it was to be: it may have ended early."""
+        total_steps = as_int(setting(self.config, "train", "max_steps"))
+        dense_ratio = as_number(setting(self.config, "sora", "dense_ratio"))
+        consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
+        if total_steps is None or dense_ratio is None or consensus_at is None or self.is_path:
+            return None
+        return phases(total_steps, dense_ratio, consensus_at)
 
     @cached_property
     def phase_costs(self) -> list[PhaseCost]:
