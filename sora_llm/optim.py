@@ -8,7 +8,7 @@ master copy at the next step.  The prox is elementwise, so it is exact on any sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,9 +41,6 @@ class ProxAdamW(torch.optim.AdamW):
     "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter
     whose values were written since (load_state_dict, a gate set by hand) goes on from those.
     """
-
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **adamw: Any):
-        super().__init__(params, lr=lr, **adamw)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         param_group.setdefault("threshold", "decoupled")
