@@ -115,11 +115,13 @@ class StopRequest:
                 seen_before, seen = seen, self._file_is_there()
                 if seen if self._is_main else seen_before and not seen:
                     self._asked_by = f"the file {self.file}"
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
             if self.is_asked() and not self._others_wait():
                 asked_at = asked_at or time.monotonic()
                 if time.monotonic() - asked_at > HEED_SECONDS:
                     self._leave_alone()
+                # Again each time: a signal that comes just before a blocking call does not interrupt it.
+                number = signal.Signals[self._arrived] if self._arrived and not self._asked_by else signal.SIGUSR1
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
             if self._left.wait(LOOK_SECONDS):
                 return
 

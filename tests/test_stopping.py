@@ -5,6 +5,7 @@ Trainers are real processes (nursery.py) to which something happens at a given m
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +250,22 @@ def test_signals_count_once_and_handlers_are_as_they_were_afterwards(tmp_path: P
         stop.at_once = False
         assert stop.reason(look_for_file=True) is None, "it is not this one's to obey"
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("request_comes", ["file", "SIGTERM"])
+def test_a_request_that_comes_just_before_a_blocking_call_is_heeded(tmp_path: Path, request_comes: str) -> None:
+    """Python runs no handler between the calls of this chain, and none of an earlier signal interrupts the last one."""
+    kill = ctypes.CDLL(None).kill  # not os.kill, which runs the handler
+    ask = {"file": partial(os.mkdir, tmp_path / "STOP"), "SIGTERM": partial(kill, os.getpid(), 15)}
+    busy = partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", 2_000_000)  # a second or so
+    started = time.monotonic()
+    with (
+        pytest.raises(Preempted, match="STOP" if request_comes == "file" else "SIGTERM"),
+        StopRequest(tmp_path) as stop,
+    ):
+        stop.start()
+        deque(map(partial.__call__, [ask[request_comes], busy, partial(time.sleep, 30)]))
+    assert time.monotonic() - started < HEED_SECONDS
 
 
 # ----- processes that tokenise ----------------------------------------------------------------------------------------
