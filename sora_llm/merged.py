@@ -36,6 +36,23 @@ from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
 
 MAX_SHARD_BYTES = 4 * 2**30
+MIN_KEPT = 0.5
+"""Of the adapter, after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  Numbers that ΔW moves by less than half of
+their spacing stay where they are."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between a tensor that was written, W', and W + ΔW.
+
+    `worst`: of a number, in units of what rounding allows; 1 or less is right.
+    `error_norm`, `delta_norm`, `projection`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 where there is no ΔW.
+    """
+
+    worst: float
+    error_norm: float = 0.0
+    delta_norm: float = 0.0
+    projection: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,18 +93,17 @@ class Merge:
             tensor = torch.addmm(tensor.float(), B.float(), A.float())
         return tensor.to(self.dtype)
 
-    def difference(self, key: str, found: Tensor) -> tuple[float, float | None]:
-        """How far `found` is from base + ΔW in float64, in units of what rounding allows (1 or less is right), and the
-        share of ΔW that rounding took, ‖found − base − ΔW‖ / ‖ΔW‖ (None where there is no ΔW).
+    def difference(self, key: str, found: Tensor) -> Difference:
+        """How far `found` is from base + ΔW, in float64.
 
         Rounding once moves a number x by u |x| at most; the float32 sum before it, of R + 1 terms, by (R + 2) 2⁻²⁴
         times the sum of their sizes.
         """
         base = self.base(key)
         if found.shape != base.shape or (base.is_floating_point() and found.dtype != self.dtype):
-            return math.inf, None
+            return Difference(math.inf)
         if not base.is_floating_point():
-            return (0.0 if torch.equal(found, base) else math.inf), None
+            return Difference(0.0 if torch.equal(found, base) else math.inf)
         expected, terms, delta = base.double(), base.double().abs(), None
         factors = self._factors_of(key)
         if factors is not None:
@@ -99,8 +115,10 @@ class Merge:
         allowed = info.eps / 2 * expected.abs() + (rank + 2) * 2.0**-24 * terms + info.smallest_normal * info.eps
         off = found.double() - expected
         worst = float((off.abs() / allowed).max()) if off.numel() else 0.0
-        lost = None if delta is None else float(off.norm() / delta.norm()) if delta.any() else 0.0
-        return (math.inf if math.isnan(worst) else worst), lost
+        worst = math.inf if math.isnan(worst) else worst
+        if delta is None:
+            return Difference(worst)
+        return Difference(worst, float(off.norm()), float(delta.norm()), float(((off + delta) * delta).sum()))
 
     def _factors_of(self, key: str) -> tuple[Tensor, Tensor] | None:
         found = self.factors.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
@@ -210,18 +228,23 @@ def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance:
 def check_shards(
     merge: Merge, shards: Sequence[Sequence[str]], names: Sequence[str], folder: Path
 ) -> tuple[dict[str, float], list[str]]:
-    """{module: share of ΔW that rounding took}, and a sentence about each tensor that is more than rounding off."""
-    lost, problems = dict.fromkeys(merge.factors, 0.0), []
+    """{module: share of ΔW that rounding took}, and a sentence about each tensor that is more than rounding off, and
+    about an adapter of which rounding has left less than MIN_KEPT."""
+    lost, problems, projection, energy = dict.fromkeys(merge.factors, 0.0), [], 0.0, 0.0
     for keys, tensors in zip(shards, _read(folder, names), strict=True):
         if sorted(keys) != sorted(tensors):
             problems.append("a shard holds other tensors than were written")
         for key in keys:
             found = tensors[key]() if key in tensors else torch.empty(0)
-            off, share = merge.difference(key, found)
-            if not off <= 1:
-                problems.append(f"{key} is off by {off:.2g} times what rounding to {merge.spec.dtype} allows")
-            if share is not None:
-                lost[key.removesuffix(".weight")] = share
+            difference = merge.difference(key, found)
+            if not difference.worst <= 1:
+                worst = f"{difference.worst:.2g}"
+                problems.append(f"{key} is off by {worst} times what rounding to {merge.spec.dtype} allows")
+            if difference.delta_norm:
+                lost[key.removesuffix(".weight")] = difference.error_norm / difference.delta_norm
+            projection, energy = projection + difference.projection, energy + difference.delta_norm**2
+    if not problems and projection < MIN_KEPT * energy:
+        problems.append(f"the merged weights hold {projection / energy:.2f} of the adapter's ΔW")
     return lost, problems
 
 

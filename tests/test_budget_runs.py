@@ -108,8 +108,9 @@ def test_every_strategy_finds_the_same_ranks_and_the_same_adapter(
     assert_equal_adapters(one, other)
 
 
-DELTA_TOLERANCE = 1e-4
-"""Relative error of ΔW: float32 sums in another order, through twelve steps and two singular value decompositions."""
+DELTA_TOLERANCE = 1e-3
+"""Relative error of ΔW: float32 sums in another order, through twelve steps and two singular value decompositions, make
+5e-7 of all modules but one and, on one kind of CPU, 2e-4 of that one, also between one process and two of ddp's."""
 
 
 def assert_equal_adapters(one: Path, other: Path) -> None:

@@ -94,9 +94,9 @@ def test_peft_reloads_the_export_with_the_loss_that_the_run_reported(zero2: Fini
     result = start(launcher, arguments, zero2.directory)
     assert result.returncode == 0, result.output
     measured = json.loads(result.stdout)
-    # one process makes other batches of the rows than two, and bf16 rounds at 2⁻⁹ (seen: 2e-5 of the mean loss)
+    # one process makes other batches of the rows than two, and bf16 rounds at 2⁻⁹ (seen: 2e-5 of either mean loss)
     assert measured["adapter"]["loss"] == pytest.approx(last["eval_loss_exported"], rel=1e-4)
-    assert measured["base"]["loss"] == pytest.approx(zero2.lines("metrics.jsonl")[0]["eval_loss"], rel=1e-5)
+    assert measured["base"]["loss"] == pytest.approx(zero2.lines("metrics.jsonl")[0]["eval_loss"], rel=1e-4)
 
 
 def test_the_certificate_is_of_the_file_beside_it(zero2: Finished) -> None:
