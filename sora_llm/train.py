@@ -59,7 +59,7 @@ from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
-from sora_llm.topology import ZERO_STAGES, launched_world, resolve_strategy
+from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_settings, resolve_strategy
 from sora_llm.training import (
     IMPORTANCE_SUFFIX,
     Training,
@@ -172,6 +172,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
+    refuse_other_settings(os.environ, config.train)
     with reaching_for_paths():
         zero_options = deepspeed_options(config, strategy)
         if config.output.push_to_hub:

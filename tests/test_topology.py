@@ -1,11 +1,20 @@
 """What the launcher says and what the config says make one strategy, or a sentence that names both."""
 
+import contextlib
 import json
 
 import pytest
 
+from sora_llm.config import Train
 from sora_llm.errors import UserError
-from sora_llm.topology import World, deepspeed_config, launched_world, read_deepspeed_config, resolve_strategy
+from sora_llm.topology import (
+    World,
+    deepspeed_config,
+    launched_world,
+    read_deepspeed_config,
+    refuse_other_settings,
+    resolve_strategy,
+)
 
 ONE, TWO = World(1, 0, 0), World(2, 0, 0)
 # What each launcher leaves in the environment (accelerate 1.15)
@@ -29,6 +38,23 @@ def file_with(tmp_path, content):
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps 4 but .*_steps is 2"),
+        ({"GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping 0.5 but train.max_grad_norm is 0\b"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "2", "GRADIENT_CLIPPING": "none"}, None),
+        ({"GRADIENT_ACCUMULATION_STEPS": "1", "GRADIENT_CLIPPING": "1.0"}, None),  # its defaults
+        ({}, None),
+    ],
+)
+def test_what_the_launcher_states_of_a_step_is_what_the_config_says(stated, said):
+    environ = {**DEEPSPEED, **{f"ACCELERATE_{key}": value for key, value in stated.items()}}
+    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        refuse_other_settings(environ, Train(gradient_accumulation_steps=2, max_grad_norm=None))
 
 
 # ----- the world ------------------------------------------------------------------------------------------------------
