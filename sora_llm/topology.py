@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm.config import Train
 from sora_llm.errors import UserError
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -100,12 +99,14 @@ def resolve_strategy(
     return strategy
 
 
-def refuse_other_settings(environ: Mapping[str, str], train: Train) -> None:
+def refuse_other_settings(
+    environ: Mapping[str, str], gradient_accumulation_steps: int, max_grad_norm: float | None
+) -> None:
     """UserError if `accelerate launch --use_deepspeed` states of a step what the config states otherwise.  Its default,
     1 of either, is no statement."""
     for flag, key, own in (
-        ("gradient_accumulation_steps", "gradient_accumulation_steps", train.gradient_accumulation_steps),
-        ("gradient_clipping", "max_grad_norm", train.max_grad_norm or 0),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", gradient_accumulation_steps),
+        ("gradient_clipping", "max_grad_norm", max_grad_norm or 0),
     ):
         stated = environ.get(f"ACCELERATE_{flag.upper()}", "none")
         if stated not in ("none", "auto", "") and float(stated) not in (1, own):

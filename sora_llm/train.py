@@ -172,7 +172,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
-    refuse_other_settings(os.environ, config.train)
+    refuse_other_settings(os.environ, config.train.gradient_accumulation_steps, config.train.max_grad_norm)
     with reaching_for_paths():
         zero_options = deepspeed_options(config, strategy)
         if config.output.push_to_hub:

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from sora_llm.config import Train
 from sora_llm.errors import UserError
 from sora_llm.topology import (
     World,
@@ -54,7 +53,7 @@ def test_what_the_launcher_states_of_a_step_is_what_the_config_says(stated, said
     environ = {**DEEPSPEED, **{f"ACCELERATE_{key}": value for key, value in stated.items()}}
     refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
     with refused:
-        refuse_other_settings(environ, Train(gradient_accumulation_steps=2, max_grad_norm=None))
+        refuse_other_settings(environ, gradient_accumulation_steps=2, max_grad_norm=None)
 
 
 # ----- the world ------------------------------------------------------------------------------------------------------
