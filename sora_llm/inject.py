@@ -89,9 +89,7 @@ def inject_sora(
             another library, or one layer in two places.
         ValueError: adapters are already there, or r, lora_alpha or lora_dropout cannot be.
     """
-    refuse_wrapper(model, "inject_sora")
-    if torch.is_inference_mode_enabled():
-        raise UserError("inject_sora makes parameters, which could not be trained from inside inference_mode")
+    refuse_new_parameters(model, "inject_sora")
     inner = unwrapped(model)
     if adapters(inner):
         raise ValueError("this model already has SoRA adapters")
@@ -127,8 +125,11 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
             return layers
 
 
-def refuse_wrapper(model: nn.Module, who: str) -> None:
-    """UserError for a DistributedDataParallel, which goes on reducing the parameters that it was made with."""
+def refuse_new_parameters(model: nn.Module, who: str) -> None:
+    """UserError where parameters that `who` makes would not be trained: in inference_mode, or in a
+    DistributedDataParallel, which goes on reducing those that it was made with."""
+    if torch.is_inference_mode_enabled():
+        raise UserError(f"{who} makes parameters, which could not be trained from inside inference_mode")
     if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
         raise UserError(
             f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "

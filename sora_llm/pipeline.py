@@ -48,7 +48,7 @@ from sora_llm.inject import (
     adapters,
     cut_adapters,
     evaluating,
-    refuse_wrapper,
+    refuse_new_parameters,
     target_linears,
     unwrapped,
 )
@@ -533,13 +533,11 @@ def consensus_prune(
         UserError: a model without gated adapters, or a budget that cannot be.
         RunFailed: processes hold different adapters, or values are not finite.
     """
-    refuse_wrapper(model, "consensus_prune")
+    refuse_new_parameters(model, "consensus_prune")
     if consensus not in ("svd", "slots"):
         raise UserError(f"consensus is {consensus!r}; use 'svd' or 'slots'")
     if target_rank is not None and target_params is not None:
         raise UserError("target_rank and target_params are two ways to say one budget; give one of them")
-    if torch.is_inference_mode_enabled():
-        raise UserError("consensus_prune makes parameters, which could not be trained from inside inference_mode")
     inner = unwrapped(model)
     layers = adapters(inner)
     if not layers:
