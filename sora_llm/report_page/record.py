@@ -166,12 +166,14 @@ class Record:
     def spans(self) -> list[Span]:
         """The phases of the steps that are logged; a line speaks of the steps since the line before."""
         spans: list[Span] = []
-        before = 0
+        before = begin = 0
         for line in self.lines:
             step, own_phase, stage = line["step"], line.get("phase"), as_int(line.get("stage"))
             if own_phase not in TRAINING_PHASES or step <= before:
                 continue
-            for phase, last in self._phases_between(before, step, own_phase):
+            if spans and spans[-1].stage != stage:  # whose last step is always logged
+                begin = before
+            for phase, last in self._phases_between(begin, before, step, own_phase):
                 if spans and (spans[-1].phase, spans[-1].stage) == (phase, stage):
                     spans[-1] = Span(phase, stage, spans[-1].first, last)
                 else:
@@ -179,24 +181,27 @@ class Record:
                 before = last
         return spans
 
-    def _phases_between(self, before: int, step: int, phase: str) -> list[tuple[str, int]]:
-        """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`: by the boundaries that
-        the config plans where these agree with the line, else all of them as it says."""
-        planned = self._planned_phases
-        if planned is None or planned.at(step - 1) != phase:
+    def _phases_between(self, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
+        """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of the stage that began
+        after `begin`: by the boundaries that the config plans where these agree with the line, else all of them as it
+        says."""
+        planned = self._planned_phases(is_first_stage=begin == 0)
+        if planned is None or planned.at(step - begin - 1) != phase:
             return [(phase, step)]
-        bounds = [bound for bound in (planned.dense_end, planned.sparsify_end) if before < bound < step]
-        return [(planned.at(last - 1), last) for last in (*bounds, step)]
+        bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
+        lasts = [bound for bound in bounds if before < bound < step]
+        return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
 
-    @cached_property
-    def _planned_phases(self) -> Phases | None:
-        """Of a run of one stage, where the config says how long it was to be: it may have ended early."""
-        total_steps = as_int(setting(self.config, "train", "max_steps"))
-        dense_ratio = as_number(setting(self.config, "sora", "dense_ratio"))
+    def _planned_phases(self, is_first_stage: bool) -> Phases | None:
+        """Of a stage, as far as it is known how long it was to be: it may have ended early."""
+        num_steps = as_int(setting(self.config, "train", "max_steps"))
+        if num_steps is None and setting(self.config, "evaluation", "early_stopping_patience") is None:
+            num_steps = None if self.is_path else self.total_steps
+        dense_ratio = as_number(setting(self.config, "sora", "dense_ratio")) if is_first_stage else 0.0
         consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
-        if total_steps is None or dense_ratio is None or consensus_at is None or self.is_path:
+        if num_steps is None or dense_ratio is None or consensus_at is None:
             return None
-        return phases(total_steps, dense_ratio, consensus_at)
+        return phases(num_steps, dense_ratio, consensus_at)
 
     @cached_property
     def phase_costs(self) -> list[PhaseCost]:
