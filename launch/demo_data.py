@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-# Safe to import (no window, no terminal, no printing) and in every CPython 3.10-3.12; a module that this installation
+# Safe to import (no window, no terminal, no printing) and in every CPython 3.10-3.13; a module that this installation
 # lacks is skipped. Earlier modules come first when two of them export the same object.
 MODULES = """
 builtins abc argparse array ast asyncio atexit base64 bdb binascii bisect bz2 calendar cmath cmd code codecs codeop

@@ -1,18 +1,18 @@
 # Sourced by the other scripts here: makes .venv once, installs what constraints.txt pins, and activates it.
 #
-#   SORA_PYTHON   the Python to make it with (3.10, 3.11 or 3.12; default: the first of these on the PATH)
+#   SORA_PYTHON   the Python to make it with (3.10 to 3.13; default: the first of these on the PATH)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in ${SORA_PYTHON:-python3 python3.12 python3.11 python3.10}; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+  for candidate in ${SORA_PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "sora_llm needs Python 3.10, 3.11 or 3.12; install one, or name it: SORA_PYTHON=/path/to/python bash $0" >&2
+  echo "sora_llm needs Python 3.10, 3.11, 3.12 or 3.13; install one, or name it: SORA_PYTHON=/path/to/python bash $0" >&2
   return 1
 }
 

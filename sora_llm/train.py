@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
 def let_main_speak() -> None:
     """Wait: an error that the main process has too ends all of them meanwhile, through the launcher.  The first
     process of a machine waits less, and so speaks for the others there."""
-    time.sleep(3.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 6.0)
+    time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
 
 
 def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunResult:

@@ -108,7 +108,7 @@ class Playground:
             print(children[0].output)  # for the report of a test that did not expect it
         return codes
 
-    def reported(self, name: str, place: str, timeout: float = 60) -> None:
+    def reported(self, name: str, place: str, timeout: float = 240) -> None:
         """Wait for the report `place` of a fault."""
         deadline = time.monotonic() + timeout
         while not (self.folder / name / place).exists():

@@ -13,6 +13,7 @@ started is ended.  A worker whose pytest is gone ends itself.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -42,11 +43,17 @@ class WorkerError(AssertionError):
     """A spawned process failed or did not end in time."""
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, and that the kernel gives to nobody else who asks for any: this process keeps
+    it bound without listening, which lets whoever names it (and, as torch does, sets SO_REUSEADDR) listen there."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    _held.append(probe)
+    return probe.getsockname()[1]
 
 
 def launched(num_processes: int) -> list[dict[str, str]]:
@@ -194,9 +201,14 @@ def warm_deepspeed(timeout: float = 540) -> None:
     A build that was killed leaves a lock file there on which every later process would wait for ever: it is removed.
     """
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))) / "deepspeed_shm_comm"
-    if not (folder / "deepspeed_shm_comm.so").exists():
-        (folder / "lock").unlink(missing_ok=True)
-        spawn("spawn:build_deepspeed_op", 1, timeout=timeout)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "warming.lock").open("w") as mine:
+        fcntl.flock(
+            mine, fcntl.LOCK_EX
+        )  # of pytest-xdist's workers one builds, and only that one knows a lock to be old
+        if not (folder / "deepspeed_shm_comm.so").exists():
+            (folder / "lock").unlink(missing_ok=True)
+            spawn("spawn:build_deepspeed_op", 1, timeout=timeout)
 
 
 def build_deepspeed_op() -> None:

@@ -1,6 +1,7 @@
 """What a checkpoint holds comes back bit for bit or is refused; the lock and the status tell the truth."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -236,19 +237,23 @@ def test_a_write_that_fails_half_way_leaves_the_old_status(tmp_path, monkeypatch
 def test_a_reader_never_sees_half_a_status(tmp_path):
     """A second process rewrites the file as fast as it can while this one reads."""
     checkpoint.write_status(tmp_path, "running", step=0, phase="dense")
-    writer = multiprocessing.get_context("fork").Process(target=_write_statuses, args=(tmp_path,))
+    context = multiprocessing.get_context("fork")
+    enough = context.Event()
+    writer = context.Process(target=_write_statuses, args=(tmp_path, enough))
     writer.start()
     seen = set()
     while writer.is_alive():
         status = json.loads((tmp_path / "status.json").read_text())
         assert len(status["error"] or "") in (0, 20_000)
         seen.add(status["step"])
+        if len(seen) > 20:
+            enough.set()
     writer.join()
-    assert writer.exitcode == 0 and len(seen) > 3
+    assert writer.exitcode == 0 and len(seen) > 20
 
 
-def _write_statuses(run_dir):
-    for step in range(1, 100):
+def _write_statuses(run_dir, enough):
+    for step in itertools.takewhile(lambda _: not enough.is_set(), itertools.count(1)):
         checkpoint.write_status(run_dir, "running", step=step, phase="dense", error="x" * 20_000)
 
 

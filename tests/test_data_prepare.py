@@ -596,14 +596,18 @@ def test_the_number_of_processes_changes_nothing(tmp_path, byte, small_chunks, m
 
 def test_the_processes_work_at_the_same_time_and_give_back_in_order():
     pids = []
-    for value, pid in pool.map_in_order(_slow_at_first, range(40), 3):
+    for value, pid in pool.map_in_order(_met_at_first, range(40), 3):
         assert value == len(pids)
         pids.append(pid)
     assert len(set(pids)) == 3 and os.getpid() not in pids
 
 
-def _slow_at_first(value: int) -> tuple[int, int]:
-    time.sleep(0.3 if value < 3 else 0.005)
+_all_three = multiprocessing.get_context("fork").Barrier(3)
+
+
+def _met_at_first(value: int) -> tuple[int, int]:
+    if value < 3:
+        _all_three.wait(60)  # each in a process of its own, or never
     return value, os.getpid()
 
 

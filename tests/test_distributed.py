@@ -29,9 +29,10 @@ IN_NF4 = ("none", "zero2", "zero3")  # the others: test_matrix.py
 EVALUATIONS = [("fp32", False), ("fp32", True), ("nf4", False), ("nf4", True)]  # precision, gradient checkpointing
 RESUMED = ("none", "zero2")  # the others: test_matrix.py
 WORLD_TIMEOUT = 400  # seconds; about 60 on an idle machine with 2 cores
+pytestmark = pytest.mark.timeout(3 * WORLD_TIMEOUT)  # a test may be the first to ask for two of them
 
 DELTA_TOLERANCE = 1e-4
-"""Relative error of ΔW: another split of a batch sums in another order, AdamW makes of 1e-7 up to 6e-5 (FACTS.md)."""
+"""Relative error of ΔW: another split of a batch sums in another order, AdamW makes of 1e-7 up to 6e-5."""
 
 TO_THE_END = {"consensus_at": 1.0, "consensus": "slots"}
 """Gates until the end of the run."""

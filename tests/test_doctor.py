@@ -81,12 +81,12 @@ def test_a_trial_that_hangs_is_ended_with_all_it_started(scripts, name):
         "time.sleep(600)"
     )
     begin = time.monotonic()
-    found = cmd_doctor.trial(name, 2.0, "the remedy", module="hangs")
-    assert found == Finding(name, FAILED, "nothing came of it within 2 s", "the remedy")
-    assert time.monotonic() - begin < 20
+    found = cmd_doctor.trial(name, 6.0, "the remedy", module="hangs")
+    assert found == Finding(name, FAILED, "nothing came of it within 6 s", "the remedy")
+    assert time.monotonic() - begin < 120
     pids = [int(path.name.removeprefix("pid-")) for path in scripts.glob("pid-*")]
     while any(_runs(pid) for pid in pids):
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 120
         time.sleep(0.05)
     assert len(pids) == (2 if name == "group" else 1)
 

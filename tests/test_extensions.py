@@ -43,8 +43,8 @@ def test_a_build_that_goes_on_is_waited_for_and_named_once(lock: Path) -> None:
     os.utime(lock, (time.time() - 61,) * 2)  # a younger one is as a rule of another process of this run
     said: list[str] = []
     ending = threading.Timer(1.2, lock.unlink)
-    ending.start()
     began = time.monotonic()
+    ending.start()
     await_build(said.append)
     ending.join()
     assert time.monotonic() - began > 1 and len(said) == 1 and str(lock) in said[0]

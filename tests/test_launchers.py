@@ -21,7 +21,7 @@ from sora_llm.errors import RunFailed
 from sora_llm.topology import World
 
 TRAIN = ("-m", "sora_llm.train")
-SECONDS = 120
+SECONDS = 300
 QUESTIONS = {"type": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}}
 
 

@@ -132,10 +132,10 @@ def without_compiler(found: Finding, compiles: Finding) -> Finding:
 def versions() -> Iterator[Finding]:
     """Python and what this package asks for."""
     python = platform.python_version()
-    if (3, 10) <= sys.version_info[:2] <= (3, 12):
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
         yield Finding("python", OK, python)
     else:
-        yield Finding("python", FAILED, python, "use Python 3.10, 3.11 or 3.12")
+        yield Finding("python", FAILED, python, "use Python 3.10, 3.11, 3.12 or 3.13")
     try:
         required = [Requirement(text) for text in metadata.requires("sora_llm") or ()]
     except metadata.PackageNotFoundError:
