@@ -203,9 +203,7 @@ def warm_deepspeed(timeout: float = 540) -> None:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))) / "deepspeed_shm_comm"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "warming.lock").open("w") as mine:
-        fcntl.flock(
-            mine, fcntl.LOCK_EX
-        )  # of pytest-xdist's workers one builds, and only that one knows a lock to be old
+        fcntl.flock(mine, fcntl.LOCK_EX)  # one of pytest-xdist's workers builds; to the others its lock would look old
         if not (folder / "deepspeed_shm_comm.so").exists():
             (folder / "lock").unlink(missing_ok=True)
             spawn("spawn:build_deepspeed_op", 1, timeout=timeout)

@@ -28,7 +28,7 @@ IN_THE_ORDINARY_RUN = STRATEGIES[:4]  # zero1 is zero2's code but for who adds g
 IN_NF4 = ("none", "zero2", "zero3")  # the others: test_matrix.py
 EVALUATIONS = [("fp32", False), ("fp32", True), ("nf4", False), ("nf4", True)]  # precision, gradient checkpointing
 RESUMED = ("none", "zero2")  # the others: test_matrix.py
-WORLD_TIMEOUT = 400  # seconds; about 60 on an idle machine with 2 cores
+WORLD_TIMEOUT = 900  # seconds; about 60 on an idle machine with 2 cores
 pytestmark = pytest.mark.timeout(3 * WORLD_TIMEOUT)  # a test may be the first to ask for two of them
 
 DELTA_TOLERANCE = 1e-4
