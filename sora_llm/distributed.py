@@ -79,9 +79,10 @@ def make_accelerator(
         options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)
     if strategy in ZERO_STAGES:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # What an accelerate config file says of DeepSpeed: accelerate refuses it beside a config like ours, and
-        # `resolve_strategy` has compared what of it counts.
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        # What the launcher says of DeepSpeed: accelerate refuses it beside a config like ours, or cannot read it, and
+        # `resolve_strategy` and `refuse_other_step` have compared what of it counts.
+        for name in ("CONFIG_DS_FIELDS", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
+            os.environ.pop(f"ACCELERATE_{name}", None)
         _quiet_deepspeed(cuda)
         if not cuda:  # where it compiles an operator
             await_build(lambda text: say(text, sys.stderr) if world.is_main else None)

@@ -233,7 +233,7 @@ def worst_of(errors: Sequence[Errors]) -> Errors:
     return Errors(
         delta={name: worst([e.delta[name] for e in errors]) for name in errors[0].delta},
         logits=worst([e.logits for e in errors]),
-        gain=max(gains, key=lambda gain: abs(gain - 1)) if gains else None,
+        gain=max(gains, key=lambda gain: max(MIN_GAIN - gain, gain - MAX_GAIN)) if gains else None,
     )
 
 

@@ -37,8 +37,8 @@ from sora_llm.inject import target_linears
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
-"""Of the adapter, after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  Numbers that ΔW moves by less than half of
-their spacing stay where they are."""
+"""Of the adapter, after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  In a base of the model's own dtype, numbers
+that ΔW moves by less than half of their spacing stay where they are."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Difference:
     """Between a tensor that was written, W', and W + ΔW.
 
     `worst`: of a number, in units of what rounding allows; 1 or less is right.
-    `error_norm`, `delta_norm`, `projection`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 where there is no ΔW.
+    `error_norm`, `delta_norm`, `product`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 where there is no ΔW.
     """
 
     worst: float
     error_norm: float = 0.0
     delta_norm: float = 0.0
-    projection: float = 0.0
+    product: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def check_shards(
 ) -> tuple[dict[str, float], list[str]]:
     """{module: share of ΔW that rounding took}, and a sentence about each tensor that is more than rounding off, and
     about an adapter of which rounding has left less than MIN_KEPT."""
-    lost, problems, projection, energy = dict.fromkeys(merge.factors, 0.0), [], 0.0, 0.0
+    lost, problems, product, energy = dict.fromkeys(merge.factors, 0.0), [], 0.0, 0.0
     for keys, tensors in zip(shards, _read(folder, names), strict=True):
         if sorted(keys) != sorted(tensors):
             problems.append("a shard holds other tensors than were written")
@@ -242,9 +242,10 @@ def check_shards(
                 problems.append(f"{key} is off by {worst} times what rounding to {merge.spec.dtype} allows")
             if difference.delta_norm:
                 lost[key.removesuffix(".weight")] = difference.error_norm / difference.delta_norm
-            projection, energy = projection + difference.projection, energy + difference.delta_norm**2
-    if not problems and projection < MIN_KEPT * energy:
-        problems.append(f"the merged weights hold {projection / energy:.2f} of the adapter's ΔW")
+            product, energy = product + difference.product, energy + difference.delta_norm**2
+    if not problems and product < MIN_KEPT * energy:
+        kept = max(0.0, product / energy)
+        problems.append(f"the merged weights hold {kept:.3f} of the adapter's ΔW (allowed {MIN_KEPT:g} or more)")
     return lost, problems
 
 

@@ -108,7 +108,8 @@ class StopRequest:
             raise Preempted(self._asked_by)
 
     def _watch(self) -> None:
-        """Make a signal of a STOP file, as long as nobody asks for `reason`; leave where a signal is not heeded."""
+        """Make a signal of a STOP file, as long as nobody asks for `reason`; repeat what is not heeded, and leave where
+        that does not help."""
         seen, asked_at = False, None
         while self.at_once and not self._raised:
             if self._looks and self._asked_by is None:
@@ -119,7 +120,8 @@ class StopRequest:
                 asked_at = asked_at or time.monotonic()
                 if time.monotonic() - asked_at > HEED_SECONDS:
                     self._leave_alone()
-                # Again each time: a signal that comes just before a blocking call does not interrupt it.
+                # Again each time: a signal that comes just before a blocking call does not interrupt it.  Under its own
+                # number, since handlers run in the order of these, and the first one names the request.
                 number = signal.Signals[self._arrived] if self._arrived and not self._asked_by else signal.SIGUSR1
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
             if self._left.wait(LOOK_SECONDS):

@@ -99,20 +99,24 @@ def resolve_strategy(
     return strategy
 
 
-def refuse_other_settings(
+def refuse_other_step(
     environ: Mapping[str, str], gradient_accumulation_steps: int, max_grad_norm: float | None
 ) -> None:
-    """UserError if `accelerate launch --use_deepspeed` states of a step what the config states otherwise.  Its default,
-    1 of either, is no statement."""
+    """UserError if the launcher states of a step, as accelerate does under --use_deepspeed, what the config states
+    otherwise.  Its default, 1 of either, is no statement."""
     for flag, key, own in (
         ("gradient_accumulation_steps", "gradient_accumulation_steps", gradient_accumulation_steps),
         ("gradient_clipping", "max_grad_norm", max_grad_norm or 0),
     ):
-        stated = environ.get(f"ACCELERATE_{flag.upper()}", "none")
-        if stated not in ("none", "auto", "") and float(stated) not in (1, own):
+        stated = environ.get(f"ACCELERATE_{flag.upper()}", "none").strip().lower()
+        try:
+            agrees = stated in ("none", "auto", "") or float(stated) in (1, own)
+        except ValueError:
+            agrees = False
+        if not agrees:
             raise UserError(
-                f"the launcher states --{flag} {stated} but train.{key} is {own:g}; this belongs to the config: launch "
-                "without that flag"
+                f"the launcher states {flag} {stated} but train.{key} is {own:g}; this belongs to the config: launch "
+                f"without --{flag}, or without that key of the launcher's own config file"
             )
 
 

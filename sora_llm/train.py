@@ -59,7 +59,7 @@ from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
-from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_settings, resolve_strategy
+from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, resolve_strategy
 from sora_llm.training import (
     IMPORTANCE_SUFFIX,
     Training,
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
 
 
 def let_main_speak() -> None:
-    """Wait: an error that the main process has too ends all of them meanwhile, through the launcher.  The first
-    process of a machine waits less, and so speaks for the others there."""
+    """Wait: an error that the main process has too ends all of them meanwhile, through the launcher, which on a busy
+    machine notices after seconds.  The first process of a machine waits less, and so speaks for the others there."""
     time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
 
 
@@ -172,7 +172,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
-    refuse_other_settings(os.environ, config.train.gradient_accumulation_steps, config.train.max_grad_norm)
+    refuse_other_step(os.environ, config.train.gradient_accumulation_steps, config.train.max_grad_norm)
     with reaching_for_paths():
         zero_options = deepspeed_options(config, strategy)
         if config.output.push_to_hub:

@@ -108,17 +108,16 @@ def test_every_strategy_finds_the_same_ranks_and_the_same_adapter(
     assert_equal_adapters(one, other)
 
 
-DELTA_TOLERANCE = 1e-3
-"""Relative error of ΔW: float32 sums in another order, through twelve steps and two singular value decompositions, make
-5e-7 of all modules but one and, on one kind of CPU, 2e-4 of that one, also between one process and two of ddp's."""
+DELTA_TOLERANCE = 1e-4
+"""Relative error of ΔW: float32 sums in another order, through twelve steps and two singular value decompositions."""
 
 
-def assert_equal_adapters(one: Path, other: Path) -> None:
+def assert_equal_adapters(one: Path, other: Path, tolerance: float = DELTA_TOLERANCE) -> None:
     ours, theirs = delta_weights(one), delta_weights(other)
     assert ours.keys() == theirs.keys()
     size = torch.stack([delta.norm() for delta in ours.values()]).norm()
     error = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
-    assert error < DELTA_TOLERANCE * size, float(error / size)
+    assert error < tolerance * size, float(error / size)
 
 
 INTERRUPTED_AT = (DENSE_END - 1, DENSE_END, DENSE_END + 2, CUT_AT, CUT_AT + 2, STEPS)
@@ -162,7 +161,9 @@ def test_zero3_shards_sizes_that_its_processes_do_not_divide(ground: Playground)
     for strategy in ("ddp", "zero3"):
         assert ground.codes(f"odd {strategy}", 2, **{**odd, "distributed.strategy": strategy}) == [0, 0]
     whole = ground.run_dir("odd zero3")
-    assert_equal_adapters(ground.run_dir("odd ddp"), whole)
+    # On a CPU with AMX one module of this run is sensitive: 2e-4 here, 6e-5 between one process and two of ddp, 5e-7 of
+    # all the others.
+    assert_equal_adapters(ground.run_dir("odd ddp"), whole, tolerance=1e-3)
     run_dir = interrupt(whole, ground.run_dir("odd resumed"), CUT_AT)
     assert ground.codes("odd resumed", 2, **{**odd, "distributed.strategy": "zero3"}) == [0, 0]
     assert result(run_dir) == result(whole)

@@ -239,7 +239,7 @@ def test_a_reader_never_sees_half_a_status(tmp_path):
     checkpoint.write_status(tmp_path, "running", step=0, phase="dense")
     context = multiprocessing.get_context("fork")
     enough = context.Event()
-    writer = context.Process(target=_write_statuses, args=(tmp_path, enough))
+    writer = context.Process(target=_write_statuses, args=(tmp_path, enough), daemon=True)
     writer.start()
     seen = set()
     while writer.is_alive():

@@ -140,21 +140,31 @@ def test_phases_end_where_the_config_plans_it_also_between_the_lines(tmp_path):
     assert "100 of 100 15 dense, 30 sparsify, 55 finetune" in opened(run.finish(), config).text
     epochs = config | {"train": {"max_steps": None, "num_train_epochs": 3.0}}
     assert "100 of 100 15 dense, 30 sparsify, 55 finetune" in opened(run.finish(), epochs).text
+    patient = epochs | {"evaluation": {"early_stopping_patience": 2}}
+    assert "100 of 100 100 finetune" in opened(run.finish(), patient).text, "its end may not be the planned one"
     other = config | {"sora": {"dense_ratio": 0.15, "consensus_at": 1.0}}
     assert "100 of 100 100 finetune" in opened(run.finish(), other).text, "what a line says itself counts more"
 
 
 def test_the_first_stage_of_a_path_alone_begins_with_dense_steps(tmp_path):
-    """Lines every 10 steps; of the 40 of a stage the first 4 are dense and the last 10 finetune."""
+    """Lines every 10 steps; of the 40 of a stage the first 4 are dense and the last 12 finetune."""
     run = MadeUpRun(tmp_path / "run", steps=40, every=10)
-    sora = {"lambda_num": 2, "sparse_lambda": 0.1, "max_lambda": 0.2, "dense_ratio": 0.1, "consensus_at": 0.75}
+    sora = {"lambda_num": 2, "sparse_lambda": 0.1, "max_lambda": 0.2, "dense_ratio": 0.1, "consensus_at": 0.7}
     path = run.path_of([0.1, 0.2])
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line["phase"] = "finetune" if line["step"] in (40, 80) and line["phase"] == "sparsify" else line["phase"]
+        line["phase"] = "finetune" if line["step"] % 40 in (30, 0) and line["phase"] == "sparsify" else line["phase"]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = opened(path, {"sora": sora, "train": {"max_steps": 40}})
-    assert "80 of 80 4 dense, 56 sparsify, 20 finetune" in page.text
+    assert "80 of 80 4 dense, 52 sparsify, 24 finetune" in page.text
+    page = opened(path, {"sora": sora, "train": {"num_train_epochs": 1.0}})
+    assert "80 of 80 40 sparsify, 40 finetune" in page.text, "how long a stage was to be is not known"
+    spent = [line for line in lines if line["step"] not in (30, 40) or line["phase"] == "export"]
+    for line in spent:
+        line["step"] -= 10 if line["step"] >= 40 else 0  # the first stage was cut to nothing after its step 30
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in spent))
+    page = opened(path, {"sora": sora, "train": {"max_steps": 40}})
+    assert "4 dense, 44 sparsify, 12 finetune" in page.text
 
 
 def test_a_budget_is_tracked(tmp_path):

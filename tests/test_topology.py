@@ -11,7 +11,7 @@ from sora_llm.topology import (
     deepspeed_config,
     launched_world,
     read_deepspeed_config,
-    refuse_other_settings,
+    refuse_other_step,
     resolve_strategy,
 )
 
@@ -44,7 +44,8 @@ def file_with(tmp_path, content):
     [
         ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps 4 but .*_steps is 2"),
         ({"GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping 0.5 but train.max_grad_norm is 0\b"),
-        ({"GRADIENT_ACCUMULATION_STEPS": "2", "GRADIENT_CLIPPING": "none"}, None),
+        ({"GRADIENT_CLIPPING": "much"}, "gradient_clipping much but"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "2", "GRADIENT_CLIPPING": "None"}, None),
         ({"GRADIENT_ACCUMULATION_STEPS": "1", "GRADIENT_CLIPPING": "1.0"}, None),  # its defaults
         ({}, None),
     ],
@@ -53,7 +54,7 @@ def test_what_the_launcher_states_of_a_step_is_what_the_config_says(stated, said
     environ = {**DEEPSPEED, **{f"ACCELERATE_{key}": value for key, value in stated.items()}}
     refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
     with refused:
-        refuse_other_settings(environ, gradient_accumulation_steps=2, max_grad_norm=None)
+        refuse_other_step(environ, gradient_accumulation_steps=2, max_grad_norm=None)
 
 
 # ----- the world ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any, BinaryIO
 
 from sora_llm.report import read_json_lines
-from sora_llm.schedule import Phases, phases
+from sora_llm.schedule import FINETUNE, Phases, phases
 
 TRAINING_PHASES = ("dense", "sparsify", "finetune")
 MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
@@ -136,7 +136,7 @@ class Record:
         num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
         return None if per_stage is None else per_stage * num_stages
 
-    @property
+    @cached_property
     def is_path(self) -> bool:
         """Whether the run trains a sparsity path."""
         num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
@@ -166,14 +166,18 @@ class Record:
     def spans(self) -> list[Span]:
         """The phases of the steps that are logged; a line speaks of the steps since the line before."""
         spans: list[Span] = []
-        before = begin = 0
+        first_stage, later_stages = (self._planned_phases(is_first) for is_first in (True, False))
+        before = begin = ended = 0
         for line in self.lines:
             step, own_phase, stage = line["step"], line.get("phase"), as_int(line.get("stage"))
+            if own_phase == "export":
+                ended = step
             if own_phase not in TRAINING_PHASES or step <= before:
                 continue
-            if spans and spans[-1].stage != stage:  # whose last step is always logged
-                begin = before
-            for phase, last in self._phases_between(begin, before, step, own_phase):
+            if ended > begin:  # a stage, whose last steps have no line where consensus left nothing to train
+                begin = before = max(before, ended)
+            planned = later_stages if begin else first_stage
+            for phase, last in _phases_between(planned, begin, before, step, own_phase):
                 if spans and (spans[-1].phase, spans[-1].stage) == (phase, stage):
                     spans[-1] = Span(phase, stage, spans[-1].first, last)
                 else:
@@ -181,27 +185,23 @@ class Record:
                 before = last
         return spans
 
-    def _phases_between(self, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
-        """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of the stage that began
-        after `begin`: by the boundaries that the config plans where these agree with the line, else all of them as it
-        says."""
-        planned = self._planned_phases(is_first_stage=begin == 0)
-        if planned is None or planned.at(step - begin - 1) != phase:
-            return [(phase, step)]
-        bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
-        lasts = [bound for bound in bounds if before < bound < step]
-        return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
-
     def _planned_phases(self, is_first_stage: bool) -> Phases | None:
-        """Of a stage, as far as it is known how long it was to be: it may have ended early."""
-        num_steps = as_int(setting(self.config, "train", "max_steps"))
-        if num_steps is None and setting(self.config, "evaluation", "early_stopping_patience") is None:
-            num_steps = None if self.is_path else self.total_steps
+        """Of a stage, as far as it is known how long it was to be."""
         dense_ratio = as_number(setting(self.config, "sora", "dense_ratio")) if is_first_stage else 0.0
         consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
-        if num_steps is None or dense_ratio is None or consensus_at is None:
+        if dense_ratio is None or consensus_at is None:
             return None
-        return phases(num_steps, dense_ratio, consensus_at)
+        num_steps = as_int(setting(self.config, "train", "max_steps"))
+        if num_steps is None and not self.is_path and not self._may_have_ended_early(consensus_at):
+            num_steps = self.total_steps
+        return None if num_steps is None else phases(num_steps, dense_ratio, consensus_at)
+
+    def _may_have_ended_early(self, consensus_at: float) -> bool:
+        """For its patience, or because consensus left nothing to train."""
+        if setting(self.config, "evaluation", "early_stopping_patience") is not None:
+            return True
+        trained = [line["phase"] for line in self.lines if line.get("phase") in TRAINING_PHASES]
+        return consensus_at < 1 and trained[-1:] != [FINETUNE]
 
     @cached_property
     def phase_costs(self) -> list[PhaseCost]:
@@ -310,6 +310,16 @@ class Grid:
 
 
 _LAYER = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
+
+
+def _phases_between(planned: Phases | None, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
+    """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of a stage that began after
+    `begin`: by the boundaries that were planned where these agree with the line, else all of them as it says."""
+    if planned is None or planned.at(step - begin - 1) != phase:
+        return [(phase, step)]
+    bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
+    lasts = [bound for bound in bounds if before < bound < step]
+    return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
 
 
 def split_name(name: str) -> tuple[str, int, str] | None:
