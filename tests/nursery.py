@@ -44,14 +44,14 @@ class Child:
 
     @property
     def pid(self) -> int:
-        return int(self._said("pid", 120))
+        return int(self._said("pid", 300))
 
     @property
     def output(self) -> str:
         path = self.folder / "output"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit code, −N after signal N.  Raises AssertionError with the output if it takes longer."""
         return int(self._said("exit", timeout))
 

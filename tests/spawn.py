@@ -84,7 +84,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def spawn(
-    worker: str, num_processes: int, arguments: Mapping[str, Any] | None = None, *, timeout: float = 120
+    worker: str, num_processes: int, arguments: Mapping[str, Any] | None = None, *, timeout: float = 400
 ) -> list[Any]:
     """What `worker(**arguments)` returned in each of `num_processes` processes, in their order.
 

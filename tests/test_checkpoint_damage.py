@@ -88,22 +88,22 @@ STATE = {"phase": "dense", "tally": {"loss_sum": 0.5}}
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     """Every fsync and rename from here on, in order, each rename with its target; a file is its name at that time."""
     calls: list[tuple[str, Path]] = []
-    plain_fsync, plain_rename, plain_replace = os.fsync, os.rename, os.replace
+    plain_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
         plain_fsync(descriptor)
         calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
 
-    def renaming(plain: Callable[..., None]) -> Callable[..., None]:
-        def rename(source: Any, target: Any, **options: Any) -> None:
-            plain(source, target, **options)
-            calls.append((f"rename {Path(source).name}", Path(target)))
+    def renaming(plain: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def rename(source: Path, target: Path) -> Path:
+            calls.append((f"rename {source.name}", target))
+            return plain(source, target)
 
         return rename
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", renaming(plain_rename))
-    monkeypatch.setattr(os, "replace", renaming(plain_replace))
+    for name in ("rename", "replace"):  # of Path: those of os, Python 3.10's pathlib has kept since it was imported
+        monkeypatch.setattr(Path, name, renaming(getattr(Path, name)))
     return calls
 
 
@@ -192,7 +192,8 @@ def _save_and_die(run_dir: Path, step: int, operations: int) -> None:
 
         return operation
 
-    os.fsync, os.rename, os.replace = map(counted, (os.fsync, os.rename, os.replace))
+    os.fsync = counted(os.fsync)
+    Path.rename, Path.replace = map(counted, (Path.rename, Path.replace))  # type: ignore[assignment]
     checkpoint.save(run_dir, step, TENSORS, STATE, keep=2)
     os._exit(0)
 

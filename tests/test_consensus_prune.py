@@ -173,7 +173,7 @@ def cut_inside_ddp() -> dict[str, str]:
 
 def test_under_ddp_the_old_wrapper_is_refused_and_a_new_one_goes_on() -> None:
     """It would reduce none of the new parameters' gradients, and the processes would drift apart."""
-    for report in spawn("test_consensus_prune:cut_inside_ddp", 2, {}, timeout=120):
+    for report in spawn("test_consensus_prune:cut_inside_ddp", 2, {}):
         for given in ("handed over", "compiled", "not injected"):
             assert "give it model.module" in report[given]
         assert "wrap the model anew" in report["old"]

@@ -404,7 +404,7 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str]]:
     assert CHROMIUM is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
     command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'chromium'}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
