@@ -121,7 +121,7 @@ def clean_signature(obj: Any) -> inspect.Signature | None:
     """The call signature without `self` and annotations; None where Python does not know it or cannot print it."""
     try:
         signature = inspect.signature(obj)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):  # the last of Python 3.13.0: the signature of epoll.register
         return None
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     if parameters and parameters[0].name in ("self", "cls", "type", "mcls"):
