@@ -39,24 +39,6 @@ def file_with(tmp_path, content):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("stated", "said"),
-    [
-        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps 4 but .*_steps is 2"),
-        ({"GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping 0.5 but train.max_grad_norm is 0\b"),
-        ({"GRADIENT_CLIPPING": "much"}, "gradient_clipping much but"),
-        ({"GRADIENT_ACCUMULATION_STEPS": "2", "GRADIENT_CLIPPING": "None"}, None),
-        ({"GRADIENT_ACCUMULATION_STEPS": "1", "GRADIENT_CLIPPING": "1.0"}, None),  # its defaults
-        ({}, None),
-    ],
-)
-def test_what_the_launcher_states_of_a_step_is_what_the_config_says(stated, said):
-    environ = {**DEEPSPEED, **{f"ACCELERATE_{key}": value for key, value in stated.items()}}
-    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
-    with refused:
-        refuse_other_step(environ, gradient_accumulation_steps=2, max_grad_norm=None)
-
-
 # ----- the world ------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +154,24 @@ def test_a_stated_precision_must_be_the_configs_and_no_is_no_statement(environ, 
     for stated in others:
         with pytest.raises(UserError, match=f"--mixed_precision {stated} but model.dtype is {dtype}"):
             resolve("zero2", TWO, {**environ, "ACCELERATE_MIXED_PRECISION": stated}, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps 4 but .*_steps is 2"),
+        ({"GRADIENT_CLIPPING": "0.5"}, r"gradient_clipping 0.5 but train.max_grad_norm is 0\b"),
+        ({"GRADIENT_CLIPPING": "much"}, "gradient_clipping much but"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "2", "GRADIENT_CLIPPING": "None"}, None),
+        ({"GRADIENT_ACCUMULATION_STEPS": "1", "GRADIENT_CLIPPING": "1.0"}, None),  # its defaults
+        ({}, None),
+    ],
+)
+def test_what_the_launcher_states_of_a_step_is_what_the_config_says(stated, said):
+    environ = {**DEEPSPEED, **{f"ACCELERATE_{key}": value for key, value in stated.items()}}
+    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        refuse_other_step(environ, gradient_accumulation_steps=2, max_grad_norm=None)
 
 
 # ----- the DeepSpeed config -------------------------------------------------------------------------------------------

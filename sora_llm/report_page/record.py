@@ -13,9 +13,9 @@ from statistics import fmean, median
 from typing import Any, BinaryIO
 
 from sora_llm.report import read_json_lines
-from sora_llm.schedule import FINETUNE, Phases, phases
+from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY, Phases, phases
 
-TRAINING_PHASES = ("dense", "sparsify", "finetune")
+TRAINING_PHASES = (DENSE, SPARSIFY, FINETUNE)
 MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
 """A folder with none of these is no run directory."""
 
@@ -261,6 +261,16 @@ class Record:
         return max((error for error in found if error is not None), default=None)
 
 
+def _phases_between(planned: Phases | None, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
+    """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of a stage that began after
+    `begin`: by the boundaries that were planned where these agree with the line, else all of them as it says."""
+    if planned is None or planned.at(step - begin - 1) != phase:
+        return [(phase, step)]
+    bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
+    lasts = [bound for bound in bounds if before < bound < step]
+    return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
+
+
 # ----- values that may be anything ------------------------------------------------------------------------------------
 
 
@@ -310,16 +320,6 @@ class Grid:
 
 
 _LAYER = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
-
-
-def _phases_between(planned: Phases | None, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
-    """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of a stage that began after
-    `begin`: by the boundaries that were planned where these agree with the line, else all of them as it says."""
-    if planned is None or planned.at(step - begin - 1) != phase:
-        return [(phase, step)]
-    bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
-    lasts = [bound for bound in bounds if before < bound < step]
-    return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
 
 
 def split_name(name: str) -> tuple[str, int, str] | None:
