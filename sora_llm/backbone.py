@@ -6,7 +6,7 @@ import gc
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
+from sora_llm.quantised import QuantisedFiles, quantised_files, store_as
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -61,18 +62,8 @@ class BackboneSpec:
         return user_path(self.name_or_path, "model.name_or_path")
 
     @property
-    def load_call(self) -> str:
-        """The arguments of from_pretrained, as Python text, that load this backbone as it is trained beside."""
-        options = f"dtype=torch.{self.dtype}"
-        if self.load_in_8bit:
-            return f"{options}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
-        if not self.load_in_4bit:
-            return options
-        return (
-            f"{options}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
-            f'bnb_4bit_quant_type="{self.quant_type}",'
-            f" bnb_4bit_use_double_quant={self.double_quant}, bnb_4bit_compute_dtype=torch.{self.compute_dtype})"
-        )
+    def is_quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
 
     @property
     def source(self) -> dict[str, Any]:
@@ -90,8 +81,17 @@ def load_config(spec: BackboneSpec) -> Any:
     """The model's transformers config.
 
     Raises:
-        UserError: no such folder or hub id, an unreadable config, damaged weights, or not a decoder that can be loaded.
+        UserError: no such folder or hub id, an unreadable config, damaged weights, not a decoder that can be loaded, or
+            files that are quantised already, otherwise than `spec` says.
     """
+    config = _read_config(spec)
+    files = quantised_files(config)
+    if files is not None:
+        _refuse_other_form(spec, files, dtype_name(config))
+    return config
+
+
+def _read_config(spec: BackboneSpec) -> Any:
     folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
@@ -106,13 +106,49 @@ def load_config(spec: BackboneSpec) -> Any:
             f"model.name_or_path: {spec.name_or_path} is a {config.model_type!r} model, which is not a decoder that "
             "AutoModelForCausalLM loads; name a causal language model"
         )
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        raise UserError(
-            f"model.name_or_path: {spec.name_or_path} is already quantised, so the section quantization could not be "
-            "honoured; name the unquantised model, it is quantised while it is loaded"
-        )
     return config
+
+
+def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles, dtype: str) -> None:
+    """UserError unless a base whose files are quantised is to be loaded as they are.  In which dtype its weights are
+    multiplied and stored is free: neither changes a bit of them."""
+    four = files.bits == 4
+    wanted: dict[str, tuple[Any, Any]] = {
+        "quantization.load_in_4bit": (four, spec.load_in_4bit),
+        "quantization.load_in_8bit": (not four, spec.load_in_8bit),
+        "model.dtype": (dtype, spec.dtype),
+    }
+    if four:
+        wanted["quantization.bnb_4bit_quant_type"] = (files.quant_type, spec.quant_type)
+        wanted["quantization.bnb_4bit_use_double_quant"] = (files.double_quant, spec.double_quant)
+    keys = [f"{key}: {str(own).lower()}" for key, (own, said) in wanted.items() if own != said]
+    if keys:
+        raise UserError(
+            f"model.name_or_path: the files of {spec.name_or_path} are quantised already and say otherwise; set "
+            f"{', '.join(keys)}"
+        )
+
+
+def as_its_files(spec: BackboneSpec) -> BackboneSpec:
+    """In the dtype that the base's files have, and quantised as they are: for a base that no run says how to load.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    config = _read_config(spec)
+    spec = replace(spec, dtype=dtype_name(config))
+    files = quantised_files(config)
+    if files is not None:
+        spec = replace(
+            spec,
+            load_in_4bit=spec.load_in_4bit or files.bits == 4,
+            load_in_8bit=files.bits == 8,
+            quant_type=files.quant_type,
+            double_quant=files.double_quant,
+            compute_dtype=files.compute_dtype,
+        )
+        _refuse_other_form(spec, files, dtype_name(config))
+    return spec
 
 
 def _check_folder(folder: Path, spec: BackboneSpec) -> None:
@@ -249,8 +285,12 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
         "attn_implementation": spec.attn_implementation,
         "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
     }
-    quantization = _quantization(spec)
-    if quantization is not None:
+    config = _from_pretrained(AutoConfig, spec, "config")
+    is_quantised_already = quantised_files(config) is not None
+    if is_quantised_already:
+        config.quantization_config["bnb_4bit_compute_dtype"] = spec.compute_dtype  # the files say the rest
+        options["config"] = config
+    elif (quantization := _quantization(spec)) is not None:
         options["quantization_config"] = quantization
     # Under ZeRO-3 transformers would shard while loading, which it cannot do for quantised weights: every process
     # loads the whole model, and the engine shards it afterwards.
@@ -259,10 +299,23 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
+    if is_quantised_already:
+        _match(model, spec)
     if gradient_checkpointing:
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
+
+
+def _match(model: Any, spec: BackboneSpec) -> None:
+    """What transformers takes from quantised files whatever it is told: their dtype is proved, their storage made."""
+    store_as(model, DTYPES[spec.quant_storage])
+    found = model.get_input_embeddings().weight.dtype
+    if found != DTYPES[spec.dtype]:
+        raise UserError(
+            f"the files of {spec.name_or_path} hold embeddings in {str(found).removeprefix('torch.')}, and their "
+            f"config.json says {spec.dtype}; transformers takes quantised files as they are"
+        )
 
 
 def free_unused() -> None:
@@ -400,6 +453,25 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
         missing = next(name for name in names if name not in [path.name for path in shards])
         raise UserError(f"{spec.name_or_path} lacks {missing}, which its {INDEX} names")
     return shards
+
+
+def load_call(spec: BackboneSpec, config: Any) -> str:
+    """The arguments of from_pretrained, as Python text, that load this backbone as it is trained beside."""
+    options = f"dtype=torch.{spec.dtype}"
+    files = quantised_files(config)
+    if files is not None:
+        if spec.load_in_8bit or files.compute_dtype == spec.compute_dtype:
+            return options
+        return f"{options}  # and then compute_dtype = torch.{spec.compute_dtype} of every Linear4bit in it"
+    if spec.load_in_8bit:
+        return f"{options}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+    if not spec.load_in_4bit:
+        return options
+    return (
+        f"{options}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+        f'bnb_4bit_quant_type="{spec.quant_type}",'
+        f" bnb_4bit_use_double_quant={spec.double_quant}, bnb_4bit_compute_dtype=torch.{spec.compute_dtype})"
+    )
 
 
 def dequantised(weight: Tensor, spec: BackboneSpec, device: torch.device | str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export, pipeline
-from sora_llm.backbone import free_unused
+from sora_llm.backbone import free_unused, load_call
 from sora_llm.config import to_dict
 from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
@@ -105,7 +105,7 @@ def provenance(job: Job, dev_loss: float | None) -> Provenance:
         metrics={} if dev_loss is None else {"dev loss of the trained adapter": dev_loss},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
-        load_options=job.inputs.backbone.load_call,
+        load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
     )
 
 

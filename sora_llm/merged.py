@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
+from sora_llm.quantised import constants_in, packed_shape, quantised_linears, unpacked
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
@@ -60,7 +61,8 @@ class Merge:
     """How a tensor of the base becomes one of the merged model.
 
     `files` says where every tensor lies; `quantised` are the linear layers that are 4-bit ones in `spec`, and their
-    weights go through that where `dequantise`.
+    weights go through that where `dequantise`.  `packed` are the shapes [O, I] of the weights that the files hold in
+    4 bits, `constants` the tensors beside them, of which the merged model has none.
     """
 
     factors: PlainFactors
@@ -69,6 +71,8 @@ class Merge:
     quantised: frozenset[str]
     dequantise: bool
     device: torch.device | str
+    packed: Mapping[str, list[int]] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +80,8 @@ class Merge:
 
     def base(self, key: str) -> Tensor:
         """A tensor of the base, before anything is added."""
+        if key in self.packed:
+            return unpacked(self.files, key, torch.device(self.device))
         with safe_open(self.files[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         if self.dequantise and key.endswith(".weight") and key.removesuffix(".weight") in self.quantised:
@@ -131,7 +137,8 @@ def plan_merge(
     """Look at the headers of the base's files, before anything is loaded.
 
     Raises:
-        UserError: weights that are no safetensors, are damaged, or lack a layer's weight by its name or shape.
+        UserError: weights that are no safetensors, are damaged, lack a layer's weight by its name or shape, or are
+            4-bit ones where the original ones are asked for.
     """
     files: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
@@ -142,15 +149,22 @@ def plan_merge(
                     files[key], shapes[key] = path, file.get_slice(key).get_shape()
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights {path} are damaged: {error}") from None
-    quantised = target_linears(bare_model)
-    for name, linear in quantised.items():
+    constants = constants_in(files)
+    packed = {key: packed_shape(files, key) for key in set(constants.values())}
+    if packed and not dequantise:
+        raise UserError(
+            f"the files of {spec.name_or_path} hold 4-bit weights alone: there are no original ones to add to"
+        )
+    shapes |= packed
+    for name, linear in target_linears(bare_model).items():
         shape = [linear.out_features, linear.in_features]
         if shapes.get(f"{name}.weight") != shape:
             raise UserError(
                 f"the files of {spec.name_or_path} hold no {name}.weight of shape {shape}: their tensors are not named "
                 "as its layers are; load and save it with transformers, and name that folder"
             )
-    return Merge(factors, spec, files, frozenset(quantised), dequantise, device)
+    quantised = frozenset(quantised_linears(bare_model))
+    return Merge(factors, spec, files, quantised, dequantise, device, packed, frozenset(constants))
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -158,6 +172,8 @@ def plan_merge(
 
 def merged_size(merge: Merge, key: str) -> int:
     """Bytes of a tensor of the merged model."""
+    if key in merge.packed:
+        return math.prod(merge.packed[key]) * merge.dtype.itemsize
     with safe_open(merge.files[key], framework="pt") as file:
         part = file.get_slice(key)
         is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
@@ -172,7 +188,7 @@ def planned_shards(merge: Merge) -> list[list[str]]:
     """The tensors of each file to write, in the order of the base's files."""
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
-    for key in merge.files:
+    for key in (key for key in merge.files if key not in merge.constants):
         size = merged_size(merge, key)
         if size > room and shards[-1]:
             shards.append([])

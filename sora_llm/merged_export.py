@@ -158,7 +158,7 @@ def _reload(
     losses = {}
     if dev_loss_of is not None:
         losses[MERGED[merge.dequantise]] = dev_loss_of(model)
-        if merge.spec.load_in_4bit:
+        if merge.spec.load_in_4bit and not merge.packed:  # those have one form only
             other = replace(merge, dequantise=not merge.dequantise)
             with torch.no_grad():
                 for name in merge.quantised:

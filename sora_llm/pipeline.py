@@ -54,6 +54,7 @@ from sora_llm.inject import (
 )
 from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
+from sora_llm.quantised import quantised_linears
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
 
@@ -190,7 +191,7 @@ def estimate(
     weights and adapters in stage 3).
     """
     targets = target_linears(skeleton, target_modules)
-    quantised = target_linears(skeleton) if spec.load_in_4bit or spec.load_in_8bit else {}
+    quantised = quantised_linears(skeleton) if spec.is_quantised else {}
     num_quantised = sum(linear.weight.numel() for linear in quantised.values())
     num_frozen = sum(parameter.numel() for parameter in skeleton.parameters())
     constants = 1 if spec.double_quant else 4
@@ -234,7 +235,6 @@ def _activation_bytes(
     linears = target_linears(skeleton)
     if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
         return None
-    is_quantised = spec.load_in_4bit or spec.load_in_8bit
     largest = max(linear.in_features * linear.out_features for linear in linears.values())
     return activation_bytes(
         sizes,
@@ -246,7 +246,7 @@ def _activation_bytes(
         attn_implementation=spec.attn_implementation,
         is_packed=batch.is_packed,
         checkpointing=batch.checkpointing,
-        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if is_quantised else 0,
+        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if spec.is_quantised else 0,
     )
 
 

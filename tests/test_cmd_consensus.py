@@ -353,16 +353,16 @@ def test_copies_of_one_base_are_merged_when_it_is_named(
 def test_code_that_comes_with_a_base_is_run_on_request_alone(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where only the dtype of the base's files is asked for."""
+    """Also where only the form of the base's files is asked for."""
     import sora_llm.commands.sources as sources
 
-    plain_load, trusted = sources.load_config, []
+    plain, trusted = sources.as_its_files, []
 
     def seen(spec: Any) -> Any:
         trusted.append(spec.trust_remote_code)
-        return plain_load(spec)
+        return plain(spec)
 
-    monkeypatch.setattr(sources, "load_config", seen)
+    monkeypatch.setattr(sources, "as_its_files", seen)
     a = peft_lora(base, tmp_path / "a", 1, r=2)
     for number, flags in enumerate([(), ("--trust-remote-code",)]):
         consensus(capsys, a, a, *flags, "--out", tmp_path / f"merged-{number}")

@@ -19,7 +19,7 @@ LAYERS = [
     {"merge", "local_updates", "lora_files", "spectrum", "gguf_lora"},
     {"consumers"},
     {"card"},
-    {"distributed"},
+    {"distributed", "quantised"},
     {"backbone"},
     {"data", "checkpoint", "report", "export", "merged"},
     {"report_page", "gguf_export", "merged_export"},
@@ -112,7 +112,7 @@ def test_the_algorithm_imports_torch_alone(name):
     [
         (("deepspeed", "torch.distributed", "accelerate"), {"distributed"}),
         (("yaml",), {"config"}),
-        (("bitsandbytes",), {"backbone"}),
+        (("bitsandbytes",), {"backbone", "quantised"}),
         (("peft",), {"export"}),
         (("huggingface_hub",), {"hub"}),
         (("gguf",), {"gguf_lora"}),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files
+from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
@@ -142,7 +142,7 @@ def export_merged(
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
-        load_options=spec.load_call,
+        load_options=load_call(spec, load_config(spec)),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",
         notes={"merge": dict(result)},

@@ -155,10 +155,17 @@ def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Path:
 
 def config_for(subject: Subject) -> Config:
     """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
-    text_config = backbone.load_config(subject.spec).get_text_config()
+    spec = subject.spec
+    text_config = backbone.load_config(spec).get_text_config()
     return Config(
-        model=Model(dtype=subject.spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
-        quantization=Quantization(load_in_4bit=subject.spec.load_in_4bit),
+        model=Model(dtype=spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
+        quantization=Quantization(
+            load_in_4bit=spec.load_in_4bit,
+            load_in_8bit=spec.load_in_8bit,
+            bnb_4bit_quant_type=spec.quant_type,  # type: ignore[arg-type]
+            bnb_4bit_use_double_quant=spec.double_quant,
+            bnb_4bit_compute_dtype=spec.compute_dtype,  # type: ignore[arg-type]
+        ),
         data=Data(
             chat_template=template_beside(subject),
             sequence_len=min(2048, getattr(text_config, "max_position_embeddings", None) or 2048),

@@ -14,6 +14,7 @@ from torch import nn
 from sora_llm.backbone import (
     BackboneSpec,
     load_backbone,
+    load_call,
     load_config,
     skeleton,
     tokenizer_files,
@@ -239,7 +240,7 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
-        load_options=spec.load_call,
+        load_options=load_call(spec, adapter.config),
         story=Provenance.story if own else f"Taken from the LoRA {source.name}",
         beside=Provenance.beside if own else "verified",
         notes={"source": source.name, **_cut_notes(adapter.cut)},

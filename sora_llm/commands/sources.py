@@ -12,9 +12,8 @@ from torch import nn
 from sora_llm import checkpoint
 from sora_llm.backbone import (
     BackboneSpec,
-    dtype_name,
+    as_its_files,
     has_tokenizer,
-    load_config,
     load_tokenizer,
     tokenizer_files_in,
 )
@@ -216,7 +215,7 @@ def base_of(
     spec = replace(
         spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code or spec.trust_remote_code
     )
-    return spec if known else replace(spec, dtype=dtype_name(load_config(spec)))
+    return spec if known else as_its_files(spec)
 
 
 def refuse_other_bases(named: Sequence[Source], option: str = "--base") -> None:

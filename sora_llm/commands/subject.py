@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sora_llm.backbone import BackboneSpec, dtype_name, has_tokenizer, load_backbone
+from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.card import TEMPLATE
 from sora_llm.commands.common import ALONE
@@ -63,9 +63,10 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     spec = replace(spec, trust_remote_code=trust_remote_code or spec.trust_remote_code)
     if load_in_4bit:
         spec = replace(spec, load_in_4bit=True, load_in_8bit=False)
-    model_config = load_model_config(spec)
     if subject.config is None:
-        spec = replace(spec, dtype=dtype_name(model_config))
+        spec = as_its_files(spec)
+    else:
+        load_model_config(spec)
     return replace(subject, spec=spec)
 
 

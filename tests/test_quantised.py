@@ -1,0 +1,224 @@
+"""A base whose files bitsandbytes quantised already is the same base as one that is quantised while it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from small_runs import CONFIG, Playground, overrides, result, status
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from sora_llm import cli
+from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
+from sora_llm.errors import UserError
+from sora_llm.pipeline import estimate
+from sora_llm.train import main
+
+IDS = torch.arange(3, 60)[None]
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+FILES: dict[str, dict[str, Any]] = {
+    "nf4": NF4 | {"bnb_4bit_compute_dtype": torch.bfloat16},
+    "nf4, stored as bfloat16": NF4 | {"bnb_4bit_quant_storage": torch.bfloat16},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "nf4, two skipped": NF4 | {"llm_int8_skip_modules": ["lm_head", "down_proj", "model.layers.1.mlp.up_proj"]},
+    "int8": {"load_in_8bit": True},
+}
+"""By name: the BitsAndBytesConfig that the files were made with."""
+
+SPECS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True},
+    "fp4": {"load_in_4bit": True, "quant_type": "fp4", "double_quant": False},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def quantised(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of stories260k, saved by transformers as one of FILES, in a dtype."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str, dtype: str = "bfloat16") -> Path:
+        if (kind, dtype) not in made:
+            folder = tmp_path_factory.mktemp("quantised") / "base"
+            options = {"quantization_config": BitsAndBytesConfig(**FILES[kind]), "dtype": getattr(torch, dtype)}
+            # shards so small that a weight and its constants lie in several
+            model = AutoModelForCausalLM.from_pretrained(stories, **options)
+            model.save_pretrained(folder, max_shard_size="10KB")
+            for path in tokenizer_files(BackboneSpec(str(stories))):
+                shutil.copyfile(path, folder / path.name)
+            made[kind, dtype] = folder
+        return made[kind, dtype]
+
+    return make
+
+
+def with_config(base: Path, folder: Path, **settings: Any) -> Path:
+    """A copy of a base whose config.json says other settings of its quantisation; None takes one out."""
+    shutil.copytree(base, folder)
+    content = json.loads((folder / "config.json").read_text())
+    said = content["quantization_config"] | settings
+    content["quantization_config"] = {key: value for key, value in said.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("files", "kind"), [("nf4", "nf4"), ("nf4, stored as bfloat16", "nf4"), ("fp4", "fp4"), ("int8", "int8")]
+)
+def test_what_is_loaded_is_the_base_that_is_quantised_while_it_is_loaded(quantised, stories, files, kind, storage):
+    spec = BackboneSpec(str(stories), **SPECS[kind], compute_dtype="float32", quant_storage=storage)
+    expected = load_backbone(spec, "cpu")
+    found = load_backbone(replace(spec, name_or_path=str(quantised(files))), "cpu")
+    parameters = dict(found.named_parameters())
+    assert parameters.keys() == dict(expected.named_parameters()).keys()
+    for name, parameter in expected.named_parameters():
+        assert parameters[name].dtype == parameter.dtype and not parameters[name].requires_grad, name
+        assert torch.equal(bits(parameters[name]), bits(parameter)), name
+    for name, module in expected.named_modules():
+        for attribute in ("compute_dtype", "quant_storage"):
+            assert getattr(found.get_submodule(name), attribute, 0) == getattr(module, attribute, 0), name
+    assert torch.equal(logits(found), logits(expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "num_processes", "options"),
+    [
+        ("nf4", "nf4", 1, {"quantization.bnb_4bit_compute_dtype": "float32", "output.export_layout": "merged"}),
+        ("int8", "int8", 1, {}),
+        # float32 storage under ZeRO-3, made of bytes
+        ("nf4", "nf4", 2, {"quantization.bnb_4bit_compute_dtype": "float32", "distributed.strategy": "zero3"}),
+    ],
+    ids=["nf4", "int8", "nf4 under zero3"],
+)
+def test_a_run_beside_it_is_the_run_beside_the_original(
+    ground: Playground, quantised, kind, files, num_processes, options
+):
+    loading = {f"quantization.load_in_{bits}bit": SPECS[kind].get(f"load_in_{bits}bit", False) for bits in (4, 8)}
+    options = {**options, **loading, "model.dtype": "float32"}
+    runs = {"original": {}, "quantised": {"model.name_or_path": str(quantised(files, "float32"))}}
+    for name, base in runs.items():
+        name = f"{kind}-{num_processes}-{name}"
+        assert ground.codes(name, num_processes, **options, **base) == [0] * num_processes
+    own, other = (ground.run_dir(f"{kind}-{num_processes}-{name}") for name in runs)
+    assert result(own) == result(other) and status(other)["state"] == "finished"
+    for path in (own / "merged").glob("*.safetensors"):
+        expected, found = load_file(path), load_file(other / "merged" / path.name)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert (own / "merged").is_dir() == (other / "merged").is_dir() == ("output.export_layout" in options)
+
+
+@pytest.mark.parametrize(
+    ("files", "spec", "keys"),
+    [
+        ("nf4", {}, "quantization.load_in_4bit: true"),
+        ("nf4", SPECS["int8"], "quantization.load_in_4bit: true, quantization.load_in_8bit: false"),
+        ("nf4", SPECS["fp4"], "quantization.bnb_4bit_quant_type: nf4, quantization.bnb_4bit_use_double_quant: true"),
+        ("nf4", SPECS["nf4"] | {"dtype": "float32"}, "model.dtype: bfloat16"),
+        ("int8", SPECS["nf4"], "quantization.load_in_4bit: false, quantization.load_in_8bit: true"),
+    ],
+)
+def test_another_form_than_that_of_the_files_is_a_sentence_with_the_keys_to_set(quantised, files, spec, keys):
+    with pytest.raises(UserError, match=rf"quantised already and say otherwise; set {keys}$"):
+        load_config(BackboneSpec(str(quantised(files)), **spec))
+
+
+def test_a_run_refuses_it_before_anything_is_written(quantised, tmp_path, ground, capsys):
+    base = {"model.name_or_path": str(quantised("nf4")), "model.dtype": "float16", "quantization.load_in_4bit": True}
+    assert main([CONFIG, *overrides(ground.folder, tmp_path / "run", **base)]) == 2
+    assert "set model.dtype: bfloat16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_quantisers_are_refused_by_name(quantised, tmp_path):
+    base = with_config(quantised("nf4"), tmp_path / "base", quant_method="gptq")
+    with pytest.raises(UserError, match="is quantised by gptq"):
+        load_config(BackboneSpec(str(base), load_in_4bit=True))
+
+
+def test_an_old_config_that_names_no_quantiser_is_bitsandbytes(quantised, tmp_path):
+    base = with_config(quantised("nf4"), tmp_path / "base", quant_method=None)
+    load_config(BackboneSpec(str(base), load_in_4bit=True))
+
+
+def test_files_in_another_dtype_than_their_config_says_are_refused(quantised, tmp_path):
+    base = with_config(quantised("nf4"), tmp_path / "base")
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(content | {"dtype": "float16"}))
+    with pytest.raises(UserError, match="hold embeddings in bfloat16"):
+        load_backbone(BackboneSpec(str(base), dtype="float16", load_in_4bit=True), "cpu")
+
+
+@pytest.mark.parametrize("files", ["nf4", "fp4", "nf4, two skipped"])
+def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files):
+    kind = "fp4" if files == "fp4" else "nf4"
+    spec = BackboneSpec(str(quantised(files)), **SPECS[kind])
+    model, config = load_backbone(spec, "cpu"), load_config(spec)
+    options = {"r": 4, "target_modules": "all-linear", "adapter_bytes_each": 4}
+    memory = estimate(skeleton(config, spec), spec, **options, strategy="none", num_processes=1)
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(state.absmax.nbytes for state in states)  # constants of constants and code books aside
+    assert memory.weight_bytes == held and len(states) == {"nf4, two skipped": 35 - 6}.get(files, 35)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_the_model_card_says_how_it_is_loaded(quantised, compute_dtype):
+    spec = BackboneSpec(str(quantised("nf4")), load_in_4bit=True, compute_dtype=compute_dtype)
+    call, _, afterwards = load_call(spec, load_config(spec)).partition("  # ")
+    model = eval(f"AutoModelForCausalLM.from_pretrained(spec.name_or_path, {call})")
+    assert ("torch.float32 of every Linear4bit" in afterwards) == (compute_dtype == "float32")
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+
+
+@pytest.fixture(params=["nf4", "nf4, two skipped"])
+def lora(request: pytest.FixtureRequest, quantised: Callable[..., Path], tmp_path: Path) -> Path:
+    """A LoRA as PEFT saves it, of 4-bit files: nothing but their name says how the base is loaded."""
+    model = AutoModelForCausalLM.from_pretrained(quantised(request.param), dtype=torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def test_a_lora_of_it_is_asked_measured_and_merged_without_a_word_on_the_base(lora, tmp_path, capsys):
+    base = LoraConfig.from_pretrained(lora).base_model_name_or_path
+    assert cli.main(["generate", str(lora), "--prompt", "Once upon", "--max-new-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base_model"] == base
+    (tmp_path / "rows.jsonl").write_text('{"text": "Once upon a time there was a dog."}\n')
+    assert cli.main(["evaluate", str(lora), "--data", str(tmp_path / "rows.jsonl"), "--type", "completion"]) == 0
+    assert cli.main(["export", str(lora), "--layout", "merged", "--out", str(tmp_path / "merged")]) == 0
+    spec = BackboneSpec(base, load_in_4bit=True)
+    adapted = PeftModel.from_pretrained(load_backbone(spec, "cpu"), str(lora))
+    merged = load_backbone(BackboneSpec(str(tmp_path / "merged")), "cpu")
+    # bfloat16 roundings of every weight and of what five layers say
+    assert relative_error(logits(merged), logits(adapted)) < 2e-2
+    assert relative_error(logits(load_backbone(spec, "cpu")), logits(adapted)) > 0.2, "the adapter must matter"
+
+
+def test_there_are_no_original_weights_to_merge_into(lora, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert cli.main(["export", str(lora), "--layout", "merged", "--base", "original", "--out", str(out)]) == 2
+    assert "hold 4-bit weights alone" in capsys.readouterr().err and not out.exists()
