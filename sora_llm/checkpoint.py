@@ -5,6 +5,7 @@ about processes or strategies, nothing of the frozen backbone, nothing that is u
 
     checkpoints/step-N/adapter.safetensors     "<module>.lora_A", "<module>.lora_A.exp_avg", …
     checkpoints/step-N/replica-K.safetensors   with local updates: each replica's own; the adapter is the agreed one
+    checkpoints/step-N/best.safetensors        the masters of the lowest dev loss so far, where patience counts
     checkpoints/step-N/state.json              step, counters, the resolved config
     checkpoints/step-N/COMPLETE                SHA-256 of the others, written last
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256, fsync, make_folder, publish, write_text_atomically
 
-TENSORS, STATE, COMPLETE = "adapter.safetensors", "state.json", "COMPLETE"
+TENSORS, BEST, STATE, COMPLETE = "adapter.safetensors", "best.safetensors", "state.json", "COMPLETE"
 LOCK_WAIT_SECONDS = 60
 
 
@@ -43,6 +44,7 @@ def save(
     state: Mapping[str, Any],
     keep: int | None = None,
     num_replicas: int = 0,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoints/step-N beside its place, complete, and rename it there.
 
@@ -62,6 +64,9 @@ def save(
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         fsync(temporary / STATE)
         names = [TENSORS, STATE, *(replica_file(index) for index in range(num_replicas))]
+        if best is not None:
+            _save_tensors(best, temporary / BEST)
+            names.append(BEST)
         hashes = {name: file_sha256(temporary / name) for name in names}
         write_text_atomically(temporary / COMPLETE, _complete(hashes))
         publish(temporary, folder)

@@ -29,7 +29,7 @@ from sora_llm.layouts import adapter_layout, export_beside
 from sora_llm.plan import stage_name
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
-from sora_llm.training import Training, cut_adapter, dev_loss, loss_over
+from sora_llm.training import Training, cut_adapter, dev_loss, final_masters, loss_over
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def cut_and_export(training: Training) -> StageResult:
     directory.step = training.done
     directory.status("running", phase="export")
     training.prove_agreement()
-    masters = engine.masters()
+    masters = final_masters(training)
     goes_on_from = masters if training.rounds is None else training.rounds.tensors()
     with engine.released() as model:
         ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
@@ -58,6 +58,7 @@ def cut_and_export(training: Training) -> StageResult:
             **ranks.fields,
             **training.labels,
             **training.late_round,
+            "best_step": None if training.best is None else training.best.step,
             "alarms": training.alarmed or None,
         }
         if job.data.dev is not None:

@@ -63,7 +63,6 @@ from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, re
 from sora_llm.training import (
     IMPORTANCE_SUFFIX,
     Training,
-    current_dev_loss,
     current_ranks,
     cut_adapter,
     evaluation_due,
@@ -71,6 +70,7 @@ from sora_llm.training import (
     load_and_inject,
     log_step,
     make_steering,
+    measure,
     renew_engine,
     save_checkpoint,
 )
@@ -337,7 +337,7 @@ def train_stage(training: Training) -> None:
     config, world = job.config, job.world
     if training.done == 0 and job.data.dev is not None:
         ranks = current_ranks(training).fields
-        line = {"eval_loss": current_dev_loss(training), **ranks, **training.labels}
+        line = {"eval_loss": measure(training), **ranks, **training.labels}
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,15 @@ from sora_llm.start import StartPoint
 from sora_llm.steering import Steering
 
 
+@dataclass(frozen=True)
+class Best:
+    """The adapter of the lowest dev loss of the finetune phase; its masters are on the main process, {} elsewhere."""
+
+    step: int
+    eval_loss: float
+    masters: Mapping[str, Tensor]
+
+
 @dataclass
 class Training:
     """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `first` those before its stage."""
@@ -55,6 +65,8 @@ class Training:
     """Alarms that wait for the next line of metrics."""
     late_round: Mapping[str, Any] = field(default_factory=dict)
     """What is to be said of a round that ended after the last step's line."""
+    best: Best | None = None
+    """Where patience counts evaluations of the finetune phase."""
     unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
 
@@ -148,6 +160,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         alarms,
         patience,
         rounds,
+        best=read_best(job, folder, state),
         stage_number=state["stage"]["number"],
         first=state["stage"]["first"],
         done=start.step,
@@ -155,6 +168,15 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         alarmed=state["alarms"]["waiting"],
         unlogged=state["unlogged"],
     )
+
+
+def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:
+    """What a checkpoint holds of the best evaluation so far (collective)."""
+    said, is_main = state.get("best"), job.world.is_main
+    if said is None:
+        return None
+    masters = on_every(lambda: checkpoint.read_tensors(folder, checkpoint.BEST) if is_main else {})
+    return Best(said["step"], said["eval_loss"], masters)
 
 
 def warm_start(job: Job, model: nn.Module) -> None:
@@ -235,7 +257,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     rates = stage.rates(step_of_stage)
     tally.pause_clock()
     ranks = current_ranks(training)
-    evaluated = {"eval_loss": current_dev_loss(training)} if evaluation_due(job, done) else {}
+    evaluated = {"eval_loss": measure(training)} if evaluation_due(job, done) else {}
     fields: dict[str, Any] = {
         **tally.flush(),
         "learning_rate": rates["learning_rate"],
@@ -291,11 +313,35 @@ def dev_loss(job: Job, model: nn.Module) -> float:
     return loss_over(job, model, job.data.dev)
 
 
-def current_dev_loss(training: Training) -> float:
-    """That of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean (collective)."""
+def measure(training: Training) -> float:
+    """The dev loss of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean.  In the
+    finetune phase, where patience counts, the best adapter is kept (collective)."""
     rounds, engine = training.rounds, training.engine
     with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
-        return dev_loss(training.job, engine.model)
+        loss = dev_loss(training.job, engine.model)
+        is_better = not math.isnan(loss) and (training.best is None or loss < training.best.eval_loss)
+        if is_better and keeps_best(training):
+            masters = engine.masters()
+            training.best = Best(training.done, loss, masters if training.job.world.is_main else {})
+    return loss
+
+
+def keeps_best(training: Training) -> bool:
+    """Only once ranks are what they will be: before, the dev loss rises because there are fewer of them."""
+    return training.patience.counts and training.phase == FINETUNE and not training.engine.is_spent
+
+
+def final_masters(training: Training) -> Mapping[str, Tensor]:
+    """What is exported: the adapter of the last step, or of the best evaluation where these are kept (collective)."""
+    job, done = training.job, training.done
+    if keeps_best(training) and not evaluation_due(job, done):
+        measure(training)
+    best = training.best
+    if best is None:
+        return training.engine.masters()
+    if best.step != done:
+        say(job.world, f"the adapter is that of step {best.step}, which has the lowest dev loss ({best.eval_loss:.4f})")
+    return best.masters
 
 
 def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
@@ -323,7 +369,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
 
     `unlogged` is what the line of this step still needs where it has not been written.
     """
-    job, engine, directory, step = training.job, training.engine, training.directory, training.done
+    job, engine, directory, step, best = training.job, training.engine, training.directory, training.done, training.best
     training.tally.pause_clock()
     moments, optimizer_steps = engine.optimizer_state()
     tensors = {**engine.masters(), **moments}
@@ -335,6 +381,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "steering": training.steering.state(),
         "alarms": {**training.alarms.state(), "waiting": training.alarmed},
         "patience": training.patience.state(),
+        "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
@@ -352,7 +399,10 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
     directory.checkpoint = on_main(
-        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas), job.world
+        lambda: checkpoint.save(
+            directory.path, step, tensors, state, keep, num_replicas, best=None if best is None else best.masters
+        ),
+        job.world,
     )
     directory.step = step
     directory.status("running", phase=training.phase)

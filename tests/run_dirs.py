@@ -142,10 +142,10 @@ class MadeUpRun:
         )
         return digest
 
-    def finish(self) -> Path:
-        """The last lines, the adapter, the status."""
+    def finish(self, **others: Any) -> Path:
+        """The last lines, the adapter, the status; `others` are in the last line of metrics.jsonl."""
         ranks = self.ranks_at(1)
-        last = {"step": self.steps, "phase": "export", **self.sizes(ranks)}
+        last = {"step": self.steps, "phase": "export", **self.sizes(ranks), **others}
         if self.has_dev:
             last |= {"eval_loss": 1.5913, "eval_loss_exported": 1.5915}
         self.metrics.append(last)

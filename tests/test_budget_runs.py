@@ -20,6 +20,7 @@ from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
 STEPS, DENSE_END, CUT_AT, R, TARGET_RANK = 12, 3, 8, 4, 1.5
+SCALING = 16 / R
 BUDGET: dict[str, Any] = {
     "sora.sparse_lambda": None,
     "sora.target_rank": TARGET_RANK,
@@ -191,13 +192,72 @@ def test_patience_ends_the_finetune_phase_and_a_resumed_run_knows(ground: Playgr
     options |= {"sora.consensus_at": 0.1, "sora.dense_ratio": 0.05, "train.learning_rate": 0.5, "output.save_steps": 50}
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
     whole = result(tmp_path / "run")
-    losses = [line["eval_loss"] for line in whole["metrics"] if line["phase"] == "finetune"]
-    assert len(losses) < 30 and losses[-1] >= min(losses), "it ended when the dev loss did not get better"
+    losses = {line["step"]: line["eval_loss"] for line in whole["metrics"] if line["phase"] == "finetune"}
+    assert len(losses) < 30 and list(losses.values())[-1] >= min(losses.values()), "it ended when nothing got better"
+    assert losses[whole["metrics"][-1]["best_step"]] == min(losses.values())
     last = len([line for line in whole["metrics"] if line["phase"] != "export"]) - 1
     assert (tmp_path / "run" / "checkpoints" / f"step-{last}").is_dir()
     again = interrupt(tmp_path / "run", tmp_path / "again", last)
     run(CONFIG, *overrides(ground.folder, again, **options))
     assert result(again) == whole
+
+
+PATIENT = {
+    **BUDGET,
+    "sora.consensus_at": 0.2,
+    "sora.dense_ratio": 0.1,
+    "train.max_steps": 23,
+    "evaluation.eval_steps": 2,
+    "evaluation.early_stopping_patience": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"),
+    [
+        ("none", 1),
+        ("zero2", 2),
+        *(pytest.param(*world, marks=pytest.mark.matrix) for world in [("ddp", 2), ("zero3", 2)]),
+    ],
+)
+def test_with_patience_the_adapter_is_that_of_the_best_evaluation(
+    strategy: str, num_processes: int, ground: Playground, tmp_path: Path
+) -> None:
+    options = {**PATIENT, "train.learning_rate": 0.1, "distributed.strategy": strategy}
+    name = f"patience {strategy}"
+    assert ground.codes(name, num_processes, **options) == [0] * num_processes
+    run_dir = ground.run_dir(name)
+    *logged, last = lines(run_dir, "metrics.jsonl")
+    measured = [line for line in logged if line["phase"] == "finetune" and "eval_loss" in line]
+    best = min(measured, key=lambda line: line["eval_loss"])
+    assert best["step"] == last["best_step"] < last["step"], "the best is not the last, or the test shows nothing"
+    assert last["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)  # of copies that a process or two evaluate
+    assert last["eval_loss_exported"] == pytest.approx(best["eval_loss"], rel=1e-5)
+    then = load_file(run_dir / "checkpoints" / f"step-{best['step']}" / "adapter.safetensors")
+    for module, delta in delta_weights(run_dir).items():
+        name = module.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        expected = torch.zeros_like(delta)
+        if f"{name}.lora_A" in then:
+            expected = SCALING * then[f"{name}.lora_B"].double() @ then[f"{name}.lora_A"].double()
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-7)  # s and rounding of folding it
+    if num_processes == 1:
+        again = interrupt(run_dir, tmp_path / "again", best["step"] + 1)
+        run(CONFIG, *overrides(ground.folder, again, **options))
+        assert result(again) == result(run_dir)
+
+
+def test_what_was_better_before_it_was_cut_is_not_the_best(ground: Playground, tmp_path: Path) -> None:
+    options = {**PATIENT, "sora.consensus_at": 0.7, "sora.target_rank": 0.1, "train.learning_rate": 0.02}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    *logged, last = lines(tmp_path / "run", "metrics.jsonl")
+    losses = {line["step"]: line["eval_loss"] for line in logged if "eval_loss" in line}
+    assert min(losses, key=lambda step: losses[step]) < 0.7 * 23 < last["best_step"]
+
+
+def test_the_last_step_is_measured_too_and_may_be_the_best(ground: Playground, tmp_path: Path) -> None:
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATIENT))
+    *_, step, last = lines(tmp_path / "run", "metrics.jsonl")
+    assert "eval_loss" not in step and step["step"] == last["step"] == last["best_step"] == 23
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,9 @@ def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
     assert not any("sync_bytes" in line for line in logged[:-1] if line["phase"] == "finetune")
     assert last["sync_bytes"] > 0, "what came after the last round is merged too"
     assert last["step"] == stopped["step"]
-    assert last["eval_loss_exported"] == pytest.approx(stopped["eval_loss"], rel=1e-4)
+    best = min((line for line in logged[:-1] if line["phase"] == "finetune"), key=lambda line: line["eval_loss"])
+    assert last["best_step"] == best["step"] < stopped["step"]
+    assert last["eval_loss_exported"] == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.matrix

@@ -133,16 +133,16 @@ def test_a_path_stopped_in_the_first_evaluation_of_a_stage_keeps_the_line_of_the
 ) -> None:
     """Its step is logged after the resume; the line before it is of an adapter that is not exported again."""
     options = {**PATH, "evaluation.eval_steps": STEPS + 1}
-    measured = training.current_dev_loss
+    measured = training.measure
 
     def interrupted(of: training.Training) -> float:
         if of.done == STEPS + 1:
             raise Preempted("SIGTERM")
         return measured(of)
 
-    monkeypatch.setattr(training, "current_dev_loss", interrupted)
+    monkeypatch.setattr(training, "measure", interrupted)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "preempted"
-    monkeypatch.setattr(training, "current_dev_loss", measured)
+    monkeypatch.setattr(training, "measure", measured)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "finished"
     for name in ("metrics.jsonl", "ranks.jsonl"):
         found = [(line["step"], line.get("phase")) for line in lines(tmp_path / "run", name)]

@@ -99,6 +99,13 @@ def test_the_heat_map_shows_the_last_rank_of_every_module(tmp_path, num_layers):
     assert str(num_layers - 1) in layers
 
 
+def test_the_step_of_the_adapter_is_named_where_it_is_not_the_last(tmp_path):
+    for step, said in ((80, True), (100, False)):
+        run = MadeUpRun(tmp_path / str(step)).train()
+        run.finish(best_step=step)
+        assert ("reloaded from disk 1.5915; the adapter of step 80, the best" in opened(run.path).text) == said
+
+
 def test_a_finished_run_is_told_in_numbers(tmp_path):
     run = MadeUpRun(tmp_path / "my run").train()
     run.json("data_report.json", data_report())

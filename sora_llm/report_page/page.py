@@ -210,6 +210,9 @@ def _tiles(record: Record) -> str:
     if after is not None:
         exported = record.last("eval_loss_exported")
         below = f"reloaded from disk {exported:.4f}" if exported is not None else "before → last measured"
+        best_step = record.last("best_step")
+        if best_step is not None and best_step < record.step:
+            below += f"; the adapter of step {_count(best_step)}, the best"
         tiles.append(("Dev loss", f"{_decimal(before)} → {_decimal(after)}", below))
     else:
         tiles.append(("Dev loss", "–", _NOT_MEASURED if record.lines else "not measured yet"))
