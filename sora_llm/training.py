@@ -399,9 +399,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
     directory.checkpoint = on_main(
-        lambda: checkpoint.save(
-            directory.path, step, tensors, state, keep, num_replicas, best=None if best is None else best.masters
-        ),
+        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best and best.masters),
         job.world,
     )
     directory.step = step
