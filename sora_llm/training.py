@@ -389,6 +389,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "config": to_dict(job.config),
     }
     keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
+    best_masters = None if best is None else best.masters
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
@@ -399,7 +400,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
     directory.checkpoint = on_main(
-        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best and best.masters),
+        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best_masters),
         job.world,
     )
     directory.step = step
