@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -135,9 +136,13 @@ class Patience:
         """Whether there is a limit at all."""
         return self._limit is not None
 
+    def is_better(self, eval_loss: float) -> bool:
+        """Than all that were counted; one that is no number is not."""
+        return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
+
     def is_exhausted_by(self, eval_loss: float) -> bool:
         """Count an evaluation; whether it was the last one that is waited for."""
-        if self._best is None or eval_loss < self._best:
+        if self.is_better(eval_loss):
             self._best, self._without = eval_loss, 0
         else:
             self._without += 1

@@ -1,4 +1,5 @@
-"""The frozen model and its tokenizer: the only place that knows transformers' loading and bitsandbytes."""
+"""The frozen model and its tokenizer: the only place, with `quantised`, that knows transformers' loading and
+bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
-from sora_llm.quantised import QuantisedFiles, quantised_files, store_as
+from sora_llm.quantised import QuantisedFiles, quantised_files, settings_in, take_form
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -87,7 +88,7 @@ def load_config(spec: BackboneSpec) -> Any:
     config = _read_config(spec)
     files = quantised_files(config)
     if files is not None:
-        _refuse_other_form(spec, files, dtype_name(config))
+        _refuse_other_form(spec, files)
     return config
 
 
@@ -109,23 +110,22 @@ def _read_config(spec: BackboneSpec) -> Any:
     return config
 
 
-def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles, dtype: str) -> None:
-    """UserError unless a base whose files are quantised is to be loaded as they are.  In which dtype its weights are
+def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
+    """UserError unless files that are quantised are to be loaded as they are.  In which dtypes their weights are
     multiplied and stored is free: neither changes a bit of them."""
     four = files.bits == 4
     wanted: dict[str, tuple[Any, Any]] = {
-        "quantization.load_in_4bit": (four, spec.load_in_4bit),
-        "quantization.load_in_8bit": (not four, spec.load_in_8bit),
-        "model.dtype": (dtype, spec.dtype),
+        "load_in_4bit": (four, spec.load_in_4bit),
+        "load_in_8bit": (not four, spec.load_in_8bit),
     }
     if four:
-        wanted["quantization.bnb_4bit_quant_type"] = (files.quant_type, spec.quant_type)
-        wanted["quantization.bnb_4bit_use_double_quant"] = (files.double_quant, spec.double_quant)
-    keys = [f"{key}: {str(own).lower()}" for key, (own, said) in wanted.items() if own != said]
+        wanted["bnb_4bit_quant_type"] = (files.quant_type, spec.quant_type)
+        wanted["bnb_4bit_use_double_quant"] = (files.double_quant, spec.double_quant)
+    keys = [f"quantization.{key}: {str(own).lower()}" for key, (own, said) in wanted.items() if own != said]
     if keys:
         raise UserError(
-            f"model.name_or_path: the files of {spec.name_or_path} are quantised already and say otherwise; set "
-            f"{', '.join(keys)}"
+            f"model.name_or_path: the files of {spec.name_or_path} are quantised already, otherwise than it is said; "
+            f"set {', '.join(keys)}, or name the unquantised model"
         )
 
 
@@ -141,13 +141,12 @@ def as_its_files(spec: BackboneSpec) -> BackboneSpec:
     if files is not None:
         spec = replace(
             spec,
-            load_in_4bit=spec.load_in_4bit or files.bits == 4,
+            load_in_4bit=files.bits == 4,
             load_in_8bit=files.bits == 8,
             quant_type=files.quant_type,
             double_quant=files.double_quant,
             compute_dtype=files.compute_dtype,
         )
-        _refuse_other_form(spec, files, dtype_name(config))
     return spec
 
 
@@ -288,7 +287,8 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     config = _from_pretrained(AutoConfig, spec, "config")
     is_quantised_already = quantised_files(config) is not None
     if is_quantised_already:
-        config.quantization_config["bnb_4bit_compute_dtype"] = spec.compute_dtype  # the files say the rest
+        # the files say the rest
+        config.quantization_config = {**(settings_in(config) or {}), "bnb_4bit_compute_dtype": spec.compute_dtype}
         options["config"] = config
     elif (quantization := _quantization(spec)) is not None:
         options["quantization_config"] = quantization
@@ -300,22 +300,11 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
     if is_quantised_already:
-        _match(model, spec)
+        take_form(model, DTYPES[spec.dtype], DTYPES[spec.quant_storage])
     if gradient_checkpointing:
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
-
-
-def _match(model: Any, spec: BackboneSpec) -> None:
-    """What transformers takes from quantised files whatever it is told: their dtype is proved, their storage made."""
-    store_as(model, DTYPES[spec.quant_storage])
-    found = model.get_input_embeddings().weight.dtype
-    if found != DTYPES[spec.dtype]:
-        raise UserError(
-            f"the files of {spec.name_or_path} hold embeddings in {str(found).removeprefix('torch.')}, and their "
-            f"config.json says {spec.dtype}; transformers takes quantised files as they are"
-        )
 
 
 def free_unused() -> None:
@@ -456,13 +445,16 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
 
 
 def load_call(spec: BackboneSpec, config: Any) -> str:
-    """The arguments of from_pretrained, as Python text, that load this backbone as it is trained beside."""
+    """The arguments of from_pretrained that load this backbone as it is trained beside, as Python text; and in words
+    what is to be done then, for files that say another compute dtype."""
     options = f"dtype=torch.{spec.dtype}"
     files = quantised_files(config)
     if files is not None:
         if spec.load_in_8bit or files.compute_dtype == spec.compute_dtype:
             return options
-        return f"{options}  # and then compute_dtype = torch.{spec.compute_dtype} of every Linear4bit in it"
+        return (
+            f"{options}\n\nand then `compute_dtype = torch.{spec.compute_dtype}` set in each of its `Linear4bit` layers"
+        )
     if spec.load_in_8bit:
         return f"{options}, quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
     if not spec.load_in_4bit:
@@ -486,13 +478,3 @@ def dequantised(weight: Tensor, spec: BackboneSpec, device: torch.device | str) 
         quant_storage=DTYPES[spec.quant_storage],
     )
     return functional.dequantize_4bit(codes, state).cpu()
-
-
-def dequantised_weight(layer: nn.Linear) -> Tensor | None:
-    """The numbers that a loaded 4-bit layer multiplies with; None for another layer."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return None
-    from bitsandbytes import functional
-
-    return functional.dequantize_4bit(layer.weight.data, state).cpu()

@@ -31,7 +31,7 @@ class Provenance:
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
     load_options: str = ""
-    """How the base was loaded: the other arguments of from_pretrained, as Python text."""
+    """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
     story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
     """How it was made: the beginning of a sentence."""
     beside: str = "trained and evaluated"
@@ -125,9 +125,12 @@ def _python(base: str, provenance: Provenance) -> str:
     beside = ""
     revision = f', revision="{provenance.revision}"' if provenance.revision else ""
     if provenance.load_options:
+        wanted = "`import torch`"
+        if "BitsAndBytesConfig" in provenance.load_options:
+            wanted += ", `from transformers import BitsAndBytesConfig`"
         beside = (
-            f"The adapter was {provenance.beside} beside the base loaded with (`import torch`, "
-            f"`from transformers import BitsAndBytesConfig`)\n\n    {provenance.load_options}\n\n"
+            f"The adapter was {provenance.beside} beside the base loaded with ({wanted})\n\n"
+            f"    {provenance.load_options}\n\n"
         )
     return f"""## Load it
 ```python

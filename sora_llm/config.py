@@ -161,7 +161,7 @@ class Evaluation:
     eval_steps: Count | None = None  # optimizer steps between evaluations; null: before and after training only
     per_device_eval_batch_size: Count = 8
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
-    early_stopping_patience: Count | None = None  # evaluations without a better one; ends finetune, exports the best
+    early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage
 
 
 @dataclass(frozen=True)

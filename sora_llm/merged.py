@@ -34,7 +34,7 @@ from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
-from sora_llm.quantised import constants_in, packed_shape, quantised_linears, unpacked
+from sora_llm.quantised import constants_in, packed_shape, quantised_files, quantised_linears, unpacked
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
@@ -62,7 +62,7 @@ class Merge:
 
     `files` says where every tensor lies; `quantised` are the linear layers that are 4-bit ones in `spec`, and their
     weights go through that where `dequantise`.  `packed` are the shapes [O, I] of the weights that the files hold in
-    4 bits, `constants` the tensors beside them, of which the merged model has none.
+    4 bits, `constants` the names of the tensors beside each, of which the merged model has none.
     """
 
     factors: PlainFactors
@@ -72,7 +72,7 @@ class Merge:
     dequantise: bool
     device: torch.device | str
     packed: Mapping[str, list[int]] = field(default_factory=dict)
-    constants: frozenset[str] = frozenset()
+    constants: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +81,7 @@ class Merge:
     def base(self, key: str) -> Tensor:
         """A tensor of the base, before anything is added."""
         if key in self.packed:
-            return unpacked(self.files, key, torch.device(self.device))
+            return unpacked(self.files, key, self.constants[key], torch.device(self.device))
         with safe_open(self.files[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         if self.dequantise and key.endswith(".weight") and key.removesuffix(".weight") in self.quantised:
@@ -149,12 +149,12 @@ def plan_merge(
                     files[key], shapes[key] = path, file.get_slice(key).get_shape()
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights {path} are damaged: {error}") from None
-    constants = constants_in(files)
-    packed = {key: packed_shape(files, key) for key in set(constants.values())}
-    if packed and not dequantise:
+    if not dequantise and quantised_files(bare_model.config) is not None:
         raise UserError(
-            f"the files of {spec.name_or_path} hold 4-bit weights alone: there are no original ones to add to"
+            f"the files of {spec.name_or_path} hold quantised weights alone; name the original model to merge into it"
         )
+    constants = constants_in(files)
+    packed = {key: packed_shape(files, names) for key, names in constants.items()}
     shapes |= packed
     for name, linear in target_linears(bare_model).items():
         shape = [linear.out_features, linear.in_features]
@@ -164,7 +164,7 @@ def plan_merge(
                 "as its layers are; load and save it with transformers, and name that folder"
             )
     quantised = frozenset(quantised_linears(bare_model))
-    return Merge(factors, spec, files, quantised, dequantise, device, packed, frozenset(constants))
+    return Merge(factors, spec, files, quantised, dequantise, device, packed, constants)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -188,7 +188,8 @@ def planned_shards(merge: Merge) -> list[list[str]]:
     """The tensors of each file to write, in the order of the base's files."""
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
-    for key in (key for key in merge.files if key not in merge.constants):
+    left_out = {name for names in merge.constants.values() for name in names}
+    for key in (key for key in merge.files if key not in left_out):
         size = merged_size(merge, key)
         if size > room and shards[-1]:
             shards.append([])

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_llm.backbone import DTYPES, BackboneSpec, dequantised_weight, free_unused, load_backbone
+from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
 from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
@@ -28,6 +28,7 @@ from sora_llm.merged import (
     write_shards,
     write_small_files,
 )
+from sora_llm.quantised import dequantised_weight
 
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
 

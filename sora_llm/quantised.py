@@ -1,4 +1,4 @@
-"""Bases whose files are quantised already, by bitsandbytes: what they say of themselves, and how they are read.
+"""Bases whose files bitsandbytes quantised already: what they say of themselves, and the numbers in them.
 
 The files of such a base hold, for a 4-bit weight (O, I), its codes under the weight's own name and the constants of its
 blocks beside it, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.bitsandbytes__nf4, …
@@ -6,7 +6,8 @@ blocks beside it, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sora_llm.errors import UserError
+from sora_llm.errors import UserError, first_line
 from sora_llm.inject import target_linears
 
 STATE = ".quant_state.bitsandbytes__"
@@ -41,26 +42,46 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
     """Of a base's transformers config, as it was read; None for a base that is not quantised.
 
     Raises:
-        UserError: it is quantised by something else than bitsandbytes.
+        UserError: it is quantised by something else than bitsandbytes, or in a way that cannot be loaded.
     """
-    said = getattr(config, "quantization_config", None)
+    said = settings_in(config)
     if said is None:
         return None
-    said = said if isinstance(said, dict) else said.to_dict()
-    method = said.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & said.keys() else "?")
+    method = said.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & said.keys() else None)
     if getattr(method, "value", method) != "bitsandbytes":
         raise UserError(
             f"model.name_or_path: {config.name_or_path} is quantised by {method}, and adapters are trained here beside "
             "weights of bitsandbytes alone; name the unquantised model, it is quantised while it is loaded"
         )
-    settings = BitsAndBytesConfig.from_dict(said)
-    return QuantisedFiles(
-        bits=4 if settings.load_in_4bit else 8,
-        quant_type=settings.bnb_4bit_quant_type,
-        double_quant=settings.bnb_4bit_use_double_quant,
-        compute_dtype=str(settings.bnb_4bit_compute_dtype).removeprefix("torch."),
-        skipped=None if settings.llm_int8_skip_modules is None else tuple(settings.llm_int8_skip_modules),
-    )
+    try:
+        settings = BitsAndBytesConfig.from_dict(said)
+        files = QuantisedFiles(
+            bits=4 if settings.load_in_4bit else 8,
+            quant_type=settings.bnb_4bit_quant_type,
+            double_quant=settings.bnb_4bit_use_double_quant,
+            compute_dtype=str(settings.bnb_4bit_compute_dtype).removeprefix("torch."),
+            skipped=None if settings.llm_int8_skip_modules is None else tuple(settings.llm_int8_skip_modules),
+        )
+        if files.quant_type not in ("nf4", "fp4") or files.compute_dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"{files.quant_type} computed in {files.compute_dtype}")
+        takes_head = files.skipped is not None and should_convert_module("lm_head", list(files.skipped))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise UserError(
+            f"model.name_or_path: the quantization_config in the config.json of {config.name_or_path} is none that "
+            f"bitsandbytes has ({first_line(error)})"
+        ) from None
+    if takes_head and getattr(config.get_text_config(), "tie_word_embeddings", False):
+        raise UserError(
+            f"model.name_or_path: the config.json of {config.name_or_path} has its head quantised and tied to its "
+            "embeddings, which no layer can be; name lm_head in llm_int8_skip_modules there"
+        )
+    return files
+
+
+def settings_in(config: Any) -> dict[str, Any] | None:
+    """The quantization_config of a transformers config, as a dict; None where there is none."""
+    said = getattr(config, "quantization_config", None)
+    return said if said is None or isinstance(said, dict) else dict(said.to_dict())
 
 
 def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
@@ -72,33 +93,47 @@ def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears.items() if should_convert_module(name, list(files.skipped))}
 
 
-def constants_in(files: Mapping[str, Path]) -> dict[str, str]:
-    """{constant: the weight it belongs to} of tensors by name: empty where nothing is 4-bit."""
-    weights = {key.partition(STATE)[0] for key in files if STATE in key}
-    return {key: weight for key in files for weight in _owners(key) if weight in weights}
+def constants_in(files: Mapping[str, Path]) -> dict[str, list[str]]:
+    """{4-bit weight: the tensors beside it} of tensors by name; empty where nothing is 4-bit."""
+    found: dict[str, list[str]] = {key.partition(STATE)[0]: [] for key in files if STATE in key}
+    for key in files:
+        weight = f"{key.rpartition('.weight.')[0]}.weight"
+        if weight in found:
+            found[weight].append(key)
+    return found
 
 
-def _owners(key: str) -> list[str]:
-    """The weight that a tensor could be a constant of: "layer.weight" of "layer.weight.absmax"."""
-    weight, found, rest = key.rpartition(".weight.")
-    return [f"{weight}.weight"] if found and rest else []
+def packed_shape(files: Mapping[str, Path], constants: Sequence[str]) -> list[int]:
+    """[O, I] of the weight that lies in the files in 4 bits with these constants.
 
-
-def packed_shape(files: Mapping[str, Path], key: str) -> list[int]:
-    """[O, I] of a weight that lies in the files in 4 bits, from its constants."""
+    Raises:
+        UserError: they are damaged.
+    """
     from bitsandbytes.utils import unpack_tensor_to_dict
 
-    state = next(name for name in files if name.startswith(key + STATE))
-    return list(unpack_tensor_to_dict(_read(files, state))["shape"])
+    state = next(name for name in constants if STATE in name)
+    try:
+        return [int(size) for size in unpack_tensor_to_dict(_read(files, state))["shape"]]
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"the weights {files[state]} are damaged: {state} says nothing ({first_line(error)})") from None
 
 
-def unpacked(files: Mapping[str, Path], key: str, device: torch.device) -> Tensor:
+def unpacked(files: Mapping[str, Path], key: str, constants: Sequence[str], device: torch.device) -> Tensor:
     """The numbers (O, I) that a 4-bit layer multiplies with, on the CPU, from its codes and constants in the files."""
     from bitsandbytes import functional
 
-    constants = {name: _read(files, name).to(device) for name in files if name.startswith(f"{key}.")}
-    state = functional.QuantState.from_dict(constants, device)
+    state = functional.QuantState.from_dict({name: _read(files, name).to(device) for name in constants}, device)
     return functional.dequantize_4bit(_read(files, key).to(device), state).cpu()
+
+
+def dequantised_weight(layer: nn.Linear) -> Tensor | None:
+    """The numbers that a loaded 4-bit layer multiplies with; None for another layer."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return None
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(layer.weight.data, state).cpu()
 
 
 def _read(files: Mapping[str, Path], key: str) -> Tensor:
@@ -107,20 +142,30 @@ def _read(files: Mapping[str, Path], key: str) -> Tensor:
     return tensor
 
 
-def store_as(model: nn.Module, storage: torch.dtype) -> None:
-    """The same bits of every 4-bit weight, in tensors of another dtype: ZeRO-3 shards storage of one dtype only.
+def take_form(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
+    """Bring a model from quantised files into the form of one that is quantised while it is loaded: what is not
+    quantised in `dtype`, the same bits of every 4-bit weight in tensors of `storage` (ZeRO-3 shards one dtype only).
 
-    Not while it is loaded: transformers would convert the codes as if they were numbers.
+    transformers does neither: 5.23 leaves all in the dtypes of the files, whatever it is told, and with another storage
+    in the config it converts the codes as if they were numbers.
+
+    Raises:
+        UserError: a weight whose bytes do not fill tensors of `storage`.
     """
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if getattr(weight, "quant_state", None) is None or weight.dtype == storage:
-            continue
-        codes = weight.data.flatten()
-        if codes.nbytes % storage.itemsize:
-            raise UserError(
-                f"quantization.bnb_4bit_quant_storage: {codes.nbytes} bytes of a weight cannot be stored as {storage}; "
-                "set it to uint8"
-            )
-        weight.data = codes.view(storage)[:, None]
-        weight.quant_storage = module.quant_storage = storage  # type: ignore[assignment]
+        for parameter in module.parameters(recurse=False):
+            if getattr(parameter, "quant_state", None) is not None:
+                _store_as(module, parameter, storage)
+            elif parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
+def _store_as(module: nn.Module, weight: Any, storage: torch.dtype) -> None:
+    codes = weight.data.flatten()
+    if codes.nbytes % storage.itemsize:
+        raise UserError(
+            f"quantization.bnb_4bit_quant_storage: {codes.nbytes} bytes of a weight cannot be stored as {storage}; set "
+            "it to uint8"
+        )
+    weight.data = codes.view(storage)[:, None]
+    weight.quant_storage = module.quant_storage = storage  # type: ignore[assignment]

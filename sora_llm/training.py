@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +66,8 @@ class Training:
     """What is to be said of a round that ended after the last step's line."""
     best: Best | None = None
     """Where patience counts evaluations of the finetune phase."""
+    measured: int | None = None
+    """The step whose dev loss was measured last, by this process."""
     unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
 
@@ -314,33 +315,33 @@ def dev_loss(job: Job, model: nn.Module) -> float:
 
 
 def measure(training: Training) -> float:
-    """The dev loss of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean.  In the
-    finetune phase, where patience counts, the best adapter is kept (collective)."""
+    """The dev loss of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean.  The
+    adapter is kept if it is the best so far (collective)."""
     rounds, engine = training.rounds, training.engine
     with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
         loss = dev_loss(training.job, engine.model)
-        is_better = not math.isnan(loss) and (training.best is None or loss < training.best.eval_loss)
-        if is_better and keeps_best(training):
+        if keeps_best(training) and training.patience.is_better(loss):
             masters = engine.masters()
             training.best = Best(training.done, loss, masters if training.job.world.is_main else {})
+    training.measured = training.done
     return loss
 
 
 def keeps_best(training: Training) -> bool:
     """Only once ranks are what they will be: before, the dev loss rises because there are fewer of them."""
-    return training.patience.counts and training.phase == FINETUNE and not training.engine.is_spent
+    return training.patience.counts and training.phase == FINETUNE
 
 
 def final_masters(training: Training) -> Mapping[str, Tensor]:
     """What is exported: the adapter of the last step, or of the best evaluation where these are kept (collective)."""
-    job, done = training.job, training.done
-    if keeps_best(training) and not evaluation_due(job, done):
+    if keeps_best(training) and training.measured != training.done:
         measure(training)
     best = training.best
     if best is None:
         return training.engine.masters()
-    if best.step != done:
-        say(job.world, f"the adapter is that of step {best.step}, which has the lowest dev loss ({best.eval_loss:.4f})")
+    if best.step != training.done:
+        said = f"the adapter is that of step {best.step}, which has the lowest dev loss ({best.eval_loss:.4f})"
+        say(training.job.world, said)
     return best.masters
 
 

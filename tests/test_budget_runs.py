@@ -258,6 +258,9 @@ def test_the_last_step_is_measured_too_and_may_be_the_best(ground: Playground, t
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATIENT))
     *_, step, last = lines(tmp_path / "run", "metrics.jsonl")
     assert "eval_loss" not in step and step["step"] == last["step"] == last["best_step"] == 23
+    again = interrupt(tmp_path / "run", tmp_path / "again", 23)  # whose evaluations are due there, and were not then
+    run(CONFIG, *overrides(ground.folder, again, **{**PATIENT, "evaluation.eval_steps": 23}))
+    assert result(again) == result(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

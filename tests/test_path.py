@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,12 @@ def test_patience_counts_evaluations_without_a_better_one() -> None:
     assert again.is_exhausted_by(2.0)
     patience.start_again()
     assert not patience.is_exhausted_by(9.0) and not Patience(None).is_exhausted_by(1.0)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    patience = Patience(2)
+    assert [patience.is_exhausted_by(loss) for loss in (math.nan, 3.0, 2.0, math.nan, 1.0)] == [False] * 5
+    assert patience.is_better(0.9) and not patience.is_better(math.nan)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import linear4bit, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, Playground, overrides, result, status
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -21,6 +21,7 @@ from sora_llm import cli
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.errors import UserError
 from sora_llm.pipeline import estimate
+from sora_llm.quantised import take_form
 from sora_llm.train import main
 
 IDS = torch.arange(3, 60)[None]
@@ -132,19 +133,18 @@ def test_a_run_beside_it_is_the_run_beside_the_original(
         ("nf4", {}, "quantization.load_in_4bit: true"),
         ("nf4", SPECS["int8"], "quantization.load_in_4bit: true, quantization.load_in_8bit: false"),
         ("nf4", SPECS["fp4"], "quantization.bnb_4bit_quant_type: nf4, quantization.bnb_4bit_use_double_quant: true"),
-        ("nf4", SPECS["nf4"] | {"dtype": "float32"}, "model.dtype: bfloat16"),
         ("int8", SPECS["nf4"], "quantization.load_in_4bit: false, quantization.load_in_8bit: true"),
     ],
 )
 def test_another_form_than_that_of_the_files_is_a_sentence_with_the_keys_to_set(quantised, files, spec, keys):
-    with pytest.raises(UserError, match=rf"quantised already and say otherwise; set {keys}$"):
+    with pytest.raises(UserError, match=rf"quantised already, otherwise than it is said; set {keys}, or"):
         load_config(BackboneSpec(str(quantised(files)), **spec))
 
 
 def test_a_run_refuses_it_before_anything_is_written(quantised, tmp_path, ground, capsys):
-    base = {"model.name_or_path": str(quantised("nf4")), "model.dtype": "float16", "quantization.load_in_4bit": True}
+    base = {"model.name_or_path": str(quantised("nf4"))}
     assert main([CONFIG, *overrides(ground.folder, tmp_path / "run", **base)]) == 2
-    assert "set model.dtype: bfloat16" in capsys.readouterr().err
+    assert "set quantization.load_in_4bit: true" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -159,17 +159,47 @@ def test_an_old_config_that_names_no_quantiser_is_bitsandbytes(quantised, tmp_pa
     load_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
-def test_files_in_another_dtype_than_their_config_says_are_converted_or_refused(quantised, tmp_path):
-    """transformers 5.17 converts what is not quantised, 5.23 does not and says nothing."""
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_not_quantised_is_brought_into_the_dtype_of_the_run(quantised, tmp_path, dtype):
+    """Also where the files have it in several; transformers 5.23 leaves it as it is, whatever it is told."""
     base = with_config(quantised("nf4"), tmp_path / "base")
+    for path in base.glob("*.safetensors"):
+        tensors = load_file(path)
+        odd = {name: tensor.float() for name, tensor in tensors.items() if "layernorm" in name}
+        save_file(tensors | odd, path, metadata={"format": "pt"})
     content = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(content | {"dtype": "float16"}))
-    try:
-        model = load_backbone(BackboneSpec(str(base), dtype="float16", load_in_4bit=True), "cpu")
-    except UserError as error:
-        assert "hold embeddings in bfloat16" in str(error)
-    else:
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.uint8, torch.float16}
+    del content["dtype"]
+    (base / "config.json").write_text(json.dumps(content))
+    model = load_backbone(BackboneSpec(str(base), dtype=dtype, load_in_4bit=True, compute_dtype="float32"), "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.uint8, getattr(torch, dtype)}
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "they stay tied"
+    assert (
+        relative_error(logits(model), logits(load_backbone(BackboneSpec(str(base), load_in_4bit=True), "cpu"))) < 0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"llm_int8_threshold": "high"}, "none that bitsandbytes has"),
+        ({"bnb_4bit_compute_dtype": "auto"}, "none that bitsandbytes has"),
+        ({"bnb_4bit_quant_type": "int4"}, "int4 computed in bfloat16"),
+        ({"llm_int8_skip_modules": ["layers.(1"]}, "none that bitsandbytes has"),
+        ({"load_in_8bit": True}, "none that bitsandbytes has"),
+        ({"llm_int8_skip_modules": []}, "its head quantised and tied"),
+    ],
+    ids=["threshold", "dtype", "type", "pattern", "both", "head"],
+)
+def test_a_config_that_says_what_cannot_be_is_a_sentence(quantised, tmp_path, settings, said):
+    base = with_config(quantised("nf4"), tmp_path / "base", **settings)
+    with pytest.raises(UserError, match=said):
+        load_config(BackboneSpec(str(base), load_in_4bit=True))
+
+
+def test_bytes_that_do_not_fill_the_storage_are_a_sentence():
+    model = torch.nn.Sequential(linear4bit(torch.randn(3, 6)))
+    with pytest.raises(UserError, match="9 bytes of a weight cannot be stored"):
+        take_form(model, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("files", ["nf4", "fp4", "nf4, two skipped"])
@@ -188,9 +218,9 @@ def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_the_model_card_says_how_it_is_loaded(quantised, compute_dtype):
     spec = BackboneSpec(str(quantised("nf4")), load_in_4bit=True, compute_dtype=compute_dtype)
-    call, _, afterwards = load_call(spec, load_config(spec)).partition("  # ")
+    call, _, afterwards = load_call(spec, load_config(spec)).partition("\n\n")
     model = eval(f"AutoModelForCausalLM.from_pretrained(spec.name_or_path, {call})")
-    assert ("torch.float32 of every Linear4bit" in afterwards) == (compute_dtype == "float32")
+    assert ("compute_dtype = torch.float32" in afterwards) == (compute_dtype == "float32")
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
 
 
@@ -223,7 +253,36 @@ def test_a_lora_of_it_is_asked_measured_and_merged_without_a_word_on_the_base(lo
     assert relative_error(logits(load_backbone(spec, "cpu")), logits(adapted)) > 0.2, "the adapter must matter"
 
 
-def test_there_are_no_original_weights_to_merge_into(lora, tmp_path, capsys):
-    out = tmp_path / "merged"
-    assert cli.main(["export", str(lora), "--layout", "merged", "--base", "original", "--out", str(out)]) == 2
-    assert "hold 4-bit weights alone" in capsys.readouterr().err and not out.exists()
+@pytest.mark.parametrize("lora", ["nf4", "int8"], indirect=True)
+def test_there_are_no_original_weights_to_merge_into_unless_they_are_named(lora, stories, tmp_path, capsys):
+    command = ["export", str(lora), "--layout", "merged", "--base", "original", "--out", str(tmp_path / "merged")]
+    assert cli.main(command) == 2
+    assert "hold quantised weights alone; name the original model" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert cli.main([*command, "--base-model", str(stories)]) == 0
+
+
+def test_constants_that_are_damaged_are_a_sentence(lora, tmp_path, capsys):
+    base = shutil.copytree(LoraConfig.from_pretrained(lora).base_model_name_or_path, tmp_path / "base")
+    path, key = next(
+        (path, key) for path in base.glob("*.safetensors") for key in load_file(path) if ".quant_state." in key
+    )
+    tensors = load_file(path)
+    save_file(tensors | {key: tensors[key][:-9]}, path, metadata={"format": "pt"})
+    command = ["export", str(lora), "--base-model", str(base), "--layout", "merged", "--out", str(tmp_path / "merged")]
+    assert cli.main(command) == 2
+    assert "are damaged" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_on_quantised_files_where_it_is_said_so(ground: Playground, quantised, capsys):
+    assert ground.codes("unquantised") == [0]
+    run_dir, base = str(ground.run_dir("unquantised")), str(quantised("nf4", "float32"))
+    assert cli.main(["evaluate", run_dir, "--base", base]) == 2
+    assert "set quantization.load_in_4bit: true" in capsys.readouterr().err
+    assert cli.main(["evaluate", run_dir, "--base", base, "--load-in-4bit"]) == 0
+
+
+def test_the_flag_of_4_bits_is_refused_for_8_bit_files(quantised, lora, capsys):
+    command = ["generate", str(lora), "--base", str(quantised("int8")), "--load-in-4bit", "--prompt", "x"]
+    assert cli.main(command) == 2
+    assert "quantised in 8 bits; leave it out" in capsys.readouterr().err

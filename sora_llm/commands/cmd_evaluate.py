@@ -12,10 +12,10 @@ from typing import Any
 
 from sora_llm import backbone
 from sora_llm.commands.common import ALONE, config_parser, exit_code
-from sora_llm.commands.measuring import dev_rows, measuring
+from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
-from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model, Quantization
+from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.inputs import Inputs, check_inputs, has_conversations
@@ -159,13 +159,7 @@ def config_for(subject: Subject) -> Config:
     text_config = backbone.load_config(spec).get_text_config()
     return Config(
         model=Model(dtype=spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
-        quantization=Quantization(
-            load_in_4bit=spec.load_in_4bit,
-            load_in_8bit=spec.load_in_8bit,
-            bnb_4bit_quant_type=spec.quant_type,  # type: ignore[arg-type]
-            bnb_4bit_use_double_quant=spec.double_quant,
-            bnb_4bit_compute_dtype=spec.compute_dtype,  # type: ignore[arg-type]
-        ),
+        quantization=quantization_of(spec),
         data=Data(
             chat_template=template_beside(subject),
             sequence_len=min(2048, getattr(text_config, "max_position_embeddings", None) or 2048),

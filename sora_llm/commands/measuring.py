@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sora_llm.backbone import BackboneSpec
 from sora_llm.commands.common import ALONE
-from sora_llm.config import Config
+from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import UserError
 from sora_llm.inputs import Inputs, load_data, prepare_rows
@@ -19,15 +19,29 @@ def measuring(config: Config, spec: BackboneSpec) -> Config:
         config.model,
         name_or_path=spec.name_or_path,
         revision=spec.revision,
+        dtype=spec.dtype,  # type: ignore[arg-type]  # one of the dtypes by its making
         trust_remote_code=spec.trust_remote_code,
         adapter=None,
     )
     return replace(
         config,
         model=model,
+        quantization=quantization_of(spec),
         data=replace(config.data, datasets=config.data.val_datasets or config.data.datasets),
         output=replace(config.output, report_to=()),
         evaluation=replace(config.evaluation, sample_prompts=()),
+    )
+
+
+def quantization_of(spec: BackboneSpec) -> Quantization:
+    """The section of a config that loads a base as `spec` does."""
+    return Quantization(
+        load_in_4bit=spec.load_in_4bit,
+        load_in_8bit=spec.load_in_8bit,
+        bnb_4bit_quant_type=spec.quant_type,  # type: ignore[arg-type]  # valid by its making, as the others
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=spec.compute_dtype,  # type: ignore[arg-type]
+        bnb_4bit_quant_storage=spec.quant_storage,  # type: ignore[arg-type]
     )
 
 

@@ -61,12 +61,13 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     if not spec.name_or_path:
         raise UserError(f"{subject.adapter} does not say which base it is of; name it with --base MODEL")
     spec = replace(spec, trust_remote_code=trust_remote_code or spec.trust_remote_code)
-    if load_in_4bit:
-        spec = replace(spec, load_in_4bit=True, load_in_8bit=False)
     if subject.config is None:
         spec = as_its_files(spec)
-    else:
-        load_model_config(spec)
+    if load_in_4bit:
+        if spec.load_in_8bit and subject.config is None:
+            raise UserError(f"--load-in-4bit: the files of {spec.name_or_path} are quantised in 8 bits; leave it out")
+        spec = replace(spec, load_in_4bit=True, load_in_8bit=False)
+    load_model_config(spec)
     return replace(subject, spec=spec)
 
 

@@ -1,0 +1,84 @@
+"""How much of SoRA's lead over SVD cuts is when the first cut comes: at 25 %, with the first of four cuts at 10 %.
+
+    python benchmarks/quality/early.py [--out FILE]
+
+Three arms on one machine, one thread: `svd4early` (cuts at 10, 20, 30 and 40 %, where SoRA prunes), tuned here, and
+`svd4` and `sora` at the rates that grid.py froze (--runs), because machines round bfloat16 differently and pairs want
+the same one.  Every run is a line of --out (default early.jsonl); one that is there is not made again.  Prints the
+numbers of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grid import HERE, append, missing_data, unusable
+from protocol import TUNING, Group, Protocol, Queue, read_lines
+from statistics_of_pairs import bootstrap_interval, sign_flip_p
+
+SIZE = 0.25
+EARLY, LATE, SORA = (Group(SIZE, arm) for arm in ("svd4early", "svd4", "sora"))
+PAIRS = ((EARLY, LATE), (SORA, EARLY), (SORA, LATE))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=HERE / "runs.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "early.jsonl")
+    arguments = parser.parse_args()
+    if wrong := unusable(arguments.out) or missing_data():
+        print(f"early.py: {wrong}", file=sys.stderr)
+        return 2
+    protocol = Protocol()
+    queue = Queue(protocol, [[EARLY, LATE, SORA]])
+    tuned = {key: line for key, line in read_lines(arguments.runs).items() if line["cell"]["rows"] == TUNING}
+
+    def lines() -> dict[str, Any]:
+        return {**tuned, **read_lines(arguments.out)}
+
+    if next(queue.missing(lines()), None) is not None:
+        with tempfile.TemporaryDirectory() as name:
+            from runner import Runner, split
+
+            split(protocol, Path(name))
+            runner = Runner(protocol, Path(name), "cpu")
+            while (cell := next(queue.missing(lines()), None)) is not None:
+                line = runner.run(cell)
+                append(arguments.out, line)
+                print(
+                    f"{cell.group} seed {cell.seed} at {cell.learning_rate}: {line.get('loss', 'failed')}", flush=True
+                )
+    print(table(queue, lines()))
+    return 0
+
+
+def table(queue: Queue, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Losses over test rows, and the pairs of one seed."""
+    losses = {
+        group: [lines[cell.key].get("loss", float("inf")) for cell in queue.test_cells(group, lines)]
+        for group in (EARLY, LATE, SORA)
+    }
+    rows = ["| arm | rate | test loss | by seed |", "|---|---|---|---|"]
+    for group, found in losses.items():
+        by_seed = ", ".join(f"{loss:.4f}" for loss in found)
+        rows.append(f"| {group} | {queue.tuned(group, lines)} | {statistics.mean(found):.4f} | {by_seed} |")
+    rows += ["", "| pair | mean difference (95 %) | better in | p |", "|---|---|---|---|"]
+    for one, other in PAIRS:
+        differences = [a - b for a, b in zip(losses[one], losses[other], strict=True)]
+        low, high = bootstrap_interval(differences)
+        wins = f"{sum(difference < 0 for difference in differences)} of {len(differences)}"
+        rows.append(
+            f"| {one} − {other} | {statistics.mean(differences):+.4f} ({low:+.4f} … {high:+.4f}) | "
+            f"{wins} | {sign_flip_p(differences):.4f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
