@@ -138,7 +138,7 @@ def plan_merge(
 
     Raises:
         UserError: weights that are no safetensors, are damaged, lack a layer's weight by its name or shape, or are
-            4-bit ones where the original ones are asked for.
+            quantised ones where the original ones are asked for.
     """
     files: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
