@@ -168,6 +168,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         has_ended=state["stage"]["has_ended"],
         alarmed=state["alarms"]["waiting"],
         unlogged=state["unlogged"],
+        late_round=state.get("late_round", {}),
     )
 
 
@@ -384,6 +385,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "patience": training.patience.state(),
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
+        "late_round": dict(training.late_round),
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
         "order": job.order.position(),

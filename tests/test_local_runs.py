@@ -226,6 +226,9 @@ def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
     best = min((line for line in logged[:-1] if line["phase"] == "finetune"), key=lambda line: line["eval_loss"])
     assert last["best_step"] == best["step"] < stopped["step"]
     assert last["eval_loss_exported"] == pytest.approx(best["eval_loss"], rel=1e-4)
+    interrupt(ground.run_dir("local patience"), ground.run_dir("local patience again"), stopped["step"])
+    assert ground.codes("local patience again", 2, **options) == [0, 0]
+    assert result(ground.run_dir("local patience again")) == result(ground.run_dir("local patience"))
 
 
 @pytest.mark.matrix
