@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
-from sora_llm.quantised import QuantisedFiles, quantised_files, settings_in, take_form
+from sora_llm.quantised import QuantisedFiles, holds_packed, quantised_files, settings_in, take_form
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -89,6 +89,13 @@ def load_config(spec: BackboneSpec) -> Any:
     files = quantised_files(config)
     if files is not None:
         _refuse_other_form(spec, files)
+    elif spec.folder.is_dir() and (
+        holder := next(filter(holds_packed, sorted(spec.folder.glob("*.safetensors"))), None)
+    ):
+        raise UserError(
+            f"model.name_or_path: {holder} holds 4-bit weights of bitsandbytes, and the config.json beside it has no "
+            "quantization_config that says so; put back the one that the model was saved with"
+        )
     return config
 
 
@@ -124,8 +131,8 @@ def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
     keys = [f"quantization.{key}: {str(own).lower()}" for key, (own, said) in wanted.items() if own != said]
     if keys:
         raise UserError(
-            f"model.name_or_path: the files of {spec.name_or_path} are quantised already, otherwise than it is said; "
-            f"set {', '.join(keys)}, or name the unquantised model"
+            f"model.name_or_path: {spec.name_or_path} is quantised already, its config.json says in {files}; set "
+            f"{', '.join(keys)}, or name the unquantised model"
         )
 
 

@@ -151,7 +151,8 @@ def plan_merge(
             raise UserError(f"the weights {path} are damaged: {error}") from None
     if not dequantise and quantised_files(bare_model.config) is not None:
         raise UserError(
-            f"the files of {spec.name_or_path} hold quantised weights alone; name the original model to merge into it"
+            f"the files of {spec.name_or_path} hold quantised weights alone; name the original model to merge into it "
+            "(sora-llm export: --base-model)"
         )
     constants = constants_in(files)
     packed = {key: packed_shape(files, names) for key, names in constants.items()}

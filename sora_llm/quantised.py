@@ -37,6 +37,11 @@ class QuantisedFiles:
     compute_dtype: str
     skipped: tuple[str, ...] | None
 
+    def __str__(self) -> str:
+        if self.bits == 8:
+            return "8 bits"
+        return f"4 bits, {self.quant_type}, with{'' if self.double_quant else 'out'} double quantisation"
+
 
 def quantised_files(config: Any) -> QuantisedFiles | None:
     """Of a base's transformers config, as it was read; None for a base that is not quantised.
@@ -91,6 +96,12 @@ def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
         return target_linears(skeleton)
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return {name: linear for name, linear in linears.items() if should_convert_module(name, list(files.skipped))}
+
+
+def holds_packed(path: Path) -> bool:
+    """Whether a file has 4-bit weights, by its header."""
+    with safe_open(path, framework="pt") as file:
+        return any(STATE in key for key in file.keys())  # noqa: SIM118
 
 
 def constants_in(files: Mapping[str, Path]) -> dict[str, list[str]]:

@@ -34,7 +34,8 @@ class RunResult:
 
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
-    """The result of the finished run in this directory, or None.
+    """The result of the finished run in this directory, or None: also where its adapter is gone, which is then exported
+    again from the newest checkpoint.
 
     Raises:
         UserError: the directory belongs to a run of another config.
@@ -55,6 +56,8 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     if status is None or status.get("state") != "finished" or plan.config.output.resume != "auto":
         return None
     adapter = run_dir / status["adapter"]
+    if not adapter.is_dir():
+        return None
     say(
         world,
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",

@@ -423,7 +423,7 @@ def refuse_more_skipping(training: Training) -> None:
     if in_a_row >= training.job.config.train.max_skipped_steps:
         raise RunFailed(
             f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
-            "skipped; lower train.learning_rate or look at the data, and start the command again"
+            "skipped; look at the data, or lower train.learning_rate and name a new output.output_dir"
         )
 
 

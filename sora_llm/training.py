@@ -280,8 +280,11 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     training.directory.metrics(done, phase, fields)
     if phase != DENSE:
         training.directory.ranks(done, ranks.ranks, training.labels)
-    if evaluated and phase != DENSE and (phase == FINETUNE or job.plan.is_path):
-        training.has_ended |= training.patience.is_exhausted_by(evaluated["eval_loss"])
+    counts = phase == FINETUNE or (job.plan.is_path and phase != DENSE)
+    if evaluated and counts and training.patience.is_exhausted_by(evaluated["eval_loss"]):
+        training.has_ended = True
+        patience = job.config.evaluation.early_stopping_patience
+        say(job.world, f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
 
 
 def raise_alarms(job: Job, sentences: list[str]) -> list[str]:
@@ -341,8 +344,11 @@ def final_masters(training: Training) -> Mapping[str, Tensor]:
     if best is None:
         return training.engine.masters()
     if best.step != training.done:
-        said = f"the adapter is that of step {best.step}, which has the lowest dev loss ({best.eval_loss:.4f})"
-        say(training.job.world, said)
+        say(
+            training.job.world,
+            f"the adapter is that of step {best.step}, which has the lowest dev loss of the finetune phase "
+            f"({best.eval_loss:.4f})",
+        )
     return best.masters
 
 

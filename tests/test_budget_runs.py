@@ -187,10 +187,13 @@ def test_it_goes_on_under_another_strategy(
     assert_equal_adapters(whole, run_dir)
 
 
-def test_patience_ends_the_finetune_phase_and_a_resumed_run_knows(ground: Playground, tmp_path: Path) -> None:
+def test_patience_ends_the_finetune_phase_and_a_resumed_run_knows(
+    ground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {**BUDGET, "evaluation.eval_steps": 1, "evaluation.early_stopping_patience": 1, "train.max_steps": 40}
     options |= {"sora.consensus_at": 0.1, "sora.dense_ratio": 0.05, "train.learning_rate": 0.5, "output.save_steps": 50}
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    assert "1 evaluation(s) in a row brought no lower dev loss" in capsys.readouterr().out
     whole = result(tmp_path / "run")
     losses = {line["step"]: line["eval_loss"] for line in whole["metrics"] if line["phase"] == "finetune"}
     assert len(losses) < 30 and list(losses.values())[-1] >= min(losses.values()), "it ended when nothing got better"

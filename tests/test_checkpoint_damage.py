@@ -257,6 +257,16 @@ def test_a_file_that_may_not_grow_fails_the_run_in_the_same_way(
     assert checkpoint.newest(interrupted)[1] == []
 
 
+def test_a_finished_run_whose_adapter_is_gone_exports_it_again(
+    undisturbed: dict[int, Path], tmp_path: Path, start: Callable[..., tuple[int, str]]
+) -> None:
+    run_dir = Path(shutil.copytree(undisturbed[1], tmp_path / "run"))
+    shutil.rmtree(run_dir / "adapter")
+    code, output = start(run_dir, **{"output.save_steps": 1})
+    assert code == 0 and "resuming from" in output
+    assert result(run_dir) == result(undisturbed[1])
+
+
 def test_a_folder_that_becomes_read_only_fails_the_run_in_the_same_way(
     interrupted: Path, start: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

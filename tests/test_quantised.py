@@ -137,7 +137,7 @@ def test_a_run_beside_it_is_the_run_beside_the_original(
     ],
 )
 def test_another_form_than_that_of_the_files_is_a_sentence_with_the_keys_to_set(quantised, files, spec, keys):
-    with pytest.raises(UserError, match=rf"quantised already, otherwise than it is said; set {keys}, or"):
+    with pytest.raises(UserError, match=rf"quantised already, its config.json says in [48] bits.*; set {keys}, or"):
         load_config(BackboneSpec(str(quantised(files)), **spec))
 
 
@@ -151,6 +151,15 @@ def test_a_run_refuses_it_before_anything_is_written(quantised, tmp_path, ground
 def test_other_quantisers_are_refused_by_name(quantised, tmp_path):
     base = with_config(quantised("nf4"), tmp_path / "base", quant_method="gptq")
     with pytest.raises(UserError, match="is quantised by gptq"):
+        load_config(BackboneSpec(str(base), load_in_4bit=True))
+
+
+def test_4_bit_files_without_a_word_of_it_in_their_config_are_refused(quantised, tmp_path):
+    base = with_config(quantised("nf4"), tmp_path / "base")
+    content = json.loads((base / "config.json").read_text())
+    del content["quantization_config"]
+    (base / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds 4-bit weights of bitsandbytes, and"):
         load_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
