@@ -89,13 +89,6 @@ def load_config(spec: BackboneSpec) -> Any:
     files = quantised_files(config)
     if files is not None:
         _refuse_other_form(spec, files)
-    elif spec.folder.is_dir() and (
-        holder := next(filter(holds_packed, sorted(spec.folder.glob("*.safetensors"))), None)
-    ):
-        raise UserError(
-            f"model.name_or_path: {holder} holds 4-bit weights of bitsandbytes, and the config.json beside it has no "
-            "quantization_config that says so; put back the one that the model was saved with"
-        )
     return config
 
 
@@ -106,9 +99,13 @@ def _read_config(spec: BackboneSpec) -> Any:
         raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
-    if folder.is_dir():
-        _check_folder(folder, spec)
+    packed = _check_folder(folder, spec) if folder.is_dir() else None
     config = _from_pretrained(AutoConfig, spec, "config")
+    if packed is not None and settings_in(config) is None:
+        raise UserError(
+            f"model.name_or_path: {packed} holds 4-bit weights of bitsandbytes, and the config.json beside it has no "
+            "quantization_config that says so; put back the one that the model was saved with"
+        )
     if config.get_text_config().__class__ not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise UserError(
             f"model.name_or_path: {spec.name_or_path} is a {config.model_type!r} model, which is not a decoder that "
@@ -157,17 +154,19 @@ def as_its_files(spec: BackboneSpec) -> BackboneSpec:
     return spec
 
 
-def _check_folder(folder: Path, spec: BackboneSpec) -> None:
-    """A local checkpoint's files, as far as that costs nothing: headers of the weights, presence of a tokenizer."""
+def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
+    """A local checkpoint's files, as far as that costs nothing: headers of the weights, presence of a tokenizer.
+    Returns one of its files that holds 4-bit weights, if there is any."""
     if spec.revision is not None:
         raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not any(folder.glob("*.bin")):
         raise UserError(f"model.name_or_path: the folder {folder} holds no weights (*.safetensors)")
+    packed = None
     for path in weights:
         try:
-            with safe_open(path, framework="pt"):  # reads the header and compares the file's size with it
-                pass
+            with safe_open(path, framework="pt") as file:  # reads the header and compares the file's size with it
+                packed = path if holds_packed(file) else packed
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.name_or_path: the weights {path} are damaged: {error}") from None
     if not has_tokenizer(folder):
@@ -175,6 +174,7 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> None:
             f"model.name_or_path: the folder {folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the "
             "base model's tokenizer files into it"
         )
+    return packed
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:
@@ -292,10 +292,9 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
         "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
     }
     config = _from_pretrained(AutoConfig, spec, "config")
-    is_quantised_already = quantised_files(config) is not None
-    if is_quantised_already:
-        # the files say the rest
-        config.quantization_config = {**(settings_in(config) or {}), "bnb_4bit_compute_dtype": spec.compute_dtype}
+    said = settings_in(config)
+    if said is not None:  # quantised already; the files say the rest
+        config.quantization_config = {**said, "bnb_4bit_compute_dtype": spec.compute_dtype}
         options["config"] = config
     elif (quantization := _quantization(spec)) is not None:
         options["quantization_config"] = quantization
@@ -306,7 +305,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
-    if is_quantised_already:
+    if said is not None:
         take_form(model, DTYPES[spec.dtype], DTYPES[spec.quant_storage])
     if gradient_checkpointing:
         enable_checkpointing(model)

@@ -34,7 +34,7 @@ from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
-from sora_llm.quantised import constants_in, packed_shape, quantised_files, quantised_linears, unpacked
+from sora_llm.quantised import PackedWeight, packed_weights, quantised_files, quantised_linears, unpacked
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
@@ -61,8 +61,8 @@ class Merge:
     """How a tensor of the base becomes one of the merged model.
 
     `files` says where every tensor lies; `quantised` are the linear layers that are 4-bit ones in `spec`, and their
-    weights go through that where `dequantise`.  `packed` are the shapes [O, I] of the weights that the files hold in
-    4 bits, `constants` the names of the tensors beside each, of which the merged model has none.
+    weights go through that where `dequantise`.  `packed` are the weights that the files hold in 4 bits; of
+    their constants the merged model has none.
     """
 
     factors: PlainFactors
@@ -71,8 +71,7 @@ class Merge:
     quantised: frozenset[str]
     dequantise: bool
     device: torch.device | str
-    packed: Mapping[str, list[int]] = field(default_factory=dict)
-    constants: Mapping[str, list[str]] = field(default_factory=dict)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +80,7 @@ class Merge:
     def base(self, key: str) -> Tensor:
         """A tensor of the base, before anything is added."""
         if key in self.packed:
-            return unpacked(self.files, key, self.constants[key], torch.device(self.device))
+            return unpacked(self.files, key, self.packed[key], torch.device(self.device))
         with safe_open(self.files[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         if self.dequantise and key.endswith(".weight") and key.removesuffix(".weight") in self.quantised:
@@ -154,9 +153,8 @@ def plan_merge(
             f"the files of {spec.name_or_path} hold quantised weights alone; name the original model to merge into it "
             "(sora-llm export: --base-model)"
         )
-    constants = constants_in(files)
-    packed = {key: packed_shape(files, names) for key, names in constants.items()}
-    shapes |= packed
+    packed = packed_weights(files)
+    shapes |= {key: weight.shape for key, weight in packed.items()}
     for name, linear in target_linears(bare_model).items():
         shape = [linear.out_features, linear.in_features]
         if shapes.get(f"{name}.weight") != shape:
@@ -165,7 +163,7 @@ def plan_merge(
                 "as its layers are; load and save it with transformers, and name that folder"
             )
     quantised = frozenset(quantised_linears(bare_model))
-    return Merge(factors, spec, files, quantised, dequantise, device, packed, constants)
+    return Merge(factors, spec, files, quantised, dequantise, device, packed)
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -174,7 +172,7 @@ def plan_merge(
 def merged_size(merge: Merge, key: str) -> int:
     """Bytes of a tensor of the merged model."""
     if key in merge.packed:
-        return math.prod(merge.packed[key]) * merge.dtype.itemsize
+        return math.prod(merge.packed[key].shape) * merge.dtype.itemsize
     with safe_open(merge.files[key], framework="pt") as file:
         part = file.get_slice(key)
         is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
@@ -189,8 +187,10 @@ def planned_shards(merge: Merge) -> list[list[str]]:
     """The tensors of each file to write, in the order of the base's files."""
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
-    left_out = {name for names in merge.constants.values() for name in names}
-    for key in (key for key in merge.files if key not in left_out):
+    left_out = {name for weight in merge.packed.values() for name in weight.constants}
+    for key in merge.files:
+        if key in left_out:
+            continue
         size = merged_size(merge, key)
         if size > room and shards[-1]:
             shards.append([])

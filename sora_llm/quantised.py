@@ -98,28 +98,34 @@ def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears.items() if should_convert_module(name, list(files.skipped))}
 
 
-def holds_packed(path: Path) -> bool:
-    """Whether a file has 4-bit weights, by its header."""
-    with safe_open(path, framework="pt") as file:
-        return any(STATE in key for key in file.keys())  # noqa: SIM118
+def holds_packed(file: Any) -> bool:
+    """Whether an open safetensors file has 4-bit weights, by its header."""
+    return any(STATE in key for key in file.keys())  # noqa: SIM118
 
 
-def constants_in(files: Mapping[str, Path]) -> dict[str, list[str]]:
-    """{4-bit weight: the tensors beside it} of tensors by name; empty where nothing is 4-bit."""
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight that lies in the files in 4 bits: its shape [O, I] and the names of the constants beside it."""
+
+    shape: list[int]
+    constants: tuple[str, ...]
+
+
+def packed_weights(files: Mapping[str, Path]) -> dict[str, PackedWeight]:
+    """{name: weight} of those among the tensors of a base's files, which are given by name.
+
+    Raises:
+        UserError: constants that are damaged.
+    """
     found: dict[str, list[str]] = {key.partition(STATE)[0]: [] for key in files if STATE in key}
     for key in files:
         weight = f"{key.rpartition('.weight.')[0]}.weight"
         if weight in found:
             found[weight].append(key)
-    return found
+    return {weight: PackedWeight(_shape(files, names), tuple(names)) for weight, names in found.items()}
 
 
-def packed_shape(files: Mapping[str, Path], constants: Sequence[str]) -> list[int]:
-    """[O, I] of the weight that lies in the files in 4 bits with these constants.
-
-    Raises:
-        UserError: they are damaged.
-    """
+def _shape(files: Mapping[str, Path], constants: Sequence[str]) -> list[int]:
     from bitsandbytes.utils import unpack_tensor_to_dict
 
     state = next(name for name in constants if STATE in name)
@@ -129,11 +135,12 @@ def packed_shape(files: Mapping[str, Path], constants: Sequence[str]) -> list[in
         raise UserError(f"the weights {files[state]} are damaged: {state} says nothing ({first_line(error)})") from None
 
 
-def unpacked(files: Mapping[str, Path], key: str, constants: Sequence[str], device: torch.device) -> Tensor:
+def unpacked(files: Mapping[str, Path], key: str, packed: PackedWeight, device: torch.device) -> Tensor:
     """The numbers (O, I) that a 4-bit layer multiplies with, on the CPU, from its codes and constants in the files."""
     from bitsandbytes import functional
 
-    state = functional.QuantState.from_dict({name: _read(files, name).to(device) for name in constants}, device)
+    constants = {name: _read(files, name).to(device) for name in packed.constants}
+    state = functional.QuantState.from_dict(constants, device)
     return functional.dequantize_4bit(_read(files, key).to(device), state).cpu()
 
 

@@ -30,7 +30,11 @@ def peft_lora(base: Path, folder: Path, seed: int, **options: Any) -> Path:
     config = LoraConfig(**{"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"} | options)
     model = tiny_llama()
     model.name_or_path = model.config._name_or_path = str(base)
-    adapted = get_peft_model(model, config)
+    return save_random(get_peft_model(model, config), folder, seed)
+
+
+def save_random(adapted: PeftModel, folder: Path, seed: int) -> Path:
+    """Give the LoRA of a PEFT model random factors, A too, which PEFT draws from the global generator, and save it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

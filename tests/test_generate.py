@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import randomise_all
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_loras import save_random
 from runs import gsm8k_overrides
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -33,16 +34,9 @@ SHORT = ["--max-new-tokens", "12", "--temperature", "0"]
 @pytest.fixture(scope="module")
 def lora(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA of stories260k as PEFT saves it."""
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:  # A too: PEFT draws it from the global generator
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(str(folder))
-    return folder
+    return save_random(adapted, tmp_path_factory.mktemp("lora") / "adapter", 0)
 
 
 def greedy(model: Any, stories: Path, prompt: str) -> str:

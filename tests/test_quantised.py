@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import linear4bit, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_loras import save_random
 from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, Playground, overrides, result, status
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -62,12 +63,14 @@ def quantised(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return make
 
 
-def with_config(base: Path, folder: Path, **settings: Any) -> Path:
-    """A copy of a base whose config.json says other settings of its quantisation; None takes one out."""
+def with_config(base: Path, folder: Path, without: str | None = None, **settings: Any) -> Path:
+    """A copy of a base whose config.json says other settings of its quantisation (None takes one out), and lacks the
+    key `without`."""
     shutil.copytree(base, folder)
     content = json.loads((folder / "config.json").read_text())
     said = content["quantization_config"] | settings
     content["quantization_config"] = {key: value for key, value in said.items() if value is not None}
+    content.pop(without, None)
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 
@@ -155,10 +158,7 @@ def test_other_quantisers_are_refused_by_name(quantised, tmp_path):
 
 
 def test_4_bit_files_without_a_word_of_it_in_their_config_are_refused(quantised, tmp_path):
-    base = with_config(quantised("nf4"), tmp_path / "base")
-    content = json.loads((base / "config.json").read_text())
-    del content["quantization_config"]
-    (base / "config.json").write_text(json.dumps(content))
+    base = with_config(quantised("nf4"), tmp_path / "base", without="quantization_config")
     with pytest.raises(UserError, match="holds 4-bit weights of bitsandbytes, and"):
         load_config(BackboneSpec(str(base), load_in_4bit=True))
 
@@ -171,14 +171,11 @@ def test_an_old_config_that_names_no_quantiser_is_bitsandbytes(quantised, tmp_pa
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_not_quantised_is_brought_into_the_dtype_of_the_run(quantised, tmp_path, dtype):
     """Also where the files have it in several; transformers 5.23 leaves it as it is, whatever it is told."""
-    base = with_config(quantised("nf4"), tmp_path / "base")
+    base = with_config(quantised("nf4"), tmp_path / "base", without="dtype")
     for path in base.glob("*.safetensors"):
         tensors = load_file(path)
         odd = {name: tensor.float() for name, tensor in tensors.items() if "layernorm" in name}
         save_file(tensors | odd, path, metadata={"format": "pt"})
-    content = json.loads((base / "config.json").read_text())
-    del content["dtype"]
-    (base / "config.json").write_text(json.dumps(content))
     model = load_backbone(BackboneSpec(str(base), dtype=dtype, load_in_4bit=True, compute_dtype="float32"), "cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.uint8, getattr(torch, dtype)}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "they stay tied"
@@ -238,13 +235,7 @@ def lora(request: pytest.FixtureRequest, quantised: Callable[..., Path], tmp_pat
     """A LoRA as PEFT saves it, of 4-bit files: nothing but their name says how the base is loaded."""
     model = AutoModelForCausalLM.from_pretrained(quantised(request.param), dtype=torch.bfloat16)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    return tmp_path / "adapter"
+    return save_random(adapted, tmp_path / "adapter", 0)
 
 
 def test_a_lora_of_it_is_asked_measured_and_merged_without_a_word_on_the_base(lora, tmp_path, capsys):

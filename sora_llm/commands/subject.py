@@ -63,11 +63,12 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     spec = replace(spec, trust_remote_code=trust_remote_code or spec.trust_remote_code)
     if subject.config is None:
         spec = as_its_files(spec)
-    if load_in_4bit:
-        if spec.load_in_8bit and subject.config is None:
+        if load_in_4bit and spec.load_in_8bit:
             raise UserError(f"--load-in-4bit: the files of {spec.name_or_path} are quantised in 8 bits; leave it out")
+    if load_in_4bit:
         spec = replace(spec, load_in_4bit=True, load_in_8bit=False)
-    load_model_config(spec)
+    if subject.config is not None:
+        load_model_config(spec)
     return replace(subject, spec=spec)
 
 
