@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
-from sora_llm.quantised import QuantisedFiles, holds_packed, quantised_files, settings_in, take_form
+from sora_llm.quantised import QuantisedFiles, holds_packed, is_quantised, quantised_files, settings_in, take_form
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -96,12 +96,13 @@ def _read_config(spec: BackboneSpec) -> Any:
     folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
-        raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}")
+        seen_from = "" if folder.is_absolute() else f" (from {Path.cwd()})"
+        raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}{seen_from}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
     packed = _check_folder(folder, spec) if folder.is_dir() else None
     config = _from_pretrained(AutoConfig, spec, "config")
-    if packed is not None and settings_in(config) is None:
+    if packed is not None and not is_quantised(config):
         raise UserError(
             f"model.name_or_path: {packed} holds 4-bit weights of bitsandbytes, and the config.json beside it has no "
             "quantization_config that says so; put back the one that the model was saved with"

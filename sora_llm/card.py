@@ -17,6 +17,15 @@ from sora_llm.hub import card_metadata
 from sora_llm.lora_files import CERTIFICATE
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
+TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+
+
+def story_of_run(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The story of a run's adapter, and its notes for the certificate, from the line of metrics that tells of it."""
+    step = line.get("best_step")
+    if step is None:
+        return TRAINED, {}
+    return f"{TRAINED}, taken after step {step}, where its dev loss was lowest,", {"best_step": step}
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,10 @@ class Provenance:
     chat_template: str | None = None
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
-    story: str = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+    story: str = TRAINED
     """How it was made: the beginning of a sentence."""
+    is_base_quantised: bool = False
+    """Whether the base's own files are: llama.cpp converts unquantised ones only."""
     beside: str = "trained and evaluated"
     """What was done beside the base as `load_options` load it."""
     notes: Mapping[str, Any] = field(default_factory=dict)

@@ -102,10 +102,12 @@ def of_folder(
     scales: float | Mapping[str, float] = 1.0,
     base: str = "BASE",
     place: str = "path/to/this/folder",
+    is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
     """{engine: verdict} of a PEFT folder whose right scale is `scales` (1 in what is exported here); `base` and `place`
-    are what serve lines name."""
+    are what serve lines name, and files of the base that are quantised are none that llama.cpp converts."""
     wanted = {name: scales[name] if isinstance(scales, Mapping) else scales for name in lora.ranks}
+    note, original = _for_converter(base, is_base_quantised)
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= lora.r), None)
     vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={place}"
     by_engine = {
@@ -122,11 +124,21 @@ def of_folder(
             _by_kind(lora, wanted),
             f"lorax-launcher --model-id {base} --adapter-id {place} --adapter-source local",
         ),
-        LLAMA_CPP: (_converted(lora, wanted), f"python convert_lora_to_gguf.py --base {base} {place}"),
+        LLAMA_CPP: (
+            _converted(lora, wanted),
+            f"{note}python convert_lora_to_gguf.py --base {original} {place}",
+        ),
         OLLAMA: (iter(["it takes GGUF files with llama.cpp's order of rows: export with --layout gguf"]), ""),
         MLX: (iter(["it reads a file format of its own, adapters.safetensors with lora_parameters"]), ""),
     }
     return {engine: _verdict(problems, serve) for engine, (problems, serve) in by_engine.items()}
+
+
+def _for_converter(base: str, is_quantised: bool) -> tuple[str, str]:
+    """What llama.cpp's converters, which read unquantised models only, are given as the base, after a comment on it."""
+    if not is_quantised:
+        return "", base
+    return f"# ORIGINAL is the unquantised model that {base} was made from\n", "ORIGINAL"
 
 
 def _verdict(problems: Iterator[str], serve: str) -> Verdict:
@@ -228,16 +240,17 @@ def of_gguf(
     shapes: Mapping[str, tuple[int, int]],
     base: str = "BASE",
     place: str = "adapter.gguf",
+    is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
     """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
-    what is built on it read such files."""
+    what is built on it read such files.  The rest as for `of_folder`."""
     verdict = _verdict(_llama_cpp(file, architecture, shapes), "")
     if not verdict.works:
         return {LLAMA_CPP: verdict, OLLAMA: verdict}
+    note, original = _for_converter(base, is_base_quantised)
+    convert = f"{note}python convert_hf_to_gguf.py {original} --outfile base.gguf"
     return {
-        LLAMA_CPP: Verdict(
-            "", f"python convert_hf_to_gguf.py {base} --outfile base.gguf\nllama-server -m base.gguf --lora {place}"
-        ),
+        LLAMA_CPP: Verdict("", f"{convert}\nllama-server -m base.gguf --lora {place}"),
         OLLAMA: Verdict("", f"FROM ./base.gguf\nADAPTER ./{place}"),
     }
 

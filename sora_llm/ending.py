@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sora_llm import export, pipeline
 from sora_llm.backbone import free_unused, load_call
+from sora_llm.card import story_of_run
 from sora_llm.config import to_dict
 from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
@@ -27,6 +28,7 @@ from sora_llm.job import (
 )
 from sora_llm.layouts import adapter_layout, export_beside
 from sora_llm.plan import stage_name
+from sora_llm.quantised import is_quantised
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
 from sora_llm.training import Training, cut_adapter, dev_loss, final_masters, loss_over
@@ -72,7 +74,7 @@ def cut_and_export(training: Training) -> StageResult:
             else directory.path / "adapter",
             adapter_layout(config.output.export_layout),
             world=job.world,
-            provenance=provenance(job, fields.get("eval_loss")),
+            provenance=provenance(job, fields),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
@@ -96,17 +98,21 @@ def cut_and_export(training: Training) -> StageResult:
     return StageResult(exported, goes_on_from, factors)
 
 
-def provenance(job: Job, dev_loss: float | None) -> Provenance:
-    """What the model card says about the run."""
+def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
+    """What model card and certificate say about the run; `line` is that of its export."""
     config = job.config
+    story, notes = story_of_run(line)
     return Provenance(
         base_model=config.model.name_or_path,
         revision=config.model.revision,
         data=[dataset.path for dataset in config.data.datasets],
-        metrics={} if dev_loss is None else {"dev loss of the trained adapter": dev_loss},
+        metrics={"dev loss of the trained adapter": line["eval_loss"]} if "eval_loss" in line else {},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
         load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
+        is_base_quantised=is_quantised(job.inputs.skeleton.config),
+        story=story,
+        notes=notes,
     )
 
 
@@ -132,7 +138,7 @@ def leave_beside(training: Training, result: StageResult) -> None:
     job.heed_stop()
     del training.engine.module
     free_unused()  # under ZeRO the model is part of cycles, and the base is about to be loaded again
-    eval_loss = training.directory.last_metrics.get("eval_loss")
+    line = training.directory.last_metrics
 
     def write() -> str:
         assert factors is not None, "they are the main process's"
@@ -141,7 +147,7 @@ def leave_beside(training: Training, result: StageResult) -> None:
             job.inputs,
             factors,
             training.directory.path,
-            provenance=provenance(job, eval_loss),
+            provenance=provenance(job, line),
             device=job.accelerator.device,
         )
 

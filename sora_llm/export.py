@@ -397,7 +397,11 @@ def certify_and_publish(
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
     kinds = {_of_any_layer(name) for name in ranks}
     in_base = [name for name, _ in model.named_modules() if _of_any_layer(name) in kinds]
-    verdicts = of_folder(read_folder(temporary, in_base), base=provenance.base_model or "BASE")
+    verdicts = of_folder(
+        read_folder(temporary, in_base),
+        base=provenance.base_model or "BASE",
+        is_base_quantised=provenance.is_base_quantised,
+    )
     certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
     card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
     publish_export(temporary, folder, certificate, card)

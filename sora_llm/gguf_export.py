@@ -51,7 +51,13 @@ def export_gguf(
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)
         errors, problems = compare(factors, factors_in(file, architecture, list(factors)), outtype)
-        verdicts = of_gguf(file, architecture, shapes, provenance.base_model or "BASE")
+        verdicts = of_gguf(
+            file,
+            architecture,
+            shapes,
+            provenance.base_model or "BASE",
+            is_base_quantised=provenance.is_base_quantised,
+        )
         if not verdicts[LLAMA_CPP].works:
             problems.append(f"llama.cpp would not apply it: {verdicts[LLAMA_CPP].reason}")
         if problems:

@@ -266,7 +266,10 @@ def check_output(run_dir: Path, resume: str) -> None:
     except UserError as error:
         raise UserError(f"output.output_dir: {error}") from None
     if resume not in ("auto", "never") and not user_path(resume, "output.resume").is_dir():
-        raise UserError(f"output.resume is {resume!r}: it must be auto, never, or the folder of a checkpoint")
+        raise UserError(
+            f"output.resume: there is no folder {resume} (from {Path.cwd()}); it is auto, never, or the folder of a "
+            "checkpoint"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ data

@@ -104,6 +104,16 @@ class Plan:
     def is_path(self) -> bool:
         return len(self.stages) > 1
 
+    def most_evaluations(self, eval_steps: int) -> int:
+        """Of those that patience counts, and that come before a stage's last step, the most in one stage."""
+        counts, first = [], 0
+        for stage in self.stages:
+            begin = stage.phases.dense_end if self.is_path else stage.phases.sparsify_end
+            last = first + stage.total_steps
+            counts.append((last - 1) // eval_steps - (first + begin) // eval_steps)
+            first = last
+        return max(counts)
+
 
 def stage_name(sparse_lambda: float) -> str:
     """The folder of a stage in path/, and how it is asked for."""

@@ -83,6 +83,11 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
     return files
 
 
+def is_quantised(config: Any) -> bool:
+    """Whether a base's files are, by whatever means, from its transformers config as it was read."""
+    return settings_in(config) is not None
+
+
 def settings_in(config: Any) -> dict[str, Any] | None:
     """The quantization_config of a transformers config, as a dict; None where there is none."""
     said = getattr(config, "quantization_config", None)

@@ -5,6 +5,7 @@ Trainers are real processes (nursery.py) on stories260k; steps 1–3 are dense, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -236,6 +237,9 @@ def test_with_patience_the_adapter_is_that_of_the_best_evaluation(
     assert best["step"] == last["best_step"] < last["step"], "the best is not the last, or the test shows nothing"
     assert last["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)  # of copies that a process or two evaluate
     assert last["eval_loss_exported"] == pytest.approx(best["eval_loss"], rel=1e-5)
+    adapter = run_dir / "adapter"
+    assert json.loads((adapter / "certificate.json").read_text())["best_step"] == best["step"]
+    assert f"taken after step {best['step']}, where its dev loss was lowest" in (adapter / "README.md").read_text()
     then = load_file(run_dir / "checkpoints" / f"step-{best['step']}" / "adapter.safetensors")
     for module, delta in delta_weights(run_dir).items():
         name = module.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -257,12 +261,18 @@ def test_what_was_better_before_it_was_cut_is_not_the_best(ground: Playground, t
     assert min(losses, key=lambda step: losses[step]) < 0.7 * 23 < last["best_step"]
 
 
-def test_the_last_step_is_measured_too_and_may_be_the_best(ground: Playground, tmp_path: Path) -> None:
+def test_the_last_step_is_measured_too_and_may_be_the_best(
+    ground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATIENT))
+    assert "early_stopping_patience" not in capsys.readouterr().out
     *_, step, last = lines(tmp_path / "run", "metrics.jsonl")
     assert "eval_loss" not in step and step["step"] == last["step"] == last["best_step"] == 23
     again = interrupt(tmp_path / "run", tmp_path / "again", 23)  # whose evaluations are due there, and were not then
     run(CONFIG, *overrides(ground.folder, again, **{**PATIENT, "evaluation.eval_steps": 23}))
+    assert (
+        "early_stopping_patience 3 can end nothing early: with eval_steps 23 no more than 0" in capsys.readouterr().out
+    )
     assert result(again) == result(tmp_path / "run")
 
 

@@ -110,6 +110,21 @@ def test_a_budget_is_met_and_its_error_is_that_of_the_best_choice(
     assert result["merge_error"] == pytest.approx(whole, rel=1e-6)
 
 
+def test_copies_of_one_adapter_are_said_to_be_that(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (peft_lora(base, tmp_path / str(seed), seed, r=4, lora_alpha=4) for seed in range(2))
+    for sources, said in (
+        ([one], "one adapter of positive weight"),
+        ([one, one], "bit for bit the same adapter"),
+        ([one, other], None),
+    ):
+        assert cli.main(["consensus", *map(str, sources), "--out", str(tmp_path / "merged")]) == 0
+        text = capsys.readouterr().out
+        assert "nothing was averaged" in text if said else "nothing was averaged" not in text
+        assert said is None or said in text
+
+
 def test_a_tolerance_bounds_the_error(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [peft_lora(base, tmp_path / str(seed), seed, r=4, lora_alpha=4) for seed in range(2)]
     result = consensus(capsys, *folders, "--tolerance", "0.3", "--out", tmp_path / "merged")

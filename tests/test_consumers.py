@@ -160,6 +160,19 @@ def test_vllm_is_started_with_a_rank_that_it_takes(padded: tuple[Path, list[str]
     assert RANK not in VLLM_RANKS
 
 
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_llama_cpp_converts_the_model_that_a_quantised_base_was_made_from(
+    padded: tuple[Path, list[str]], is_quantised: bool
+) -> None:
+    given = "ORIGINAL" if is_quantised else "some/base"
+    folder = of_folder(read_folder(*padded), base="some/base", is_base_quantised=is_quantised)["llama.cpp"].serve
+    file = of_gguf(gguf_file(), LLAMA, {Q: (8, 8), K: (8, 4)}, "some/base", is_base_quantised=is_quantised)
+    assert f"convert_lora_to_gguf.py --base {given} " in folder
+    assert f"convert_hf_to_gguf.py {given} " in file["llama.cpp"].serve
+    for serve in (folder, file["llama.cpp"].serve):
+        assert ("ORIGINAL is the unquantised model that some/base was made from" in serve) is is_quantised
+
+
 def test_files_that_are_no_lora_are_a_sentence(padded: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, _ = padded
     with pytest.raises(UserError, match="cannot be read"):

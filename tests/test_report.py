@@ -48,10 +48,12 @@ def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
     stream = io.StringIO()
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     progress = Progress(total_steps=20, first_step=0, stream=stream)
-    progress.show({"step": 10, "phase": "dense", "loss": 1.5, "mean_rank": 8.0, "lambda": 0.5})
+    progress.show({"step": 10, "phase": "dense", "loss": 1.5, "mean_rank": 8.0, "lambda": 0.0})
     progress.show({"step": 20, "phase": "sparsify", "loss": 1.25, "mean_rank": 4.0, "lambda": 0.5})
     text = stream.getvalue()
-    assert "step 10/20 dense  0:00 left  loss 1.5000  mean rank 8.00  λ 0.5" in text
+    assert "step 10/20 dense  0:00 left  loss 1.5000  mean rank 8.00" in text
+    assert "step 20/20 sparsify  loss 1.2500  mean rank 4.00  λ 0.5" in text
+    assert text.count("λ") == 1, "only where gates are cut"
     assert ("\r" in text) is terminal and text.count("\n") == (1 if terminal else 2)
 
 

@@ -29,6 +29,7 @@ from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.inputs import quiet_libraries
 from sora_llm.merge import Merged, merge, merge_errors
+from sora_llm.quantised import is_quantised
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
@@ -135,6 +136,7 @@ def export_merged(
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
+    config = load_config(spec)
     model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), merged.factors)
     provenance = Provenance(
         base_model=spec.name_or_path,
@@ -142,7 +144,8 @@ def export_merged(
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
-        load_options=load_call(spec, load_config(spec)),
+        load_options=load_call(spec, config),
+        is_base_quantised=is_quantised(config),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",
         notes={"merge": dict(result)},
@@ -164,6 +167,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         + (f", cosine to the mean {part['cosine']:.3f}" if part.get("cosine") is not None else "")
         for index, part in enumerate(result["sources"], start=1)
     ]
+    merged = [part for part in result["sources"] if part["weight"] > 0]
+    if all(part["distance"] == 0 for part in merged):
+        same = "one adapter of positive weight" if len(merged) == 1 else "bit for bit the same adapter"
+        lines.append(f"({same}: nothing was averaged)")
     lines += [
         "",
         "mean rank of  " + "".join(f"{index:>8}" for index in range(1, count + 1)) + "  merged   largest error",

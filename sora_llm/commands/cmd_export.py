@@ -11,14 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm.backbone import (
-    BackboneSpec,
-    load_backbone,
-    load_call,
-    load_config,
-    skeleton,
-    tokenizer_files,
-)
+from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
+from sora_llm.card import story_of_run
 from sora_llm.commands.common import ALONE, exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
@@ -38,6 +32,7 @@ from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
 from sora_llm.pipeline import evaluate
 from sora_llm.plan import stage_name
+from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
 
 BASES = ("dequantized", "original")
@@ -233,6 +228,7 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
     files, template = own_tokenizer(source, spec)
     own = source.config is not None
     is_whole = adapter.cut is None
+    story, notes = story_of_run(line) if own else (f"Taken from the LoRA {source.name}", {})
     return Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
@@ -241,9 +237,10 @@ def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], a
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
         load_options=load_call(spec, adapter.config),
-        story=Provenance.story if own else f"Taken from the LoRA {source.name}",
+        is_base_quantised=is_quantised(adapter.config),
+        story=story,
         beside=Provenance.beside if own else "verified",
-        notes={"source": source.name, **_cut_notes(adapter.cut)},
+        notes={"source": source.name, **notes, **_cut_notes(adapter.cut)},
         details="" if adapter.cut is None else f"## Size\n{_cut_sentence(adapter.cut)}\n",
     )
 
