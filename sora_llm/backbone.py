@@ -451,6 +451,11 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
     return shards
 
 
+def computes_in_float16(spec: BackboneSpec) -> bool:
+    """Whether gradients pass through float16 on their way to the adapters."""
+    return spec.dtype == "float16" or (spec.load_in_4bit and spec.compute_dtype == "float16")
+
+
 def load_call(spec: BackboneSpec, config: Any) -> str:
     """The arguments of from_pretrained that load this backbone as it is trained beside, as Python text; and in words
     what is to be done then, for files that say another compute dtype."""

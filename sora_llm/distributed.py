@@ -33,9 +33,10 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from sora_llm.consensus import disagreements, fingerprints, tensor_hash
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.extensions import await_build
 from sora_llm.inject import adapter_parameters, adapters
+from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
 from sora_llm.terminal import say
 from sora_llm.topology import ZERO_STAGES, World
@@ -435,7 +436,8 @@ class Engine:
 
     `model` is what to call in the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
     `param_groups` carry lr and λ.  With `replicas` (none and ddp alone) it is this replica's: values, moments and
-    gradients are its own until `write` makes them equal everywhere.
+    gradients are its own until `write` makes them equal everywhere.  What is accumulated, reduced and clipped are
+    gradients without the `loss_scale`.
     """
 
     def __init__(
@@ -446,6 +448,7 @@ class Engine:
         strategy: str,
         max_grad_norm: float | None,
         replicas: Replicas | None = None,
+        loss_scale: LossScale | None = None,
     ):
         gates_before = {
             name: p.detach().clone() for name, p in adapter_parameters(model).items() if name.endswith(".gate")
@@ -455,6 +458,10 @@ class Engine:
         self._has_importance = self.is_spent = False
         self._zero: Any = None
         self._adapter_parameters = adapter_parameters(model)
+        self.loss_scale = LossScale(is_needed=False) if loss_scale is None else loss_scale
+        self._unscaling: list[Any] = []
+        if self.loss_scale.is_needed:
+            self._unscaling = [p.register_hook(self.loss_scale.unscale) for p in self._adapter_parameters.values()]
         if replicas is None:
             self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         else:  # gradients stay inside the replica, and accelerate only knows the whole world
@@ -498,6 +505,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; over processes they are averaged."""
+        if self.loss_scale.is_needed:
+            loss = loss * self.loss_scale.factor
         if self.is_zero:
             self.model.backward(loss)
         else:
@@ -769,6 +778,8 @@ class Engine:
 
     def _spend(self) -> None:
         self.is_spent = True
+        for hook in self._unscaling:
+            hook.remove()
         self.optimizer.zero_grad(set_to_none=True)
         if self.is_zero:
             # What DeepSpeed 0.19.8 leaves behind.  On the root two hooks that hold the engine; on every module ZeRO-3's
@@ -794,7 +805,10 @@ def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
 
     `environ` is what os.environ held before `make_accelerator`.
     """
-    accelerator.end_training()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # of whatever tracker: what is finished stays finished
+        say(f"warning: output.report_to: a tracker could not be ended: {first_line(error)}")
     if dist.is_initialized():
         dist.destroy_process_group()
     if "deepspeed" in sys.modules:  # its groups belong to the process group that is gone

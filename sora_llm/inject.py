@@ -97,11 +97,12 @@ def inject_sora(
         raise UserError("the model has adapters of another library: inject_sora takes the base model without them")
     targets = target_linears(inner, target_modules)
     _refuse_shared(inner, targets)
+    layers = {name: SoraLinear(linear, r, lora_alpha, lora_dropout, dtype) for name, linear in targets.items()}
     inner.requires_grad_(False)
     forbid_cpu_repack(inner)
-    for name, linear in targets.items():
+    for name, layer in layers.items():
         parent_name, _, child = name.rpartition(".")
-        setattr(inner.get_submodule(parent_name), child, SoraLinear(linear, r, lora_alpha, lora_dropout, dtype))
+        setattr(inner.get_submodule(parent_name), child, layer)
     introduce_neighbours(inner)
     model.train()  # from_pretrained returns a model in eval mode
     return model

@@ -10,12 +10,12 @@ import torch
 
 from sora_llm.card import Provenance, refuse_other_contents
 from sora_llm.consensus import PlainFactors
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import architecture_of
 from sora_llm.inputs import Inputs
-from sora_llm.merged import plan_merge
+from sora_llm.merged import plan_merge, refuse_small_disk
 from sora_llm.merged_export import export_merged
 
 
@@ -29,7 +29,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
 
     Raises:
         UserError: an architecture or a module that llama.cpp does not have, files that cannot be merged into, 8-bit
-            layers, or a folder of that name in the run directory that holds something else.
+            layers, no room on the disk, or a folder of that name in the run directory that holds something else.
     """
     if layout in LAYOUTS:
         return
@@ -39,7 +39,9 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         elif inputs.backbone.load_in_8bit:
             raise UserError("8-bit layers round activations too, so that no weights equal them")
         else:
-            plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=inputs.backbone.load_in_4bit, device="cpu")
+            dequantise = inputs.backbone.load_in_4bit
+            merge = plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=dequantise, device="cpu")
+            refuse_small_disk(merge, run_dir / layout)
         refuse_other_contents(run_dir / layout)
     except UserError as error:
         raise UserError(f"output.export_layout {layout}: {error}") from None
@@ -60,9 +62,23 @@ def export_beside(
     trained is not needed, and should be gone: the base is loaded again.
 
     Raises:
-        UserError: no room on the disk.
-        RunFailed: what was read back is not what was trained; nothing is left.
+        RunFailed: what was read back is not what was trained, or no room on the disk; nothing is left.
     """
+    try:
+        return _export_beside(layout, inputs, factors, run_dir, provenance=provenance, device=device)
+    except UserError as error:  # which was fine when the run began
+        raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
+
+
+def _export_beside(
+    layout: str,
+    inputs: Inputs,
+    factors: PlainFactors,
+    run_dir: Path,
+    *,
+    provenance: Provenance,
+    device: torch.device | str,
+) -> str:
     folder, base = run_dir / layout, inputs.backbone
     certificate: dict[str, Any]
     if layout == "gguf":

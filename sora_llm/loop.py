@@ -79,17 +79,32 @@ def train_step(
 
     The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all micro-batches
     and of the `num_processes` whose gradients engines average, hence the factor.  A non-finite loss makes this
-    process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together.  A replica
-    that the last step of an epoch left without rows stands still.  `before_step` is called between the two, also on
-    a replica that stands still: there the copies of the step before are still what every process computed with.
+    process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together, after it
+    was taken again with every lower loss scale that there is.  A replica that the last step of an epoch left without
+    rows stands still.  `before_step` is called between the two, once, also on a replica that stands still: there the
+    copies of the step before are still what every process computed with.
 
     Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     if batches.weight == 0:
         if before_step is not None:
             before_step()
-        return loss_sum, StepOutcome(0.0, skipped=False)
+        return torch.zeros((), dtype=torch.float64, device=engine.device), StepOutcome(0.0, skipped=False)
+    loss_sum = accumulate(engine, batches, num_processes)
+    if before_step is not None:
+        before_step()
+    outcome = engine.step()
+    while outcome.skipped and engine.loss_scale.fall():
+        loss_sum = accumulate(engine, batches, num_processes)
+        outcome = engine.step()
+    if not outcome.skipped:
+        engine.loss_scale.hold()
+    return loss_sum, outcome
+
+
+def accumulate(engine: Engine, batches: StepBatches, num_processes: int) -> Tensor:
+    """Gradients of all micro-batches; returns this process's Σ weight · cross-entropy (float64)."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     weight = torch.tensor(num_processes / batches.weight, device=engine.device)
     for index, batch in enumerate(batches.micro_batches):
         with engine.micro_batch(last=index == len(batches.micro_batches) - 1):
@@ -97,9 +112,7 @@ def train_step(
             loss = causal_loss_sum(engine.model, **on_device)
             engine.backward(loss * torch.where(loss.detach().isfinite(), weight, torch.nan))
             loss_sum += loss.detach().double()
-    if before_step is not None:
-        before_step()
-    return loss_sum, engine.step()
+    return loss_sum
 
 
 @dataclass

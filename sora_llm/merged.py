@@ -200,7 +200,9 @@ def planned_shards(merge: Merge) -> list[list[str]]:
     return shards
 
 
-def refuse_small_disk(folder: Path, size: int) -> None:
+def refuse_small_disk(merge: Merge, folder: Path) -> None:
+    """UserError if there is no room for the merged model in `folder`, which need not be there yet."""
+    size = sum(merged_size(merge, key) for keys in planned_shards(merge) for key in keys)
     existing = nearest_existing(folder.parent)
     free = shutil.disk_usage(existing).free
     if size > free:

@@ -22,7 +22,6 @@ from sora_llm.inject import bare, put_on
 from sora_llm.merged import (
     Merge,
     check_shards,
-    merged_size,
     planned_shards,
     refuse_small_disk,
     write_shards,
@@ -60,7 +59,7 @@ def export_merged(
     """
     refuse_other_contents(folder)
     shards = planned_shards(merge)
-    refuse_small_disk(folder, sum(merged_size(merge, key) for keys in shards for key in keys))
+    refuse_small_disk(merge, folder)
     expected, losses = _beside_the_base(merge, dev_loss_of)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

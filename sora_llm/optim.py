@@ -8,6 +8,7 @@ master copy at the next step.  The prox is elementwise, so it is exact on any sh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -58,14 +59,16 @@ class ProxAdamW(torch.optim.AdamW):
             loss = None
         self._check_groups()
         low_precision = self._swap_in_masters()
-        _step_of_adamw()(self)
-        found_inf = getattr(self, "found_inf", None)  # of a GradScaler, which leaves skipping to fused optimizers
-        if found_inf is None or not bool(found_inf):
-            for group in self.param_groups:
-                gates = [gate for gate in group["params"] if gate.grad is not None]
-                if group["sparse_lambda"] > 0 and gates:
-                    self._prox(gates, group)
-        self._swap_out_masters(low_precision)
+        try:
+            _step_of_adamw()(self)
+            found_inf = getattr(self, "found_inf", None)  # of a GradScaler, which leaves skipping to fused optimizers
+            if found_inf is None or not bool(found_inf):
+                for group in self.param_groups:
+                    gates = [gate for gate in group["params"] if gate.grad is not None]
+                    if group["sparse_lambda"] > 0 and gates:
+                        self._prox(gates, group)
+        finally:  # a loop that goes on after an error (no memory) would train the masters alone
+            self._swap_out_masters(low_precision)
         return loss
 
     @torch.no_grad()
@@ -159,7 +162,7 @@ class ProxAdamW(torch.optim.AdamW):
             master.grad = None
             param.copy_(master)
             params[index] = param
-            self.state[param] = {**self.state.pop(master), "master": master}
+            self.state[param] = {**self.state.pop(master, {}), "master": master}
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
@@ -212,6 +215,12 @@ def parameter_groups(
     gate_options = {"lr": gate_lr, "weight_decay": 0.0, "sparse_lambda": sparse_lambda, "threshold": threshold}
     if deferred:
         gate_options["deferred"] = True
+    if budgets is not None:
+        times = Counter(name for members in budgets.values() for name in members)
+        odd = [name for name, layer in layers.items() if layer.gate is not None and times.pop(name, 0) != 1]
+        odd += [name for name in times if name not in layers]
+        if odd:
+            raise ValueError(f"budgets name every gated module once, and nothing else; {odd[0]} is not so")
     everything: dict[str | None, Collection[str]] = {None: layers}
     for budget, members in (budgets or everything).items():
         gates = [layers[name].gate for name in layers if name in members and layers[name].gate is not None]

@@ -363,7 +363,7 @@ def cut_by_consensus(
         RunFailed: the bits that arrived differ.
     """
     layers = adapters(model)
-    flat: dict[str, Tensor] = {}
+    plain: dict[str, tuple[Tensor, Tensor]] = {}
     everyone = [masters]
     if replicas is not None:
         gathered = {
@@ -377,20 +377,45 @@ def cut_by_consensus(
         factors = [factors_of(layers, values) for values in everyone]
         scaling = {name: layer.scaling for name, layer in layers.items()}
         with _finite("cut"):
-            plain, report = cut_factors(factors, scaling, consensus, budgets)
-        for name, (A, B) in plain.items():
-            flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
+            found, report = cut_factors(factors, scaling, consensus, budgets)
+        plain.update(found)
         return report
 
     dropped_share, shortfall, spread = on_main(cut, world)
+    masters = _cut_everywhere(model, plain, dict.fromkeys(layers, dtype), device)
+    return Cut(rank_report(layers), dropped_share, shortfall, masters, spread)
+
+
+FACTORS = ("lora_A", "lora_B")
+
+
+def _cut_everywhere(
+    model: nn.Module,
+    plain: Mapping[str, tuple[Tensor, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Cut `model` to the main process's `plain` factors: linear algebra may differ in a bit between machines, and with
+    it a rank (collective).
+
+    Returns: their values by name, of modules that have a rank left.
+    Raises:
+        RunFailed: the bits that arrived differ.
+    """
+    flat = {
+        f"{name}.{kind}": factor for name, pair in plain.items() for kind, factor in zip(FACTORS, pair, strict=True)
+    }
     received = broadcast_tensors(flat, device)
+    A, B = FACTORS
     cut_adapters(
         model,
-        {name: (received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)) for name in layers},
+        {
+            name: (received[f"{name}.{A}"].to(dtype), received[f"{name}.{B}"].to(dtype))
+            for name, dtype in dtypes.items()
+        },
     )
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
-    masters = {name: tensor for name, tensor in received.items() if tensor.numel()}
-    return Cut(rank_report(layers), dropped_share, shortfall, masters, spread)
+    return {name: tensor for name, tensor in received.items() if tensor.numel()}
 
 
 @contextlib.contextmanager
@@ -469,8 +494,8 @@ def balance(
 
     A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's ΔW, which stays.
 
-    Returns: the float32 values by name, and {module: importance (R,)}, σ_i/√c_m in units of the median of the module's
-    budget.
+    Returns: the float32 values by name, and the optimizer's state to go on with, {"<module>.gate.importance": (R,)}:
+    σ_i/√c_m in units of the median of the module's budget.
     Raises:
         RunFailed: nothing was learned yet, or values are not finite.
     """
@@ -552,7 +577,8 @@ def consensus_prune(
         raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")
-    agree({name: tensor_hash(p) for name, p in adapter_parameters(inner).items()}, "the adapter")
+    remedy = "make them equal (load one checkpoint everywhere), and reduce all gradients"
+    agree({name: tensor_hash(p) for name, p in adapter_parameters(inner).items()}, "the adapter", remedy=remedy)
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     rank = max(layer.rank for layer in layers.values())
     budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []
@@ -561,7 +587,7 @@ def consensus_prune(
     scaling = {name: layer.scaling for name, layer in layers.items()}
     with _finite("cut"):
         cut, _ = cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)
-    cut_adapters(inner, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in cut.items()})
+    _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)
     return model
 

@@ -37,16 +37,20 @@ class JsonLines:
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""
-        line = {key: value for key, value in line.items() if value is not None and not _is_nan(value)}
+        line = {key: _finite(value) for key, value in line.items()}
+        line = {key: value for key, value in line.items() if value is not None}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         return line
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The value, without those in it that are not finite; None for one that is not."""
+    if isinstance(value, dict):
+        return {key: inner for key, inner in value.items() if _finite(inner) is not None}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -292,6 +292,7 @@ class SoraLinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = W x + b + s · B (g ⊙ (A x)) of x (…, I): (…, O), in the dtype that the base layer gives."""
         if self.lora_A is None or self.lora_B is None:
             return self.base_layer(x)
         dropout = self.lora_dropout if self.training else 0.0
@@ -302,7 +303,11 @@ class SoraLinear(nn.Module):
         return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
 
     def cut(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays."""
+        """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
         rank = lora_A.shape[0]
         if lora_A.shape != (rank, self.in_features) or lora_B.shape != (self.out_features, rank):
             raise ValueError(
@@ -316,7 +321,13 @@ class SoraLinear(nn.Module):
         self.lora_B = nn.Parameter(lora_B.detach().clone().to(device)) if rank else None
 
     def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
-        """Replace the branch by a gated one of A (R, I), B (O, R) and gate (R,), in their dtype; s stays."""
+        """Replace the branch by a gated one of A (R, I), B (O, R) and gate (R,), R ≥ 1, in their dtype; s stays.
+
+        Raises:
+            ValueError: shapes that do not fit, or no slot.
+        """
+        if gate.shape != lora_A.shape[:1] or len(gate) == 0:
+            raise ValueError(f"a gate of shape {tuple(gate.shape)} does not fit A of shape {tuple(lora_A.shape)}")
         self.cut(lora_A, lora_B)
         self.gate = nn.Parameter(gate.detach().clone().to(self.base_layer.weight.device))
 

@@ -135,7 +135,7 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     the status "preempted".
 
     Raises:
-        UserError: bad input; nothing was written.
+        UserError: bad input; nothing was written, but where streamed rows turned out to be bad later on.
         RunFailed: a run that could not go on; status.json says so too.
     """
     config = load_config(config_path, overrides)

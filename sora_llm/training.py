@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sora_llm import checkpoint, distributed, pipeline
 from sora_llm.alarms import Alarms, Patience
-from sora_llm.backbone import DTYPES, load_backbone
+from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone
 from sora_llm.config import to_dict
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import Engine, on_every, on_main
@@ -23,6 +23,7 @@ from sora_llm.inputs import start_lora, target_modules
 from sora_llm.job import Job, say
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loop import Tally, peak_memory_gib
+from sora_llm.loss_scale import LossScale
 from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
 from sora_llm.plan import Stage
@@ -53,6 +54,7 @@ class Training:
     steering: Steering
     alarms: Alarms
     patience: Patience
+    loss_scale: LossScale
     rounds: Rounds | None = None
     """Of local updates; None where all processes step together."""
     stage_number: int = 0
@@ -121,15 +123,16 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
     alarms = Alarms(plan.budgets, pipeline.full_params(adapters(model)))
     patience = Patience(job.config.evaluation.early_stopping_patience)
+    loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
     if start.folder is None or start.state is None:
         if job.config.model.adapter is not None:
             on_every(lambda: warm_start(job, model))
-        engine = make_engine(job, model)
+        engine = make_engine(job, model, loss_scale)
         rounds = make_rounds(job)
         if rounds is not None:
             rounds.begin(engine)
         tally = Tally.start(engine.device)
-        return Training(job, directory, engine, tally, make_steering(job, 0), alarms, patience, rounds)
+        return Training(job, directory, engine, tally, make_steering(job, 0), alarms, patience, loss_scale, rounds)
     folder, state = start.folder, start.state
     agreed = on_every(lambda: checkpoint.read_tensors(folder))
     tensors = agreed
@@ -137,7 +140,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         own_file = checkpoint.replica_file(job.replicas.index)
         tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
     masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
-    engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
+    engine = make_engine(job, model, loss_scale)  # after the module has its values: ZeRO copies its masters from there
     own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][job.replicas.index]
     engine.load(masters, tensors, own_steps)
     rounds = make_rounds(job)
@@ -152,6 +155,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     tally.load(state["tally"], job.world.process_index)
     alarms.load(state["alarms"])
     patience.load(state["patience"])
+    if "loss_scale" in state:
+        loss_scale.load(state["loss_scale"][min(job.world.process_index, len(state["loss_scale"]) - 1)])
     return Training(
         job,
         directory,
@@ -160,6 +165,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         steering,
         alarms,
         patience,
+        loss_scale,
         rounds,
         best=read_best(job, folder, state),
         stage_number=state["stage"]["number"],
@@ -219,7 +225,7 @@ def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_
     return {name: tensors.pop(name) for name in parameters}
 
 
-def make_engine(job: Job, model: nn.Module) -> Engine:
+def make_engine(job: Job, model: nn.Module, loss_scale: LossScale) -> Engine:
     """`model` and a fresh optimizer under the run's strategy (collective)."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
@@ -231,14 +237,15 @@ def make_engine(job: Job, model: nn.Module) -> Engine:
         budgets={budget.name: list(budget.costs) for budget in budgets} or None,
         deferred=job.replicas is not None,
     )
-    return Engine(job.accelerator, model, ProxAdamW(groups), job.plan.strategy, settings.max_grad_norm, job.replicas)
+    optimizer, strategy = ProxAdamW(groups), job.plan.strategy
+    return Engine(job.accelerator, model, optimizer, strategy, settings.max_grad_norm, job.replicas, loss_scale)
 
 
 def renew_engine(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
     """Go on with a fresh optimizer, in a round of its own, from `masters` that all processes hold (collective)."""
-    training.engine = make_engine(training.job, model)
+    training.engine = make_engine(training.job, model, training.loss_scale)
     training.engine.load(masters, state, 0)
     if training.rounds is not None:
         training.rounds.begin(training.engine)
@@ -266,6 +273,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
         **seen,
         "skipped_steps": skipped_steps(training),
+        "loss_scale": training.loss_scale.factor if training.loss_scale.is_needed else None,
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
@@ -392,6 +400,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
         "late_round": dict(training.late_round),
+        "loss_scale": distributed.gather_integers(training.loss_scale.state(), engine.device),
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
         "order": job.order.position(),

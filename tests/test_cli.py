@@ -48,6 +48,9 @@ def test_completion_scripts_know_every_command(shell, capsys):
     assert parsed is None or (parsed.returncode, parsed.stderr) == (0, "")
 
 
+TAKE_PATHS = set(cli.COMMANDS) - {"completion", "doctor"}
+
+
 @pytest.mark.skipif(which("bash") is None, reason="no bash here")
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -55,6 +58,7 @@ def test_completion_scripts_know_every_command(shell, capsys):
         (["sora-llm", "pre"], {"preprocess"}),
         (["sora-llm", "generate", "--max"], {"--max-new-tokens"}),
         (["sora-llm", "completion", ""], {"bash", "zsh", "fish"}),
+        *((["sora-llm", command, "READ"], {"README.md"}) for command in sorted(TAKE_PATHS)),
     ],
 )
 def test_bash_completes_commands_options_and_choices(words, expected, capsys):

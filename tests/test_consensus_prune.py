@@ -15,6 +15,7 @@ from torch import nn
 
 from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipeline
 from sora_llm.budget import make_budgets
+from sora_llm.consensus import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.topology import World
 
@@ -169,6 +170,27 @@ def cut_inside_ddp() -> dict[str, str]:
     wrapped.clear()  # reducers hang at the exit of a process whose group is gone
     torch.distributed.destroy_process_group()
     return report
+
+
+def cut_with_other_algebra() -> str:
+    """The cut adapter's hash where process 1 computes other last bits than process 0."""
+    torch.distributed.init_process_group("gloo")
+    model, rank = trained(), torch.distributed.get_rank()
+    plain = pipeline.cut_factors
+
+    def off(*arguments: Any) -> Any:
+        factors, report = plain(*arguments)
+        return {name: (A * (1 + rank * 1e-6), B) for name, (A, B) in factors.items()}, report
+
+    pipeline.cut_factors = off
+    consensus_prune(model, target_rank=2)
+    torch.distributed.destroy_process_group()
+    return tensor_hash(*adapter_parameters(model).values())
+
+
+def test_every_process_gets_the_same_bits_whatever_its_linear_algebra() -> None:
+    one, other = spawn("test_consensus_prune:cut_with_other_algebra", 2, {})
+    assert one == other
 
 
 def test_under_ddp_the_old_wrapper_is_refused_and_a_new_one_goes_on() -> None:

@@ -137,6 +137,21 @@ def test_streamed_rows_that_cannot_be_used_stop_before_the_model_is_loaded(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stream_is_saved_and_resumed_after_its_first_window(small, tmp_path):
+    """In its second epoch: what was counted of the rows before is part of the position."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(Path(small[0]["path"]).read_text().splitlines()[:5]))
+    options = {**QUICK, "data.datasets": [{**small[0], "path": str(path), "streaming": True}], "output.save_steps": 1}
+    options |= {"train.max_steps": 12, "data.sample_packing": False, "output.save_total_limit": None}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-8")}
+    cursor = json.loads((tmp_path / "run" / "checkpoints" / "step-8" / "state.json").read_text())["order"]["cursor"]
+    assert cursor["window"] >= 1 and cursor["counts"][0]["rows_read"] >= 5, "or the test shows nothing"
+    run(CONFIG, *gsm8k_overrides(tmp_path / "again", **options, **start))
+    weights = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = Path(small[0]["path"]).read_text().splitlines()

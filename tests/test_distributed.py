@@ -277,6 +277,17 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(worlds: 
         assert skipped["moved"] and skipped["goes_on_as_if_nothing_happened"]
 
 
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
+def test_a_float16_step_that_overflows_is_taken_again_by_all(worlds: Worlds, strategy: str) -> None:
+    reports = [report["scaled"] for report in worlds(strategy)]
+    for scaled in reports:
+        high, fallen, then = scaled["exponents"]
+        assert fallen < high and then == fallen and scaled["same"]
+        assert fallen == reports[0]["exponents"][1]
+    one = worlds("none")[0]["scaled"]["masters"]
+    assert whole_error(reports[0]["masters"], one) < 0.05
+
+
 @pytest.mark.parametrize("strategy", IN_THE_ORDINARY_RUN)
 def test_a_run_stops_after_max_skipped_steps_in_a_row(worlds: Worlds, folder: Path, strategy: str) -> None:
     for report in worlds(strategy):

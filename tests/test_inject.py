@@ -214,8 +214,10 @@ def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
     "options", [{"lora_dropout": 1.0}, {"lora_dropout": 5}, {"lora_alpha": 0}, {"lora_alpha": -16}]
 )
 def test_a_dropout_or_scale_that_cannot_be_is_an_error(options):
+    model = tiny_llama()
     with pytest.raises(ValueError, match=next(iter(options))):
-        inject_sora(tiny_llama(), r=2, **options)
+        inject_sora(model, r=2, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "nothing was frozen for nothing"
 
 
 def test_a_compiled_model_is_injected_under_the_names_of_the_base():

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "terminal"},
     {"files", "stop", "lifeline", "hub"},
     {"extensions"},
-    {"topology", "sora", "schedule", "allocation", "budget", "activations", "step_time"},
+    {"topology", "sora", "schedule", "allocation", "budget", "activations", "step_time", "loss_scale"},
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files", "spectrum", "gguf_lora"},
     {"consumers"},
@@ -36,7 +36,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALGORITHM = [
-    *("sora", "schedule", "allocation", "activations", "step_time", "budget", "consensus"),
+    *("sora", "schedule", "allocation", "activations", "step_time", "budget", "consensus", "loss_scale"),
     *("merge", "local_updates", "spectrum", "optim", "inject"),
 ]
 

@@ -64,6 +64,20 @@ def test_merged_is_the_dequantised_base_with_the_adapter_inside(ground: Playgrou
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_disk_that_filled_up_meanwhile_fails_the_run_and_leaves_its_adapter(
+    ground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = overrides(ground.folder, tmp_path / "run", **{"output.export_layout": "merged", **CUT})
+    with monkeypatch.context() as patch:
+        full = iter([10**12, 0])
+        patch.setattr("sora_llm.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, next(full)))  # type: ignore[attr-defined]
+        assert main([CONFIG, *arguments]) == 1
+    assert "merged could not be written beside the adapter, which is complete: " in capsys.readouterr().err
+    assert status(tmp_path / "run")["state"] == "failed" and (tmp_path / "run" / "adapter").is_dir()
+    assert main([CONFIG, *arguments]) == 0
+    assert status(tmp_path / "run")["state"] == "finished" and (tmp_path / "run" / "merged").is_dir()
+
+
 def test_a_finished_run_says_how_to_get_what_it_did_not_leave_unless_there_is_nothing_to_leave(tmp_path: Path) -> None:
     some, nothing = {"kept_params": 5}, {"kept_params": 0}
     (line,) = what_is_missing("gguf", tmp_path, some)
@@ -76,7 +90,11 @@ def test_a_finished_run_says_how_to_get_what_it_did_not_leave_unless_there_is_no
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_trained(
-    ground: Playground, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ground: Playground,
+    stories: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refused(layout: str, **options: object) -> str:
         arguments = overrides(ground.folder, tmp_path / "run", **{"output.export_layout": layout, **options})
@@ -91,6 +109,9 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     assert "8-bit layers round activations too" in refused("merged", **{"quantization.load_in_8bit": True})
     (other / "model.safetensors").rename(other / "pytorch_model.bin")
     assert "pickles (*.bin) are not read" in refused("merged", **{"model.name_or_path": str(other)})
+    with monkeypatch.context() as patch:
+        patch.setattr("sora_llm.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+        assert "output.export_layout merged: the merged model takes" in refused("merged")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "gguf").mkdir(parents=True)
     (tmp_path / "run" / "gguf" / "base.gguf").write_text("mine")

@@ -232,6 +232,15 @@ def test_parameter_groups_hold_factors_and_gates_apart_and_nothing_else():
     assert optimizer.param_groups[0]["sparse_lambda"] == 0
 
 
+def test_budgets_share_out_the_gates_and_forget_none():
+    names = list(adapters(model := inject_sora(tiny_llama(), r=2, lora_alpha=2)))
+    for budgets in ({"all": names[1:]}, {"all": [*names, "head"]}, {"all": names, "some": names[:1]}):
+        with pytest.raises(ValueError, match="every gated module once"):
+            parameter_groups(model, 1.0, 1.0, budgets=budgets)
+    groups = parameter_groups(model, 1.0, 1.0, budgets={"a": names[:3], "b": names[3:]})
+    assert sum(len(group["params"]) for group in groups[1:]) == len(names)
+
+
 def test_after_the_cut_there_are_no_gates_and_pruned_modules_have_no_parameters():
     model = inject_sora(tiny_llama(), r=4, target_modules=["q_proj"])
     first, second = adapters(model).items()
@@ -410,6 +419,21 @@ def test_a_step_that_is_refused_changes_nothing():
         optimizer.step()
     assert torch.equal(gate, before) and optimizer.param_groups[0]["params"][0] is gate
     optimizer.param_groups[0]["threshold"] = "decoupled"
+    optimizer.step()
+    assert not torch.equal(gate, before)
+
+
+def test_a_step_that_fails_leaves_the_parameter_in_its_group(monkeypatch):
+    """A loop may catch that there was no memory and go on; masters that stayed in the group would be trained alone."""
+    gate = parameters(torch.bfloat16)[1]
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": LAMBDA}], lr=GATE_LR)
+    gradients(0, gate)
+    before = gate.detach().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr("sora_llm.optim._step_of_adamw", lambda: lambda _: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert optimizer.param_groups[0]["params"][0] is gate and torch.equal(gate, before)
     optimizer.step()
     assert not torch.equal(gate, before)
 

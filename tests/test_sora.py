@@ -438,3 +438,6 @@ def test_factors_that_do_not_fit_are_refused():
     for A, B in ((torch.ones(2, IN), torch.ones(OUT, 3)), (torch.ones(2, IN + 1), torch.ones(OUT, 2))):
         with pytest.raises(ValueError, match="do not fit"):
             layer.cut(A, B)
+    for rank, slots in ((2, 3), (0, 0)):
+        with pytest.raises(ValueError, match="a gate of shape"):
+            layer.replace(torch.ones(rank, IN), torch.ones(OUT, rank), torch.ones(slots))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sora_llm import distributed, loop, pipeline, train
-from sora_llm.backbone import DTYPES, BackboneSpec, load_backbone, resolve_quant_storage
+from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
 from sora_llm.consensus import tensor_hash
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
@@ -30,6 +30,7 @@ from sora_llm.distributed import Engine, make_accelerator, sum_over_processes
 from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.loop import StepBatches, seed_step, step_batches, train_step
+from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, launched_world
@@ -45,6 +46,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "nf4": {"dtype": "float32", "load_in_4bit": True, "compute_dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
     "nf4bf16": {"dtype": "bfloat16", "load_in_4bit": True, "compute_dtype": "bfloat16"},
 }
 
@@ -109,8 +111,10 @@ class Place:
         adapter_dtype: str = "float32",
         checkpointing: bool = False,
         start: Adapter | None = None,
+        exponent: int | None = None,
     ) -> Engine:
-        """A fresh model with adapters from seed 0, or from the masters of `start`, under its engine."""
+        """A fresh model with adapters from seed 0, or from the masters of `start`, under its engine; `exponent` is that
+        of the loss scale in float16."""
         options = PRECISIONS[precision]
         storage = resolve_quant_storage("auto", options.get("compute_dtype", "float32"), self.strategy)
         spec = BackboneSpec(self.model, **options, quant_storage=storage)
@@ -122,7 +126,11 @@ class Place:
                 for name, parameter in adapter_parameters(model).items():
                     parameter.copy_(start[name])
         groups = parameter_groups(model, LEARNING_RATE, GATE_LR, weight_decay=WEIGHT_DECAY)
-        return Engine(self.accelerator, model, ProxAdamW(groups), self.strategy, MAX_GRAD_NORM)
+        loss_scale = LossScale(computes_in_float16(spec))
+        if exponent is not None:
+            loss_scale.load([exponent, 0])
+        optimizer = ProxAdamW(groups)
+        return Engine(self.accelerator, model, optimizer, self.strategy, MAX_GRAD_NORM, loss_scale=loss_scale)
 
     def row_numbers(self, step: int) -> list[list[int]]:
         """This process's rows of a step, by micro-batch."""
@@ -228,6 +236,7 @@ def strategy_world(
         "saved": lambda: short_run_saved(small, Path(folder) / f"{strategy}.pt"),
         "evaluation": lambda: [evaluation_bits(small, *cell) for cell in evaluations],
         "skipped": lambda: skipped_step(small),
+        "scaled": lambda: falling_scale(small),
         "loaded": lambda: {source: load_and_go_on(small, Path(folder) / f"{source}.pt") for source in load_from},
         "prepared": lambda: gates_after_prepare(small),
     }
@@ -324,6 +333,20 @@ def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
         yield
     finally:
         loop.causal_loss_sum = plain
+
+
+def falling_scale(place: Place) -> dict[str, Any]:
+    """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
+    far_too_high = 60
+    exponents, masters = [far_too_high], []
+    for _ in range(2):
+        engine = place.engine("fp16", exponent=exponents[-1])
+        place.train(engine, [0])
+        exponents.append(engine.loss_scale.state()[0])
+        place.train(engine, range(1, SHORT))
+        masters.append(engine.masters())
+        finish(engine)
+    return {"exponents": exponents, "same": same(*masters), "masters": masters[0]}
 
 
 def skipped_step(place: Place) -> dict[str, Any]:

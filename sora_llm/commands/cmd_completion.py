@@ -12,7 +12,7 @@ from sora_llm.commands import COMMANDS
 from sora_llm.commands.common import exit_code
 
 SHELLS = ("bash", "zsh", "fish")
-PATHS = ("config", "place", "run", "sources")
+PATHS = ("config", "place", "source", "sources")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm completion") -> int:

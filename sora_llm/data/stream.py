@@ -241,7 +241,7 @@ class WindowTokenizer:
                 counted.update(chunk.counts)
                 bad_rows += chunk.bad_rows
                 rows += chunk.rows()
-            counts.append(counted)
+            counts.append(dict(counted))  # asdict makes of a Counter, item by item, one that counts the items
         self._check(counts, bad_rows)
         return rows, counts
 

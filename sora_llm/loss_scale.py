@@ -1,0 +1,70 @@
+"""A power of two that keeps gradients within float16, whose smallest number is 6e-8 and whose largest 65,504.
+
+The loss of a step is a mean over its supervised tokens: of many of them, the gradient of one is below what float16 can
+say.  At 16,384 tokens a step the gradients of the adapters are off by half of their norm, without an error
+(benchmarks/LOG.md).  bfloat16 and float32 have the range and need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+START, MOST = 16, 24
+FALL = 4
+RISE_AFTER = 100
+
+
+class LossScale:
+    """What the loss is multiplied by before the backward pass, and what the adapters' float32 gradients are divided by
+    as they arrive: 2^exponent, exact in both directions.
+
+    A step whose gradients are not finite is taken again with a scale that is 2^FALL lower, down to 1; after RISE_AFTER
+    finite ones in a row the scale doubles, up to 2^MOST.  All processes that average gradients see the same, since
+    what they judge by is the norm after the reduction.
+
+    `is_needed` is false where nothing computes in float16; the scale is 1 then and stays so.
+    """
+
+    def __init__(self, is_needed: bool) -> None:
+        self.is_needed = is_needed
+        self._exponent = START if is_needed else 0
+        self._finite_steps = 0
+        self._fell_from: int | None = None
+
+    @property
+    def factor(self) -> float:
+        return 2.0**self._exponent
+
+    def unscale(self, gradient: Tensor) -> Tensor:
+        """The gradient of an adapter tensor (float32) without the factor, for `register_hook`."""
+        return gradient / self.factor
+
+    def fall(self) -> bool:
+        """After a step that was not finite: whether there is a lower scale to take it again with.
+
+        If it was not finite at any, the scale was not the reason, and is what it was before."""
+        if self._fell_from is None:
+            self._fell_from = self._exponent
+        if self._exponent == 0:
+            self._exponent, self._fell_from = self._fell_from, None
+            return False
+        self._exponent, self._finite_steps = max(0, self._exponent - FALL), 0
+        return True
+
+    def hold(self) -> None:
+        """After a finite step."""
+        self._fell_from = None
+        self._finite_steps += 1
+        if self._finite_steps >= RISE_AFTER and self.is_needed:
+            self._exponent, self._finite_steps = min(MOST, self._exponent + 1), 0
+
+    def state(self) -> list[int]:
+        """What a checkpoint keeps, between steps."""
+        return [self._exponent, self._finite_steps]
+
+    def load(self, state: Sequence[int]) -> None:
+        """Put back `state`; of a run that needed none, this one begins as if it were new."""
+        if self.is_needed:
+            self._exponent, self._finite_steps = state
