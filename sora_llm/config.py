@@ -39,7 +39,7 @@ class Model:
 
     name_or_path: str = ""  # required: a hub id or a local folder
     revision: str | None = None  # branch, tag or commit on the hub; null: the default branch
-    dtype: Dtype = "bfloat16"  # of the weights that are not quantised, and of the activations; float16: with a loss scale
+    dtype: Dtype = "bfloat16"  # of the weights that are not quantised and the activations; float16: with a loss scale
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     trust_remote_code: bool = False  # run Python code that comes with the model: only for authors you trust
     adapter: str | None = None  # folder of a plain LoRA to start from, ours or PEFT's; null: fresh adapters
