@@ -175,13 +175,13 @@ def loop(steps: int) -> None:
     """Time steps of `sora_llm.train` whole and bare, the same batches, in turn."""
     import torch
 
-    from sora_llm import train
+    from sora_llm import stages, train
     from sora_llm.pipeline import causal_loss_sum
 
     torch.set_num_threads(1)
     whole: list[float] = []
     bare: list[float] = []
-    real = train.train_step
+    real = stages.train_step
     state = {"ended": 0.0}
 
     def timed(engine: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
@@ -201,11 +201,11 @@ def loop(steps: int) -> None:
         state["ended"] = now
         return result
 
-    train.train_step = timed
+    stages.train_step = timed
     with tempfile.TemporaryDirectory() as folder:
         values = {"output.logging_steps": 10, "sora.consensus_at": 1.0}
         train.run(CONFIG, *overrides(Path(folder) / "run", steps, True, **values))
-    train.train_step = real
+    stages.train_step = real
     ratios = [own / other - 1 for own, other in zip(whole[WARM_UP:], bare[WARM_UP:], strict=True)]
     q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
     total = sum(whole[WARM_UP:]) / sum(bare[WARM_UP:]) - 1
@@ -223,17 +223,17 @@ def memory(steps: int) -> None:
     import psutil
     import torch
 
-    from sora_llm import train
+    from sora_llm import stages, train
 
     torch.set_num_threads(1)
-    real, seen, me = train.train_step, [], psutil.Process()
+    real, seen, me = stages.train_step, [], psutil.Process()
 
     def noted(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
         seen.append(me.memory_info().rss / 2**20)
         return result
 
-    train.train_step = noted
+    stages.train_step = noted
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "model.name_or_path": str(DATA / "models/stories260k"),
@@ -245,7 +245,7 @@ def memory(steps: int) -> None:
             "evaluation.eval_steps": 500,
         }
         train.run(CONFIG, *overrides(Path(folder) / "run", steps, True, **values))
-    train.train_step = real
+    stages.train_step = real
     places = [round(steps * tenth / 10) - 1 for tenth in range(1, 11)]
     print(f"memory over {steps} steps, MiB at every tenth: {', '.join(f'{seen[place]:.0f}' for place in places)}")
 

@@ -11,25 +11,20 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from torch import Tensor
-
-from sora_llm import checkpoint, distributed, hub, pipeline, terminal
-from sora_llm.backbone import DTYPES, check_attention
+from sora_llm import checkpoint, distributed, hub, terminal
+from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.distributed import Replicas, StepOutcome, on_every, on_main
+from sora_llm.distributed import Replicas, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import Preempted, RunFailed, UserError, first_line
-from sora_llm.files import nearest_existing, reaching_for_paths, user_path
+from sora_llm.files import reaching_for_paths, user_path
 from sora_llm.inputs import (
     check_inputs,
     check_output,
@@ -45,35 +40,19 @@ from sora_llm.job import (
     hold_directory,
     process_group,
     refuse_other_data,
-    say,
 )
 from sora_llm.layouts import check_layout
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
-from sora_llm.loop import StepBatches, peak_memory_gib, seed_step, train_step
-from sora_llm.plan import Stage, make_plan, rows_in_step
+from sora_llm.plan import make_plan, rows_in_step
+from sora_llm.rehearsal import rehearse
 from sora_llm.report import read_json_lines
-from sora_llm.rounds import Gates
 from sora_llm.rundir import RunDirectory, environment
-from sora_llm.schedule import SPARSIFY
-from sora_llm.sora import soft_threshold
+from sora_llm.stages import next_stage, train_stage
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, resolve_strategy
-from sora_llm.training import (
-    IMPORTANCE_SUFFIX,
-    Training,
-    current_ranks,
-    cut_adapter,
-    evaluation_due,
-    is_due,
-    load_and_inject,
-    log_step,
-    make_steering,
-    measure,
-    renew_engine,
-    save_checkpoint,
-)
+from sora_llm.training import Training, load_and_inject
 
 EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
 
@@ -300,6 +279,15 @@ def start_trackers(job: Job, run_dir: Path) -> None:
         ) from error
 
 
+def hyperparameters(config: Config) -> dict[str, int | float | str]:
+    """The config as trackers take it: one flat dict of plain values."""
+    return {
+        f"{section}.{key}": value if isinstance(value, int | float | str) else json.dumps(value)
+        for section, values in to_dict(config).items()
+        for key, value in values.items()
+    }
+
+
 def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
     """What is left to do after a request to stop, once its checkpoint is complete: say so, remove the STOP file.
 
@@ -321,258 +309,6 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         terminal.say(f"stopped by {request}: {where}")
     lines = read_json_lines(run_dir / "metrics.jsonl")
     return RunResult(None, lines[-1] if lines else {}, status)
-
-
-# -------------------------------------------------------------------------------------------------------- the loop
-
-
-def train_stage(training: Training) -> None:
-    """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
-
-    Raises:
-        RunFailed: processes disagree, too many non-finite steps in a row, or nothing is left to train.
-        Preempted: the run was asked to stop; a checkpoint of the last step is complete.
-    """
-    job, tally, stage = training.job, training.tally, training.stage
-    config, world = job.config, job.world
-    if training.done == 0 and job.data.dev is not None:
-        ranks = current_ranks(training).fields
-        line = {"eval_loss": measure(training), **ranks, **training.labels}
-        training.directory.metrics(0, training.phase, line)
-    if training.unlogged is not None:
-        log_step(training, training.unlogged)
-        training.late_round = close_round(training)
-    while not training.has_ended:
-        step, step_of_stage = training.done, training.done - training.first
-        change_form(training, step_of_stage)
-        if training.engine.is_spent:  # consensus left nothing to train
-            return
-        tally.start_clock()
-        engine = training.engine
-        steered = set_rates(training, step_of_stage)
-        seed_step(config.train.seed, step, world.process_index)
-        batches = job.batches(step)
-        training.done = done = step + 1
-        training.has_ended = step_of_stage + 1 == stage.total_steps
-        # Before the step: the gather after it would heal a flipped copy.
-        due = training.has_ended or is_due(config.distributed.check_every, done)
-        due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
-        if training.rounds is not None:
-            training.rounds.part()
-        loss_sum, outcome = train_step(
-            engine, batches, job.num_averaging, before_step=engine.prove_agreement if due else None
-        )
-        tally.add(loss_sum, outcome, batches)
-        synced = close_round(training)
-        refuse_more_skipping(training)
-        is_logged = training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
-        if is_logged or synced:
-            seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
-            seen["grad_norm"] = grad_norm(training, outcome, batches)
-            try:
-                log_step(training, seen)
-            except Preempted:  # in the evaluation: the resumed run begins with this line
-                save_checkpoint(training, unlogged=seen)
-                raise
-            training.late_round = close_round(training)  # where patience has ended the stage
-        saved = training.has_ended or is_due(config.output.save_steps, done)
-        if saved:
-            save_checkpoint(training)
-        try:
-            job.heed_stop()
-        except Preempted:
-            if not saved:
-                save_checkpoint(training)
-            raise
-
-
-def set_rates(training: Training, step: int) -> dict[str, Any]:
-    """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
-    stage = training.stage
-    engine, steering, rounds = training.engine, training.steering, training.rounds
-    sparse_lambda: float | dict[str, float] = 0.0
-    steered: dict[str, Any] = {"lambda": 0.0}
-    if is_pruning(stage, step):
-        place, rates = stage.phases.place(step), stage.rates(step)
-        if rounds is None:
-            sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
-        elif not steering.is_adaptive:  # that chooses when the round ends
-            first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
-            if step == first:
-                steering.choose(rounds.gates, stage.phases.place(end - 1), engine.device, num_steps=end - first)
-            sparse_lambda = steering.chosen
-        steered = steering.fields if rounds is None or not steering.is_adaptive else {}
-    engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
-    return steered
-
-
-def is_pruning(stage: Stage, step: int) -> bool:
-    """Whether gates are cut in `step` of the stage."""
-    return stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at
-
-
-def refuse_more_skipping(training: Training) -> None:
-    """RunFailed after too many non-finite steps in a row; with local updates when a round has ended, by the replica
-    that skipped most (collective)."""
-    tally, rounds = training.tally, training.rounds
-    if rounds is not None and rounds.is_open:
-        return
-    in_a_row, tally.most_in_a_row = tally.most_in_a_row, tally.skipped_in_a_row
-    if rounds is not None:
-        in_a_row = max(found for (found,) in distributed.gather_integers([in_a_row], training.engine.device))
-    if in_a_row >= training.job.config.train.max_skipped_steps:
-        raise RunFailed(
-            f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
-            "skipped; look at the data, or lower train.learning_rate and name a new output.output_dir"
-        )
-
-
-def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) -> float:
-    """Of the step; with local updates the mean over the processes that had rows (collective)."""
-    if training.rounds is None:
-        return outcome.grad_norm
-    has_rows = float(batches.weight > 0)
-    total, count = distributed.sum_over_processes(outcome.grad_norm * has_rows, has_rows, device=training.engine.device)
-    return total / count
-
-
-def close_round(training: Training) -> dict[str, Any]:
-    """End the round of local updates that is open, if the last step or the end of the stage is its end (collective).
-
-    Returns: what the line of the step says of it; {} where nothing ended.
-    """
-    stage, engine, steering, rounds = training.stage, training.engine, training.steering, training.rounds
-    settings, step = training.job.config, training.done - 1 - training.first
-    if rounds is None or not rounds.is_open:
-        return {}
-    if not training.has_ended and step + 1 < stage.round_bounds(step, settings.distributed.sync_every)[1]:
-        return {}
-
-    def choose(mean_gates: Gates) -> None:
-        if steering.is_adaptive:
-            steering.choose(mean_gates, stage.phases.place(step), engine.device)
-
-    def prox(gates: Gates, thresholds: Gates) -> Gates:
-        if steering.is_adaptive:
-            return steering.cut(gates)
-        return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
-
-    prunes = is_pruning(stage, step)
-    # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
-    is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
-    merges = is_cut_next and settings.sora.consensus == "svd"
-    report = rounds.end(engine, prox if prunes else None, choose=choose, keep_factors=merges)
-    return {**report.fields, **(steering.fields if prunes else {})}
-
-
-def change_form(training: Training, step: int) -> None:
-    """Before the first step of a phase that asks for it: put the adapters into balanced form, or cut them to what
-    consensus keeps, and build the optimizer and its engine anew around the tensors that are left (collective).
-
-    Raises:
-        RunFailed: processes disagree, or nothing is left to train.
-    """
-    job, engine, stage = training.job, training.engine, training.stage
-    if step not in stage.changes:
-        return
-    training.tally.pause_clock()
-    training.prove_agreement()
-    old = engine.masters()
-    importance: dict[str, Tensor] = {}
-    with engine.released(whole=False) as model:
-        if step < stage.phases.sparsify_end:
-            dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
-            masters, importance = pipeline.balance(
-                model, old, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
-            )
-        else:
-            cut = cut_adapter(training, model, old)
-            if cut.ranks.kept_params == 0:
-                if not job.config.output.allow_empty_adapter:
-                    raise RunFailed(
-                        f"consensus after step {training.done} left no rank to train; prune less (sora.sparse_lambda "
-                        "or the budget), or set output.allow_empty_adapter"
-                    )
-                return
-            masters = cut.masters
-    del old
-    renew_engine(training, model, masters, importance)
-    training.steering.importance = {name.removesuffix(IMPORTANCE_SUFFIX): values for name, values in importance.items()}
-
-
-def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
-    """Go on from the uncut `masters` with a fresh optimizer (collective)."""
-    job = training.job
-    with training.engine.released(whole=False) as model:
-        pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
-    renew_engine(training, model, masters, {})
-    training.stage_number += 1
-    training.first, training.has_ended, training.unlogged = training.done, False, None
-    training.steering = make_steering(job, training.stage_number)
-    training.patience.start_again()
-
-
-def hyperparameters(config: Config) -> dict[str, int | float | str]:
-    """The config as trackers take it: one flat dict of plain values."""
-    return {
-        f"{section}.{key}": value if isinstance(value, int | float | str) else json.dumps(value)
-        for section, values in to_dict(config).items()
-        for key, value in values.items()
-    }
-
-
-@contextlib.contextmanager
-def rehearsal_folder(job: Job) -> Iterator[Path]:
-    """A folder that all processes see, as they will the run directory, and that is removed (collective)."""
-    run_dir = user_path(job.config.output.output_dir, "output.output_dir")
-    above = nearest_existing(run_dir.parent)
-    folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above), job.world)
-    try:
-        yield Path(folder)
-    finally:
-        if job.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def rehearse(job: Job) -> RunResult:
-    """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
-    with rehearsal_folder(job) as folder:
-        directory = RunDirectory(folder, is_main=job.world.is_main)
-        training = load_and_inject(job, directory, StartPoint())
-        engine, tally = training.engine, training.tally
-        job.heed_stop()
-        tally.start_clock()
-        set_rates(training, 0)
-        batches = job.batches(0)
-        loss_sum, outcome = train_step(engine, batches, job.num_averaging)
-        if distributed.any_process(outcome.skipped, engine.device):
-            raise RunFailed(
-                "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
-            )
-        tally.add(loss_sum, outcome, batches)
-        training.done = 1
-        if training.rounds is not None:
-            training.rounds.end(engine)
-        save_checkpoint(training)
-        line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
-    memory, steps = job.memory, job.plan.total_steps
-    if job.data.train is None:
-        tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
-    else:
-        epochs = steps / job.order.steps_in(Fraction(1))
-        tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
-        tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
-    say(
-        job.world,
-        "dry run: one step and one save worked, nothing was kept\n"
-        f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
-        f"  steps                 {steps} of {job.step_size}\n"
-        f"  tokens                about {tokens}\n"
-        f"{pipeline.memory_table(memory)}\n"
-        f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"
-        f"  first loss            {line['loss']:.4f}, gradient norm {line['grad_norm']:.4g}",
-    )
-    return RunResult(None, line, {"state": "dry run"})
 
 
 if __name__ == "__main__":

@@ -117,65 +117,76 @@ def load_model(job: Job) -> nn.Module:
 
 def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
-    sora, plan = job.config.sora, job.plan
+    sora = job.config.sora
     model = on_every(lambda: load_model(job))
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
-    alarms = Alarms(plan.budgets, pipeline.full_params(adapters(model)))
-    patience = Patience(job.config.evaluation.early_stopping_patience)
-    loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
-    if start.folder is None or start.state is None:
-        if job.config.model.adapter is not None:
-            on_every(lambda: warm_start(job, model))
-        engine = make_engine(job, model, loss_scale)
-        rounds = make_rounds(job)
-        if rounds is not None:
-            rounds.begin(engine)
-        tally = Tally.start(engine.device)
-        return Training(job, directory, engine, tally, make_steering(job, 0), alarms, patience, loss_scale, rounds)
+    full_params = pipeline.full_params(adapters(model))
     folder, state = start.folder, start.state
-    agreed = on_every(lambda: checkpoint.read_tensors(folder))
-    tensors = agreed
-    if job.replicas is not None:
-        own_file = checkpoint.replica_file(job.replicas.index)
-        tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
-    masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
+    tensors: dict[str, Tensor] = {}  # of this replica
+    agreed: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
+    if folder is not None and state is not None:
+        tensors = agreed = on_every(lambda: checkpoint.read_tensors(folder))
+        if job.replicas is not None:
+            own_file = checkpoint.replica_file(job.replicas.index)
+            tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
+        masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
+    elif job.config.model.adapter is not None:
+        on_every(lambda: warm_start(job, model))
+    loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
     engine = make_engine(job, model, loss_scale)  # after the module has its values: ZeRO copies its masters from there
-    own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][job.replicas.index]
-    engine.load(masters, tensors, own_steps)
-    rounds = make_rounds(job)
-    if rounds is not None:
-        rounds.load(agreed, state["rounds"], engine)
-    steering = make_steering(job, state["stage"]["number"])
-    steering.load(
-        state["steering"],
-        {name.removesuffix(IMPORTANCE_SUFFIX): tensors[name] for name in tensors if name.endswith(IMPORTANCE_SUFFIX)},
-    )
-    tally = Tally.start(engine.device)
-    tally.load(state["tally"], job.world.process_index)
-    alarms.load(state["alarms"])
-    patience.load(state["patience"])
-    if "loss_scale" in state:
-        loss_scale.load(state["loss_scale"][min(job.world.process_index, len(state["loss_scale"]) - 1)])
-    return Training(
+    training = Training(
         job,
         directory,
         engine,
-        tally,
-        steering,
-        alarms,
-        patience,
+        Tally.start(engine.device),
+        make_steering(job, 0),
+        Alarms(job.plan.budgets, full_params),
+        Patience(job.config.evaluation.early_stopping_patience),
         loss_scale,
-        rounds,
-        best=read_best(job, folder, state),
-        stage_number=state["stage"]["number"],
-        first=state["stage"]["first"],
-        done=start.step,
-        has_ended=state["stage"]["has_ended"],
-        alarmed=state["alarms"]["waiting"],
-        unlogged=state["unlogged"],
-        late_round=state.get("late_round", {}),
+        make_rounds(job),
     )
+    if folder is not None and state is not None:
+        put_back(training, folder, state, masters, tensors, agreed)
+    elif training.rounds is not None:
+        training.rounds.begin(engine)
+    return training
+
+
+def put_back(
+    training: Training,
+    folder: Path,
+    state: Mapping[str, Any],
+    masters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    agreed: Mapping[str, Tensor],
+) -> None:
+    """Give a training that is new what the checkpoint in `folder` holds (collective).
+
+    `masters` and `tensors`, the optimizer's, are this replica's; `agreed` is what all replicas agreed on last.
+    """
+    job, engine, process = training.job, training.engine, training.job.world.process_index
+    own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][job.replicas.index]
+    engine.load(masters, tensors, own_steps)
+    if training.rounds is not None:
+        training.rounds.load(agreed, state["rounds"], engine)
+    training.steering = make_steering(job, state["stage"]["number"])
+    training.steering.load(
+        state["steering"],
+        {name.removesuffix(IMPORTANCE_SUFFIX): tensors[name] for name in tensors if name.endswith(IMPORTANCE_SUFFIX)},
+    )
+    training.tally.load(state["tally"], process)
+    training.alarms.load(state["alarms"])
+    training.patience.load(state["patience"])
+    if "loss_scale" in state:
+        training.loss_scale.load(state["loss_scale"][min(process, len(state["loss_scale"]) - 1)])
+    training.best = read_best(job, folder, state)
+    training.done = state["step"]
+    training.stage_number, training.first = state["stage"]["number"], state["stage"]["first"]
+    training.has_ended = state["stage"]["has_ended"]
+    training.alarmed = state["alarms"]["waiting"]
+    training.unlogged, training.late_round = state["unlogged"], state.get("late_round", {})
 
 
 def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:

@@ -33,7 +33,7 @@ PLACES = {
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed:make_accelerator",
     "load": "sora_llm.training:load_backbone",
-    "step": "sora_llm.train:train_step",
+    "step": "sora_llm.stages:train_step",
     "evaluation": "sora_llm.pipeline:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",
     "rename": "sora_llm.checkpoint:publish",

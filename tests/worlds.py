@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm import distributed, loop, pipeline, train
+from sora_llm import distributed, loop, pipeline, stages, train
 from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
 from sora_llm.consensus import tensor_hash
 from sora_llm.data.batches import collate
@@ -520,7 +520,7 @@ def run_overrides(place: Place, folder: str) -> list[str]:
 
 def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
     """A run whose loss turns non-finite in its third step, on the last process alone, and stays so."""
-    steps, plain_step = 0, train.train_step
+    steps, plain_step = 0, stages.train_step
 
     def counted_step(*arguments: Any, **options: Any) -> Any:
         nonlocal steps
@@ -528,7 +528,7 @@ def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
         with poisoned(place, float("nan") if steps > 2 else 1.0):
             return plain_step(*arguments, **options)
 
-    train.train_step = counted_step
+    stages.train_step = counted_step
     error = None
     try:
         with one_process_group(place):
@@ -536,7 +536,7 @@ def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
     except RunFailed as failure:
         error = str(failure)
     finally:
-        train.train_step = plain_step
+        stages.train_step = plain_step
     return {"error": error, "steps": steps}
 
 
@@ -548,7 +548,7 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
     """One run straight through and one that dies after the checkpoint of step `at` and is started again."""
     save_often = "output.save_steps=2"
     broken = [*run_overrides(place, f"{folder}/broken"), save_often]
-    plain_save = train.save_checkpoint
+    plain_save = stages.save_checkpoint
 
     def save_and_die(training: train.Training) -> None:
         plain_save(training)
@@ -557,14 +557,14 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
 
     with one_process_group(place):
         train.run(config, *run_overrides(place, f"{folder}/straight"), save_often)
-        train.save_checkpoint = save_and_die
+        stages.save_checkpoint = save_and_die
         try:
             train.run(config, *broken)
             died = False
         except (Interrupted, RunFailed) as failure:  # the other process may have been a little earlier, and said so
             died = isinstance(failure, Interrupted) or "Interrupted" in str(failure)
         finally:
-            train.save_checkpoint = plain_save
+            stages.save_checkpoint = plain_save
         train.run(config, *broken)
     return {"died": died}
 
@@ -586,7 +586,7 @@ def matrix_world(
 
 def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
     """`sora_llm.train.run`, ended without a word on every process once the checkpoint of step `at` is complete."""
-    plain_save = train.save_checkpoint
+    plain_save = stages.save_checkpoint
 
     def save_and_die(training: train.Training) -> None:
         plain_save(training)
@@ -594,7 +594,7 @@ def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
             distributed.gather_objects(None)
             os._exit(9)
 
-    train.save_checkpoint = save_and_die
+    stages.save_checkpoint = save_and_die
     train.run(config, *overrides)
 
 

@@ -62,8 +62,8 @@ from sora_llm.job import Job
 from sora_llm.loop import Tally, seed_step, train_step
 from sora_llm.pipeline import evaluate, full_params
 from sora_llm.plan import make_plan, rows_in_step
+from sora_llm.stages import change_form, refuse_more_skipping, set_rates
 from sora_llm.topology import World
-from sora_llm.train import change_form, refuse_more_skipping, set_rates
 from sora_llm.training import Training, current_ranks, cut_adapter, make_engine, make_steering
 
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)

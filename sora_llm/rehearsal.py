@@ -1,0 +1,75 @@
+"""A dry run: everything that a run does up to one step and one save, and what a real one would take."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from sora_llm import distributed, pipeline
+from sora_llm.distributed import on_main
+from sora_llm.errors import RunFailed
+from sora_llm.files import nearest_existing, user_path
+from sora_llm.job import Job, say
+from sora_llm.loop import peak_memory_gib, train_step
+from sora_llm.rundir import RunDirectory
+from sora_llm.stages import set_rates
+from sora_llm.start import RunResult, StartPoint
+from sora_llm.training import load_and_inject, save_checkpoint
+
+
+@contextlib.contextmanager
+def rehearsal_folder(job: Job) -> Iterator[Path]:
+    """A folder that all processes see, as they will the run directory, and that is removed (collective)."""
+    run_dir = user_path(job.config.output.output_dir, "output.output_dir")
+    above = nearest_existing(run_dir.parent)
+    folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above), job.world)
+    try:
+        yield Path(folder)
+    finally:
+        if job.world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rehearse(job: Job) -> RunResult:
+    """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
+    with rehearsal_folder(job) as folder:
+        directory = RunDirectory(folder, is_main=job.world.is_main)
+        training = load_and_inject(job, directory, StartPoint())
+        engine, tally = training.engine, training.tally
+        job.heed_stop()
+        tally.start_clock()
+        set_rates(training, 0)
+        batches = job.batches(0)
+        loss_sum, outcome = train_step(engine, batches, job.num_averaging)
+        if distributed.any_process(outcome.skipped, engine.device):
+            raise RunFailed(
+                "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
+            )
+        tally.add(loss_sum, outcome, batches)
+        training.done = 1
+        if training.rounds is not None:
+            training.rounds.end(engine)
+        save_checkpoint(training)
+        line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
+    memory, steps = job.memory, job.plan.total_steps
+    if job.data.train is None:
+        tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
+    else:
+        epochs = steps / job.order.steps_in(Fraction(1))
+        tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
+        tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
+    say(
+        job.world,
+        "dry run: one step and one save worked, nothing was kept\n"
+        f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
+        f"  steps                 {steps} of {job.step_size}\n"
+        f"  tokens                about {tokens}\n"
+        f"{pipeline.memory_table(memory)}\n"
+        f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"
+        f"  first loss            {line['loss']:.4f}, gradient norm {line['grad_norm']:.4g}",
+    )
+    return RunResult(None, line, {"state": "dry run"})

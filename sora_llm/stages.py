@@ -1,0 +1,217 @@
+"""The stages of a run: next rows, forward, backward, step, log; and what changes between phases and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sora_llm import distributed, pipeline
+from sora_llm.backbone import DTYPES
+from sora_llm.distributed import StepOutcome
+from sora_llm.errors import Preempted, RunFailed
+from sora_llm.loop import StepBatches, seed_step, train_step
+from sora_llm.plan import Stage
+from sora_llm.rounds import Gates
+from sora_llm.schedule import SPARSIFY
+from sora_llm.sora import soft_threshold
+from sora_llm.training import (
+    IMPORTANCE_SUFFIX,
+    Training,
+    current_ranks,
+    cut_adapter,
+    evaluation_due,
+    is_due,
+    log_step,
+    make_steering,
+    measure,
+    renew_engine,
+    save_checkpoint,
+)
+
+
+def train_stage(training: Training) -> None:
+    """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
+
+    Raises:
+        RunFailed: processes disagree, too many non-finite steps in a row, or nothing is left to train.
+        Preempted: the run was asked to stop; a checkpoint of the last step is complete.
+    """
+    job, tally, stage = training.job, training.tally, training.stage
+    config, world = job.config, job.world
+    if training.done == 0 and job.data.dev is not None:
+        ranks = current_ranks(training).fields
+        line = {"eval_loss": measure(training), **ranks, **training.labels}
+        training.directory.metrics(0, training.phase, line)
+    if training.unlogged is not None:
+        log_step(training, training.unlogged)
+        training.late_round = close_round(training)
+    while not training.has_ended:
+        step, step_of_stage = training.done, training.done - training.first
+        change_form(training, step_of_stage)
+        if training.engine.is_spent:  # consensus left nothing to train
+            return
+        tally.start_clock()
+        engine = training.engine
+        steered = set_rates(training, step_of_stage)
+        seed_step(config.train.seed, step, world.process_index)
+        batches = job.batches(step)
+        training.done = done = step + 1
+        training.has_ended = step_of_stage + 1 == stage.total_steps
+        # Before the step: the gather after it would heal a flipped copy.
+        due = training.has_ended or is_due(config.distributed.check_every, done)
+        due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
+        if training.rounds is not None:
+            training.rounds.part()
+        loss_sum, outcome = train_step(
+            engine, batches, job.num_averaging, before_step=engine.prove_agreement if due else None
+        )
+        tally.add(loss_sum, outcome, batches)
+        synced = close_round(training)
+        refuse_more_skipping(training)
+        is_logged = training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
+        if is_logged or synced:
+            seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
+            seen["grad_norm"] = grad_norm(training, outcome, batches)
+            try:
+                log_step(training, seen)
+            except Preempted:  # in the evaluation: the resumed run begins with this line
+                save_checkpoint(training, unlogged=seen)
+                raise
+            training.late_round = close_round(training)  # where patience has ended the stage
+        saved = training.has_ended or is_due(config.output.save_steps, done)
+        if saved:
+            save_checkpoint(training)
+        try:
+            job.heed_stop()
+        except Preempted:
+            if not saved:
+                save_checkpoint(training)
+            raise
+
+
+def set_rates(training: Training, step: int) -> dict[str, Any]:
+    """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
+    stage = training.stage
+    engine, steering, rounds = training.engine, training.steering, training.rounds
+    sparse_lambda: float | dict[str, float] = 0.0
+    steered: dict[str, Any] = {"lambda": 0.0}
+    if is_pruning(stage, step):
+        place, rates = stage.phases.place(step), stage.rates(step)
+        if rounds is None:
+            sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
+        elif not steering.is_adaptive:  # that chooses when the round ends
+            first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
+            if step == first:
+                steering.choose(rounds.gates, stage.phases.place(end - 1), engine.device, num_steps=end - first)
+            sparse_lambda = steering.chosen
+        steered = steering.fields if rounds is None or not steering.is_adaptive else {}
+    engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
+    return steered
+
+
+def is_pruning(stage: Stage, step: int) -> bool:
+    """Whether gates are cut in `step` of the stage."""
+    return stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at
+
+
+def refuse_more_skipping(training: Training) -> None:
+    """RunFailed after too many non-finite steps in a row; with local updates when a round has ended, by the replica
+    that skipped most (collective)."""
+    tally, rounds = training.tally, training.rounds
+    if rounds is not None and rounds.is_open:
+        return
+    in_a_row, tally.most_in_a_row = tally.most_in_a_row, tally.skipped_in_a_row
+    if rounds is not None:
+        in_a_row = max(found for (found,) in distributed.gather_integers([in_a_row], training.engine.device))
+    if in_a_row >= training.job.config.train.max_skipped_steps:
+        raise RunFailed(
+            f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
+            "skipped; look at the data, or lower train.learning_rate and name a new output.output_dir"
+        )
+
+
+def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) -> float:
+    """Of the step; with local updates the mean over the processes that had rows (collective)."""
+    if training.rounds is None:
+        return outcome.grad_norm
+    has_rows = float(batches.weight > 0)
+    total, count = distributed.sum_over_processes(outcome.grad_norm * has_rows, has_rows, device=training.engine.device)
+    return total / count
+
+
+def close_round(training: Training) -> dict[str, Any]:
+    """End the round of local updates that is open, if the last step or the end of the stage is its end (collective).
+
+    Returns: what the line of the step says of it; {} where nothing ended.
+    """
+    stage, engine, steering, rounds = training.stage, training.engine, training.steering, training.rounds
+    settings, step = training.job.config, training.done - 1 - training.first
+    if rounds is None or not rounds.is_open:
+        return {}
+    if not training.has_ended and step + 1 < stage.round_bounds(step, settings.distributed.sync_every)[1]:
+        return {}
+
+    def choose(mean_gates: Gates) -> None:
+        if steering.is_adaptive:
+            steering.choose(mean_gates, stage.phases.place(step), engine.device)
+
+    def prox(gates: Gates, thresholds: Gates) -> Gates:
+        if steering.is_adaptive:
+            return steering.cut(gates)
+        return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
+
+    prunes = is_pruning(stage, step)
+    # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
+    is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
+    merges = is_cut_next and settings.sora.consensus == "svd"
+    report = rounds.end(engine, prox if prunes else None, choose=choose, keep_factors=merges)
+    return {**report.fields, **(steering.fields if prunes else {})}
+
+
+def change_form(training: Training, step: int) -> None:
+    """Before the first step of a phase that asks for it: put the adapters into balanced form, or cut them to what
+    consensus keeps, and build the optimizer and its engine anew around the tensors that are left (collective).
+
+    Raises:
+        RunFailed: processes disagree, or nothing is left to train.
+    """
+    job, engine, stage = training.job, training.engine, training.stage
+    if step not in stage.changes:
+        return
+    training.tally.pause_clock()
+    training.prove_agreement()
+    old = engine.masters()
+    importance: dict[str, Tensor] = {}
+    with engine.released(whole=False) as model:
+        if step < stage.phases.sparsify_end:
+            dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
+            masters, importance = pipeline.balance(
+                model, old, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
+            )
+        else:
+            cut = cut_adapter(training, model, old)
+            if cut.ranks.kept_params == 0:
+                if not job.config.output.allow_empty_adapter:
+                    raise RunFailed(
+                        f"consensus after step {training.done} left no rank to train; prune less (sora.sparse_lambda "
+                        "or the budget), or set output.allow_empty_adapter"
+                    )
+                return
+            masters = cut.masters
+    del old
+    renew_engine(training, model, masters, importance)
+    training.steering.importance = {name.removesuffix(IMPORTANCE_SUFFIX): values for name, values in importance.items()}
+
+
+def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
+    """Go on from the uncut `masters` with a fresh optimizer (collective)."""
+    job = training.job
+    with training.engine.released(whole=False) as model:
+        pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
+    renew_engine(training, model, masters, {})
+    training.stage_number += 1
+    training.first, training.has_ended, training.unlogged = training.done, False, None
+    training.steering = make_steering(job, training.stage_number)
+    training.patience.start_again()
