@@ -195,10 +195,10 @@ def quantile_threshold(
 ) -> float:
     """τ such that the slots with value > τ cost `wanted`, or less than one component more.
 
-    `values` is {module: (R,)}, |g| · importance of each slot.  Where all that live cost less, nobody else is to die.
-    Where they cost less than the budget itself, dead slots may come back, those for which one step does most: if it
-    gave each the value `within_reach`, as many as are missing.  Steps differ, so those that come back are about as
-    many, rather more.
+    `values` is {module: (R,)}, |g| · importance of each slot.  Where all live slots together cost less than `wanted`,
+    none of them is cut.  Where they cost less than the budget itself, τ lets dead slots come back: `within_reach`
+    {module: (R,)} is about what one step can raise a dead slot's value to, and those that can be raised highest make up
+    what is missing.  A step moves some gates further than that, so that rather more come back than fewer.
     """
     flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)

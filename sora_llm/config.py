@@ -587,6 +587,7 @@ def _check_combinations(config: Config, origin: _Origin) -> None:
         *_sora_problems(config, origin),
         *_replica_problems(config, origin),
         *_backbone_problems(config, origin),
+        *_evaluation_problems(config, origin),
         *_data_problems(config),
     ]
     if config.output.hub_model_id is not None and not config.output.push_to_hub:
@@ -678,6 +679,9 @@ def _backbone_problems(config: Config, origin: _Origin) -> Iterator[str]:
         yield f"{origin.state(config, four)} and {origin.state(config, eight)} exclude each other; set one to false."
     if config.quantization.load_in_8bit and config.distributed.strategy == "zero3":
         yield f"{eight} under distributed.strategy zero3 gives wrong losses; use zero2, or 4 bits."
+
+
+def _evaluation_problems(config: Config, origin: _Origin) -> Iterator[str]:
     for name in ("eval_steps", "early_stopping_patience"):
         needs_dev_rows = getattr(config.evaluation, name) is not None
         if needs_dev_rows and config.data.val_set_size is None and not config.data.val_datasets:

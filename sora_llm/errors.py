@@ -8,6 +8,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+EXIT_INTERRUPTED = 130
+"""Of a command that Ctrl-C ended before it could put anything in order."""
+
+
 class UserError(ValueError):
     """Bad input: a config, a file, a combination.  The message is one or two sentences for the person who
     started the command: what was given, what is allowed, what to do.  The commands print it and exit with 2."""

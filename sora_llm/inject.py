@@ -79,9 +79,16 @@ def inject_sora(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Wrap the target linears of `model` with SoRA adapters, in place, and freeze everything else.
+    """Wrap the target linears of `model` with SoRA adapters, in place, and freeze everything else; in train mode then.
 
-    Factors start from torch's global generator in the order of the modules: seed it for a repeatable start.
+    y = W x + s · B (g ⊙ (A x)), s = lora_alpha / r (SoRA, Ding et al. 2023); A (r, I) is drawn as PEFT does, B (O, r)
+    is 0, g (r,) is 1.  A comes from torch's global generator in the order of the modules: seed it for a repeatable
+    start.
+
+    Args:
+        target_modules: "all-linear" (all but the output head), or suffixes of module names such as "q_proj".
+        lora_dropout: probability of dropping an element of x before A, in train mode only; from 0 to below 1.
+        dtype: of A, B and g; products are computed in the dtype of x.
 
     Returns: the same model.
     Raises:

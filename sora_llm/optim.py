@@ -26,7 +26,11 @@ TAU_SUM = "tau_sum"
 
 
 class ProxAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, then g ← S_τ(g) on every group that has a "sparse_lambda" λ > 0.
+    """torch.optim.AdamW, then g ← S_τ(g) on every group that has a "sparse_lambda" λ > 0 (proximal gradient as in SoRA,
+    Ding et al. 2023).
+
+    Give it `parameter_groups(model, …)`; its own arguments are AdamW's (lr, betas, eps, weight_decay, amsgrad, …) and
+    are what a group does not say.  Weight decay shrinks gates too, wherever a group of them does not say 0.
 
     τ by the group's "threshold", lr being the group's learning rate at this step:
         decoupled   lr · λ                   λ is a signal-to-noise level, useful in (0, 1)
@@ -41,6 +45,10 @@ class ProxAdamW(torch.optim.AdamW):
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
     "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter
     whose values were written since (load_state_dict, a gate set by hand) goes on from those.
+
+    Raises:
+        ValueError: from `step` too, before anything is changed: no such threshold, λ < 0, or adaptive gates without an
+            importance in their state.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,13 +203,19 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of an injected model: the factors A and B, then the gates (own rate, λ, no weight decay).
 
-    With `budgets` {name: modules} the gates of each budget are a group of their own, with its name as "budget".
-    `deferred` leaves the prox to the caller (`ProxAdamW`).
-    After cutting there are no gates and only the first group is returned.  The order of parameters is that of the
-    model's modules, the same on every process.
+    Args:
+        learning_rate, gate_lr: of the factors, of the gates; "lr" of their groups, for a schedule to change.
+        sparse_lambda: λ ≥ 0 of the gates, the "sparse_lambda" of their group.
+        threshold: what λ means, as `ProxAdamW` lists it.
+        weight_decay: of the factors.
+        budgets: {name: modules}; the gates of each are a group of their own, with its name as "budget".
+        deferred: leave the prox to the caller (`ProxAdamW`).
 
+    Returns: groups of "name" "factors" and "gates", for ProxAdamW.  After cutting there are no gates, and the first
+    group alone.  The order of parameters is that of the model's modules, the same on every process.
     Raises:
-        ValueError: the model has no SoRA adapters, or every rank of them was cut.
+        ValueError: the model has no SoRA adapters, every rank of them was cut, or budgets that do not name every gated
+            module once.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
     factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]

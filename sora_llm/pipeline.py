@@ -546,8 +546,9 @@ def consensus_prune(
     """Cut the adapters of an injected model, in place; the gates are folded into the factors.
 
     `svd` keeps singular components of each module's ΔW, `slots` the slots themselves; without a budget both keep all
-    that is alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params` the best of all modules are
-    kept, never more than the budget, and `min_rank` in every module.
+    that is alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params` those of all modules with
+    the most energy per parameter are kept, σ² / (I + O), never more than the budget, and `min_rank` in every module.
+    Factors of lower precision than float32 are cut as they are, not from an optimizer's masters.
 
     For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  The
     parameters are new ones: make a new optimizer afterwards, and under DDP give `model.module` here and wrap it anew;

@@ -19,7 +19,7 @@ class Phases:
     total_steps: int
 
     def place(self, step: int) -> float:
-        """u ∈ (0, 1], the place of `step` in the sparsify window."""
+        """u ∈ (0, 1], the place of `step` in the sparsify window, which has a step (as every plan sees to)."""
         return (step - self.dense_end + 1) / (self.sparsify_end - self.dense_end)
 
     def at(self, step: int) -> str:
@@ -93,8 +93,13 @@ def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:
 def path_lambdas(kind: str, first: float, last: float, count: int) -> list[float]:
     """The λ of each stage of a sparsity path, rising from `first` to `last` (Algorithm 1 of the SoRA paper).
 
-    linear: evenly spaced; log_linear: log of evenly spaced e^λ; exp_linear: evenly spaced log λ.
+    linear: evenly spaced; log_linear: log of evenly spaced e^λ; exp_linear: evenly spaced log λ, from above 0.
+
+    Raises:
+        ValueError: no such kind, or exp_linear from 0.
     """
+    if kind == "exp_linear" and not first > 0:
+        raise ValueError(f"exp_linear multiplies λ from stage to stage and begins above 0, not at {first}")
     if count == 1:
         return [first]
     places = [index / (count - 1) for index in range(1, count - 1)]

@@ -42,9 +42,9 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
 
 
 def _in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast, which knows some products of a branch and not others; the base layer keeps the caller's."""
+    """Without autocast, which would cast some products of a branch and leave others; the base layer keeps it."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # which knows no autocast
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch has no autocast of meta
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -59,7 +59,7 @@ def train_stage(training: Training) -> None:
         batches = job.batches(step)
         training.done = done = step + 1
         training.has_ended = step_of_stage + 1 == stage.total_steps
-        # Before the step: the gather after it would heal a flipped copy.
+        # Proved before the step, after which ZeRO's all-gather overwrites a copy that is corrupt.
         due = training.has_ended or is_due(config.distributed.check_every, done)
         due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
         if training.rounds is not None:

@@ -114,7 +114,8 @@ class StopRequest:
         while self.at_once and not self._raised:
             if self._looks and self._asked_by is None:
                 seen_before, seen = seen, self._file_is_there()
-                if seen if self._is_main else seen_before and not seen:
+                is_removed = seen_before and not seen  # which the main process does when it has obeyed
+                if seen if self._is_main else is_removed:
                     self._asked_by = f"the file {self.file}"
             if self.is_asked() and not self._others_wait():
                 asked_at = asked_at or time.monotonic()

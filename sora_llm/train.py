@@ -23,7 +23,7 @@ from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
-from sora_llm.errors import Preempted, RunFailed, UserError, first_line
+from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
 from sora_llm.inputs import (
     check_inputs,
@@ -54,7 +54,7 @@ from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, resolve_strategy
 from sora_llm.training import Training, load_and_inject
 
-EXIT_FINISHED, EXIT_INTERRUPTED = 0, 130
+EXIT_FINISHED = 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,6 +109,9 @@ def let_main_speak() -> None:
 
 def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunResult:
     """Run a config to its end, in this process or as one of the processes that a launcher started.
+
+    `overrides` are "section.key=value", the value read as YAML.  Every process returns the same result; the main one
+    writes the run directory.  Of a run that was stopped, or was finished before, `status["state"]` says so.
 
     In the main thread TERM, USR1 and INT, anywhere a file STOP in the run directory, make it stop with a checkpoint and
     the status "preempted".

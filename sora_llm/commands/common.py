@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
 from sora_llm.topology import World
 
-EXIT_INTERRUPTED = 130
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 
 

@@ -30,7 +30,8 @@ def check_size(arguments: argparse.Namespace) -> None:
         raise UserError(f"--target-params is {arguments.target_params}; it is a number of parameters above 0")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
-    if arguments.min_rank < 0 or (arguments.min_rank and arguments.target_rank is arguments.target_params is None):
+    has_budget = arguments.target_rank is not None or arguments.target_params is not None
+    if arguments.min_rank < 0 or (arguments.min_rank and not has_budget):
         raise UserError(
             f"--min-rank is {arguments.min_rank}; it is 0 or more, and needs --target-rank or --target-params"
         )
