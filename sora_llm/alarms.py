@@ -52,11 +52,10 @@ class Alarms:
                 f"all gates are dying: {kept:,} of {self._full:,} parameters are left at step {line['step']}; lower "
                 "sora.sparse_lambda or sora.gate_lr"
             )
-        if place >= 0.5 and kept == self._full and line.get("budget_params", 0) < self._full:
-            found["alive"] = (
-                "no gate has died by half of the sparsify phase; raise sora.sparse_lambda or sora.gate_lr, or train "
-                "longer"
-            )
+        is_by_quantile = bool(self._budgets) and "lambda" not in line and "lambdas" not in line
+        if place >= 0.5 and kept == self._full and line.get("budget_params", 0) < self._full and not is_by_quantile:
+            stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
+            found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"
         lambdas = line.get("lambdas", {"": line.get("lambda")})
         wanted = line.get("target_mean_rank")
         at_bound = wanted is not None and any(v is not None and v >= LAMBDA_MAX for v in lambdas.values())
@@ -87,17 +86,19 @@ class Alarms:
                 "sora.gate_lr or lengthen the dense phase"
             )
         for budget in self._budgets:
-            unasked = [name for name in budget.costs if ranks[name] == 0 and self._asks_for_all(budget)]
-            if unasked:
+            below = [name for name, cap in budget.caps.items() if ranks[name] < min(budget.min_rank, cap)]
+            unasked = [name for name in budget.costs if ranks[name] == 0 and 2 * budget.params >= budget.full]
+            if below:
+                found[f"below {budget.name}"] = (
+                    f"{_listed(below)} ended below sora.min_rank {budget.min_rank}: fewer slots were alive there when "
+                    "the adapters were cut; lengthen the dense phase, or use sora.threshold adaptive, which spares them"
+                )
+            elif unasked:
                 found[f"zero {budget.name}"] = (
                     f"{_listed(unasked)} ended at rank 0 although the budget keeps "
                     f"{budget.params / budget.full:.0%} of all ranks; set sora.min_rank if every module should keep one"
                 )
         return self._new(found)
-
-    @staticmethod
-    def _asks_for_all(budget: RankBudget) -> bool:
-        return budget.min_rank > 0 or 2 * budget.params >= budget.full
 
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {key: sentence for key, sentence in found.items() if key not in self._raised}

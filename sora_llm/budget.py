@@ -179,15 +179,23 @@ def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_s
     return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(exponent)))
 
 
-def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, Tensor]:
+SPARED = 1e9
+"""Importance, in units of the median, of slots that no quantile reaches."""
+
+
+def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int], min_rank: int = 0) -> dict[str, Tensor]:
     """σ_i/√c_m of every slot {module: (R,)}, in units of their median over all slots that are not 0.
 
-    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0.
+    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0.  The `min_rank` largest of
+    each module's falling `sigmas` are spared.
     """
     found = {name: sigmas[name].double() / math.sqrt(cost) for name, cost in costs.items()}
     live = torch.cat([values[values > 0] for values in found.values()])
     median = float(live.median()) if len(live) else 1.0
-    return {name: values / median for name, values in found.items()}
+    found = {name: values / median for name, values in found.items()}
+    for values in found.values():
+        values[:min_rank][values[:min_rank] > 0] = SPARED
+    return found
 
 
 def quantile_threshold(

@@ -518,7 +518,8 @@ def balance(
         layer.replace(A, B, torch.ones(layer.rank, dtype=dtype))
     weights: dict[str, Tensor] = {}
     for budget in budgets:
-        weights |= importances({name: received[f"{name}.sigma"] for name in budget.costs}, budget.costs)
+        sigmas = {name: received[f"{name}.sigma"] for name in budget.costs}
+        weights |= importances(sigmas, budget.costs, budget.min_rank)
     if not any(bool(values.any()) for values in weights.values()):
         raise RunFailed(
             "nothing was learned before the sparsify phase: every ΔW is 0, and pruning would be blind; raise "

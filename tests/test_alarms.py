@@ -44,6 +44,9 @@ def test_gates_that_all_die_or_none() -> None:
     assert "no gate has died by half" in said(alarms, 0.5, kept_params=FULL)
     assert said(alarms, 0.6, kept_params=FULL) == "", "once"
     assert said(Alarms([budget(FULL)], FULL), kept_params=FULL, budget_params=FULL) == "", "a full budget keeps all"
+    by_feedback = said(Alarms([budget()], FULL), kept_params=FULL, budget_params=500, **{"lambda": 0.5})
+    assert "raise sora.gate_lr, or" in by_feedback, "λ is not the user's there"
+    assert said(Alarms([budget()], FULL), kept_params=FULL, budget_params=500, threshold=0.1) == "", "the quantile does"
 
 
 def test_a_controller_at_its_bound_that_does_not_get_there() -> None:
@@ -64,10 +67,18 @@ def test_a_controller_at_its_bound_that_does_not_get_there() -> None:
     assert "lower bound" in said(Alarms([budget()], FULL), **{"lambda": 1e-3, "target_mean_rank": 29.0})
 
 
-@pytest.mark.parametrize(("params", "min_rank", "expected"), [(500, 0, True), (100, 0, False), (100, 1, True)])
-def test_a_module_at_zero_that_the_budget_did_not_ask_for(params: int, min_rank: int, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("params", "min_rank", "expected"),
+    [
+        (500, 0, "a ended at rank 0 although the budget keeps 50% of all ranks; set sora.min_rank"),
+        (100, 0, None),
+        (100, 1, "a ended below sora.min_rank 1: fewer slots were alive there"),
+        (500, 11, "a and b ended below sora.min_rank 11"),
+    ],
+)
+def test_a_module_that_has_less_than_it_was_meant_to(params: int, min_rank: int, expected: str | None) -> None:
     found = Alarms([budget(params, min_rank)], FULL).of_cut({"a": 0, "b": 10}, 0)
-    assert bool(found) == expected and all("a ended at rank 0" in sentence for sentence in found)
+    assert found == [] if expected is None else expected.replace(" and b", ", b") in found[0]
 
 
 def test_a_budget_that_could_not_be_used_up() -> None:

@@ -14,6 +14,7 @@ from sora_llm.budget import (
     LAMBDA_MAX,
     LAMBDA_MIN,
     QUANTILE_GOAL,
+    SPARED,
     RankBudget,
     importances,
     make_budgets,
@@ -119,6 +120,8 @@ def test_importance_is_the_singular_value_per_root_of_its_cost_in_units_of_the_m
     found = importances({"a": torch.tensor([4.0, 2.0, 0.0]), "b": torch.tensor([3.0])}, {"a": 4, "b": 9})
     assert found["a"].tolist() == [2.0, 1.0, 0.0] and found["b"].tolist() == [1.0], "the median is 1"
     assert importances({"a": torch.zeros(2)}, {"a": 4})["a"].tolist() == [0.0, 0.0]
+    spared = importances({"a": torch.tensor([4.0, 2.0, 0.0]), "b": torch.zeros(1)}, {"a": 4, "b": 9}, min_rank=1)
+    assert spared["a"].tolist() == [SPARED, 1.0, 0.0] and spared["b"].tolist() == [0.0], "what is there is spared"
 
 
 @given(data=st.data())

@@ -293,9 +293,17 @@ def test_patterns_have_their_own_budgets_in_a_run(
     assert all(set(found) == {*pattern, "all"} for found in thresholds)
 
 
-def test_min_rank_is_served_first(ground: Playground, tmp_path: Path) -> None:
-    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, "sora.min_rank": 1}))
-    assert min(lines(tmp_path / "run", "ranks.jsonl")[-1]["ranks"].values()) == 1
+@pytest.mark.parametrize(("min_rank", "target_rank"), [(1, TARGET_RANK), (2, 2.2)])
+def test_min_rank_is_kept_all_along(min_rank: int, target_rank: float, ground: Playground, tmp_path: Path) -> None:
+    """Also where the budget leaves little beside it, and nearly every gate would be below the quantile."""
+    options = {**BUDGET, "sora.r": 8, "sora.min_rank": min_rank, "sora.target_rank": target_rank, "train.max_steps": 24}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    for line in lines(tmp_path / "run", "ranks.jsonl"):
+        assert min(line["ranks"].values()) >= min_rank, line["step"]
+    metrics, cost = lines(tmp_path / "run", "metrics.jsonl"), costs(tmp_path / "run")
+    budget = target_rank * sum(cost.values())
+    assert budget - max(cost.values()) < metrics[-1]["kept_params"] <= budget
+    assert not any("min_rank" in alarm for line in metrics for alarm in line.get("alarms", []))
 
 
 @pytest.mark.parametrize(
