@@ -152,7 +152,7 @@ def _check(group: RankBudget, key: str, section: str, *, may_be_empty: bool = Fa
         raise UserError(
             f"{key} is {group.params:,} parameters (mean rank {group.mean_rank(group.params):.4g}), more than the "
             f"{group.full:,} that its modules have before pruning (mean rank {group.mean_rank(group.full):.4g}); lower "
-            f"it, or raise {section}r"
+            f"it, or raise {section}r if layers are wider than that"
         )
     floor = sum(cost * min(group.min_rank, group.caps[name]) for name, cost in group.costs.items())
     if group.params < floor:

@@ -62,6 +62,8 @@ def refuse_other_contents(folder: Path) -> None:
             f"{folder} exists and holds no export (no {CERTIFICATE} says so); name another folder, this one would be "
             "replaced"
         )
+    if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
+        raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
 
 
 def is_export(folder: Path) -> bool:

@@ -127,9 +127,10 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(_temporary(run_dir, step), ignore_errors=True)
+        earlier = "earlier checkpoints are whole: " if _folders(run_dir) else ""
         raise RunFailed(
-            f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); earlier "
-            "checkpoints are whole: free some space and start the same command again"
+            f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); {earlier}free "
+            "some space and start the same command again"
         ) from error
 
 
@@ -157,6 +158,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not a complete checkpoint, or its files are not the ones that were written.
     """
+    if folder.is_dir() and not (folder / COMPLETE).exists():
+        raise UserError(f"{folder} is not a complete checkpoint: it has no {COMPLETE}, which is written last")
     try:
         said = (folder / COMPLETE).read_text(encoding="utf-8")
         hashes = json.loads(said)

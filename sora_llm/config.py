@@ -709,8 +709,10 @@ def _data_problems(config: Config) -> Iterator[str]:
                 )
         if dataset.separator and dataset.type != "prompt_completion":
             yield f"{key}.separator goes with type prompt_completion only, not {dataset.type}; leave it out."
-        if (dataset.function is None) == (dataset.type == "custom"):
-            yield f"{key}.function (module:function) goes with type custom and no other; its type is {dataset.type}."
+        if dataset.type == "custom" and dataset.function is None:
+            yield f"{key} is of type custom and has no function; set it to module:function, from a row to messages."
+        if dataset.type != "custom" and dataset.function is not None:
+            yield f"{key}.function goes with type custom and no other; its type is {dataset.type}."
     yield from _mixture_problems(data.datasets)
     for index, dataset in enumerate(data.val_datasets or ()):
         for name in ("weight", "streaming"):

@@ -207,7 +207,7 @@ def refuse_small_disk(merge: Merge, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if size > free:
         raise UserError(
-            f"the merged model takes {size / 2**30:.1f} GiB, and {existing} has {free / 2**30:.1f} GiB free"
+            f"the merged model takes {size / 2**20:,.1f} MiB, and {existing} has {free / 2**20:,.1f} MiB free"
         )
 
 

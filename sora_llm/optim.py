@@ -96,9 +96,15 @@ class ProxAdamW(torch.optim.AdamW):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def _check_groups(self) -> None:
-        """ValueError for a group that was edited into what cannot be; before anything is changed."""
+        """ValueError for a group that was edited into what cannot be, RuntimeError for parameters that the model does
+        not have any more; before anything is changed."""
         for group in self.param_groups:
             _check_group(group)
+            if any(getattr(param, "was_cut", False) for param in group["params"]):
+                raise RuntimeError(
+                    "this optimizer holds the parameters from before the adapters were cut and would train nothing: "
+                    "make a new one from parameter_groups(model, …)"
+                )
             if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0 and not group.get("deferred", False):
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -193,7 +194,8 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         if phases.dense_end == phases.sparsify_end:
             raise UserError(
                 f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-                f"sora.consensus_at {sora.consensus_at}; train longer, or widen the window between the two"
+                f"sora.consensus_at {sora.consensus_at}; train for {_fewest_steps(config, is_adaptive)} steps or more, "
+                "or widen the window between the two"
             )
         gate_lr = sora.gate_lr
         if gate_lr == "auto":
@@ -205,10 +207,22 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             raise UserError(
                 f"nothing is learned before the sparsify phase ends: {steps} steps, cut at {phases.sparsify_end} "
                 f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; sora.threshold "
-                "adaptive ranks what was learned, so train longer, or use decoupled"
+                f"adaptive ranks what was learned: train for {_fewest_steps(config, is_adaptive)} steps or more, or "
+                "use decoupled"
             )
         stages.append(stage)
     return tuple(stages)
+
+
+def _fewest_steps(config: Config, is_adaptive: bool) -> int:
+    """Of a run that has something to sparsify, with this config's ratios."""
+    sora, train = config.sora, config.train
+    for steps in itertools.count(1):
+        phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
+        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
+        if max(stage.weighed_at, phases.dense_end) < phases.sparsify_end:
+            return steps
+    raise AssertionError("dense_ratio is below consensus_at")
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

@@ -265,12 +265,13 @@ class SoraLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        if r < 1:
-            raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot")
+        if not (r >= 1 and r == int(r)):
+            raise ValueError(f"r is {r}; a SoRA layer starts with a whole number of slots, at least one")
         if not lora_alpha > 0:
             raise ValueError(f"lora_alpha is {lora_alpha}; it must be above 0")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is {lora_dropout}; it is a probability from 0 to below 1")
+        r = int(r)
         self.base_layer: nn.Linear = base_layer.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base_layer.in_features, base_layer.out_features, r
         self.scaling, self.lora_dropout = lora_alpha / r, lora_dropout
@@ -315,10 +316,14 @@ class SoraLinear(nn.Module):
                 f"{self.in_features} → {self.out_features}"
             )
         device = self.base_layer.weight.device
-        self.gate, self.rank = None, rank
         # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
-        self.lora_A = nn.Parameter(lora_A.detach().clone().to(device)) if rank else None
-        self.lora_B = nn.Parameter(lora_B.detach().clone().to(device)) if rank else None
+        for old in self.parameters(recurse=False):
+            old.was_cut = True  # type: ignore[attr-defined]  # an optimizer that still holds it trains nothing
+        # Rows in a row: gradients are, and DDP's buckets take the layout of the parameter.
+        own_A, own_B = (factor.detach().clone(memory_format=torch.contiguous_format) for factor in (lora_A, lora_B))
+        self.lora_A = nn.Parameter(own_A.to(device)) if rank else None
+        self.lora_B = nn.Parameter(own_B.to(device)) if rank else None
+        self.gate, self.rank = None, rank
 
     def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
         """Replace the branch by a gated one of A (R, I), B (O, R) and gate (R,), R ≥ 1, in their dtype; s stays.

@@ -308,7 +308,11 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         if not dry_run:
             stop.remove_file()
         saved = status["checkpoint"]
-        where = f"{run_dir / saved} is complete; start the same command again to go on" if saved else "nothing to save"
+        where = "nothing to save"
+        if status.get("phase") == "done":
+            where = f"{run_dir} was finished before, its adapter is {run_dir / status['adapter']}"
+        elif saved:
+            where = f"{run_dir / saved} is complete; start the same command again to go on"
         terminal.say(f"stopped by {request}: {where}")
     lines = read_json_lines(run_dir / "metrics.jsonl")
     return RunResult(None, lines[-1] if lines else {}, status)

@@ -166,6 +166,10 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     refused(capsys, "--min-rank is 1", lora, "--min-rank", 1, *out)
     refused(capsys, "is what the result is made of", lora, "--out", lora)
     refused(capsys, "holds no export", lora, "--out", tmp_path / "full")
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    for folder in (tmp_path / "outer", tmp_path / "outer" / "inner"):
+        (folder / "certificate.json").write_text('{"layout": "padded", "modules": {}}')
+    refused(capsys, f"with it the export in {tmp_path / 'outer' / 'inner'}", lora, "--out", tmp_path / "outer")
     merged = Path(shutil.copytree(base, tmp_path / "merged"))  # an earlier export that is the base of a later one
     (merged / "certificate.json").write_text('{"layout": "merged", "modules": {}}')
     onto = ("--layout", "merged", "--base-model", merged, "--out", merged)

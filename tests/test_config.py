@@ -469,7 +469,7 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
 @pytest.mark.parametrize(
     ("overrides", "fragment"),
     [
-        (["data.datasets.0.type=custom"], "goes with type custom and no other"),
+        (["data.datasets.0.type=custom"], "data.datasets.0 is of type custom and has no function"),
         (["data.datasets.0.function='a:b'"], "goes with type custom and no other"),
         ([TWO % ("weight: 2", "")], "data.datasets.0 has weight and data.datasets.1 has not: its share of an epoch's"),
         ([TWO % ("type: alpaca", ", weight: 2")], "data.datasets.1 has weight and data.datasets.0 has not"),

@@ -17,6 +17,7 @@ from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipelin
 from sora_llm.budget import make_budgets
 from sora_llm.consensus import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
+from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.topology import World
 
 R, ALONE = 6, World(num_processes=1, process_index=0, local_process_index=0)
@@ -106,7 +107,7 @@ def test_min_rank_is_kept_where_anything_lives() -> None:
         ({"consensus": "magic"}, "use 'svd' or 'slots'"),
         ({"target_rank": 1, "target_params": 5}, "two ways to say one budget"),
         ({"min_rank": 1}, "needs a budget"),
-        ({"target_rank": 7}, "more than the .* or raise r$"),
+        ({"target_rank": 7}, "more than the .* or raise r if layers are wider than that$"),
         ({"target_rank": -1}, "target_rank is -1; it must be a number above 0"),
         ({"target_rank": float("nan")}, "target_rank is nan; it must be a number above 0"),
         ({"target_rank": "2"}, "target_rank is '2'; it must be a number above 0"),
@@ -170,6 +171,16 @@ def cut_inside_ddp() -> dict[str, str]:
     wrapped.clear()  # reducers hang at the exit of a process whose group is gone
     torch.distributed.destroy_process_group()
     return report
+
+
+def test_an_optimizer_from_before_the_cut_is_an_error_and_not_a_run_that_learns_nothing() -> None:
+    model = trained()
+    optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2))
+    consensus_prune(model, target_rank=2)
+    model(input_ids=IDS).logits.sum().backward()
+    with pytest.raises(RuntimeError, match="make a new one from parameter_groups"):
+        optimizer.step()
+    ProxAdamW(parameter_groups(model, 1e-3, 1e-2)).step()
 
 
 def cut_with_other_algebra() -> str:

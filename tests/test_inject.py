@@ -211,12 +211,13 @@ def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora_dropout": 1.0}, {"lora_dropout": 5}, {"lora_alpha": 0}, {"lora_alpha": -16}]
+    "options",
+    [{"lora_dropout": 1.0}, {"lora_dropout": 5}, {"lora_alpha": 0}, {"lora_alpha": -16}, {"r": 0}, {"r": 2.5}],
 )
-def test_a_dropout_or_scale_that_cannot_be_is_an_error(options):
+def test_a_rank_dropout_or_scale_that_cannot_be_is_an_error(options):
     model = tiny_llama()
-    with pytest.raises(ValueError, match=next(iter(options))):
-        inject_sora(model, r=2, **options)
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} is"):
+        inject_sora(model, **{"r": 2, **options})
     assert all(parameter.requires_grad for parameter in model.parameters()), "nothing was frozen for nothing"
 
 
