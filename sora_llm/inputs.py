@@ -131,6 +131,8 @@ def quiet_libraries() -> None:
     # Announcements for the authors of the libraries that we call, not for who runs this one.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
+    # DDP's reducer tells (O, 1) with strides (1, O) from the same with (1, 1): the same bytes in the same order.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sora_llm.files import write_text_atomically
-from sora_llm.schedule import SPARSIFY
 from sora_llm.terminal import end_progress, say, show_progress
 
 
@@ -91,7 +90,7 @@ class Progress:
             ("lambda", "λ", ".3g"),
             ("tokens_per_second", "tokens/s", ",.0f"),
         ):
-            if key in line and (key != "lambda" or line["phase"] == SPARSIFY):  # else it is 0, whatever the config
+            if key in line and (key != "lambda" or line[key] != 0):  # 0 is said of steps that cut no gate
                 parts.append(f"{label} {line[key]:{form}}")
         text = "  ".join(parts)
         if self.stream.isatty():
