@@ -15,6 +15,7 @@ from sora_llm.card import story_of_run
 from sora_llm.config import to_dict
 from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.generation import sample_answers
 from sora_llm.inputs import (
@@ -142,14 +143,11 @@ def leave_beside(training: Training, result: StageResult) -> None:
 
     def write() -> str:
         assert factors is not None, "they are the main process's"
-        return export_beside(
-            layout,
-            job.inputs,
-            factors,
-            training.directory.path,
-            provenance=provenance(job, line),
-            device=job.accelerator.device,
-        )
+        run_dir, device = training.directory.path, job.accelerator.device
+        try:
+            return export_beside(layout, job.inputs, factors, run_dir, provenance=provenance(job, line), device=device)
+        except UserError as error:  # `check_layout` found nothing when the run began
+            raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
 
     say(job.world, on_main(write, job.world))
 

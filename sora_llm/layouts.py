@@ -10,7 +10,7 @@ import torch
 
 from sora_llm.card import Provenance, refuse_other_contents
 from sora_llm.consensus import PlainFactors
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import architecture_of
@@ -62,23 +62,9 @@ def export_beside(
     trained is not needed, and should be gone: the base is loaded again.
 
     Raises:
-        RunFailed: what was read back is not what was trained, or no room on the disk; nothing is left.
+        UserError: no room on the disk.
+        RunFailed: what was read back is not what was trained; nothing is left.
     """
-    try:
-        return _export_beside(layout, inputs, factors, run_dir, provenance=provenance, device=device)
-    except UserError as error:  # which was fine when the run began
-        raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
-
-
-def _export_beside(
-    layout: str,
-    inputs: Inputs,
-    factors: PlainFactors,
-    run_dir: Path,
-    *,
-    provenance: Provenance,
-    device: torch.device | str,
-) -> str:
     folder, base = run_dir / layout, inputs.backbone
     certificate: dict[str, Any]
     if layout == "gguf":
