@@ -41,13 +41,13 @@ class Done(Exception):
 def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Start a run in this process and leave it after its first step."""
     marks: list[tuple[str, Clock]] = [("start", now())]
-    from sora_llm import train
+    from sora_llm import stages, train
 
     marks.append(("imports", now()))
 
-    def marked(name: str, part: str, before: bool) -> None:
-        """Note the time before or after what `sora_llm.train` calls `name`."""
-        real = getattr(train, name)
+    def marked(caller: Any, name: str, part: str, before: bool) -> None:
+        """Note the time before or after what a module calls `name`."""
+        real = getattr(caller, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             if before:
@@ -59,14 +59,14 @@ def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
                 raise Done
             return result
 
-        setattr(train, name, call)
+        setattr(caller, name, call)
 
-    marked("load_data", "checks", before=True)
-    marked("make_plan", "data", before=False)
-    marked("announce", "group", before=True)
-    marked("train_stage", "model", before=True)
-    marked("change_form", "dev loss", before=True)
-    marked("train_step", "first step", before=False)
+    marked(train, "load_data", "checks", before=True)
+    marked(train, "make_plan", "data", before=False)
+    marked(train, "announce", "group", before=True)
+    marked(train, "train_stage", "model", before=True)
+    marked(stages, "change_form", "dev loss", before=True)
+    marked(stages, "train_step", "first step", before=False)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
         train.run(config, *overrides, f"output.output_dir={folder}/run", "output.report_to=[]")
     found: dict[str, Any] = {}

@@ -29,7 +29,8 @@ class Alarms:
         self._has_cut = False
 
     def of_line(self, line: Mapping[str, Any], place: float | None) -> list[str]:
-        """The alarms that this line of metrics raises; `place` ∈ (0, 1] is its place in the sparsify window, if any."""
+        """The alarms that this line of metrics raises; `place` ∈ (0, 1] is its place in the sparsify window, None where
+        no gate is cut."""
         found: dict[str, str] = {}
         if line["phase"] == SPARSIFY and place is not None:
             found |= self._of_gates(line, place)
@@ -52,7 +53,7 @@ class Alarms:
                 f"all gates are dying: {kept:,} of {self._full:,} parameters are left at step {line['step']}; lower "
                 "sora.sparse_lambda or sora.gate_lr"
             )
-        is_by_quantile = bool(self._budgets) and "lambda" not in line and "lambdas" not in line
+        is_by_quantile = "threshold" in line or "thresholds" in line
         if place >= 0.5 and kept == self._full and line.get("budget_params", 0) < self._full and not is_by_quantile:
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
             found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"
@@ -91,7 +92,7 @@ class Alarms:
             if below:
                 found[f"below {budget.name}"] = (
                     f"{_listed(below)} ended below sora.min_rank {budget.min_rank}: fewer slots were alive there when "
-                    "the adapters were cut; lengthen the dense phase, or use sora.threshold adaptive, which spares them"
+                    "the adapters were cut; lengthen the dense phase, or lower sora.gate_lr"
                 )
             elif unasked:
                 found[f"zero {budget.name}"] = (

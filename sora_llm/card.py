@@ -25,7 +25,7 @@ def story_of_run(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     step = line.get("best_step")
     if step is None:
         return TRAINED, {}
-    return f"{TRAINED}, taken after step {step}, where its dev loss was lowest,", {"best_step": step}
+    return f"{TRAINED}, taken after step {step}, at the lowest dev loss since it was cut,", {"best_step": step}
 
 
 @dataclass(frozen=True)

@@ -805,10 +805,11 @@ def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
 
     `environ` is what os.environ held before `make_accelerator`.
     """
-    try:
-        accelerator.end_training()
-    except Exception as error:  # of whatever tracker: what is finished stays finished
-        say(f"warning: output.report_to: a tracker could not be ended: {first_line(error)}")
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # of whatever library: what is finished stays finished
+            say(f"warning: output.report_to: {tracker.name} could not be ended: {first_line(error)}")
     if dist.is_initialized():
         dist.destroy_process_group()
     if "deepspeed" in sys.modules:  # its groups belong to the process group that is gone

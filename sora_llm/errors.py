@@ -2,14 +2,13 @@
 
 from typing import Any
 
+EXIT_INTERRUPTED = 130
+"""Of a command that Ctrl-C ended before it could put anything in order."""
+
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-EXIT_INTERRUPTED = 130
-"""Of a command that Ctrl-C ended before it could put anything in order."""
 
 
 class UserError(ValueError):

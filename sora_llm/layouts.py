@@ -15,7 +15,7 @@ from sora_llm.export import LAYOUTS
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import architecture_of
 from sora_llm.inputs import Inputs
-from sora_llm.merged import plan_merge, refuse_small_disk
+from sora_llm.merged import Merge, plan_merge, refuse_small_disk
 from sora_llm.merged_export import export_merged
 
 
@@ -29,7 +29,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
 
     Raises:
         UserError: an architecture or a module that llama.cpp does not have, files that cannot be merged into, 8-bit
-            layers, no room on the disk, or a folder of that name in the run directory that holds something else.
+            layers, or a folder of that name in the run directory that holds something else.
     """
     if layout in LAYOUTS:
         return
@@ -39,12 +39,26 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         elif inputs.backbone.load_in_8bit:
             raise UserError("8-bit layers round activations too, so that no weights equal them")
         else:
-            dequantise = inputs.backbone.load_in_4bit
-            merge = plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=dequantise, device="cpu")
-            refuse_small_disk(merge, run_dir / layout)
+            _planned(inputs)
         refuse_other_contents(run_dir / layout)
     except UserError as error:
         raise UserError(f"output.export_layout {layout}: {error}") from None
+
+
+def check_room(layout: str, inputs: Inputs, run_dir: Path) -> None:
+    """UserError where the disk has no room for `layout`, as it is now."""
+    if layout in LAYOUTS or layout == "gguf":
+        return
+    try:
+        refuse_small_disk(_planned(inputs), run_dir / layout)
+    except UserError as error:
+        raise UserError(f"output.export_layout {layout}: {error}") from None
+
+
+def _planned(inputs: Inputs) -> Merge:
+    """The merge of nothing: what it would read and write."""
+    dequantise = inputs.backbone.load_in_4bit
+    return plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=dequantise, device="cpu")
 
 
 def export_beside(

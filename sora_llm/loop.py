@@ -90,11 +90,13 @@ def train_step(
         if before_step is not None:
             before_step()
         return torch.zeros((), dtype=torch.float64, device=engine.device), StepOutcome(0.0, skipped=False)
+    generator_state = torch.get_rng_state()
     loss_sum = accumulate(engine, batches, num_processes)
     if before_step is not None:
         before_step()
     outcome = engine.step()
     while outcome.skipped and engine.loss_scale.fall():
+        torch.set_rng_state(generator_state)  # the same dropout masks
         loss_sum = accumulate(engine, batches, num_processes)
         outcome = engine.step()
     if not outcome.skipped:

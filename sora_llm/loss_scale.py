@@ -1,7 +1,7 @@
 """A power of two that keeps gradients within float16, whose smallest number is 6e-8 and whose largest 65,504.
 
 The loss of a step is a mean over its supervised tokens: of many of them, the gradient of one is below what float16 can
-say.  At 16,384 tokens a step the gradients of the adapters are off by half of their norm, without an error
+say.  At 65,536 tokens a step the gradients of the adapters are off by half of their norm, without an error
 (benchmarks/LOG.md).  bfloat16 and float32 have the range and need none of this.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-START, MOST = 16, 24
-FALL = 4
-RISE_AFTER = 100
+START, MOST = 16, 24  # exponents: where torch's GradScaler begins; no gradient is so small that it needs more
+FALL = 4  # of the exponent: a loss that is no number at any scale is to cost few more tries
+RISE_AFTER = 100  # steps: a step that has to be taken again costs another one
 
 
 class LossScale:
@@ -38,7 +38,7 @@ class LossScale:
         return 2.0**self._exponent
 
     def unscale(self, gradient: Tensor) -> Tensor:
-        """The gradient of an adapter tensor (float32) without the factor, for `register_hook`."""
+        """The gradient of an adapter tensor, of float32's range, without the factor; for `register_hook`."""
         return gradient / self.factor
 
     def fall(self) -> bool:
@@ -65,6 +65,6 @@ class LossScale:
         return [self._exponent, self._finite_steps]
 
     def load(self, state: Sequence[int]) -> None:
-        """Put back `state`; of a run that needed none, this one begins as if it were new."""
+        """Put back `state`; where no scale is needed it stays 1."""
         if self.is_needed:
             self._exponent, self._finite_steps = state

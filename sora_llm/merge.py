@@ -71,6 +71,7 @@ class Merged:
         jaccard: |S_k ∩ S_l| / |S_k ∪ S_l| of the supports over those modules, mean over all pairs of replicas (1 for
             two empty supports); None without a pair or without such modules.
         replicas: in the order given.
+        num_distinct: how many of them differ in a bit.
     """
 
     factors: PlainFactors
@@ -78,6 +79,7 @@ class Merged:
     votes: dict[str, list[int]]
     jaccard: float | None
     replicas: list[ReplicaReport]
+    num_distinct: int
 
 
 class _Distinct(NamedTuple):
@@ -153,6 +155,7 @@ def merge(
         votes={name: (copies_K @ support_KR.long()).tolist() for name, support_KR in supports.items()},
         jaccard=mean_jaccard(torch.cat(list(supports.values()), dim=1), distinct.copies) if supports else None,
         replicas=_replica_reports(replicas, distinct, gram_KK, report.energy),
+        num_distinct=len(distinct.replicas),
     )
 
 

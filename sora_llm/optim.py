@@ -49,6 +49,7 @@ class ProxAdamW(torch.optim.AdamW):
     Raises:
         ValueError: from `step` too, before anything is changed: no such threshold, λ < 0, or adaptive gates without an
             importance in their state.
+        RuntimeError: from `step`: the adapters were cut since, and this optimizer holds parameters from before.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from sora_llm.distributed import (
     agree,
     broadcast_tensors,
     gather_objects,
+    on_every,
     on_main,
     refuse_old_wrappers,
     sum_over_processes,
@@ -587,8 +588,12 @@ def consensus_prune(
     masters = {name: p.detach().float() for name, p in adapter_parameters(inner).items()}
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}
-    with _finite("cut"):
-        cut, _ = cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)
+
+    def plain() -> dict[str, tuple[Tensor, Tensor]]:
+        with _finite("cut"):
+            return cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)[0]
+
+    cut = on_every(plain)  # the main process's is taken; an error on one is raised on all
     _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)
     return model

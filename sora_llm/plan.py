@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -194,8 +193,8 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         if phases.dense_end == phases.sparsify_end:
             raise UserError(
                 f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-                f"sora.consensus_at {sora.consensus_at}; train for {_fewest_steps(config, is_adaptive)} steps or more, "
-                "or widen the window between the two"
+                f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps, is_adaptive)}, or widen the window "
+                "between the two"
             )
         gate_lr = sora.gate_lr
         if gate_lr == "auto":
@@ -207,22 +206,24 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             raise UserError(
                 f"nothing is learned before the sparsify phase ends: {steps} steps, cut at {phases.sparsify_end} "
                 f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; sora.threshold "
-                f"adaptive ranks what was learned: train for {_fewest_steps(config, is_adaptive)} steps or more, or "
-                "use decoupled"
+                f"adaptive ranks what was learned: {_longer(config, steps, is_adaptive)}, or use decoupled"
             )
         stages.append(stage)
     return tuple(stages)
 
 
-def _fewest_steps(config: Config, is_adaptive: bool) -> int:
-    """Of a run that has something to sparsify, with this config's ratios."""
+def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
+    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios."""
     sora, train = config.sora, config.train
-    for steps in itertools.count(1):
+    for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
         stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
         if max(stage.weighed_at, phases.dense_end) < phases.sparsify_end:
-            return steps
-    raise AssertionError("dense_ratio is below consensus_at")
+            return f"train for {steps} steps"
+    return "train longer"
+
+
+MOST_TRIED = 1000
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

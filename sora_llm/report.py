@@ -48,7 +48,10 @@ class JsonLines:
 def _finite(value: Any) -> Any:
     """The value, without those in it that are not finite; None for one that is not."""
     if isinstance(value, dict):
-        return {key: inner for key, inner in value.items() if _finite(inner) is not None}
+        found = {key: _finite(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in found.items() if inner is not None}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

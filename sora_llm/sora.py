@@ -316,13 +316,15 @@ class SoraLinear(nn.Module):
                 f"{self.in_features} → {self.out_features}"
             )
         device = self.base_layer.weight.device
-        # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
+        # Contiguous: gradients are, and DDP's buckets take the layout of the parameter.
+        own_A, own_B = (
+            factor.detach().clone(memory_format=torch.contiguous_format).to(device) for factor in (lora_A, lora_B)
+        )
         for old in self.parameters(recurse=False):
             old.was_cut = True  # type: ignore[attr-defined]  # an optimizer that still holds it trains nothing
-        # Rows in a row: gradients are, and DDP's buckets take the layout of the parameter.
-        own_A, own_B = (factor.detach().clone(memory_format=torch.contiguous_format) for factor in (lora_A, lora_B))
-        self.lora_A = nn.Parameter(own_A.to(device)) if rank else None
-        self.lora_B = nn.Parameter(own_B.to(device)) if rank else None
+        # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
+        self.lora_A = nn.Parameter(own_A) if rank else None
+        self.lora_B = nn.Parameter(own_B) if rank else None
         self.gate, self.rank = None, rank
 
     def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:

@@ -179,8 +179,8 @@ def put_back(
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])
-    if "loss_scale" in state:
-        training.loss_scale.load(state["loss_scale"][min(process, len(state["loss_scale"]) - 1)])
+    if "loss_scale" in state:  # of each replica
+        training.loss_scale.load(state["loss_scale"][0 if job.replicas is None else job.replicas.index])
     training.best = read_best(job, folder, state)
     training.done = state["step"]
     training.stage_number, training.first = state["stage"]["number"], state["stage"]["first"]
@@ -292,7 +292,8 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     }
     # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
     is_between = training.rounds is not None and training.rounds.is_open
-    place = stage.phases.place(step_of_stage) if phase == SPARSIFY and not is_between else None
+    cuts_gates = phase == SPARSIFY and step_of_stage >= stage.weighed_at and not is_between
+    place = stage.phases.place(step_of_stage) if cuts_gates else None
     found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
     fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
     training.alarmed = []
@@ -411,7 +412,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
         "late_round": dict(training.late_round),
-        "loss_scale": distributed.gather_integers(training.loss_scale.state(), engine.device),
+        "loss_scale": [training.loss_scale.state()],
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
         "order": job.order.position(),
@@ -424,6 +425,8 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         tensors = rounds.tensors()
         steps = distributed.gather_objects(optimizer_steps)
         state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
+        scales = distributed.gather_integers(training.loss_scale.state(), engine.device)
+        state["loss_scale"] = [scales[members[0]] for members in rounds.replicas.members]
         state["rounds"] = rounds.state()
         on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
         is_lead = rounds.replicas.is_lead

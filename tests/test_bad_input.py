@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
     "too few steps": (
         lambda tmp: ["sora.sparse_lambda=null", "sora.target_rank=4", "sora.consensus_at=0.4", "train.max_steps=5"],
-        "train for 8 steps or more",
+        "train for 8 steps, or",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),

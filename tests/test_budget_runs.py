@@ -239,7 +239,10 @@ def test_with_patience_the_adapter_is_that_of_the_best_evaluation(
     assert last["eval_loss_exported"] == pytest.approx(best["eval_loss"], rel=1e-5)
     adapter = run_dir / "adapter"
     assert json.loads((adapter / "certificate.json").read_text())["best_step"] == best["step"]
-    assert f"taken after step {best['step']}, where its dev loss was lowest" in (adapter / "README.md").read_text()
+    assert (
+        f"taken after step {best['step']}, at the lowest dev loss since it was cut"
+        in (adapter / "README.md").read_text()
+    )
     then = load_file(run_dir / "checkpoints" / f"step-{best['step']}" / "adapter.safetensors")
     for module, delta in delta_weights(run_dir).items():
         name = module.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

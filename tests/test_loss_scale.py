@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sora_llm.backbone import BackboneSpec, computes_in_float16, load_backbone
 from sora_llm.distributed import Engine, make_accelerator
+from sora_llm.files import file_sha256
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.loss_scale import FALL, MOST, RISE_AFTER, START, LossScale
@@ -141,9 +142,10 @@ def test_an_engine_that_is_spent_leaves_gradients_alone() -> None:
 HALF: dict[str, Any] = {"model.dtype": "float16", "output.save_steps": 2}
 
 
-def saved_scales(run_dir: Path) -> list[list[int]]:
-    """Exponent and finite steps of every process."""
-    found: list[list[int]] = json.loads((run_dir / "checkpoints" / "step-2" / "state.json").read_text())["loss_scale"]
+def saved_scales(run_dir: Path, step: int = 2) -> list[list[int]]:
+    """Exponent and finite steps of every replica."""
+    state = json.loads((run_dir / "checkpoints" / f"step-{step}" / "state.json").read_text())
+    found: list[list[int]] = state["loss_scale"]
     return found
 
 
@@ -168,6 +170,14 @@ def test_replicas_keep_their_own_scales(ground: Playground, tmp_path: Path) -> N
     assert ground.codes("float16 apart", 2, **options) == [0, 0]
     whole = ground.run_dir("float16 apart")
     assert saved_scales(whole) == 2 * [[START - FALL, 2]]
-    interrupt(whole, ground.run_dir("float16 apart again"), 2)
+    again = interrupt(whole, ground.run_dir("float16 apart again"), 2)
     assert ground.codes("float16 apart again", 2, **options) == [0, 0]
-    assert result(ground.run_dir("float16 apart again")) == result(whole)
+    assert result(again) == result(whole)
+    other = interrupt(whole, ground.run_dir("float16 apart, other scales"), 2)
+    folder = other / "checkpoints" / "step-2"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"loss_scale": [[7, 2], [5, 3]]}))
+    names = json.loads((folder / "COMPLETE").read_text())
+    (folder / "COMPLETE").write_text(json.dumps({name: file_sha256(folder / name) for name in names}, indent=1))
+    assert ground.codes("float16 apart, other scales", 2, **options) == [0, 0]
+    assert saved_scales(other, 4) == [[7, 4], [5, 5]]

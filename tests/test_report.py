@@ -22,10 +22,11 @@ from sora_llm.train import start_trackers
 def test_fields_without_a_value_are_left_out(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl", -1)
     lines.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "eval_loss": None, "lambda": 0.0})
-    lines.write({"step": 2, "lambdas": {"mlp": float("nan"), "self_attn": 0.5}})
+    nan = float("nan")
+    lines.write({"step": 2, "lambdas": {"mlp": nan, "self_attn": 0.5, "deeper": {"all": nan}}, "several": [nan, 1.0]})
     assert read_json_lines(tmp_path / "m.jsonl") == [
         {"step": 1, "lambda": 0.0},
-        {"step": 2, "lambdas": {"self_attn": 0.5}},
+        {"step": 2, "lambdas": {"self_attn": 0.5, "deeper": {}}, "several": [None, 1.0]},
     ]
     assert "NaN" not in (tmp_path / "m.jsonl").read_text()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from conftest import shared
 from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file
@@ -223,14 +223,14 @@ def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept
 def test_a_tracker_that_cannot_end_costs_the_run_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def end_training(_: Accelerator) -> None:
-        raise ConnectionError("the tracker is gone")
+    def finish(_: TensorBoardTracker) -> None:
+        raise ConnectionError("it is gone")
 
-    monkeypatch.setattr(Accelerator, "end_training", end_training)
+    monkeypatch.setattr(TensorBoardTracker, "finish", finish)
     before = dict(os.environ)
-    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **{"train.max_steps": 2, "output.report_to": []}))
+    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **{"train.max_steps": 2}))
     assert result.status["state"] == "finished" and dict(os.environ) == before
-    assert "warning: output.report_to: a tracker could not be ended: the tracker is gone" in capsys.readouterr().out
+    assert "warning: output.report_to: tensorboard could not be ended: it is gone" in capsys.readouterr().out
 
 
 def test_completions_and_conversations_train_too(tmp_path: Path) -> None:

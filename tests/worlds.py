@@ -338,15 +338,16 @@ def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
 def falling_scale(place: Place) -> dict[str, Any]:
     """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
     far_too_high = 60
-    exponents, masters = [far_too_high], []
+    exponents, masters, norms = [far_too_high], [], []
     for _ in range(2):
         engine = place.engine("fp16", exponent=exponents[-1])
-        place.train(engine, [0])
+        engine.set_rates(LEARNING_RATE, GATE_LR, 0.0)
+        norms.append(train_step(engine, place.batches(0), place.world.num_processes)[1].grad_norm)
         exponents.append(engine.loss_scale.state()[0])
         place.train(engine, range(1, SHORT))
         masters.append(engine.masters())
         finish(engine)
-    return {"exponents": exponents, "same": same(*masters), "masters": masters[0]}
+    return {"exponents": exponents, "same": same(*masters), "masters": masters[0], "norms": norms}
 
 
 def skipped_step(place: Place) -> dict[str, Any]:

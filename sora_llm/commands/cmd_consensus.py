@@ -119,6 +119,7 @@ def described(
         "merge_error": math.sqrt(report.dropped_energy / report.energy) if report.energy else 0.0,
         "shortfall": report.shortfall,
         "jaccard": merged.jaccard,
+        "num_distinct": merged.num_distinct,
         "modules": {
             name: {"ranks": [own[name] for own in ranks], "rank": report.ranks[name], "merge_error": errors[name]}
             for name in costs
@@ -167,9 +168,9 @@ def as_text(result: Mapping[str, Any]) -> str:
         + (f", cosine to the mean {part['cosine']:.3f}" if part.get("cosine") is not None else "")
         for index, part in enumerate(result["sources"], start=1)
     ]
-    merged = [part for part in result["sources"] if part["weight"] > 0]
-    if all(part["distance"] == 0 for part in merged):
-        same = "one adapter of positive weight" if len(merged) == 1 else "bit for bit the same adapter"
+    if result["num_distinct"] == 1:
+        num_merged = sum(part["weight"] > 0 for part in result["sources"])
+        same = "one adapter of positive weight" if num_merged == 1 else "bit for bit the same adapter"
         lines.append(f"({same}: nothing was averaged)")
     lines += [
         "",
