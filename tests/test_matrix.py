@@ -84,7 +84,7 @@ def num_zero(run: Run) -> str:
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 @pytest.mark.parametrize("strategy", SEVERAL)
 def test_every_strategy_in_every_precision(runs: Runs, strategy: str, precision: str) -> None:
-    """fp32 and NF4 with float32 compute: equal. Others: within what one process shows under another micro-batch split."""
+    """fp32 and NF4 in float32: equal. Others: within what one process shows under another micro-batch split."""
     reference, ours = runs("none", "float32")[f"{precision} 2"], runs(strategy, "float32")[f"{precision} 2"]
     dense = whole_error(ours["dense_masters"], reference["dense_masters"])
     sparsify = whole_error(ours["masters"], reference["masters"])
