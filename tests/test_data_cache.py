@@ -116,6 +116,19 @@ def test_who_waits_long_says_for_whom(tmp_path, monkeypatch, capfd):
     )
 
 
+def test_who_comes_when_the_writer_is_just_done_leaves_no_lock_behind(tmp_path, monkeypatch):
+    """It saw no folder yet, and made the lock file anew that the writer had removed."""
+    real = cache._try_lock
+
+    def after_the_writer(file):
+        (tmp_path / "key").mkdir()
+        return real(file)
+
+    monkeypatch.setattr(cache, "_try_lock", after_the_writer)
+    assert fill_once(tmp_path / "key", lambda folder: pytest.fail("it was written again"))
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_nothing_but_the_note(tmp_path):
     def full(folder: Path) -> None:
         (folder / "tokens.bin").write_text("…")

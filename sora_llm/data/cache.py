@@ -79,6 +79,8 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
                         _remove_leftovers(folder)
                     _write(folder, fill, file)
                     return False
+                if locked:  # made anew just now: the writer was done, and had removed its own
+                    lock.unlink(missing_ok=True)
         if waited >= _SILENT_SECONDS and not silent:
             silent = True
             print(f"waiting for {note.get('writer', 'another process')}, which prepares the same data", file=sys.stderr)
