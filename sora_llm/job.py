@@ -150,10 +150,10 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     patience, interval = plan.config.evaluation.early_stopping_patience, plan.config.evaluation.eval_steps
-    if patience is not None and interval is not None and plan.most_evaluations(interval) <= patience:
+    if patience is not None and interval is not None and (most := plan.most_evaluations(interval)) <= patience:
         yield (
             f"evaluation.early_stopping_patience {patience} can end nothing early: with eval_steps {interval} no more "
-            f"than {plan.most_evaluations(interval)} evaluations count before the last step; lower one of them"
+            f"than {most} evaluations count before the last step; lower one of them"
         )
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):

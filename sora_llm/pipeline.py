@@ -387,9 +387,6 @@ def cut_by_consensus(
     return Cut(rank_report(layers), dropped_share, shortfall, masters, spread)
 
 
-FACTORS = ("lora_A", "lora_B")
-
-
 def _cut_everywhere(
     model: nn.Module,
     plain: Mapping[str, tuple[Tensor, Tensor]],
@@ -403,18 +400,15 @@ def _cut_everywhere(
     Raises:
         RunFailed: the bits that arrived differ.
     """
-    flat = {
-        f"{name}.{kind}": factor for name, pair in plain.items() for kind, factor in zip(FACTORS, pair, strict=True)
-    }
+    flat = {}
+    for name, (A, B) in plain.items():
+        flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = A, B
     received = broadcast_tensors(flat, device)
-    A, B = FACTORS
-    cut_adapters(
-        model,
-        {
-            name: (received[f"{name}.{A}"].to(dtype), received[f"{name}.{B}"].to(dtype))
-            for name, dtype in dtypes.items()
-        },
-    )
+    cut = {
+        name: (received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype))
+        for name, dtype in dtypes.items()
+    }
+    cut_adapters(model, cut)
     agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
     return {name: tensor for name, tensor in received.items() if tensor.numel()}
 

@@ -12,7 +12,7 @@ from sora_llm.budget import ADAPTIVE, RankBudget, make_budgets
 from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
 from sora_llm.inputs import adapter_dtype, backbone_spec
-from sora_llm.schedule import Phases
+from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.topology import World
 
 ADAPTIVE_GATE_LR = 1e-2
@@ -67,6 +67,10 @@ class Stage:
         total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
         first = next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
         return max(self.phases.dense_end, first + 1)
+
+    def is_pruning(self, step: int) -> bool:
+        """Whether gates are cut in `step`."""
+        return self.phases.at(step) == SPARSIFY and step >= self.weighed_at
 
     def round_bounds(self, step: int, sync_every: int) -> tuple[int, int]:
         """First step, and first step after, of the round of local updates that `step` belongs to."""
@@ -218,7 +222,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
         stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
-        if max(stage.weighed_at, phases.dense_end) < phases.sparsify_end:
+        if stage.weighed_at < phases.sparsify_end:
             return f"train for {steps} steps"
     return "train longer"
 

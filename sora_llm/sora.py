@@ -266,7 +266,7 @@ class SoraLinear(nn.Module):
     ):
         super().__init__()
         if not (r >= 1 and r == int(r)):
-            raise ValueError(f"r is {r}; a SoRA layer starts with a whole number of slots, at least one")
+            raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot, and whole ones")
         if not lora_alpha > 0:
             raise ValueError(f"lora_alpha is {lora_alpha}; it must be above 0")
         if not 0 <= lora_dropout < 1:

@@ -12,7 +12,6 @@ from sora_llm.backbone import DTYPES
 from sora_llm.distributed import StepOutcome
 from sora_llm.errors import Preempted, RunFailed
 from sora_llm.loop import StepBatches, seed_step, train_step
-from sora_llm.plan import Stage
 from sora_llm.rounds import Gates
 from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
@@ -97,7 +96,7 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
     engine, steering, rounds = training.engine, training.steering, training.rounds
     sparse_lambda: float | dict[str, float] = 0.0
     steered: dict[str, Any] = {"lambda": 0.0}
-    if is_pruning(stage, step):
+    if stage.is_pruning(step):
         place, rates = stage.phases.place(step), stage.rates(step)
         if rounds is None:
             sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
@@ -109,11 +108,6 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
         steered = steering.fields if rounds is None or not steering.is_adaptive else {}
     engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
     return steered
-
-
-def is_pruning(stage: Stage, step: int) -> bool:
-    """Whether gates are cut in `step` of the stage."""
-    return stage.phases.at(step) == SPARSIFY and step >= stage.weighed_at
 
 
 def refuse_more_skipping(training: Training) -> None:
@@ -162,7 +156,7 @@ def close_round(training: Training) -> dict[str, Any]:
             return steering.cut(gates)
         return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
 
-    prunes = is_pruning(stage, step)
+    prunes = stage.is_pruning(step)
     # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
     is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
     merges = is_cut_next and settings.sora.consensus == "svd"

@@ -29,7 +29,7 @@ from sora_llm.pipeline import Cut
 from sora_llm.plan import Stage
 from sora_llm.rounds import Rounds
 from sora_llm.rundir import RunDirectory
-from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY
+from sora_llm.schedule import DENSE, FINETUNE
 from sora_llm.start import StartPoint
 from sora_llm.steering import Steering
 
@@ -54,7 +54,6 @@ class Training:
     steering: Steering
     alarms: Alarms
     patience: Patience
-    loss_scale: LossScale
     rounds: Rounds | None = None
     """Of local updates; None where all processes step together."""
     stage_number: int = 0
@@ -134,8 +133,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
     elif job.config.model.adapter is not None:
         on_every(lambda: warm_start(job, model))
-    loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
-    engine = make_engine(job, model, loss_scale)  # after the module has its values: ZeRO copies its masters from there
+    engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
     training = Training(
         job,
         directory,
@@ -144,7 +142,6 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         make_steering(job, 0),
         Alarms(job.plan.budgets, full_params),
         Patience(job.config.evaluation.early_stopping_patience),
-        loss_scale,
         make_rounds(job),
     )
     if folder is not None and state is not None:
@@ -180,7 +177,7 @@ def put_back(
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])
     if "loss_scale" in state:  # of each replica
-        training.loss_scale.load(state["loss_scale"][0 if job.replicas is None else job.replicas.index])
+        engine.loss_scale.load(state["loss_scale"][0 if job.replicas is None else job.replicas.index])
     training.best = read_best(job, folder, state)
     training.done = state["step"]
     training.stage_number, training.first = state["stage"]["number"], state["stage"]["first"]
@@ -236,8 +233,9 @@ def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_
     return {name: tensors.pop(name) for name in parameters}
 
 
-def make_engine(job: Job, model: nn.Module, loss_scale: LossScale) -> Engine:
-    """`model` and a fresh optimizer under the run's strategy (collective)."""
+def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
+    """`model` and a fresh optimizer under the run's strategy, with the loss scale of an engine before it, if there was
+    one (collective)."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
@@ -249,6 +247,8 @@ def make_engine(job: Job, model: nn.Module, loss_scale: LossScale) -> Engine:
         deferred=job.replicas is not None,
     )
     optimizer, strategy = ProxAdamW(groups), job.plan.strategy
+    if loss_scale is None:
+        loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
     return Engine(job.accelerator, model, optimizer, strategy, settings.max_grad_norm, job.replicas, loss_scale)
 
 
@@ -256,7 +256,7 @@ def renew_engine(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
     """Go on with a fresh optimizer, in a round of its own, from `masters` that all processes hold (collective)."""
-    training.engine = make_engine(training.job, model, training.loss_scale)
+    training.engine = make_engine(training.job, model, training.engine.loss_scale)
     training.engine.load(masters, state, 0)
     if training.rounds is not None:
         training.rounds.begin(training.engine)
@@ -284,7 +284,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,
         **seen,
         "skipped_steps": skipped_steps(training),
-        "loss_scale": training.loss_scale.factor if training.loss_scale.is_needed else None,
+        "loss_scale": training.engine.loss_scale.factor if training.engine.loss_scale.is_needed else None,
         "peak_memory_gib": peak_memory_gib(),
         **ranks.fields,
         **evaluated,
@@ -292,8 +292,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     }
     # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
     is_between = training.rounds is not None and training.rounds.is_open
-    cuts_gates = phase == SPARSIFY and step_of_stage >= stage.weighed_at and not is_between
-    place = stage.phases.place(step_of_stage) if cuts_gates else None
+    place = stage.phases.place(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
     found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
     fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
     training.alarmed = []
@@ -412,7 +411,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
         "late_round": dict(training.late_round),
-        "loss_scale": [training.loss_scale.state()],
+        "loss_scale": [engine.loss_scale.state()],
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
         "order": job.order.position(),
@@ -425,7 +424,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         tensors = rounds.tensors()
         steps = distributed.gather_objects(optimizer_steps)
         state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
-        scales = distributed.gather_integers(training.loss_scale.state(), engine.device)
+        scales = distributed.gather_integers(engine.loss_scale.state(), engine.device)
         state["loss_scale"] = [scales[members[0]] for members in rounds.replicas.members]
         state["rounds"] = rounds.state()
         on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)

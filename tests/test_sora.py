@@ -199,7 +199,7 @@ def test_a_new_layer_starts_as_its_base_layer_and_freezes_it():
 
 
 def test_a_layer_without_slots_is_refused():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one slot"):
         SoraLinear(nn.Linear(IN, OUT), 0, lora_alpha=1)
 
 

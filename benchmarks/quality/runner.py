@@ -42,7 +42,7 @@ from protocol import (
 )
 
 from sora_llm.alarms import Alarms, Patience
-from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone, load_tokenizer
+from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
 from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset
@@ -60,7 +60,6 @@ from sora_llm.inputs import (
 )
 from sora_llm.job import Job
 from sora_llm.loop import Tally, seed_step, train_step
-from sora_llm.loss_scale import LossScale
 from sora_llm.pipeline import evaluate, full_params
 from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.stages import change_form, refuse_more_skipping, set_rates
@@ -175,10 +174,9 @@ class Runner:
         if cell.arm.sora is None:
             make_plain(self.model, cell, budget)
         alarms = Alarms(plan.budgets, full_params(adapters(self.model)))
-        loss_scale = LossScale(computes_in_float16(self.inputs.backbone))
-        engine = make_engine(job, self.model, loss_scale)
+        engine = make_engine(job, self.model)
         tally = Tally.start(engine.device)
-        return Training(job, None, engine, tally, make_steering(job, 0), alarms, Patience(None), loss_scale)
+        return Training(job, None, engine, tally, make_steering(job, 0), alarms, Patience(None))
 
     def _loss(self, rows: TokenDataset) -> float:
         device = self.accelerator.device
