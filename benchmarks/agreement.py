@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,7 +63,12 @@ def measure(strategy: str, rank: int, num_tokens: int, rounds: int) -> None:
         options = deepspeed_config(strategy, max_grad_norm=1.0, adapter_dtype="float32")
     accelerator = make_accelerator(strategy, world, deepspeed_config=options)
     torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape))
     inject_sora(model, r=rank, lora_alpha=rank)
     groups = parameter_groups(model, learning_rate=1e-3, gate_lr=1e-2)

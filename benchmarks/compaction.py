@@ -40,9 +40,9 @@ def blocks(hidden: int, layers: int) -> nn.Module:
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: nn.Module = LlamaForCausalLM(config)
     model.requires_grad_(False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16).train()
 
 
 def step_of(model: nn.Module, ids: Tensor, optimizer: ProxAdamW | None) -> Callable[[], float]:
@@ -86,7 +86,7 @@ def main() -> int:
     gated = inject_sora(copy.deepcopy(floor), r=arguments.r, lora_alpha=16)
     with torch.no_grad():
         for layer in adapters(gated).values():
-            layer.lora_B.normal_(0, 0.01)
+            layer.lora_B.normal_(0, 0.01)  # type: ignore[union-attr]
     cut = consensus_prune(copy.deepcopy(gated), target_rank=arguments.share * arguments.r)
     ids = torch.randint(256, (1, arguments.tokens), device=next(floor.parameters()).device)
     optimizers = {

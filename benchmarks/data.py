@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def tokenise(num_rows: int, rounds: int) -> None:
             spec = DatasetSpec("rows", type_, columns=columns, separator="\n" if type_ == "prompt_completion" else "")
             texts = datasets.Dataset.from_dict({"text": list(rendered(rows, spec, tokenizer))})
             ours, theirs = in_turn(
-                lambda spec=spec, tokenizer=tokenizer: tokenise_rows(rows, spec, tokenizer),
-                lambda texts=texts, tokenizer=tokenizer: tokenise_texts(texts, tokenizer),
+                partial(tokenise_rows, rows, spec, tokenizer),
+                partial(tokenise_texts, texts, tokenizer),
                 rounds,
             )
             print(

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rows in map(int, options.rows.split(",")):
         shape = (rows, options.tokens)
         ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(2)).to(device)
-        inputs = model.get_input_embeddings()(ids).detach() * 50  # type: ignore[operator]
+        inputs = model.get_input_embeddings()(ids).detach() * 50
         for name in options.arms.split(","):
             own = make_arm(name, model, factors, options.r)
             found = times(Arm.make(name, own, inputs.clone().requires_grad_(), ids), options.rounds)

@@ -34,7 +34,7 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None, device: torch.
     if not (folder / "config.json").exists():
         vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
         model = make_backbone(shape, layers, "bf16", device, vocabulary_of_at_least=vocabulary)
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder)
     for file in BASE.glob("*token*"):
         shutil.copy(file, folder)
     return folder

@@ -241,7 +241,7 @@ def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for arm, marker in zip(arms, "os^", strict=False):
         cells = [r for r in found if r["cell"]["arm"] == arm and "eval_loss" in r]
-        points = {}
+        points: dict[float, list[dict[str, Any]]] = {}
         for r in cells:
             points.setdefault(r["cell"]["share"], []).append(r)
         xs = [statistics.mean(r["kept_params"] for r in rs) for rs in points.values()]

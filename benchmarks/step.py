@@ -81,7 +81,7 @@ def make_backbone(
     device: torch.device,
     quant_storage: torch.dtype = torch.uint8,
     vocabulary_of_at_least: int = 0,
-) -> nn.Module:
+) -> LlamaForCausalLM:
     """Frozen LLaMA blocks of random weights in bfloat16, their linears quantised under "nf4"."""
     hidden, intermediate, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -201,7 +201,7 @@ def make_peft(arm: str, model: nn.Module, factors: Factors, r: int) -> nn.Module
     dtype = torch.bfloat16 if arm == "peft_bf16" else torch.float32
     with torch.no_grad():
         for name, (A, B) in factors.items():
-            layer: Any = peft_model.base_model.model.get_submodule(name)
+            layer: Any = peft_model.get_base_model().get_submodule(name)
             for part, factor in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
                 part.to(dtype)
                 part.weight.copy_(factor)
@@ -245,7 +245,9 @@ class Arm:
         self.loss = float(self.loss_tensor)
         assert self.inputs.grad is not None
         self.input_grad_norm = float(self.inputs.grad.float().norm())
-        self.grad_norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.trained))
+        self.grad_norm = math.sqrt(
+            sum(float(g.double().square().sum()) for p in self.trained if (g := p.grad) is not None)
+        )
 
     def clear(self) -> None:
         self.inputs.grad = None
@@ -323,7 +325,7 @@ def peak_bytes(arm: Arm, device: torch.device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         arm.forward_backward()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(itertools.accumulate(change for _, change in changes))
 

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -114,7 +115,7 @@ def live_gates(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def loss_of(model: nn.Module, rows: Sequence[Row], batch_size: int) -> float:
+def loss_of(model: Any, rows: Sequence[Row], batch_size: int) -> float:
     """Mean cross-entropy over the supervised tokens of `rows`."""
     training, total = model.training, 0.0
     model.eval()

@@ -51,9 +51,10 @@ def go_on(trainer: Trainer) -> None:
 
     The cut is a function of the adapter alone, so a second phase that is resumed has the ranks it had.
     """
-    folder = Path(trainer.args.output_dir)
+    folder = Path(str(trainer.args.output_dir))
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is not None and newest.endswith(f"-{trainer.args.max_steps}"):  # train() would do one step too many
+        assert trainer.model is not None
         load_adapter(trainer.model, newest)
     else:
         trainer.train(resume_from_checkpoint=newest)
@@ -75,7 +76,7 @@ class AdapterCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: p.detach().contiguous() for name, p in trained(self.model).items()}, folder / WEIGHTS)
 

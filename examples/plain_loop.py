@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.export_and_reload(model, dev_rows, args)
 
 
-def train(model: nn.Module, batches: Iterator[list[common.Row]], num_steps: int, args) -> None:
+def train(model: Any, batches: Iterator[list[common.Row]], num_steps: int, args) -> None:
     """One phase, with an optimizer of its own: after the cut the parameters are new ones."""
     optimizer, schedule = make_optimizer(model, args, num_steps)
     for step in range(num_steps):

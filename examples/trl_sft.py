@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
 from datasets import Dataset
 from hf_trainer import AdapterCheckpoints, SparseLambda, accept_adapters, go_on, trained
 from plain_loop import make_optimizer, sparse_phase
-from torch import nn
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -47,9 +47,7 @@ class SoraSFTTrainer(AdapterCheckpoints, SFTTrainer):
     """SFTTrainer with checkpoints of the adapter alone."""
 
 
-def make_trainer(
-    model: nn.Module, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args
-) -> SoraSFTTrainer:
+def make_trainer(model: Any, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args) -> SoraSFTTrainer:
     """A phase.  The loss covers the completions, as TRL does with rows of prompt and completion."""
     options = SFTConfig(
         output_dir=str(folder),

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ MARKER = "demo_base_version"
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 512  # what the model accepts
 WINDOW_TOKENS = 256  # what it is trained on: pages and questions are shorter
-MODEL = {  # every side of every linear is a multiple of 64, the block size of NF4
+MODEL: dict[str, Any] = {  # every side of every linear is a multiple of 64, the block size of NF4
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -233,7 +234,8 @@ def train_base(tokenizer: Any, corpus: list[str], held_out: list[str], folder: P
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"Base: {num_parameters / 1e6:.2f} M parameters, {windows.numel() / 1e6:.2f} M tokens of text.", flush=True)
 
-    start, next_report, step, batches = time.monotonic(), 0.1, 0, iter(())
+    start, next_report, step = time.monotonic(), 0.1, 0
+    batches: Iterator[torch.Tensor] = iter(())
     model.train()
     while (progress := (time.monotonic() - start) / seconds) < 1:
         rows = next(batches, None)
@@ -258,7 +260,7 @@ def train_base(tokenizer: Any, corpus: list[str], held_out: list[str], folder: P
     if not trained < untrained:
         raise RuntimeError("the base model did not learn; give it more --seconds")
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
 
 
 def token_windows(tokenizer: Any, pages: list[str]) -> Any:

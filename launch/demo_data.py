@@ -187,7 +187,7 @@ def questions(entry: Entry, num_same_short_name: int) -> list[tuple[str, str]]:
 
     if entry.signature is not None and kind != "class":
         parameters = list(entry.signature.parameters.values())
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         listed = [stars.get(p.kind, "") + p.name + " (optional)" * (p.default is not p.empty) for p in parameters]
         if listed:
             pairs.append((f"Which arguments does {name} take?", ", ".join(listed) + "."))
@@ -219,7 +219,10 @@ def make_demo_data() -> tuple[list[str], list[str], list[dict[str, str]], list[d
     for entry in entries:
         groups[entry.summary or entry.doc].append(entry)
 
-    corpus, held_out, train, dev = [], [], [], []
+    corpus: list[str] = []
+    held_out: list[str] = []
+    train: list[dict[str, str]] = []
+    dev: list[dict[str, str]] = []
     asked: set[str] = set()
     for key in sorted(groups, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):  # shuffled, always the same
         members = groups[key]
@@ -237,7 +240,7 @@ def make_demo_data() -> tuple[list[str], list[str], list[dict[str, str]], list[d
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it apart; the docstrings are enough
-        topics = {}
+        topics: dict[str, str] = {}  # type: ignore[no-redef]
     for topic in sorted(topics):  # cut at paragraphs into pages of about 2000 characters, like the others
         page = ""
         for paragraph in topics[topic].strip().split("\n\n"):

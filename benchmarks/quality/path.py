@@ -57,7 +57,7 @@ def main() -> int:
 
         with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.workers) as pool:
             split(ROWS, Path(name))
-            for lines in pool.map(lambda run: stages_of(*run, Path(name)), missing):
+            for lines in pool.map(lambda run: stages_of(run[0], run[1], Path(name)), missing):
                 for line in lines:
                     append(file, line)
     lines = read_all(file)

@@ -52,6 +52,7 @@ def make_plain(model: nn.Module, cell: Cell, budget: int) -> None:
         ranks = {name: len(slots) for name, slots in allocate(drawn, costs, budget, min_rank=whole).items()}
     plain = {}
     for name, layer in layers.items():
+        assert layer.lora_A is not None and layer.lora_B is not None
         plain[name] = layer.lora_A[: ranks[name]], layer.lora_B[:, : ranks[name]]
     cut_adapters(model, plain)
 
@@ -77,7 +78,7 @@ def cut_plain(training: Training, step: int, cell: Cell, budget: int) -> None:
         plain = random_slots(factors, costs, goal, cell.seed)
     with training.engine.released(whole=False) as model:
         cut_adapters(model, plain)
-    masters = {}
+    masters: dict[str, Tensor] = {}
     for name, (A, B) in plain.items():
         if A.shape[0]:
             masters |= {f"{name}.lora_A": A, f"{name}.lora_B": B}

@@ -105,9 +105,11 @@ class Runner:
             self.inputs = check_inputs(config, "none")
             self.data = load_data(config, self.inputs, ALONE)
             test_rows = dataset_spec(Dataset(**dataset(folder / f"{TEST}.jsonl")))
+            assert self.data.dev is not None
             self.rows = {TUNING: self.data.dev, TEST: prepare_rows(config, self.inputs, [test_rows], ALONE)[0]}
             self.accelerator = make_accelerator("none", ALONE)
             self.model = load_backbone(self.inputs.backbone, self.accelerator.device)
+        assert self.data.train is not None
         found = len(self.data.train), len(self.rows[TUNING]), len(self.rows[TEST])
         assert found == (protocol.num_train, protocol.num_tuning, protocol.num_test), f"rows were left out: {found}"
         self.shapes = target_shapes(config, self.inputs.skeleton)
@@ -166,7 +168,8 @@ class Runner:
         plan = make_plan(config, "none", ALONE, order.steps_in, self.shapes)
         if cell.arm.sora is None:
             plan = with_cuts(plan, cell)
-        job = Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=None, lifeline=None)
+        nobody: Any = None  # no run directory, no one to stop it, and no other process that could die
+        job = Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=nobody, lifeline=nobody)
         sora = plan.config.sora
         torch.manual_seed(config.train.seed)
         targets = target_modules(config)
@@ -176,7 +179,7 @@ class Runner:
         alarms = Alarms(plan.budgets, full_params(adapters(self.model)))
         engine = make_engine(job, self.model)
         tally = Tally.start(engine.device)
-        return Training(job, None, engine, tally, make_steering(job, 0), alarms, Patience(None))
+        return Training(job, nobody, engine, tally, make_steering(job, 0), alarms, Patience(None))
 
     def _loss(self, rows: TokenDataset) -> float:
         device = self.accelerator.device

@@ -20,7 +20,7 @@ from typing import Any
 from protocol import BASE, CONFIG, ROOT, TUNING, Cell, Group, Protocol
 from runner import NUM_POINTS, Runner, split
 
-SMALL = {"rows_per_step": 4, "num_train": 400, "num_tuning": 24, "num_test": 8}
+SMALL: dict[str, Any] = {"rows_per_step": 4, "num_train": 400, "num_tuning": 24, "num_test": 8}
 
 
 def by_command(cell: Cell, folder: Path) -> dict[str, Any]:

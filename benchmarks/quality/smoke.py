@@ -57,8 +57,8 @@ def main() -> int:
     committed = json.loads(COMMITTED.read_text())
     for name, loss in found.items():
         print(f"{name:<14} test loss {loss:.4f}, committed {committed[name]:.4f}")
-    if wrong := out_of_order(found, committed):
-        print("smoke.py: " + "; ".join(wrong), file=sys.stderr)
+    if surprises := out_of_order(found, committed):
+        print("smoke.py: " + "; ".join(surprises), file=sys.stderr)
         return 1
     print("the arms come out in the committed order")
     return 0
