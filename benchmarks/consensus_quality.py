@@ -44,12 +44,13 @@ from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd, kept_params, shapes_of
 from sora_llm.distributed import make_accelerator
+from sora_llm.evaluation import evaluate
 from sora_llm.inject import put_on
-from sora_llm.inputs import check_inputs, load_data
+from sora_llm.inputs import check_inputs
 from sora_llm.local_updates import round_bytes
 from sora_llm.lora_files import read_lora
 from sora_llm.merge import Replica, merge
-from sora_llm.pipeline import evaluate
+from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"
 R, RANK, K, LEARNING_RATE, DEV_ROWS = 16, 4, 4, 8e-3, 128

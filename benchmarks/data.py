@@ -123,7 +123,7 @@ def in_turn(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[
 
 FIRST_BATCH = """
 import json, re, sys, time
-from sora_llm import inputs, plan, train
+from sora_llm import inputs, plan, train, training_data
 from sora_llm.config import load_config
 from sora_llm.topology import World
 def peak():  # (of this program: ru_maxrss would begin at what the process that started it has taken)
@@ -131,8 +131,8 @@ def peak():  # (of this program: ru_maxrss would begin at what the process that 
 imported, began = peak(), time.perf_counter()
 config, alone = load_config(sys.argv[1]), World(1, 0, 0)
 found = inputs.check_inputs(config, "none")
-data = inputs.load_data(config, found, alone)
-order = inputs.training_order(config, found, data, plan.rows_in_step(config, alone))
+data = training_data.load_data(config, found, alone)
+order = training_data.training_order(config, found, data, plan.rows_in_step(config, alone))
 batch = found.batch([sequence.read() for sequence in order.step(0)], packed=True)
 seconds = time.perf_counter() - began
 print(json.dumps({"seconds": seconds, "mib": peak() - imported, "shape": list(batch["input_ids"].shape)}))

@@ -176,7 +176,7 @@ def loop(steps: int) -> None:
     import torch
 
     from sora_llm import stages, train
-    from sora_llm.pipeline import causal_loss_sum
+    from sora_llm.backbone import causal_loss_sum
 
     torch.set_num_threads(1)
     whole: list[float] = []

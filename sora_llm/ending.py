@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm import export, pipeline
+from sora_llm import export, verified_export
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.card import story_of_run
 from sora_llm.config import to_dict
@@ -18,17 +18,13 @@ from sora_llm.distributed import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.generation import sample_answers
-from sora_llm.inputs import (
-    exported_template,
-    prompt_form,
-    prompt_ids,
-)
 from sora_llm.job import (
     Job,
     say,
 )
 from sora_llm.layouts import adapter_layout, export_beside
 from sora_llm.plan import stage_name
+from sora_llm.prompt_form import exported_template, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
@@ -39,7 +35,7 @@ from sora_llm.training import Training, cut_adapter, dev_loss, final_masters, lo
 class StageResult:
     """A stage's adapter on disk, and the weights as they were before it was cut: the next stage goes on from them."""
 
-    exported: pipeline.Exported
+    exported: verified_export.Exported
     masters: Mapping[str, Tensor]
     factors: PlainFactors | None
     """Of the adapter that was exported, on the main process, where another layout is to be written beside it."""
@@ -68,7 +64,7 @@ def cut_and_export(training: Training) -> StageResult:
             fields["eval_loss"] = dev_loss(job, model)
         if is_path and job.data.train is not None:
             fields["train_loss"] = memorisation(job, model)
-        exported = pipeline.export_verified(
+        exported = verified_export.export_verified(
             model,
             directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
             if is_path
@@ -168,12 +164,14 @@ def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
 
     A model that cannot generate costs the samples, not the run.
     """
-    prompts = {text: prompt_ids(job.config, job.inputs, text) for text in job.config.evaluation.sample_prompts}
+    tokenizer, template = job.inputs.tokenizer, job.inputs.chat_template
+    prompts = {
+        prompt: prompt_ids(job.config, tokenizer, template, prompt) for prompt in job.config.evaluation.sample_prompts
+    }
     if not prompts:
         return
     try:
-        stop = prompt_form(job.config, job.inputs.tokenizer, job.inputs.chat_template).stop
-        answers = sample_answers(model, job.inputs.tokenizer, prompts, stop)
+        answers = sample_answers(model, tokenizer, prompts, prompt_form(job.config, tokenizer, template).stop)
     except Exception as error:
         say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
         return

@@ -12,23 +12,27 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm import checkpoint, distributed, pipeline, terminal
+from sora_llm import checkpoint, distributed, terminal
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
+from sora_llm.data_words import describe_data
 from sora_llm.distributed import Replicas, gather_objects, on_main
 from sora_llm.errors import Preempted, UserError
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
 from sora_llm.inject import ALL_LINEAR, stacked_weights
-from sora_llm.inputs import Inputs, TrainingData, adapter_dtype, describe_data, estimate_memory
+from sora_llm.inputs import Inputs
 from sora_llm.lifeline import Lifeline
 from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.loop import StepBatches, step_batches
 from sora_llm.lora_files import is_same_base, saved_base
+from sora_llm.memory import MemoryEstimate
 from sora_llm.plan import Plan
 from sora_llm.stop import StopRequest
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
+from sora_llm.training_data import TrainingData
+from sora_llm.unpack import adapter_dtype, estimate_memory
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Job:
         return self.world.num_processes if self.replicas is None else len(self.replicas.own_members)
 
     @property
-    def memory(self) -> pipeline.MemoryEstimate:
+    def memory(self) -> MemoryEstimate:
         """Per process."""
         inputs, strategy = self.inputs, self.plan.strategy
         return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)

@@ -1,24 +1,17 @@
-"""What happens around the loop: evaluate, estimate, agree on the support, cut, export with the self-check."""
+"""The change of phase: read the masters, agree on the support, cut, put back; and `consensus_prune` for other loops."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_llm import export
-from sora_llm.activations import PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.allocation import balanced, components
-from sora_llm.backbone import BackboneSpec, causal_loss_sum, packs_flat
 from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import (
     Adapter,
@@ -31,254 +24,26 @@ from sora_llm.consensus import (
     mean_rank,
     tensor_hash,
 )
-from sora_llm.data.batches import collate
-from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed import (
     Replicas,
     agree,
     broadcast_tensors,
-    gather_objects,
     on_every,
     on_main,
     refuse_old_wrappers,
-    sum_over_processes,
 )
-from sora_llm.errors import Preempted, RunFailed, UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import (
     adapter_parameters,
     adapters,
     cut_adapters,
-    evaluating,
     refuse_new_parameters,
-    target_linears,
     unwrapped,
 )
 from sora_llm.merge import Replica, merge
 from sora_llm.optim import IMPORTANCE
-from sora_llm.quantised import quantised_linears
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`loss` = Σ cross-entropy / Σ supervised tokens over the whole data set, both weighted where the data is."""
-
-    loss: float
-    supervised_tokens: int
-
-
-def evaluate(
-    model: nn.Module,
-    rows: TokenDataset,
-    collate: Callable[[list[list[TokenRow]]], Mapping[str, Tensor]],
-    *,
-    batch_size: int,
-    world: World,
-    device: torch.device | str,
-    before_batch: Callable[[], None] = lambda: None,
-) -> EvalResult:
-    """The loss of `model` over all rows, shared out over the processes (collective).
-
-    `collate` makes a batch (the arguments of `causal_loss_sum`) of some rows, unpacked; of none it makes a batch
-    without supervised tokens.  Rows of like length go together; every process runs the same number of batches (under
-    ZeRO-3 each forward is a collective), and calls `before_batch` as often.  Every module comes back in the mode it was
-    in, without a gradient touched.
-    """
-    by_length = sorted(range(len(rows)), key=lambda row: (-int(rows.lengths[row]), row))
-    stride = batch_size * world.num_processes
-    loss_sum, weight, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for start in range(0, len(by_length), stride):
-            before_batch()
-            mine = by_length[start + world.process_index : start + stride : world.num_processes]
-            batch = collate([[rows[row]] for row in mine])
-            supervised = batch["labels"][:, 1:] != -100
-            num_tokens += int(supervised.sum())
-            weights = batch.get("loss_weights")
-            weight += float(supervised.sum() if weights is None else weights[:, 1:][supervised].double().sum())
-            loss_sum += causal_loss_sum(model, **{name: part.to(device) for name, part in batch.items()}).double()
-    total, total_weight, tokens = sum_over_processes(loss_sum, weight, num_tokens, device=device)
-    return EvalResult(total / total_weight, int(tokens))
-
-
-# -------------------------------------------------------------------------------------------------------- packing
-
-
-def prove_packing(
-    model: nn.Module, attn_implementation: str, device: torch.device | str, is_8bit: bool = False
-) -> None:
-    """Raise UserError unless rows packed into one sequence give the logits that each gives alone.
-
-    Whether packed rows see each other depends on the model's code, its attention and the version of transformers, and
-    a leak makes no error.  Random rows are run alone, packed, and packed behind a first row of other tokens: what
-    reaches the later rows must be nothing beside what reaches them in one long row, and the logits those of each row
-    alone up to rounding.  Call it with the bare model, in eval mode.
-    """
-    generator = torch.Generator().manual_seed(0)
-    num_ids = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    rows = [torch.randint(num_ids, (length,), generator=generator).numpy() for length in (11, 17, 5)]
-    other = torch.randint(num_ids, (11,), generator=generator).numpy()
-
-    def logits(packed: Sequence[Any], isolated: bool = True) -> Tensor:
-        """Of the last rows of a sequence (T, V), which stands beside another one where a batch can have several."""
-        sequence = [(ids, np.zeros(len(ids), dtype=np.float32)) for ids in packed]
-        flat = packs_flat(attn_implementation)
-        batch = collate([sequence] if flat else [sequence, sequence[1:]], 0, packed=isolated, flat=flat)
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids") if name in batch}
-        with torch.no_grad():
-            out = model(**inputs, use_cache=False).logits[0].float()
-        return out[-sum(map(len, packed[1:])) :] if len(packed) > 1 else out
-
-    alone = torch.cat([logits([row]) for row in rows[1:]])
-    together = logits(rows)
-    leak = (logits([other, *rows[1:]]) - together).norm()
-    full_leak = (logits([other, *rows[1:]], isolated=False) - logits(rows, isolated=False)).norm()
-    error = (together - alone).norm() / alone.norm()
-    # LLM.int8 looks for outliers over the whole batch, so that rows share roundings without seeing each other.
-    leaks = not is_8bit and bool(leak > 1e-3 * full_leak)
-    # Measured on two small checkpoints: a leak of exactly 0, errors of 1e-7 (float32) to 4e-3 (bf16); without the
-    # position ids the error is above 1e-1.
-    if leaks or error > 5e-2:
-        raise UserError(
-            f"data.sample_packing: packed rows see each other in this model under attn_implementation "
-            f"{attn_implementation} (logits off by {float(error):.1e}, {float(leak / full_leak):.1e} of a full leak); "
-            "set data.sample_packing to false, or choose another model.attn_implementation"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- estimate
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes per process.  `activation_bytes` is None where the architecture is not one that they are known of."""
-
-    trainable_parameters: int
-    frozen_parameters: int
-    weight_bytes: int
-    adapter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int | None = None
-
-    @property
-    def total_bytes(self) -> int:
-        """Without the activations where they are not known."""
-        fixed = self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return fixed + (self.activation_bytes or 0)
-
-
-def estimate(
-    skeleton: nn.Module,
-    spec: BackboneSpec,
-    *,
-    r: int,
-    target_modules: str | Sequence[str],
-    adapter_bytes_each: int,
-    strategy: str,
-    num_processes: int,
-    batch: BatchShape | None = None,
-) -> MemoryEstimate:
-    """Memory of weights, adapters, gradients, optimizer state and, of a `batch`, activations per process, from the
-    model's shapes alone.
-
-    `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
-    weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
-    unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
-    with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
-    weights and adapters in stage 3).
-    """
-    targets = target_linears(skeleton, target_modules)
-    quantised = quantised_linears(skeleton) if spec.is_quantised else {}
-    num_quantised = sum(linear.weight.numel() for linear in quantised.values())
-    num_frozen = sum(parameter.numel() for parameter in skeleton.parameters())
-    constants = 1 if spec.double_quant else 4
-    if spec.load_in_4bit:
-        quantised_bytes = num_quantised // 2 + num_quantised // 64 * constants
-    else:
-        quantised_bytes = num_quantised + 4 * sum(linear.out_features for linear in quantised.values())
-    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * _itemsize(spec.dtype)
-    num_trainable = sum(r * (1 + linear.in_features + linear.out_features) for linear in targets.values())
-    zero = int(strategy.removeprefix("zero")) if strategy.startswith("zero") else 0
-    master_bytes = 4 if zero or adapter_bytes_each < 4 else 0
-
-    def share(size: int, from_stage: int) -> int:
-        return -(-size // num_processes) if zero >= from_stage else size
-
-    return MemoryEstimate(
-        trainable_parameters=num_trainable,
-        frozen_parameters=num_frozen,
-        weight_bytes=share(weight_bytes, 3),
-        adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
-        gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
-        optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
-        activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
-    )
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """What one forward pass of a process is given."""
-
-    batch_size: int
-    sequence_len: int
-    is_packed: bool
-    checkpointing: bool
-
-
-def _activation_bytes(
-    skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
-) -> int | None:
-    sizes = sizes_of(skeleton.config.get_text_config())
-    linears = target_linears(skeleton)
-    if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
-        return None
-    largest = max(linear.in_features * linear.out_features for linear in linears.values())
-    return activation_bytes(
-        sizes,
-        batch_size=batch.batch_size,
-        sequence_len=batch.sequence_len,
-        itemsize=_itemsize(spec.dtype),
-        targets={name.rpartition(".")[2] for name in targets},
-        total_rank=r * len(targets) // sizes.num_layers,
-        attn_implementation=spec.attn_implementation,
-        is_packed=batch.is_packed,
-        checkpointing=batch.checkpointing,
-        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if spec.is_quantised else 0,
-    )
-
-
-def memory_table(memory: MemoryEstimate) -> str:
-    """The estimate as indented lines."""
-    parts = (
-        ("frozen weights", memory.weight_bytes),
-        ("adapters", memory.adapter_bytes),
-        ("gradients", memory.gradient_bytes),
-        ("optimizer state", memory.optimizer_bytes),
-        *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
-        ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
-    )
-    lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
-    if memory.activation_bytes is None:
-        lines.append(
-            "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
-            "down projections; the peak of a step: train --dry-run"
-        )
-    return "\n".join(lines)
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-# ------------------------------------------------------------------------------------------------ ranks, consensus
 
 
 @dataclass(frozen=True)
@@ -591,58 +356,3 @@ def consensus_prune(
     _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)
     return model
-
-
-# --------------------------------------------------------------------------------------------------------- export
-
-
-@dataclass(frozen=True)
-class Exported:
-    """`eval_loss` is the reloaded adapter's, None without a dev set."""
-
-    folder: Path
-    certificate: dict[str, Any]
-    eval_loss: float | None
-
-
-def export_verified(
-    model: nn.Module,
-    folder: Path,
-    layout: str,
-    *,
-    world: World,
-    provenance: export.Provenance,
-    allow_empty: bool,
-    probe_ids: Tensor,
-    eval_loss_of: Callable[[nn.Module], float | None],
-    before_publishing: Callable[[], None] = lambda: None,
-) -> Exported:
-    """Export the cut adapter of `model`, which every process holds whole, and prove it from disk (collective).
-
-    The main process writes; every process reloads the files with PEFT, compares, and takes its share of the dev set.
-
-    Raises:
-        RunFailed: an empty adapter that is not allowed, or the self-check found a difference.
-    """
-    temporary = Path(
-        on_main(
-            lambda: str(export.write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)),
-            world,
-        )
-    )
-    try:
-        with export.reloaded(model, temporary, probe_ids) as check:
-            eval_loss = eval_loss_of(check.peft_model)
-        before_publishing()
-    except Preempted:
-        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True), world)
-        raise
-    # Also the wait for the others: the main process is about to rename the folder that they are reading.
-    worst = export.worst_of(gather_objects(check.errors))
-    if eval_loss is not None:
-        metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
-        provenance = replace(provenance, metrics=metrics)
-    certificate = on_main(
-        lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance), world
-    )
-    return Exported(folder, certificate, eval_loss)

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from sora_llm import distributed, pipeline
+from sora_llm import distributed
 from sora_llm.distributed import on_main
 from sora_llm.errors import RunFailed
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.job import Job, say
 from sora_llm.loop import peak_memory_gib, train_step
+from sora_llm.memory import memory_table
 from sora_llm.rundir import RunDirectory
 from sora_llm.stages import set_rates
 from sora_llm.start import RunResult, StartPoint
@@ -68,7 +69,7 @@ def rehearse(job: Job) -> RunResult:
         f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
         f"  steps                 {steps} of {job.step_size}\n"
         f"  tokens                about {tokens}\n"
-        f"{pipeline.memory_table(memory)}\n"
+        f"{memory_table(memory)}\n"
         f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"
         f"  first loss            {line['loss']:.4f}, gradient norm {line['grad_norm']:.4g}",
     )

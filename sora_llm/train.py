@@ -25,14 +25,7 @@ from sora_llm.distributed import Replicas, on_every, on_main
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
-from sora_llm.inputs import (
-    check_inputs,
-    check_output,
-    data_report,
-    load_data,
-    target_shapes,
-    training_order,
-)
+from sora_llm.inputs import check_inputs, check_output
 from sora_llm.job import (
     Job,
     announce,
@@ -53,6 +46,8 @@ from sora_llm.start import RunResult, StartPoint, finished_before, note_preempte
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, resolve_strategy
 from sora_llm.training import Training, load_and_inject
+from sora_llm.training_data import data_report, load_data, training_order
+from sora_llm.unpack import target_shapes
 
 EXIT_FINISHED = 0
 

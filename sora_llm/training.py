@@ -18,13 +18,15 @@ from sora_llm.config import to_dict
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import Engine, on_every, on_main
 from sora_llm.errors import UserError
+from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
-from sora_llm.inputs import start_lora, target_modules
+from sora_llm.inputs import start_lora
 from sora_llm.job import Job, say
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loop import Tally, peak_memory_gib
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import IMPORTANCE, ProxAdamW, parameter_groups
+from sora_llm.packing_proof import prove_packing
 from sora_llm.pipeline import Cut
 from sora_llm.plan import Stage
 from sora_llm.rounds import Rounds
@@ -32,6 +34,7 @@ from sora_llm.rundir import RunDirectory
 from sora_llm.schedule import DENSE, FINETUNE
 from sora_llm.start import StartPoint
 from sora_llm.steering import Steering
+from sora_llm.unpack import target_modules
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def load_model(job: Job) -> nn.Module:
     spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
     model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
     if data.sample_packing:
-        pipeline.prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
+        prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
     return model
 
 
@@ -373,7 +376,7 @@ def final_masters(training: Training) -> Mapping[str, Tensor]:
 
 def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
     """The loss of `model` over all `rows` (collective)."""
-    result = pipeline.evaluate(
+    result = evaluate(
         model,
         rows,
         job.inputs.batch,

@@ -34,7 +34,7 @@ PLACES = {
     "group": "sora_llm.distributed:make_accelerator",
     "load": "sora_llm.training:load_backbone",
     "step": "sora_llm.stages:train_step",
-    "evaluation": "sora_llm.pipeline:causal_loss_sum",  # a batch of it
+    "evaluation": "sora_llm.evaluation:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",
     "rename": "sora_llm.checkpoint:publish",
     "cut": "sora_llm.pipeline:cut_by_consensus",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Mixtr
 from sora_llm.activations import sizes_of
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
 from sora_llm.inject import inject_sora
-from sora_llm.pipeline import BatchShape, estimate, memory_table
+from sora_llm.memory import BatchShape, estimate, memory_table
 
 
 class LiveBytes(TorchDispatchMode):

@@ -17,7 +17,8 @@ from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.data import prepare
 from sora_llm.data.show import decoded, table, visible
-from sora_llm.inputs import check_inputs, load_data
+from sora_llm.inputs import check_inputs
+from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"
 CHAT = [{"role": "user", "content": "Hi\x1b[31m"}, {"role": "assistant", "content": "Hello"}]

@@ -23,9 +23,12 @@ LAYERS = [
     {"backbone"},
     {"data", "checkpoint", "report", "export", "merged"},
     {"report_page", "gguf_export", "merged_export"},
-    {"pipeline", "generation", "loop", "rundir", "steering", "rounds"},
+    {"evaluation", "packing_proof", "pipeline", "verified_export", "memory"},
+    {"generation", "loop", "rundir", "steering", "rounds", "unpack"},
+    {"prompt_form"},
     {"inputs"},
-    {"plan", "layouts"},
+    {"training_data", "layouts"},
+    {"data_words", "plan"},
     {"job"},
     {"start"},
     {"training"},
@@ -91,7 +94,11 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
     assert {name.split(".")[0] for name in importers("sora_llm.config")} <= {
+        "unpack",
+        "prompt_form",
         "inputs",
+        "training_data",
+        "data_words",
         "plan",
         "job",
         "start",

@@ -47,24 +47,23 @@ from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed import make_accelerator
+from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.inputs import (
-    backbone_spec,
-    check_inputs,
-    dataset_spec,
-    load_data,
-    prepare_rows,
-    target_modules,
-    target_shapes,
-    training_order,
-)
+from sora_llm.inputs import check_inputs
 from sora_llm.job import Job
 from sora_llm.loop import Tally, seed_step, train_step
-from sora_llm.pipeline import evaluate, full_params
+from sora_llm.pipeline import full_params
 from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.stages import change_form, refuse_more_skipping, set_rates
 from sora_llm.topology import World
 from sora_llm.training import Training, current_ranks, cut_adapter, make_engine, make_steering
+from sora_llm.training_data import load_data, prepare_rows, training_order
+from sora_llm.unpack import (
+    backbone_spec,
+    dataset_spec,
+    target_modules,
+    target_shapes,
+)
 
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 NUM_POINTS = 10

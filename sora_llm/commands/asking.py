@@ -20,8 +20,8 @@ from sora_llm.data.templates import TEMPLATES, resolve_template
 from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
-from sora_llm.inputs import PromptForm, prompt_form, templated
 from sora_llm.lora_files import CONFIG
+from sora_llm.prompt_form import PromptForm, prompt_form, templated
 
 
 def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.ArgumentParser:

@@ -18,8 +18,9 @@ from sora_llm.commands.subject import Subject, find_subject, load, on_base, temp
 from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.inputs import Inputs, check_inputs, has_conversations
-from sora_llm.pipeline import evaluate
+from sora_llm.evaluation import evaluate
+from sora_llm.inputs import Inputs, check_inputs
+from sora_llm.prompt_form import has_conversations
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:

@@ -22,6 +22,7 @@ from sora_llm.config import Config
 from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
 from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
+from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
 from sora_llm.gguf_export import export_gguf
@@ -30,7 +31,6 @@ from sora_llm.inject import put_on
 from sora_llm.inputs import check_inputs, quiet_libraries
 from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
-from sora_llm.pipeline import evaluate
 from sora_llm.plan import stage_name
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines

@@ -16,11 +16,9 @@ from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
-from sora_llm.inputs import (
-    DATA_REPORT,
-    Inputs,
+from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.training_data import (
     TrainingData,
-    check_inputs,
     data_report,
     load_data,
     prepare_rows,

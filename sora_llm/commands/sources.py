@@ -23,10 +23,11 @@ from sora_llm.config import Config
 from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
 from sora_llm.errors import UserError
 from sora_llm.inject import check_shape, target_linears
-from sora_llm.inputs import backbone_spec, exported_template, has_conversations, target_modules
 from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import Replica
+from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.sora import fold
+from sora_llm.unpack import backbone_spec, target_modules
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from sora_llm.distributed import make_accelerator
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.inject import bare, put_on
-from sora_llm.inputs import backbone_spec, quiet_libraries
+from sora_llm.inputs import quiet_libraries
 from sora_llm.lora_files import CONFIG, saved_base, saved_revision
+from sora_llm.unpack import backbone_spec
 
 
 @dataclass(frozen=True)

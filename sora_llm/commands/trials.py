@@ -25,7 +25,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.inputs import quiet_libraries
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.pipeline import prove_packing
+from sora_llm.packing_proof import prove_packing
 from sora_llm.topology import deepspeed_config, launched_world
 
 CPU_OPERATOR = "deepspeed_shm_comm"

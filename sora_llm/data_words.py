@@ -1,0 +1,99 @@
+"""What became of the rows, in sentences for who trains."""
+
+from __future__ import annotations
+
+from sora_llm.config import Config
+from sora_llm.data.order import Order
+from sora_llm.data.prepare import DataReport
+from sora_llm.data.stream import StreamOrder
+from sora_llm.data.tokenize import ends_visibly
+from sora_llm.inputs import Inputs
+from sora_llm.prompt_form import has_conversations
+from sora_llm.training_data import TrainingData
+
+
+def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:
+    """The data of a run, a line about each source."""
+    if isinstance(order, StreamOrder):
+        lines = describe_stream(config, order)
+    else:
+        assert data.train_report is not None
+        packing = f"; packed sequences are {data.train_report.fill_rate:.1%} full" if config.data.sample_packing else ""
+        lines = [f"data: {describe(data.train_report)}{packing}"]
+        lines += loss_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
+        lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
+    if data.dev_report is not None:
+        lines.append(f"dev data: {describe(data.dev_report)}")
+    elif data.dev is not None:
+        lines.append(f"dev data: {len(data.dev)} of these rows are held out")
+        lines += repetition_warning(data.train_report)
+    if has_conversations(config.data.datasets) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
+        lines.append(
+            "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for "
+            "it to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+        )
+    return lines
+
+
+def describe(report: DataReport) -> str:
+    """A data report in one line."""
+    parts = [f"{report.rows_kept:,} rows, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)"]
+    left_out = (
+        (report.num_bad_rows, "malformed"),
+        (report.too_long, "too long"),
+        (report.no_supervised, "without an answer"),
+        (report.duplicates if report.drop_duplicates else 0, "repeated"),
+    )
+    parts += [f"left out {count:,} {why}" for count, why in left_out if count]
+    if report.truncated:
+        parts.append(f"truncated {report.truncated:,}")
+    if report.num_bad_rows:
+        parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
+    return "; ".join(parts)
+
+
+def describe_stream(config: Config, order: StreamOrder) -> list[str]:
+    """What became of the streamed rows so far, a line about each data set."""
+    lines = []
+    for dataset, counts in zip(config.data.datasets, order.counts, strict=True):
+        if not counts.get("rows_read"):
+            continue
+        names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
+        left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
+        cut = [f"truncated {counts['truncated']:,}"] if counts["truncated"] else []
+        read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
+        lines += ["; ".join([read, *left_out, *cut])]
+        lines += loss_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
+        lines += special_warning(counts.get("special_written", 0))  # older checkpoints did not count them
+    return lines
+
+
+def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
+    """A line if more than a twentieth of the rows was left out for its length."""
+    if num_too_long <= 0.05 * num_read:
+        return []
+    return [
+        f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
+        "left out; raise it, or set data.excess_length: truncate"
+    ]
+
+
+def repetition_warning(report: DataReport | None) -> list[str]:
+    """A line if dev rows were drawn from rows of which some are the same."""
+    if report is None or not report.duplicates or report.drop_duplicates:
+        return []
+    return [
+        f"warning: {report.duplicates:,} of the rows are the same as earlier ones, and dev rows are drawn from all, so "
+        "that some of them are trained on as well; set data.drop_duplicates: true"
+    ]
+
+
+def special_warning(num_written: int, first: tuple[str, str] | None = None) -> list[str]:
+    """A line if special tokens stand in messages; `first`: (location, token)."""
+    if not num_written:
+        return []
+    where = f" (the first is {first[0]} with {first[1]})" if first else ""
+    return [
+        f"warning: rows with a special token written out in a message: {num_written:,}{where}; the tokenizer takes "
+        "it for the token itself, and an end of turn within an answer teaches to stop there: take them out"
+    ]

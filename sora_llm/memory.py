@@ -1,0 +1,142 @@
+"""Memory of a process, calculated from the model's shapes before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sora_llm.activations import PROJECTIONS, activation_bytes, sizes_of
+from sora_llm.backbone import BackboneSpec
+from sora_llm.inject import (
+    target_linears,
+)
+from sora_llm.quantised import quantised_linears
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per process.  `activation_bytes` is None where the architecture is not one that they are known of."""
+
+    trainable_parameters: int
+    frozen_parameters: int
+    weight_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Without the activations where they are not known."""
+        fixed = self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return fixed + (self.activation_bytes or 0)
+
+
+def estimate(
+    skeleton: nn.Module,
+    spec: BackboneSpec,
+    *,
+    r: int,
+    target_modules: str | Sequence[str],
+    adapter_bytes_each: int,
+    strategy: str,
+    num_processes: int,
+    batch: BatchShape | None = None,
+) -> MemoryEstimate:
+    """Memory of weights, adapters, gradients, optimizer state and, of a `batch`, activations per process, from the
+    model's shapes alone.
+
+    `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
+    weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
+    unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
+    with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
+    weights and adapters in stage 3).
+    """
+    targets = target_linears(skeleton, target_modules)
+    quantised = quantised_linears(skeleton) if spec.is_quantised else {}
+    num_quantised = sum(linear.weight.numel() for linear in quantised.values())
+    num_frozen = sum(parameter.numel() for parameter in skeleton.parameters())
+    constants = 1 if spec.double_quant else 4
+    if spec.load_in_4bit:
+        quantised_bytes = num_quantised // 2 + num_quantised // 64 * constants
+    else:
+        quantised_bytes = num_quantised + 4 * sum(linear.out_features for linear in quantised.values())
+    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * _itemsize(spec.dtype)
+    num_trainable = sum(r * (1 + linear.in_features + linear.out_features) for linear in targets.values())
+    zero = int(strategy.removeprefix("zero")) if strategy.startswith("zero") else 0
+    master_bytes = 4 if zero or adapter_bytes_each < 4 else 0
+
+    def share(size: int, from_stage: int) -> int:
+        return -(-size // num_processes) if zero >= from_stage else size
+
+    return MemoryEstimate(
+        trainable_parameters=num_trainable,
+        frozen_parameters=num_frozen,
+        weight_bytes=share(weight_bytes, 3),
+        adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
+        gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
+        optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
+        activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
+    )
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What one forward pass of a process is given."""
+
+    batch_size: int
+    sequence_len: int
+    is_packed: bool
+    checkpointing: bool
+
+
+def _activation_bytes(
+    skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
+) -> int | None:
+    sizes = sizes_of(skeleton.config.get_text_config())
+    linears = target_linears(skeleton)
+    if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
+        return None
+    largest = max(linear.in_features * linear.out_features for linear in linears.values())
+    return activation_bytes(
+        sizes,
+        batch_size=batch.batch_size,
+        sequence_len=batch.sequence_len,
+        itemsize=_itemsize(spec.dtype),
+        targets={name.rpartition(".")[2] for name in targets},
+        total_rank=r * len(targets) // sizes.num_layers,
+        attn_implementation=spec.attn_implementation,
+        is_packed=batch.is_packed,
+        checkpointing=batch.checkpointing,
+        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if spec.is_quantised else 0,
+    )
+
+
+def memory_table(memory: MemoryEstimate) -> str:
+    """The estimate as indented lines."""
+    parts = (
+        ("frozen weights", memory.weight_bytes),
+        ("adapters", memory.adapter_bytes),
+        ("gradients", memory.gradient_bytes),
+        ("optimizer state", memory.optimizer_bytes),
+        *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
+        ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
+    )
+    lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
+    if memory.activation_bytes is None:
+        lines.append(
+            "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
+            "down projections; the peak of a step: train --dry-run"
+        )
+    return "\n".join(lines)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

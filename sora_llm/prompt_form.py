@@ -1,0 +1,56 @@
+"""How a prompt is written where the adapter is asked: as it was in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sora_llm.config import Config, Dataset
+from sora_llm.data.templates import resolve_template
+from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
+from sora_llm.generation import Stop
+
+
+def has_conversations(datasets: Sequence[Dataset]) -> bool:
+    """Whether rows of one of them are rendered with a chat template."""
+    return any(dataset.type not in ("completion", "prompt_completion") for dataset in datasets)
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How a prompt was written in training: through the chat template (None: as it is), or with a separator behind it;
+    and what ends the answer."""
+
+    template: str | None
+    separator: str = ""
+    stop: Stop = field(default_factory=Stop)
+
+
+def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
+    """That of the first data set."""
+    first = config.data.datasets[0]
+    if first.type in ("completion", "prompt_completion"):
+        return PromptForm(None, first.separator)
+    return templated(tokenizer, chat_template)
+
+
+def templated(tokenizer: Any, chat_template: str) -> PromptForm:
+    """Through a chat template."""
+    token, text = answer_end(tokenizer, chat_template)
+    return PromptForm(chat_template, stop=Stop(() if token is None else (token,), text))
+
+
+def exported_template(config: Config, tokenizer: Any) -> str | None:
+    """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
+    before it, unless the tokenizer has it already."""
+    if not has_conversations(config.data.datasets):
+        return None
+    template = served_template(tokenizer, resolve_template(tokenizer, config.data.chat_template))
+    return None if template == tokenizer.chat_template else template
+
+
+def prompt_ids(config: Config, tokenizer: Any, chat_template: str, prompt: str) -> list[int]:
+    """A sample prompt as tokens: through the chat template where the first data set is made of conversations."""
+    form = prompt_form(config, tokenizer, chat_template)
+    return encode_prompt(tokenizer, prompt + form.separator, form.template)

@@ -1,0 +1,169 @@
+"""A run's rows: tokenised or read from the cache, parted into train and dev, put into the order of its steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_llm.config import Config
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.order import EpochOrder, Order, split_validation
+from sora_llm.data.prepare import DataReport, default_cache_dir, prepare
+from sora_llm.data.show import decoded
+from sora_llm.data.sources import DatasetSpec, read_rows
+from sora_llm.data.stream import StreamOrder, WindowTokenizer
+from sora_llm.data.templates import DEFAULT_TEMPLATE
+from sora_llm.errors import UserError
+from sora_llm.inputs import Inputs
+from sora_llm.topology import World
+
+_HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Train and dev rows as tokens, and what became of the rows of the files.
+
+    `train` and its report are None where rows are streamed, `dev` where there are no dev rows, its report also where
+    dev rows were held out.
+    """
+
+    train: TokenDataset | None
+    dev: TokenDataset | None
+    train_report: DataReport | None
+    dev_report: DataReport | None
+
+    def fingerprint(self, order: Order) -> dict[str, int | str]:
+        """What a checkpoint remembers of the training rows: an order of other rows would be another run.  Of a stream
+        it is the present window, the first one before a run has begun."""
+        if self.train is None or self.train_report is None:
+            assert isinstance(order, StreamOrder)
+            return {"digest": order.digest}
+        return {"rows": len(self.train), "tokens": self.train.num_tokens, "digest": self.train_report.digest}
+
+
+def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
+    """Tokenise, or read the cache.  No collective: processes wait for the one that writes as long as it takes.
+
+    Raises:
+        UserError: bad rows, nothing to train on, fewer rows than processes.
+    """
+    train, report = None, None
+    if not config.data.datasets[0].streaming:  # all are streamed or none is
+        train, report = prepare_rows(config, inputs, inputs.datasets, world)
+    dev, dev_report = None, None
+    if inputs.val_datasets:
+        dev, dev_report = prepare_rows(config, inputs, inputs.val_datasets, world)
+    elif train is not None and config.data.val_set_size is not None:
+        train, dev = split_validation(train, config.data.val_set_size, config.train.seed)
+    if train is not None:
+        _check_sources(config, train)
+    if train is not None and len(train) < world.num_processes:
+        raise UserError(
+            f"data.datasets gives {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
+            "launch fewer processes, or add data"
+        )
+    return TrainingData(train, dev, report, dev_report)
+
+
+def _check_sources(config: Config, train: TokenDataset) -> None:
+    """UserError if a data set of a mixture has no row left once dev rows are held out."""
+    for index, dataset in enumerate(config.data.datasets):
+        if dataset.weight is not None and not (train.sources == index).any():
+            raise UserError(
+                f"data.datasets.{index} ({dataset.path}) has a weight but no row of it is left to train on; add rows, "
+                "or make data.val_set_size smaller"
+            )
+
+
+def prepare_rows(
+    config: Config, inputs: Inputs, specs: Sequence[DatasetSpec], world: World
+) -> tuple[TokenDataset, DataReport]:
+    """The rows of some data sets with the config's options; a machine's first process goes first."""
+    return prepare(
+        tokenizing(config, inputs, specs),
+        max_bad_row_fraction=config.data.max_bad_row_fraction,
+        num_proc=config.data.num_proc,
+        cache_dir=config.data.cache_dir,
+        wait_first=_HEAD_START_SECONDS if world.local_process_index else 0.0,
+    )
+
+
+def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> Tokenizing:
+    """How rows become tokens."""
+    data = config.data
+    return Tokenizing(
+        tuple(specs),
+        inputs.tokenizer,
+        inputs.chat_template,
+        train_on_inputs=data.train_on_inputs,
+        train_on_last_turn_only=data.train_on_last_turn_only,
+        sequence_len=data.sequence_len,
+        excess_length=data.excess_length,
+        drop_duplicates=data.drop_duplicates,
+    )
+
+
+def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_step: int) -> Order:
+    """Which rows each optimizer step takes.
+
+    Raises:
+        UserError: a stream that cannot be read, or whose first rows cannot be used.
+    """
+    weights = [dataset.weight for dataset in config.data.datasets if dataset.weight is not None]
+    mixture = weights or None
+    pack_to = config.data.sequence_len if config.data.sample_packing else None
+    if data.train is not None:
+        return EpochOrder(data.train, rows_per_step, config.train.seed, pack_to, mixture)
+    order = StreamOrder(
+        [functools.partial(read_rows, spec) for spec in inputs.datasets],
+        WindowTokenizer(tokenizing(config, inputs, inputs.datasets), config.data.max_bad_row_fraction),
+        rows_per_step,
+        config.train.seed,
+        pack_to,
+        mixture,
+    )
+    order.sample()  # so that what is wrong with the first window is said now
+    return order
+
+
+def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str, Any]:
+    """What the data is made of, for people, as JSON: rows, lengths, masks, losses, some rows decoded."""
+
+    def section(rows: TokenDataset | None, report: DataReport | None) -> dict[str, Any] | None:
+        if report is None:
+            return None
+        whole = TokenDataset.load(Path(report.cache_folder)) if report.cache_folder else rows
+        assert whole is not None
+        samples = [
+            {
+                "row": row,
+                "tokens": int(whole.lengths[row]),
+                "supervised_tokens": int(whole.supervised_lengths[row]),
+                "segments": decoded(whole[row], inputs.tokenizer),
+            }
+            for row in report.samples
+        ]
+        return report.to_json() | {"samples": samples}
+
+    return {
+        "chat_template": _template_name(config, inputs),
+        "sequence_len": config.data.sequence_len,
+        "sample_packing": config.data.sample_packing,
+        "cache": config.data.cache_dir or str(default_cache_dir()),
+        "train": section(data.train, data.train_report),
+        "dev": section(data.dev, data.dev_report),
+        "held_out": None if data.dev is None or data.dev_report else len(data.dev),
+    }
+
+
+def _template_name(config: Config, inputs: Inputs) -> str | None:
+    """None where no data set is made of conversations."""
+    if all(spec.type in ("completion", "prompt_completion") for spec in (*inputs.datasets, *inputs.val_datasets)):
+        return None
+    own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE
+    return config.data.chat_template or own

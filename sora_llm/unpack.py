@@ -1,0 +1,112 @@
+"""Sections of the config as the plain arguments that the modules below take."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sora_llm import backbone
+from sora_llm.activations import sizes_of
+from sora_llm.backbone import BackboneSpec
+from sora_llm.config import Config, Dataset
+from sora_llm.data.sources import DatasetSpec
+from sora_llm.inject import target_linears
+from sora_llm.memory import BatchShape, MemoryEstimate, estimate
+from sora_llm.step_time import Work
+
+
+def dataset_spec(dataset: Dataset) -> DatasetSpec:
+    """One entry of data.datasets as the loader's plain description."""
+    return DatasetSpec(
+        path=dataset.path,
+        type=dataset.type,
+        split=dataset.split,
+        revision=dataset.revision,
+        columns=dataset.columns,
+        separator=dataset.separator,
+        function=dataset.function,
+        weight=dataset.weight,
+        streaming=dataset.streaming,
+    )
+
+
+def backbone_spec(config: Config, strategy: str) -> BackboneSpec:
+    """The sections model and quantization as the backbone's plain description."""
+    model, quantization = config.model, config.quantization
+    return BackboneSpec(
+        name_or_path=model.name_or_path,
+        revision=model.revision,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        load_in_4bit=quantization.load_in_4bit,
+        load_in_8bit=quantization.load_in_8bit,
+        quant_type=quantization.bnb_4bit_quant_type,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+        compute_dtype=quantization.bnb_4bit_compute_dtype,
+        quant_storage=backbone.resolve_quant_storage(
+            quantization.bnb_4bit_quant_storage, quantization.bnb_4bit_compute_dtype, strategy
+        ),
+    )
+
+
+def adapter_dtype(config: Config) -> str:
+    """sora.dtype with `auto` resolved: float32 adapters, cast inside the forward."""
+    return "float32" if config.sora.dtype == "auto" else config.sora.dtype
+
+
+def target_modules(config: Config) -> str | list[str]:
+    """sora.target_modules as inject_sora takes them."""
+    targets = config.sora.target_modules
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def target_shapes(config: Config, skeleton: nn.Module) -> dict[str, tuple[int, int]]:
+    """{target module: (I, O)}."""
+    linears = target_linears(skeleton, target_modules(config))
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+
+
+def estimate_memory(
+    config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
+) -> MemoryEstimate:
+    """Memory per process."""
+    return estimate(
+        skeleton,
+        spec,
+        r=config.sora.r,
+        target_modules=target_modules(config),
+        adapter_bytes_each=2 if adapter_dtype(config) == "bfloat16" else 4,
+        strategy=strategy,
+        num_processes=num_processes,
+        batch=BatchShape(
+            config.train.per_device_train_batch_size,
+            config.data.sequence_len,
+            config.data.sample_packing,
+            config.train.gradient_checkpointing,
+        ),
+    )
+
+
+def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work | None:
+    """A full step of one process before anything is cut, every sequence of `data.sequence_len` tokens.
+
+    None for a model of which `activations.sizes_of` knows no sizes: with experts, a token does not pass every linear.
+    """
+    if sizes_of(skeleton.config.get_text_config()) is None:  # type: ignore[union-attr, operator]
+        return None
+    train, whole = config.train, estimate_memory(config, spec, skeleton, "none", 1)
+    head = skeleton.get_output_embeddings()  # type: ignore[operator]
+    per_micro_batch = train.per_device_train_batch_size * config.data.sequence_len
+    return Work(
+        tokens=per_micro_batch * train.gradient_accumulation_steps,
+        linear_parameters=sum(layer.in_features * layer.out_features for layer in target_linears(skeleton).values()),
+        head_parameters=0 if head is None else head.weight.numel(),
+        adapter_parameters=whole.trainable_parameters,
+        num_layers=skeleton.config.get_text_config().num_hidden_layers,  # type: ignore[union-attr, operator]
+        frozen_bytes=whole.weight_bytes,
+        adapter_itemsize=2 if adapter_dtype(config) == "bfloat16" else 4,
+        checkpointing=train.gradient_checkpointing,
+        micro_batches=train.gradient_accumulation_steps,
+        sync_every=config.distributed.sync_every,
+        is_machine_a_replica=config.distributed.replica == "node",
+    )
