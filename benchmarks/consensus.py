@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sora_llm.allocation import components
 from sora_llm.consensus import product_distance
-from sora_llm.merge import Replica, merge
+from sora_llm.merge import WeightedAdapter, merge
 
 LORA_ALPHA = 32.0
 SIDES = {"ours": "sora_llm.merge", "peft": "PEFT add_weighted_adapter"}
@@ -67,7 +67,7 @@ def exact_mean(pairs: list[Pair]) -> Pair:
 def our_side(pairs: list[Pair]) -> Callable[[], Pair]:
     rank, size = pairs[0][0].shape
     replicas = [
-        Replica(weight, {"proj": (A, B, None)}, LORA_ALPHA / rank)
+        WeightedAdapter(weight, {"proj": (A, B, None)}, LORA_ALPHA / rank)
         for weight, (A, B) in zip(weights_of(len(pairs)), pairs, strict=True)
     ]
     return lambda: merge(replicas, budget=2 * size * rank).factors["proj"]

@@ -40,16 +40,16 @@ from torch import Tensor
 from sora_llm.backbone import load_backbone
 from sora_llm.budget import params_of
 from sora_llm.checkpoint import TENSORS
-from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd, kept_params, shapes_of
-from sora_llm.distributed import make_accelerator
+from sora_llm.distributed import local_device
 from sora_llm.evaluation import evaluate
 from sora_llm.inject import put_on
 from sora_llm.inputs import check_inputs
 from sora_llm.local_updates import round_bytes
 from sora_llm.lora_files import read_lora
-from sora_llm.merge import Replica, merge
+from sora_llm.merge import WeightedAdapter, merge
+from sora_llm.topology import ALONE
 from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"
@@ -157,7 +157,7 @@ def apart(folder: Path, seed: int, steps: int) -> list[dict[str, Any]]:
         jobs = {(kind, k): pool.submit(run, kind, k, others) for kind, others in kinds.items() for k in range(K)}
         lines = {key: job.result() for key, job in jobs.items()}
         adapters = [read_lora(Path(place) / f"cut-{shard}" / "adapter") for shard in range(K)]
-        replicas = [Replica(1.0, adapter.factors, adapter.scaling) for adapter in adapters]
+        replicas = [WeightedAdapter(1.0, adapter.factors, adapter.scaling) for adapter in adapters]
         gated = [Path(place) / f"gated-{shard}" / "checkpoints" / f"step-{steps}" for shard in range(K)]
         ways = {"merge": by_products(replicas), "average": by_factors(replicas), "votes": by_votes(gated)}
     own = [lines[("cut", shard)][-1]["eval_loss"] for shard in range(K)]
@@ -177,7 +177,7 @@ def budget_of(shapes: Mapping[str, tuple[int, int]]) -> int:
     return params_of(RANK, sum(sum(shape) for shape in shapes.values()))
 
 
-def by_products(replicas: Sequence[Replica]) -> tuple[Plain, dict[str, Any]]:
+def by_products(replicas: Sequence[WeightedAdapter]) -> tuple[Plain, dict[str, Any]]:
     """The best adapter of the size for the mean of products."""
     shapes = shapes_of(replicas[0].factors)
     found = merge(replicas, budget_of(shapes))
@@ -185,7 +185,7 @@ def by_products(replicas: Sequence[Replica]) -> tuple[Plain, dict[str, Any]]:
     return found.factors, {"merge_error": (report.dropped_energy / report.energy) ** 0.5}
 
 
-def by_factors(replicas: Sequence[Replica]) -> tuple[Plain, dict[str, Any]]:
+def by_factors(replicas: Sequence[WeightedAdapter]) -> tuple[Plain, dict[str, Any]]:
     """A and B averaged, as if slots of one number belonged together; cut to the size."""
     averaged = {}
     for name in replicas[0].factors:
@@ -236,7 +236,7 @@ def dev_loss(folder: Path, factors: Plain) -> float:
     inputs = check_inputs(config, "none")
     rows = load_data(config, inputs, ALONE).dev
     assert rows is not None
-    device = make_accelerator("none", ALONE).device
+    device = local_device()
     model = put_on(load_backbone(inputs.backbone, device), factors)
     return evaluate(model, rows, inputs.batch, batch_size=8, world=ALONE, device=device).loss
 

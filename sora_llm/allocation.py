@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sora_llm.errors import UserError
+from sora_llm.errors import NotFinite, UserError
 
 LIVE = 1e-9  # a component is live above this share of its module's largest singular value
 ROUNDING = 1e-14  # and above this share of its slots' sizes: below is what float64 leaves of slots that cancel
@@ -63,7 +63,7 @@ def components(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float, name: 
         name: of the module, for the error.
 
     Raises:
-        ValueError: a live value is not finite.
+        NotFinite: a live value is not finite.
     """
     g_R = torch.ones(A.shape[0], dtype=torch.float64, device=A.device) if gate is None else gate.detach().double()
     live_R = g_R != 0
@@ -73,7 +73,7 @@ def components(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float, name: 
     rB_QR = rB_QR * (scaling * g_R[live_R])
     core_QP = rB_QR @ rA_PR.T
     if not bool(torch.isfinite(core_QP).all()):
-        raise ValueError(f"{name} holds values that are not finite, so it has no singular components")
+        raise NotFinite(f"{name} holds values that are not finite, so it has no singular components")
     u_QK, sigma_K, vt_KP = torch.linalg.svd(core_QP, full_matrices=False)
     slot_R = rB_QR.norm(dim=0) * rA_PR.norm(dim=0)
     alive_K = (sigma_K > LIVE * sigma_K[:1]) & (sigma_K > ROUNDING * slot_R.norm())
@@ -128,7 +128,7 @@ def allocate(
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
-        ValueError: an importance is negative or not finite.
+        NotFinite: an importance is negative or not finite.
     """
     first, rest = _served_first(_visit(importance, costs), min_rank)
     _check_served(first, costs, caps, budget, min_rank)
@@ -150,7 +150,8 @@ def within_tolerance(importance: Importance, costs: Mapping[str, int], tolerance
     the sums); 0 is lossless.  The `min_rank` best components of every module stay.
 
     Raises:
-        ValueError: an importance is negative or not finite, or `tolerance` is not in [0, 1).
+        NotFinite: an importance is negative or not finite.
+        ValueError: `tolerance` is not in [0, 1).
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it is a relative error, 0 or more and below 1")
@@ -170,7 +171,7 @@ def _visit(importance: Importance, costs: Mapping[str, int]) -> Order:
     for name, values in importance.items():
         for index, value in enumerate(map(float, values)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: component {index} has importance {value}; it must be finite and 0 or more")
+                raise NotFinite(f"{name}: component {index} has importance {value}; it must be finite and 0 or more")
             worth.append((value / costs[name], name, index))
     worth.sort(key=lambda entry: -entry[0])  # stable
     return [(name, index) for _, name, index in worth]

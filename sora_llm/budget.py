@@ -57,7 +57,7 @@ class RankBudget:
         return params / sum(self.costs.values())
 
     def wanted(self, place: float, goal_factor: float) -> float:
-        """R*(u) at `place` u; the goal is at least the dearest component above the budget."""
+        """R*(u) at `place` u; the goal is at least the most expensive component above the budget."""
         goal = min(self.full, max(goal_factor * self.params, self.params + max(self.costs.values())))
         return goal + (self.full - goal) * (1.0 - place) ** 3
 

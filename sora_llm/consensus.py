@@ -16,8 +16,8 @@ from torch import Tensor
 from sora_llm.allocation import Components, allocate, balanced, components, within_tolerance
 from sora_llm.sora import keep_live_slots
 
-Adapter = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), g (R,) or None
-Factors = Mapping[str, Adapter]  # by module
+ModuleFactors = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), g (R,) or None
+Factors = Mapping[str, ModuleFactors]  # by module
 PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R)
 Shapes = Mapping[str, tuple[int, int]]  # module → (I, O)
 Scaling = float | Mapping[str, float]  # s: of all modules, or of each

@@ -39,13 +39,18 @@ from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
 from sora_llm.terminal import say
-from sora_llm.topology import ZERO_STAGES, World
+from sora_llm.topology import ALONE, ZERO_STAGES, World
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ---------------------------------------------------------------------------------------------------- accelerator
+
+
+def local_device() -> torch.device:
+    """That of a command which is one process by itself."""
+    return make_accelerator("none", ALONE).device
 
 
 def make_accelerator(

@@ -18,6 +18,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class NotFinite(ValueError):
+    """Values that are inf or nan where numbers are needed; the message names what holds them."""
+
+
 class RunFailed(RuntimeError):
     """A run that started well cannot go on (processes disagree, losses stay non-finite).  The message says what
     was seen and what to do next.  The commands print it, record it in status.json and exit with 1."""

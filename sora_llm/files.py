@@ -45,8 +45,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last, as are those
-    that a process left there which was killed before it came to that."""
+    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  What
+    a killed process had left aside is deleted too."""
     for path in (*temporary.iterdir(), temporary):
         fsync(path)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")

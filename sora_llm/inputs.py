@@ -21,7 +21,8 @@ from sora_llm.card import refuse_other_contents
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenRow
-from sora_llm.data.sources import BadRow, DatasetSpec, check_paths
+from sora_llm.data.readers import BadRow
+from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing, user_path

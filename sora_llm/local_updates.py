@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sora_llm.consensus import Adapter
+from sora_llm.consensus import ModuleFactors
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Drift:
         return float("inf") if self.energy <= 0.0 else (self.error_energy / self.energy) ** 0.5
 
 
-def average(replicas: Sequence[Adapter]) -> tuple[Adapter, Drift]:
+def average(replicas: Sequence[ModuleFactors]) -> tuple[ModuleFactors, Drift]:
     """The slot-wise mean of one module's factors over replicas, rounded once to their dtype, and its drift.
 
     No O × I matrix is formed; float64 inside, so that the drift is good to about 1e-8 relative.

@@ -33,7 +33,7 @@ from sora_llm.errors import UserError
 
 
 @dataclass(frozen=True)
-class Replica:
+class WeightedAdapter:
     """One of several adapters of the same base: its weight in the mean (≥ 0, any scale), its factors and its s.
 
     A module that it does not name, or has no live slot of, adds 0 to the mean; its weight counts all the same.
@@ -85,7 +85,7 @@ class Merged:
 class _Distinct(NamedTuple):
     """Replicas that differ in a bit, in the order of their hashes; `share` sums to 1, `copies` are counts."""
 
-    replicas: list[Replica]
+    replicas: list[WeightedAdapter]
     shares: list[float]
     copies: list[int]
     place: list[int | None]  # of each replica given: its index here, None if its weight is 0
@@ -105,7 +105,7 @@ class _Stack(NamedTuple):
 
 
 def merge(
-    replicas: Sequence[Replica],
+    replicas: Sequence[WeightedAdapter],
     budget: int | None = None,
     tolerance: float | None = None,
     min_rank: int = 0,
@@ -159,7 +159,7 @@ def merge(
     )
 
 
-def merge_errors(replicas: Sequence[Replica], merged: PlainFactors, scaling: Scaling = 1.0) -> dict[str, float]:
+def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors, scaling: Scaling = 1.0) -> dict[str, float]:
     """{module: ‖ΔW̄ − s · B A‖_F / ‖ΔW̄‖_F} of merged factors against the mean of products, in float64.
 
     0 where both are 0.  From the stacked factors again, so that it also holds for factors that went through a file.
@@ -174,7 +174,7 @@ def merge_errors(replicas: Sequence[Replica], merged: PlainFactors, scaling: Sca
     return errors
 
 
-def _collapse(replicas: Sequence[Replica]) -> _Distinct:
+def _collapse(replicas: Sequence[WeightedAdapter]) -> _Distinct:
     for replica in replicas:
         if not 0 <= replica.weight < math.inf:
             raise UserError(f"a replica has weight {replica.weight}; weights are finite numbers of 0 or more")
@@ -192,7 +192,7 @@ def _collapse(replicas: Sequence[Replica]) -> _Distinct:
     )
 
 
-def _replica_hash(replica: Replica) -> str:
+def _replica_hash(replica: WeightedAdapter) -> str:
     """Equal only for the same modules with equal bits and equal s."""
     digest = hashlib.sha256()
     for name in sorted(replica.factors):
@@ -201,7 +201,7 @@ def _replica_hash(replica: Replica) -> str:
     return digest.hexdigest()
 
 
-def _common_shapes(replicas: Sequence[Replica]) -> dict[str, tuple[int, int]]:
+def _common_shapes(replicas: Sequence[WeightedAdapter]) -> dict[str, tuple[int, int]]:
     """(I, O) of every module that any replica has, by name."""
     shapes: dict[str, tuple[int, int]] = {}
     for replica in replicas:
@@ -214,7 +214,7 @@ def _common_shapes(replicas: Sequence[Replica]) -> dict[str, tuple[int, int]]:
     return dict(sorted(shapes.items()))
 
 
-def _stack(replicas: Sequence[Replica], name: str) -> _Stack:
+def _stack(replicas: Sequence[WeightedAdapter], name: str) -> _Stack:
     A_RI, B_OR, g_R, owner_R = [], [], [], []
     for index, replica in enumerate(replicas):
         if name not in replica.factors:
@@ -244,7 +244,7 @@ def _inner_products(stack: _Stack, num_replicas: int) -> Tensor:
     return (member_RK.T @ slots_RR @ member_RK).cpu()
 
 
-def _supports(replicas: Sequence[Replica], names: Iterable[str]) -> dict[str, Tensor]:
+def _supports(replicas: Sequence[WeightedAdapter], names: Iterable[str]) -> dict[str, Tensor]:
     """{module: live slots (K, R)} of the modules whose slots correspond; a replica without the module has none."""
     supports = {}
     for name in names:
@@ -271,7 +271,7 @@ def mean_jaccard(support_KN: Tensor, copies: Sequence[int]) -> float | None:
 
 
 def _replica_reports(
-    replicas: Sequence[Replica], distinct: _Distinct, gram_KK: Tensor, mean_energy: float
+    replicas: Sequence[WeightedAdapter], distinct: _Distinct, gram_KK: Tensor, mean_energy: float
 ) -> list[ReplicaReport]:
     total = math.fsum(replica.weight for replica in replicas)
     shares_K = torch.tensor(distinct.shares, dtype=torch.float64)

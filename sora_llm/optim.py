@@ -40,7 +40,7 @@ class ProxAdamW(torch.optim.AdamW):
         adaptive    λ / importance, hard: what is above it is not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
                     that the caller chooses, importance a tensor of the gate's state.
     With λ = 0 the step is torch's AdamW bit for bit.  In a group that says "deferred" nothing is cut: τ is summed in
-    the state of each gate, for who takes local updates and cuts when replicas meet.
+    the state of each gate, for a caller that takes local updates and cuts when replicas meet.
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
     "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sora_llm.allocation import balanced, components
 from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import (
-    Adapter,
     CutReport,
+    ModuleFactors,
     PlainFactors,
     cut_slots,
     cut_svd,
@@ -32,7 +32,7 @@ from sora_llm.distributed import (
     on_main,
     refuse_old_wrappers,
 )
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import NotFinite, RunFailed, UserError
 from sora_llm.inject import (
     adapter_parameters,
     adapters,
@@ -40,7 +40,7 @@ from sora_llm.inject import (
     refuse_new_parameters,
     unwrapped,
 )
-from sora_llm.merge import Replica, merge
+from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
@@ -96,7 +96,7 @@ class Cut:
     spread: float | None = None
 
 
-def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, Adapter]:
+def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, ModuleFactors]:
     """{module: A (R, I), B (O, R), gate or None} of the float32 `masters`; a module without a branch has R = 0."""
     return {
         name: (
@@ -183,14 +183,12 @@ def _finite(what: str) -> Iterator[None]:
     """RunFailed for adapters whose values are not finite."""
     try:
         yield
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise RunFailed(f"the adapters cannot be {what}: {error}; lower train.learning_rate") from error
+    except NotFinite as error:
+        raise RunFailed(f"the adapters cannot be {what}: {error}; lower the learning rate") from error
 
 
 def cut_factors(
-    replicas: Sequence[Mapping[str, Adapter]],
+    replicas: Sequence[Mapping[str, ModuleFactors]],
     scaling: Mapping[str, float],
     consensus: str,
     budgets: Sequence[RankBudget],
@@ -226,14 +224,14 @@ def cut_factors(
 
 
 def _merge(
-    replicas: Sequence[Mapping[str, Adapter]], scaling: Mapping[str, float], budget: int | None, min_rank: int
+    replicas: Sequence[Mapping[str, ModuleFactors]], scaling: Mapping[str, float], budget: int | None, min_rank: int
 ) -> tuple[PlainFactors, CutReport, float]:
     """Replicas of one support as one adapter, and how far the farthest of them is from it.
 
     Without a budget every module keeps as many components as gates live: the mean of products has up to K times as
     many, which nobody asked for.
     """
-    members = [Replica(1.0, factors, scaling) for factors in replicas]
+    members = [WeightedAdapter(1.0, factors, scaling) for factors in replicas]
     max_ranks = None
     if budget is None:
         max_ranks = kept_ranks({name: gate for name, (_, _, gate) in replicas[0].items() if gate is not None})

@@ -162,8 +162,7 @@ class RunDirectory:
     def record_loss(self, sentence: str) -> bool:
         """The status of a run of which a process, or the launcher, was lost; returns whether this process wrote it.
 
-        The main process does; if it is the one that died, who finds its lock free, by and by, and no last word of its
-        own.
+        Normally the main process writes it; if that one died, whoever first finds its lock free and no final status.
         """
         with contextlib.suppress(UserError, RunFailed, OSError):  # a disk that fails too must not keep this one alive
             if self.is_main:

@@ -70,7 +70,7 @@ def add_branch(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """base_layer(x) + s · B (g ⊙ (A drop(x))), for a base layer that keeps neither x nor its answer for itself.
+    """base_layer(x) + s · B (g ⊙ (A drop(x))), for a base layer that keeps neither x nor its output for itself.
 
     Two autograd nodes, one on either side of the base layer.  The branch's answer is added into the base layer's own,
     and its gradient into the base layer's own gradient of x, so nothing as wide as x or y is allocated or summed for
@@ -164,7 +164,7 @@ class _Up(torch.autograd.Function):
     def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
         ctx.save_for_backward(u_RT, lora_B, gate)
         ctx.scaling = scaling
-        # Detached, y shares its memory and its version: a base layer that needs its answer for its own gradient makes
+        # Detached, y shares its memory and its version: a base layer that needs its output for its own gradient makes
         # the backward pass fail with a message.
         return _add_product(y.detach(), u_RT.T, _gated(lora_B, gate, dtype).T, y.shape, alpha=scaling)
 

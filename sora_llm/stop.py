@@ -28,7 +28,7 @@ class StopRequest:
     """A request to stop: one of `SIGNALS`, or a STOP file in the run directory.
 
     Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts, where it is asked
-    for).  From `start` on, while `at_once` is true, a request raises `Preempted` where it meets the program: there is
+    for).  From `start` on, while `at_once` is true, a request raises `Preempted` wherever the main thread is: there is
     nothing to save yet, and no other process waits.  A main thread that does not get to it within `HEED_SECONDS`, such
     as one that waits inside torch for processes that have left already, is not waited for.  Afterwards a request is
     only noted, so that all processes can stop together at the same step.

@@ -27,6 +27,10 @@ class World:
         return self.process_index == 0
 
 
+ALONE = World(num_processes=1, process_index=0, local_process_index=0)
+"""Of a command that is one process by itself, whatever the environment says."""
+
+
 def launched_world(environ: Mapping[str, str]) -> World:
     """Read WORLD_SIZE, RANK and LOCAL_RANK (torchrun, accelerate); one process where they are missing.
 

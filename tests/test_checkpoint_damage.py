@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from small_runs import CONFIG, STEPS, Playground, checkpoints, overrides, result, status
 
 from sora_llm import checkpoint, config
-from sora_llm.commands.common import ALONE
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256, publish
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import finished_before
+from sora_llm.topology import ALONE
 from sora_llm.train import main
 
 FILES = ("COMPLETE", "state.json", "adapter.safetensors")

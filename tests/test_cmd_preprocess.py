@@ -13,11 +13,11 @@ from test_data_formats import json_lines, write
 from transformers import AutoTokenizer
 
 from sora_llm import cli
-from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.data import prepare
 from sora_llm.data.show import decoded, table, visible
 from sora_llm.inputs import check_inputs
+from sora_llm.topology import ALONE
 from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"

@@ -18,9 +18,9 @@ from sora_llm.budget import make_budgets
 from sora_llm.consensus import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.topology import World
+from sora_llm.topology import ALONE
 
-R, ALONE = 6, World(num_processes=1, process_index=0, local_process_index=0)
+R = 6
 IDS = torch.arange(40).reshape(2, 20) % 48
 
 

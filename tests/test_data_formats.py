@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text, to_examples
-from sora_llm.data.sources import BadRow, DatasetSpec, check_paths, read_rows, source_digest
+from sora_llm.data.readers import BadRow
+from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_digest
 from sora_llm.errors import UserError
 
 SHARED = Path(os.environ.get("SORA_TEST_DATA") or Path(__file__).parents[2] / "shared")

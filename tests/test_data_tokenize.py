@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sora_llm.data import templates
 from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text
-from sora_llm.data.sources import BadRow, DatasetSpec, read_rows
+from sora_llm.data.readers import BadRow
+from sora_llm.data.sources import DatasetSpec, read_rows
 from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
 from sora_llm.data.tokenize import (
     encode_prompt,

@@ -16,7 +16,7 @@ from reference import allocate_reference, outer_products
 
 from sora_llm.consensus import cut_svd
 from sora_llm.errors import UserError
-from sora_llm.merge import Replica, merge
+from sora_llm.merge import WeightedAdapter, merge
 
 properties = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SHAPES = {"b": (7, 5), "a": (6, 6), "narrow": (3, 9)}  # I, O; not in the order of the names
@@ -31,7 +31,7 @@ def replicas(draw, max_size=4):
         names = draw(st.lists(st.sampled_from(list(SHAPES)), min_size=1, max_size=3, unique=True))
         modules = {name: (draw(st.integers(0, 5)), *SHAPES[name]) for name in names}
         seed, weight = draw(st.integers(0, 10**6)), draw(st.sampled_from([0.1, 0.3, 1.0, 7.0]))
-        found.append(Replica(weight, random_factors(seed, modules), draw(st.sampled_from([1.0, 0.25, S]))))
+        found.append(WeightedAdapter(weight, random_factors(seed, modules), draw(st.sampled_from([1.0, 0.25, S]))))
     return found
 
 
@@ -96,8 +96,8 @@ def test_without_a_budget_the_merge_is_the_mean_of_products(given_replicas, scal
 
 
 def test_it_is_not_the_product_of_means():
-    one = Replica(1, {"a": (torch.eye(1, 2).double(), torch.eye(2, 1).double(), None)}, 1.0)
-    other = Replica(1, {"a": (*(-t for t in one.factors["a"][:2]), None)}, 1.0)
+    one = WeightedAdapter(1, {"a": (torch.eye(1, 2).double(), torch.eye(2, 1).double(), None)}, 1.0)
+    other = WeightedAdapter(1, {"a": (*(-t for t in one.factors["a"][:2]), None)}, 1.0)
     A, B = merge([one, other]).factors["a"]
     torch.testing.assert_close(B @ A, torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double())
 
@@ -145,7 +145,7 @@ def test_one_replica_is_its_truncated_svd_bit_for_bit(given_replicas, share):
 
 
 def test_a_merged_rank_may_exceed_that_of_every_replica_but_not_the_layers():
-    many = [Replica(1, random_factors(seed, {"a": (2, *SHAPES["a"])}, dead=0.0), 1.0) for seed in range(5)]
+    many = [WeightedAdapter(1, random_factors(seed, {"a": (2, *SHAPES["a"])}, dead=0.0), 1.0) for seed in range(5)]
     assert merge(many[:2]).report.ranks == {"a": 4}
     assert merge(many).report.ranks == {"a": 6}
 
@@ -153,7 +153,7 @@ def test_a_merged_rank_may_exceed_that_of_every_replica_but_not_the_layers():
 def test_replicas_that_cancel_leave_nothing():
     factors = random_factors(0, {"a": (2, *SHAPES["a"])}, dead=0.0)
     opposite = {"a": (-factors["a"][0], *factors["a"][1:])}
-    merged = merge([Replica(1, factors, 1.0), Replica(1, opposite, 1.0)])
+    merged = merge([WeightedAdapter(1, factors, 1.0), WeightedAdapter(1, opposite, 1.0)])
     # What rounding leaves of the sum must not look alive for want of anything larger.
     assert merged.report.ranks == {"a": 0} and merged.report.energy == 0
     assert [(r.cosine, r.distance) for r in merged.replicas] == [(None, None)] * 2
@@ -168,8 +168,8 @@ def test_replicas_that_cancel_leave_nothing():
 def test_copies_order_and_weight_zero_change_no_bit(given_replicas, copies, share):
     budget = int(share * sum(3 * sum(shape) for shape in SHAPES.values()))
     expected = merge(given_replicas, budget)
-    idle = Replica(0.0, random_factors(99, {"b": (2, *SHAPES["b"])}), 1.0)
-    stranger = Replica(0.0, random_factors(98, {"not there": (2, 3, 3)}), 1.0)
+    idle = WeightedAdapter(0.0, random_factors(99, {"b": (2, *SHAPES["b"])}), 1.0)
+    stranger = WeightedAdapter(0.0, random_factors(98, {"not there": (2, 3, 3)}), 1.0)
     for order in itertools.islice(itertools.permutations(given_replicas), 6):
         found = merge([*order[:1], idle, *order[1:], stranger], budget)
         assert same_bits(found, expected) and found.report == expected.report
@@ -194,8 +194,8 @@ def test_weights_of_copies_are_summed_exactly():
 
 
 def test_copies_are_told_by_their_bits_not_by_their_objects():
-    one = Replica(0.3, random_factors(0, {"a": (3, *SHAPES["a"])}), 1.0)
-    clone = Replica(0.2, {"a": tuple(t.clone() for t in one.factors["a"])}, 1.0)
+    one = WeightedAdapter(0.3, random_factors(0, {"a": (3, *SHAPES["a"])}), 1.0)
+    clone = WeightedAdapter(0.2, {"a": tuple(t.clone() for t in one.factors["a"])}, 1.0)
     A, B, g = clone.factors["a"]
     near = replace(clone, factors={"a": (torch.nextafter(A, A + 1), B, g)})
     assert same_bits(merge([one, clone]), merge([one]))
@@ -236,7 +236,7 @@ def test_merging_a_merge_is_merging_all(first, second):
     merged = merge(first, scaling=0.5)
     plain = {name: (A, B, None) for name, (A, B) in merged.factors.items()}
     at_once = merge([*first, *second])
-    assert_close(flat(products(merge([Replica(weight, plain, 0.5), *second]))), flat(products(at_once)))
+    assert_close(flat(products(merge([WeightedAdapter(weight, plain, 0.5), *second]))), flat(products(at_once)))
 
 
 @properties
@@ -271,7 +271,7 @@ def test_energies_cosines_and_distances_are_those_of_the_dense_matrices(given_re
 
 
 def test_an_only_replica_is_at_distance_zero_and_weight_zero_is_left_out():
-    one = Replica(0.3, random_factors(0, {"a": (3, *SHAPES["a"])}), 1.0)
+    one = WeightedAdapter(0.3, random_factors(0, {"a": (3, *SHAPES["a"])}), 1.0)
     merged = merge([replace(one, weight=0.0), one, one])
     assert [(r.weight, r.distance) for r in merged.replicas] == [(0.5, 0.0), (0.5, 0.0)]
     assert merged.replicas[0].cosine == pytest.approx(1.0)
@@ -283,7 +283,7 @@ def with_gates(gates, weight=1.0):
     for name, gate in gates.items():
         A, B, _ = random_factors(0, {name: (len(gate), *SHAPES[name])})[name]
         factors[name] = (A, B, torch.tensor(gate).double())
-    return Replica(weight, factors, 1.0)
+    return WeightedAdapter(weight, factors, 1.0)
 
 
 def test_votes_count_the_replicas_that_keep_a_slot_and_overlap_is_that_of_the_pairs():
@@ -329,7 +329,7 @@ def test_nothing_to_merge_is_refused(nothing):
 
 
 def test_replicas_of_different_bases_are_refused():
-    other = Replica(1, random_factors(0, {"a": (2, 6, 7)}), 1.0)
+    other = WeightedAdapter(1, random_factors(0, {"a": (2, 6, 7)}), 1.0)
     with pytest.raises(UserError, match=r"a is 6 → [67] in one replica and 6 → [67] in another"):
         merge([with_gates({"a": [1.0]}), other])
 
@@ -355,7 +355,7 @@ def test_the_result_has_the_widest_dtype_of_what_counts():
         factors = {
             name: tuple(t.to(dtype) for t in adapter) for name, adapter in with_gates({"a": [1.0]}).factors.items()
         }
-        return Replica(weight, factors, 1.0)
+        return WeightedAdapter(weight, factors, 1.0)
 
     for dtypes, expected in (
         ([torch.float32], torch.float32),
@@ -396,7 +396,7 @@ def test_peft_s_exact_combinations_agree(kind):
             name: (layer.lora_A[str(index)].weight, layer.lora_B[str(index)].weight, None)
             for name, layer in layers.items()
         }
-        return Replica(weights[index], factors, next(iter(layers.values())).scaling[str(index)])
+        return WeightedAdapter(weights[index], factors, next(iter(layers.values())).scaling[str(index)])
 
     rank = sum(ranks) if kind == "cat" else 3
     model.add_weighted_adapter(["0", "1", "2"], weights, "merged", combination_type=kind, svd_rank=3)

@@ -15,11 +15,11 @@ from small_runs import Playground, interrupt, lines, overrides, result
 
 from sora_llm import cli, training
 from sora_llm.alarms import Patience
-from sora_llm.commands.common import ALONE
 from sora_llm.config import load_config
 from sora_llm.errors import Preempted, UserError
 from sora_llm.lora_files import read_lora
 from sora_llm.plan import make_plan
+from sora_llm.topology import ALONE
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"

@@ -55,7 +55,7 @@ from sora_llm.loop import Tally, seed_step, train_step
 from sora_llm.pipeline import full_params
 from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.stages import change_form, refuse_more_skipping, set_rates
-from sora_llm.topology import World
+from sora_llm.topology import ALONE
 from sora_llm.training import Training, current_ranks, cut_adapter, make_engine, make_steering
 from sora_llm.training_data import load_data, prepare_rows, training_order
 from sora_llm.unpack import (
@@ -65,7 +65,6 @@ from sora_llm.unpack import (
     target_shapes,
 )
 
-ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 NUM_POINTS = 10
 """Of a run's curve."""
 

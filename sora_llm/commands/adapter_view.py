@@ -12,9 +12,9 @@ from sora_llm import checkpoint
 from sora_llm.backbone import BackboneSpec, load_config, skeleton
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
-from sora_llm.commands.sources import Source, base_of, read_source, shapes_in
+from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.consensus import mean_rank
-from sora_llm.errors import UserError
+from sora_llm.errors import NotFinite, UserError
 from sora_llm.inputs import quiet_libraries
 from sora_llm.lora_files import WEIGHTS
 from sora_llm.spectrum import Spectrum, costs_of, ranks_within, spectra
@@ -56,7 +56,7 @@ def view(folder: Path) -> dict[str, Any]:
     }
 
 
-def _costs_on_disk(source: Source, found: Mapping[str, Spectrum]) -> tuple[dict[str, int], list[str], bool]:
+def _costs_on_disk(source: SavedAdapter, found: Mapping[str, Spectrum]) -> tuple[dict[str, int], list[str], bool]:
     """{target: I + O}, the targets without factors, and whether these are all; no base is fetched for it."""
     if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
         with contextlib.suppress(UserError):
@@ -65,7 +65,7 @@ def _costs_on_disk(source: Source, found: Mapping[str, Spectrum]) -> tuple[dict[
 
 
 def costs_of_targets(
-    source: Source, found: Mapping[str, Spectrum], base: str | None = None, trust_remote_code: bool = False
+    source: SavedAdapter, found: Mapping[str, Spectrum], base: str | None = None, trust_remote_code: bool = False
 ) -> tuple[dict[str, int], list[str]]:
     """{target: I + O} and the targets without factors: what was pruned may have none in the files, and counts in a mean
     rank all the same.  Its size comes from the config of the base, which is always read where `base` names it.
@@ -82,7 +82,7 @@ def costs_of_targets(
     return {name: sum(shape) for name, shape in shapes.items()}, sorted(shapes.keys() - found.keys())
 
 
-def spectra_of(source: Source) -> dict[str, Spectrum]:
+def spectra_of(source: SavedAdapter) -> dict[str, Spectrum]:
     """Of every module in the files.
 
     Raises:
@@ -90,7 +90,7 @@ def spectra_of(source: Source) -> dict[str, Spectrum]:
     """
     try:
         return spectra(source.factors, source.scaling)
-    except ValueError as error:
+    except NotFinite as error:
         raise UserError(f"{source.name}: {error}") from None
 
 

@@ -15,7 +15,7 @@ from sora_llm import backbone
 from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
-from sora_llm.data.sources import BadRow
+from sora_llm.data.readers import BadRow
 from sora_llm.data.templates import TEMPLATES, resolve_template
 from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
-from sora_llm.commands.common import ALONE, exit_code
+from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
+    SavedAdapter,
     SharedTokenizer,
-    Source,
     base_of,
     read_source,
     refuse_other_targets,
@@ -22,7 +22,7 @@ from sora_llm.commands.sources import (
     shared_tokenizer,
 )
 from sora_llm.consensus import mean_rank
-from sora_llm.distributed import make_accelerator
+from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.files import user_path
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
-        certificate = export_merged(sources, merged, spec, tokenizer, arguments.layout, out, result)
+        certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
         del certificate["merge"]  # said already
         return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
@@ -98,7 +98,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def described(
-    sources: Sequence[Source], merged: Merged, errors: Mapping[str, float], weights: Sequence[float]
+    sources: Sequence[SavedAdapter], merged: Merged, errors: Mapping[str, float], weights: Sequence[float]
 ) -> dict[str, Any]:
     """What became of the sources, as JSON: each one's part, and who kept what in every module."""
     shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merged.factors.items()}
@@ -127,8 +127,8 @@ def described(
     }
 
 
-def export_merged(
-    sources: Sequence[Source],
+def export_consensus(
+    sources: Sequence[SavedAdapter],
     merged: Merged,
     spec: BackboneSpec,
     tokenizer: SharedTokenizer,
@@ -138,7 +138,7 @@ def export_merged(
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     config = load_config(spec)
-    model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), merged.factors)
+    model = put_on(load_backbone(spec, local_device()), merged.factors)
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,

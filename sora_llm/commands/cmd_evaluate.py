@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm import backbone
-from sora_llm.commands.common import ALONE, config_parser, exit_code
+from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
@@ -21,6 +21,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.inputs import Inputs, check_inputs
 from sora_llm.prompt_form import has_conversations
+from sora_llm.topology import ALONE
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:

@@ -13,14 +13,14 @@ from torch import nn
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.card import story_of_run
-from sora_llm.commands.common import ALONE, exit_code
+from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, base_of, own_tokenizer, plain_factors, shapes_in, source_of
+from sora_llm.commands.sources import SavedAdapter, base_of, own_tokenizer, plain_factors, shapes_in, source_of
 from sora_llm.config import Config
 from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
-from sora_llm.distributed import make_accelerator
+from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
@@ -34,6 +34,7 @@ from sora_llm.merged_export import export_merged
 from sora_llm.plan import stage_name
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
+from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
             outtype = arguments.outtype or "f32"
             certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
         elif arguments.layout == "merged":
-            device = make_accelerator("none", ALONE).device
+            device = local_device()
             merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
             dev_loss_of = None if arguments.skip_dev_loss else dev_loss(source.config, spec, device)
             certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=dev_loss_of)
@@ -135,7 +136,7 @@ def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Source, dict[str, Any]]:
+def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[SavedAdapter, dict[str, Any]]:
     """The adapter that is meant, and the line of metrics that tells of it ({} where there is none).
 
     Raises:
@@ -179,7 +180,7 @@ def _exports(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PreparedAdapter:
     """Plain factors of scale 1 of every target, and the base that they are for, without its weights.
 
     `cut` says what was dropped, None if the adapter was not recompressed.
@@ -200,7 +201,7 @@ class Adapter:
         return {name: (A.shape[1], B.shape[0]) for name, (A, B) in self.factors.items()}
 
 
-def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) -> Adapter:
+def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Namespace) -> PreparedAdapter:
     """The source's adapter as plain factors, cut to the size that was asked for.
 
     Raises:
@@ -213,17 +214,19 @@ def prepared(source: Source, spec: BackboneSpec, arguments: argparse.Namespace) 
     factors = plain_factors(source, shapes)
     budget, tolerance = budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance
     if budget is None and tolerance is None:
-        return Adapter(factors, config, bare_model, None)
+        return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
     refuse_nothing(report.kept_cost, report.energy, map(sum, shapes.values()))
-    return Adapter(factors, config, bare_model, report)
+    return PreparedAdapter(factors, config, bare_model, report)
 
 
 # ----------------------------------------------------------------------------------------------------------- export
 
 
-def provenance_of(source: Source, spec: BackboneSpec, line: Mapping[str, Any], adapter: Adapter) -> Provenance:
+def provenance_of(
+    source: SavedAdapter, spec: BackboneSpec, line: Mapping[str, Any], adapter: PreparedAdapter
+) -> Provenance:
     """What model card and certificate say about where the adapter comes from."""
     files, template = own_tokenizer(source, spec)
     own = source.config is not None
@@ -265,7 +268,7 @@ def export_on_base(
     factors: PlainFactors, spec: BackboneSpec, layout: str, out: Path, provenance: Provenance
 ) -> dict[str, Any]:
     """A PEFT folder, checked on the base with its weights."""
-    model = put_on(load_backbone(spec, make_accelerator("none", ALONE).device), factors)
+    model = put_on(load_backbone(spec, local_device()), factors)
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
 
@@ -287,7 +290,7 @@ def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable
 
 
 def described(
-    arguments: argparse.Namespace, line: Mapping[str, Any], adapter: Adapter, certificate: Mapping[str, Any]
+    arguments: argparse.Namespace, line: Mapping[str, Any], adapter: PreparedAdapter, certificate: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What was exported, as JSON."""
     costs = {name: i + o for name, (i, o) in adapter.shapes.items()}

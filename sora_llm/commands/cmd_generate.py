@@ -22,7 +22,8 @@ from sora_llm.commands.asking import (
 )
 from sora_llm.commands.common import exit_code, visible
 from sora_llm.data.formats import Conversation, Message, to_examples
-from sora_llm.data.sources import BadRow, DatasetSpec
+from sora_llm.data.readers import BadRow
+from sora_llm.data.sources import DatasetSpec
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.checkpoint import read_status
-from sora_llm.commands.common import ALONE, config_parser, exit_code
+from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
 from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.topology import ALONE
 from sora_llm.training_data import (
     TrainingData,
     data_report,

@@ -11,7 +11,7 @@ from typing import Any
 from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
-from sora_llm.commands.sources import Source, read_source
+from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.consensus import mean_rank, scaling_of
 from sora_llm.errors import UserError
 from sora_llm.spectrum import Spectrum, costs_of, lora_options, ranks_within
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     return exit_code(command, arguments.json, as_text)
 
 
-def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
+def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str, Any]:
     """Ranks, what they hold of the adapter, and the config, as JSON.
 
     Raises:
@@ -85,7 +85,7 @@ def recommended(source: Source, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def all_targets(
-    source: Source, found: Mapping[str, Spectrum], arguments: argparse.Namespace
+    source: SavedAdapter, found: Mapping[str, Spectrum], arguments: argparse.Namespace
 ) -> tuple[dict[str, int], list[str], bool]:
     """{target: I + O}, those without factors, and whether these are all.
 

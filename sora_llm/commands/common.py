@@ -11,9 +11,6 @@ from typing import Any
 
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
-from sora_llm.topology import World
-
-ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 
 
 def config_parser(
@@ -55,7 +52,7 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
 
 
 def _stop_printing() -> None:
-    """Who reads has seen enough; the interpreter would complain once more when it ends."""
+    """The reader has seen enough; the interpreter would complain once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -24,14 +24,14 @@ from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, ke
 from sora_llm.errors import UserError
 from sora_llm.inject import check_shape, target_linears
 from sora_llm.lora_files import is_same_base, read_lora
-from sora_llm.merge import Replica
+from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.sora import fold
 from sora_llm.unpack import backbone_spec, target_modules
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedAdapter:
     """An adapter: its factors by module, its targets (a pruned one has no factors), what it was trained on.
 
     `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
@@ -51,7 +51,7 @@ class Source:
     folder: Path | None = None
     config: Config | None = None
 
-    def on(self, bare_model: nn.Module) -> Source:
+    def on(self, bare_model: nn.Module) -> SavedAdapter:
         """With all targets that it has on this base."""
         if self.selector is None:
             return self
@@ -74,7 +74,7 @@ class Source:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_source(path: str | Path) -> Source:
+def read_source(path: str | Path) -> SavedAdapter:
     """The adapter that a path names.
 
     Raises:
@@ -83,17 +83,19 @@ def read_source(path: str | Path) -> Source:
     return source_of(find_place(path))
 
 
-def source_of(place: Place) -> Source:
+def source_of(place: Place) -> SavedAdapter:
     """The adapter of a place; UserError where it has none, or one that cannot be read."""
     folder = place.with_adapter()
     if place.config is not None and place.is_checkpoint:
         return _of_checkpoint(place.name, folder, place.config)
     lora, config = read_lora(folder), place.config
-    source = Source(place.name, lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder)
+    source = SavedAdapter(
+        place.name, lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder
+    )
     return source if config is None else _of_run(source, config)
 
 
-def _of_run(source: Source, config: Config) -> Source:
+def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
     """With what the run says of it."""
     return replace(
         source,
@@ -105,7 +107,7 @@ def _of_run(source: Source, config: Config) -> Source:
     )
 
 
-def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
+def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
     tensors = checkpoint.read_tensors(folder)
     modules = dict.fromkeys(key.rpartition(".lora_A")[0] for key in tensors if key.endswith(".lora_A"))
     factors = {m: (tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], tensors.get(f"{m}.gate")) for m in modules}
@@ -114,11 +116,11 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> Source:
         if not all(bool(t.isfinite().all()) for t in (A[live], B[:, live], live if gate is None else gate)):
             raise UserError(f"{name} holds values of {module} that are not finite; name an earlier checkpoint")
     scaling = config.sora.lora_alpha / config.sora.r
-    source = Source(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
+    source = SavedAdapter(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
     return _of_run(source, config)
 
 
-def own_tokenizer(source: Source, spec: BackboneSpec) -> tuple[list[Path], str | None]:
+def own_tokenizer(source: SavedAdapter, spec: BackboneSpec) -> tuple[list[Path], str | None]:
     """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and its chat template:
     the one that lies beside it, or else, where it brings no tokenizer, the one that its run trained with.  A run that
     rendered no rows has none: what lies there is a file of the base's tokenizer.
@@ -144,7 +146,7 @@ def own_tokenizer(source: Source, spec: BackboneSpec) -> tuple[list[Path], str |
     return files, exported_template(source.config, load_tokenizer(spec))
 
 
-def _used_template(source: Source) -> bool:
+def _used_template(source: SavedAdapter) -> bool:
     """Whether its run is known to have rendered rows with one."""
     return source.config is not None and has_conversations(source.config.data.datasets)
 
@@ -160,7 +162,7 @@ class SharedTokenizer:
     others: list[str]
 
 
-def shared_tokenizer(sources: Sequence[Source], spec: BackboneSpec) -> SharedTokenizer:
+def shared_tokenizer(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> SharedTokenizer:
     """Files and template of the first source that brings a template, or else of the first one that brings files.
 
     Raises:
@@ -183,7 +185,7 @@ def shared_tokenizer(sources: Sequence[Source], spec: BackboneSpec) -> SharedTok
 # ------------------------------------------------------------------------------------------------- belonging together
 
 
-def refuse_other_targets(sources: Sequence[Source], allow_missing: bool) -> None:
+def refuse_other_targets(sources: Sequence[SavedAdapter], allow_missing: bool) -> None:
     """UserError if the sources adapt different modules, unless that is allowed."""
     first = sources[0]
     for source in sources[1:]:
@@ -197,7 +199,7 @@ def refuse_other_targets(sources: Sequence[Source], allow_missing: bool) -> None
 
 
 def base_of(
-    sources: Sequence[Source], base: str | None, trust_remote_code: bool, option: str = "--base"
+    sources: Sequence[SavedAdapter], base: str | None, trust_remote_code: bool, option: str = "--base"
 ) -> BackboneSpec:
     """How to load the one base of all sources, or `base` in its place: as the first run did, or in its own dtype.
 
@@ -219,7 +221,7 @@ def base_of(
     return spec if known else as_its_files(spec)
 
 
-def refuse_other_bases(named: Sequence[Source], option: str = "--base") -> None:
+def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:
     """UserError unless all sources are of one base; `named` are those that say of which."""
     if not named:
         raise UserError(f"no source says which base it is of; name it with {option} MODEL")
@@ -245,7 +247,7 @@ def base_name(spec: BackboneSpec) -> str:
     return spec.name_or_path if spec.folder.is_dir() else f"{spec.name_or_path} (revision {spec.revision or 'main'})"
 
 
-def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
+def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
     """{module: (I, O)} of everything that a source adapts, from the base's config alone.
 
     Raises:
@@ -266,7 +268,7 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Sourc
     return {name: shape for name, shape in shapes.items() if name in everywhere}
 
 
-def plain_factors(source: Source, shapes: Mapping[str, tuple[int, int]]) -> PlainFactors:
+def plain_factors(source: SavedAdapter, shapes: Mapping[str, tuple[int, int]]) -> PlainFactors:
     """Gates and scale folded in, modules that the source lacks with rank 0; in the order of `shapes`."""
     plain = {}
     for name, (num_in, num_out) in shapes.items():
@@ -277,10 +279,10 @@ def plain_factors(source: Source, shapes: Mapping[str, tuple[int, int]]) -> Plai
     return plain
 
 
-def replica(source: Source, weight: float, shapes: Mapping[str, tuple[int, int]]) -> Replica:
+def replica(source: SavedAdapter, weight: float, shapes: Mapping[str, tuple[int, int]]) -> WeightedAdapter:
     """With empty factors for the modules that the source lacks: what is pruned everywhere is a target all the same."""
     factors, scaling = {}, {}
     for name, (num_in, num_out) in shapes.items():
         factors[name] = source.factors.get(name, (*empty_factors(num_in, num_out), None))
         scaling[name] = scaling_of(source.scaling, name) if name in source.factors else 1.0
-    return Replica(weight, factors, scaling)
+    return WeightedAdapter(weight, factors, scaling)

@@ -13,11 +13,10 @@ from torch import nn
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.card import TEMPLATE
-from sora_llm.commands.common import ALONE
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import plain_factors, read_source, shapes_in
 from sora_llm.config import Config
-from sora_llm.distributed import make_accelerator
+from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.inject import bare, put_on
@@ -103,7 +102,7 @@ def load(subject: Subject) -> Loaded:
     Raises:
         UserError: weights that cannot be loaded, or an adapter of another base.
     """
-    model = load_backbone(subject.spec, make_accelerator("none", ALONE).device).eval()
+    model = load_backbone(subject.spec, local_device()).eval()
     if subject.adapter is None:
         return Loaded(model, None)
     if (subject.adapter / CONFIG).is_file():

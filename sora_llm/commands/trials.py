@@ -19,17 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
 from sora_llm.commands.cmd_doctor import NOT_BUILT
-from sora_llm.commands.common import ALONE
-from sora_llm.distributed import Engine, any_process, make_accelerator, sum_over_processes
+from sora_llm.distributed import Engine, any_process, local_device, make_accelerator, sum_over_processes
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.extensions import OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.inputs import quiet_libraries
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.packing_proof import prove_packing
 from sora_llm.topology import deepspeed_config, launched_world
 
-CPU_OPERATOR = "deepspeed_shm_comm"
-"""What DeepSpeed compiles where processes meet on a CPU, and nowhere else."""
 MAX_PRODUCT_ERROR = 1e-4
 """Of a 4-bit layer's float32 products, relative: a kernel that is right rounds to 1e-6."""
 MAX_QUANTISATION_ERROR = 0.15
@@ -88,7 +86,7 @@ def group() -> str:
 
 def nf4() -> str:
     """A 4-bit layer forward and backward against the same weights, dense."""
-    device = make_accelerator("none", ALONE).device
+    device = local_device()
     dense = tiny_llama()
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)
@@ -126,8 +124,9 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def packing() -> str:
     """Packed rows do not see each other in a LLaMA."""
-    device = make_accelerator("none", ALONE).device
-    prove_packing(tiny_llama(attn_implementation="sdpa").to(device), "sdpa", device)
+    device = local_device()
+    model: nn.Module = tiny_llama(attn_implementation="sdpa")
+    prove_packing(model.to(device), "sdpa", device)
     return f"packed rows are isolated under sdpa on {device.type}"
 
 
@@ -140,7 +139,7 @@ def zero2() -> str:
     try:
         accelerator = make_accelerator("zero2", world, deepspeed_config=options, timeout_minutes=2)
     except (RuntimeError, ImportError) as error:
-        if CPU_OPERATOR not in str(error):
+        if OPERATOR not in str(error):
             raise
         raise RunFailed(f"{NOT_BUILT}: {why_not_built(str(error))}") from error
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1)).to(accelerator.device)

@@ -167,7 +167,7 @@ class EpochOrder:
         return arranged(rows, self.dataset.lengths, self.rows_per_step, self.pack_to, rng)
 
     def _draw(self, epoch: int) -> np.ndarray:
-        """An epoch's rows: of each data set the next ones of an endless row of permutations."""
+        """An epoch's rows: of each data set the next ones of an endless sequence of permutations."""
         assert self._drawn is not None
         drawn = []
         for source, count in enumerate(self._drawn):

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
-from sora_llm.data.readers import BadRow as BadRow
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import file_sha256, user_path
 

@@ -34,7 +34,7 @@ _ENOUGH_ROWS = 100  # of which none can be used say that a data set cannot be
 Item = tuple[str, RowOrBad, int]
 """Where a row stands, the row, and the number of its data set."""
 
-Source = Callable[[int], Iterator[tuple[str, RowOrBad]]]
+RowReader = Callable[[int], Iterator[tuple[str, RowOrBad]]]
 """The rows of a data set with their locations, from row number n on."""
 
 Counts = Mapping[str, int]
@@ -87,7 +87,7 @@ class StreamOrder:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[RowReader],
         tokenise: Tokenise,
         rows_per_step: int,
         seed: int,
@@ -261,7 +261,7 @@ class WindowTokenizer:
 class _Rows:
     """The rows of several sources as one stream, from a cursor on."""
 
-    def __init__(self, sources: Sequence[Source], mixture: Sequence[float] | None, start: Cursor) -> None:
+    def __init__(self, sources: Sequence[RowReader], mixture: Sequence[float] | None, start: Cursor) -> None:
         self._sources, self._mixture = sources, mixture
         self.read, self.taken = list(start.read), list(start.taken)
         self._open: dict[int, Iterator[tuple[str, RowOrBad]]] = {}

@@ -18,7 +18,7 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sora_llm.data.formats import Conversation, Message
-from sora_llm.data.sources import BadRow
+from sora_llm.data.readers import BadRow
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 

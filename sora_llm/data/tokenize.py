@@ -24,7 +24,7 @@ import numpy as np
 
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion, whole_characters
-from sora_llm.data.sources import BadRow
+from sora_llm.data.readers import BadRow
 from sora_llm.data.templates import as_dicts, check_has_place, ends_answers_visibly, has_markers, render, render_marked
 
 

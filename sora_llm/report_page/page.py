@@ -14,7 +14,7 @@ from sora_llm.report_page.charts import Chart, charts, colour_of, is_dark, rank_
 from sora_llm.report_page.record import (
     Grid,
     Record,
-    Stage,
+    StageRecord,
     as_int,
     as_list,
     as_mapping,
@@ -462,7 +462,7 @@ def _path(record: Record, chart: Chart | None) -> str:
     return "".join([*parts, _table(heads, rows, marked=marked)])
 
 
-def _stage_row(stage: Stage, is_best: bool) -> tuple[str, ...]:
+def _stage_row(stage: StageRecord, is_best: bool) -> tuple[str, ...]:
     check = {True: "passed", False: "not passed", None: "–"}[stage.passed]
     said = ["best dev loss"] if is_best else []
     said += ["adapter/"] if stage.is_adapter else []

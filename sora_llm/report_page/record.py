@@ -56,7 +56,7 @@ class PhaseCost:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One λ of a path: what its export line and its folder say."""
 
     sparse_lambda: float
@@ -96,7 +96,7 @@ class Record:
     data: Mapping[str, Any] = field(default_factory=dict)
     certificate: Mapping[str, Any] = field(default_factory=dict)
     adapter_bytes: int | None = None
-    stages: Sequence[Stage] = ()
+    stages: Sequence[StageRecord] = ()
     samples: Sequence[Mapping[str, Any]] = ()
     torn: Sequence[str] = ()
     """Files whose end could not be read."""
@@ -248,7 +248,7 @@ class Record:
         return grids_of(self.ranks)
 
     @property
-    def best_stage(self) -> Stage | None:
+    def best_stage(self) -> StageRecord | None:
         """Of the path, the stage with the lowest dev loss."""
         measured = [stage for stage in self.stages if stage.eval_loss is not None]
         return min(measured, key=lambda stage: stage.eval_loss or 0.0, default=None)
@@ -483,15 +483,15 @@ def _after_newline(file: BinaryIO, end: int, block: int = 1 << 16) -> int:
     return 0
 
 
-def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any]) -> list[Stage]:
+def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any]) -> list[StageRecord]:
     """The stages of a path, in the order of λ."""
     certificates = {path.parent.name: read_json(path) for path in run_dir.glob("path/*/certificate.json")}
-    found: dict[str, Stage] = {}
+    found: dict[str, StageRecord] = {}
     for line in lines:
         sparse_lambda = as_number(line.get("sparse_lambda"))
         if line.get("phase") == "export" and "stage" in line and sparse_lambda is not None:
             kept = as_number(line.get("kept_params"))
-            found[f"{sparse_lambda:.6g}"] = Stage(
+            found[f"{sparse_lambda:.6g}"] = StageRecord(
                 sparse_lambda,
                 stage=as_int(line["stage"]),
                 kept_params=None if kept is None else round(kept),
@@ -503,7 +503,7 @@ def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapp
         stage = found.get(name)
         if stage is None:
             try:
-                stage = Stage(float(name))
+                stage = StageRecord(float(name))
             except ValueError:
                 continue
         sha256 = own.get("sha256")
