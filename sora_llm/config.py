@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from sora_llm.errors import UserError
+from sora_llm.row_types import FIELDS
 
 # ------------------------------------------------------------------------------------------------- the schema
 
@@ -195,16 +196,6 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     output: Output = field(default_factory=Output)
 
-
-DATASET_FIELDS = {  # the fields that `columns` may map, by type
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "completion": ("text",),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "self_instruct": ("instruction", "instances"),
-    "custom": (),
-}
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
 OLD_NAMES: dict[str, tuple[str, ...]] = {
@@ -700,7 +691,7 @@ def _data_problems(config: Config) -> Iterator[str]:
     if data.train_on_inputs and data.train_on_last_turn_only:
         yield "data.train_on_inputs and data.train_on_last_turn_only contradict each other; set one of them to false."
     for key, dataset in _datasets(data):
-        allowed = DATASET_FIELDS[dataset.type]
+        allowed = FIELDS[dataset.type]
         for name in dataset.columns:
             if name not in allowed:
                 yield (

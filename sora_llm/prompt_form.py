@@ -10,11 +10,12 @@ from sora_llm.config import Config, Dataset
 from sora_llm.data.templates import resolve_template
 from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
 from sora_llm.generation import Stop
+from sora_llm.row_types import WITHOUT_TEMPLATE
 
 
 def has_conversations(datasets: Sequence[Dataset]) -> bool:
     """Whether rows of one of them are rendered with a chat template."""
-    return any(dataset.type not in ("completion", "prompt_completion") for dataset in datasets)
+    return any(dataset.type not in WITHOUT_TEMPLATE for dataset in datasets)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PromptForm:
 def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
     """That of the first data set."""
     first = config.data.datasets[0]
-    if first.type in ("completion", "prompt_completion"):
+    if first.type in WITHOUT_TEMPLATE:
         return PromptForm(None, first.separator)
     return templated(tokenizer, chat_template)
 

@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help shows what there is")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
-    """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = Parser(
         prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
     )
@@ -68,6 +68,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values read as YAML; null unsets")
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
+    """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
+    parser = make_parser(prog)
     is_main = os.environ.get("RANK", "0") == "0"
     terminal.take_any_text()
     try:

@@ -19,6 +19,7 @@ from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import DEFAULT_TEMPLATE
 from sora_llm.errors import UserError
 from sora_llm.inputs import Inputs
+from sora_llm.row_types import WITHOUT_TEMPLATE
 from sora_llm.topology import World
 
 _HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data
@@ -163,7 +164,7 @@ def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str,
 
 def _template_name(config: Config, inputs: Inputs) -> str | None:
     """None where no data set is made of conversations."""
-    if all(spec.type in ("completion", "prompt_completion") for spec in (*inputs.datasets, *inputs.val_datasets)):
+    if all(spec.type in WITHOUT_TEMPLATE for spec in (*inputs.datasets, *inputs.val_datasets)):
         return None
     own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE
     return config.data.chat_template or own

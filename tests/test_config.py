@@ -4,14 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
-import sora_llm.config
 from sora_llm.config import (
     ALIASES,
     Config,
+    Dataset,
     differing_keys,
     from_dict,
     load_config,
@@ -19,8 +20,8 @@ from sora_llm.config import (
     to_dict,
     to_yaml,
 )
-from sora_llm.data.sources import FIELDS
 from sora_llm.errors import UserError
+from sora_llm.row_types import FIELDS
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALLEST = """
@@ -457,9 +458,8 @@ def test_budgets_thresholds_and_phases_that_do_not_go_together_are_refused(load,
 # ------------------------------------------------------------------------------------------------------- data sets
 
 
-def test_the_fields_of_each_type_are_those_that_the_reader_knows():
-    """The config stands beside the code that reads files, so it has a list of its own."""
-    assert sora_llm.config.DATASET_FIELDS == FIELDS
+def test_every_type_that_the_config_takes_has_fields():
+    assert set(get_args(get_type_hints(Dataset)["type"])) == set(FIELDS)
 
 
 TWO = "data.datasets=[{path: a.jsonl, %s}, {path: b.jsonl%s}]"

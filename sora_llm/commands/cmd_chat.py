@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -28,13 +29,18 @@ HELP = "/adapter off|on: ask the base, or the adapter again · /reset: forget th
 DEFAULT = Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = asking_parser(
         prog,
         f"Talk to an adapter on its base, loaded and spoken to as in training.  {HELP} · Ctrl-C: stop an answer.",
         DEFAULT,
     )
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
+    arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         sampling = sampling_of(arguments, DEFAULT)

@@ -32,7 +32,8 @@ from sora_llm.merge import Merged, merge, merge_errors
 from sora_llm.quantised import is_quantised
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Merge adapters of one base: the singular components of the mean of their products.  Sources are "
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
+    arguments = make_parser(prog).parse_args(argv)
 
     def command() -> dict[str, Any]:
         check_numbers(arguments)

@@ -43,7 +43,8 @@ class Finding:
     remedy: str = ""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Try out what training needs: versions, devices, compiler, disk, a process group, 4-bit kernels, "
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
         "--time-limit", type=float, default=300.0, metavar="SECONDS", help="of every trial; default %(default)g"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> int:
+    parser = make_parser(prog)
     arguments = parser.parse_args(argv)
     if not arguments.time_limit > 0:
         parser.error(f"--time-limit is {arguments.time_limit:g}; it is a number of seconds above 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,7 +27,8 @@ HARDWARE = {
 """Option: field of Machines, its unit, what it is."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = config_parser(
         prog,
         "Memory per process (weights, adapters, gradients, optimizer state, activations of full batches), and how long "
@@ -43,7 +45,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> 
             metavar="N",
             help=f"{what} (default {default:g})",
         )
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
+    arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         if arguments.num_processes < 1:

@@ -15,16 +15,18 @@ from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
-from sora_llm.config import DATASET_FIELDS, Config, Data, Dataset, Model
+from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.inputs import Inputs, check_inputs
 from sora_llm.prompt_form import has_conversations
+from sora_llm.row_types import FIELDS
 from sora_llm.topology import ALONE
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = config_parser(
         prog,
         "Loss and perplexity of a base and of an adapter on it: over a run's dev rows (data.val_datasets or "
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
     parser.add_argument("--data", metavar="FILE", help="another data set: a file, a folder, a glob or a hub id")
-    parser.add_argument("--type", choices=tuple(DATASET_FIELDS), help="of --data; default: as the run's first data set")
+    parser.add_argument("--type", choices=tuple(FIELDS), help="of --data; default: as the run's first data set")
     parser.add_argument("--column", action="append", metavar="OURS=THEIRS", help="of --data, where names differ")
     parser.add_argument("--function", metavar="MODULE:FUNCTION", help="of --data, with --type custom")
     parser.add_argument(
@@ -52,7 +54,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:
+    arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         subject, config, tokenizer_place = find_measured(arguments)
@@ -184,7 +190,7 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Data
     its type the separator that the run put behind prompts."""
     if arguments.type is None:
         if not own:
-            raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(DATASET_FIELDS)})")
+            raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(FIELDS)})")
         described = replace(own[0], path=arguments.data, split=None, revision=None, weight=None, streaming=False)
     else:
         separators = (dataset.separator for dataset in own if dataset.type == arguments.type)
@@ -194,8 +200,8 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Data
     columns: dict[str, str] = {}
     for text in arguments.column or ():
         ours, equals, theirs = text.partition("=")
-        if not equals or ours not in DATASET_FIELDS[described.type]:
-            known = ", ".join(DATASET_FIELDS[described.type]) or "none"
+        if not equals or ours not in FIELDS[described.type]:
+            known = ", ".join(FIELDS[described.type]) or "none"
             raise UserError(f"--column {text}: write OURS=THEIRS, ours being of type {described.type}: {known}")
         columns[ours] = theirs
     function = arguments.function or described.function

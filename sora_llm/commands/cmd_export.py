@@ -39,7 +39,8 @@ from sora_llm.topology import ALONE
 BASES = ("dequantized", "original")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Write an adapter again: in another layout, of another size, of one stage of a sparsity path, or "
@@ -70,7 +71,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
     parser.add_argument("--base-model", metavar="MODEL", help="the base model, where SOURCE names another place for it")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
+    arguments = make_parser(prog).parse_args(argv)
 
     def command() -> dict[str, Any]:
         check_size(arguments)

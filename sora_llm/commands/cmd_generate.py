@@ -30,7 +30,8 @@ from sora_llm.generation import Sampling
 DEFAULT = Sampling()
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = asking_parser(
         prog,
         "Answer prompts with an adapter on its base, loaded and spoken to as in training.  A prompt comes from "
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> 
     )
     parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapted one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
+    arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         if arguments.compare and arguments.no_adapter:

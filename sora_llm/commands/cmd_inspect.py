@@ -23,7 +23,8 @@ from sora_llm.report_page.record import (
 )
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not; ranks, sizes, "
@@ -35,7 +36,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
     parser.add_argument("--plots", action="store_true", help="of a run: also draw the charts as plots/*.png")
     parser.add_argument("--modules", action="store_true", help="of an adapter: a line of its spectrum for every module")
     parser.add_argument("--json", action="store_true", help="print one JSON object and write nothing")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> int:
+    arguments = make_parser(prog).parse_args(argv)
     width = shutil.get_terminal_size((100, 24)).columns
 
     def text(content: dict[str, Any]) -> str:

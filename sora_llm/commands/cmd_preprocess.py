@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -29,7 +30,8 @@ from sora_llm.training_data import (
 _STREAM_SAMPLE_ROWS = 1000
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = config_parser(
         prog,
         "Tokenise a config's data into the cache, where training finds it, and report rows, lengths, masks and losses.",
@@ -38,7 +40,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
         "--report", metavar="FILE", help="default: data_report.json in output.output_dir, if no run is there yet"
     )
     parser.add_argument("--color", action="store_true", help="dim masked text also where the output is no terminal")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -> int:
+    arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
         config = load_config(arguments.config, arguments.overrides)

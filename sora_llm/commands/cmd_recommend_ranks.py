@@ -19,7 +19,8 @@ from sora_llm.spectrum import Spectrum, costs_of, lora_options, ranks_within
 FORMATS = ("python", "axolotl")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-ranks") -> int:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="A rank and an alpha for every module, from the singular values of a trained adapter: for plain "
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     )
     parser.add_argument("--format", choices=FORMATS, default="python", help="of what is printed; default %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object; lora_config is for PEFT")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-ranks") -> int:
+    arguments = make_parser(prog).parse_args(argv)
 
     def command() -> dict[str, Any]:
         check_size(arguments)

@@ -26,17 +26,7 @@ from typing import Any
 from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import file_sha256, user_path
-
-FIELDS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "completion": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "self_instruct": ("instruction", "instances"),
-    "custom": (),
-}
-"""Each type of data set and our fields, the keys that `DatasetSpec.columns` may map."""
+from sora_llm.row_types import FIELDS
 
 OPTIONAL_FIELDS = {"input"}
 _PEEKED_ROWS = 100  # a column that none of the first rows has is taken for a mistake in the config

@@ -1,0 +1,15 @@
+"""The types of data sets and our names for the fields of their rows: said once, for config, readers and commands."""
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "completion": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "self_instruct": ("instruction", "instances"),
+    "custom": (),
+}
+"""Each type and its fields, the keys that `columns` may map."""
+
+WITHOUT_TEMPLATE = frozenset({"completion", "prompt_completion"})
+"""Types whose text is taken as it stands; rows of all others are conversations, rendered with a chat template."""
