@@ -40,6 +40,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_state
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -503,7 +505,7 @@ def run_until_finished(
 
 
 def is_finished(run_dir: Path) -> bool:
-    return (checkpoint.read_status(run_dir) or {}).get("state") == "finished"
+    return (run_state.read_status(run_dir) or {}).get("state") == "finished"
 
 
 def inspect(start: Start, run_dir: Path, before: int) -> tuple[int, list[str]]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.allocation import components
-from sora_llm.consensus import product_distance
+from sora_llm.factors import product_distance
 from sora_llm.merge import WeightedAdapter, merge
 
 LORA_ALPHA = 32.0

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sora_llm.consensus import kept_params, mean_rank
 from sora_llm.consumers import Verdict
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.factors import costs_of, kept_params, mean_rank
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
 from sora_llm.lora_files import CERTIFICATE
@@ -108,7 +108,7 @@ def model_card(
     beside it, where provenance has one.
     """
     base = provenance.base_model or "the base model"
-    costs = {name: i + o for name, (i, o) in shapes.items()}
+    costs = costs_of(shapes)
     metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
     data = "".join(f"* {path}\n" for path in provenance.data)
     table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())

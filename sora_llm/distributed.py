@@ -32,9 +32,9 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sora_llm.consensus import disagreements, fingerprints, tensor_hash
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.extensions import await_build
+from sora_llm.hashes import disagreements, fingerprints, tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW

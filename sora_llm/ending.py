@@ -13,10 +13,10 @@ from sora_llm import export, verified_export
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.card import story_of_run
 from sora_llm.config import to_dict
-from sora_llm.consensus import PlainFactors
 from sora_llm.distributed import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
+from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
 from sora_llm.job import (
     Job,

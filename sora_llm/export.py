@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
-from sora_llm.consensus import PlainFactors, empty_factors, product_distance
 from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.errors import RunFailed, UserError, first_line
+from sora_llm.factors import PlainFactors, empty_factors, product_distance
 from sora_llm.files import copy_folder, file_sha256, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, target_linears, unwrapped
+from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, target_linears, unwrapped
 from sora_llm.lora_files import WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 
@@ -394,7 +394,7 @@ def certify_and_publish(
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
     }
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapters(model).items()}
+    shapes = layer_shapes(adapters(model))
     kinds = {_of_any_layer(name) for name in ranks}
     in_base = [name for name, _ in model.named_modules() if _of_any_layer(name) in kinds]
     verdicts = of_folder(

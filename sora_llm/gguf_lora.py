@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm.consensus import PlainFactors, product_distance, product_norm
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.factors import PlainFactors, product_distance, product_norm
 
 # transformers' class → llama.cpp's architecture, and whether its base converter reorders the rows of q_proj and k_proj.
 ARCHITECTURES = {

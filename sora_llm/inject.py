@@ -185,6 +185,11 @@ def adapters(model: nn.Module) -> dict[str, SoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
 
 
+def layer_shapes(layers: Mapping[str, nn.Linear | SoraLinear]) -> dict[str, tuple[int, int]]:
+    """{module: (I, O)}."""
+    return {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter tensor as "<module>.lora_A", "<module>.lora_B", "<module>.gate", in the model's order."""
     return {
@@ -229,8 +234,7 @@ def start_from(
         UserError: as `check_start`.
     """
     layers = adapters(model)
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    check_start(factors, shapes, max(layer.rank for layer in layers.values()))
+    check_start(factors, layer_shapes(layers), max(layer.rank for layer in layers.values()))
     with torch.no_grad():
         for name, (A, B, _) in factors.items():
             layer, rank = layers[name], A.shape[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm import checkpoint, distributed, terminal
+from sora_llm import distributed, run_state, terminal
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
@@ -265,12 +265,12 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None
         UserError: another run keeps it too long, or it cannot be written.
         Preempted: this run was asked to stop while it waited.
     """
-    deadline = time.monotonic() + checkpoint.LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + run_state.LOCK_WAIT_SECONDS
 
     def is_held() -> bool:
         try:
-            stack.enter_context(checkpoint.run_lock(run_dir, wait_seconds=1))
-        except checkpoint.DirectoryInUse:
+            stack.enter_context(run_state.run_lock(run_dir, wait_seconds=1))
+        except run_state.DirectoryInUse:
             if time.monotonic() > deadline:
                 raise
             return False

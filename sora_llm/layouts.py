@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sora_llm.card import Provenance, refuse_other_contents
-from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
+from sora_llm.factors import PlainFactors
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import architecture_of
 from sora_llm.inputs import Inputs

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sora_llm.consensus import ModuleFactors
+from sora_llm.factors import ModuleFactors
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,17 @@ import torch
 from torch import Tensor
 
 from sora_llm.allocation import components
-from sora_llm.consensus import (
-    CutReport,
+from sora_llm.consensus import CutReport, keep_components
+from sora_llm.errors import UserError
+from sora_llm.factors import (
     Factors,
     PlainFactors,
     Scaling,
-    keep_components,
     product_distance,
     scaling_of,
     shapes_of,
-    tensor_hash,
 )
-from sora_llm.errors import UserError
+from sora_llm.hashes import tensor_hash
 
 
 @dataclass(frozen=True)

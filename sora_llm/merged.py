@@ -30,8 +30,8 @@ from sora_llm.backbone import (
     weight_files,
 )
 from sora_llm.card import TEMPLATE, Provenance
-from sora_llm.consensus import PlainFactors
 from sora_llm.errors import UserError
+from sora_llm.factors import PlainFactors
 from sora_llm.files import nearest_existing
 from sora_llm.inject import target_linears
 from sora_llm.quantised import PackedWeight, packed_weights, quantised_files, quantised_linears, unpacked

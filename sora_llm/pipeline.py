@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from sora_llm.allocation import balanced, components
 from sora_llm.budget import RankBudget, importances, make_budgets
-from sora_llm.consensus import (
-    CutReport,
-    ModuleFactors,
-    PlainFactors,
-    cut_slots,
-    cut_svd,
-    kept_params,
-    kept_ranks,
-    mean_rank,
-    tensor_hash,
-)
+from sora_llm.consensus import CutReport, cut_slots, cut_svd
 from sora_llm.distributed import (
     Replicas,
     agree,
@@ -33,10 +23,20 @@ from sora_llm.distributed import (
     refuse_old_wrappers,
 )
 from sora_llm.errors import NotFinite, RunFailed, UserError
+from sora_llm.factors import (
+    ModuleFactors,
+    PlainFactors,
+    costs_of,
+    kept_params,
+    kept_ranks,
+    mean_rank,
+)
+from sora_llm.hashes import tensor_hash
 from sora_llm.inject import (
     adapter_parameters,
     adapters,
     cut_adapters,
+    layer_shapes,
     refuse_new_parameters,
     unwrapped,
 )
@@ -62,22 +62,17 @@ class RankReport:
 
 def full_params(layers: Mapping[str, SoraLinear]) -> int:
     """What the adapters cost with every slot alive."""
-    return sum((i + o) * min(layer.rank, i, o) for layer in layers.values() for i, o in [_shape(layer)])
-
-
-def _shape(layer: SoraLinear) -> tuple[int, int]:
-    return layer.in_features, layer.out_features
+    return kept_params({name: layer.rank for name, layer in layers.items()}, layer_shapes(layers))
 
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
     """Ranks by the gates given, or by the number of slots where there are none (after the cut)."""
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    shapes = layer_shapes(layers)
     if not gates:
         ranks = {name: layer.rank for name, layer in layers.items()}
     else:
         ranks = kept_ranks(gates)
-    costs = {name: i + o for name, (i, o) in shapes.items()}
-    return RankReport(ranks, mean_rank(ranks, costs), kept_params(ranks, shapes))
+    return RankReport(ranks, mean_rank(ranks, costs_of(shapes)), kept_params(ranks, shapes))
 
 
 @dataclass(frozen=True)
@@ -339,7 +334,7 @@ def consensus_prune(
         raise UserError("min_rank needs a budget; give target_rank or target_params")
     remedy = "make them equal (load one checkpoint everywhere), and reduce all gradients"
     agree({name: tensor_hash(p) for name, p in adapter_parameters(inner).items()}, "the adapter", remedy=remedy)
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    shapes = layer_shapes(layers)
     rank = max(layer.rank for layer in layers.values())
     budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []
     masters = {name: p.detach().float() for name, p in adapter_parameters(inner).items()}

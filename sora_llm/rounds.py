@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sora_llm.consensus import fingerprints
 from sora_llm.distributed import Engine, Replicas, agree, gather_objects, sum_over_processes
+from sora_llm.hashes import fingerprints
 from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shrink_gates
 from sora_llm.merge import mean_jaccard
 

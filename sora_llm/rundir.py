@@ -16,11 +16,12 @@ import psutil
 import torch
 
 from sora_llm import __version__
-from sora_llm.checkpoint import read_status, remove_leftovers, run_lock, write_status
+from sora_llm.checkpoint import remove_leftovers
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
+from sora_llm.run_state import read_status, run_lock, write_status
 from sora_llm.terminal import say
 
 _DYING_SECONDS = 2.0

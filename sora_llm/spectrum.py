@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.allocation import allocate, components, within_tolerance
-from sora_llm.consensus import Factors, Scaling, scaling_of
+from sora_llm.factors import Factors, Scaling, scaling_of
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def ranks_within(
     assert budget is None or tolerance is None, "two ways to say one thing"
     importance = {name: spectrum.sigma**2 for name, spectrum in found.items()}
     if budget is not None:
-        kept = allocate(importance, costs_of(found), budget, min_rank)
+        kept = allocate(importance, rank_costs(found), budget, min_rank)
     else:
-        kept = within_tolerance(importance, costs_of(found), tolerance or 0.0, min_rank)
+        kept = within_tolerance(importance, rank_costs(found), tolerance or 0.0, min_rank)
     return {name: len(indices) for name, indices in kept.items()}
 
 
-def costs_of(found: Mapping[str, Spectrum]) -> dict[str, int]:
+def rank_costs(found: Mapping[str, Spectrum]) -> dict[str, int]:
     """{module: I + O}: the parameters of one rank."""
     return {name: spectrum.num_in + spectrum.num_out for name, spectrum in found.items()}
 

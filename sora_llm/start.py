@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_state
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed import on_main
 from sora_llm.errors import UserError
@@ -52,7 +52,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
     refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
-    status = checkpoint.read_status(run_dir)
+    status = run_state.read_status(run_dir)
     if status is None or status.get("state") != "finished" or plan.config.output.resume != "auto":
         return None
     adapter = run_dir / status["adapter"]
@@ -139,9 +139,9 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
 
 def note_preempted(run_dir: Path) -> dict[str, Any]:
     """The status of a run that was stopped before it began; a finished one stays finished."""
-    before = checkpoint.read_status(run_dir)
+    before = run_state.read_status(run_dir)
     found, _ = checkpoint.newest(run_dir)
     if before is not None and before.get("state") == "finished":
         return {**before, "state": "preempted"}
     step = 0 if found is None else checkpoint.read_state(found)["step"]
-    return checkpoint.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
+    return run_state.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)

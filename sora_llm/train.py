@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from sora_llm import checkpoint, distributed, hub, terminal
+from sora_llm import checkpoint, distributed, hub, run_state, terminal
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed import Replicas, on_every, on_main
@@ -304,7 +304,7 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         status = {"state": "preempted", "checkpoint": None}
         if is_main and not dry_run:
             # Another run may be in there, or the disk be full.
-            with contextlib.suppress(UserError, OSError), checkpoint.run_lock(run_dir, 0):
+            with contextlib.suppress(UserError, OSError), run_state.run_lock(run_dir, 0):
                 status = note_preempted(run_dir)
     if is_main:
         if not dry_run:

@@ -9,7 +9,7 @@ from sora_llm.activations import sizes_of
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
-from sora_llm.inject import target_linears
+from sora_llm.inject import layer_shapes, target_linears
 from sora_llm.memory import BatchShape, MemoryEstimate, estimate
 from sora_llm.step_time import Work
 
@@ -62,8 +62,7 @@ def target_modules(config: Config) -> str | list[str]:
 
 def target_shapes(config: Config, skeleton: nn.Module) -> dict[str, tuple[int, int]]:
     """{target module: (I, O)}."""
-    linears = target_linears(skeleton, target_modules(config))
-    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    return layer_shapes(target_linears(skeleton, target_modules(config)))
 
 
 def estimate_memory(

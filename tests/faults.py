@@ -29,7 +29,7 @@ from typing import Any
 
 PLACES = {
     "prepare": "sora_llm.train:load_data",
-    "lock": "sora_llm.checkpoint:run_lock",
+    "lock": "sora_llm.run_state:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed:make_accelerator",
     "load": "sora_llm.training:load_backbone",

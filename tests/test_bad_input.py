@@ -14,7 +14,7 @@ import pytest
 from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
 
-from sora_llm import checkpoint
+from sora_llm import run_state
 from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.errors import UserError
 from sora_llm.files import reaching_for_paths
@@ -239,9 +239,9 @@ def test_a_wrong_flag_is_said_by_one_of_several_processes(capsys, monkeypatch) -
 def test_a_directory_in_use_is_refused_with_its_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(run_state, "LOCK_WAIT_SECONDS", 0.1)
     monkeypatch.setattr("sora_llm.training.load_backbone", _must_not_load)
-    with checkpoint.run_lock(tmp_path / "run"):
+    with run_state.run_lock(tmp_path / "run"):
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     assert "in use by process" in capsys.readouterr().err
 

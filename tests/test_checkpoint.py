@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_state
 from sora_llm import files as file_functions
 from sora_llm.errors import RunFailed, UserError
 
@@ -205,8 +205,8 @@ def test_a_place_that_is_no_folder_is_a_failed_run(tmp_path):
 
 
 def test_status_is_what_was_written_with_relative_paths(tmp_path):
-    assert checkpoint.read_status(tmp_path) is None
-    content = checkpoint.write_status(
+    assert run_state.read_status(tmp_path) is None
+    content = run_state.write_status(
         tmp_path, "preempted", step=3, phase="dense", checkpoint=tmp_path / "checkpoints" / "step-3", error=None
     )
     assert content == {
@@ -217,26 +217,26 @@ def test_status_is_what_was_written_with_relative_paths(tmp_path):
         "adapter": None,
         "error": None,
     }
-    assert checkpoint.read_status(tmp_path) == content == json.loads((tmp_path / "status.json").read_text())
+    assert run_state.read_status(tmp_path) == content == json.loads((tmp_path / "status.json").read_text())
     (tmp_path / "status.json").write_text('{"state": "run')
-    assert checkpoint.read_status(tmp_path) is None
+    assert run_state.read_status(tmp_path) is None
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_status(tmp_path, monkeypatch):
-    checkpoint.write_status(tmp_path, "running", step=1, phase="dense")
+    run_state.write_status(tmp_path, "running", step=1, phase="dense")
 
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(file_functions, "fsync", fail)
     with pytest.raises(OSError):
-        checkpoint.write_status(tmp_path, "finished", step=2, phase="done")
-    assert checkpoint.read_status(tmp_path)["state"] == "running"
+        run_state.write_status(tmp_path, "finished", step=2, phase="done")
+    assert run_state.read_status(tmp_path)["state"] == "running"
 
 
 def test_a_reader_never_sees_half_a_status(tmp_path):
     """A second process rewrites the file as fast as it can while this one reads."""
-    checkpoint.write_status(tmp_path, "running", step=0, phase="dense")
+    run_state.write_status(tmp_path, "running", step=0, phase="dense")
     context = multiprocessing.get_context("fork")
     enough = context.Event()
     writer = context.Process(target=_write_statuses, args=(tmp_path, enough), daemon=True)
@@ -254,7 +254,7 @@ def test_a_reader_never_sees_half_a_status(tmp_path):
 
 def _write_statuses(run_dir, enough):
     for step in itertools.takewhile(lambda _: not enough.is_set(), itertools.count(1)):
-        checkpoint.write_status(run_dir, "running", step=step, phase="dense", error="x" * 20_000)
+        run_state.write_status(run_dir, "running", step=step, phase="dense", error="x" * 20_000)
 
 
 # ----- lock -----------------------------------------------------------------------------------------------------------
@@ -275,14 +275,14 @@ def holder(tmp_path):
 
 
 def _hold_lock(run_dir, ready):
-    with checkpoint.run_lock(run_dir):
+    with run_state.run_lock(run_dir):
         ready.set()
         time.sleep(120)
 
 
 def test_a_second_run_waits_and_then_names_the_holder(tmp_path, holder):
     start = time.monotonic()
-    with pytest.raises(UserError) as raised, checkpoint.run_lock(tmp_path, wait_seconds=1):
+    with pytest.raises(UserError) as raised, run_state.run_lock(tmp_path, wait_seconds=1):
         pass
     assert time.monotonic() - start >= 1
     assert f"process {holder.pid} on {socket.gethostname()}" in str(raised.value)
@@ -291,19 +291,19 @@ def test_a_second_run_waits_and_then_names_the_holder(tmp_path, holder):
 
 def test_the_lock_of_a_killed_holder_is_free(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
-    with checkpoint.run_lock(tmp_path, wait_seconds=10):
+    with run_state.run_lock(tmp_path, wait_seconds=10):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_the_lock_is_released_at_the_end_and_after_an_error_and_makes_the_folder(tmp_path):
     run_dir = tmp_path / "new" / "run"
-    with pytest.raises(KeyError), checkpoint.run_lock(run_dir):
+    with pytest.raises(KeyError), run_state.run_lock(run_dir):
         raise KeyError
-    with checkpoint.run_lock(run_dir, wait_seconds=0):
+    with run_state.run_lock(run_dir, wait_seconds=0):
         pass
 
 
 def test_a_run_directory_that_cannot_be_made_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), checkpoint.run_lock(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match="cannot be written"), run_state.run_lock(tmp_path / "file" / "run"):
         pass

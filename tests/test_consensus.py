@@ -9,18 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import allocate_reference, fold_slots, outer_products
 
-from sora_llm.consensus import (
-    cut_slots,
-    cut_svd,
-    disagreements,
-    fingerprints,
+from sora_llm.consensus import cut_slots, cut_svd
+from sora_llm.errors import UserError
+from sora_llm.factors import (
     kept_params,
     kept_ranks,
     mean_rank,
     product_distance,
-    tensor_hash,
 )
-from sora_llm.errors import UserError
+from sora_llm.hashes import disagreements, fingerprints, tensor_hash
 
 
 def random(*shape, seed=0):

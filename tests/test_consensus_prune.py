@@ -15,7 +15,7 @@ from torch import nn
 
 from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipeline
 from sora_llm.budget import make_budgets
-from sora_llm.consensus import tensor_hash
+from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.topology import ALONE

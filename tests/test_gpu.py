@@ -18,7 +18,7 @@ from small_runs import delta_weights, interrupt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sora_llm.consensus import fingerprints
+from sora_llm.hashes import fingerprints
 from sora_llm.inject import inject_sora
 from sora_llm.sora import SoraLinear
 

@@ -14,14 +14,25 @@ LAYERS = [
     {"errors", "terminal", "row_types"},
     {"files", "stop", "lifeline", "hub"},
     {"extensions"},
-    {"topology", "sora", "schedule", "allocation", "budget", "activations", "step_time", "loss_scale"},
+    {
+        "topology",
+        "sora",
+        "schedule",
+        "factors",
+        "hashes",
+        "allocation",
+        "budget",
+        "activations",
+        "step_time",
+        "loss_scale",
+    },
     {"consensus", "inject", "optim", "alarms"},
     {"merge", "local_updates", "lora_files", "spectrum", "gguf_lora"},
     {"consumers"},
     {"card"},
     {"distributed", "quantised"},
     {"backbone"},
-    {"data", "checkpoint", "report", "export", "merged"},
+    {"data", "checkpoint", "run_state", "report", "export", "merged"},
     {"report_page", "gguf_export", "merged_export"},
     {"evaluation", "packing_proof", "pipeline", "verified_export", "memory"},
     {"generation", "loop", "rundir", "steering", "rounds", "unpack"},
@@ -40,7 +51,18 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALGORITHM = [
-    *("sora", "schedule", "allocation", "activations", "step_time", "budget", "consensus", "loss_scale"),
+    *(
+        "sora",
+        "schedule",
+        "factors",
+        "hashes",
+        "allocation",
+        "activations",
+        "step_time",
+        "budget",
+        "consensus",
+        "loss_scale",
+    ),
     *("merge", "local_updates", "spectrum", "optim", "inject"),
 ]
 

@@ -14,7 +14,7 @@ import pytest
 from runs import gsm8k_overrides
 from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_state
 from sora_llm.errors import UserError
 from sora_llm.train import run
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(finished, t
 def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path):
     """The second start looks at the directory before the first has written anything, then waits."""
     directory = tmp_path / "run"
-    lock = checkpoint.run_lock(directory)
+    lock = run_state.run_lock(directory)
     lock.__enter__()
     results: list[object] = []
     second = threading.Thread(target=lambda: results.append(run(CONFIG, *gsm8k_overrides(directory, **TINY))))

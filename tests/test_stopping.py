@@ -39,7 +39,7 @@ from small_runs import (
 )
 from spawn import TESTS, environment, free_port, launched
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_state
 from sora_llm import stop as stop_module
 from sora_llm.data.pool import map_in_order
 from sora_llm.errors import Preempted, RunFailed
@@ -216,7 +216,7 @@ def test_a_run_that_is_asked_to_stop_when_nothing_is_left_to_do_finishes(ground:
 def test_a_run_that_waits_for_another_one_to_end_can_be_stopped(ground: Playground) -> None:
     name = "waiting"
     run_dir = ground.run_dir(name)
-    with checkpoint.run_lock(run_dir):
+    with run_state.run_lock(run_dir):
         (waiting,) = ground.start(name, faults=[{"place": "lock", "do": "report"}])
         ground.reported(name, "lock-1.0")
         waiting.kill(signal.SIGTERM)
@@ -387,7 +387,7 @@ def test_after_a_death_the_others_end_soon_the_status_names_it_and_the_next_star
         assert outputs.count(f"sora_llm: {sentence}") == 1, outputs
         newest, _ = checkpoint.newest(run_dir)
         assert found["checkpoint"] == (newest and str(newest.relative_to(run_dir))), fault
-        with checkpoint.run_lock(run_dir, wait_seconds=0):
+        with run_state.run_lock(run_dir, wait_seconds=0):
             pass
     assert ground.codes(name, 2, **options) == [0, 0]
     assert result(run_dir) == result(undisturbed[2])

@@ -15,7 +15,7 @@ from conftest import shared
 from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file
 
-from sora_llm import checkpoint
+from sora_llm import run_state
 from sora_llm.errors import UserError
 from sora_llm.train import main, run
 
@@ -170,7 +170,7 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(alone: Finished, 
     shutil.copytree(alone.directory, directory)
     shutil.rmtree(directory / "checkpoints" / "step-12")
     shutil.rmtree(directory / "adapter")
-    status = checkpoint.read_status(directory)
+    status = run_state.read_status(directory)
     assert status is not None
     (directory / "status.json").write_text(json.dumps({**status, "state": "running"}))
     with (directory / "metrics.jsonl").open("a") as file:

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from sora_llm import distributed, loop, stages, train
 from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
-from sora_llm.consensus import tensor_hash
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, share
 from sora_llm.distributed import Engine, make_accelerator, sum_over_processes
 from sora_llm.errors import RunFailed
 from sora_llm.evaluation import evaluate
+from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.loop import StepBatches, seed_step, step_batches, train_step
 from sora_llm.loss_scale import LossScale

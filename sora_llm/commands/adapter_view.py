@@ -13,11 +13,11 @@ from sora_llm.backbone import BackboneSpec, load_config, skeleton
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
-from sora_llm.consensus import mean_rank
 from sora_llm.errors import NotFinite, UserError
+from sora_llm.factors import mean_rank
 from sora_llm.inputs import quiet_libraries
 from sora_llm.lora_files import WEIGHTS
-from sora_llm.spectrum import Spectrum, costs_of, ranks_within, spectra
+from sora_llm.spectrum import Spectrum, rank_costs, ranks_within, spectra
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)
@@ -61,7 +61,7 @@ def _costs_on_disk(source: SavedAdapter, found: Mapping[str, Spectrum]) -> tuple
     if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
         with contextlib.suppress(UserError):
             return *costs_of_targets(source, found), True
-    return costs_of(found), sorted(source.targets - found.keys()), False
+    return rank_costs(found), sorted(source.targets - found.keys()), False
 
 
 def costs_of_targets(
@@ -74,7 +74,7 @@ def costs_of_targets(
         UserError: a base that cannot be read, or does not fit.
     """
     if not source.may_lack_targets and base is None:
-        return costs_of(found), []
+        return rank_costs(found), []
     quiet_libraries()
     spec = base_of([source], base, trust_remote_code)
     bare_model = skeleton(load_config(spec), spec)

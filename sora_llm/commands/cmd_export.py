@@ -19,11 +19,12 @@ from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, base_of, own_tokenizer, plain_factors, shapes_in, source_of
 from sora_llm.config import Config
-from sora_llm.consensus import CutReport, PlainFactors, cut_svd, kept_params, mean_rank
+from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
+from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank
 from sora_llm.files import user_path
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
@@ -298,7 +299,7 @@ def described(
     arguments: argparse.Namespace, line: Mapping[str, Any], adapter: PreparedAdapter, certificate: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What was exported, as JSON."""
-    costs = {name: i + o for name, (i, o) in adapter.shapes.items()}
+    costs = costs_of(adapter.shapes)
     return {
         "adapter": str(arguments.out),
         "layout": arguments.layout,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.checkpoint import read_status
 from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
@@ -18,6 +17,7 @@ from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
 from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.run_state import read_status
 from sora_llm.topology import ALONE
 from sora_llm.training_data import (
     TrainingData,

@@ -12,9 +12,9 @@ from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
-from sora_llm.consensus import mean_rank, scaling_of
 from sora_llm.errors import UserError
-from sora_llm.spectrum import Spectrum, costs_of, lora_options, ranks_within
+from sora_llm.factors import mean_rank, scaling_of
+from sora_llm.spectrum import Spectrum, lora_options, rank_costs, ranks_within
 
 FORMATS = ("python", "axolotl")
 
@@ -69,7 +69,7 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
     budget = budget_of(arguments, sum(costs.values()))
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
-    refuse_nothing(sum(ranks.values()), energy, costs_of(found).values())
+    refuse_nothing(sum(ranks.values()), energy, rank_costs(found).values())
     if not any(ranks.values()):
         raise UserError(f"{source.name} changes nothing: every ΔW is 0")
     own = arguments.scaling
@@ -103,7 +103,7 @@ def all_targets(
         if arguments.base is not None:
             raise
         if arguments.target_rank is None:
-            return costs_of(found), sorted(source.targets - found.keys()), False
+            return rank_costs(found), sorted(source.targets - found.keys()), False
         raise UserError(
             f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
             f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"

@@ -20,9 +20,17 @@ from sora_llm.backbone import (
 from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
-from sora_llm.consensus import Factors, PlainFactors, Scaling, empty_factors, kept_ranks, scaling_of, shapes_of
 from sora_llm.errors import UserError
-from sora_llm.inject import check_shape, target_linears
+from sora_llm.factors import (
+    Factors,
+    PlainFactors,
+    Scaling,
+    empty_factors,
+    kept_ranks,
+    scaling_of,
+    shapes_of,
+)
+from sora_llm.inject import check_shape, layer_shapes, target_linears
 from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_form import exported_template, has_conversations
@@ -254,7 +262,7 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Saved
         UserError: a source that does not fit the base.
     """
     linears = target_linears(bare_model)
-    shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    shapes = layer_shapes(linears)
     for source in sources:
         missing = sorted(source.targets - shapes.keys())
         if missing:

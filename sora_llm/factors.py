@@ -1,0 +1,84 @@
+"""The factors of adapters by module: what they are called, how large they are, how far one ΔW is from another.
+
+Shape suffixes: I in, O out, R slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+ModuleFactors = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), g (R,) or None
+Factors = Mapping[str, ModuleFactors]  # by module
+PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R)
+Shapes = Mapping[str, tuple[int, int]]  # module → (I, O)
+Scaling = float | Mapping[str, float]  # s: of all modules, or of each
+
+
+def kept_ranks(gates: Mapping[str, Tensor]) -> dict[str, int]:
+    """{module: number of gates that are not exactly 0}."""
+    return {name: int(torch.count_nonzero(gate)) for name, gate in gates.items()}
+
+
+def mean_rank(ranks: Mapping[str, int], costs: Mapping[str, int]) -> float:
+    """Σ rank·(I+O) / Σ (I+O) over all target modules; `costs` is {module: I+O}."""
+    return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
+
+
+def kept_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
+    """Σ (I+O)·min(rank, I, O), an exact integer; `shapes` is {module: (I, O)}."""
+    return sum((i + o) * min(ranks[name], i, o) for name, (i, o) in shapes.items())
+
+
+def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> float:
+    """‖B1 A1 − B2 A2‖_F / ‖B1 A1‖_F in float64, without forming an O × I matrix (QR of the stacked factors).
+
+    0 where both products are 0; infinite where only the first is.
+    """
+    difference = product_norm(torch.cat([A1.double(), A2.double()]), torch.cat([B1.double(), -B2.double()], dim=1))
+    size = product_norm(A1.double(), B1.double())
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / size
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """‖B A‖_F of A (R, I), B (O, R)."""
+    if A.shape[0] == 0:
+        return 0.0
+    r_B = torch.linalg.qr(B, mode="r").R
+    r_A = torch.linalg.qr(A.T, mode="r").R
+    return float(torch.linalg.matrix_norm(r_B @ r_A.T))
+
+
+def product_energy(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) -> float:
+    """‖s · B diag(g) A‖_F² in float64."""
+    A_RI = A.detach().double() if gate is None else gate.detach().double()[:, None] * A.detach().double()
+    return (scaling * product_norm(A_RI, B.detach().double())) ** 2
+
+
+def live_slots(A: Tensor, gate: Tensor | None) -> Tensor:
+    """(R,) of bool."""
+    return torch.ones(A.shape[0], dtype=torch.bool, device=A.device) if gate is None else gate.detach() != 0
+
+
+def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
+    """{module: (I, O)}."""
+    return {name: (A.shape[1], B.shape[0]) for name, (A, B, _) in factors.items()}
+
+
+def empty_factors(num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
+    """A (0, I) and B (O, 0): those of a module that was pruned."""
+    return torch.zeros(0, num_in), torch.zeros(num_out, 0)
+
+
+def costs_of(shapes: Shapes) -> dict[str, int]:
+    """{module: I + O}: the parameters of one rank."""
+    return {name: i + o for name, (i, o) in shapes.items()}
+
+
+def scaling_of(scaling: Scaling, name: str) -> float:
+    """The s of one module."""
+    return scaling[name] if isinstance(scaling, Mapping) else scaling

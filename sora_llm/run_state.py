@@ -1,0 +1,102 @@
+"""status.json, and the lock by which one process holds a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sora_llm.errors import UserError
+from sora_llm.files import make_folder, write_text_atomically
+
+LOCK_WAIT_SECONDS = 60
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """The content of status.json, None where there is none that can be read."""
+    try:
+        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_status(
+    run_dir: Path,
+    state: str,
+    *,
+    step: int,
+    phase: str,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """Replace status.json (paths relative to the run directory); returns its content."""
+    content = {
+        "state": state,
+        "step": step,
+        "phase": phase,
+        "checkpoint": None if checkpoint is None else str(checkpoint.relative_to(run_dir)),
+        "adapter": None if adapter is None else str(adapter.relative_to(run_dir)),
+        "error": error,
+    }
+    write_text_atomically(run_dir / "status.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+class DirectoryInUse(UserError):
+    """Another run holds the run directory."""
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]:
+    """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
+
+    `wait_seconds` defaults to LOCK_WAIT_SECONDS.
+
+    Raises:
+        DirectoryInUse: somebody else still holds it after `wait_seconds`.
+        UserError: the directory cannot be written.
+    """
+    deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
+    path, is_new = run_dir / ".lock", not run_dir.exists()
+    try:
+        while True:
+            try:
+                make_folder(run_dir)
+                file = path.open("a+")
+            except FileNotFoundError:
+                continue  # its last holder, who left no trace, was just removing it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break  # otherwise its last holder removed the file that was waited for
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    with file:
+                        file.seek(0)
+                        holder = file.read().strip() or "another run"
+                    raise DirectoryInUse(
+                        f"output.output_dir {run_dir} is in use by {holder}; wait for it to end, or name another folder"
+                    ) from None
+            file.close()
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
+    with file:
+        try:
+            yield
+        finally:
+            if not (run_dir / "config.yaml").exists():  # nothing was begun here: leave no trace
+                path.unlink(missing_ok=True)
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        run_dir.rmdir()
