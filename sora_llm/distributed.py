@@ -224,7 +224,7 @@ def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "
         if buffer.numel():
             dist.broadcast(buffer, src=0)
         received[name] = buffer.cpu()
-    agree({name: tensor_hash(tensor) for name, tensor in received.items()}, "the broadcast adapter")
+    require_agreement({name: tensor_hash(tensor) for name, tensor in received.items()}, "the broadcast adapter")
     return received
 
 
@@ -232,7 +232,7 @@ ALL: tuple[tuple[int, ...], ...] = ()
 """Every process, where groups of them are asked for."""
 
 
-def agree(
+def require_agreement(
     hashes: Mapping[str, str],
     what: str,
     groups: Sequence[Sequence[int]] = ALL,
@@ -718,7 +718,7 @@ class Engine:
         if self.strategy in ("none", "zero3") or self.is_spent:
             return
         members = ALL if self.replicas is None else self.replicas.members
-        agree(fingerprints(self._adapter_parameters), "the adapter", members)
+        require_agreement(fingerprints(self._adapter_parameters), "the adapter", members)
         if self.strategy == "ddp":
             moments = {
                 f"{name}.{key}": state[key]
@@ -727,7 +727,7 @@ class Engine:
                 for key in (*MOMENTS, "master")
                 if key in state
             }
-            agree(fingerprints(moments), "the optimizer state", members)
+            require_agreement(fingerprints(moments), "the optimizer state", members)
         if self.is_zero:
             self._prove_masters()
 

@@ -16,11 +16,11 @@ from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import CutReport, cut_slots, cut_svd
 from sora_llm.distributed import (
     Replicas,
-    agree,
     broadcast_tensors,
     on_every,
     on_main,
     refuse_old_wrappers,
+    require_agreement,
 )
 from sora_llm.errors import NotFinite, RunFailed, UserError
 from sora_llm.factors import (
@@ -169,8 +169,12 @@ def _cut_everywhere(
         for name, dtype in dtypes.items()
     }
     cut_adapters(model, cut)
-    agree({name: tensor_hash(p) for name, p in adapter_parameters(model).items()}, "the cut adapter")
+    require_agreement(_hashes(model), "the cut adapter")
     return {name: tensor for name, tensor in received.items() if tensor.numel()}
+
+
+def _hashes(model: nn.Module) -> dict[str, str]:
+    return {name: tensor_hash(parameter) for name, parameter in adapter_parameters(model).items()}
 
 
 @contextlib.contextmanager
@@ -333,7 +337,7 @@ def consensus_prune(
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")
     remedy = "make them equal (load one checkpoint everywhere), and reduce all gradients"
-    agree({name: tensor_hash(p) for name, p in adapter_parameters(inner).items()}, "the adapter", remedy=remedy)
+    require_agreement(_hashes(inner), "the adapter", remedy=remedy)
     shapes = layer_shapes(layers)
     rank = max(layer.rank for layer in layers.values())
     budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []

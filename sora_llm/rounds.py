@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sora_llm.distributed import Engine, Replicas, agree, gather_objects, sum_over_processes
+from sora_llm.distributed import Engine, Replicas, gather_objects, require_agreement, sum_over_processes
 from sora_llm.hashes import fingerprints
 from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shrink_gates
 from sora_llm.merge import mean_jaccard
@@ -52,14 +52,14 @@ class RoundReport:
 class Rounds:
     """`anchor` holds the float32 values that all agreed on last, by tensor name, on the engine's device.
 
-    `is_open` says whether replicas have taken steps since; `agree` whether they hold one adapter: not while a round is
-    open, nor after one that kept their factors apart for a merge.
+    `is_open` says whether replicas have taken steps since; `in_agreement` whether they hold one adapter: not while a
+    round is open, nor after one that kept their factors apart for a merge.
     """
 
     def __init__(self, replicas: Replicas, outer: OuterOptimizer) -> None:
         self.replicas, self.outer = replicas, outer
         self.anchor: dict[str, Tensor] = {}
-        self.agree, self.is_open = True, False
+        self.in_agreement, self.is_open = True, False
 
     def begin(self, engine: Engine) -> None:
         """Take what `engine` holds as agreed on (collective).
@@ -69,7 +69,7 @@ class Rounds:
         """
         self.anchor = {name: value.clone() for name, value in engine.values().items()}
         self.outer.velocity = {}
-        self.agree, self.is_open = True, False
+        self.in_agreement, self.is_open = True, False
         self.prove(engine)
 
     def prove(self, engine: Engine) -> None:
@@ -79,12 +79,12 @@ class Rounds:
             RunFailed: it differs; tensors and processes are named.
         """
         remedy = "look for other files or versions on the machine named, or for faults of its memory"
-        values = engine.values() if self.agree else self.anchor
-        agree(fingerprints(values), "what replicas agreed on", remedy=remedy)
+        values = engine.values() if self.in_agreement else self.anchor
+        require_agreement(fingerprints(values), "what replicas agreed on", remedy=remedy)
 
     def part(self) -> None:
         """The replicas take steps of their own from here, until `end`."""
-        self.agree, self.is_open = False, True
+        self.in_agreement, self.is_open = False, True
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Rounds:
             engine.write({name: shrink_gates(own[name], mean[name], agreed[name]) for name in gates})
         else:
             engine.write(agreed)
-        self.anchor, self.agree, self.is_open = agreed, not keep_factors, False
+        self.anchor, self.in_agreement, self.is_open = agreed, not keep_factors, False
         num_values = sum(value.numel() for value in (*own.values(), *thresholds.values()))
         num_bytes = round_bytes(num_values, self.replicas.num)
         return RoundReport(drift.relative, overlap, num_bytes, time.monotonic() - since)
@@ -132,7 +132,7 @@ class Rounds:
     def averaged(self, engine: Engine) -> Iterator[None]:
         """Inside a round: every replica holds the slot-wise mean for the duration, and its own bits again afterwards
         (collective)."""
-        if self.agree:
+        if self.in_agreement:
             yield
             return
         own = {name: value.clone() for name, value in engine.values().items()}
@@ -184,7 +184,7 @@ class Rounds:
 
     def state(self) -> dict[str, int | bool]:
         """The rest of it, as JSON."""
-        return {"agree": self.agree, "is_open": self.is_open, "replicas": self.replicas.num}
+        return {"agree": self.in_agreement, "is_open": self.is_open, "replicas": self.replicas.num}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, int | bool], engine: Engine) -> None:
         """Put back `tensors` and `state`; `engine` holds this replica's own values."""
@@ -195,7 +195,7 @@ class Rounds:
             for name, value in tensors.items()
             if name.endswith(suffix)
         }
-        self.agree, self.is_open = bool(state["agree"]), bool(state["is_open"])
+        self.in_agreement, self.is_open = bool(state["agree"]), bool(state["is_open"])
 
 
 _TAU, _VELOCITY = "tau", "outer_velocity"

@@ -87,7 +87,7 @@ class Training:
     @property
     def agrees(self) -> bool:
         """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
-        return self.rounds is None or self.rounds.agree
+        return self.rounds is None or self.rounds.in_agreement
 
     def prove_agreement(self) -> None:
         """Compare what the processes hold in common, between steps (collective).
