@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 from typing import TextIO
@@ -19,9 +20,9 @@ def take_any_text() -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a message, below a line of progress that is there."""
+    """Print a message, below a line of progress that is there; without a reader it goes nowhere."""
     end_progress()
-    print(text, file=stream or sys.stdout, flush=True)
+    _write(f"{text}\n", stream or sys.stdout)
 
 
 def show_progress(text: str, stream: TextIO) -> None:
@@ -29,8 +30,7 @@ def show_progress(text: str, stream: TextIO) -> None:
     last row would be overwritten."""
     global _open_on
     width = shutil.get_terminal_size().columns - 1
-    stream.write(f"\r\033[K{text[:width]}")
-    stream.flush()
+    _write(f"\r\033[K{text[:width]}", stream)
     _open_on = stream
 
 
@@ -44,6 +44,21 @@ def end_progress() -> None:
     global _open_on
     stream, _open_on = _open_on, None
     if stream is not None:
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone; the message may go elsewhere
-            stream.write("\n")
-            stream.flush()
+        _write("\n", stream)
+
+
+def stop_printing(stream: TextIO) -> None:
+    """Let what is still printed on `stream` go nowhere: the interpreter would complain once more when it ends."""
+    with contextlib.suppress(OSError):  # a stream without a file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    """A terminal that is gone, a `head` that has read enough or a full disk is no reason for a run to end."""
+    if stream is None or stream.closed:
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        stop_printing(stream)

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,8 +26,9 @@ import psutil
 import pytest
 from conftest import ROOT
 from nursery import Child
-from runs import ACCELERATE
+from runs import ACCELERATE, PLAIN
 from small_runs import (
+    CONFIG,
     DENSE_STEPS,
     EVAL_CALLS,
     EVALUATED_STEP,
@@ -34,6 +36,7 @@ from small_runs import (
     WORLDS,
     Playground,
     checkpoints,
+    overrides,
     result,
     status,
 )
@@ -488,6 +491,19 @@ def test_a_launcher_that_dies_while_the_data_is_prepared_takes_its_workers_with_
         ground.reported(name, f"prepare-1.{process}")
     launcher.kill()
     assert [worker.wait(END_SECONDS) for worker in workers] == [1, 1]
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(ground: Playground, undisturbed: dict[int, Path]) -> None:
+    """As behind `| head -1`, or a `tee` that died: hours of training are worth more than their log."""
+    run_dir = ground.run_dir("unread")
+    command = [*PLAIN, CONFIG, *overrides(ground.folder, run_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    complaints = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "Error" not in complaints, complaints
+    assert result(run_dir) == result(undisturbed[1])
 
 
 def test_a_run_outlives_the_shell_that_started_it(ground: Playground) -> None:

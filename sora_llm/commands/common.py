@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
+from sora_llm.terminal import stop_printing
 
 
 def config_parser(
@@ -36,24 +36,19 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
         print("sora_llm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _stop_printing()
+        stop_printing(sys.stdout)
         return 0
     text = json.dumps(result, indent=1) if as_json else as_text(result)
     try:
         if text:
             print(text, flush=True)
     except BrokenPipeError:
-        _stop_printing()
+        stop_printing(sys.stdout)
     except OSError as error:
         print(f"sora_llm: the result cannot be printed: {error.strerror}", file=sys.stderr)
-        _stop_printing()
+        stop_printing(sys.stdout)
         return RunFailed.exit_code
     return 0
-
-
-def _stop_printing() -> None:
-    """The reader has seen enough; the interpreter would complain once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def visible(text: str) -> str:
