@@ -1,4 +1,4 @@
-"""What became of the rows, in sentences for who trains."""
+"""What became of the rows, in sentences for whoever trains."""
 
 from __future__ import annotations
 
