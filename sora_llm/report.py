@@ -76,7 +76,7 @@ class Progress:
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO | None = None):
         self.total_steps, self.first_step = total_steps, first_step
-        self.stream = stream or sys.stdout
+        self.stream: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
         self.started = time.monotonic()
 
     def show(self, line: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Progress:
             if key in line and (key != "lambda" or line[key] != 0):  # 0 is said of steps that cut no gate
                 parts.append(f"{label} {line[key]:{form}}")
         text = "  ".join(parts)
-        if self.stream.isatty():
+        if self.stream is not None and self.stream.isatty():
             show_progress(text, self.stream)
             if "eval_loss" in line or line["step"] == self.total_steps:
                 end_progress()

@@ -15,8 +15,8 @@ from typing import Any
 from sora_llm import terminal
 from sora_llm.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What schedulers, batch scripts and Ctrl-C send."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What schedulers, batch scripts, Ctrl-C and a terminal that is closed send."""
 
 STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
@@ -68,6 +68,8 @@ class StopRequest:
                 os.set_blocking(end, False)
             self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup: the run is to outlive its terminal
                 self._before[number] = signal.signal(number, self._noted)
         return self
 

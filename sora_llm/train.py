@@ -114,8 +114,8 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     `overrides` are "section.key=value", the value read as YAML.  Every process returns the same result; the main one
     writes the run directory.  Of a run that was stopped, or was finished before, `status["state"]` says so.
 
-    In the main thread TERM, USR1 and INT, anywhere a file STOP in the run directory, make it stop with a checkpoint and
-    the status "preempted".
+    In the main thread TERM, USR1, INT and HUP (unless it is ignored, as under nohup), anywhere a file STOP in the run
+    directory, make it stop with a checkpoint and the status "preempted".
 
     Raises:
         UserError: bad input; nothing was written, but where streamed rows turned out to be bad later on.

@@ -64,6 +64,16 @@ def test_json_has_the_same_and_writes_nothing(tmp_path, capsys):
     assert "report" not in content
 
 
+def test_a_dev_loss_that_was_measured_once_is_no_progress(tmp_path, capsys):
+    """A run that was stopped before its second evaluation looked as if it had learned nothing."""
+    run = MadeUpRun(tmp_path / "run").train()
+    for line in run.metrics[1:]:
+        line.pop("eval_loss", None)
+    run.write("preempted", phase="finetune")
+    assert "3.9000 before; not measured since" in inspected(capsys, run.path)
+    assert "before training; not measured since" in (run.path / "report.html").read_text()
+
+
 def test_plots_are_drawn_on_request(tmp_path, capsys):
     run = MadeUpRun(tmp_path / "run", 1, 20, 5).train()
     run.finish()

@@ -387,6 +387,11 @@ def message(**changes: object) -> dict:
         ("alpaca", {"instruction": "x", "output": 4}, "output is a number, not text"),
         ("alpaca", {"instruction": "x", "input": ["y"], "output": "z"}, "input is a list, not text"),
         ("completion", {"text": None}, "text is null, not text"),
+        (
+            "prompt_completion",
+            {"prompt": [{"role": "user", "content": "x"}], "completion": "y"},
+            "prompt is a list, not text; rows of messages are of type messages",
+        ),
         ("completion", {"text": "\n"}, "text is empty"),
         ("prompt_completion", {"prompt": "x", "completion": True}, "completion is true or false"),
         ("messages", {"other": 1}, "messages is missing"),

@@ -255,6 +255,22 @@ def test_signals_count_once_and_handlers_are_as_they_were_afterwards(tmp_path: P
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_a_closed_terminal_stops_a_run_that_is_not_to_outlive_it(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopRequest(tmp_path) as stop:
+            stop.start()
+            with pytest.raises(Preempted, match="SIGHUP"):
+                signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+        with StopRequest(tmp_path) as stop:
+            stop.start()
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason(look_for_file=False) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("request_comes", ["file", "SIGTERM"])
 def test_a_request_that_comes_just_before_a_blocking_call_is_heeded(
     tmp_path: Path, request_comes: str, monkeypatch: pytest.MonkeyPatch

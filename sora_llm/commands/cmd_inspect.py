@@ -138,6 +138,8 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "train loss", _number(content["loss"], ".4f")
     if content["eval_loss"] is None:
         yield "dev loss", "not measured"
+    elif content["eval_step"] == 0:
+        yield "dev loss", f"{content['eval_loss_before']:.4f} before; not measured since"
     else:
         exported = content["eval_loss_exported"]
         reloaded = "" if exported is None else f", reloaded from disk {exported:.4f}"

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
             _write(file, content)
         return content
 
-    colour = arguments.color or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    colour = arguments.color or (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     return exit_code(command, arguments.json, lambda content: as_text(content, colour))
 
 

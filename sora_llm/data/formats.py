@@ -190,7 +190,12 @@ def _text(values: Mapping[str, Any], key: str, prefix: str = "", *, optional: bo
     if key not in values:
         raise BadRow(f"{place} is missing")
     if not isinstance(value, str):
-        raise BadRow(f"{place} is {type_in_words(value)}, not text")
+        remedy = (
+            "; rows of messages are of type messages"
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+            else ""
+        )
+        raise BadRow(f"{place} is {type_in_words(value)}, not text{remedy}")
     return whole_characters(value, place)
 
 

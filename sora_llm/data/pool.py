@@ -85,6 +85,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     signal.set_wakeup_fd(-1)  # the parent's: it would take a signal that comes here for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -23,7 +23,7 @@ class Progress:
             unit_scale=True,
             file=sys.stderr,
             delay=_SILENT_SECONDS,
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),
             nrows=20,  # else tqdm asks the terminal, and shows nothing on one that says 0, as in many a container
         )
 

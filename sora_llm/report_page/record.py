@@ -533,6 +533,7 @@ def summary(record: Record) -> dict[str, Any]:
         "loss": record.last("loss"),
         "eval_loss_before": record.first("eval_loss"),
         "eval_loss": record.last("eval_loss"),
+        "eval_step": record.series("eval_loss")[-1][0] if record.series("eval_loss") else None,
         "eval_loss_exported": record.last("eval_loss_exported"),
         "mean_rank_before": record.first("mean_rank"),
         "mean_rank": record.last("mean_rank"),
