@@ -39,6 +39,8 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
+    separator: str = ""
+    """What stood between prompt and completion in the rows, where they were no conversations."""
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
     story: str = TRAINED
@@ -123,7 +125,7 @@ Mean rank {mean_rank(ranks, costs):.2f} over {len(ranks)} modules (weighted by t
 {kept_params(ranks, shapes):,} parameters in them.
 
 {metrics}
-{_template_line(provenance, template_use)}
+{_prompt_line(provenance, template_use)}
 Self-check: {checked}
 
 {_python(base, provenance) if in_python else ""}{_where_it_works(verdicts)}{_section("Data", data)}{provenance.details}
@@ -175,10 +177,13 @@ By the rules that each engine has for scale and shapes, computed from these file
 """
 
 
-def _template_line(provenance: Provenance, use: str) -> str:
-    if provenance.chat_template is None:
-        return ""
-    return f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
+def _prompt_line(provenance: Provenance, use: str) -> str:
+    lines = ""
+    if provenance.separator:
+        lines += f"Behind every prompt stood {provenance.separator!r} (a Python string): end yours with it.\n"
+    if provenance.chat_template is not None:
+        lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
+    return lines
 
 
 def _section(title: str, body: str) -> str:

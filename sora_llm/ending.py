@@ -106,6 +106,7 @@ def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
         metrics={"dev loss of the trained adapter": line["eval_loss"]} if "eval_loss" in line else {},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
+        separator=config.data.datasets[0].separator,
         load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,

@@ -357,6 +357,13 @@ def test_tokenizer_files_are_copied_byte_for_byte(stories, tmp_path):
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == "some/base"
 
 
+def test_the_model_card_says_what_ended_a_prompt(stories, tmp_path):
+    """Asked without the separator the adapter would go on with the question."""
+    provenance = Provenance("some/base", separator="\n")
+    export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
+    assert "Behind every prompt stood '\\n' (a Python string)" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
     model = trained_model("float32", stories)
     provenance = Provenance("some/base", revision="v2", data=["train.jsonl"], metrics={"dev loss": 1.25})

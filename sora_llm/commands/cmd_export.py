@@ -245,6 +245,7 @@ def provenance_of(
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
+        separator="" if source.config is None else source.config.data.datasets[0].separator,
         load_options=load_call(spec, adapter.config),
         is_base_quantised=is_quantised(adapter.config),
         story=story,
