@@ -148,7 +148,8 @@ class ProxAdamW(torch.optim.AdamW):
         bias_correction = 1.0 - group["betas"][1] ** float(state["step"])
         second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         denominator = second_moment.sqrt() / math.sqrt(bias_correction) + group["eps"]
-        return lr * sparse_lambda / denominator
+        # A gate that never had a gradient (B is still 0) has no metric: over eps alone any λ would prune it, blindly.
+        return torch.where(second_moment == 0, 0.0, lr * sparse_lambda / denominator)
 
     def _swap_in_masters(self) -> list[tuple[list[Tensor], int, Tensor, Tensor]]:
         """Put a float32 master in the place of each low-precision parameter; returns what to put back."""

@@ -450,6 +450,15 @@ def test_a_group_that_was_edited_into_what_cannot_be_is_an_error(edit, said):
         optimizer.step()
 
 
+def test_proxgen_prunes_no_gate_that_never_had_a_gradient():
+    """While B is 0 gates have none: over eps alone the threshold of every λ was far above 1, and all of them died."""
+    gate = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = ProxAdamW([{"params": [gate], "sparse_lambda": 1e-6, "threshold": "proxgen"}], lr=0.3, weight_decay=0.0)
+    gate.grad = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    optimizer.step()
+    assert gate[:2].tolist() == [1.0, 1.0] and 0 < gate[2] < 1
+
+
 def test_proxgen_uses_the_denominator_of_the_step_under_amsgrad():
     gate = parameters()[1]
     optimizer = ProxAdamW(
