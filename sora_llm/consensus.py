@@ -57,7 +57,7 @@ def cut_slots(
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
-        ValueError: with a budget, a live value is not finite.
+        NotFinite: with a budget, a live value is not finite.
     """
     shapes = shapes_of(factors)
     live = {name: live_slots(A, gate) for name, (A, _, gate) in factors.items()}
@@ -97,7 +97,8 @@ def cut_svd(
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
-        ValueError: a live value is not finite, or both a budget and a tolerance are given.
+        NotFinite: a live value is not finite.
+        ValueError: both a budget and a tolerance are given.
     """
     parts = {name: components(*adapter, scaling_of(scaling, name), name) for name, adapter in factors.items()}
     dtypes = {name: A.dtype for name, (A, _, _) in factors.items()}

@@ -64,9 +64,9 @@ def live_slots(A: Tensor, gate: Tensor | None) -> Tensor:
     return torch.ones(A.shape[0], dtype=torch.bool, device=A.device) if gate is None else gate.detach() != 0
 
 
-def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
+def shapes_of(factors: Factors | PlainFactors) -> dict[str, tuple[int, int]]:
     """{module: (I, O)}."""
-    return {name: (A.shape[1], B.shape[0]) for name, (A, B, _) in factors.items()}
+    return {name: (A.shape[1], B.shape[0]) for name, (A, B, *_) in factors.items()}
 
 
 def empty_factors(num_in: int, num_out: int) -> tuple[Tensor, Tensor]:

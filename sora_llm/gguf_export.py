@@ -11,7 +11,7 @@ from typing import Any
 from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.consumers import LLAMA_CPP, of_gguf
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.factors import PlainFactors
+from sora_llm.factors import PlainFactors, shapes_of
 from sora_llm.files import file_sha256
 from sora_llm.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 
@@ -37,7 +37,7 @@ def export_gguf(
     architecture = architecture_of(config)
     if not any(A.shape[0] for A, _ in factors.values()):
         raise UserError("every rank of the adapter was pruned, so there is nothing for llama.cpp to apply")
-    shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in factors.items()}
+    shapes = shapes_of(factors)
     architecture.tensor_names(list(shapes))
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

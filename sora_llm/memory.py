@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 
 from sora_llm.activations import PROJECTIONS, activation_bytes, sizes_of
-from sora_llm.backbone import BackboneSpec
-from sora_llm.inject import (
-    target_linears,
-)
+from sora_llm.backbone import DTYPES, BackboneSpec
+from sora_llm.inject import target_linears
 from sora_llm.quantised import quantised_linears
 
 
@@ -64,7 +62,7 @@ def estimate(
         quantised_bytes = num_quantised // 2 + num_quantised // 64 * constants
     else:
         quantised_bytes = num_quantised + 4 * sum(linear.out_features for linear in quantised.values())
-    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * _itemsize(spec.dtype)
+    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * DTYPES[spec.dtype].itemsize
     num_trainable = sum(r * (1 + linear.in_features + linear.out_features) for linear in targets.values())
     zero = int(strategy.removeprefix("zero")) if strategy.startswith("zero") else 0
     master_bytes = 4 if zero or adapter_bytes_each < 4 else 0
@@ -105,13 +103,13 @@ def _activation_bytes(
         sizes,
         batch_size=batch.batch_size,
         sequence_len=batch.sequence_len,
-        itemsize=_itemsize(spec.dtype),
+        itemsize=DTYPES[spec.dtype].itemsize,
         targets={name.rpartition(".")[2] for name in targets},
         total_rank=r * len(targets) // sizes.num_layers,
         attn_implementation=spec.attn_implementation,
         is_packed=batch.is_packed,
         checkpointing=batch.checkpointing,
-        dequantised_bytes=largest * _itemsize(spec.compute_dtype) if spec.is_quantised else 0,
+        dequantised_bytes=largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
     )
 
 
@@ -136,7 +134,3 @@ def memory_table(memory: MemoryEstimate) -> str:
 
 def _readable(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2

@@ -128,7 +128,8 @@ def merge(
     Raises:
         UserError: a weight that is negative or not finite, no positive weight, a module whose shape differs between
             replicas, or `min_rank` costs more than the budget.
-        ValueError: a live value is not finite, or both a budget and a tolerance are given.
+        NotFinite: a live value is not finite.
+        ValueError: both a budget and a tolerance are given.
     """
     distinct = _collapse(replicas)
     shapes = _common_shapes(distinct.replicas)

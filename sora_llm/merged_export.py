@@ -17,6 +17,7 @@ from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
 from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
+from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256
 from sora_llm.inject import bare, put_on
 from sora_llm.merged import (
@@ -181,7 +182,7 @@ def _coarsest(merge: Merge) -> torch.dtype:
 
 
 def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any], provenance: Provenance) -> str:
-    shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merge.factors.items()}
+    shapes = shapes_of(merge.factors)
     base = "the base as 4-bit layers hold it" if merge.dequantise else "the base as its files hold it"
     forms = {
         adapted(_unquantised(merge.spec)): "dev loss of original base + adapter",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sora_llm.files import write_text_atomically
-from sora_llm.terminal import end_progress, say, show_progress
+from sora_llm.terminal import end_progress, is_terminal, say, show_progress
 
 
 class JsonLines:
@@ -96,7 +96,7 @@ class Progress:
             if key in line and (key != "lambda" or line[key] != 0):  # 0 is said of steps that cut no gate
                 parts.append(f"{label} {line[key]:{form}}")
         text = "  ".join(parts)
-        if self.stream is not None and self.stream.isatty():
+        if is_terminal(self.stream):
             show_progress(text, self.stream)
             if "eval_loss" in line or line["step"] == self.total_steps:
                 end_progress()

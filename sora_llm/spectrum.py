@@ -54,7 +54,7 @@ def spectra(factors: Factors, scaling: Scaling) -> dict[str, Spectrum]:
     """{module: spectrum}.
 
     Raises:
-        ValueError: a live value is not finite.
+        NotFinite: a live value is not finite.
     """
     found = {}
     for name, (A, B, gate) in factors.items():

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
-from typing import TextIO
+from typing import TextIO, TypeGuard
 
 _open_on: TextIO | None = None
 """Where a line of progress waits to be overwritten: of the process, as its terminal is."""
@@ -17,6 +17,11 @@ def take_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def is_terminal(stream: TextIO | None) -> TypeGuard[TextIO]:
+    """Whether a person looks at a stream; None is one that was closed before Python began."""
+    return stream is not None and stream.isatty()
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from sora_llm import backbone
 from sora_llm.activations import sizes_of
-from sora_llm.backbone import BackboneSpec
+from sora_llm.backbone import DTYPES, BackboneSpec
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
 from sora_llm.inject import layer_shapes, target_linears
@@ -74,7 +74,7 @@ def estimate_memory(
         spec,
         r=config.sora.r,
         target_modules=target_modules(config),
-        adapter_bytes_each=2 if adapter_dtype(config) == "bfloat16" else 4,
+        adapter_bytes_each=DTYPES[adapter_dtype(config)].itemsize,
         strategy=strategy,
         num_processes=num_processes,
         batch=BatchShape(
@@ -103,7 +103,7 @@ def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work |
         adapter_parameters=whole.trainable_parameters,
         num_layers=skeleton.config.get_text_config().num_hidden_layers,  # type: ignore[union-attr, operator]
         frozen_bytes=whole.weight_bytes,
-        adapter_itemsize=2 if adapter_dtype(config) == "bfloat16" else 4,
+        adapter_itemsize=DTYPES[adapter_dtype(config)].itemsize,
         checkpointing=train.gradient_checkpointing,
         micro_batches=train.gradient_accumulation_steps,
         sync_every=config.distributed.sync_every,

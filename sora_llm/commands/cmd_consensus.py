@@ -24,7 +24,7 @@ from sora_llm.commands.sources import (
 from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
-from sora_llm.factors import costs_of, mean_rank
+from sora_llm.factors import costs_of, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.inputs import quiet_libraries
@@ -106,7 +106,7 @@ def described(
     sources: Sequence[SavedAdapter], merged: Merged, errors: Mapping[str, float], weights: Sequence[float]
 ) -> dict[str, Any]:
     """What became of the sources, as JSON: each one's part, and who kept what in every module."""
-    shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in merged.factors.items()}
+    shapes = shapes_of(merged.factors)
     costs = costs_of(shapes)
     ranks = [{name: source.ranks.get(name, 0) for name in costs} for source in sources]
     report, replicas = merged.report, iter(merged.replicas)

@@ -24,7 +24,7 @@ from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
-from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank
+from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.gguf_export import export_gguf
 from sora_llm.gguf_lora import OUTTYPES, architecture_of
@@ -204,7 +204,7 @@ class PreparedAdapter:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """{module: (I, O)}."""
-        return {name: (A.shape[1], B.shape[0]) for name, (A, B) in self.factors.items()}
+        return shapes_of(self.factors)
 
 
 def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Namespace) -> PreparedAdapter:

@@ -18,6 +18,7 @@ from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
 from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
 from sora_llm.run_state import read_status
+from sora_llm.terminal import is_terminal
 from sora_llm.topology import ALONE
 from sora_llm.training_data import (
     TrainingData,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
             _write(file, content)
         return content
 
-    colour = arguments.color or (sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    colour = arguments.color or (is_terminal(sys.stdout) and "NO_COLOR" not in os.environ)
     return exit_code(command, arguments.json, lambda content: as_text(content, colour))
 
 

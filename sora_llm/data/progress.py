@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from sora_llm.terminal import is_terminal
+
 _SILENT_SECONDS = 2.0  # what takes less needs no bar
 _SECONDS_PER_LINE = 10.0
 
@@ -23,7 +25,7 @@ class Progress:
             unit_scale=True,
             file=sys.stderr,
             delay=_SILENT_SECONDS,
-            disable=sys.stderr is None or not sys.stderr.isatty(),
+            disable=not is_terminal(sys.stderr),
             nrows=20,  # else tqdm asks the terminal, and shows nothing on one that says 0, as in many a container
         )
 

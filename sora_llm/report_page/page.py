@@ -207,7 +207,7 @@ def _tiles(record: Record) -> str:
     tiles = [("State", _state(record), f"phase {_text(record.phase)}" if record.phase else "no status yet")]
     tiles.append(("Steps", f"{record.step:,}{total}", _elapsed(record)))
     before, after = record.first("eval_loss"), record.last("eval_loss")
-    if after is not None and record.series("eval_loss")[-1][0] == 0:
+    if after is not None and record.eval_step == 0:
         tiles.append(("Dev loss", _decimal(after), "before training; not measured since"))
     elif after is not None:
         exported = record.last("eval_loss_exported")

@@ -158,6 +158,12 @@ class Record:
         return points[-1][1] if points else None
 
     @property
+    def eval_step(self) -> float | None:
+        """The step whose dev loss was measured last: 0 where that was before training alone."""
+        points = self.series("eval_loss")
+        return points[-1][0] if points else None
+
+    @property
     def all_params(self) -> float | None:
         """Parameters of the adapter before anything was pruned, as far as the lines show."""
         return max((value for _, value in self.series("kept_params")), default=None)
@@ -533,7 +539,7 @@ def summary(record: Record) -> dict[str, Any]:
         "loss": record.last("loss"),
         "eval_loss_before": record.first("eval_loss"),
         "eval_loss": record.last("eval_loss"),
-        "eval_step": record.series("eval_loss")[-1][0] if record.series("eval_loss") else None,
+        "eval_step": record.eval_step,
         "eval_loss_exported": record.last("eval_loss_exported"),
         "mean_rank_before": record.first("mean_rank"),
         "mean_rank": record.last("mean_rank"),
