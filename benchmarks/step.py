@@ -55,7 +55,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import ProxAdamW, consensus_prune, inject_sora, parameter_groups
 from sora_llm.backbone import enable_checkpointing
-from sora_llm.inject import adapters, forbid_cpu_repack, target_linears
+from sora_llm.inject import adapters, forbid_cpu_repack
+from sora_llm.targets import target_linears
 
 ARMS = ("floor", "peft", "peft_bf16", "peft_dropout", "adalora", "gated", "ours", "ungated", "ours_dropout", "cut")
 SAME_FUNCTION = ("peft", "peft_bf16", "gated", "ours", "ungated")

@@ -24,9 +24,10 @@ from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_fold
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, empty_factors, product_distance
 from sora_llm.files import copy_folder, file_sha256, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, target_linears, unwrapped
+from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
 from sora_llm.lora_files import WEIGHTS
 from sora_llm.sora import SoraLinear, fold
+from sora_llm.targets import linear_layers, matches
 
 LAYOUTS = ("padded", "ragged")
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
@@ -171,8 +172,8 @@ def _target_names(model: nn.Module, names: list[str]) -> list[str]:
     """Plain suffixes ("q_proj") if they match exactly these modules, else the full names."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     with bare(model):
-        matched = target_linears(model, suffixes)
-    return suffixes if set(matched) == set(names) else names
+        matched = {name for name in linear_layers(model) if matches(name, suffixes)}
+    return suffixes if matched == set(names) else names
 
 
 def _padded(factors: PlainFactors, r: int) -> dict[str, Tensor]:

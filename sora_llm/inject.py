@@ -1,4 +1,4 @@
-"""Find the linear layers of a decoder, wrap them with SoRA, walk over the adapters, cut them to their rank."""
+"""Wrap the linear layers of a decoder with SoRA, walk over the adapters, cut them to their rank."""
 
 from __future__ import annotations
 
@@ -10,65 +10,10 @@ from torch import Tensor, nn
 
 from sora_llm.errors import UserError
 from sora_llm.sora import Neighbours, SoraLinear
+from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
-ALL_LINEAR = "all-linear"
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What layers that read one x are called in transformers' decoders, below one parent."""
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that read the weights of their linear layers, past whatever stands in the layers' place."""
-
-
-def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
-    """The linear layers to adapt, by name, in the model's order.
-
-    `target_modules` is "all-linear" (every nn.Linear, 4-bit and 8-bit ones included, never the output head), or one
-    or several suffixes of module names ("q_proj", "mlp.down_proj").
-
-    Raises:
-        UserError: no suffix, one that matches no linear layer, or a model without any.
-    """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name and isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
-    }
-    linears = {name: linear for name, linear in found.items() if not isinstance(_parent(model, name), READS_WEIGHTS)}
-    if not linears:
-        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
-    if target_modules == ALL_LINEAR:
-        return linears
-    suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if not suffixes:
-        raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")
-    for suffix in suffixes:
-        if not any(_ends_with(name, suffix) for name in linears):
-            bypassed = next((name for name in found if _ends_with(name, suffix)), None)
-            if bypassed is not None:
-                reader = type(_parent(model, bypassed)).__name__
-                raise UserError(
-                    f"target module {suffix!r} is {bypassed}, whose weight {reader} reads without calling it: an "
-                    "adapter would do nothing there"
-                )
-            known = sorted({name.rpartition(".")[2] for name in linears})
-            raise UserError(
-                f"target module {suffix!r} matches no linear layer of {type(model).__name__}; it has {', '.join(known)}"
-            )
-    return {name: linear for name, linear in linears.items() if any(_ends_with(name, s) for s in suffixes)}
-
-
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def stacked_weights(model: nn.Module) -> list[str]:
-    """The last names of weights of several matrices in one, such as "experts.down_proj": they are in no linear layer,
-    and no adapter is put on them."""
-    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
-    names = (name for name, p in model.named_parameters() if p.ndim > 2 and id(p) not in convolutions)
-    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
 def inject_sora(
@@ -151,12 +96,8 @@ def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
     first_name = {id(linear): name for name, linear in targets.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         first = first_name.get(id(module), name)
-        if first != name and _parent(model, first) is not _parent(model, name):
+        if first != name and parent_of(model, first) is not parent_of(model, name):
             raise UserError(f"{first} and {name} are one layer in two places; leave it out of target_modules")
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def introduce_neighbours(model: nn.Module) -> None:

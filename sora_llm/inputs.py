@@ -26,9 +26,10 @@ from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing, user_path
-from sora_llm.inject import check_start, target_linears
+from sora_llm.inject import check_start
 from sora_llm.lora_files import LoraFiles, read_lora
 from sora_llm.prompt_form import prompt_ids
+from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 from sora_llm.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 

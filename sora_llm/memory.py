@@ -10,8 +10,8 @@ from torch import nn
 
 from sora_llm.activations import PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.backbone import DTYPES, BackboneSpec
-from sora_llm.inject import target_linears
 from sora_llm.quantised import quantised_linears
+from sora_llm.targets import linear_layers, target_linears
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _activation_bytes(
     skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
 ) -> int | None:
     sizes = sizes_of(skeleton.config.get_text_config())
-    linears = target_linears(skeleton)
+    linears = linear_layers(skeleton)
     if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
         return None
     largest = max(linear.in_features * linear.out_features for linear in linears.values())

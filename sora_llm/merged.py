@@ -33,8 +33,8 @@ from sora_llm.card import TEMPLATE, Provenance
 from sora_llm.errors import UserError
 from sora_llm.factors import PlainFactors
 from sora_llm.files import nearest_existing
-from sora_llm.inject import target_linears
 from sora_llm.quantised import PackedWeight, packed_weights, quantised_files, quantised_linears, unpacked
+from sora_llm.targets import linear_layers
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
@@ -155,7 +155,7 @@ def plan_merge(
         )
     packed = packed_weights(files)
     shapes |= {key: weight.shape for key, weight in packed.items()}
-    for name, linear in target_linears(bare_model).items():
+    for name, linear in linear_layers(bare_model).items():
         shape = [linear.out_features, linear.in_features]
         if shapes.get(f"{name}.weight") != shape:
             raise UserError(

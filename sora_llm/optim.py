@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class ProxAdamW(torch.optim.AdamW):
     whose values were written since (load_state_dict, a gate set by hand) goes on from those.
 
     Raises:
-        ValueError: from `step` too, before anything is changed: no such threshold, λ < 0, or adaptive gates without an
-            importance in their state.
+        ValueError: from `step` too, before anything is changed: no such threshold, a rate or λ that is no number from
+            0, or adaptive gates without an importance in their state.
         RuntimeError: from `step`: the adapters were cut since, and this optimizer holds parameters from before.
     """
 
@@ -182,11 +183,14 @@ class ProxAdamW(torch.optim.AdamW):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
-    """ValueError for no such threshold, or a negative λ."""
+    """ValueError for no such threshold, or a rate or λ that is no number from 0."""
     if group["threshold"] not in THRESHOLDS:
         raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
-    if group["sparse_lambda"] < 0:
-        raise ValueError(f"sparse_lambda is {group['sparse_lambda']}; it must not be negative")
+    for key in ("lr", "sparse_lambda"):
+        value = group.get(key, 0.0)  # what a group does not say is checked by torch
+        if not isinstance(value, Real | Tensor) or not 0 <= value < math.inf:  # type: ignore[operator]
+            of_group = f" of the group {group['name']}" if "name" in group else ""
+            raise ValueError(f"{key}{of_group} is {value!r}; it must be a number from 0")
 
 
 def _step_of_adamw() -> Callable[..., Any]:

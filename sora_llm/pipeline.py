@@ -330,7 +330,7 @@ def consensus_prune(
         raise UserError("the model's adapters have no gates any more: they were cut already")
     has_budget = target_rank is not None or target_params is not None
     for name, value in (("target_rank", target_rank), ("target_params", target_params)):
-        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
             raise UserError(f"{name} is {value!r}; it must be a number above 0")
     if not isinstance(min_rank, Integral) or min_rank < 0:
         raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")

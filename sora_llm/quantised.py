@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sora_llm.errors import UserError, first_line
-from sora_llm.inject import target_linears
+from sora_llm.targets import linear_layers
 
 STATE = ".quant_state.bitsandbytes__"
 
@@ -98,7 +98,7 @@ def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
     """{name: layer} of those that are quantised in a base that is: all but the head, or what its files do not skip."""
     files = quantised_files(skeleton.config)
     if files is None or files.skipped is None:
-        return target_linears(skeleton)
+        return linear_layers(skeleton)
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return {name: linear for name, linear in linears.items() if should_convert_module(name, list(files.skipped))}
 

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -93,6 +94,8 @@ def _between(
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
+    if getattr(base_layer, "_forward_hooks", None):
+        y = y.clone()  # a hook may have kept it
     with _in_own_dtypes(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
@@ -235,6 +238,11 @@ def _draw_seed() -> int:
     return int(torch.randint(2**62, (1,)).item())
 
 
+def _is_a(kind: type, value: object) -> bool:
+    """Whether it is a number of this kind; True is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class SoraLinear(nn.Module):
     """A frozen linear layer and its gated low-rank branch.
 
@@ -265,12 +273,14 @@ class SoraLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        if not (r >= 1 and r == int(r)):
-            raise ValueError(f"r is {r}; a SoRA layer starts with at least one slot, and whole ones")
-        if not lora_alpha > 0:
-            raise ValueError(f"lora_alpha is {lora_alpha}; it must be above 0")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {lora_dropout}; it is a probability from 0 to below 1")
+        if not _is_a(Integral, r) or r < 1:
+            raise ValueError(f"r is {r!r}; a SoRA layer starts with at least one slot, and whole ones")
+        if not _is_a(Real, lora_alpha) or not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha is {lora_alpha!r}; it must be a number above 0")
+        if not _is_a(Real, lora_dropout) or not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {lora_dropout!r}; it is a probability from 0 to below 1")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}; adapters are floating-point numbers, such as torch.float32")
         r = int(r)
         self.base_layer: nn.Linear = base_layer.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base_layer.in_features, base_layer.out_features, r
@@ -323,8 +333,9 @@ class SoraLinear(nn.Module):
         for old in self.parameters(recurse=False):
             old.was_cut = True  # type: ignore[attr-defined]  # an optimizer that still holds it trains nothing
         # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
-        self.lora_A = nn.Parameter(own_A) if rank else None
-        self.lora_B = nn.Parameter(own_B) if rank else None
+        trained = [old is None or old.requires_grad for old in (self.lora_A, self.lora_B)]
+        self.lora_A = nn.Parameter(own_A, requires_grad=trained[0]) if rank else None
+        self.lora_B = nn.Parameter(own_B, requires_grad=trained[1]) if rank else None
         self.gate, self.rank = None, rank
 
     def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:

@@ -9,9 +9,10 @@ from sora_llm.activations import sizes_of
 from sora_llm.backbone import DTYPES, BackboneSpec
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
-from sora_llm.inject import layer_shapes, target_linears
+from sora_llm.inject import layer_shapes
 from sora_llm.memory import BatchShape, MemoryEstimate, estimate
 from sora_llm.step_time import Work
+from sora_llm.targets import linear_layers, target_linears
 
 
 def dataset_spec(dataset: Dataset) -> DatasetSpec:
@@ -98,7 +99,7 @@ def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work |
     per_micro_batch = train.per_device_train_batch_size * config.data.sequence_len
     return Work(
         tokens=per_micro_batch * train.gradient_accumulation_steps,
-        linear_parameters=sum(layer.in_features * layer.out_features for layer in target_linears(skeleton).values()),
+        linear_parameters=sum(layer.in_features * layer.out_features for layer in linear_layers(skeleton).values()),
         head_parameters=0 if head is None else head.weight.numel(),
         adapter_parameters=whole.trainable_parameters,
         num_layers=skeleton.config.get_text_config().num_hidden_layers,  # type: ignore[union-attr, operator]

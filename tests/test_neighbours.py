@@ -13,8 +13,9 @@ from helpers import linear4bit, randomise, relative_error, tiny_llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sora_llm.inject import adapters, inject_sora, target_linears
+from sora_llm.inject import adapters, inject_sora
 from sora_llm.sora import Neighbours, SoraLinear
+from sora_llm.targets import target_linears
 
 IN, OUTS, RANKS = 7, (5, 3, 4), (3, 2, 4)
 IDS = torch.arange(20).reshape(2, 10)

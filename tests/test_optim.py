@@ -208,7 +208,7 @@ def test_the_state_survives_a_round_trip_through_state_dict(dtype):
 def test_unknown_thresholds_and_negative_lambdas_are_refused():
     with pytest.raises(ValueError, match=r"'soft' is not one of decoupled, proxgen, constant"):
         ProxAdamW(groups(*parameters(), threshold="soft"))
-    with pytest.raises(ValueError, match=r"sparse_lambda is -0\.1"):
+    with pytest.raises(ValueError, match=r"sparse_lambda of the group gates is -0\.1"):
         ProxAdamW(groups(*parameters(), sparse_lambda=-0.1))
 
 
@@ -439,7 +439,16 @@ def test_a_step_that_fails_leaves_the_parameter_in_its_group(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"), [({"threshold": "hard"}, "hard"), ({"sparse_lambda": -1.0}, "must not be negative")]
+    ("edit", "said"),
+    [
+        ({"threshold": "hard"}, "hard"),
+        ({"sparse_lambda": -1.0}, "sparse_lambda is -1.0; it must be a number from 0"),
+        ({"sparse_lambda": math.nan}, "sparse_lambda is nan; it must be a number from 0"),
+        ({"name": "gates", "lr": -1e-3}, "lr of the group gates is -0.001; it must be a number from 0"),
+        ({"name": "gates", "lr": math.inf}, "lr of the group gates is inf; it must be a number from 0"),
+        ({"lr": "auto"}, "lr is 'auto'; it must be a number from 0"),
+        ({"lr": None}, "lr is None; it must be a number from 0"),
+    ],
 )
 def test_a_group_that_was_edited_into_what_cannot_be_is_an_error(edit, said):
     gate = parameters()[1]

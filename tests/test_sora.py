@@ -423,6 +423,28 @@ def test_a_cut_layer_computes_what_it_computed_and_goes_on_training():
     assert layer.extra_repr() == f"r=3, scaling={scaling:g}, gated=False"
 
 
+def test_a_frozen_adapter_stays_frozen_when_it_is_cut():
+    layer = randomise(SoraLinear(nn.Linear(6, 5), 4, 8), 0)
+    layer.requires_grad_(False)
+    layer.cut(layer.lora_A[:2], layer.lora_B[:, :2])
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3])
+def test_a_hook_on_the_base_layer_keeps_what_the_base_layer_answered(size):
+    base = nn.Linear(6, 5)
+    kept = []
+    base.register_forward_hook(lambda module, args, output: kept.append(output))
+    layer = randomise(SoraLinear(base, 4, 8), 0, size=size)
+    x_TI = torch.randn(3, 6)
+    y_TO = layer(x_TI)
+    expected = nn.functional.linear(x_TI, base.weight, base.bias)
+    assert torch.equal(kept[0], expected)
+    assert torch.allclose(y_TO, expected + x_TI @ dense_delta(layer).T.float(), atol=1e-6)
+    y_TO.sum().backward()
+    assert layer.lora_A.grad is not None
+
+
 def test_a_layer_cut_to_rank_0_has_no_branch_and_is_its_base_layer():
     layer = layer_of(dead=R)
     layer.cut(*keep_live_slots(layer.lora_A, layer.lora_B, layer.gate))

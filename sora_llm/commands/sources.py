@@ -30,11 +30,12 @@ from sora_llm.factors import (
     scaling_of,
     shapes_of,
 )
-from sora_llm.inject import check_shape, layer_shapes, target_linears
+from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.sora import fold
+from sora_llm.targets import linear_layers, target_linears
 from sora_llm.unpack import backbone_spec, target_modules
 
 
@@ -261,7 +262,7 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Saved
     Raises:
         UserError: a source that does not fit the base.
     """
-    linears = target_linears(bare_model)
+    linears = linear_layers(bare_model)
     shapes = layer_shapes(linears)
     for source in sources:
         missing = sorted(source.targets - shapes.keys())

@@ -1,0 +1,138 @@
+"""Which layers of a model take an adapter, and why the others do not."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from sora_llm.errors import UserError
+
+ALL_LINEAR = "all-linear"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that read the weights of their linear layers, past whatever stands in the layers' place."""
+
+
+def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
+    """The linear layers to adapt, by name, in the model's order.
+
+    `target_modules` is "all-linear" (every nn.Linear, 4-bit and 8-bit ones included, never the output head nor what
+    `left_out` names), or one or several suffixes of module names ("q_proj", "mlp.down_proj").
+
+    Raises:
+        UserError: no suffix, one that matches no linear layer or one of `left_out`, or a model without any.
+    """
+    found = linear_layers(model)
+    without = left_out(model)
+    linears = {name: linear for name, linear in found.items() if name not in without}
+    if not linears:
+        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
+    if target_modules == ALL_LINEAR:
+        return linears
+    suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if not suffixes:
+        raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")
+    for suffix in suffixes:
+        if any(matches(name, [suffix]) for name in linears):
+            continue
+        for name, reason in without.items():
+            if matches(name, [suffix]):
+                raise UserError(f"target module {suffix!r} is {name}, {reason}")
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise UserError(
+            f"target module {suffix!r} matches no linear layer of {type(model).__name__}; it has {', '.join(known)}"
+        )
+    return {name: linear for name, linear in linears.items() if matches(name, suffixes)}
+
+
+def matches(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether the name of a module, or the end of it from a dot on, is one of these."""
+    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear by name, but for the output head."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
+    }
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """{linear layer: why no adapter is put on it}, the reason as it goes on behind the layer's name."""
+    found = linear_layers(model)
+    experts = _names_of_experts(model, found)
+    reasons = {}
+    for name, linear in found.items():
+        if _is_bypassed(model, name):
+            reader = type(parent_of(model, name)).__name__
+            reasons[name] = f"whose weight {reader} reads without calling it: an adapter would do nothing there"
+        elif type(linear).forward is not nn.Linear.forward and not type(linear).__module__.startswith("bitsandbytes"):
+            reasons[name] = f"a {type(linear).__name__}, which computes something else than a linear layer"
+        elif name.rpartition(".")[2] in experts:
+            reasons[name] = "which PEFT takes for stacked experts in this architecture: it could load no adapter there"
+    return reasons
+
+
+def _is_bypassed(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer's weight is used past its forward."""
+    parent, child = parent_of(model, name), name.rpartition(".")[2]
+    if isinstance(parent, READS_WEIGHTS):
+        return True
+    if not hasattr(parent, "A_log"):
+        return False
+    # A state-space mixer, whose fused kernels are handed weights: which ones is in its source alone.
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{child}\.weight\b(?!\.)", source) is not None
+
+
+def _names_of_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The last names of layers that PEFT takes for experts.
+
+    In some architectures it reads the names that experts' layers once had ("up_proj") as those of the tensors that hold
+    all experts, also where a dense layer is called the same (PEFT 0.20, 0.21).
+    """
+    config = getattr(model, "config", None)
+    if config is None or not stacked_weights(model):  # without experts: PEFT's import takes a second
+        return set()
+    return {last for last in {name.rpartition(".")[2] for name in names} if not _peft_adapts(config, last)}
+
+
+def _peft_adapts(config: object, name: str) -> bool:
+    """Whether PEFT puts a LoRA on a linear layer of this name in a model with this config."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, linear = nn.Module(), nn.Linear(1, 1, device="meta")
+    model.config = config  # type: ignore[assignment]
+    model.add_module(name, linear)
+    with warnings.catch_warnings(), torch.random.fork_rng([]):
+        warnings.simplefilter("ignore")
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), model, low_cpu_mem_usage=True)
+        except ValueError:
+            return False
+    return model.get_submodule(name) is not linear
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """The last names of weights of several matrices in one, such as "experts.down_proj": they are in no linear layer,
+    and no adapter is put on them."""
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
+    names = (name for name, p in model.named_parameters() if p.ndim > 2 and id(p) not in convolutions)
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+
+
+def parent_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the module `name`."""
+    return model.get_submodule(name.rpartition(".")[0])
