@@ -220,8 +220,7 @@ PATIENT = {
     ("strategy", "num_processes"),
     [
         ("none", 1),
-        ("zero2", 2),
-        *(pytest.param(*world, marks=pytest.mark.matrix) for world in [("ddp", 2), ("zero3", 2)]),
+        *(pytest.param(strategy, 2, marks=pytest.mark.matrix) for strategy in ("zero2", "ddp", "zero3")),
     ],
 )
 def test_with_patience_the_adapter_is_that_of_the_best_evaluation(

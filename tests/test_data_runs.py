@@ -89,7 +89,7 @@ MODES = {
 }
 
 
-IN_THE_ORDINARY_RUN = ("packed", "accumulated")
+IN_THE_ORDINARY_RUN = ("packed",)  # accumulated: test_resume.py
 
 
 @pytest.mark.parametrize(

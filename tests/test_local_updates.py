@@ -117,7 +117,13 @@ def compare(found: dict[str, torch.Tensor], wanted: dict[str, tuple[torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "case"), [(n, case) for n, cases in CASES.items() for case in cases], ids=str
+    ("num_processes", "case"),
+    [
+        pytest.param(n, case, marks=[pytest.mark.matrix] if n > 2 else [])
+        for n, cases in CASES.items()
+        for case in cases
+    ],
+    ids=str,
 )
 def test_rounds_equal_the_float64_reference_of_so_many_replicas(num_processes, case):
     arguments = CASES[num_processes][case]
