@@ -165,6 +165,11 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"evaluation.early_stopping_patience {patience} can end nothing early: with eval_steps {interval} no more "
             f"than {most} evaluations count before the last step; lower one of them"
         )
+    if plan.stages[0].learned_at > plan.stages[0].total_steps:
+        yield (
+            f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
+            "there); train longer, or set train.warmup_ratio 0"
+        )
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (

@@ -62,11 +62,19 @@ class Stage:
     def weighed_at(self) -> int:
         """The step before which `adaptive` weighs the gates: the first one of the sparsify phase, and not before a step
         has learned anything (with B = 0 every component is 0)."""
-        if not self.is_adaptive:
-            return self.phases.dense_end
+        return max(self.phases.dense_end, self.learned_at) if self.is_adaptive else self.phases.dense_end
+
+    @property
+    def learned_at(self) -> int:
+        """The first step before which another one has learned anything; after the last where none does."""
         total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
-        first = next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
-        return max(self.phases.dense_end, first + 1)
+        return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
+
+    def can_prune(self, warm: bool) -> bool:
+        """Whether something is learned before it is judged; `warm`: the run starts from a trained adapter."""
+        if self.is_adaptive:  # weighs what was learned, and needs a step to prune it
+            return self.weighed_at < self.phases.sparsify_end
+        return warm or not self.cuts_early or not self.learns or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
         """Whether gates are cut in `step`."""
@@ -206,11 +214,13 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
         stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns)
-        if stage.weighed_at >= phases.sparsify_end:
+        warm = config.model.adapter is not None
+        if not stage.can_prune(warm):
+            at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
             raise UserError(
                 f"nothing is learned before the sparsify phase ends: {steps} steps, cut at {phases.sparsify_end} "
-                f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; sora.threshold "
-                f"adaptive ranks what was learned: {_longer(config, steps, is_adaptive)}, or use decoupled"
+                f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; "
+                f"{_longer(config, steps, is_adaptive)}{at_once}"
             )
         stages.append(stage)
     return tuple(stages)
@@ -222,7 +232,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
         stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
-        if stage.weighed_at < phases.sparsify_end:
+        if phases.dense_end < phases.sparsify_end and stage.can_prune(warm=config.model.adapter is not None):
             return f"train for {steps} steps"
     return "train longer"
 

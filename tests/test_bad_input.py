@@ -62,7 +62,12 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
     "too few steps": (
         lambda tmp: ["sora.sparse_lambda=null", "sora.target_rank=4", "sora.consensus_at=0.4", "train.max_steps=5"],
-        "train for 8 steps, or",
+        "train for 8 steps",
+    ),
+    "cut before anything is learned": (
+        lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=0.25", "train.max_steps=4", "train.warmup_ratio=0.03"],
+        "nothing is learned before the sparsify phase ends: 4 steps, cut at 1 (sora.consensus_at 0.25), and the "
+        "learning rate is 0 in the first; train for 8 steps, or set train.warmup_ratio 0",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
