@@ -55,8 +55,12 @@ class Provenance:
     """A section of the model card, in Markdown."""
 
 
-def refuse_other_contents(folder: Path) -> None:
-    """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export."""
+def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
+    """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export with
+    nothing else in it.
+
+    `not_yet`: of a run that may be finished, and then leaves its export and what somebody put beside it.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
@@ -66,30 +70,46 @@ def refuse_other_contents(folder: Path) -> None:
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
+    if folder.is_dir() and not not_yet and (written := _certificate_in(folder).get("files")) is not None:
+        for path in sorted(folder.iterdir()):
+            if path.name not in written:
+                raise UserError(
+                    f"{folder} would be replaced, and with it {path.name}, which is no part of the export "
+                    "there; move it, or name another folder"
+                )
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
+    return {"layout", "modules"} <= _certificate_in(folder).keys()
+
+
+def _certificate_in(folder: Path) -> dict[str, Any]:
+    """Empty where there is none."""
     try:
         certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(certificate, dict) and {"layout", "modules"} <= certificate.keys()
+        return {}
+    return certificate if isinstance(certificate, dict) else {}
 
 
-def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> None:
+def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> dict[str, Any]:
     """Put certificate and model card beside what lies in `temporary`, and all of it in its place.
 
+    Returns: the certificate, which also names the files.
     Raises:
         RunFailed: the disk is full or read-only; nothing is left.
     """
     try:
-        (temporary / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
+        files = sorted({CERTIFICATE, *(path.name for path in temporary.iterdir())})
+        whole = {**certificate, "files": files}
+        (temporary / CERTIFICATE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         publish(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
+    return whole
 
 
 def model_card(

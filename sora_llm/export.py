@@ -405,8 +405,7 @@ def certify_and_publish(
     )
     certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
     card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
-    publish_export(temporary, folder, certificate, card)
-    return certificate
+    return publish_export(temporary, folder, certificate, card)
 
 
 def _of_any_layer(name: str) -> str:

@@ -78,10 +78,9 @@ def export_gguf(
             "sha256": file_sha256(temporary / FILE),
             "consumers": {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()},
         }
-        publish_export(temporary, folder, certificate, _card(ranks, shapes, certificate, verdicts, provenance))
+        return publish_export(temporary, folder, certificate, _card(ranks, shapes, certificate, verdicts, provenance))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return certificate
 
 
 def _card(

@@ -40,7 +40,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
             raise UserError("8-bit layers round activations too, so that no weights equal them")
         else:
             _planned(inputs)
-        refuse_other_contents(run_dir / layout)
+        refuse_other_contents(run_dir / layout, not_yet=True)
     except UserError as error:
         raise UserError(f"output.export_layout {layout}: {error}") from None
 

@@ -94,10 +94,9 @@ def export_merged(
             "dev_loss": losses,
             "sha256": {name: file_sha256(temporary / name) for name in names},
         }
-        publish_export(temporary, folder, certificate, _card(merge, ranks, certificate, provenance))
+        return publish_export(temporary, folder, certificate, _card(merge, ranks, certificate, provenance))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return certificate
 
 
 # ---------------------------------------------------------------------------------------------------------- logits

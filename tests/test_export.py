@@ -196,7 +196,7 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     assert json.loads((tmp_path / "adapter" / "certificate.json").read_text()) == certificate
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert certificate.keys() == {
-        *("passed", "layout", "modules", "logits_error", "peft_version", "sha256", "consumers")
+        *("passed", "layout", "modules", "logits_error", "peft_version", "sha256", "consumers", "files")
     }
     assert certificate["passed"] is True and certificate["layout"] == layout
     assert certificate["sha256"] == hashlib.sha256(weights).hexdigest()
@@ -314,6 +314,16 @@ def test_a_folder_with_something_else_in_it_is_not_replaced(stories, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_what_somebody_put_beside_an_export_is_not_replaced_with_it(stories, tmp_path):
+    model = trained_model("float32", stories)
+    for _ in range(2):
+        export_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"and with it notes\.txt, which is no part of the export there"):
+        export_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "precious"
+
+
 def test_an_export_in_the_middle_changes_no_gradient_on_a_4_bit_base_of_ones_own(stories, tmp_path):
     """The base comes from transformers, not from our loader: bitsandbytes would repack its weights in eval mode."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -381,8 +391,10 @@ def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
 def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp_path):
     folder = tmp_path / "adapter"
     export_adapter(trained_model("float32", stories, seed=0), folder, "ragged")
-    (folder / "stale.txt").write_text("from the run before")
     first = (folder / "adapter_model.safetensors").read_bytes()
+    certificate = json.loads((folder / "certificate.json").read_text())
+    (folder / "certificate.json").write_text(json.dumps({**certificate, "files": [*certificate["files"], "stale.txt"]}))
+    (folder / "stale.txt").write_text("which that export wrote")
     export_adapter(trained_model("float32", stories, seed=50), folder, "padded")
     assert not (folder / "stale.txt").exists()
     assert (folder / "adapter_model.safetensors").read_bytes() != first
