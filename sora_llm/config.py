@@ -90,7 +90,7 @@ class Sora:
 class Dataset:
     """One source of rows."""
 
-    path: str = ""  # required: a jsonl, json, parquet, csv or txt file (or .gz), a folder, a glob, or a hub id
+    path: str = ""  # required: a jsonl, json, parquet, arrow, csv or txt file (or .gz), a folder, a glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
         "alpaca"
     )

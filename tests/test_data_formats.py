@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -52,6 +53,20 @@ def to_parquet(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def to_arrow_stream(path: Path, rows: list[dict]) -> str:
+    table = datasets.Dataset.from_list(rows).data.table
+    with pyarrow.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+    return str(path)
+
+
+def to_arrow_file(path: Path, rows: list[dict]) -> str:
+    table = datasets.Dataset.from_list(rows).data.table
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    return str(path)
+
+
 # ----- files ----------------------------------------------------------------------------------------------------------
 
 ROWS = [{"text": "one"}, {"text": "two\nlines"}, {"text": "zwölf"}]
@@ -78,9 +93,24 @@ def test_each_kind_of_file_gives_the_same_rows_with_their_locations(tmp_path, na
     assert rows_of(path) == [(path + position, row) for position, row in zip(positions, ROWS, strict=True)]
 
 
-def test_parquet_rows_are_read_with_nested_values(tmp_path):
-    path = to_parquet(tmp_path / "a.parquet", [CHAT, CHAT])
+@pytest.mark.parametrize("write_table", [to_parquet, to_arrow_stream, to_arrow_file])
+def test_rows_of_tables_are_read_with_nested_values(tmp_path, write_table):
+    path = write_table(tmp_path / f"a.{'parquet' if write_table is to_parquet else 'arrow'}", [CHAT, CHAT])
     assert rows_of(path, "messages") == [(f"{path}#0", CHAT), (f"{path}#1", CHAT)]
+
+
+def test_what_save_to_disk_left_is_read_in_its_order(tmp_path):
+    saved = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(25)]).select([*range(20, 0, -1)])
+    saved.save_to_disk(tmp_path / "saved", num_shards=3)
+    assert [row for _, row in rows_of(str(tmp_path / "saved"))] == list(saved)
+
+
+def test_what_save_to_disk_left_of_several_splits_asks_for_one(tmp_path):
+    split = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "saved")
+    with refused(r"saved has splits: name the folder of one \(test, train\)"):
+        rows_of(str(tmp_path / "saved"))
+    assert len(rows_of(str(tmp_path / "saved" / "train"))) == len(ROWS)
 
 
 def test_a_single_json_object_on_one_line_is_one_row(tmp_path):
@@ -187,6 +217,8 @@ def test_a_file_without_permission_is_refused(tmp_path):
         ("a.csv", '"te"xt\na\n', r"a\.csv:1 is no header for a csv file: not valid csv"),
         ("a.txt", "\n \n", r"a\.txt holds no rows"),
         ("a.parquet", "PAR1 not really", r"a\.parquet is not a readable parquet file"),
+        ("a.arrow", "ARROW1 not really", r"a\.arrow is not a readable arrow file"),
+        ("a.arrow", "no table", r"a\.arrow is not a readable arrow file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_with_the_line_that_was_reached(tmp_path, name, content, match):
@@ -292,15 +324,17 @@ def test_a_hub_stream_that_breaks_off_is_refused_with_the_row_that_was_reached(m
 # ----- starting later -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt", "a.parquet", "lines.json"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt", "a.parquet", "a.arrow", "lines.json"]
+)
 def test_skipped_rows_leave_the_others_with_the_locations_they_had(tmp_path, name):
     texts = [f"row {i}" for i in range(250)]
     rows = [{"text": text} for text in texts]
     for folder, part in (("a", slice(0, 130)), ("b", slice(130, None))):
         path = tmp_path / folder / name
         path.parent.mkdir()
-        if name == "a.parquet":
-            to_parquet(path, rows[part])
+        if name in ("a.parquet", "a.arrow"):
+            (to_parquet if name == "a.parquet" else to_arrow_stream)(path, rows[part])
             continue
         lines = json_lines(*rows[part]).replace("\n", "\n\n", 3)
         as_csv, as_text = "text\n" + "\n".join(texts[part]), "\n\n".join(texts[part])

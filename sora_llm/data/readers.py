@@ -1,4 +1,4 @@
-"""The rows of one file, by kind: json lines, a list in json, csv, parquet, plain text.
+"""The rows of one file, by kind: json lines, a list in json, csv, parquet, arrow, plain text.
 
 A line that is no row is a `BadRow`, counted by the caller; a file that cannot be read any further is a `UserError`,
 which names the line that was reached.
@@ -181,7 +181,7 @@ def _holds_json_lines(content: bytes) -> bool:
     return isinstance(first, dict) and (b"".join(lines[1:]).strip() != b"" or not isinstance(first.get("data"), list))
 
 
-# ----- csv, parquet, plain text ---------------------------------------------------------------------------------------
+# ----- csv, parquet, arrow, plain text --------------------------------------------------------------------------------
 
 
 def _read_csv(file: Path) -> Placed:
@@ -228,21 +228,45 @@ def _csv_row(header: list[str], fields: list[str] | BadRow) -> RowOrBad:
 
 
 def _read_parquet(file: Path) -> Placed:
-    import pyarrow
     import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=1024)
+
+    return _rows_of(batches(), file, "parquet")
+
+
+def _read_arrow(file: Path) -> Placed:
+    """What `datasets` writes (save_to_disk, its cache) is Arrow's stream format; others write its file format."""
+    import pyarrow.ipc
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(file)) as source:
+            if source.read(6) == b"ARROW1":
+                table = pyarrow.ipc.open_file(source)
+                yield from (table.get_batch(number) for number in range(table.num_record_batches))
+            else:
+                source.seek(0)
+                yield from pyarrow.ipc.open_stream(source)
+
+    return _rows_of(batches(), file, "arrow")
+
+
+def _rows_of(batches: Iterator[Any], file: Path, kind: str) -> Placed:
+    import pyarrow
 
     index = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for i in range(batch.num_rows):
-                    yield f"#{index}", partial(_parquet_row, batch, i)
-                    index += 1
+        for batch in batches:
+            for i in range(batch.num_rows):
+                yield f"#{index}", partial(_row_of_batch, batch, i)
+                index += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"data set {file} is not a readable parquet file from row #{index} on: {error}") from None
+        raise UserError(f"data set {file} is not a readable {kind} file from row #{index} on: {error}") from None
 
 
-def _parquet_row(batch: Any, i: int) -> RowOrBad:
+def _row_of_batch(batch: Any, i: int) -> RowOrBad:
     try:
         return as_table_row(batch.slice(i, 1).to_pylist()[0])
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, times beyond Python's
@@ -270,6 +294,7 @@ READERS: dict[str, Callable[[Path], Placed]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".txt": _read_text,
 }
 """What reads a file, by the suffix of its name (without .gz)."""
@@ -279,6 +304,6 @@ def kind_of(file: Path) -> str | None:
     """The key of `READERS` that fits the file's name, None where there is none."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
-    if kind not in READERS or (kind == ".parquet" and name.endswith(".gz")):
+    if kind not in READERS or (kind in (".parquet", ".arrow") and name.endswith(".gz")):
         return None
     return kind

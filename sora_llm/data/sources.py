@@ -3,7 +3,7 @@
 Nothing here knows what a row means.  A line that is no row is a `BadRow`, counted by the caller; a file or a setting
 that cannot be used is a `UserError`, which ends the run.
 
-Locations: ``file:line`` (json lines, csv, txt), ``file#index`` (a json list, parquet; from 0) and
+Locations: ``file:line`` (json lines, csv, txt), ``file#index`` (a json list, parquet, arrow; from 0) and
 ``hub_id[split]#index``.
 """
 
@@ -29,6 +29,8 @@ from sora_llm.files import file_sha256, user_path
 from sora_llm.row_types import FIELDS
 
 OPTIONAL_FIELDS = {"input"}
+SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
+"""What `save_to_disk` of datasets leaves beside the rows, and beside the folders of several splits."""
 _PEEKED_ROWS = 100  # a column that none of the first rows has is taken for a mistake in the config
 
 
@@ -204,7 +206,8 @@ def _local_files(spec: DatasetSpec) -> list[Path]:
 
 def _folder_files(folder: Path, type_: str) -> list[Path]:
     """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
-    files count only where text is wanted: the README beside conversations is not data."""
+    files count only where text is wanted: the README beside conversations is not data.  Of what `save_to_disk` of
+    datasets left only the rows count."""
 
     def refuse(error: OSError) -> None:
         raise error  # else what lies in a folder that may not be listed would be left out in silence
@@ -212,6 +215,10 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
     files = []
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if SPLITS in names:
+            raise UserError(f"data set {place} has splits: name the folder of one ({', '.join(sorted(folders))})")
+        if SAVED.issubset(names):
+            names = [name for name in names if name not in SAVED]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     files = [
         file
@@ -233,7 +240,7 @@ def _check_kind(file: Path, type_: str) -> None:
 
 
 def _kinds_in_words() -> str:
-    return ", ".join(READERS) + " (.gz of all but parquet)"
+    return ", ".join(READERS) + " (.gz of all but parquet and arrow)"
 
 
 # ----- rows -----------------------------------------------------------------------------------------------------------
