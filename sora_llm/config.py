@@ -117,7 +117,8 @@ class Data:
     drop_duplicates: bool = False
     sequence_len: Annotated[int, ">= 2"] = 2048  # longest row, in tokens
     sample_packing: bool = True  # several rows per sequence, which do not see each other
-    excess_length: Literal["drop", "truncate", "error"] = "drop"  # what happens to longer rows
+    excess_length: Literal["drop", "truncate", "split", "error"] = "drop"  # longer rows; split: rows of type completion
+    # become several of that length, other rows are dropped
     max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unreadable rows that is skipped, not fatal
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
     cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
@@ -704,6 +705,8 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield f"{key} is of type custom and has no function; set it to module:function, from a row to messages."
         if dataset.type != "custom" and dataset.function is not None:
             yield f"{key}.function goes with type custom and no other; its type is {dataset.type}."
+    if data.excess_length == "split" and all(dataset.type != "completion" for _, dataset in _datasets(data)):
+        yield "data.excess_length split is for plain text (type completion), and no data set is; use drop or truncate."
     yield from _mixture_problems(data.datasets)
     for index, dataset in enumerate(data.val_datasets or ()):
         for name in ("weight", "streaming"):

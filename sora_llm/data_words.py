@@ -47,6 +47,8 @@ def describe(report: DataReport) -> str:
     parts += [f"left out {count:,} {why}" for count, why in left_out if count]
     if report.truncated:
         parts.append(f"truncated {report.truncated:,}")
+    if report.split:
+        parts.append(f"split {report.split:,}")
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return "; ".join(parts)
@@ -60,7 +62,8 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
             continue
         names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
         left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
-        cut = [f"truncated {counts['truncated']:,}"] if counts["truncated"] else []
+        # older checkpoints did not count what was split
+        cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts.get(fate)]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
         lines += loss_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
@@ -74,7 +77,7 @@ def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[st
         return []
     return [
         f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
-        "left out; raise it, or set data.excess_length: truncate"
+        "left out; raise it, or set data.excess_length: truncate (or, for plain text, split)"
     ]
 
 

@@ -225,6 +225,7 @@ def data_report(path: str = "data/gsm8k_train.jsonl") -> dict[str, Any]:
         "num_bad_rows": 2,
         "too_long": 70,
         "truncated": 0,
+        "split": 0,
         "no_supervised": 0,
         "duplicates": 0,
         "tokens": 1781936,

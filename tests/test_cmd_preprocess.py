@@ -177,7 +177,7 @@ def test_the_stretches_of_a_row_make_up_its_text(model):
 def section(segments: list, **others: object) -> dict:
     sample = {"row": 0, "tokens": 3, "supervised_tokens": 1, "segments": segments}
     counts = dict.fromkeys(("rows_read", "rows_kept", "tokens", "max_length", "mean_length", "median_length"), 1)
-    losses = dict.fromkeys(("num_bad_rows", "too_long", "truncated", "no_supervised", "duplicates"), 0)
+    losses = dict.fromkeys(("num_bad_rows", "too_long", "truncated", "split", "no_supervised", "duplicates"), 0)
     return {
         **counts,
         **losses,

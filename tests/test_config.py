@@ -325,7 +325,8 @@ BAD_OVERRIDES = [
     ("quantization.bnb_4bit_quant_storage=int8", "one of auto, uint8, bfloat16, float16, float32"),
     ("sora.dtype=float16", "one of auto, float32, bfloat16"),
     ("data.datasets.0.type=csv", "one of alpaca, messages, sharegpt, completion, prompt_completion"),
-    ("data.excess_length=split", "one of drop, truncate, error"),
+    ("data.excess_length=cut", "one of drop, truncate, split, error"),
+    ("data.excess_length=split", "split is for plain text (type completion), and no data set is"),
     ("train.lr_scheduler_type=polynomial", "one of linear, cosine, constant, constant_with_warmup"),
     ("distributed.strategy=fsdp", "one of auto, none, ddp, zero1, zero2, zero3"),
     # ranges

@@ -172,6 +172,17 @@ def test_rows_that_are_too_long_are_dropped_or_truncated_or_the_first_is_named(p
     assert len(fills) == 3, "the second time the error is in the report"
 
 
+def test_long_plain_text_is_split_so_that_every_token_is_predicted_once(prepared, byte, tmp_path):
+    dataset, report = prepared({"text": "abc"}, {"text": "abcdefgh"}, sequence_len=5, excess_length="split")
+    assert decoded(dataset, byte) == ["<bos>abc<eos>", "<bos>abcd", "defgh", "h<eos>"]
+    assert [list(dataset[i][1]) for i in range(len(dataset))] == [[0, 1, 1, 1, 1]] * 3 + [[0, 1]]
+    assert (report.rows_kept, report.split, report.too_long, report.truncated) == (4, 1, 0, 0)
+    rows = json_lines({"prompt": "abcdef", "completion": "g"}, {"prompt": "a", "completion": "b"})
+    spec = DatasetSpec(write(tmp_path / "b.jsonl", rows), "prompt_completion")
+    dataset, report = run([spec], byte, sequence_len=5, excess_length="split", cache_dir=tmp_path)
+    assert len(dataset) == 1 and (report.split, report.too_long) == (0, 1), "a prompt is not torn from its answer"
+
+
 def test_the_first_row_too_long_ends_the_reading_where_that_is_an_error(prepared, monkeypatch, tmp_path):
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
     with pytest.raises(UserError, match=r"a\.jsonl:3 has 10 tokens"):
@@ -276,7 +287,7 @@ def test_a_data_set_of_which_only_repeated_rows_are_left_is_named(tmp_path, byte
     [
         ({"train_on_inputs": True, "train_on_last_turn_only": True}, "exclude each other"),
         ({"sequence_len": 1}, "at least 2 tokens"),
-        ({"excess_length": "cut"}, "known are drop, truncate, error"),
+        ({"excess_length": "cut"}, "known are drop, truncate, split, error"),
         ({"num_proc": 0}, "at least 1"),
         ({"chat_template": "vicunja"}, "neither a built-in template"),
     ],

@@ -17,7 +17,7 @@ from sora_llm.data.sources import DatasetSpec, RowOrBad
 from sora_llm.data.tokenize import special_tokens_written, tokenize_examples
 from sora_llm.errors import UserError
 
-ExcessLength = Literal["drop", "truncate", "error"]
+ExcessLength = Literal["drop", "truncate", "split", "error"]
 
 CHUNK_ROWS = 200
 """Rows that are tokenised together ..."""
@@ -72,6 +72,7 @@ class TokenChunk:
     """(location, reason)."""
     too_long: int
     truncated: int
+    split: int
     first_too_long: tuple[str, int] | None
     """(location, tokens)."""
     unsupervised: Mapping[str, int]
@@ -89,6 +90,7 @@ class TokenChunk:
             "num_bad_rows": len(self.bad_rows),
             "too_long": self.too_long,
             "truncated": self.truncated,
+            "split": self.split,
             "no_supervised": sum(self.unsupervised.values()),
             "special_written": self.special_written,
         }
@@ -128,7 +130,7 @@ class Tokenizing:
     sequence_len: int = 2048
     """Tokens of the longest row that is kept whole."""
     excess_length: ExcessLength = "drop"
-    """What happens to longer rows."""
+    """What happens to longer rows; split: plain text (type completion) becomes rows of that length, others drop."""
     drop_duplicates: bool = False
     """Of rows with the same tokens and weights only the first is kept."""
 
@@ -177,19 +179,18 @@ class Tokenizing:
                 continue
             ids, weights = result
             is_cut = len(ids) > self.sequence_len
+            pieces = [(ids, weights)]
             if is_cut:
                 first_too_long = first_too_long or (rows[i][0], len(ids))
-                if self.excess_length != "truncate":
-                    counts["too_long"] += 1
-                    continue
-                counts["truncated"] += 1
-                ids, weights = ids[: self.sequence_len], weights[: self.sequence_len]
-            if weights.any():
-                kept.append((ids, weights))
-                if token is not None:
-                    first_special_written = first_special_written or (rows[i][0], token)
-                    counts["special_written"] += 1
-            else:
+                fate = self._fate_of_excess(spec)
+                counts[fate] += 1
+                pieces = _cut(ids, weights, self.sequence_len, fate)
+            found = [piece for piece in pieces if piece[1].any()]
+            kept += found
+            if found and token is not None:
+                first_special_written = first_special_written or (rows[i][0], token)
+                counts["special_written"] += 1
+            if pieces and not found:
                 unsupervised[_why_unsupervised(example, is_cut and bool(result[1].any()))] += 1
         return TokenChunk(
             source,
@@ -198,11 +199,33 @@ class Tokenizing:
             bad_rows=[(rows[i][0], str(reason)) for i, reason in sorted(reasons.items())],
             too_long=counts["too_long"],
             truncated=counts["truncated"],
+            split=counts["split"],
             first_too_long=first_too_long,
             unsupervised=unsupervised,
             special_written=counts["special_written"],
             first_special_written=first_special_written,
         )
+
+    def _fate_of_excess(self, spec: DatasetSpec) -> str:
+        """What a row beyond sequence_len is counted as."""
+        if self.excess_length == "split" and spec.type == "completion":
+            return "split"
+        return "truncated" if self.excess_length == "truncate" else "too_long"
+
+
+def _cut(ids: np.ndarray, weights: np.ndarray, length: int, fate: str) -> list[TokenRow]:
+    """What is kept of a row beyond `length`.  A piece that was split off begins with the last token of the one before,
+    so that every token but the row's first is predicted once."""
+    if fate == "too_long":
+        return []
+    if fate == "truncated":
+        return [(ids[:length], weights[:length])]
+    pieces = []
+    for start in range(0, len(ids) - 1, length - 1):
+        own = weights[start : start + length].copy()
+        own[0] = 0
+        pieces.append((ids[start : start + length], own))
+    return pieces
 
 
 def _why_unsupervised(example: Example, was_cut_off: bool) -> str:

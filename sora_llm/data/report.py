@@ -25,13 +25,15 @@ class Counts:
     rows_read: int = 0
     """Rows of the files."""
     rows_kept: int = 0
-    """Rows to train on; self_instruct makes several of a file's row."""
+    """Rows to train on; self_instruct and splitting make several of a file's row."""
     num_bad_rows: int = 0
     """Rows of the files that cannot be used."""
     too_long: int = 0
     """Rows dropped because they exceed sequence_len."""
     truncated: int = 0
     """Rows cut to sequence_len, also those that were dropped then."""
+    split: int = 0
+    """Rows of plain text that became several of at most sequence_len."""
     no_supervised: int = 0
     """Rows dropped because no token of them would be trained on (after truncation)."""
     duplicates: int = 0
@@ -152,7 +154,7 @@ def too_long(location: str, num_tokens: int, sequence_len: int) -> UserError:
     """What is said of a row that is too long where that is an error."""
     return UserError(
         f"{location} has {num_tokens} tokens, more than data.sequence_len = {sequence_len}: raise it, or set "
-        "data.excess_length to drop or truncate"
+        "data.excess_length to drop, truncate or, for plain text, split"
     )
 
 

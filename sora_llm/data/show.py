@@ -93,6 +93,7 @@ def _dataset_lines(section: Section) -> list[str]:
             ("malformed", "num_bad_rows"),
             ("too long", "too_long"),
             ("truncated", "truncated"),
+            ("split", "split"),
             ("untrained", "no_supervised"),
             ("repeated", "duplicates"),
         )
@@ -132,10 +133,11 @@ def _loss_lines(section: Section) -> list[str]:
     lines = []
     if section["first_too_long"] is not None:
         location, tokens = section["first_too_long"]
-        fate = "cut" if section["excess_length"] == "truncate" else "dropped"
+        fates = (("dropped", "too_long"), ("cut", "truncated"), ("split", "split"))
+        fate = ", ".join(f"{section[key]:,} {word}" for word, key in fates if section[key])
         lines.append(
-            f"  too long    {section['truncated'] + section['too_long']:,} {fate} at sequence_len = "
-            f"{section['sequence_len']:,}, the first {location} with {tokens:,} tokens"
+            f"  too long    {fate} at sequence_len = {section['sequence_len']:,}, the first {location} with {tokens:,} "
+            "tokens"
         )
     for dataset in section["datasets"]:
         for reason, count in dataset["unsupervised"].items():

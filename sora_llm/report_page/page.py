@@ -528,6 +528,7 @@ def _data_part(name: str, section: Mapping[str, Any]) -> str:
         ("malformed", "num_bad_rows"),
         ("too long", "too_long"),
         ("truncated", "truncated"),
+        ("split", "split"),
         ("untrained", "no_supervised"),
         ("repeated", "duplicates"),
     )
