@@ -11,5 +11,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Each type and its fields, the keys that `columns` may map."""
 
+IN_PARTS = {"messages": ("prompt", "completion")}
+"""A field and the columns that say the same in parts, where a row lacks it: TRL's conversations of two lists."""
+
 WITHOUT_TEMPLATE = frozenset({"completion", "prompt_completion"})
 """Types whose text is taken as it stands; rows of all others are conversations, rendered with a chat template."""

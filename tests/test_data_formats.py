@@ -587,6 +587,22 @@ def sharegpt_row(role: str, call: object, result_role: str, **row: object) -> di
     return {"conversations": [{"from": role, "value": value} for role, value in turns], **row}
 
 
+def test_a_conversation_in_two_lists_trains_on_the_second_alone(tmp_path):
+    """TRL's conversational prompt and completion."""
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    later = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]
+    row = {"prompt": [*earlier, later[0]], "completion": later[1:]}
+    path = write(tmp_path / "a.jsonl", json_lines(row, {**row, "messages": None}))
+    for _, found in rows_of(path, "messages"):
+        example = example_of(found, "messages")
+        assert [message.content for message in example.messages] == ["Hi", "Hello", "Who?", "Me"]
+        assert [message.weight for message in example.messages] == [None, 0.0, None, None]
+    with pytest.raises(BadRow, match=r"completion\[0\].role is 'robot'"):
+        example_of({**row, "completion": [{"role": "robot", "content": "x"}]}, "messages")
+    with refused("no column 'turns'"):
+        rows_of(path, "messages", columns={"messages": "turns"})
+
+
 def test_openai_s_tool_calls_get_their_arguments_as_objects():
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     row = openai_row(

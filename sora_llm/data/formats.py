@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sora_llm.data.readers import TOO_DEEP, BadRow, Row, nested_too_deeply, type_in_words
-from sora_llm.data.sources import DatasetSpec, load_function
+from sora_llm.data.sources import DatasetSpec, is_in_parts, load_function
+from sora_llm.row_types import IN_PARTS
 
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _OPENAI_ROLES = _ROLES | {"developer": "system", "function": "tool"}
@@ -137,7 +138,16 @@ def _completion(row: Row, spec: DatasetSpec) -> list[Example]:
 
 def _openai(row: Row, spec: DatasetSpec) -> list[Example]:
     column = spec.column("messages")
-    messages = _messages(row, column, _OPENAI_KEYS, _OPENAI_ROLES)
+    if is_in_parts([name for name, value in row.items() if value is not None], "messages", spec):
+        prompt, completion = IN_PARTS["messages"]
+        # What the assistant said in the prompt is context.
+        before = [
+            replace(message, weight=0.0) if message.role == "assistant" and message.weight is None else message
+            for message in _messages(row, prompt, _OPENAI_KEYS, _OPENAI_ROLES)
+        ]
+        messages = (*before, *_messages(row, completion, _OPENAI_KEYS, _OPENAI_ROLES))
+    else:
+        messages = _messages(row, column, _OPENAI_KEYS, _OPENAI_ROLES)
     return [Conversation(_with_system(row, messages, column), _tools(row))]
 
 

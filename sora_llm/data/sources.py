@@ -17,7 +17,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
 from sora_llm.errors import UserError, first_line
 from sora_llm.files import file_sha256, user_path
-from sora_llm.row_types import FIELDS
+from sora_llm.row_types import FIELDS, IN_PARTS
 
 OPTIONAL_FIELDS = {"input"}
 SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
@@ -286,11 +286,17 @@ def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
     for our_field in FIELDS[spec.type]:
         column = spec.column(our_field)
         wanted = our_field not in OPTIONAL_FIELDS or our_field in spec.columns
-        if rows and wanted and column not in present:
+        if rows and wanted and column not in present and not is_in_parts(present, our_field, spec):
             raise UserError(
                 f"data set {name} has no column {column!r} (the {our_field} of type {spec.type}); it has "
                 f"{', '.join(sorted(map(str, present))) or 'none'}: name the right one in columns, or another type"
             )
+
+
+def is_in_parts(columns: Collection[str], our_field: str, spec: DatasetSpec) -> bool:
+    """Whether other columns say in parts what a field says that is missing."""
+    parts = IN_PARTS.get(our_field, ())
+    return bool(parts) and our_field not in spec.columns and our_field not in columns and set(parts) <= set(columns)
 
 
 def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
