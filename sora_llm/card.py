@@ -39,8 +39,8 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
-    separator: str = ""
-    """What stood between prompt and completion in the rows, where they were no conversations."""
+    separator: str | None = None
+    """What stood between prompt and completion in the rows; None where they were conversations."""
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
     story: str = TRAINED
@@ -53,6 +53,10 @@ class Provenance:
     """What the certificate says beside the self-check, as JSON."""
     details: str = ""
     """A section of the model card, in Markdown."""
+
+    def in_certificate(self) -> dict[str, Any]:
+        """What the certificate says beside the self-check."""
+        return {**self.notes, **({} if self.separator is None else {"separator": self.separator})}
 
 
 def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
@@ -70,7 +74,7 @@ def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
-    if folder.is_dir() and not not_yet and (written := _certificate_in(folder).get("files")) is not None:
+    if folder.is_dir() and not not_yet and (written := certificate_in(folder).get("files")) is not None:
         for path in sorted(folder.iterdir()):
             if path.name not in written:
                 raise UserError(
@@ -81,10 +85,10 @@ def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
-    return {"layout", "modules"} <= _certificate_in(folder).keys()
+    return {"layout", "modules"} <= certificate_in(folder).keys()
 
 
-def _certificate_in(folder: Path) -> dict[str, Any]:
+def certificate_in(folder: Path) -> dict[str, Any]:
     """Empty where there is none."""
     try:
         certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from sora_llm.job import (
 )
 from sora_llm.layouts import adapter_layout, export_beside
 from sora_llm.plan import stage_name
-from sora_llm.prompt_form import exported_template, prompt_form, prompt_ids
+from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
@@ -106,7 +106,7 @@ def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
         metrics={"dev loss of the trained adapter": line["eval_loss"]} if "eval_loss" in line else {},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
-        separator=config.data.datasets[0].separator,
+        separator=plain_separator(config),
         load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,

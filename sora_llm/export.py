@@ -387,7 +387,7 @@ def certify_and_publish(
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {
-        **provenance.notes,
+        **provenance.in_certificate(),
         "passed": True,
         "layout": layout,
         "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},

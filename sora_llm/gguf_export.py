@@ -68,7 +68,7 @@ def export_gguf(
             )
         ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
         certificate = {
-            **provenance.notes,
+            **provenance.in_certificate(),
             "passed": True,
             "layout": "gguf",
             "outtype": outtype,

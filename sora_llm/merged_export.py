@@ -84,7 +84,7 @@ def export_merged(
             )
         ranks = {name: A.shape[0] for name, (A, _) in merge.factors.items()}
         certificate = {
-            **provenance.notes,
+            **provenance.in_certificate(),
             "passed": True,
             "layout": "merged",
             "base": "dequantized" if merge.dequantise else "original",

@@ -30,10 +30,14 @@ class PromptForm:
 
 def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
     """That of the first data set."""
+    separator = plain_separator(config)
+    return templated(tokenizer, chat_template) if separator is None else PromptForm(None, separator)
+
+
+def plain_separator(config: Config) -> str | None:
+    """What stood behind prompts that were plain text, by the first data set; None where they were conversations."""
     first = config.data.datasets[0]
-    if first.type in WITHOUT_TEMPLATE:
-        return PromptForm(None, first.separator)
-    return templated(tokenizer, chat_template)
+    return first.separator if first.type in WITHOUT_TEMPLATE else None
 
 
 def templated(tokenizer: Any, chat_template: str) -> PromptForm:

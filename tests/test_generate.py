@@ -69,9 +69,10 @@ def test_base_and_adapter_answer_as_they_do_in_transformers_and_peft(stories, lo
     for line in expected:
         line["adapted"] = greedy(adapted, stories, line["prompt"])
         assert line["adapted"] != line["base"]
+        line["finish_reason"] = {"base": "length", "adapted": "length"}
     assert found == {"base_model": str(stories), "adapter": str(lora), "answers": expected}
     (alone,) = generate(capsys, lora, "--prompt", PROMPT, "--no-adapter")["answers"]
-    assert alone == {"prompt": PROMPT, "answer": expected[0]["base"]}
+    assert alone == {"prompt": PROMPT, "answer": expected[0]["base"], "finish_reason": "length"}
 
 
 def test_the_terminal_shows_the_same(lora, capsys):
@@ -114,12 +115,22 @@ def test_a_run_is_asked_as_it_was_trained(stories, lora, tmp_path, capsys):
     dialogue = [{"role": "user", "content": PROMPT}]
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": dialogue}))
     (found,) = generate(capsys, run, "--prompts-file", tmp_path / "asked.jsonl")["answers"]
-    assert found == {"messages": dialogue, "answer": expected["answer"]}
+    assert found == {"messages": dialogue, "answer": expected["answer"], "finish_reason": "length"}
     plain = run_dir(tmp_path / "plain", **{"data.datasets": [_completion(tmp_path)]})
     shutil.copytree(lora, plain / "adapter")
     (expected,) = generate(capsys, lora, "--raw", "--prompt", "Tim had\n")["answers"]
     (found,) = generate(capsys, plain, "--prompt", "Tim had")["answers"]
     assert found["answer"] == expected["answer"]
+    assert cli.main(["export", str(plain / "adapter"), "--out", str(tmp_path / "exported")]) == 0
+    capsys.readouterr()
+    (found,) = generate(capsys, tmp_path / "exported", "--prompt", "Tim had")["answers"]
+    assert found["answer"] == expected["answer"]
+
+
+def test_an_answer_that_fills_the_model_s_positions_says_so(lora, capsys):
+    prompt = "Once upon a time there was " * 80
+    assert cli.main(["generate", str(lora), "--raw", "--prompt", prompt, "--max-new-tokens", "500"]) == 0
+    assert "that answer was cut where it filled the model's 512 positions" in capsys.readouterr().err
 
 
 def _alpaca(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sora_llm import backbone
+from sora_llm.card import certificate_in
 from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
@@ -134,6 +135,13 @@ class Asked:
                 is_interrupted=is_interrupted,
             )
 
+    def why_cut(self, ids: Sequence[int]) -> str:
+        """What to say of an answer to `ids` that did not come to its end."""
+        limit = self.interview.max_positions
+        if limit is not None and len(ids) + self.sampling.max_new_tokens >= limit:
+            return f"that answer was cut where it filled the model's {limit:,} positions"
+        return "that answer was cut at the limit of tokens; --max-new-tokens sets it"
+
 
 def open_interview(arguments: argparse.Namespace) -> Interview:
     """Everything that can be checked before the weights are loaded.
@@ -175,6 +183,8 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
     if subject.config is not None:
         template = resolve_template(tokenizer, subject.config.data.chat_template)
         return prompt_form(subject.config, tokenizer, template)
+    if subject.adapter is not None and isinstance(separator := certificate_in(subject.adapter).get("separator"), str):
+        return PromptForm(None, separator)
     beside = template_beside(subject)
     if beside is not None or tokenizer.chat_template:
         return templated(tokenizer, resolve_template(tokenizer, beside))

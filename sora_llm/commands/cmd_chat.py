@@ -104,7 +104,7 @@ class Chat:
         if is_interrupted():
             notice("stopped")
         elif not said.is_whole:
-            notice("that answer was cut at the limit of tokens; --max-new-tokens sets it")
+            notice(self.asked.why_cut(ids))
         self.messages = [*messages, Message("assistant", said.text)]
 
 

@@ -183,20 +183,22 @@ def ids_of(interview: Interview, prompt: Prompt) -> list[int]:
 def answers_to(
     asked: Asked, prompt: Prompt, ids: Sequence[int], arguments: argparse.Namespace, is_alone: bool
 ) -> dict[str, Any]:
-    """The prompt and its answers, which are printed while they are made unless JSON is wanted."""
+    """The prompt and its answers, printed while they are made unless JSON is wanted, and what ended them: "stop" (the
+    model) or "length"."""
     is_shown = not arguments.json
     if is_shown and not is_alone:
         print(visible(f"> {prompt.messages[-1].content}"), flush=True)
-    result = dict(prompt.said)
+    result, reasons = dict(prompt.said), {}
     for name in ("base", "adapted") if arguments.compare else ("answer",):
         if is_shown and arguments.compare:
             print(f"{name}: ", end="", flush=True)
         said = asked.answer(ids, with_adapter=name != "base", on_text=show if is_shown else None)
-        result[name] = said.text
+        result[name], reasons[name] = said.text, "stop" if said.is_whole else "length"
         if is_shown:
             print(flush=True)
             if not said.is_whole:
-                notice("that answer was cut at the limit of tokens; --max-new-tokens sets it")
+                notice(asked.why_cut(ids))
     if is_shown and not is_alone:
         print()
+    result["finish_reason"] = reasons if arguments.compare else reasons["answer"]
     return result
