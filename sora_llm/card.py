@@ -53,6 +53,8 @@ class Provenance:
     """What the certificate says beside the self-check, as JSON."""
     details: str = ""
     """A section of the model card, in Markdown."""
+    recipe: str = ""
+    """The config of the training, as far as it decides what is learned, as YAML."""
 
     def in_certificate(self) -> dict[str, Any]:
         """What the certificate says beside the self-check."""
@@ -152,7 +154,8 @@ Mean rank {mean_rank(ranks, costs):.2f} over {len(ranks)} modules (weighted by t
 {_prompt_line(provenance, template_use)}
 Self-check: {checked}
 
-{_python(base, provenance) if in_python else ""}{_where_it_works(verdicts)}{_section("Data", data)}{provenance.details}
+{_python(base, provenance) if in_python else ""}{_where_it_works(verdicts)}{_section("Data", data)}\
+{_section("Training", _code(provenance.recipe))}{provenance.details}
 ## Ranks
 | module | rank |
 |---|---|
@@ -208,6 +211,10 @@ def _prompt_line(provenance: Provenance, use: str) -> str:
     if provenance.chat_template is not None:
         lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
     return lines
+
+
+def _code(yaml: str) -> str:
+    return f"```yaml\n{yaml}```" if yaml else ""
 
 
 def _section(title: str, body: str) -> str:

@@ -751,7 +751,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The whole config as YAML; `load_config` reads it back as the same config."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return _yaml(to_dict(config))
+
+
+def recipe(config: Config) -> str:
+    """What of a config decides what is learned, but for the base and the data sets themselves, as YAML."""
+    whole = to_dict(config)
+    elsewhere = ("datasets", "val_datasets", "cache_dir", "num_proc", "max_bad_row_fraction")
+    data = {name: value for name, value in whole["data"].items() if name not in elsewhere}
+    return _yaml({"quantization": whole["quantization"], "sora": whole["sora"], "data": data, "train": whole["train"]})
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _plain(value: Any) -> Any:

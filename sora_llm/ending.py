@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sora_llm import export, verified_export
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.card import story_of_run
-from sora_llm.config import to_dict
+from sora_llm.config import recipe, to_dict
 from sora_llm.distributed import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
@@ -111,6 +111,7 @@ def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,
         notes=notes,
+        recipe=f"# {job.step_size} a step, from {job.processes}\n{recipe(config)}",
     )
 
 

@@ -68,6 +68,11 @@ class Job:
         unit = "packed sequence" if self.config.data.sample_packing else "row"
         return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
 
+    @property
+    def processes(self) -> str:
+        """How many there are, in words."""
+        return f"{self.world.num_processes} process{'es' if self.world.num_processes > 1 else ''}"
+
     def batches(self, step: int) -> StepBatches:
         """What optimizer step `step` trains on."""
         packed = self.config.data.sample_packing
@@ -106,7 +111,7 @@ def announce(job: Job) -> None:
     several = f"{len(plan.stages)} stages of " if plan.is_path else ""
     say(
         world,
-        f"{plan.strategy} on {world.num_processes} process{'es' if world.num_processes > 1 else ''}; "
+        f"{plan.strategy} on {job.processes}; "
         f"{several}{first.total_steps} steps of {job.step_size}, pruning in steps "
         f"{first.phases.dense_end}–{first.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
         f"beside {memory.frozen_parameters:,} frozen ones; gate_lr "

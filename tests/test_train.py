@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -263,8 +264,12 @@ def test_rows_that_are_left_out_for_their_length_are_a_warning(tmp_path: Path) -
     assert "warning: 73% of the rows are longer than data.sequence_len 256" in short.stdout
 
 
-def test_the_card_says_how_the_base_was_loaded(zero2: Finished) -> None:
+def test_the_card_says_how_the_base_was_loaded_and_the_adapter_trained(zero2: Finished) -> None:
     card = (zero2.directory / "adapter" / "README.md").read_text()
+    config = yaml.safe_load((zero2.directory / "config.yaml").read_text())
+    said = yaml.safe_load(card.partition("## Training\n```yaml\n")[2].partition("```")[0])
+    assert said["sora"] == config["sora"] and said["train"] == config["train"] and "datasets" not in said["data"]
+    assert re.search(r"^# \d+ packed sequences a step, from 2 processes$", card, re.M)
     assert 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"' in card
 
 

@@ -18,7 +18,7 @@ from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, base_of, own_tokenizer, plain_factors, shapes_in, source_of
-from sora_llm.config import Config
+from sora_llm.config import Config, recipe
 from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed import local_device
 from sora_llm.errors import UserError
@@ -250,6 +250,7 @@ def provenance_of(
         load_options=load_call(spec, adapter.config),
         is_base_quantised=is_quantised(adapter.config),
         story=story,
+        recipe="" if source.config is None else recipe(source.config),
         beside=Provenance.beside if own else "verified",
         notes={"source": source.name, **notes, **_cut_notes(adapter.cut)},
         details="" if adapter.cut is None else f"## Size\n{_cut_sentence(adapter.cut)}\n",
