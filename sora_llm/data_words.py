@@ -6,7 +6,7 @@ from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
 from sora_llm.data.stream import StreamOrder
-from sora_llm.data.tokenize import ends_visibly
+from sora_llm.data.tokenize import ends_visibly, untaught_end
 from sora_llm.inputs import Inputs
 from sora_llm.prompt_form import has_conversations
 from sora_llm.training_data import TrainingData
@@ -27,12 +27,23 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
         lines += repetition_warning(data.train_report)
-    if has_conversations(config.data.datasets) and not ends_visibly(inputs.tokenizer, inputs.chat_template):
-        lines.append(
-            "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for "
-            "it to stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
-        )
-    return lines
+    return lines + ending_warning(config, inputs)
+
+
+def ending_warning(config: Config, inputs: Inputs) -> list[str]:
+    """A line if what is trained on does not teach a model to stop where a client notices."""
+    tokenizer, template = inputs.tokenizer, inputs.chat_template
+    if not has_conversations(config.data.datasets) or ends_visibly(tokenizer, template):
+        return []
+    if (token := untaught_end(tokenizer, template)) is not None:
+        return [
+            f"warning: the chat template's {{% generation %}} markers leave {token} out behind an answer, so that the "
+            "model is not taught to stop: put it inside the markers, or name another data.chat_template"
+        ]
+    return [
+        "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for it to "
+        "stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+    ]
 
 
 def describe(report: DataReport) -> str:

@@ -106,6 +106,23 @@ def test_the_output_folder_gets_the_report_and_loses_nothing(overrides, tmp_path
     assert "--report" in capsys.readouterr().err
 
 
+def test_a_template_that_teaches_no_end_is_a_warning(overrides, tmp_path, capsys):
+    """As in training: here rows are looked at before it."""
+    (tmp_path / "marked.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    datasets = {"data.datasets": chats(tmp_path, CHAT)}
+    for template, said in (
+        (str(tmp_path / "marked.jinja"), "warning: the chat template's {% generation %} markers leave </s> out behind"),
+        ("chatml", "warning: answers end with text that is no token of this tokenizer's own"),
+    ):
+        assert cli.main(["preprocess", CONFIG, *overrides(**datasets, **{"data.chat_template": template})]) == 0
+        assert said in capsys.readouterr().out
+    assert cli.main(["preprocess", CONFIG, *overrides(**datasets, **{"data.chat_template": "alpaca"})]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_bad_rows_losses_and_dev_rows_are_told(overrides, tmp_path, capsys):
     silent, struck = [CHAT[0], {**CHAT[1], "weight": 0}], [CHAT[0], {**CHAT[1], "content": "<s>Hello</s>"}]
     long = [CHAT[0], {**CHAT[1], "content": "a" * 2000}]

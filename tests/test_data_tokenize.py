@@ -25,6 +25,7 @@ from sora_llm.data.tokenize import (
     served_template,
     special_tokens_written,
     tokenize_examples,
+    untaught_end,
 )
 from sora_llm.errors import UserError
 
@@ -1024,6 +1025,19 @@ def test_the_tokenizer_s_own_template_comes_before_the_default(byte):
     own.chat_template = MARKED
     assert resolve_template(own, None) == MARKED
     assert resolve_template(own, "chatml") == TEMPLATES["chatml"]
+
+
+def test_markers_that_leave_out_the_token_behind_an_answer_are_noticed():
+    tokenizer = byte_tokenizer(special=("<|im_end|>",))
+    taught = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    untaught = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert untaught_end(tokenizer, taught) is None and ends_visibly(tokenizer, taught)
+    assert untaught_end(tokenizer, untaught) == "<|im_end|>" and not ends_visibly(tokenizer, untaught)
+    assert untaught_end(tokenizer, TEMPLATES["chatml"]) is None
+    assert untaught_end(byte_tokenizer(), TEMPLATES["chatml"]) is None, "text that is no token"
 
 
 def test_a_template_can_be_a_file(byte, tmp_path):

@@ -14,6 +14,7 @@ from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
+from sora_llm.data_words import ending_warning
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
 from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
     def command() -> dict[str, Any]:
         config = load_config(arguments.config, arguments.overrides)
         file = report_file(config, arguments.report)
-        found = report_on_data(config, check_inputs(config, "none"))
-        content = {**found, "report": None if file is None else str(file)}
+        inputs = check_inputs(config, "none")
+        found = report_on_data(config, inputs)
+        content = {**found, "warnings": ending_warning(config, inputs), "report": None if file is None else str(file)}
         if file is not None:
             _write(file, content)
         return content
@@ -98,4 +100,4 @@ def as_text(content: dict[str, Any], colour: bool) -> str:
         )
     report = content["report"] or "the run there keeps its own; --report FILE names another"
     ends += [f"cache           {content['cache']}", f"report          {report}"]
-    return "\n\n".join([*parts, "\n".join(ends)])
+    return "\n\n".join([*parts, "\n".join(ends), *content.get("warnings", ())])

@@ -138,16 +138,43 @@ def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
     """What a model that was trained with the template ends an answer with: a token that is eos or special in the
     tokenizer's vocabulary, and "", or no such token and a text.  None and "" where the template refuses a question
     and an answer."""
-    asked = [Message("user", "Hi"), Message("assistant", "Ho")]
-    (row,) = tokenize_examples([Conversation(tuple(asked))], tokenizer, template)
+    row = _answered(tokenizer, template)
     if isinstance(row, BadRow):
         return None, ""
     ids, weights = row
     last = int(ids[weights > 0][-1])
-    if last in {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}:
+    if last in _ending_tokens(tokenizer):
         return last, ""
-    closing = render(as_dicts(asked), template, tokenizer.special_tokens_map).rpartition("Ho")[2]
+    closing = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map).rpartition("Ho")[2]
     return None, closing.rstrip() or closing or "\n"
+
+
+def untaught_end(tokenizer: Any, template: str) -> str | None:
+    """The token with which a template ends answers, where its markers leave it out of what is trained on: the model
+    is never taught to stop.  None where it is taught, or there is no such token."""
+    row = _answered(tokenizer, template)
+    if isinstance(row, BadRow):
+        return None
+    ids, weights = row
+    last = int(np.flatnonzero(weights)[-1])
+    behind = [int(token) for token in ids[last + 1 :]]
+    if int(ids[last]) in _ending_tokens(tokenizer) or not behind or behind[0] not in _ending_tokens(tokenizer):
+        return None
+    return str(tokenizer.convert_ids_to_tokens(behind[0]))
+
+
+_ASKED = [Message("user", "Hi"), Message("assistant", "Ho")]
+
+
+def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
+    """A question and an answer as they are trained on."""
+    (row,) = tokenize_examples([Conversation(tuple(_ASKED))], tokenizer, template)
+    return row
+
+
+def _ending_tokens(tokenizer: Any) -> set[int]:
+    """Those that can end an answer: eos, and what is special in the vocabulary."""
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
 
 
 def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:
