@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sora_llm.distributed import Engine, make_accelerator
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import inject_sora
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups

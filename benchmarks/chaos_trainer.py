@@ -27,7 +27,7 @@ from typing import Any
 
 PLACES = {
     "prepare": "sora_llm.train:load_data",
-    "group": "sora_llm.distributed:make_accelerator",
+    "group": "sora_llm.distributed.group:make_accelerator",
     "load": "sora_llm.train:load_and_inject",
     "begin": "sora_llm.rundir:RunDirectory.begin",
     "training": "sora_llm.train:train_stage",

@@ -42,7 +42,7 @@ from sora_llm.budget import params_of
 from sora_llm.checkpoint import TENSORS
 from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd
-from sora_llm.distributed import local_device
+from sora_llm.distributed.group import local_device
 from sora_llm.evaluation import evaluate
 from sora_llm.factors import kept_params, shapes_of
 from sora_llm.inject import put_on

@@ -27,7 +27,23 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
         lines += repetition_warning(data.train_report)
-    return lines + ending_warning(config, inputs)
+    return lines + mixture(config, data) + ending_warning(config, inputs)
+
+
+def mixture(config: Config, data: TrainingData) -> list[str]:
+    """A line about the share of each data set, if they have weights, and how often an epoch takes each of its rows."""
+    weights = [dataset.weight for dataset in config.data.datasets]
+    if any(weight is None for weight in weights):
+        return []
+    parts = []
+    for number, dataset in enumerate(config.data.datasets):
+        assert dataset.weight is not None
+        share = dataset.weight / sum(weight for weight in weights if weight is not None)
+        times = ""
+        if data.train is not None and (own := int((data.train.sources == number).sum())):
+            times = f" (each row {share * len(data.train) / own:.2g} times an epoch)"
+        parts.append(f"{dataset.path} {share:.1%}{times}")
+    return [f"mixture: {', '.join(parts)}"]
 
 
 def ending_warning(config: Config, inputs: Inputs) -> list[str]:

@@ -13,7 +13,7 @@ from sora_llm import export, verified_export
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.card import story_of_run
 from sora_llm.config import recipe, to_dict
-from sora_llm.distributed import on_main
+from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from sora_llm.backbone import causal_loss_sum
 from sora_llm.data.dataset import TokenDataset, TokenRow
-from sora_llm.distributed import (
-    sum_over_processes,
-)
+from sora_llm.distributed.collectives import sum_over_processes
 from sora_llm.inject import (
     evaluating,
 )

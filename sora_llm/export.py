@@ -99,6 +99,11 @@ def _check_model(model: nn.Module) -> None:
                 f"{type(model).__name__} is no causal language model of transformers, as PEFT wants one "
                 f"(it has no {needed})"
             )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__} is an encoder and a decoder; what is exported here are adapters of causal "
+            "language models"
+        )
     branches = {id(parameter) for parameter in adapter_parameters(model).values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in branches]
     if others:

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm import distributed, run_state, terminal
+from sora_llm import run_state, terminal
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.data_words import describe_data
-from sora_llm.distributed import Replicas, gather_objects, on_main
+from sora_llm.distributed import group
+from sora_llm.distributed.collectives import any_process, gather_objects, on_main
+from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import Preempted, UserError
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
@@ -54,7 +56,7 @@ class Job:
     def heed_stop(self) -> None:
         """Raise Preempted on every process if one of them was asked to stop (collective)."""
         reason = self.stop.reason(look_for_file=self.world.is_main)
-        if distributed.any_process(reason is not None, self.accelerator.device):
+        if any_process(reason is not None, self.accelerator.device):
             process, asked_by = next((i, said) for i, said in enumerate(gather_objects(reason)) if said is not None)
             raise Preempted(asked_by if process == 0 else f"{asked_by} to process {process}")
 
@@ -233,7 +235,7 @@ def process_group(
 ) -> Iterator[Any]:
     """The accelerator of this run, ended with it; `lifeline` watches its processes meanwhile."""
     environ = dict(os.environ)
-    accelerator = distributed.make_accelerator(
+    accelerator = group.make_accelerator(
         strategy,
         world,
         deepspeed_config=zero_options,
@@ -246,16 +248,16 @@ def process_group(
         yield accelerator
     except Preempted:  # agreed by all
         lifeline.close()
-        distributed.end(accelerator, environ)
+        group.end(accelerator, environ)
         raise
     except BaseException as error:
         lifeline.close(failure=str(error) or type(error).__name__)
         # The others may be in a collective that this process will never join: leave the group to its end with us.
         if world.num_processes == 1:
-            distributed.end(accelerator, environ)
+            group.end(accelerator, environ)
         raise
     lifeline.close()
-    distributed.end(accelerator, environ)
+    group.end(accelerator, environ)
 
 
 def refuse_other_data(fingerprint: Mapping[str, int | str], data: TrainingData) -> None:

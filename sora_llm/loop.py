@@ -15,7 +15,8 @@ from torch import Tensor
 from sora_llm.backbone import causal_loss_sum
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.order import PackedRows, share
-from sora_llm.distributed import Engine, StepOutcome, gather_integers, sum_over_processes
+from sora_llm.distributed.collectives import gather_integers, sum_over_processes
+from sora_llm.distributed.engine import Engine, StepOutcome
 from sora_llm.topology import World
 
 

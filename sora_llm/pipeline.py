@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from sora_llm.allocation import balanced, components
 from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import CutReport, cut_slots, cut_svd
-from sora_llm.distributed import (
-    Replicas,
+from sora_llm.distributed.collectives import (
     broadcast_tensors,
     on_every,
     on_main,
-    refuse_old_wrappers,
     require_agreement,
 )
+from sora_llm.distributed.engine import refuse_old_wrappers
+from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import NotFinite, RunFailed, UserError
 from sora_llm.factors import (
     ModuleFactors,

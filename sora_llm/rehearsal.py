@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from sora_llm import distributed
-from sora_llm.distributed import on_main
+from sora_llm.distributed.collectives import any_process, on_main
 from sora_llm.errors import RunFailed
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.job import Job, say
@@ -46,7 +45,7 @@ def rehearse(job: Job) -> RunResult:
         set_rates(training, 0)
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.num_averaging)
-        if distributed.any_process(outcome.skipped, engine.device):
+        if any_process(outcome.skipped, engine.device):
             raise RunFailed(
                 "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
             )

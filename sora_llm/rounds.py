@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sora_llm.distributed import Engine, Replicas, gather_objects, require_agreement, sum_over_processes
+from sora_llm.distributed.collectives import gather_objects, require_agreement, sum_over_processes
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.replicas import Replicas
 from sora_llm.hashes import fingerprints
 from sora_llm.local_updates import Drift, OuterOptimizer, average, owners, round_bytes, shrink_gates
 from sora_llm.merge import mean_jaccard

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sora_llm import distributed, pipeline
+from sora_llm import pipeline
 from sora_llm.backbone import DTYPES
-from sora_llm.distributed import StepOutcome
+from sora_llm.distributed.collectives import gather_integers, sum_over_processes
+from sora_llm.distributed.engine import StepOutcome
 from sora_llm.errors import Preempted, RunFailed
 from sora_llm.loop import StepBatches, seed_step, train_step
 from sora_llm.rounds import Gates
@@ -118,7 +119,7 @@ def refuse_more_skipping(training: Training) -> None:
         return
     in_a_row, tally.most_in_a_row = tally.most_in_a_row, tally.skipped_in_a_row
     if rounds is not None:
-        in_a_row = max(found for (found,) in distributed.gather_integers([in_a_row], training.engine.device))
+        in_a_row = max(found for (found,) in gather_integers([in_a_row], training.engine.device))
     if in_a_row >= training.job.config.train.max_skipped_steps:
         raise RunFailed(
             f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
@@ -131,7 +132,7 @@ def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) ->
     if training.rounds is None:
         return outcome.grad_norm
     has_rows = float(batches.weight > 0)
-    total, count = distributed.sum_over_processes(outcome.grad_norm * has_rows, has_rows, device=training.engine.device)
+    total, count = sum_over_processes(outcome.grad_norm * has_rows, has_rows, device=training.engine.device)
     return total / count
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sora_llm import checkpoint, run_state
 from sora_llm.config import load_config, to_dict
-from sora_llm.distributed import on_main
+from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path

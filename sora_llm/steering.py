@@ -17,7 +17,7 @@ from sora_llm.budget import (
     next_lambda,
     quantile_threshold,
 )
-from sora_llm.distributed import gather_integers
+from sora_llm.distributed.collectives import gather_integers
 from sora_llm.errors import RunFailed
 from sora_llm.factors import kept_ranks
 from sora_llm.sora import hard_threshold

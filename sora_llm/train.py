@@ -18,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from sora_llm import checkpoint, distributed, hub, run_state, terminal
+from sora_llm import checkpoint, hub, run_state, terminal
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.distributed import Replicas, on_every, on_main
+from sora_llm.distributed.collectives import in_process_group, on_every, on_main
+from sora_llm.distributed.replicas import Replicas
 from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
@@ -90,9 +91,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
                 ignore_signals()
                 return Preempted.exit_code
     except (UserError, RunFailed) as error:
-        if not is_main and not distributed.in_process_group():  # in it, errors are agreed and the main process's too
+        if not is_main and not in_process_group():  # in it, errors are agreed and the main process's too
             let_main_speak()
-        if is_main or not distributed.in_process_group():
+        if is_main or not in_process_group():
             terminal.say(f"sora_llm: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -126,7 +127,7 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     stop = StopRequest(
         run_dir,
         is_main=os.environ.get("RANK", "0") == "0",
-        others_wait=distributed.in_process_group,
+        others_wait=in_process_group,
         look_for_file=not dry_run,
         leave=lambda request: leave_preempted(run_dir, stop, request, dry_run),
     )

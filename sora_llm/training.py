@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm import checkpoint, distributed, pipeline
+from sora_llm import checkpoint, pipeline
 from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone
 from sora_llm.config import to_dict
 from sora_llm.data.dataset import TokenDataset
-from sora_llm.distributed import Engine, on_every, on_main
+from sora_llm.distributed.collectives import gather_integers, gather_objects, on_every, on_main
+from sora_llm.distributed.engine import Engine
 from sora_llm.errors import UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters, inject_sora, start_from
@@ -331,7 +332,7 @@ def skipped_steps(training: Training) -> int:
     own = training.tally.skipped_steps
     if training.rounds is None:
         return own
-    return max(found for (found,) in distributed.gather_integers([own], training.engine.device))
+    return max(found for (found,) in gather_integers([own], training.engine.device))
 
 
 def dev_loss(job: Job, model: nn.Module) -> float:
@@ -425,9 +426,9 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
-        steps = distributed.gather_objects(optimizer_steps)
+        steps = gather_objects(optimizer_steps)
         state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
-        scales = distributed.gather_integers(engine.loss_scale.state(), engine.device)
+        scales = gather_integers(engine.loss_scale.state(), engine.device)
         state["loss_scale"] = [scales[members[0]] for members in rounds.replicas.members]
         state["rounds"] = rounds.state()
         on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)

@@ -11,10 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sora_llm import export
-from sora_llm.distributed import (
-    gather_objects,
-    on_main,
-)
+from sora_llm.distributed.collectives import gather_objects, on_main
 from sora_llm.errors import Preempted
 from sora_llm.topology import World
 

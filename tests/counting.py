@@ -15,7 +15,9 @@ from helpers import tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sora_llm.distributed import Engine, any_process, make_accelerator
+from sora_llm.distributed.collectives import any_process
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups

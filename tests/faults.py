@@ -31,7 +31,7 @@ PLACES = {
     "prepare": "sora_llm.train:load_data",
     "lock": "sora_llm.run_state:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
-    "group": "sora_llm.distributed:make_accelerator",
+    "group": "sora_llm.distributed.group:make_accelerator",
     "load": "sora_llm.training:load_backbone",
     "step": "sora_llm.stages:train_step",
     "evaluation": "sora_llm.evaluation:causal_loss_sum",  # a batch of it

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sora_llm import pipeline
 from sora_llm.budget import make_budgets
-from sora_llm.distributed import Engine, Replicas, make_accelerator
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
+from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.local_updates import OuterOptimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,18 @@ def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"the data is not what .* was trained on"):
         run(CONFIG, *gsm8k_overrides(tmp_path / "other", **options, **start))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_mixture_says_the_shares_of_its_data_sets(small, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(Path(small[0]["path"]).read_text().splitlines()[:10]))
+    datasets = [{**small[0], "weight": 1}, {**small[0], "path": str(few), "weight": 1}]
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **QUICK, **{"data.datasets": datasets}), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    # 20 of 40 rows from each of a file of 30 and one of 10
+    assert re.search(
+        r"mixture: \S+ 50.0% \(each row 0.67 times an epoch\), \S+few.jsonl 50.0% \(each row 2 times", said
+    )
 
 
 def test_a_mixture_that_loses_a_data_set_to_the_dev_rows_is_refused(small, tmp_path, capsys):

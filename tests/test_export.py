@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import randomise_all, relative_error, tiny_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from sora_llm import export, files
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
@@ -496,6 +496,10 @@ def test_a_model_that_peft_could_not_reload_is_refused(tmp_path):
     headless = inject_sora(tiny_llama().model, r=2)
     with pytest.raises(UserError, match="LlamaModel is no causal language model"):
         export_adapter(headless, tmp_path / "adapter")
+    sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    translator = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is an encoder and a decoder"):
+        export_adapter(inject_sora(translator, r=2), tmp_path / "adapter")
 
 
 def test_an_adapter_that_has_diverged_is_a_sentence(stories, tmp_path):

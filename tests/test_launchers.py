@@ -16,7 +16,7 @@ from conftest import ROOT, shared
 from runs import gsm8k_overrides
 from spawn import end_group, environment, free_port, warm_deepspeed
 
-from sora_llm import distributed
+from sora_llm.distributed import group
 from sora_llm.errors import RunFailed
 from sora_llm.topology import World
 
@@ -122,8 +122,8 @@ def test_a_group_that_cannot_be_formed_is_a_sentence(
     def refuse(**_options: object) -> None:
         raise error
 
-    monkeypatch.setattr(distributed, "Accelerator", refuse)
+    monkeypatch.setattr(group, "Accelerator", refuse)
     world = World(num_processes=2, process_index=1, local_process_index=0)
     with pytest.raises(RunFailed if sentence else RuntimeError, match=sentence or "CUDA driver") as raised:
-        distributed.make_accelerator("ddp", world)
+        group.make_accelerator("ddp", world)
     assert "frames" not in str(raised.value)

@@ -14,7 +14,8 @@ from small_runs import CONFIG, Playground, interrupt, lines, overrides, result
 from torch import Tensor
 
 from sora_llm.backbone import BackboneSpec, computes_in_float16, load_backbone
-from sora_llm.distributed import Engine, make_accelerator
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.files import file_sha256
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.loop import StepBatches, train_step

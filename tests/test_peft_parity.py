@@ -12,7 +12,8 @@ from sora_llm.data.batches import collate
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.prepare import prepare
 from sora_llm.data.sources import DatasetSpec
-from sora_llm.distributed import Engine, make_accelerator
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapters, cut_adapters, inject_sora
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups

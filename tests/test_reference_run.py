@@ -5,7 +5,8 @@ import torch
 from helpers import dense_delta, relative_error, tiny_llama
 from reference import lr_factor_reference, reference_run, use_float64_norms
 
-from sora_llm.distributed import Engine, make_accelerator
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups

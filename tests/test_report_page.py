@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from run_dirs import FULL_RANK, MadeUpRun, data_report
 
 from sora_llm.report_page import read_record, write_report
-from sora_llm.report_page.charts import colour_of, is_dark, smooth, thin, tick_labels, ticks
+from sora_llm.report_page.charts import Chart, Panel, Series, colour_of, is_dark, smooth, thin, tick_labels, ticks
 from sora_llm.report_page.record import _MAX_RANK_LINES, split_name
+from sora_llm.report_page.svg import chart_svg
 from sora_llm.rundir import RunDirectory
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -443,6 +444,14 @@ def test_other_processes_and_runs_that_have_not_begun_write_no_page(tmp_path):
     begun(tmp_path / "other", is_main=False).report({})
     RunDirectory(tmp_path, is_main=True).report({})
     assert not list(tmp_path.rglob("report.html"))
+
+
+def test_what_the_pointer_is_told_is_of_its_step_or_says_of_which():
+    measured = Series("loss", [(1, 2.0), (2, 1.5), (3, 1.0)], 0)
+    seldom = Series("parameters", [(1, 221_952.0), (3, 100.0)], 1)
+    page = chart_svg(Chart("losses", "step", [Panel("both", [measured, seldom])]), "Losses")
+    assert "<title>step 1\nloss 2\nparameters 221,952</title>" in page
+    assert "<title>step 2\nloss 1.5\nparameters 221,952 (at 1)</title>" in page
 
 
 def test_a_page_that_cannot_be_drawn_costs_a_warning(tmp_path, capsys, monkeypatch):

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm import distributed, loop, stages, train
+from sora_llm import loop, stages, train
 from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, share
-from sora_llm.distributed import Engine, make_accelerator, sum_over_processes
+from sora_llm.distributed import group
+from sora_llm.distributed.collectives import gather_objects, sum_over_processes
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.errors import RunFailed
 from sora_llm.evaluation import evaluate
 from sora_llm.hashes import tensor_hash
@@ -502,13 +505,13 @@ def gates_after_prepare(place: Place) -> dict[str, bool]:
 @contextlib.contextmanager
 def one_process_group(place: Place) -> Iterator[None]:
     """`sora_llm.train.run` several times in one world: all runs share this process group and its accelerator."""
-    plain_make, plain_end = distributed.make_accelerator, distributed.end
-    distributed.make_accelerator = lambda *arguments, **options: place.accelerator
-    distributed.end = lambda *arguments: None
+    plain_make, plain_end = group.make_accelerator, group.end
+    group.make_accelerator = lambda *arguments, **options: place.accelerator
+    group.end = lambda *arguments: None
     try:
         yield
     finally:
-        distributed.make_accelerator, distributed.end = plain_make, plain_end
+        group.make_accelerator, group.end = plain_make, plain_end
 
 
 def run_overrides(place: Place, folder: str) -> list[str]:
@@ -593,7 +596,7 @@ def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
     def save_and_die(training: train.Training) -> None:
         plain_save(training)
         if training.done == at:
-            distributed.gather_objects(None)
+            gather_objects(None)
             os._exit(9)
 
     stages.save_checkpoint = save_and_die

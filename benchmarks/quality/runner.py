@@ -46,7 +46,7 @@ from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
 from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset
-from sora_llm.distributed import make_accelerator
+from sora_llm.distributed.group import make_accelerator
 from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.inputs import check_inputs

@@ -21,7 +21,7 @@ from sora_llm.commands.sources import (
     shapes_in,
     shared_tokenizer,
 )
-from sora_llm.distributed import local_device
+from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.factors import costs_of, mean_rank, shapes_of

@@ -20,7 +20,7 @@ from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, ch
 from sora_llm.commands.sources import SavedAdapter, base_of, own_tokenizer, plain_factors, shapes_in, source_of
 from sora_llm.config import Config, recipe
 from sora_llm.consensus import CutReport, cut_svd
-from sora_llm.distributed import local_device
+from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter

@@ -16,7 +16,7 @@ from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import plain_factors, read_source, shapes_in
 from sora_llm.config import Config
-from sora_llm.distributed import local_device
+from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.inject import bare, put_on

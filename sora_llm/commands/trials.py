@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
 from sora_llm.commands.cmd_doctor import NOT_BUILT
-from sora_llm.distributed import Engine, any_process, local_device, make_accelerator, sum_over_processes
+from sora_llm.distributed.collectives import any_process, sum_over_processes
+from sora_llm.distributed.engine import Engine
+from sora_llm.distributed.group import local_device, make_accelerator
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.extensions import OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora

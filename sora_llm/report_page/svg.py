@@ -182,7 +182,10 @@ def _tooltips(chart: Chart, panel: Panel, axes: _Axes) -> list[str]:
         left = axes.x((x + xs[index - 1]) / 2) if index else float(LEFT)
         right = axes.x((x + xs[index + 1]) / 2) if index + 1 < len(xs) else float(WIDTH - RIGHT)
         said = [f"{chart.x_label} {x:,.0f}"]
-        said += [f"{one.label} {_nearest(one, x):.5g}" for one in series]
+        for one in series:
+            found, value = _nearest(one, x)
+            elsewhere = "" if found == x else f" (at {found:,.0f})"
+            said.append(f"{one.label} {_number(value)}{elsewhere}")
         parts.append(
             f'<rect class="tip" x="{left:.1f}" y="{axes.top:.1f}" width="{max(0.0, right - left):.1f}" '
             f'height="{axes.height:.1f}"><title>{escape(chr(10).join(said))}</title></rect>'
@@ -190,11 +193,16 @@ def _tooltips(chart: Chart, panel: Panel, axes: _Axes) -> list[str]:
     return parts
 
 
-def _nearest(series: Series, x: float) -> float:
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else f"{value:.5g}"
+
+
+def _nearest(series: Series, x: float) -> tuple[float, float]:
+    """The point that is nearest."""
     points = series.points
     at = bisect_left(points, (x, float("-inf")))
     near = points[max(0, at - 1) : at + 1]
-    return min(near, key=lambda point: abs(point[0] - x))[1]
+    return min(near, key=lambda point: abs(point[0] - x))
 
 
 def _key(chart: Chart) -> str:

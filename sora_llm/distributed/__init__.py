@@ -1,0 +1,8 @@
+"""Processes: the only place that touches process groups, accelerate and DeepSpeed.
+
+`group` joins and leaves them, `collectives` are what all processes call together, `replicas` those that take local
+steps together, `engine` trains under a strategy.
+
+A collective must be called by all processes; with one process it is the identity.  None stands inside a main-process
+branch.
+"""
