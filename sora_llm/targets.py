@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -90,11 +91,17 @@ def _is_bypassed(model: nn.Module, name: str) -> bool:
     if not hasattr(parent, "A_log"):
         return False
     # A state-space mixer, whose fused kernels are handed weights: which ones is in its source alone.
-    try:
-        source = inspect.getsource(type(parent))
-    except (OSError, TypeError):
-        return False
+    source = _source_of(type(parent))  # type: ignore[arg-type]  # classes are hashable
     return re.search(rf"self\.{child}\.weight\b(?!\.)", source) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _source_of(kind: type) -> str:
+    """Empty where it cannot be had.  Python parses the whole file for it, tens of milliseconds."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _names_of_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
