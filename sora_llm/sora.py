@@ -314,7 +314,8 @@ class SoraLinear(nn.Module):
         return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
 
     def cut(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays.
+        """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays, and
+        what was frozen stays so.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -346,8 +347,9 @@ class SoraLinear(nn.Module):
         """
         if gate.shape != lora_A.shape[:1] or len(gate) == 0:
             raise ValueError(f"a gate of shape {tuple(gate.shape)} does not fit A of shape {tuple(lora_A.shape)}")
+        is_trained = self.gate is None or self.gate.requires_grad
         self.cut(lora_A, lora_B)
-        self.gate = nn.Parameter(gate.detach().clone().to(self.base_layer.weight.device))
+        self.gate = nn.Parameter(gate.detach().clone().to(self.base_layer.weight.device), requires_grad=is_trained)
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scaling={self.scaling:g}, gated={self.gate is not None}"

@@ -428,6 +428,10 @@ def test_a_frozen_adapter_stays_frozen_when_it_is_cut():
     layer.requires_grad_(False)
     layer.cut(layer.lora_A[:2], layer.lora_B[:, :2])
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+    layer = randomise(SoraLinear(nn.Linear(6, 5), 4, 8), 0)
+    layer.requires_grad_(False)
+    layer.replace(layer.lora_A, layer.lora_B, layer.gate)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("size", [0.0, 0.3])
