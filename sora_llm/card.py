@@ -40,7 +40,7 @@ class Provenance:
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
     separator: str | None = None
-    """What stood between prompt and completion in the rows; None where they were conversations."""
+    """What stood between prompt and completion in the rows; None where they were conversations, or nobody knows."""
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
     story: str = TRAINED
@@ -61,11 +61,11 @@ class Provenance:
         return {**self.notes, **({} if self.separator is None else {"separator": self.separator})}
 
 
-def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
+def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> None:
     """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export with
     nothing else in it.
 
-    `not_yet`: of a run that may be finished, and then leaves its export and what somebody put beside it.
+    With `may_have_additions` files that somebody put into an export are let pass: a finished run replaces nothing.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
@@ -76,7 +76,7 @@ def refuse_other_contents(folder: Path, *, not_yet: bool = False) -> None:
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
-    if folder.is_dir() and not not_yet and (written := certificate_in(folder).get("files")) is not None:
+    if folder.is_dir() and not may_have_additions and (written := certificate_in(folder).get("files")) is not None:
         for path in sorted(folder.iterdir()):
             if path.name not in written:
                 raise UserError(
@@ -91,7 +91,7 @@ def is_export(folder: Path) -> bool:
 
 
 def certificate_in(folder: Path) -> dict[str, Any]:
-    """Empty where there is none."""
+    """What a folder's certificate says; empty where there is none."""
     try:
         certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -118,7 +118,7 @@ class Data:
     sequence_len: Annotated[int, ">= 2"] = 2048  # longest row, in tokens
     sample_packing: bool = True  # several rows per sequence, which do not see each other
     excess_length: Literal["drop", "truncate", "split", "error"] = "drop"  # longer rows; split: rows of type completion
-    # become several of that length, other rows are dropped
+    # become several of at most that length, other rows are dropped
     max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unreadable rows that is skipped, not fatal
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
     cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
@@ -707,6 +707,11 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield f"{key}.function goes with type custom and no other; its type is {dataset.type}."
     if data.excess_length == "split" and all(dataset.type != "completion" for _, dataset in _datasets(data)):
         yield "data.excess_length split is for plain text (type completion), and no data set is; use drop or truncate."
+    if data.excess_length == "split" and data.val_set_size is not None:
+        yield (
+            "data.val_set_size would hold out pieces of texts of which others are trained on (data.excess_length: "
+            "split); name dev rows in data.val_datasets."
+        )
     yield from _mixture_problems(data.datasets)
     for index, dataset in enumerate(data.val_datasets or ()):
         for name in ("weight", "streaming"):
@@ -757,9 +762,19 @@ def to_yaml(config: Config) -> str:
 def recipe(config: Config) -> str:
     """What of a config decides what is learned, but for the base and the data sets themselves, as YAML."""
     whole = to_dict(config)
-    elsewhere = ("datasets", "val_datasets", "cache_dir", "num_proc", "max_bad_row_fraction")
-    data = {name: value for name, value in whole["data"].items() if name not in elsewhere}
-    return _yaml({"quantization": whole["quantization"], "sora": whole["sora"], "data": data, "train": whole["train"]})
+    elsewhere = {
+        "model": ("name_or_path", "revision", "trust_remote_code"),
+        "data": ("datasets", "val_datasets", "cache_dir", "num_proc", "max_bad_row_fraction"),
+        "distributed": ("check_every", "timeout_minutes"),
+        "evaluation": ("per_device_eval_batch_size", "sample_prompts"),
+    }
+    sections = ("model", "quantization", "sora", "data", "train", "distributed", "evaluation")
+    return _yaml(
+        {
+            section: {name: value for name, value in whole[section].items() if name not in elsewhere.get(section, ())}
+            for section in sections
+        }
+    )
 
 
 def _yaml(values: dict[str, Any]) -> str:

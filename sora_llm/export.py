@@ -203,7 +203,9 @@ def _key(name: str, kind: str) -> str:
 
 
 def copy_adapter(source: Path, folder: Path) -> None:
-    """Put a copy of an exported adapter into `folder`; RunFailed where the disk is full or read-only."""
+    """Put a copy of an exported adapter into `folder`; UserError where that holds something else, RunFailed where the
+    disk is full or read-only."""
+    refuse_other_contents(folder)
     try:
         copy_folder(source, folder)
     except OSError as error:

@@ -31,7 +31,8 @@ def inject_sora(
     start.
 
     Args:
-        target_modules: "all-linear" (all but the output head), or suffixes of module names such as "q_proj".
+        target_modules: "all-linear" (all but the output head and what `targets.left_out` names), or suffixes of module
+            names such as "q_proj".
         lora_dropout: probability of dropping an element of x before A, in train mode only; from 0 to below 1.
         dtype: of A, B and g; products are computed in the dtype of x.
 
@@ -39,7 +40,7 @@ def inject_sora(
     Raises:
         UserError: no such target modules, a model that DistributedDataParallel has wrapped or that has adapters of
             another library, or one layer in two places.
-        ValueError: adapters are already there, or r, lora_alpha or lora_dropout cannot be.
+        ValueError: adapters are already there, or r, lora_alpha, lora_dropout or dtype cannot be.
     """
     refuse_new_parameters(model, "inject_sora")
     inner = unwrapped(model)

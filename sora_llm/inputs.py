@@ -152,7 +152,7 @@ def check_output(run_dir: Path, resume: str) -> None:
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
     try:
-        refuse_other_contents(run_dir / "adapter", not_yet=True)  # at the end it would be too late
+        refuse_other_contents(run_dir / "adapter", may_have_additions=True)  # at the end it would be too late
     except UserError as error:
         raise UserError(f"output.output_dir: {error}") from None
     if resume not in ("auto", "never") and not user_path(resume, "output.resume").is_dir():

@@ -31,7 +31,7 @@ from sora_llm.lora_files import is_same_base, saved_base
 from sora_llm.memory import MemoryEstimate
 from sora_llm.plan import Plan
 from sora_llm.stop import StopRequest
-from sora_llm.targets import ALL_LINEAR, left_out, stacked_weights
+from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
 from sora_llm.training_data import TrainingData
 from sora_llm.unpack import adapter_dtype, estimate_memory
@@ -156,14 +156,14 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
     if plan.config.output.push_to_hub and not has_token():
         yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
-    if sora.target_modules == ALL_LINEAR:
-        if stacked := stacked_weights(skeleton):
-            yield f"no adapter is put on {', '.join(stacked)}, which are in no linear layer"
-        without: dict[str, dict[str, None]] = {}  # {reason: last names}
-        for name, reason in left_out(skeleton).items():
+    if sora.target_modules == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
+        yield f"no adapter is put on {', '.join(stacked)}, which are in no linear layer"
+    without: dict[str, dict[str, None]] = {}  # {reason: last names}
+    for name, reason in left_out(skeleton).items():
+        if sora.target_modules == ALL_LINEAR or matches(name, sora.target_modules):
             without.setdefault(reason, {})[name.rpartition(".")[2]] = None
-        for reason, names in without.items():
-            yield f"no adapter is put on {', '.join(names)}, {reason}"
+    for reason, names in without.items():
+        yield f"no adapter is put on {', '.join(names)}, {reason}"
     if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     patience, interval = plan.config.evaluation.early_stopping_patience, plan.config.evaluation.eval_steps

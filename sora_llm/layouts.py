@@ -40,9 +40,15 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
             raise UserError("8-bit layers round activations too, so that no weights equal them")
         else:
             _planned(inputs)
-        refuse_other_contents(run_dir / layout, not_yet=True)
+        refuse_other_contents(run_dir / layout, may_have_additions=True)
     except UserError as error:
         raise UserError(f"output.export_layout {layout}: {error}") from None
+
+
+def refuse_additions(layout: str, run_dir: Path) -> None:
+    """UserError where the exports of a run that is not finished would replace what somebody put into older ones."""
+    for folder in {"adapter", layout if layout in ("gguf", "merged") else "adapter"}:
+        refuse_other_contents(run_dir / folder)
 
 
 def check_room(layout: str, inputs: Inputs, run_dir: Path) -> None:

@@ -332,7 +332,7 @@ def consensus_prune(
     for name, value in (("target_rank", target_rank), ("target_params", target_params)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
             raise UserError(f"{name} is {value!r}; it must be a number above 0")
-    if not isinstance(min_rank, Integral) or min_rank < 0:
+    if not isinstance(min_rank, Integral) or isinstance(min_rank, bool) or min_rank < 0:
         raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")

@@ -217,9 +217,14 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         warm = config.model.adapter is not None
         if not stage.can_prune(warm):
             at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
+            why = (
+                "the learning rate is 0 in the first"
+                if stage.learned_at > 1
+                else "the first learns what is to be pruned"
+            )
             raise UserError(
-                f"nothing is learned before the sparsify phase ends: {steps} steps, cut at {phases.sparsify_end} "
-                f"(sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the first; "
+                f"no step is left to prune what was learned: {steps} steps, cut at {phases.sparsify_end} "
+                f"(sora.consensus_at {sora.consensus_at}), and {why}; "
                 f"{_longer(config, steps, is_adaptive)}{at_once}"
             )
         stages.append(stage)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from sora_llm.card import certificate_in
 from sora_llm.config import Config, Dataset
 from sora_llm.data.templates import resolve_template
 from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
@@ -38,6 +40,14 @@ def plain_separator(config: Config) -> str | None:
     """What stood behind prompts that were plain text, by the first data set; None where they were conversations."""
     first = config.data.datasets[0]
     return first.separator if first.type in WITHOUT_TEMPLATE else None
+
+
+def recorded_separator(config: Config | None, folder: Path | None) -> str | None:
+    """`plain_separator` of the run that an adapter comes from, or what the certificate in its folder says of it."""
+    if config is not None:
+        return plain_separator(config)
+    separator = None if folder is None else certificate_in(folder).get("separator")
+    return separator if isinstance(separator, str) else None
 
 
 def templated(tokenizer: Any, chat_template: str) -> PromptForm:

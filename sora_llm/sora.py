@@ -94,8 +94,8 @@ def _between(
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
-    if getattr(base_layer, "_forward_hooks", None):
-        y = y.clone()  # a hook may have kept it
+    if getattr(base_layer, "_forward_hooks", None) and not hasattr(getattr(base_layer, "weight", None), "ds_id"):
+        y = y.clone()  # a hook may have kept it; those of ZeRO-3, which are on every module, do not
     with _in_own_dtypes(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
@@ -333,8 +333,8 @@ class SoraLinear(nn.Module):
         )
         for old in self.parameters(recurse=False):
             old.was_cut = True  # type: ignore[attr-defined]  # an optimizer that still holds it trains nothing
-        # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
         trained = [old is None or old.requires_grad for old in (self.lora_A, self.lora_B)]
+        # New parameters, not new data in the old ones: ZeRO hangs its bookkeeping on the old objects.
         self.lora_A = nn.Parameter(own_A, requires_grad=trained[0]) if rank else None
         self.lora_B = nn.Parameter(own_B, requires_grad=trained[1]) if rank else None
         self.gate, self.rank = None, rank

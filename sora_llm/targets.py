@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -26,13 +27,14 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     `left_out` names), or one or several suffixes of module names ("q_proj", "mlp.down_proj").
 
     Raises:
-        UserError: no suffix, one that matches no linear layer or one of `left_out`, or a model without any.
+        UserError: no suffix, one that matches no linear layer or only such as `left_out` names, or a model without any.
     """
     found = linear_layers(model)
     without = left_out(model)
     linears = {name: linear for name, linear in found.items() if name not in without}
     if not linears:
-        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on")
+        why = "".join(f": no adapter is put on {name}, {reason}" for name, reason in list(without.items())[:1])
+        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on{why}")
     if target_modules == ALL_LINEAR:
         return linears
     suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
@@ -76,11 +78,25 @@ def left_out(model: nn.Module) -> dict[str, str]:
         if _is_bypassed(model, name):
             reader = type(parent_of(model, name)).__name__
             reasons[name] = f"whose weight {reader} reads without calling it: an adapter would do nothing there"
-        elif type(linear).forward is not nn.Linear.forward and not type(linear).__module__.startswith("bitsandbytes"):
+        elif not _computes_linear(type(linear)):  # type: ignore[arg-type]  # classes are hashable
             reasons[name] = f"a {type(linear).__name__}, which computes something else than a linear layer"
         elif name.rpartition(".")[2] in experts:
             reasons[name] = "which PEFT takes for stacked experts in this architecture: it could load no adapter there"
     return reasons
+
+
+@functools.lru_cache(maxsize=64)
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class of linear layers answers x Wᵀ + b, in whatever way it writes that (Falcon's does, a router's
+    does not)."""
+    if kind.forward is nn.Linear.forward or kind.forward.__module__.startswith("bitsandbytes"):
+        return True
+    with torch.random.fork_rng([]):
+        try:
+            layer, x = kind(3, 2), torch.randn(4, 3)
+            return torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
+        except Exception:  # it is made of something else, or answers no tensor
+            return False
 
 
 def _is_bypassed(model: nn.Module, name: str) -> bool:
@@ -92,16 +108,18 @@ def _is_bypassed(model: nn.Module, name: str) -> bool:
         return False
     # A state-space mixer, whose fused kernels are handed weights: which ones is in its source alone.
     source = _source_of(type(parent))  # type: ignore[arg-type]  # classes are hashable
-    return re.search(rf"self\.{child}\.weight\b(?!\.)", source) is not None
+    return re.search(rf"self\.{child}\.weight\b(?!\.(?:dtype|device|shape)\b)", source) is not None
 
 
 @functools.lru_cache(maxsize=64)
 def _source_of(kind: type) -> str:
-    """Empty where it cannot be had.  Python parses the whole file for it, tens of milliseconds."""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
+    """Of a module's class and of those that it inherits from, as far as it can be had.  Python parses a whole file for
+    each, tens of milliseconds."""
+    sources = []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with contextlib.suppress(OSError, TypeError):
+            sources.append(inspect.getsource(base))
+    return "\n".join(sources)
 
 
 def _names_of_experts(model: nn.Module, names: Iterable[str]) -> set[str]:

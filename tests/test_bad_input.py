@@ -66,7 +66,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "cut before anything is learned": (
         lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=0.25", "train.max_steps=4", "train.warmup_ratio=0.03"],
-        "nothing is learned before the sparsify phase ends: 4 steps, cut at 1 (sora.consensus_at 0.25), and the "
+        "no step is left to prune what was learned: 4 steps, cut at 1 (sora.consensus_at 0.25), and the "
         "learning rate is 0 in the first; train for 8 steps, or set train.warmup_ratio 0",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),

@@ -103,6 +103,9 @@ def test_what_save_to_disk_left_is_read_in_its_order(tmp_path):
     saved = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(25)]).select([*range(20, 0, -1)])
     saved.save_to_disk(tmp_path / "saved", num_shards=3)
     assert [row for _, row in rows_of(str(tmp_path / "saved"))] == list(saved)
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"] * 2})
+    assert list((tmp_path / "saved").glob("cache-*.arrow")), "map keeps its result beside the rows"
+    assert [row for _, row in rows_of(str(tmp_path / "saved"))] == list(saved)
 
 
 def test_what_save_to_disk_left_of_several_splits_asks_for_one(tmp_path):

@@ -1036,6 +1036,8 @@ def test_markers_that_leave_out_the_token_behind_an_answer_are_noticed():
     untaught = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     assert untaught_end(tokenizer, taught) is None and ends_visibly(tokenizer, taught)
     assert untaught_end(tokenizer, untaught) == "<|im_end|>" and not ends_visibly(tokenizer, untaught)
+    later = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}{{ '\\n' }}<|im_end|>")
+    assert untaught_end(tokenizer, later) == "<|im_end|>"
     assert untaught_end(tokenizer, TEMPLATES["chatml"]) is None
     assert untaught_end(byte_tokenizer(), TEMPLATES["chatml"]) is None, "text that is no token"
 

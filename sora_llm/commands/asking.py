@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from sora_llm import backbone
-from sora_llm.card import certificate_in
 from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
@@ -22,7 +21,7 @@ from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
 from sora_llm.lora_files import CONFIG
-from sora_llm.prompt_form import PromptForm, prompt_form, templated
+from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated
 
 
 def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.ArgumentParser:
@@ -183,7 +182,7 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
     if subject.config is not None:
         template = resolve_template(tokenizer, subject.config.data.chat_template)
         return prompt_form(subject.config, tokenizer, template)
-    if subject.adapter is not None and isinstance(separator := certificate_in(subject.adapter).get("separator"), str):
+    if (separator := recorded_separator(None, subject.adapter)) is not None:
         return PromptForm(None, separator)
     beside = template_beside(subject)
     if beside is not None or tokenizer.chat_template:

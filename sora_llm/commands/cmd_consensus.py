@@ -29,6 +29,7 @@ from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.inputs import quiet_libraries
 from sora_llm.merge import Merged, merge, merge_errors
+from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 
 
@@ -144,12 +145,14 @@ def export_consensus(
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     config = load_config(spec)
     model = put_on(load_backbone(spec, local_device()), merged.factors)
+    separators = {recorded_separator(source.config, source.folder) for source in sources}
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
+        separator=separators.pop() if len(separators) == 1 else None,  # where they differ none is everybody's
         load_options=load_call(spec, config),
         is_base_quantised=is_quantised(config),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",

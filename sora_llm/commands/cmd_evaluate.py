@@ -20,7 +20,7 @@ from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.evaluation import evaluate
 from sora_llm.inputs import Inputs, check_inputs
-from sora_llm.prompt_form import has_conversations
+from sora_llm.prompt_form import has_conversations, recorded_separator
 from sora_llm.row_types import FIELDS
 from sora_llm.topology import ALONE
 
@@ -126,7 +126,7 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
     if arguments.chat_template is not None:
         config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
-        dataset = other_dataset(arguments, config.data.datasets)
+        dataset = other_dataset(arguments, config.data.datasets, recorded_separator(None, subject.adapter))
         config = replace(config, data=replace(config.data, val_datasets=(dataset,), val_set_size=None))
     elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
         raise UserError(
@@ -185,16 +185,17 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
         )
 
 
-def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset]) -> Dataset:
+def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorded: str | None) -> Dataset:
     """The data set that the command line describes; without --type it has the form of the run's first one, and whatever
-    its type the separator that the run put behind prompts."""
+    its type the separator that the run put behind prompts, or that the adapter's certificate has `recorded`."""
     if arguments.type is None:
         if not own:
             raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(FIELDS)})")
         described = replace(own[0], path=arguments.data, split=None, revision=None, weight=None, streaming=False)
     else:
         separators = (dataset.separator for dataset in own if dataset.type == arguments.type)
-        described = Dataset(path=arguments.data, type=arguments.type, separator=next(separators, ""))
+        beside = recorded or "" if arguments.type == "prompt_completion" else ""
+        described = Dataset(path=arguments.data, type=arguments.type, separator=next(separators, beside))
     if arguments.separator is not None and described.type != "prompt_completion":
         raise UserError(f"--separator goes with --type prompt_completion only, not {described.type}; leave it out")
     columns: dict[str, str] = {}

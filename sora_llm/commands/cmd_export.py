@@ -33,7 +33,7 @@ from sora_llm.inputs import check_inputs, quiet_libraries
 from sora_llm.merged import plan_merge
 from sora_llm.merged_export import export_merged
 from sora_llm.plan import stage_name
-from sora_llm.prompt_form import plain_separator
+from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
 from sora_llm.topology import ALONE
@@ -246,7 +246,7 @@ def provenance_of(
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
-        separator=None if source.config is None else plain_separator(source.config),
+        separator=recorded_separator(source.config, source.folder),
         load_options=load_call(spec, adapter.config),
         is_base_quantised=is_quantised(adapter.config),
         story=story,

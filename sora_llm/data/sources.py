@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import inspect
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -207,7 +208,7 @@ def _local_files(spec: DatasetSpec) -> list[Path]:
 def _folder_files(folder: Path, type_: str) -> list[Path]:
     """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
     files count only where text is wanted: the README beside conversations is not data.  Of what `save_to_disk` of
-    datasets left only the rows count."""
+    datasets left only the rows count, and not what `map` and others cached beside them."""
 
     def refuse(error: OSError) -> None:
         raise error  # else what lies in a folder that may not be listed would be left out in silence
@@ -218,7 +219,7 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
         if SPLITS in names:
             raise UserError(f"data set {place} has splits: name the folder of one ({', '.join(sorted(folders))})")
         if SAVED.issubset(names):
-            names = [name for name in names if name not in SAVED]
+            names = _saved_files(Path(place, "state.json"))
         files += [Path(place, name) for name in names if not name.startswith(".")]
     files = [
         file
@@ -228,6 +229,16 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
     if not files:
         raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
     return files
+
+
+def _saved_files(state: Path) -> list[str]:
+    """The names of the files that a data set of `save_to_disk` is made of."""
+    try:
+        return [str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"data set {state.parent}: {state.name} does not say which files the data set is made of"
+        ) from None
 
 
 def _check_kind(file: Path, type_: str) -> None:

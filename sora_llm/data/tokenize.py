@@ -156,19 +156,23 @@ def untaught_end(tokenizer: Any, template: str) -> str | None:
     if isinstance(row, BadRow):
         return None
     ids, weights = row
-    last = int(np.flatnonzero(weights)[-1])
-    behind = [int(token) for token in ids[last + 1 :]]
-    if int(ids[last]) in _ending_tokens(tokenizer) or not behind or behind[0] not in _ending_tokens(tokenizer):
+    last, ending = int(np.flatnonzero(weights)[-1]), _ending_tokens(tokenizer)
+    if int(ids[last]) in ending:
         return None
-    return str(tokenizer.convert_ids_to_tokens(behind[0]))
+    for token in map(int, ids[last + 1 :]):
+        if token in ending:
+            return str(tokenizer.convert_ids_to_tokens(token))
+        if tokenizer.decode([token]).strip():
+            return None
+    return None
 
 
-_ASKED = [Message("user", "Hi"), Message("assistant", "Ho")]
+_ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
 
 
 def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
     """A question and an answer as they are trained on."""
-    (row,) = tokenize_examples([Conversation(tuple(_ASKED))], tokenizer, template)
+    (row,) = tokenize_examples([Conversation(_ASKED)], tokenizer, template)
     return row
 
 
