@@ -146,6 +146,9 @@ def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(l
     for form in ([], FORM):
         assert evaluated(capsys, run, "--data", rows, *form, "--separator", "") == plain
     assert evaluated(capsys, lora, "--data", rows, *FORM, "--separator", "\n") == expected
+    exported = shutil.copytree(lora, tmp_path / "exported")
+    (exported / "certificate.json").write_text(json.dumps({"separator": "\n"}))  # as an export of that run has it
+    assert evaluated(capsys, exported, "--data", rows, *FORM)["adapter"]["loss"] == expected["adapter"]["loss"]
 
 
 def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora, tmp_path, capsys):

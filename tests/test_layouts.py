@@ -122,3 +122,10 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")  # somebody's LoRA, not the run's
     assert "output.output_dir: " in (said := refused("padded")) and "adapter exists and holds no export" in said
+    certificate = {"layout": "padded", "modules": {}, "files": ["adapter_config.json", "certificate.json"]}
+    (tmp_path / "run" / "adapter" / "certificate.json").write_text(json.dumps(certificate))
+    (tmp_path / "run" / "adapter" / "notes.txt").write_text("mine")
+    shutil.rmtree(tmp_path / "run" / "gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr("sora_llm.train.run_in", lambda *_: pytest.fail("a model was loaded"))
+        assert "and with it notes.txt, which is no part of the export there" in refused("padded")
