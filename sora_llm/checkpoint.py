@@ -144,14 +144,19 @@ def _folders(run_dir: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
+def check_complete(folder: Path) -> None:
+    """UserError for a folder that holds no checkpoint, or one that was not finished."""
+    if folder.is_dir() and not (folder / COMPLETE).exists():
+        raise UserError(f"{folder} is not a complete checkpoint: it has no {COMPLETE}, which is written last")
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The verified state.json of a checkpoint (every file's hash is checked first).
 
     Raises:
         UserError: not a complete checkpoint, or its files are not the ones that were written.
     """
-    if folder.is_dir() and not (folder / COMPLETE).exists():
-        raise UserError(f"{folder} is not a complete checkpoint: it has no {COMPLETE}, which is written last")
+    check_complete(folder)
     try:
         said = (folder / COMPLETE).read_text(encoding="utf-8")
         hashes = json.loads(said)

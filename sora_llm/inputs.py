@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from sora_llm import backbone
+from sora_llm import backbone, checkpoint
 from sora_llm.backbone import BackboneSpec
 from sora_llm.card import refuse_other_contents
 from sora_llm.config import Config
@@ -155,8 +155,14 @@ def check_output(run_dir: Path, resume: str) -> None:
         refuse_other_contents(run_dir / "adapter", may_have_additions=True)  # at the end it would be too late
     except UserError as error:
         raise UserError(f"output.output_dir: {error}") from None
-    if resume not in ("auto", "never") and not user_path(resume, "output.resume").is_dir():
-        raise UserError(
-            f"output.resume: there is no folder {resume} (from {Path.cwd()}); it is auto, never, or the folder of a "
-            "checkpoint"
-        )
+    if resume not in ("auto", "never"):
+        folder = user_path(resume, "output.resume")
+        if not folder.is_dir():
+            raise UserError(
+                f"output.resume: there is no folder {resume} (from {Path.cwd()}); it is auto, never, or the folder of "
+                "a checkpoint"
+            )
+        try:
+            checkpoint.check_complete(folder)
+        except UserError as error:
+            raise UserError(f"output.resume: {error}") from None

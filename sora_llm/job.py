@@ -177,6 +177,11 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
             "there); train longer, or set train.warmup_ratio 0"
         )
+    if any(stage.is_adaptive and stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
+        yield (
+            "no step is left between what is learned and the cut, which alone prunes to the budget; train longer, or "
+            "raise sora.consensus_at"
+        )
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (

@@ -55,14 +55,16 @@ class Stage:
     @property
     def changes(self) -> tuple[int, ...]:
         """The steps before which the adapters take another form: balanced for `adaptive`, cut by consensus."""
-        balanced = (self.weighed_at,) if self.is_adaptive else ()
+        balanced = (self.weighed_at,) if self.is_adaptive and self.weighed_at < self.phases.sparsify_end else ()
         return (*balanced, self.phases.sparsify_end) if self.cuts_early else balanced
 
     @property
     def weighed_at(self) -> int:
         """The step before which `adaptive` weighs the gates: the first one of the sparsify phase, and not before a step
-        has learned anything (with B = 0 every component is 0)."""
-        return max(self.phases.dense_end, self.learned_at) if self.is_adaptive else self.phases.dense_end
+        has learned anything (with B = 0 every component is 0).  Where that is the phase's end, the cut alone prunes."""
+        if not self.is_adaptive:
+            return self.phases.dense_end
+        return min(max(self.phases.dense_end, self.learned_at), self.phases.sparsify_end)
 
     @property
     def learned_at(self) -> int:
@@ -71,10 +73,9 @@ class Stage:
         return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
 
     def can_prune(self, warm: bool) -> bool:
-        """Whether something is learned before it is judged; `warm`: the run starts from a trained adapter."""
-        if self.is_adaptive:  # weighs what was learned, and needs a step to prune it
-            return self.weighed_at < self.phases.sparsify_end
-        return warm or not self.cuts_early or not self.learns or self.learned_at <= self.phases.sparsify_end
+        """Whether something is learned before it is cut; `warm`: the run starts from a trained adapter, whose singular
+        components `adaptive` weighs like learned ones."""
+        return warm or not self.learns or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
         """Whether gates are cut in `step`."""
@@ -205,7 +206,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         if phases.dense_end == phases.sparsify_end:
             raise UserError(
                 f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-                f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps, is_adaptive)}, or widen the window "
+                f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps)}, or widen the window "
                 "between the two"
             )
         gate_lr = sora.gate_lr
@@ -217,26 +218,21 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         warm = config.model.adapter is not None
         if not stage.can_prune(warm):
             at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
-            why = (
-                "the learning rate is 0 in the first"
-                if stage.learned_at > 1
-                else "the first learns what is to be pruned"
-            )
             raise UserError(
-                f"no step is left to prune what was learned: {steps} steps, cut at {phases.sparsify_end} "
-                f"(sora.consensus_at {sora.consensus_at}), and {why}; "
-                f"{_longer(config, steps, is_adaptive)}{at_once}"
+                f"nothing is learned before the cut: {steps} step{'s' if steps > 1 else ''}, cut at "
+                f"{phases.sparsify_end} (sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the "
+                f"first; {_longer(config, steps)}{at_once}"
             )
         stages.append(stage)
     return tuple(stages)
 
 
-def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
+def _longer(config: Config, too_few: int) -> str:
     """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios."""
     sora, train = config.sora, config.train
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
-        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
+        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive=False)
         if phases.dense_end < phases.sparsify_end and stage.can_prune(warm=config.model.adapter is not None):
             return f"train for {steps} steps"
     return "train longer"

@@ -86,6 +86,8 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                     ) from None
             file.close()
             time.sleep(0.2)
+        file.seek(0)
+        before, dated = file.read(), os.fstat(file.fileno())
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -95,7 +97,13 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         try:
             yield
         finally:
-            if not (run_dir / "config.yaml").exists():  # nothing was begun here: leave no trace
+            if (run_dir / "config.yaml").exists():  # leave the file as it was found: this one may have refused
+                with contextlib.suppress(OSError):  # a full disk
+                    file.truncate(0)
+                    file.write(before)
+                    file.flush()
+                    os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
+            else:  # nothing was begun here: leave no trace
                 path.unlink(missing_ok=True)
                 if is_new:
                     with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
-"""What the launcher said and which strategy follows from it: pure functions of the environment, no torch."""
+"""What the launcher said and which strategy follows from it: functions of the environment, no torch."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,33 @@ def launched_world(environ: Mapping[str, str]) -> World:
             f"{expected}; check the number of machines and the rendezvous address"
         )
     return world
+
+
+def refuse_lone_process(environ: Mapping[str, str], launcher: Mapping[str, str] | None = None) -> None:
+    """UserError in the one process that `accelerate launch --num_processes N` starts of N where it finds no devices for
+    them: it then says where they would meet, and nothing else.
+
+    `launcher` is the environment that the launcher itself was given, by default the parent process's; one that had
+    MASTER_ADDR already, or that cannot be read, says nothing.
+    """
+    if "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" not in environ or "MASTER_ADDR" not in environ:
+        return
+    if launcher is None:
+        launcher = _environment_of(os.getppid())
+    if launcher and "MASTER_ADDR" not in launcher:
+        raise UserError(
+            "accelerate launch was asked for several processes and started this one alone: without --multi_gpu (which "
+            "is right on CPUs too) or --use_deepspeed it starts no group; give one of them, or --num_processes 1"
+        )
+
+
+def _environment_of(process: int) -> dict[str, str]:
+    """What a process of this machine was started with; {} where that cannot be read."""
+    try:
+        content = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)
 
 
 def resolve_strategy(

@@ -45,7 +45,7 @@ from sora_llm.rundir import RunDirectory, environment
 from sora_llm.stages import next_stage, train_stage
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
-from sora_llm.topology import ZERO_STAGES, launched_world, refuse_other_step, resolve_strategy
+from sora_llm.topology import ZERO_STAGES, launched_world, refuse_lone_process, refuse_other_step, resolve_strategy
 from sora_llm.training import Training, load_and_inject
 from sora_llm.training_data import data_report, load_data, training_order
 from sora_llm.unpack import target_shapes
@@ -152,6 +152,7 @@ def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
 def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
     """Check, prepare and run."""
     world = launched_world(os.environ)
+    refuse_lone_process(os.environ)
     settings = config.distributed
     strategy = resolve_strategy(
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every

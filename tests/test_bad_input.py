@@ -61,13 +61,18 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "neither budget nor lambda": (lambda tmp: ["sora.sparse_lambda=null"], "set exactly one"),
     "negative lambda": (lambda tmp: ["sora.sparse_lambda=-1"], "must be a number >= 0"),
     "too few steps": (
-        lambda tmp: ["sora.sparse_lambda=null", "sora.target_rank=4", "sora.consensus_at=0.4", "train.max_steps=5"],
-        "train for 8 steps",
+        lambda tmp: ["sora.sparse_lambda=null", "sora.target_rank=4", "sora.consensus_at=0.4", "train.max_steps=4"],
+        "train for 5 steps",
     ),
     "cut before anything is learned": (
         lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=0.25", "train.max_steps=4", "train.warmup_ratio=0.03"],
-        "no step is left to prune what was learned: 4 steps, cut at 1 (sora.consensus_at 0.25), and the "
-        "learning rate is 0 in the first; train for 8 steps, or set train.warmup_ratio 0",
+        "nothing is learned before the cut: 4 steps, cut at 1 (sora.consensus_at 0.25), and the learning "
+        "rate is 0 in the first; train for 8 steps, or set train.warmup_ratio 0",
+    ),
+    "a last step that learns nothing": (
+        lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=1", "train.max_steps=1", "train.warmup_ratio=0.03"],
+        "nothing is learned before the cut: 1 step, cut at 1 (sora.consensus_at 1.0), and the learning rate is 0 in "
+        "the first; train for 2 steps, or set train.warmup_ratio 0",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
@@ -136,6 +141,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "output below a file": (lambda tmp: [f"output.output_dir={_file(tmp, 'f', '')}/run"], "is a file"),
     "output on a read-only place": (lambda tmp: ["output.output_dir=/proc/run"], "cannot be written"),
+    "a folder without a checkpoint": (lambda tmp: [f"output.resume={tmp}"], "has no COMPLETE"),
     "no such checkpoint": (lambda tmp: [f"output.resume={tmp / 'nope'}"], "folder of a checkpoint"),
     "no step to prune in": (
         lambda tmp: ["sora.consensus_at=1.0", "sora.dense_ratio=0.99999999999999999"],
@@ -260,6 +266,14 @@ def test_several_processes_print_it_once(tmp_path: Path) -> None:
     assert stopped.returncode != 0
     assert stopped.stderr.count("fewer than the 2 processes") == 1
     assert "sora_llm/train.py" not in stopped.stderr  # no traceback of ours; the launcher prints its own
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_starts_one_of_two_processes_is_refused(tmp_path: Path) -> None:
+    """As accelerate does on a machine without a GPU: the run would be half as wide as its config says, in silence."""
+    launcher = (*ACCELERATE, "--num_processes", "2", "-m", "sora_llm.train")
+    stopped = start(launcher, [CONFIG, *gsm8k_overrides(tmp_path / "run")], tmp_path / "run")
+    assert stopped.returncode != 0 and "started this one alone" in stopped.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -88,6 +88,18 @@ def test_a_budget_is_met_and_the_adapters_shrink_inside_the_run(
     assert rates[0] < by_phase["sparsify"][-1]["learning_rate"] and rates[0] < rates[1], "it re-warms"
 
 
+def test_a_run_too_short_to_prune_step_by_step_is_cut_to_its_budget_at_once(
+    ground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps before the cut, the first of which has the rate 0: what the second learns is cut."""
+    options = {"sora.dense_ratio": 0.1, "sora.consensus_at": 0.4, "train.max_steps": 5, "distributed.strategy": "none"}
+    run(CONFIG, *overrides(ground.folder, tmp_path, **{**BUDGET, **options}))
+    assert "no step is left between what is learned and the cut" in capsys.readouterr().out
+    first, *_, last = lines(tmp_path, "metrics.jsonl")
+    assert first["mean_rank"] == R and 0 < last["mean_rank"] <= TARGET_RANK
+    assert last["eval_loss"] < first["eval_loss"]
+
+
 def costs(run_dir: Path) -> dict[str, int]:
     """I + O of every target module."""
     tensors = load_file(run_dir / "checkpoints" / f"step-{DENSE_END}" / "adapter.safetensors")

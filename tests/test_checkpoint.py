@@ -295,6 +295,17 @@ def test_the_lock_of_a_killed_holder_is_free(tmp_path, holder):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
+def test_a_run_that_was_begun_keeps_its_lock_file_as_it_was(tmp_path):
+    """Who only looks in, and refuses to go on, leaves the directory as it was found."""
+    (tmp_path / "config.yaml").write_text("")
+    lock = tmp_path / ".lock"
+    lock.write_text("process 7 on elsewhere")
+    os.utime(lock, (1, 1))
+    with run_state.run_lock(tmp_path):
+        assert lock.read_text() != "process 7 on elsewhere"
+    assert (lock.read_text(), lock.stat().st_mtime) == ("process 7 on elsewhere", 1)
+
+
 def test_the_lock_is_released_at_the_end_and_after_an_error_and_makes_the_folder(tmp_path):
     run_dir = tmp_path / "new" / "run"
     with pytest.raises(KeyError), run_state.run_lock(run_dir):

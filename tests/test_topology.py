@@ -11,6 +11,7 @@ from sora_llm.topology import (
     deepspeed_config,
     launched_world,
     read_deepspeed_config,
+    refuse_lone_process,
     refuse_other_step,
     resolve_strategy,
 )
@@ -56,6 +57,29 @@ def test_several_little_worlds_instead_of_one_are_noticed():
     with pytest.raises(UserError, match="world of 1"):
         launched_world({"SORA_EXPECTED_WORLD_SIZE": "4"})
     assert launched_world({"WORLD_SIZE": "4", "RANK": "0", "SORA_EXPECTED_WORLD_SIZE": "4"}).num_processes == 4
+
+
+ALONE_OF_TWO = {**PLAIN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        (PLAIN, {"HOME": "/"}),
+        ({**MULTI, **ALONE_OF_TWO}, {"HOME": "/"}),
+        ({"MASTER_ADDR": "node1"}, {"HOME": "/"}),
+        (ALONE_OF_TWO, {"MASTER_ADDR": "node1"}),
+        (ALONE_OF_TWO, {}),
+    ],
+    ids=["one was asked for", "a group", "no launcher", "an address from before it", "nothing can be read"],
+)
+def test_one_process_is_none_too_few_unless_its_launcher_says_so(environ, launcher):
+    refuse_lone_process(environ, launcher)
+
+
+def test_one_process_of_several_that_were_asked_for_is_refused():
+    with pytest.raises(UserError, match=r"started this one alone.*--multi_gpu"):
+        refuse_lone_process(ALONE_OF_TWO, {"HOME": "/"})
 
 
 def test_a_world_that_is_no_number_is_refused():
