@@ -33,7 +33,7 @@ PLACES = {
     "training": "sora_llm.train:train_stage",
     "step": "sora_llm.stages:train_step",
     "line": "sora_llm.stages:log_step",
-    "evaluation": "sora_llm.training:dev_loss",
+    "evaluation": "sora_llm.measures:dev_loss",
     "save": "sora_llm.stages:save_checkpoint",
     "export": "sora_llm.train:cut_and_export",
     "balance": "sora_llm.pipeline:balance",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export, verified_export
+from sora_llm.assembly import cut_adapter
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.card import story_of_run
 from sora_llm.config import recipe, to_dict
@@ -23,12 +24,13 @@ from sora_llm.job import (
     say,
 )
 from sora_llm.layouts import adapter_layout, export_beside
+from sora_llm.measures import dev_loss, final_masters, loss_over
 from sora_llm.plan import stage_name
 from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.rundir import RunDirectory
 from sora_llm.start import RunResult
-from sora_llm.training import Training, cut_adapter, dev_loss, final_masters, loss_over
+from sora_llm.training import Training
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         while True:
             try:
                 make_folder(run_dir)
-                file = path.open("a+")
+                file = path.open("a+b")
             except FileNotFoundError:
                 continue  # its last holder, who left no trace, was just removing it
             try:
@@ -80,7 +80,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                 if time.monotonic() > deadline:
                     with file:
                         file.seek(0)
-                        holder = file.read().strip() or "another run"
+                        holder = file.read().decode(errors="replace").strip() or "another run"
                     raise DirectoryInUse(
                         f"output.output_dir {run_dir} is in use by {holder}; wait for it to end, or name another folder"
                     ) from None
@@ -89,7 +89,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         file.seek(0)
         before, dated = file.read(), os.fstat(file.fileno())
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
     except OSError as error:
         raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None

@@ -17,6 +17,7 @@ from sora_llm.files import user_path
 from sora_llm.job import Job, say
 from sora_llm.plan import Plan, refuse_other_config
 from sora_llm.report import read_json_lines
+from sora_llm.snapshot import refuse_other_run
 from sora_llm.topology import World
 
 
@@ -114,25 +115,7 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
             say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
         return StartPoint()
     state = checkpoint.read_state(folder)
-    if "stage" not in state or "skipped" not in state["tally"]:
-        raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
-    if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
-        raise UserError(
-            f"{folder} is of a later stage of a sparsity path, whose earlier adapters are in "
-            f"{folder.parent.parent}; go on there, or start a new path"
-        )
-    refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
-    num_replicas = 0 if job.replicas is None else job.replicas.num
-    if "rounds" in state and state["rounds"]["replicas"] != num_replicas:
-        raise UserError(
-            f"{folder} holds {state['rounds']['replicas']} replicas that took local steps apart, and this launch has "
-            f"{num_replicas}; launch as many, or start a new run from the adapter with model.adapter"
-        )
-    if state["data"] != job.fingerprint:
-        raise UserError(
-            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
-            "the files, or name a new output.output_dir"
-        )
+    refuse_other_run(job, run_dir, folder, state)
     say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
     return StartPoint(state["step"], folder, state)
 

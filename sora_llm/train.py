@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sora_llm import checkpoint, hub, run_state, terminal
+from sora_llm.assembly import load_and_inject
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, on_every, on_main
@@ -46,7 +47,7 @@ from sora_llm.stages import next_stage, train_stage
 from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.stop import StopRequest, ignore_signals
 from sora_llm.topology import ZERO_STAGES, launched_world, refuse_lone_process, refuse_other_step, resolve_strategy
-from sora_llm.training import Training, load_and_inject
+from sora_llm.training import Training
 from sora_llm.training_data import data_report, load_data, training_order
 from sora_llm.unpack import target_shapes
 

@@ -32,7 +32,7 @@ PLACES = {
     "lock": "sora_llm.run_state:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed.group:make_accelerator",
-    "load": "sora_llm.training:load_backbone",
+    "load": "sora_llm.assembly:load_backbone",
     "step": "sora_llm.stages:train_step",
     "evaluation": "sora_llm.evaluation:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import Playground, interrupt, lines, overrides, result
 
-from sora_llm import cli, training
+from sora_llm import cli, measures
 from sora_llm.alarms import Patience
 from sora_llm.config import load_config
 from sora_llm.errors import Preempted, UserError
@@ -21,6 +21,7 @@ from sora_llm.lora_files import read_lora
 from sora_llm.plan import make_plan
 from sora_llm.topology import ALONE
 from sora_llm.train import run
+from sora_llm.training import Training
 
 CONFIG = "configs/llama7b.yaml"
 STEPS, LAMBDAS = 4, [0.2, 0.5, 0.8]
@@ -134,16 +135,16 @@ def test_a_path_stopped_in_the_first_evaluation_of_a_stage_keeps_the_line_of_the
 ) -> None:
     """Its step is logged after the resume; the line before it is of an adapter that is not exported again."""
     options = {**PATH, "evaluation.eval_steps": STEPS + 1}
-    measured = training.measure
+    measured = measures.measure
 
-    def interrupted(of: training.Training) -> float:
+    def interrupted(of: Training) -> float:
         if of.done == STEPS + 1:
             raise Preempted("SIGTERM")
         return measured(of)
 
-    monkeypatch.setattr(training, "measure", interrupted)
+    monkeypatch.setattr(measures, "measure", interrupted)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "preempted"
-    monkeypatch.setattr(training, "measure", measured)
+    monkeypatch.setattr(measures, "measure", measured)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "finished"
     for name in ("metrics.jsonl", "ranks.jsonl"):
         found = [(line["step"], line.get("phase")) for line in lines(tmp_path / "run", name)]

@@ -42,6 +42,7 @@ from protocol import (
 )
 
 from sora_llm.alarms import Alarms, Patience
+from sora_llm.assembly import cut_adapter, make_engine
 from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
 from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
@@ -52,11 +53,12 @@ from sora_llm.inject import adapters, inject_sora
 from sora_llm.inputs import check_inputs
 from sora_llm.job import Job
 from sora_llm.loop import Tally, seed_step, train_step
+from sora_llm.measures import current_ranks
 from sora_llm.pipeline import full_params
 from sora_llm.plan import make_plan, rows_in_step
 from sora_llm.stages import change_form, refuse_more_skipping, set_rates
 from sora_llm.topology import ALONE
-from sora_llm.training import Training, current_ranks, cut_adapter, make_engine, make_steering
+from sora_llm.training import Training, make_steering
 from sora_llm.training_data import load_data, prepare_rows, training_order
 from sora_llm.unpack import (
     backbone_spec,

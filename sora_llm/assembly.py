@@ -1,0 +1,141 @@
+"""A run's model, adapters and engine put together: fresh, resumed, renewed after a change, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm import pipeline
+from sora_llm.alarms import Alarms, Patience
+from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone
+from sora_llm.distributed.collectives import on_every
+from sora_llm.distributed.engine import Engine
+from sora_llm.inject import adapters, inject_sora, start_from
+from sora_llm.inputs import start_lora
+from sora_llm.job import Job, say
+from sora_llm.local_updates import OuterOptimizer
+from sora_llm.loop import Tally
+from sora_llm.loss_scale import LossScale
+from sora_llm.measures import raise_alarms
+from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.packing_proof import prove_packing
+from sora_llm.pipeline import Cut
+from sora_llm.rounds import Rounds
+from sora_llm.rundir import RunDirectory
+from sora_llm.snapshot import put_back, read_into
+from sora_llm.start import StartPoint
+from sora_llm.training import Training, make_steering
+from sora_llm.unpack import target_modules
+
+
+def load_model(job: Job) -> nn.Module:
+    """The frozen backbone on this process's device."""
+    spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
+    model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
+    if data.sample_packing:
+        prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
+    return model
+
+
+def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
+    """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
+    sora = job.config.sora
+    model = on_every(lambda: load_model(job))
+    torch.manual_seed(job.config.train.seed)
+    inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
+    full_params = pipeline.full_params(adapters(model))
+    saved = None
+    if start.folder is not None and start.state is not None:
+        saved = read_into(model, job, start.folder, start.state)
+    elif job.config.model.adapter is not None:
+        on_every(lambda: warm_start(job, model))
+    engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
+    training = Training(
+        job,
+        directory,
+        engine,
+        Tally.start(engine.device),
+        make_steering(job, 0),
+        Alarms(job.plan.budgets, full_params),
+        Patience(job.config.evaluation.early_stopping_patience),
+        make_rounds(job),
+    )
+    if saved is not None:
+        put_back(training, saved)
+    elif training.rounds is not None:
+        training.rounds.begin(engine)
+    return training
+
+
+def warm_start(job: Job, model: nn.Module) -> None:
+    """Let the adapters begin where the saved one ended."""
+    lora = start_lora(job.config)
+    start_from(model, lora.factors, lora.scaling)
+
+
+def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
+    """`model` and a fresh optimizer under the run's strategy, with the loss scale of an engine before it, if there was
+    one (collective)."""
+    settings, budgets = job.config.train, job.plan.budgets
+    groups = parameter_groups(
+        model,
+        settings.learning_rate,
+        job.plan.stages[0].gate_lr,
+        weight_decay=settings.weight_decay,
+        threshold=str(job.config.sora.threshold),
+        budgets={budget.name: list(budget.costs) for budget in budgets} or None,
+        deferred=job.replicas is not None,
+    )
+    optimizer, strategy = ProxAdamW(groups), job.plan.strategy
+    if loss_scale is None:
+        loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
+    return Engine(job.accelerator, model, optimizer, strategy, settings.max_grad_norm, job.replicas, loss_scale)
+
+
+def renew_engine(
+    training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Go on with a fresh optimizer, in a round of its own, from `masters` that all processes hold (collective)."""
+    training.engine = make_engine(training.job, model, training.engine.loss_scale)
+    training.engine.load(masters, state, 0)
+    if training.rounds is not None:
+        training.rounds.begin(training.engine)
+
+
+def make_rounds(job: Job) -> Rounds | None:
+    """The rounds of local updates, not begun; None where all processes step together."""
+    if job.replicas is None:
+        return None
+    settings = job.config.distributed
+    return Rounds(job.replicas, OuterOptimizer(settings.outer_learning_rate, settings.outer_momentum))
+
+
+def cut_adapter(
+    training: Training, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> Cut:
+    """Cut `model` as the config says, and say what became of it (collective)."""
+    job = training.job
+    sora, budgets = job.config.sora, job.plan.budgets
+    had_gates = any(layer.gate is not None for layer in adapters(model).values())
+    cut = pipeline.cut_by_consensus(
+        model,
+        masters,
+        consensus=sora.consensus,
+        budgets=budgets,
+        dtype=DTYPES[sora.dtype] if dtype is None else dtype,
+        world=job.world,
+        device=job.accelerator.device,
+        replicas=job.replicas if had_gates and not training.agrees else None,
+    )
+    if had_gates:
+        if cut.spread is not None:
+            say(job.world, f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
+        say(
+            job.world,
+            f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
+            f"{cut.dropped_share:.1%} of ΔW's energy dropped",
+        )
+        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.shortfall))
+    return cut

@@ -1,0 +1,179 @@
+"""A run in the middle of its loop as its checkpoint holds it: written, looked at, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sora_llm import checkpoint, pipeline
+from sora_llm.config import to_dict
+from sora_llm.distributed.collectives import gather_integers, gather_objects, on_every, on_main
+from sora_llm.errors import UserError
+from sora_llm.inject import adapter_parameters, adapters, cut_adapters
+from sora_llm.job import Job
+from sora_llm.plan import refuse_other_config
+from sora_llm.schedule import FINETUNE
+from sora_llm.training import IMPORTANCE_SUFFIX, Best, Training, make_steering
+
+
+def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
+    """Write the canonical state of the run as it is (collective; the main process writes).
+
+    `unlogged` is what the line of this step still needs where it has not been written.
+    """
+    job, engine, directory, step, best = training.job, training.engine, training.directory, training.done, training.best
+    training.tally.pause_clock()
+    moments, optimizer_steps = engine.optimizer_state()
+    tensors = {**engine.masters(), **moments}
+    state: dict[str, Any] = {
+        "phase": training.phase,
+        "stage": {"number": training.stage_number, "first": training.first, "has_ended": training.has_ended},
+        "optimizer_steps": optimizer_steps,
+        "tally": training.tally.state(),
+        "steering": training.steering.state(),
+        "alarms": {**training.alarms.state(), "waiting": training.alarmed},
+        "patience": training.patience.state(),
+        "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
+        "unlogged": unlogged,
+        "late_round": dict(training.late_round),
+        "loss_scale": [engine.loss_scale.state()],
+        "num_processes": job.world.num_processes,
+        "data": job.fingerprint,
+        "order": job.order.position(),
+        "config": to_dict(job.config),
+    }
+    keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
+    best_masters = None if best is None else best.masters
+    if rounds is not None:
+        own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
+        tensors = rounds.tensors()
+        steps = gather_objects(optimizer_steps)
+        state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
+        scales = gather_integers(engine.loss_scale.state(), engine.device)
+        state["loss_scale"] = [scales[members[0]] for members in rounds.replicas.members]
+        state["rounds"] = rounds.state()
+        on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
+        is_lead = rounds.replicas.is_lead
+        on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
+    directory.checkpoint = on_main(
+        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best_masters),
+        job.world,
+    )
+    directory.step = step
+    directory.status("running", phase=training.phase)
+    directory.report(to_dict(job.config))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds for this process; with local updates `moments` is its replica's own.
+
+    `masters`, which are in the module already, and `moments`, the optimizer's, are float32 by name; `agreed` is what
+    all replicas agreed on last.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+    masters: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    agreed: Mapping[str, Tensor]
+
+
+def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    """UserError if this run, in `run_dir`, may not go on from the checkpoint in `folder`, whose `state` that is."""
+    if "stage" not in state or "skipped" not in state["tally"]:
+        raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
+    if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
+        raise UserError(
+            f"{folder} is of a later stage of a sparsity path, whose earlier adapters are in "
+            f"{folder.parent.parent}; go on there, or start a new path"
+        )
+    refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
+    num_replicas = 0 if job.replicas is None else job.replicas.num
+    if "rounds" in state and state["rounds"]["replicas"] != num_replicas:
+        raise UserError(
+            f"{folder} holds {state['rounds']['replicas']} replicas that took local steps apart, and this launch has "
+            f"{num_replicas}; launch as many, or start a new run from the adapter with model.adapter"
+        )
+    if state["data"] != job.fingerprint:
+        raise UserError(
+            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
+            "the files, or name a new output.output_dir"
+        )
+
+
+def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]) -> Saved:
+    """Read the checkpoint's tensors; `model`, injected, takes the adapter's values (collective).
+
+    Raises:
+        UserError: they are not of this model, or one process cannot read them.
+    """
+    tensors = agreed = on_every(lambda: checkpoint.read_tensors(folder))
+    if job.replicas is not None:
+        own_file = checkpoint.replica_file(job.replicas.index)
+        tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
+    masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
+    return Saved(folder, state, masters, tensors, agreed)
+
+
+def put_back(training: Training, saved: Saved) -> None:
+    """Give a training that is new, around the module that has its values, all else (collective)."""
+    job, engine, process = training.job, training.engine, training.job.world.process_index
+    state, moments, replica = saved.state, saved.moments, 0 if job.replicas is None else job.replicas.index
+    own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][replica]
+    engine.load(saved.masters, moments, own_steps)
+    if training.rounds is not None:
+        training.rounds.load(saved.agreed, state["rounds"], engine)
+    training.steering = make_steering(job, state["stage"]["number"])
+    training.steering.load(
+        state["steering"],
+        {name.removesuffix(IMPORTANCE_SUFFIX): moments[name] for name in moments if name.endswith(IMPORTANCE_SUFFIX)},
+    )
+    training.tally.load(state["tally"], process)
+    training.alarms.load(state["alarms"])
+    training.patience.load(state["patience"])
+    if "loss_scale" in state:  # of each replica
+        engine.loss_scale.load(state["loss_scale"][replica])
+    training.best = read_best(job, saved.folder, state)
+    training.done = state["step"]
+    training.stage_number, training.first = state["stage"]["number"], state["stage"]["first"]
+    training.has_ended = state["stage"]["has_ended"]
+    training.alarmed = state["alarms"]["waiting"]
+    training.unlogged, training.late_round = state["unlogged"], state.get("late_round", {})
+
+
+def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:
+    """What a checkpoint holds of the best evaluation so far (collective)."""
+    said, is_main = state.get("best"), job.world.is_main
+    if said is None:
+        return None
+    masters = on_every(lambda: checkpoint.read_tensors(folder, checkpoint.BEST) if is_main else {})
+    return Best(said["step"], said["eval_loss"], masters)
+
+
+def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_cut: bool) -> dict[str, Tensor]:
+    """Move the adapter's values from `tensors` into the module, which is cut to their shapes where the run was.
+
+    Raises:
+        UserError: they are not of this model.
+    """
+    if is_cut:
+        dtypes = {name: layer.gate.dtype for name, layer in adapters(model).items() if layer.gate is not None}
+        factors = {name: (A, B) for name, (A, B, _) in pipeline.factors_of(adapters(model), tensors).items()}
+        try:
+            cut_adapters(model, {name: (A.to(dtypes[name]), B.to(dtypes[name])) for name, (A, B) in factors.items()})
+        except ValueError as error:
+            raise UserError(f"the checkpoint {folder} is not of this model: {error}") from None
+    parameters = adapter_parameters(model)
+    for name, parameter in parameters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise UserError(f"the checkpoint {folder} is not of this model: {name} is missing or of another shape")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return {name: tensors.pop(name) for name in parameters}
