@@ -14,7 +14,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import costs_of, kept_params, mean_rank
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
-from sora_llm.lora_files import CERTIFICATE
+from sora_llm.lora_files import CERTIFICATE, certificate_in
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
@@ -88,15 +88,6 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
 def is_export(folder: Path) -> bool:
     """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
     return {"layout", "modules"} <= certificate_in(folder).keys()
-
-
-def certificate_in(folder: Path) -> dict[str, Any]:
-    """What a folder's certificate says; empty where there is none."""
-    try:
-        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return certificate if isinstance(certificate, dict) else {}
 
 
 def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> dict[str, Any]:

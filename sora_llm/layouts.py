@@ -45,14 +45,11 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         raise UserError(f"output.export_layout {layout}: {error}") from None
 
 
-def refuse_additions(layout: str, run_dir: Path) -> None:
-    """UserError where the exports of a run that is not finished would replace what somebody put into older ones."""
+def check_place(layout: str, inputs: Inputs, run_dir: Path) -> None:
+    """UserError where the exports of a run that is about to train would replace what somebody put into older ones, or
+    the disk has no room for `layout`, as it is now."""
     for folder in {"adapter", layout if layout in ("gguf", "merged") else "adapter"}:
         refuse_other_contents(run_dir / folder)
-
-
-def check_room(layout: str, inputs: Inputs, run_dir: Path) -> None:
-    """UserError where the disk has no room for `layout`, as it is now."""
     if layout != "merged":
         return
     try:

@@ -210,17 +210,25 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     return number is not None and number in ([layers] if isinstance(layers, int) else layers)
 
 
+def certificate_in(folder: Path) -> dict[str, Any]:
+    """What a folder's certificate says; empty where there is none."""
+    try:
+        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return certificate if isinstance(certificate, dict) else {}
+
+
 def _certified(folder: Path) -> frozenset[str]:
     """The modules that our certificate beside it names.
 
     Raises:
         UserError: it is the certificate of other weights.
     """
-    try:
-        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
-        modules, sha256 = frozenset(certificate["modules"]), certificate["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    certificate = certificate_in(folder)
+    modules, sha256 = certificate.get("modules"), certificate.get("sha256")
+    if not isinstance(modules, dict) or sha256 is None:
         return frozenset()
     if sha256 != file_sha256(folder / WEIGHTS):
         raise UserError(f"{folder / WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two")
-    return modules
+    return frozenset(modules)

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.optim import IMPORTANCE
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
+from sora_llm.values import is_integer, is_number
 
 
 @dataclass(frozen=True)
@@ -330,9 +330,9 @@ def consensus_prune(
         raise UserError("the model's adapters have no gates any more: they were cut already")
     has_budget = target_rank is not None or target_params is not None
     for name, value in (("target_rank", target_rank), ("target_params", target_params)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise UserError(f"{name} is {value!r}; it must be a number above 0")
-    if not isinstance(min_rank, Integral) or isinstance(min_rank, bool) or min_rank < 0:
+    if not is_integer(min_rank) or min_rank < 0:
         raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
     if min_rank and not has_budget:
         raise UserError("min_rank needs a budget; give target_rank or target_params")

@@ -16,12 +16,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from sora_llm.values import is_integer, is_number
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -238,11 +239,6 @@ def _draw_seed() -> int:
     return int(torch.randint(2**62, (1,)).item())
 
 
-def _is_a(kind: type, value: object) -> bool:
-    """Whether it is a number of this kind; True is none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 class SoraLinear(nn.Module):
     """A frozen linear layer and its gated low-rank branch.
 
@@ -273,11 +269,11 @@ class SoraLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        if not _is_a(Integral, r) or r < 1:
+        if not is_integer(r) or r < 1:
             raise ValueError(f"r is {r!r}; a SoRA layer starts with at least one slot, and whole ones")
-        if not _is_a(Real, lora_alpha) or not 0 < lora_alpha < math.inf:
+        if not is_number(lora_alpha) or not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha is {lora_alpha!r}; it must be a number above 0")
-        if not _is_a(Real, lora_dropout) or not 0 <= lora_dropout < 1:
+        if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout is {lora_dropout!r}; it is a probability from 0 to below 1")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype!r}; adapters are floating-point numbers, such as torch.float32")

@@ -36,7 +36,7 @@ from sora_llm.job import (
     process_group,
     refuse_other_data,
 )
-from sora_llm.layouts import check_layout, check_room, refuse_additions
+from sora_llm.layouts import check_layout, check_place
 from sora_llm.lifeline import Lifeline
 from sora_llm.lifeline import say as say_last
 from sora_llm.plan import make_plan, rows_in_step
@@ -191,8 +191,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         hold_directory(job, run_dir, stack)
         if finished := on_main(lambda: finished_before(plan, run_dir, world), world):  # while this one waited
             return finished
-        on_main(lambda: check_room(config.output.export_layout, inputs, run_dir), world)
-        on_main(lambda: refuse_additions(config.output.export_layout, run_dir), world)
+        on_main(lambda: check_place(config.output.export_layout, inputs, run_dir), world)
         return run_in(job, run_dir)
 
 

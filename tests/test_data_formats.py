@@ -599,7 +599,7 @@ def test_a_conversation_in_two_lists_trains_on_the_second_alone(tmp_path):
     for _, found in rows_of(path, "messages"):
         example = example_of(found, "messages")
         assert [message.content for message in example.messages] == ["Hi", "Hello", "Who?", "Me"]
-        assert [message.weight for message in example.messages] == [None, 0.0, None, None]
+        assert [message.is_context for message in example.messages] == [True, True, True, False]
     with pytest.raises(BadRow, match=r"completion\[0\].role is 'robot'"):
         example_of({**row, "completion": [{"role": "robot", "content": "x"}]}, "messages")
     with refused("no column 'turns'"):

@@ -4,6 +4,7 @@ tests/test_data_masks.py looks for exceptions among random conversations.
 """
 
 import itertools
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,17 @@ def test_a_message_s_weight_says_how_much_to_train_on_it(byte):
     found = weighted_texts(byte, *tokens_and_weights(example, byte, TEMPLATES["chatml"]))
     asked = "<|im_start|>user\nTwo?<|im_end|>"
     assert found == [(1.0, "Ho<|im_end|>"), (2.0, asked), (0.5, "Yes.<|im_end|>")]
+
+
+def test_what_the_assistant_said_in_a_prompt_is_trained_on_like_the_rest_of_the_prompt(byte):
+    before = Message("assistant", "Ho", is_context=True)
+    example = chat(Message("user", "Hi", is_context=True), before, ("user", "Two?"), ("assistant", "Yes."))
+    template = TEMPLATES["chatml"]
+    assert answers(example, byte, template) == ["Yes.<|im_end|>"]
+    _, weights = tokens_and_weights(example, byte, template, train_on_inputs=True)
+    assert weights == [0] + [1] * (len(weights) - 1)
+    weighed = chat(("user", "Hi"), replace(before, weight=1.0), ("user", "Two?"), ("assistant", "Yes."))
+    assert answers(weighed, byte, template) == ["Ho<|im_end|>", "Yes.<|im_end|>"]
 
 
 def test_a_message_s_weight_comes_before_the_options(byte):

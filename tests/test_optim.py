@@ -448,6 +448,8 @@ def test_a_step_that_fails_leaves_the_parameter_in_its_group(monkeypatch):
         ({"name": "gates", "lr": math.inf}, "lr of the group gates is inf; it must be a number from 0"),
         ({"lr": "auto"}, "lr is 'auto'; it must be a number from 0"),
         ({"lr": None}, "lr is None; it must be a number from 0"),
+        ({"lr": True}, "lr is True; it must be a number from 0"),
+        ({"lr": torch.tensor(-1.0)}, "it must be a number from 0"),
     ],
 )
 def test_a_group_that_was_edited_into_what_cannot_be_is_an_error(edit, said):

@@ -42,6 +42,8 @@ class Message:
     weight: float | None = None
     """What the row says about training on this turn: 0 never, 1 as usual, any number >= 0 scales its loss; None
     leaves it to the options."""
+    is_context: bool = False
+    """Whether an assistant's turn belongs to the prompt: without a weight of its own it is trained on as a user's."""
     input: str = ""
     """Alpaca's input: the alpaca template gives it a section of its own, others see it below the content."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -140,12 +142,9 @@ def _openai(row: Row, spec: DatasetSpec) -> list[Example]:
     column = spec.column("messages")
     if is_in_parts([name for name, value in row.items() if value is not None], "messages", spec):
         prompt, completion = IN_PARTS["messages"]
-        # What the assistant said in the prompt is context.
-        before = [
-            replace(message, weight=0.0) if message.role == "assistant" and message.weight is None else message
-            for message in _messages(row, prompt, _OPENAI_KEYS, _OPENAI_ROLES)
-        ]
-        messages = (*before, *_messages(row, completion, _OPENAI_KEYS, _OPENAI_ROLES))
+        before = _messages(row, prompt, _OPENAI_KEYS, _OPENAI_ROLES)
+        after = _messages(row, completion, _OPENAI_KEYS, _OPENAI_ROLES)
+        messages = (*(replace(message, is_context=True) for message in before), *after)
     else:
         messages = _messages(row, column, _OPENAI_KEYS, _OPENAI_ROLES)
     return [Conversation(_with_system(row, messages, column), _tools(row))]

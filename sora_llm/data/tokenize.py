@@ -284,7 +284,7 @@ class _Drafting:
                 return 0.0
             if message.weight is not None:
                 return message.weight
-            return float(self.train_on_inputs or message.role == "assistant")
+            return float(self.train_on_inputs or (message.role == "assistant" and not message.is_context))
 
         return [weight(i, message) for i, message in enumerate(messages)]
 

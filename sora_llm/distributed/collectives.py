@@ -26,7 +26,7 @@ def in_process_group() -> bool:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every process's (small, picklable) value, in the order of processes, on every process."""
+    """Every process's (small, picklable) value, in the order of processes, on every process (collective)."""
     if not in_process_group():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -35,7 +35,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-    """Every process's integers, as many on each, in the order of processes; cheap enough for every step."""
+    """Every process's integers, as many on each, in the order of processes: cheap, for every step (collective)."""
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
     if not in_process_group():
         return [own.tolist()]
@@ -45,7 +45,7 @@ def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -
 
 
 def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cpu") -> list[float]:
-    """The float64 sums of some scalars over all processes."""
+    """The float64 sums of some scalars over all processes (collective)."""
     local = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().to(device) for value in values])
     if in_process_group():
         dist.all_reduce(local)
@@ -53,12 +53,12 @@ def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cp
 
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether `flag` is true on some process; every process has to ask."""
+    """Whether `flag` is true on some process (collective)."""
     return sum_over_processes(float(flag), device=device)[0] > 0
 
 
 def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The main process's named tensors on every process, on the CPU; the others' argument is ignored.
+    """The main process's named tensors on every process, on the CPU; the others' argument is ignored (collective).
 
     Their bits are hashed on every process afterwards.
 
@@ -89,7 +89,7 @@ def require_agreement(
     remedy: str = "restart from the last checkpoint and look at the memory of the machine named",
 ) -> None:
     """Raise RunFailed on every process, naming tensors and processes, unless all processes (of each of `groups`) hold
-    the same hashes."""
+    the same hashes (collective)."""
     found = gather_objects(dict(hashes))
     odd: dict[str, list[int]] = {}
     for group in groups or [range(len(found))]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from sora_llm.report import read_json_lines
 from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY, Phases, phases
+from sora_llm.values import is_integer, is_number
 
 TRAINING_PHASES = (DENSE, SPARSIFY, FINETUNE)
 MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
@@ -282,7 +283,7 @@ def _phases_between(planned: Phases | None, begin: int, before: int, step: int, 
 
 def as_number(value: Any) -> float | None:
     """A finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return None
     try:
         return value if math.isfinite(value) else None
@@ -292,7 +293,7 @@ def as_number(value: Any) -> float | None:
 
 def as_int(value: Any) -> int | None:
     """A whole number, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if is_integer(value) else None
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
@@ -379,7 +380,7 @@ def _ranks(value: Any) -> dict[str, int]:
 
 def _is_step(value: Any) -> bool:
     """Whether it is a whole number that can be one of steps or ranks."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+    return is_integer(value) and 0 <= value < 1 << 53
 
 
 # ----- reading --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,16 @@
+"""What counts as a number where a program, not a file of types, says it."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number of any library's kind; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of any library's kind, nan and infinities too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
