@@ -84,6 +84,16 @@ def test_every_command_has_a_help_page(command, capsys):
     assert stopped.value.code == 0 and f"sora-llm {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_wrong_option_is_a_sentence(command, capsys):
+    try:
+        code = cli.main([command, "--no-such-option"])
+    except SystemExit as leaving:
+        code = leaving.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and f"sora-llm {command} --help shows what there is" in said
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_of_another_encoding_gets_escapes_for_what_it_lacks(encoding):
     script = "from sora_llm import cli; cli.main(['--version']); print('λ → é')"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sora_llm import backbone
-from sora_llm.commands.common import visible
+from sora_llm.commands.common import Parser, visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
 from sora_llm.data.readers import BadRow
@@ -24,9 +24,9 @@ from sora_llm.lora_files import CONFIG
 from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated
 
 
-def asking_parser(prog: str, description: str, sampling: Sampling) -> argparse.ArgumentParser:
+def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
     """A parser with what names a model and how it is to answer; `sampling` are the defaults."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("place", metavar="RUN|ADAPTER|CONFIG", help="run directory, checkpoint, LoRA folder or config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run's config, as for train")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")

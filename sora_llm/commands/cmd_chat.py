@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -19,7 +18,7 @@ from sora_llm.commands.asking import (
     show,
     title,
 )
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
@@ -29,7 +28,7 @@ HELP = "/adapter off|on: ask the base, or the adapter again · /reset: forget th
 DEFAULT = Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = asking_parser(
         prog,

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.commands import COMMANDS
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = ("config", "place", "source", "sources")
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Print a completion script.  bash: save it as ~/.local/share/bash-completion/completions/sora-llm; "
         "zsh: as _sora-llm in a folder of $fpath; fish: as ~/.config/fish/completions/sora-llm.fish.",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
     SavedAdapter,
@@ -33,9 +33,9 @@ from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Merge adapters of one base: the singular components of the mean of their products.  Sources are "
         "run directories, checkpoints and any PEFT LoRA folders.  Without a size nothing is lost.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 from sora_llm.errors import UserError
 from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
 from sora_llm.files import caches, nearest_existing
@@ -43,9 +42,9 @@ class Finding:
     remedy: str = ""
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Try out what training needs: versions, devices, compiler, disk, a process group, 4-bit kernels, "
         "packing, a step under ZeRO-2.  The exit code is 1 if something needed fails.",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sora_llm.commands.common import config_parser, exit_code
+from sora_llm.commands.common import Parser, config_parser, exit_code
 from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.inputs import check_backbone
@@ -27,7 +26,7 @@ HARDWARE = {
 """Option: field of Machines, its unit, what it is."""
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = config_parser(
         prog,

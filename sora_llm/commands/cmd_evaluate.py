@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm import backbone
-from sora_llm.commands.common import config_parser, exit_code
+from sora_llm.commands.common import Parser, config_parser, exit_code
 from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
@@ -25,7 +25,7 @@ from sora_llm.row_types import FIELDS
 from sora_llm.topology import ALONE
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = config_parser(
         prog,

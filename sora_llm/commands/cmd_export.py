@@ -13,7 +13,7 @@ from torch import nn
 
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.card import story_of_run
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
@@ -41,9 +41,9 @@ from sora_llm.topology import ALONE
 BASES = ("dequantized", "original")
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Write an adapter again: in another layout, of another size, of one stage of a sparsity path, or "
         "merged into its base.  SOURCE is a run directory, a checkpoint or any PEFT LoRA folder.  What is written is "

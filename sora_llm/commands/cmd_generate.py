@@ -20,7 +20,7 @@ from sora_llm.commands.asking import (
     sampling_of,
     show,
 )
-from sora_llm.commands.common import exit_code, visible
+from sora_llm.commands.common import Parser, exit_code, visible
 from sora_llm.data.formats import Conversation, Message, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec
@@ -30,7 +30,7 @@ from sora_llm.generation import Sampling
 DEFAULT = Sampling()
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = asking_parser(
         prog,

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sora_llm.commands.common import exit_code, visible
+from sora_llm.commands.common import Parser, exit_code, visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
@@ -23,9 +23,9 @@ from sora_llm.report_page.record import (
 )
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not; ranks, sizes, "
         "scales and singular values of a checkpoint or of any plain LoRA, without its base.",

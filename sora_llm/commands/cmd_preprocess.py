@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.commands.common import config_parser, exit_code
+from sora_llm.commands.common import Parser, config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
@@ -32,7 +31,7 @@ from sora_llm.training_data import (
 _STREAM_SAMPLE_ROWS = 1000
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = config_parser(
         prog,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import Parser, exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
@@ -19,9 +19,9 @@ from sora_llm.spectrum import Spectrum, lora_options, rank_costs, ranks_within
 FORMATS = ("python", "axolotl")
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="A rank and an alpha for every module, from the singular values of a trained adapter: for plain "
         "PEFT as arguments of LoraConfig, or for axolotl.  Without a size every module keeps all that it uses.",
