@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import inject_sora
-from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.running.loop import StepBatches, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 CHECK_EVERY = 100

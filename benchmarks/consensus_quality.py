@@ -37,21 +37,21 @@ import torch
 from gsm8k import BASE, GSM8K, ROOT, dataset
 from torch import Tensor
 
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import load_backbone
 from sora_llm.budget import params_of
 from sora_llm.checkpoint import TENSORS
 from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd
 from sora_llm.distributed.group import local_device
-from sora_llm.evaluation import evaluate
 from sora_llm.factors import kept_params, shapes_of
 from sora_llm.inject import put_on
-from sora_llm.inputs import check_inputs
 from sora_llm.local_updates import round_bytes
-from sora_llm.lora_files import read_lora
 from sora_llm.merge import WeightedAdapter, merge
+from sora_llm.running.evaluation import evaluate
+from sora_llm.running.inputs import check_inputs
+from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
-from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"
 R, RANK, K, LEARNING_RATE, DEV_ROWS = 16, 4, 4, 8e-3, 128

@@ -123,7 +123,8 @@ def in_turn(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[
 
 FIRST_BATCH = """
 import json, re, sys, time
-from sora_llm import inputs, plan, train, training_data
+from sora_llm import train
+from sora_llm.running import inputs, plan, training_data
 from sora_llm.config import load_config
 from sora_llm.topology import World
 def peak():  # (of this program: ru_maxrss would begin at what the process that started it has taken)

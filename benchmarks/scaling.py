@@ -5,7 +5,8 @@
 
 Counted is every call of the process group (gloo) while the engine is made and during steps of a tiny float32 LLaMA,
 whoever makes it: the loop, DDP or DeepSpeed; the bytes are those that one process gives, or takes of a broadcast.
-Predicted is the time of a step from the model of sora_llm/step_time.py, which `sora-llm estimate` uses for a config.
+Predicted is the time of a step from the model of `sora_llm.estimates.step_time`, which `sora-llm estimate` uses for a
+config.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from spawn import spawn, warm_deepspeed
 from step import SHAPES
 
-from sora_llm.step_time import Machines, Work, step_time
+from sora_llm.estimates.step_time import Machines, Work, step_time
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 

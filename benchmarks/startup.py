@@ -41,7 +41,8 @@ class Done(Exception):
 def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Start a run in this process and leave it after its first step."""
     marks: list[tuple[str, Clock]] = [("start", now())]
-    from sora_llm import stages, train
+    from sora_llm import train
+    from sora_llm.running import stages
 
     marks.append(("imports", now()))
 

@@ -84,7 +84,7 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     from sora_llm.inject import forbid_cpu_repack
-    from sora_llm.loop import peak_memory_gib
+    from sora_llm.running.loop import peak_memory_gib
 
     seen: list[tuple[float, int]] = []
 
@@ -175,8 +175,9 @@ def loop(steps: int) -> None:
     """Time steps of `sora_llm.train` whole and bare, the same batches, in turn."""
     import torch
 
-    from sora_llm import stages, train
+    from sora_llm import train
     from sora_llm.backbone import causal_loss_sum
+    from sora_llm.running import stages
 
     torch.set_num_threads(1)
     whole: list[float] = []
@@ -223,7 +224,8 @@ def memory(steps: int) -> None:
     import psutil
     import torch
 
-    from sora_llm import stages, train
+    from sora_llm import train
+    from sora_llm.running import stages
 
     torch.set_num_threads(1)
     real, seen, me = stages.train_step, [], psutil.Process()

@@ -24,7 +24,7 @@ from sora_llm import ProxAdamW, inject_sora, parameter_groups
 from sora_llm.backbone import DTYPES, enable_checkpointing, resolve_quant_storage
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import end, make_accelerator
-from sora_llm.loop import StepBatches, peak_memory_gib, train_step
+from sora_llm.running.loop import StepBatches, peak_memory_gib, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 

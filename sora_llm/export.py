@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
-from sora_llm.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
+from sora_llm.artifacts.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
+from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, empty_factors, product_distance
 from sora_llm.files import copy_folder, file_sha256, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
-from sora_llm.lora_files import WEIGHTS
 from sora_llm.sora import SoraLinear, fold
 from sora_llm.targets import linear_layers, matches
 

@@ -18,17 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from sora_llm import checkpoint, hub, run_state, terminal
-from sora_llm.assembly import load_and_inject
+from sora_llm import checkpoint, hub, terminal
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
-from sora_llm.ending import cut_and_export, finish
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
-from sora_llm.inputs import check_inputs, check_output
-from sora_llm.job import (
+from sora_llm.report import read_json_lines
+from sora_llm.running import run_state
+from sora_llm.running.assembly import load_and_inject
+from sora_llm.running.ending import cut_and_export, finish
+from sora_llm.running.inputs import check_inputs, check_output
+from sora_llm.running.job import (
     Job,
     announce,
     deepspeed_options,
@@ -36,20 +38,19 @@ from sora_llm.job import (
     process_group,
     refuse_other_data,
 )
-from sora_llm.layouts import check_layout, check_place
-from sora_llm.lifeline import Lifeline
-from sora_llm.lifeline import say as say_last
-from sora_llm.plan import make_plan, rows_in_step
-from sora_llm.rehearsal import rehearse
-from sora_llm.report import read_json_lines
-from sora_llm.rundir import RunDirectory, environment
-from sora_llm.stages import next_stage, train_stage
-from sora_llm.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
-from sora_llm.stop import StopRequest, ignore_signals
+from sora_llm.running.layouts import check_layout, check_place
+from sora_llm.running.lifeline import Lifeline
+from sora_llm.running.lifeline import say as say_last
+from sora_llm.running.plan import make_plan, rows_in_step
+from sora_llm.running.rehearsal import rehearse
+from sora_llm.running.rundir import RunDirectory, environment
+from sora_llm.running.stages import next_stage, train_stage
+from sora_llm.running.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
+from sora_llm.running.stop import StopRequest, ignore_signals
+from sora_llm.running.training import Training
+from sora_llm.running.training_data import data_report, load_data, training_order
+from sora_llm.running.unpack import target_shapes
 from sora_llm.topology import ZERO_STAGES, launched_world, refuse_lone_process, refuse_other_step, resolve_strategy
-from sora_llm.training import Training
-from sora_llm.training_data import data_report, load_data, training_order
-from sora_llm.unpack import target_shapes
 
 EXIT_FINISHED = 0
 

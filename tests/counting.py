@@ -19,8 +19,8 @@ from sora_llm.distributed.collectives import any_process
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.running.loop import StepBatches, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 R, NUM_STEPS, NUM_TOKENS = 4, 3, 12

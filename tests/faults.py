@@ -29,12 +29,12 @@ from typing import Any
 
 PLACES = {
     "prepare": "sora_llm.train:load_data",
-    "lock": "sora_llm.run_state:run_lock",
+    "lock": "sora_llm.running.run_state:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed.group:make_accelerator",
-    "load": "sora_llm.assembly:load_backbone",
-    "step": "sora_llm.stages:train_step",
-    "evaluation": "sora_llm.evaluation:causal_loss_sum",  # a batch of it
+    "load": "sora_llm.running.assembly:load_backbone",
+    "step": "sora_llm.running.stages:train_step",
+    "evaluation": "sora_llm.running.evaluation:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",
     "rename": "sora_llm.checkpoint:publish",
     "cut": "sora_llm.pipeline:cut_by_consensus",

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from sora_llm.lora_files import LoraFiles
+from sora_llm.artifacts.lora_files import LoraFiles
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {

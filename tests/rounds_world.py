@@ -21,9 +21,9 @@ from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.local_updates import OuterOptimizer
-from sora_llm.loop import StepBatches, train_step
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.rounds import Gates, Rounds
+from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.rounds import Gates, Rounds
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import World, launched_world
 

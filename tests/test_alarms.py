@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sora_llm.alarms import Alarms
 from sora_llm.budget import RankBudget
+from sora_llm.running.alarms import Alarms
 
 FULL = 1000
 COSTS = {"a": 10, "b": 10}

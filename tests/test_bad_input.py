@@ -14,10 +14,10 @@ import pytest
 from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
 
-from sora_llm import run_state
 from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.errors import UserError
 from sora_llm.files import reaching_for_paths
+from sora_llm.running import run_state
 from sora_llm.train import main
 
 CONFIG = "configs/llama7b.yaml"
@@ -183,7 +183,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides, expected = CASES[case]
-    monkeypatch.setattr("sora_llm.assembly.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
     directory = tmp_path / "run"
     assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == UserError.exit_code
     message = capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_a_directory_in_use_is_refused_with_its_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_state, "LOCK_WAIT_SECONDS", 0.1)
-    monkeypatch.setattr("sora_llm.assembly.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
     with run_state.run_lock(tmp_path / "run"):
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     assert "in use by process" in capsys.readouterr().err
@@ -279,8 +279,8 @@ def test_a_launcher_that_starts_one_of_two_processes_is_refused(tmp_path: Path) 
 
 def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
     """Each machine reads its own files: other rows there would be another run, in silence."""
-    monkeypatch.setattr("sora_llm.assembly.load_backbone", _must_not_load)
-    monkeypatch.setattr("sora_llm.job.gather_objects", lambda value: [value, {**value, "digest": "other"}])
+    monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
+    monkeypatch.setattr("sora_llm.running.job.gather_objects", lambda value: [value, {**value, "digest": "other"}])
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err
     assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1

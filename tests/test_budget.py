@@ -46,6 +46,13 @@ def test_a_mean_rank_is_weighted_by_the_parameters_of_a_rank():
     assert budgets(target_rank=None, target_params=1000)[0].params == 1000
 
 
+def test_the_least_budget_is_one_rank_of_the_cheapest_module():
+    cheapest = min(map(sum, SHAPES.values()))
+    assert budgets(target_rank=None, target_params=cheapest)[0].params == cheapest
+    with pytest.raises(UserError, match="nothing would be left"):
+        budgets(target_rank=None, target_params=cheapest - 1)
+
+
 def test_a_module_never_counts_for_more_ranks_than_it_can_have():
     (budget,) = budgets(r=40, target_rank=8)
     assert budget.caps["model.layers.0.self_attn.k_proj"] == 32

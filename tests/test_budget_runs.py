@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Playground, delta_weights, interrupt, lines, overrides, result
 
-from sora_llm import loop
+from sora_llm.running import loop
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"

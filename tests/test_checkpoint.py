@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sora_llm import checkpoint, run_state
+from sora_llm import checkpoint
 from sora_llm import files as file_functions
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.running import run_state
 
 TENSORS = {
     "a.lora_A": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),

@@ -28,8 +28,8 @@ from small_runs import CONFIG, STEPS, Playground, checkpoints, overrides, result
 from sora_llm import checkpoint, config
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256, publish
-from sora_llm.rundir import RunDirectory
-from sora_llm.start import finished_before
+from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.start import finished_before
 from sora_llm.topology import ALONE
 from sora_llm.train import main
 

@@ -18,8 +18,8 @@ from runs import gsm8k_overrides
 
 from sora_llm import cli
 from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton
+from sora_llm.estimates.memory import estimate
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.memory import estimate
 
 CONFIG = "configs/llama7b.yaml"
 

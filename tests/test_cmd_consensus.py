@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import checkpoints
 
 from sora_llm import cli
+from sora_llm.artifacts.lora_files import OTHER_BASES, OTHER_METHODS, is_target, read_lora
 from sora_llm.commands.sources import base_of, own_tokenizer, read_source
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.files import file_sha256
 from sora_llm.inject import inject_sora
-from sora_llm.lora_files import OTHER_BASES, OTHER_METHODS, is_target, read_lora
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from small_runs import checkpoints, lines
 from transformers import AutoModelForCausalLM
 
 from sora_llm import cli
+from sora_llm.artifacts.gguf_lora import Architecture, factors_in, read_gguf
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.commands import cmd_export
-from sora_llm.gguf_lora import Architecture, factors_in, read_gguf
-from sora_llm.lora_files import read_lora
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from sora_llm import cli
 from sora_llm.config import load_config
 from sora_llm.data import prepare
 from sora_llm.data.show import decoded, table, visible
-from sora_llm.inputs import check_inputs
+from sora_llm.running.inputs import check_inputs
+from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
-from sora_llm.training_data import load_data
 
 CONFIG = "configs/llama7b.yaml"
 CHAT = [{"role": "user", "content": "Hi\x1b[31m"}, {"role": "assistant", "content": "Hello"}]

@@ -13,12 +13,12 @@ import torch
 from helpers import randomise_all, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from sora_llm.consumers import CONSUMERS, VLLM_RANKS, of_folder, of_gguf, read_folder
+from sora_llm.artifacts.consumers import CONSUMERS, VLLM_RANKS, of_folder, of_gguf, read_folder
+from sora_llm.artifacts.gguf_lora import Architecture, GgufFile
+from sora_llm.artifacts.lora_files import OTHER_METHODS, read_lora
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
-from sora_llm.gguf_lora import Architecture, GgufFile
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.lora_files import OTHER_METHODS, read_lora
 
 FOLDERS = set(CONSUMERS) - {"Ollama", "MLX-LM"}  # who read PEFT folders at all, or a file converted from one
 ONE_RANK = {"SGLang", "TGI", "LoRAX"}

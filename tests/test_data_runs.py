@@ -128,7 +128,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one_bit_by
 
 
 def test_streamed_rows_that_cannot_be_used_stop_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sora_llm.assembly.load_backbone", lambda *_a, **_o: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sora_llm.running.assembly.load_backbone", lambda *_a, **_o: pytest.fail("a model was loaded"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 5 + "{broken\n")
     options = {**QUICK, "data.datasets": [{"path": str(rows), "type": "alpaca", "streaming": True}]}

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from sora_llm import export, files
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
-from sora_llm.lora_files import read_lora
 from sora_llm.sora import keep_live_slots
 
 R, LORA_ALPHA = 6, 9.0  # s = 1.5

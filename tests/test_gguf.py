@@ -13,11 +13,11 @@ import torch
 from helpers import relative_error
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
-from sora_llm import gguf_export
-from sora_llm.card import Provenance
+from sora_llm.artifacts import gguf_export
+from sora_llm.artifacts.card import Provenance
+from sora_llm.artifacts.gguf_export import export_gguf
+from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of, halves, neighbours, read_gguf
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.gguf_export import export_gguf
-from sora_llm.gguf_lora import OUTTYPES, architecture_of, halves, neighbours, read_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 24, 4, 2, 8, 2  # heads of another size than hidden / heads
 SHAPES = {
@@ -230,7 +230,7 @@ def test_a_full_disk_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_was_read_back_is_the_adapter(tmp_path: Path) -> None:
-    from sora_llm.gguf_lora import factors_in
+    from sora_llm.artifacts.gguf_lora import factors_in
 
     factors = random_adapter()
     export(factors, tmp_path / "out")

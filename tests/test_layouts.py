@@ -12,10 +12,10 @@ from helpers import relative_error
 from small_runs import CONFIG, Playground, overrides, status
 from transformers import AutoModelForCausalLM
 
+from sora_llm.artifacts.gguf_lora import Architecture, factors_in, read_gguf
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, dequantised
-from sora_llm.gguf_lora import Architecture, factors_in, read_gguf
-from sora_llm.lora_files import read_lora
-from sora_llm.start import what_is_missing
+from sora_llm.running.start import what_is_missing
 from sora_llm.train import main
 
 CUT = {
@@ -69,14 +69,14 @@ def test_a_disk_that_filled_up_meanwhile_fails_the_run_and_leaves_its_adapter(
 ) -> None:
     arguments = overrides(ground.folder, tmp_path / "run", **{"output.export_layout": "merged", **CUT})
     with monkeypatch.context() as patch:
-        full = iter([10**12, 0])
-        patch.setattr("sora_llm.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, next(full)))  # type: ignore[attr-defined]
+        usage = (shutil._ntuple_diskusage(1, 1, free) for free in (10**12, 0))  # type: ignore[attr-defined]
+        patch.setattr("sora_llm.artifacts.merged.shutil.disk_usage", lambda _: next(usage))
         assert main([CONFIG, *arguments]) == 1
     assert "merged could not be written beside the adapter, which is complete: " in capsys.readouterr().err
     assert status(tmp_path / "run")["state"] == "failed" and (tmp_path / "run" / "adapter").is_dir()
     assert main([CONFIG, *arguments]) == 0
     assert status(tmp_path / "run")["state"] == "finished" and (tmp_path / "run" / "merged").is_dir()
-    monkeypatch.setattr("sora_llm.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr("sora_llm.artifacts.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     assert main([CONFIG, *arguments]) == 0, "it may be what filled the disk"
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     (other / "model.safetensors").rename(other / "pytorch_model.bin")
     assert "pickles (*.bin) are not read" in refused("merged", **{"model.name_or_path": str(other)})
     with monkeypatch.context() as patch:
-        patch.setattr("sora_llm.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+        patch.setattr("sora_llm.artifacts.merged.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
         assert "output.export_layout merged: the merged model takes" in refused("merged")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "gguf").mkdir(parents=True)

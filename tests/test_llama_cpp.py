@@ -13,10 +13,10 @@ import torch
 from helpers import randomise_all, relative_error, tiny_llama
 from llama_base import write_base
 
+from sora_llm.artifacts.card import Provenance
+from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.backbone import BackboneSpec, load_backbone
-from sora_llm.card import Provenance
 from sora_llm.export import folded_factors
-from sora_llm.gguf_export import export_gguf
 from sora_llm.inject import bare, inject_sora
 
 pytestmark = pytest.mark.clients

@@ -18,9 +18,9 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.files import file_sha256
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.loop import StepBatches, train_step
 from sora_llm.loss_scale import FALL, MOST, RISE_AFTER, START, LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.running.loop import StepBatches, train_step
 from sora_llm.topology import World
 from sora_llm.train import run
 

@@ -407,3 +407,17 @@ def test_peft_s_exact_combinations_agree(kind):
         assert A.dtype == torch.float32 and len(A) == sum(ranks)
         # float32 in PEFT, and in our rounding
         assert relative_error(B[:, :rank] @ A[:rank], layer.get_delta_weight("merged")) < 1e-5
+
+
+@properties
+@given(replicas(), st.integers(0, 3))
+def test_a_limit_of_ranks_keeps_the_best_components_and_says_what_it_dropped(found, limit):
+    merged = merge(found, max_ranks=dict.fromkeys(SHAPES, limit))
+    whole = mean(found)
+    assert all(A.shape[0] <= limit for A, _ in merged.factors.values())
+    energy = flat(whole) @ flat(whole)
+    kept = sum(float((np.linalg.svd(matrix, compute_uv=False)[:limit] ** 2).sum()) for matrix in whole.values())
+    assert math.isclose(merged.report.energy, energy, rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(merged.report.dropped_energy, energy - kept, rel_tol=1e-9, abs_tol=1e-9 * energy)
+    left = flat(whole) - flat(products(merged))
+    assert math.isclose(left @ left, energy - kept, rel_tol=1e-9, abs_tol=1e-9 * energy)

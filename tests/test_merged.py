@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sora_llm import merged, merged_export
+from sora_llm.artifacts import merged, merged_export
+from sora_llm.artifacts.card import Provenance
+from sora_llm.artifacts.merged import Merge, plan_merge
+from sora_llm.artifacts.merged_export import export_merged
 from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files
-from sora_llm.card import Provenance
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter, folded_factors
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.merged import Merge, plan_merge
-from sora_llm.merged_export import export_merged
 
 SHARD_BYTES = 100_000
 KINDS: dict[str, dict[str, Any]] = {

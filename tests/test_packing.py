@@ -12,14 +12,14 @@ from helpers import randomise_all, relative_error, tiny_llama
 from transformers import AutoTokenizer
 from worlds import PRECISIONS
 
-from sora_llm import packing_proof
 from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder
 from sora_llm.errors import UserError
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.loop import step_batches
+from sora_llm.running import packing_proof
+from sora_llm.running.loop import step_batches
 from sora_llm.topology import World
 
 

@@ -13,15 +13,16 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import Playground, interrupt, lines, overrides, result
 
-from sora_llm import cli, measures
-from sora_llm.alarms import Patience
+from sora_llm import cli
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.config import load_config
 from sora_llm.errors import Preempted, UserError
-from sora_llm.lora_files import read_lora
-from sora_llm.plan import make_plan
+from sora_llm.running import measures
+from sora_llm.running.alarms import Patience
+from sora_llm.running.plan import make_plan
+from sora_llm.running.training import Training
 from sora_llm.topology import ALONE
 from sora_llm.train import run
-from sora_llm.training import Training
 
 CONFIG = "configs/llama7b.yaml"
 STEPS, LAMBDAS = 4, [0.2, 0.5, 0.8]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from sora_llm import cli
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.errors import UserError
-from sora_llm.memory import estimate
+from sora_llm.estimates.memory import estimate
 from sora_llm.quantised import take_form
 from sora_llm.train import main
 

@@ -13,8 +13,8 @@ import pytest
 from sora_llm.config import load_config
 from sora_llm.errors import RunFailed
 from sora_llm.report import JsonLines, Progress, read_json_lines
-from sora_llm.run_state import read_status, run_lock
-from sora_llm.rundir import RunDirectory, environment
+from sora_llm.running.run_state import read_status, run_lock
+from sora_llm.running.rundir import RunDirectory, environment
 from sora_llm.terminal import say
 from sora_llm.train import start_trackers
 

@@ -21,7 +21,7 @@ from sora_llm.report_page import read_record, write_report
 from sora_llm.report_page.charts import Chart, Panel, Series, colour_of, is_dark, smooth, thin, tick_labels, ticks
 from sora_llm.report_page.record import _MAX_RANK_LINES, split_name
 from sora_llm.report_page.svg import chart_svg
-from sora_llm.rundir import RunDirectory
+from sora_llm.running.rundir import RunDirectory
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 REFERENCES = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"}
@@ -460,7 +460,7 @@ def test_a_page_that_cannot_be_drawn_costs_a_warning(tmp_path, capsys, monkeypat
     def broken(*arguments, **options):
         raise ZeroDivisionError("no room")
 
-    monkeypatch.setattr("sora_llm.rundir.write_report", broken)
+    monkeypatch.setattr("sora_llm.running.rundir.write_report", broken)
     directory.report({})
     assert "warning: report.html is not up to date: ZeroDivisionError: no room" in capsys.readouterr().out
 

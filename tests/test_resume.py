@@ -14,8 +14,9 @@ import pytest
 from runs import gsm8k_overrides
 from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
 
-from sora_llm import checkpoint, run_state
+from sora_llm import checkpoint
 from sora_llm.errors import UserError
+from sora_llm.running import run_state
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sora_llm.step_time import Machines, Work, step_time
+from sora_llm.estimates.step_time import Machines, Work, step_time
 
 WORK = Work(
     tokens=4096,

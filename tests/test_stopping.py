@@ -42,12 +42,13 @@ from small_runs import (
 )
 from spawn import TESTS, environment, free_port, launched
 
-from sora_llm import checkpoint, run_state
-from sora_llm import stop as stop_module
+from sora_llm import checkpoint
 from sora_llm.data.pool import map_in_order
 from sora_llm.errors import Preempted, RunFailed
-from sora_llm.lifeline import LAUNCHER_GRACE_SECONDS
-from sora_llm.stop import HEED_SECONDS, LOOK_SECONDS, SIGNALS, StopRequest
+from sora_llm.running import run_state
+from sora_llm.running import stop as stop_module
+from sora_llm.running.lifeline import LAUNCHER_GRACE_SECONDS
+from sora_llm.running.stop import HEED_SECONDS, LOOK_SECONDS, SIGNALS, StopRequest
 
 PREEMPTED = 75
 END_SECONDS = 45

@@ -16,8 +16,8 @@ from conftest import shared
 from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file
 
-from sora_llm import run_state
 from sora_llm.errors import UserError
+from sora_llm.running import run_state
 from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"

@@ -13,8 +13,8 @@ from helpers import dense_delta, relative_error, tiny_llama
 from peft_loras import KINDS, deltas, peft_lora, ranks_of
 from small_runs import Playground, lines
 
+from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.inject import adapters, inject_sora, start_from
-from sora_llm.lora_files import read_lora
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm import loop, stages, train
+from sora_llm import train
 from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
@@ -30,12 +30,13 @@ from sora_llm.distributed.collectives import gather_objects, sum_over_processes
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.errors import RunFailed
-from sora_llm.evaluation import evaluate
 from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
-from sora_llm.loop import StepBatches, seed_step, step_batches, train_step
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
+from sora_llm.running import loop, stages
+from sora_llm.running.evaluation import evaluate
+from sora_llm.running.loop import StepBatches, seed_step, step_batches, train_step
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, launched_world
 

@@ -12,13 +12,13 @@ from protocol import Cell, R
 from torch import Tensor, nn
 
 from sora_llm.allocation import allocate
-from sora_llm.assembly import renew_engine
 from sora_llm.consensus import cut_slots, cut_svd
 from sora_llm.factors import Factors, PlainFactors
 from sora_llm.inject import adapters, cut_adapters
 from sora_llm.pipeline import factors_of
-from sora_llm.plan import Plan, Stage
-from sora_llm.training import Training
+from sora_llm.running.assembly import renew_engine
+from sora_llm.running.plan import Plan, Stage
+from sora_llm.running.training import Training
 
 
 @dataclass(frozen=True)

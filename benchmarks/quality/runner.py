@@ -41,31 +41,31 @@ from protocol import (
     dataset,
 )
 
-from sora_llm.alarms import Alarms, Patience
-from sora_llm.assembly import cut_adapter, make_engine
 from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
 from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.group import make_accelerator
-from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.inputs import check_inputs
-from sora_llm.job import Job
-from sora_llm.loop import Tally, seed_step, train_step
-from sora_llm.measures import current_ranks
 from sora_llm.pipeline import full_params
-from sora_llm.plan import make_plan, rows_in_step
-from sora_llm.stages import change_form, refuse_more_skipping, set_rates
-from sora_llm.topology import ALONE
-from sora_llm.training import Training, make_steering
-from sora_llm.training_data import load_data, prepare_rows, training_order
-from sora_llm.unpack import (
+from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.assembly import cut_adapter, make_engine
+from sora_llm.running.evaluation import evaluate
+from sora_llm.running.inputs import check_inputs
+from sora_llm.running.job import Job
+from sora_llm.running.loop import Tally, seed_step, train_step
+from sora_llm.running.measures import current_ranks
+from sora_llm.running.plan import make_plan, rows_in_step
+from sora_llm.running.stages import change_form, refuse_more_skipping, set_rates
+from sora_llm.running.training import Training, make_steering
+from sora_llm.running.training_data import load_data, prepare_rows, training_order
+from sora_llm.running.unpack import (
     backbone_spec,
     dataset_spec,
     target_modules,
     target_shapes,
 )
+from sora_llm.topology import ALONE
 
 NUM_POINTS = 10
 """Of a run's curve."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sora_llm import backbone
+from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import Parser, visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
@@ -20,8 +21,7 @@ from sora_llm.data.templates import TEMPLATES, resolve_template
 from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
-from sora_llm.lora_files import CONFIG
-from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated
+from sora_llm.running.prompt_form import PromptForm, prompt_form, recorded_separator, templated
 
 
 def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:

@@ -9,11 +9,11 @@ from typing import Any
 from sora_llm.commands.common import Parser, config_parser, exit_code
 from sora_llm.config import load_config
 from sora_llm.errors import UserError
-from sora_llm.inputs import check_backbone
-from sora_llm.memory import MemoryEstimate, memory_table
-from sora_llm.step_time import Machines, Work, step_time
+from sora_llm.estimates.memory import MemoryEstimate, memory_table
+from sora_llm.estimates.step_time import Machines, Work, step_time
+from sora_llm.running.inputs import check_backbone
+from sora_llm.running.unpack import estimate_memory, step_work
 from sora_llm.topology import World, resolve_strategy
-from sora_llm.unpack import estimate_memory, step_work
 
 HARDWARE = {
     "tflops": ("flops", 1e12, "bf16 peak of a GPU, TFLOP/s"),

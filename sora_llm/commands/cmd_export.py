@@ -11,8 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from sora_llm.artifacts.card import story_of_run
+from sora_llm.artifacts.gguf_export import export_gguf
+from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
+from sora_llm.artifacts.merged import plan_merge
+from sora_llm.artifacts.merged_export import export_merged
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
-from sora_llm.card import story_of_run
 from sora_llm.commands.common import Parser, exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
@@ -22,20 +26,16 @@ from sora_llm.config import Config, recipe
 from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
-from sora_llm.evaluation import evaluate
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
-from sora_llm.gguf_export import export_gguf
-from sora_llm.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.inject import put_on
-from sora_llm.inputs import check_inputs, quiet_libraries
-from sora_llm.merged import plan_merge
-from sora_llm.merged_export import export_merged
-from sora_llm.plan import stage_name
-from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
+from sora_llm.running.evaluation import evaluate
+from sora_llm.running.inputs import check_inputs, quiet_libraries
+from sora_llm.running.plan import stage_name
+from sora_llm.running.prompt_form import recorded_separator
 from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")

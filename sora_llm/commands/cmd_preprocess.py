@@ -13,20 +13,20 @@ from sora_llm.commands.common import Parser, config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
-from sora_llm.data_words import ending_warning
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
-from sora_llm.inputs import DATA_REPORT, Inputs, check_inputs
-from sora_llm.run_state import read_status
-from sora_llm.terminal import is_terminal
-from sora_llm.topology import ALONE
-from sora_llm.training_data import (
+from sora_llm.running.data_words import ending_warning
+from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.running.run_state import read_status
+from sora_llm.running.training_data import (
     TrainingData,
     data_report,
     load_data,
     prepare_rows,
     tokenizing,
 )
+from sora_llm.terminal import is_terminal
+from sora_llm.topology import ALONE
 
 _STREAM_SAMPLE_ROWS = 1000
 

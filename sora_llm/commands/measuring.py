@@ -8,9 +8,9 @@ from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import UserError
-from sora_llm.inputs import Inputs
+from sora_llm.running.inputs import Inputs
+from sora_llm.running.training_data import load_data, prepare_rows
 from sora_llm.topology import ALONE
-from sora_llm.training_data import load_data, prepare_rows
 
 
 def measuring(config: Config, spec: BackboneSpec) -> Config:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import checkpoint
-from sora_llm.card import TEMPLATE
+from sora_llm.artifacts.card import TEMPLATE
+from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
 from sora_llm.config import Config, from_dict, load_config
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
-from sora_llm.lora_files import CERTIFICATE, CONFIG
-from sora_llm.prompt_form import has_conversations
+from sora_llm.running.prompt_form import has_conversations
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.budget import params_of
-from sora_llm.card import refuse_other_contents
 from sora_llm.commands.places import run_of_adapter
 from sora_llm.errors import UserError
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sora_llm import checkpoint
+from sora_llm.artifacts.card import TEMPLATE
+from sora_llm.artifacts.lora_files import is_same_base, read_lora
 from sora_llm.backbone import (
     BackboneSpec,
     as_its_files,
@@ -17,7 +19,6 @@ from sora_llm.backbone import (
     load_tokenizer,
     tokenizer_files_in,
 )
-from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
 from sora_llm.errors import UserError
@@ -31,12 +32,11 @@ from sora_llm.factors import (
     shapes_of,
 )
 from sora_llm.inject import check_shape, layer_shapes
-from sora_llm.lora_files import is_same_base, read_lora
 from sora_llm.merge import WeightedAdapter
-from sora_llm.prompt_form import exported_template, has_conversations
+from sora_llm.running.prompt_form import exported_template, has_conversations
+from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
-from sora_llm.unpack import backbone_spec, target_modules
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
+from sora_llm.artifacts.card import TEMPLATE
+from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
-from sora_llm.card import TEMPLATE
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import plain_factors, read_source, shapes_in
 from sora_llm.config import Config
@@ -20,9 +21,8 @@ from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.inject import bare, put_on
-from sora_llm.inputs import quiet_libraries
-from sora_llm.lora_files import CONFIG, saved_base, saved_revision
-from sora_llm.unpack import backbone_spec
+from sora_llm.running.inputs import quiet_libraries
+from sora_llm.running.unpack import backbone_spec
 
 
 @dataclass(frozen=True)

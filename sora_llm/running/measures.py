@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from sora_llm import pipeline
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.collectives import gather_integers
-from sora_llm.evaluation import evaluate
 from sora_llm.inject import adapters
-from sora_llm.job import Job, say
-from sora_llm.loop import peak_memory_gib
+from sora_llm.running.evaluation import evaluate
+from sora_llm.running.job import Job, say
+from sora_llm.running.loop import peak_memory_gib
+from sora_llm.running.training import Best, Training
 from sora_llm.schedule import DENSE, FINETUNE
-from sora_llm.training import Best, Training
 
 
 def log_step(training: Training, seen: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ from sora_llm.config import to_dict
 from sora_llm.distributed.collectives import gather_integers, gather_objects, on_every, on_main
 from sora_llm.errors import UserError
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters
-from sora_llm.job import Job
-from sora_llm.plan import refuse_other_config
+from sora_llm.running.job import Job
+from sora_llm.running.plan import refuse_other_config
+from sora_llm.running.training import IMPORTANCE_SUFFIX, Best, Training, make_steering
 from sora_llm.schedule import FINETUNE
-from sora_llm.training import IMPORTANCE_SUFFIX, Best, Training, make_steering
 
 
 def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:

@@ -8,24 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm import pipeline
-from sora_llm.assembly import cut_adapter, renew_engine
 from sora_llm.backbone import DTYPES
 from sora_llm.distributed.collectives import gather_integers, sum_over_processes
 from sora_llm.distributed.engine import StepOutcome
 from sora_llm.errors import Preempted, RunFailed
-from sora_llm.loop import StepBatches, seed_step, train_step
-from sora_llm.measures import (
+from sora_llm.running.assembly import cut_adapter, renew_engine
+from sora_llm.running.loop import StepBatches, seed_step, train_step
+from sora_llm.running.measures import (
     current_ranks,
     evaluation_due,
     is_due,
     log_step,
     measure,
 )
-from sora_llm.rounds import Gates
+from sora_llm.running.rounds import Gates
+from sora_llm.running.snapshot import save_checkpoint
+from sora_llm.running.training import IMPORTANCE_SUFFIX, Training, make_steering
 from sora_llm.schedule import SPARSIFY
-from sora_llm.snapshot import save_checkpoint
 from sora_llm.sora import soft_threshold
-from sora_llm.training import IMPORTANCE_SUFFIX, Training, make_steering
 
 
 def train_stage(training: Training) -> None:

@@ -7,9 +7,9 @@ from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
 from sora_llm.data.stream import StreamOrder
 from sora_llm.data.tokenize import ends_visibly, untaught_end
-from sora_llm.inputs import Inputs
-from sora_llm.prompt_form import has_conversations
-from sora_llm.training_data import TrainingData
+from sora_llm.running.inputs import Inputs
+from sora_llm.running.prompt_form import has_conversations
+from sora_llm.running.training_data import TrainingData
 
 
 def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from sora_llm.artifacts.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
+from sora_llm.artifacts.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target, more_than_lora
 from sora_llm.errors import UserError
-from sora_llm.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
-from sora_llm.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target, more_than_lora
 
 PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "vLLM ≤ 0.31"
 SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset
 from sora_llm.data.templates import resolve_template
 from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
 from sora_llm.generation import Stop
-from sora_llm.lora_files import certificate_in
 from sora_llm.row_types import WITHOUT_TEMPLATE
 
 

@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm import export, verified_export
-from sora_llm.assembly import cut_adapter
+from sora_llm import export
+from sora_llm.artifacts.card import story_of_run
 from sora_llm.backbone import free_unused, load_call
-from sora_llm.card import story_of_run
 from sora_llm.config import recipe, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
-from sora_llm.job import (
+from sora_llm.quantised import is_quantised
+from sora_llm.running import verified_export
+from sora_llm.running.assembly import cut_adapter
+from sora_llm.running.job import (
     Job,
     say,
 )
-from sora_llm.layouts import adapter_layout, export_beside
-from sora_llm.measures import dev_loss, final_masters, loss_over
-from sora_llm.plan import stage_name
-from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
-from sora_llm.quantised import is_quantised
-from sora_llm.rundir import RunDirectory
-from sora_llm.start import RunResult
-from sora_llm.training import Training
+from sora_llm.running.layouts import adapter_layout, export_beside
+from sora_llm.running.measures import dev_loss, final_masters, loss_over
+from sora_llm.running.plan import stage_name
+from sora_llm.running.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
+from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.start import RunResult
+from sora_llm.running.training import Training
 
 
 @dataclass(frozen=True)

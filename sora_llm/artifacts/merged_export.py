@@ -13,14 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
-from sora_llm.card import Provenance, model_card, publish_export, refuse_other_contents
-from sora_llm.errors import RunFailed
-from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
-from sora_llm.factors import shapes_of
-from sora_llm.files import file_sha256
-from sora_llm.inject import bare, put_on
-from sora_llm.merged import (
+from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.merged import (
     Merge,
     check_shards,
     planned_shards,
@@ -28,6 +22,12 @@ from sora_llm.merged import (
     write_shards,
     write_small_files,
 )
+from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
+from sora_llm.errors import RunFailed
+from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
+from sora_llm.factors import shapes_of
+from sora_llm.files import file_sha256
+from sora_llm.inject import bare, put_on
 from sora_llm.quantised import dequantised_weight
 
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise

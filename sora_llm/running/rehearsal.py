@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from sora_llm.assembly import load_and_inject
 from sora_llm.distributed.collectives import any_process, on_main
 from sora_llm.errors import RunFailed
+from sora_llm.estimates.memory import memory_table
 from sora_llm.files import nearest_existing, user_path
-from sora_llm.job import Job, say
-from sora_llm.loop import peak_memory_gib, train_step
-from sora_llm.memory import memory_table
-from sora_llm.rundir import RunDirectory
-from sora_llm.snapshot import save_checkpoint
-from sora_llm.stages import set_rates
-from sora_llm.start import RunResult, StartPoint
+from sora_llm.running.assembly import load_and_inject
+from sora_llm.running.job import Job, say
+from sora_llm.running.loop import peak_memory_gib, train_step
+from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.snapshot import save_checkpoint
+from sora_llm.running.stages import set_rates
+from sora_llm.running.start import RunResult, StartPoint
 
 
 @contextlib.contextmanager

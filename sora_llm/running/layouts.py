@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from sora_llm.card import Provenance, refuse_other_contents
+from sora_llm.artifacts.card import Provenance, refuse_other_contents
+from sora_llm.artifacts.gguf_export import export_gguf
+from sora_llm.artifacts.gguf_lora import architecture_of
+from sora_llm.artifacts.merged import Merge, plan_merge, refuse_small_disk
+from sora_llm.artifacts.merged_export import export_merged
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.factors import PlainFactors
-from sora_llm.gguf_export import export_gguf
-from sora_llm.gguf_lora import architecture_of
-from sora_llm.inputs import Inputs
-from sora_llm.merged import Merge, plan_merge, refuse_small_disk
-from sora_llm.merged_export import export_merged
+from sora_llm.running.inputs import Inputs
 
 
 def adapter_layout(layout: str) -> str:

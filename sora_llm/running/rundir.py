@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import torch
 
-from sora_llm import __version__
+import sora_llm
 from sora_llm.checkpoint import remove_leftovers
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
-from sora_llm.run_state import read_status, run_lock, write_status
+from sora_llm.running.run_state import read_status, run_lock, write_status
 from sora_llm.terminal import say
 
 _DYING_SECONDS = 2.0
@@ -196,7 +196,7 @@ def environment(*, num_processes: int, strategy: str, zero_stage: int | None) ->
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     content: dict[str, Any] = {
         "versions": {
-            "sora_llm": __version__,
+            "sora_llm": sora_llm.__version__,
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
         },
@@ -217,7 +217,7 @@ def environment(*, num_processes: int, strategy: str, zero_stage: int | None) ->
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, None where the package is not in its own git checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(sora_llm.__file__).resolve().parent
     command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
         output = subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10)

@@ -11,9 +11,9 @@ from sora_llm import schedule
 from sora_llm.budget import ADAPTIVE, RankBudget, make_budgets
 from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
+from sora_llm.running.unpack import adapter_dtype, backbone_spec
 from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.topology import World
-from sora_llm.unpack import adapter_dtype, backbone_spec
 
 ADAPTIVE_GATE_LR = 1e-2
 """`gate_lr: auto` where a quantile cuts: gates only say who is next, they do not have to travel to 0."""

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint, run_state
+from sora_llm import checkpoint
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path
-from sora_llm.job import Job, say
-from sora_llm.plan import Plan, refuse_other_config
 from sora_llm.report import read_json_lines
-from sora_llm.snapshot import refuse_other_run
+from sora_llm.running import run_state
+from sora_llm.running.job import Job, say
+from sora_llm.running.plan import Plan, refuse_other_config
+from sora_llm.running.snapshot import refuse_other_run
 from sora_llm.topology import World
 
 

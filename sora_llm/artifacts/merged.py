@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sora_llm.artifacts.card import TEMPLATE, Provenance
 from sora_llm.backbone import (
     DTYPES,
     INDEX,
@@ -29,7 +30,6 @@ from sora_llm.backbone import (
     dequantised,
     weight_files,
 )
-from sora_llm.card import TEMPLATE, Provenance
 from sora_llm.errors import UserError
 from sora_llm.factors import PlainFactors
 from sora_llm.files import nearest_existing

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sora_llm.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
-from sora_llm.consumers import LLAMA_CPP, of_gguf
+from sora_llm.artifacts.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.consumers import LLAMA_CPP, of_gguf
+from sora_llm.artifacts.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, shapes_of
 from sora_llm.files import file_sha256
-from sora_llm.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 
 FILE = "adapter.gguf"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from sora_llm import backbone
-from sora_llm.activations import sizes_of
 from sora_llm.backbone import DTYPES, BackboneSpec
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
+from sora_llm.estimates.activations import sizes_of
+from sora_llm.estimates.memory import BatchShape, MemoryEstimate, estimate
+from sora_llm.estimates.step_time import Work
 from sora_llm.inject import layer_shapes
-from sora_llm.memory import BatchShape, MemoryEstimate, estimate
-from sora_llm.step_time import Work
 from sora_llm.targets import linear_layers, target_linears
 
 

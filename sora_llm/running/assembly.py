@@ -8,26 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import pipeline
-from sora_llm.alarms import Alarms, Patience
 from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
 from sora_llm.inject import adapters, inject_sora, start_from
-from sora_llm.inputs import start_lora
-from sora_llm.job import Job, say
 from sora_llm.local_updates import OuterOptimizer
-from sora_llm.loop import Tally
 from sora_llm.loss_scale import LossScale
-from sora_llm.measures import raise_alarms
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.packing_proof import prove_packing
 from sora_llm.pipeline import Cut
-from sora_llm.rounds import Rounds
-from sora_llm.rundir import RunDirectory
-from sora_llm.snapshot import put_back, read_into
-from sora_llm.start import StartPoint
-from sora_llm.training import Training, make_steering
-from sora_llm.unpack import target_modules
+from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.inputs import start_lora
+from sora_llm.running.job import Job, say
+from sora_llm.running.loop import Tally
+from sora_llm.running.measures import raise_alarms
+from sora_llm.running.packing_proof import prove_packing
+from sora_llm.running.rounds import Rounds
+from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.snapshot import put_back, read_into
+from sora_llm.running.start import StartPoint
+from sora_llm.running.training import Training, make_steering
+from sora_llm.running.unpack import target_modules
 
 
 def load_model(job: Job) -> nn.Module:

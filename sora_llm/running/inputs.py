@@ -16,8 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 from sora_llm import backbone, checkpoint
+from sora_llm.artifacts.card import refuse_other_contents
+from sora_llm.artifacts.lora_files import LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec
-from sora_llm.card import refuse_other_contents
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenRow
@@ -27,11 +28,10 @@ from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.inject import check_start
-from sora_llm.lora_files import LoraFiles, read_lora
-from sora_llm.prompt_form import prompt_ids
+from sora_llm.running.prompt_form import prompt_ids
+from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
-from sora_llm.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
 

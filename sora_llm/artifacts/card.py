@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sora_llm.consumers import Verdict
+from sora_llm.artifacts.consumers import Verdict
+from sora_llm.artifacts.lora_files import CERTIFICATE, certificate_in
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import costs_of, kept_params, mean_rank
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
-from sora_llm.lora_files import CERTIFICATE, certificate_in
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"

@@ -12,29 +12,30 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm import run_state, terminal
+from sora_llm import terminal
+from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config
 from sora_llm.data.order import Order
-from sora_llm.data_words import describe_data
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import any_process, gather_objects, on_main
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import Preempted, UserError
+from sora_llm.estimates.memory import MemoryEstimate
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
-from sora_llm.inputs import Inputs
-from sora_llm.lifeline import Lifeline
 from sora_llm.local_updates import round_bytes, transfer_seconds
-from sora_llm.loop import StepBatches, step_batches
-from sora_llm.lora_files import is_same_base, saved_base
-from sora_llm.memory import MemoryEstimate
-from sora_llm.plan import Plan
-from sora_llm.stop import StopRequest
+from sora_llm.running import run_state
+from sora_llm.running.data_words import describe_data
+from sora_llm.running.inputs import Inputs
+from sora_llm.running.lifeline import Lifeline
+from sora_llm.running.loop import StepBatches, step_batches
+from sora_llm.running.plan import Plan
+from sora_llm.running.stop import StopRequest
+from sora_llm.running.training_data import TrainingData
+from sora_llm.running.unpack import adapter_dtype, estimate_memory
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
-from sora_llm.training_data import TrainingData
-from sora_llm.unpack import adapter_dtype, estimate_memory
 
 
 @dataclass(frozen=True)

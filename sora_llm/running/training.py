@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sora_llm.alarms import Alarms, Patience
 from sora_llm.distributed.engine import Engine
-from sora_llm.job import Job
-from sora_llm.loop import Tally
 from sora_llm.optim import IMPORTANCE
-from sora_llm.plan import Stage
-from sora_llm.rounds import Rounds
-from sora_llm.rundir import RunDirectory
-from sora_llm.steering import Steering
+from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.job import Job
+from sora_llm.running.loop import Tally
+from sora_llm.running.plan import Stage
+from sora_llm.running.rounds import Rounds
+from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.steering import Steering
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from sora_llm.data.sources import DatasetSpec, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
 from sora_llm.data.templates import DEFAULT_TEMPLATE
 from sora_llm.errors import UserError
-from sora_llm.inputs import Inputs
 from sora_llm.row_types import WITHOUT_TEMPLATE
+from sora_llm.running.inputs import Inputs
 from sora_llm.topology import World
 
 _HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data

@@ -1,0 +1,1 @@
+"""How much memory and time a config takes: arithmetic on sizes."""
