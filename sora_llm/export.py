@@ -24,7 +24,7 @@ from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder,
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, empty_factors, product_distance
-from sora_llm.files import copy_folder, file_sha256, user_path
+from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
 from sora_llm.sora import SoraLinear, fold
 from sora_llm.targets import linear_layers, matches
@@ -128,11 +128,10 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
             "sora.max_lambda or the budget), train longer, or allow it (output.allow_empty_adapter: true; in Python "
             "allow_empty=True)"
         )
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = staging_folder(folder)
     config = _peft_config(model, factors, layout, provenance)
     tensors = _padded(factors, config.r) if layout == "padded" else _ragged(factors)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

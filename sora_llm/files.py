@@ -63,16 +63,28 @@ def publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def copy_folder(source: Path, folder: Path) -> None:
-    """Put a copy of a complete folder in its place."""
+@contextlib.contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Where a folder comes to be before it is published: beside its place, not there yet, and gone at the end."""
+    temporary = staging_folder(folder)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def staging_folder(folder: Path) -> Path:
+    """`staging` for those who remove it themselves; what a killed process left there is gone."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    return temporary
+
+
+def copy_folder(source: Path, folder: Path) -> None:
+    """Put a copy of a complete folder in its place."""
+    with staging(folder) as temporary:
         shutil.copytree(source, temporary)
         publish(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def make_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from sora_llm.artifacts.consumers import LLAMA_CPP, of_gguf
 from sora_llm.artifacts.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, shapes_of
-from sora_llm.files import file_sha256
+from sora_llm.files import file_sha256, staging
 
 FILE = "adapter.gguf"
 
@@ -39,9 +38,7 @@ def export_gguf(
         raise UserError("every rank of the adapter was pruned, so there is nothing for llama.cpp to apply")
     shapes = shapes_of(factors)
     architecture.tensor_names(list(shapes))
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with staging(folder) as temporary:
         try:
             temporary.mkdir(parents=True)
             write_gguf(temporary / FILE, factors, architecture, outtype, f"LoRA for {provenance.base_model}")
@@ -79,8 +76,6 @@ def export_gguf(
             "consumers": {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()},
         }
         return publish_export(temporary, folder, certificate, _card(ranks, shapes, certificate, verdicts, provenance))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _card(

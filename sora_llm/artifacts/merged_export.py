@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.factors import shapes_of
-from sora_llm.files import file_sha256
+from sora_llm.files import file_sha256, staging
 from sora_llm.inject import bare, put_on
 from sora_llm.quantised import dequantised_weight
 
@@ -62,9 +61,7 @@ def export_merged(
     shards = planned_shards(merge)
     refuse_small_disk(merge, folder)
     expected, losses = _beside_the_base(merge, dev_loss_of)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with staging(folder) as temporary:
         try:
             temporary.mkdir(parents=True)
             names = write_shards(merge, shards, temporary)
@@ -95,8 +92,6 @@ def export_merged(
             "sha256": {name: file_sha256(temporary / name) for name in names},
         }
         return publish_export(temporary, folder, certificate, _card(merge, ranks, certificate, provenance))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- logits
