@@ -75,6 +75,35 @@ def test_base_and_adapter_answer_as_they_do_in_transformers_and_peft(stories, lo
     assert alone == {"prompt": PROMPT, "answer": expected[0]["base"], "finish_reason": "length"}
 
 
+def test_a_whole_model_is_asked_and_measured_as_its_certificate_says(stories, lora, tmp_path, capsys):
+    """A merged one: no adapter, no base beside it, and behind prompts what training put there."""
+    (base,) = generate(capsys, lora, "--prompt", PROMPT, "--no-adapter")["answers"]
+    assert generate(capsys, stories, "--prompt", PROMPT) == {
+        "base_model": str(stories),
+        "adapter": None,
+        "answers": [base],
+    }
+    merged = tmp_path / "merged"
+    shutil.copytree(stories, merged)
+    merged.chmod(0o755)
+    certificate = {"layout": "merged", "modules": {}, "separator": " and"}
+    (merged / "certificate.json").write_text(json.dumps(certificate))
+    (found,) = generate(capsys, merged, "--prompt", "Once upon a time there was a dog")["answers"]
+    (expected,) = generate(capsys, stories, "--prompt", "Once upon a time there was a dog and")["answers"]
+    assert found["answer"] == expected["answer"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Once upon a time", "completion": " there was a dog."}))
+    losses = []
+    for extra in ([], ["--separator", ""]):
+        arguments = ["evaluate", merged, "--data", rows, "--type", "prompt_completion", "--json", *extra]
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["model"]["loss"])
+    assert losses[0] != losses[1]
+    for wrong, said in ((["--compare"], "needs an adapter"), (["--base", str(stories)], "no base beside it")):
+        assert cli.main(["generate", str(merged), "--prompt", "a", *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_the_terminal_shows_the_same(lora, capsys):
     (expected,) = generate(capsys, lora, "--prompt", PROMPT)["answers"]
     assert cli.main(["generate", str(lora), "--prompt", PROMPT, *SHORT]) == 0

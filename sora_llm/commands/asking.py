@@ -27,7 +27,9 @@ from sora_llm.running.prompt_form import PromptForm, prompt_form, recorded_separ
 def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
     """A parser with what names a model and how it is to answer; `sampling` are the defaults."""
     parser = Parser(prog=prog, description=description)
-    parser.add_argument("place", metavar="RUN|ADAPTER|CONFIG", help="run directory, checkpoint, LoRA folder or config")
+    parser.add_argument(
+        "place", metavar="RUN|ADAPTER|CONFIG|MODEL", help="run, checkpoint, LoRA, config or a whole model"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run's config, as for train")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
@@ -151,7 +153,7 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
     subject = find_subject(arguments.place, arguments.overrides)
     if arguments.no_adapter:
         subject = replace(subject, adapter=None)
-    elif subject.adapter is None:
+    elif subject.adapter is None and not subject.is_whole:
         raise UserError(
             f"{arguments.place} has no adapter yet: train it to the end, name one of its checkpoints, or ask the base "
             "alone with --no-adapter"
@@ -182,7 +184,7 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
     if subject.config is not None:
         template = resolve_template(tokenizer, subject.config.data.chat_template)
         return prompt_form(subject.config, tokenizer, template)
-    if (separator := recorded_separator(None, subject.adapter)) is not None:
+    if (separator := recorded_separator(None, subject.certified)) is not None:
         return PromptForm(None, separator)
     beside = template_beside(subject)
     if beside is not None or tokenizer.chat_template:
@@ -205,6 +207,8 @@ def title(subject: Subject) -> str:
     """What is being asked, in a line."""
     spec = subject.spec
     form = "4-bit" if spec.load_in_4bit else "8-bit" if spec.load_in_8bit else spec.dtype
+    if subject.is_whole:
+        return f"{spec.name_or_path} ({form})"
     if subject.adapter is None:
         return f"{spec.name_or_path} ({form}) without an adapter"
     kind = "adapter" if (subject.adapter / CONFIG).is_file() else "checkpoint"

@@ -1,4 +1,4 @@
-"""`sora-llm chat RUN|ADAPTER|CONFIG`: a dialogue at the terminal, with the adapter or without it."""
+"""`sora-llm chat RUN|ADAPTER|CONFIG|MODEL`: a dialogue at the terminal, with the adapter or without it."""
 
 from __future__ import annotations
 

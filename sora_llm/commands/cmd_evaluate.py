@@ -31,8 +31,8 @@ def make_parser(prog: str) -> Parser:
         prog,
         "Loss and perplexity of a base and of an adapter on it: over a run's dev rows (data.val_datasets or "
         "val_set_size), or over any data set with --data.",
-        metavar="RUN|CONFIG|ADAPTER",
-        what="run directory, config, checkpoint or LoRA folder",
+        metavar="RUN|CONFIG|ADAPTER|MODEL",
+        what="run directory, config, checkpoint, LoRA folder or a whole model",
     )
     parser.add_argument(
         "--adapter",
@@ -86,14 +86,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
 
         result: dict[str, Any] = {"rows": len(rows), "supervised_tokens": rows.num_supervised}
         with loaded.without_adapter() if loaded.without_adapter is not None else contextlib.nullcontext():
-            result["base"] = loss()
+            result["model" if subject.is_whole and subject.adapter is None else "base"] = loss()
         if subject.adapter is not None:
             result["adapter"] = loss()
         return result
 
     def text(result: dict[str, Any]) -> str:
         lines = [f"{result['rows']:,} rows, {result['supervised_tokens']:,} supervised tokens"]
-        for name in ("base", "adapter"):
+        for name in ("model", "base", "adapter"):
             if name in result:
                 lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")
         return "\n".join(lines)
@@ -115,7 +115,7 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
         subject = replace(subject, adapter=other_adapter(arguments, subject))
     elif arguments.no_adapter:
         subject = replace(subject, adapter=None)
-    elif subject.adapter is None and Path(arguments.config).is_dir():
+    elif subject.adapter is None and not subject.is_whole and Path(arguments.config).is_dir():
         raise UserError(
             f"{arguments.config} has no adapter yet: train it to the end, name one of its checkpoints, or measure the "
             "base alone with --no-adapter"
@@ -126,7 +126,7 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
     if arguments.chat_template is not None:
         config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
-        dataset = other_dataset(arguments, config.data.datasets, recorded_separator(None, subject.adapter))
+        dataset = other_dataset(arguments, config.data.datasets, recorded_separator(None, named.certified))
         config = replace(config, data=replace(config.data, val_datasets=(dataset,), val_set_size=None))
     elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
         raise UserError(

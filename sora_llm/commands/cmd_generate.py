@@ -1,4 +1,4 @@
-"""`sora-llm generate RUN|ADAPTER|CONFIG --prompt "…"`: answers of an adapted model, or beside those of its base."""
+"""`sora-llm generate RUN|ADAPTER|CONFIG|MODEL --prompt "…"`: answers, of an adapted model also beside its base's."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> 
         sampling = sampling_of(arguments, DEFAULT)
         prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
         interview = open_interview(arguments)
+        if arguments.compare and interview.subject.is_whole:
+            raise UserError(f"--compare needs an adapter, and {arguments.place} is a whole model; leave it out")
         ids = [ids_of(interview, prompt) for prompt in prompts]
         asked = load_asked(interview, sampling, arguments.seed or 0)
         answers = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
@@ -20,6 +21,7 @@ from sora_llm.config import Config
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
+from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
 from sora_llm.running.inputs import quiet_libraries
 from sora_llm.running.unpack import backbone_spec
@@ -28,24 +30,39 @@ from sora_llm.running.unpack import backbone_spec
 @dataclass(frozen=True)
 class Subject:
     """`config` is the run's, None for an adapter that no run here made; `adapter` is the folder of a LoRA or of a
-    checkpoint, None where there is none."""
+    checkpoint, None where there is none.  `is_whole` says that the base is what was asked about: a model with its
+    adapter merged into it, or without any."""
 
     spec: BackboneSpec
     config: Config | None
     adapter: Path | None
+    is_whole: bool = False
+
+    @property
+    def certified(self) -> Path | None:
+        """The folder whose certificate tells of it."""
+        return self.spec.folder if self.is_whole else self.adapter
 
 
 def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
-    """What `path` names; `overrides` are of the run's config.
+    """What `path` names, as `find_place`, or a folder with a whole model; `overrides` are of the run's config.
 
     Raises:
         UserError: nothing of that kind.
     """
+    if not overrides and _is_whole_model(folder := user_path(path, "the path")):
+        return Subject(BackboneSpec(str(folder)), None, None, is_whole=True)
     place = find_place(path, overrides)
     if place.config is not None:
         return Subject(backbone_spec(place.config, "none"), place.config, place.adapter)
     folder = place.with_adapter()
     return Subject(BackboneSpec(saved_base(folder), revision=saved_revision(folder)), None, folder)
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether it holds a model of transformers and nothing that `find_place` would look for."""
+    ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, "config.yaml")
+    return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
 
 
 def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> Subject:
@@ -56,6 +73,8 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     """
     quiet_libraries()
     spec = subject.spec
+    if base is not None and subject.is_whole:
+        raise UserError(f"{spec.name_or_path} is a whole model, which has no base beside it; leave --base out")
     if base is not None:
         spec = replace(spec, name_or_path=base, revision=None)
     if not spec.name_or_path:
