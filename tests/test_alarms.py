@@ -92,6 +92,13 @@ def test_a_loss_that_jumps_when_the_adapters_are_cut() -> None:
     assert said(alarms, None, phase="finetune", loss=9.0) == "", "later it has other reasons"
 
 
+def test_a_loss_that_jumps_before_the_cut_or_long_after_it_is_no_jump_of_the_cut() -> None:
+    alarms = Alarms([], FULL)
+    assert [said(alarms, None, phase=phase, loss=loss) for phase, loss in (("dense", 2.0), ("dense", 9.0))] == ["", ""]
+    assert said(alarms, 0.1, loss=2.0) == said(alarms, 0.2, loss=9.0) == ""
+    assert said(alarms, None, phase="finetune", loss=8.0) == said(alarms, None, phase="finetune", loss=20.0) == ""
+
+
 def test_an_interruption_changes_nothing() -> None:
     behind = {"lambda": 1.0, "target_mean_rank": 20.0}
     alarms = Alarms([budget()], FULL)

@@ -294,6 +294,11 @@ def test_the_outer_step_is_torchs_nesterov_sgd_on_the_outer_gradient(learning_ra
     assert bool(outer.velocity) == (momentum > 0)
 
 
+def test_by_default_replicas_go_to_their_mean_with_its_bits():
+    start, mean = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(OuterOptimizer().step("m.lora_A", start, mean), mean)
+
+
 def test_gates_that_stay_apart_have_the_agreed_mean_its_zeros_and_their_own_signs():
     own = torch.tensor([[1.0, 0.3, -0.2], [0.6, -0.1, -0.8]], dtype=torch.float64)
     agreed = soft_threshold(own.mean(0), 0.25)

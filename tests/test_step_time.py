@@ -31,6 +31,14 @@ def test_recomputing_takes_each_forward_product_once_more():
     assert saved == pytest.approx(products / (MACHINES.flops * MACHINES.utilisation))
 
 
+def test_a_step_takes_its_products_and_what_travels():
+    """Forward and to the inputs 4 per weight, an adapter's own gradients 2 more, recomputing 2 (not the head)."""
+    products = 6 * WORK.linear_parameters + 4 * WORK.head_parameters + 8 * WORK.adapter_parameters
+    found = step_time(WORK, "zero3", 16, MACHINES)
+    assert found.compute == pytest.approx(WORK.tokens * products / (989e12 * 0.35))
+    assert found.seconds == pytest.approx(found.compute + found.reduce + found.gather) and found.gather > 0
+
+
 def test_a_reduction_is_a_ring_over_the_slowest_link():
     inside, between = (step_time(WORK, "ddp", number, MACHINES).reduce for number in (8, 16))
     assert inside == pytest.approx(2 * (7 / 8 * ADAPTER_BYTES / 300e9 + 3 * 20e-6))
