@@ -91,18 +91,29 @@ def train_step(
         if before_step is not None:
             before_step()
         return torch.zeros((), dtype=torch.float64, device=engine.device), StepOutcome(0.0, skipped=False)
-    generator_state = torch.get_rng_state()
+    drawn_from = _random_states(engine.device)
     loss_sum = accumulate(engine, batches, num_processes)
     if before_step is not None:
         before_step()
     outcome = engine.step()
     while outcome.skipped and engine.loss_scale.fall():
-        torch.set_rng_state(generator_state)  # the same dropout masks
+        _draw_again_from(drawn_from, engine.device)  # the same dropout masks
         loss_sum = accumulate(engine, batches, num_processes)
         outcome = engine.step()
     if not outcome.skipped:
         engine.loss_scale.hold()
     return loss_sum, outcome
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a forward pass draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _draw_again_from(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def accumulate(engine: Engine, batches: StepBatches, num_processes: int) -> Tensor:
