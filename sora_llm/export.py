@@ -26,6 +26,7 @@ from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, empty_factors, product_distance
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
+from sora_llm.quantised import coarsest_dtype
 from sora_llm.sora import SoraLinear, fold
 from sora_llm.targets import linear_layers, matches
 
@@ -326,7 +327,8 @@ def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, f
 
 
 def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str) -> list[str]:
-    """What is wrong with logits that are `off` where activations have this dtype; `who` shows the adapter's effect."""
+    """What is wrong with logits that are `off`, `dtype` being the coarsest that they were computed in; `who` shows the
+    adapter's effect."""
     limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
     problems = [] if off <= limit else [f"logits are off by {off:.2e} (allowed {limit:g})"]
     if gain is not None and not MIN_GAIN <= gain <= MAX_GAIN:
@@ -386,9 +388,8 @@ def certify_and_publish(
     import peft
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
-    problems += logit_problems(errors.logits, errors.gain, dtype, "PEFT's forward shows")
+    problems += logit_problems(errors.logits, errors.gain, coarsest_dtype(model), "PEFT's forward shows")
     if problems:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")

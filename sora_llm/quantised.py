@@ -165,6 +165,20 @@ def _read(files: Mapping[str, Path], key: str) -> Tensor:
     return tensor
 
 
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest dtype that a model computes in: that of its embeddings, or of 4-bit layers, whatever activations are
+    between them.  8-bit layers, which round what they read to so many, count as bfloat16."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    dtypes = [model.get_input_embeddings().weight.dtype]  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            dtypes.append(torch.bfloat16)
+        elif isinstance(module, Linear4bit) and module.compute_dtype is not None:
+            dtypes.append(module.compute_dtype)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def take_form(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
     """Bring a model from quantised files into the form of one that is quantised while it is loaded: what is not
     quantised in `dtype`, the same bits of every 4-bit weight in tensors of `storage` (ZeRO-3 shards one dtype only).

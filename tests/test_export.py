@@ -18,6 +18,7 @@ from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
+from sora_llm.quantised import coarsest_dtype
 from sora_llm.sora import keep_live_slots
 
 R, LORA_ALPHA = 6, 9.0  # s = 1.5
@@ -294,6 +295,27 @@ def test_a_forward_that_leaves_the_adapter_out_is_noticed_even_if_its_effect_is_
         export_adapter(model, tmp_path / "adapter")
     monkeypatch.setattr(export, "load_adapter", real)
     export_adapter(model, tmp_path / "adapter")
+
+
+def test_logits_may_be_off_by_what_4_bit_layers_compute_in(stories, tmp_path):
+    """Activations in float32 and products in bfloat16, as `model.dtype: float32` alone makes them."""
+    spec = BackboneSpec(str(stories), dtype="float32", load_in_4bit=True, compute_dtype="bfloat16")
+    model = randomise_all(inject_sora(load_backbone(spec, "cpu"), R, LORA_ALPHA), seed=3)
+    assert coarsest_dtype(model) == torch.bfloat16
+    assert export_adapter(model, tmp_path / "adapter")["logits_error"] > export.MAX_LOGITS_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": "float32", "load_in_4bit": True, "compute_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16", "load_in_4bit": True, "compute_dtype": "float32"}, torch.bfloat16),
+        ({"dtype": "float32", "load_in_8bit": True}, torch.bfloat16),
+    ],
+)
+def test_the_coarsest_dtype_is_that_of_activations_or_of_quantised_layers(options, expected, stories):
+    assert coarsest_dtype(load_backbone(BackboneSpec(str(stories), **options), "cpu")) == expected
 
 
 def test_an_effect_that_drowns_in_rounding_is_not_taken_for_an_adapter_that_is_left_out():

@@ -21,13 +21,13 @@ from sora_llm.artifacts.merged import (
     write_shards,
     write_small_files,
 )
-from sora_llm.backbone import DTYPES, BackboneSpec, free_unused, load_backbone
+from sora_llm.backbone import BackboneSpec, free_unused, load_backbone
 from sora_llm.errors import RunFailed
 from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256, staging
 from sora_llm.inject import bare, put_on
-from sora_llm.quantised import dequantised_weight
+from sora_llm.quantised import coarsest_dtype, dequantised_weight
 
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
 
@@ -73,7 +73,7 @@ def export_merged(
         if not problems:
             off, gain, found = _reload(merge, temporary, expected, dev_loss_of)
             losses |= found
-            problems = logit_problems(off, gain, _coarsest(merge), "the merged model shows")
+            problems = logit_problems(off, gain, expected.dtype, "the merged model shows")
         if problems:
             raise RunFailed(
                 f"the merged model is not base + adapter: {'; '.join(problems[:3])}; nothing was exported (an adapter "
@@ -99,11 +99,12 @@ def export_merged(
 
 @dataclass(frozen=True)
 class _Logits:
-    """Of the base and of base + adapter, on the same tokens."""
+    """Of the base and of base + adapter, on the same tokens, computed in `dtype` where it is coarsest."""
 
     ids: Tensor
     base: Tensor
     adapted: Tensor
+    dtype: torch.dtype
 
 
 def _beside_the_base(
@@ -118,7 +119,7 @@ def _beside_the_base(
     ids = default_probe(model)
     with bare(model):
         base = logits_of(model, ids)
-    logits = _Logits(ids, base, logits_of(model, ids))
+    logits = _Logits(ids, base, logits_of(model, ids), coarsest_dtype(model))
     losses = {} if dev_loss_of is None else {adapted(spec): dev_loss_of(model)}
     del model
     free_unused()
@@ -167,12 +168,6 @@ def _reload(
 
 def _unquantised(spec: BackboneSpec) -> BackboneSpec:
     return replace(spec, load_in_4bit=False, load_in_8bit=False)
-
-
-def _coarsest(merge: Merge) -> torch.dtype:
-    """Of what is computed in: the model's dtype, and that of 4-bit layers."""
-    dtypes = [merge.dtype] + ([DTYPES[merge.spec.compute_dtype]] if merge.dequantise else [])
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any], provenance: Provenance) -> str:
