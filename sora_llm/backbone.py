@@ -67,8 +67,39 @@ class BackboneSpec:
         return self.load_in_4bit or self.load_in_8bit
 
     @property
+    def form(self) -> str:
+        """How the weights are held, in words: "NF4, computing in bfloat16", "8-bit", "float32"."""
+        if self.load_in_4bit:
+            return f"{self.quant_type.upper()}, computing in {self.compute_dtype}"
+        return "8-bit" if self.load_in_8bit else self.dtype
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the weights are loaded, for a certificate: by the names of our config."""
+        return {name: getattr(self, field) for name, field in _LOADING.items()}
+
+    def loaded_as(self, loading: Any) -> BackboneSpec | None:
+        """This base, loaded as a certificate says; None for what is no `loading`."""
+        if not isinstance(loading, dict) or loading.keys() != _LOADING.keys():
+            return None
+        spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})
+        flags = (spec.load_in_4bit, spec.load_in_8bit, spec.double_quant)
+        is_known = {spec.dtype, spec.compute_dtype} <= DTYPES.keys() and spec.quant_type in ("nf4", "fp4")
+        return spec if is_known and all(isinstance(flag, bool) for flag in flags) else None
+
+    @property
     def source(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+_LOADING = {
+    "dtype": "dtype",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "bnb_4bit_quant_type": "quant_type",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+}
 
 
 def resolve_quant_storage(quant_storage: str, compute_dtype: str, strategy: str) -> str:

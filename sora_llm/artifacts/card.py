@@ -43,6 +43,8 @@ class Provenance:
     """What stood between prompt and completion in the rows; None where they were conversations, or nobody knows."""
     load_options: str = ""
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
+    base_loading: Mapping[str, Any] | None = None
+    """The same for the certificate, by the names of our config."""
     story: str = TRAINED
     """How it was made: the beginning of a sentence."""
     is_base_quantised: bool = False
@@ -58,7 +60,8 @@ class Provenance:
 
     def in_certificate(self) -> dict[str, Any]:
         """What the certificate says beside the self-check."""
-        return {**self.notes, **({} if self.separator is None else {"separator": self.separator})}
+        said = {"separator": self.separator, "base_loading": self.base_loading}
+        return {**self.notes, **{name: value for name, value in said.items() if value is not None}}
 
 
 def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> None:

@@ -206,10 +206,10 @@ def show(text: str) -> None:
 def title(subject: Subject) -> str:
     """What is being asked, in a line."""
     spec = subject.spec
-    form = "4-bit" if spec.load_in_4bit else "8-bit" if spec.load_in_8bit else spec.dtype
+    base = f"{spec.name_or_path} ({spec.form})"
     if subject.is_whole:
-        return f"{spec.name_or_path} ({form})"
+        return base
     if subject.adapter is None:
-        return f"{spec.name_or_path} ({form}) without an adapter"
+        return f"{base} without an adapter"
     kind = "adapter" if (subject.adapter / CONFIG).is_file() else "checkpoint"
-    return f"{spec.name_or_path} ({form}) with the {kind} {subject.adapter}"
+    return f"{base} with the {kind} {subject.adapter}"

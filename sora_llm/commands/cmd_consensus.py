@@ -15,6 +15,7 @@ from sora_llm.commands.sources import (
     SavedAdapter,
     SharedTokenizer,
     base_of,
+    of_other_forms,
     read_source,
     refuse_other_targets,
     replica,
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
+        result |= {"base_form": spec.form, "of_other_base_forms": of_other_forms(sources, spec)}
         certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
         del certificate["merge"]  # said already
         return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
@@ -154,12 +156,13 @@ def export_consensus(
         chat_template=tokenizer.template,
         separator=separators.pop() if len(separators) == 1 else None,  # where they differ none is everybody's
         load_options=load_call(spec, config),
+        base_loading=spec.loading,
         is_base_quantised=is_quantised(config),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",
         notes={"merge": dict(result)},
         details="## Merge\n"
-        + "".join(f"{part}\n\n" for part in (_sources_table(result), *_template_warning(result), "Who kept what:"))
+        + "".join(f"{part}\n\n" for part in (_sources_table(result), *_warnings(result), "Who kept what:"))
         + f"{_modules_table(result)}\n\n",
     )
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
@@ -194,20 +197,23 @@ def as_text(result: Mapping[str, Any]) -> str:
         "",
         f"{result['adapter']}: {result['layout']}, mean rank {result['mean_rank']:.2f}, {result['kept_params']:,} "
         f"parameters{short}; relative merge error {result['merge_error']:.2e}; self-check passed",
-        *(f"warning: {sentence}" for sentence in _template_warning(result)),
+        *(f"warning: {sentence}" for sentence in _warnings(result)),
     ]
     return "\n".join(lines)
 
 
-def _template_warning(result: Mapping[str, Any]) -> list[str]:
-    """A sentence if the sources were not all spoken to alike."""
-    others = result["other_chat_templates"]
-    if not others:
-        return []
-    return [
-        f"the chat template is that of {result['chat_template_of']}; {', '.join(others)} "
-        f"{'was' if len(others) == 1 else 'were'} trained with another one"
-    ]
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """Sentences about sources that were not all spoken to alike, or not all trained beside the same numbers."""
+
+    def were(others: Sequence[str]) -> str:
+        return f"{', '.join(others)} {'was' if len(others) == 1 else 'were'} trained"
+
+    found = []
+    if others := result["other_chat_templates"]:
+        found.append(f"the chat template is that of {result['chat_template_of']}; {were(others)} with another one")
+    if others := result["of_other_base_forms"]:
+        found.append(f"the base is taken as {result['base_form']}; {were(others)} beside another form of it")
+    return found
 
 
 def _sources_table(result: Mapping[str, Any]) -> str:

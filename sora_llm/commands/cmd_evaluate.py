@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
                 )
             return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
 
-        result: dict[str, Any] = {"rows": len(rows), "supervised_tokens": rows.num_supervised}
+        result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
+        result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised}
         with loaded.without_adapter() if loaded.without_adapter is not None else contextlib.nullcontext():
             result["model" if subject.is_whole and subject.adapter is None else "base"] = loss()
         if subject.adapter is not None:
@@ -92,7 +93,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
         return result
 
     def text(result: dict[str, Any]) -> str:
-        lines = [f"{result['rows']:,} rows, {result['supervised_tokens']:,} supervised tokens"]
+        lines = [
+            f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
+            f"{result['supervised_tokens']:,} supervised tokens"
+        ]
         for name in ("model", "base", "adapter"):
             if name in result:
                 lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")

@@ -248,6 +248,7 @@ def provenance_of(
         chat_template=template,
         separator=recorded_separator(source.config, source.folder),
         load_options=load_call(spec, adapter.config),
+        base_loading=spec.loading,
         is_base_quantised=is_quantised(adapter.config),
         story=story,
         recipe="" if source.config is None else recipe(source.config),

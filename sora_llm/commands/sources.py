@@ -11,7 +11,7 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import is_same_base, read_lora
+from sora_llm.artifacts.lora_files import certificate_in, is_same_base, read_lora
 from sora_llm.backbone import (
     BackboneSpec,
     as_its_files,
@@ -99,7 +99,14 @@ def source_of(place: Place) -> SavedAdapter:
         return _of_checkpoint(place.name, folder, place.config)
     lora, config = read_lora(folder), place.config
     source = SavedAdapter(
-        place.name, lora.base_model, lora.revision, lora.factors, lora.scaling, lora.targets, folder=folder
+        place.name,
+        lora.base_model,
+        lora.revision,
+        lora.factors,
+        lora.scaling,
+        lora.targets,
+        spec=BackboneSpec(lora.base_model, lora.revision).loaded_as(certificate_in(folder).get("base_loading")),
+        folder=folder,
     )
     return source if config is None else _of_run(source, config)
 
@@ -222,12 +229,18 @@ def base_of(
     if base is None:
         named = [source for source in sources if source.base]
         refuse_other_bases(named, option)
-        base, revision = (known or named[0]).base, (known or named[0]).revision
+        owner = known if known is not None and known.base else named[0]
+        base, revision = owner.base, owner.revision
     spec = BackboneSpec(base) if known is None or known.spec is None else known.spec
     spec = replace(
         spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code or spec.trust_remote_code
     )
     return spec if known else as_its_files(spec)
+
+
+def of_other_forms(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> list[str]:
+    """The names of those that are known to have been trained beside the base in another form than `spec` loads it."""
+    return [source.name for source in sources if source.spec is not None and source.spec.form != spec.form]
 
 
 def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:

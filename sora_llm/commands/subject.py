@@ -12,7 +12,7 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
+from sora_llm.artifacts.lora_files import CONFIG, certificate_in, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.places import find_place
@@ -37,6 +37,8 @@ class Subject:
     config: Config | None
     adapter: Path | None
     is_whole: bool = False
+    is_loading_known: bool = False
+    """Whether `spec` says how the base was loaded: by a run's config, or by the certificate beside an adapter."""
 
     @property
     def certified(self) -> Path | None:
@@ -54,9 +56,11 @@ def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
         return Subject(BackboneSpec(str(folder)), None, None, is_whole=True)
     place = find_place(path, overrides)
     if place.config is not None:
-        return Subject(backbone_spec(place.config, "none"), place.config, place.adapter)
+        return Subject(backbone_spec(place.config, "none"), place.config, place.adapter, is_loading_known=True)
     folder = place.with_adapter()
-    return Subject(BackboneSpec(saved_base(folder), revision=saved_revision(folder)), None, folder)
+    spec = BackboneSpec(saved_base(folder), revision=saved_revision(folder))
+    as_certified = spec.loaded_as(certificate_in(folder).get("base_loading"))
+    return Subject(as_certified or spec, None, folder, is_loading_known=as_certified is not None)
 
 
 def _is_whole_model(folder: Path) -> bool:
@@ -80,13 +84,13 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     if not spec.name_or_path:
         raise UserError(f"{subject.adapter} does not say which base it is of; name it with --base MODEL")
     spec = replace(spec, trust_remote_code=trust_remote_code or spec.trust_remote_code)
-    if subject.config is None:
+    if not subject.is_loading_known:
         spec = as_its_files(spec)
         if load_in_4bit and spec.load_in_8bit:
             raise UserError(f"--load-in-4bit: the files of {spec.name_or_path} are quantised in 8 bits; leave it out")
     if load_in_4bit:
         spec = replace(spec, load_in_4bit=True, load_in_8bit=False)
-    if subject.config is not None:
+    if subject.is_loading_known:
         load_model_config(spec)
     return replace(subject, spec=spec)
 

@@ -6,6 +6,7 @@ from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
 from sora_llm.data.stream import StreamOrder
+from sora_llm.data.templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.tokenize import ends_visibly, untaught_end
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.prompt_form import has_conversations
@@ -27,7 +28,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
         lines += repetition_warning(data.train_report)
-    return lines + mixture(config, data) + ending_warning(config, inputs)
+    return lines + mixture(config, data) + assumed_template(config, inputs) + ending_warning(config, inputs)
 
 
 def mixture(config: Config, data: TrainingData) -> list[str]:
@@ -44,6 +45,17 @@ def mixture(config: Config, data: TrainingData) -> list[str]:
             times = f" (each row {share * len(data.train) / own:.2g} times an epoch)"
         parts.append(f"{dataset.path} {share:.1%}{times}")
     return [f"mixture: {', '.join(parts)}"]
+
+
+def assumed_template(config: Config, inputs: Inputs) -> list[str]:
+    """A line if nobody named the chat template that rows are rendered with."""
+    named = config.data.chat_template is not None or inputs.tokenizer.chat_template
+    if named or not has_conversations(config.data.datasets):
+        return []
+    return [
+        f"chat template: {DEFAULT_TEMPLATE}, as the tokenizer brings none; data.chat_template names another "
+        f"({', '.join(TEMPLATES)}, or a jinja file)"
+    ]
 
 
 def ending_warning(config: Config, inputs: Inputs) -> list[str]:

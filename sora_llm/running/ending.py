@@ -111,6 +111,7 @@ def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
         chat_template=exported_template(config, job.inputs.tokenizer),
         separator=plain_separator(config),
         load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
+        base_loading=job.inputs.backbone.loading,
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,
         notes=notes,

@@ -117,7 +117,7 @@ def announce(job: Job) -> None:
         f"{plan.strategy} on {job.processes}; "
         f"{several}{first.total_steps} steps of {job.step_size}, pruning in steps "
         f"{first.phases.dense_end}–{first.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
-        f"beside {memory.frozen_parameters:,} frozen ones; gate_lr "
+        f"beside {memory.frozen_parameters:,} frozen ones ({job.inputs.backbone.form}); gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
     if job.replicas is not None:
@@ -291,14 +291,19 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None
     """
     deadline = time.monotonic() + run_state.LOCK_WAIT_SECONDS
 
-    def is_held() -> bool:
+    def holder() -> str | None:
+        """Who else holds it; None once this run does."""
         try:
             stack.enter_context(run_state.run_lock(run_dir, wait_seconds=1))
-        except run_state.DirectoryInUse:
+        except run_state.DirectoryInUse as error:
             if time.monotonic() > deadline:
                 raise
-            return False
-        return True
+            return error.holder
+        return None
 
-    while not on_main(is_held, job.world):
+    has_said = False
+    while (other := on_main(holder, job.world)) is not None:
+        if not has_said:
+            say(job.world, f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, which {other} holds")
+            has_said = True
         job.heed_stop()

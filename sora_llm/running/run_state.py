@@ -50,7 +50,16 @@ def write_status(
 
 
 class DirectoryInUse(UserError):
-    """Another run holds the run directory."""
+    """Another run, `holder` in words, holds the run directory."""
+
+    def __init__(self, run_dir: Path, holder: str) -> None:
+        super().__init__(
+            f"output.output_dir {run_dir} is in use by {holder}; wait for it to end, or name another folder"
+        )
+        self.holder = holder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserError, (str(self),)  # on its way to other processes
 
 
 @contextlib.contextmanager
@@ -81,9 +90,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                     with file:
                         file.seek(0)
                         holder = file.read().decode(errors="replace").strip() or "another run"
-                    raise DirectoryInUse(
-                        f"output.output_dir {run_dir} is in use by {holder}; wait for it to end, or name another folder"
-                    ) from None
+                    raise DirectoryInUse(run_dir, holder) from None
             file.close()
             time.sleep(0.2)
         file.seek(0)
