@@ -250,11 +250,12 @@ def test_a_wrong_flag_is_said_by_one_of_several_processes(capsys, monkeypatch) -
 def test_a_directory_in_use_is_refused_with_its_holder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_state, "LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(run_state, "LOCK_WAIT_SECONDS", 1.5)
     monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
     with run_state.run_lock(tmp_path / "run"):
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
-    assert "in use by process" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "in use by process" in said.err and "waiting up to 1.5 s" in said.out
 
 
 def test_several_processes_print_it_once(tmp_path: Path) -> None:

@@ -397,3 +397,20 @@ def test_an_adapter_of_another_shape_is_refused_before_the_base_is_loaded(
     b = Path(shutil.copytree(a, tmp_path / "b"))
     save_file(tensors, b / "adapter_model.safetensors")
     refused(capsys, "an adapter of another base", a, b, "--out", tmp_path / "merged")
+
+
+def test_sources_trained_beside_other_numbers_are_named(
+    undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = undisturbed[1]
+    folder = tmp_path / "step"
+    shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["config"]["quantization"]["load_in_4bit"] = True
+    (folder / "state.json").write_text(json.dumps(state))
+    hashes = {file: file_sha256(folder / file) for file in ("adapter.safetensors", "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+    result = consensus(capsys, run_dir, folder, "--out", tmp_path / "merged")
+    assert (result["base_form"], result["of_other_base_forms"]) == ("float32", [str(folder)])
+    assert "was trained beside another form of it" in (tmp_path / "merged" / "README.md").read_text()
+    assert consensus(capsys, run_dir, run_dir, "--out", tmp_path / "same")["of_other_base_forms"] == []

@@ -229,3 +229,15 @@ def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, ca
         options = {**QUICK, "data.chat_template": template, "data.datasets": [{"path": str(rows), "type": "alpaca"}]}
         assert main([CONFIG, *gsm8k_overrides(tmp_path / template, **options), "--dry-run"]) == 0
         assert ("answers end with text that is no token" in capsys.readouterr().out) == is_warned_of
+
+
+def test_a_template_that_nobody_named_is_said(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Say a.", "output": "a"}\n' * 9)
+    for template, said in ((None, True), ("chatml", False)):
+        options = {**QUICK, "data.datasets": [{"path": str(rows), "type": "alpaca"}], "data.chat_template": template}
+        options |= {"data.val_set_size": None, "evaluation.eval_steps": None}
+        assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert ("chat template: alpaca, as the tokenizer brings none" in out) == said
+        assert "frozen ones (float32)" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import base_of, is_one_base, read_source
 from sora_llm.commands.subject import find_subject, on_base
 from sora_llm.errors import UserError
+from sora_llm.files import file_sha256
 
 
 @pytest.fixture
@@ -44,6 +46,26 @@ def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, t
         source, subject = read_source(folder), find_subject(str(folder))
         assert source.config is subject.config is None
         assert source.base == subject.spec.name_or_path == "/some/base"
+
+
+def test_an_adapter_s_certificate_says_how_its_base_was_loaded(tmp_path, stories):
+    """So that it is asked and exported again beside the numbers that it was trained beside; no certificate, no word."""
+    folder = peft_lora(Path("/some/base"), tmp_path / "lora", 1, r=2)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace("/some/base", str(stories)))
+    as_its_files = BackboneSpec(str(stories), dtype="float32")
+    trained = replace(as_its_files, dtype="bfloat16", load_in_4bit=True, compute_dtype="float32")
+    for said, expected in (
+        (trained.loading, trained),
+        ({**trained.loading, "dtype": "int3"}, as_its_files),
+        ({"dtype": "float16"}, as_its_files),
+        (None, as_its_files),
+    ):
+        weights = file_sha256(folder / "adapter_model.safetensors")
+        certificate = {"layout": "padded", "modules": {}, "sha256": weights, "base_loading": said}
+        (folder / "certificate.json").write_text(json.dumps(certificate))
+        assert on_base(find_subject(str(folder)), None, False, False).spec == expected
+        assert base_of([read_source(folder)], None, False) == expected
 
 
 def test_a_config_is_of_its_output_dir_whatever_adapter_lies_beside_it(run, tmp_path):
