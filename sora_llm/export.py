@@ -63,7 +63,9 @@ def export_adapter(
     provenance: Provenance | None = None,
     probe_ids: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Write the adapters of `model` as a plain LoRA that PEFT reloads with the same ΔW and logits; one process.
+    """Write the adapters of `model` as a plain LoRA that PEFT reloads with the same ΔW and logits.
+
+    No collective: one process of several is enough; if all call it, each checks for itself and the last one's stays.
 
     `layout` is "padded" (every target module at one rank, for engines that read PEFT folders) or "ragged" (own ranks,
     pruned modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The

@@ -21,6 +21,9 @@ _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 """What they say of a path that is somebody else's, or that cannot be one."""
 
 
+_ATTEMPTS = 20
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -46,18 +49,23 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def publish(temporary: Path, folder: Path) -> None:
     """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  What
-    a killed process had left aside is deleted too."""
+    a killed process had left aside is deleted too.  Of several processes that do so at once, the last one's stays."""
     for path in (*temporary.iterdir(), temporary):
         fsync(path)
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
+    for attempt in range(_ATTEMPTS):
+        old = folder.with_name(f".{folder.name}.old.{os.getpid()}.{attempt}")
+        if folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+                folder.rename(old)
+        try:
+            temporary.rename(folder)
+            break
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and attempt + 1 < _ATTEMPTS:
+                continue  # another process has just put its own there
+            if old.exists():
+                old.rename(folder)
+            raise
     fsync(folder.parent)
     for replaced in folder.parent.glob(f".{glob.escape(folder.name)}.old.*"):
         shutil.rmtree(replaced, ignore_errors=True)
@@ -74,8 +82,10 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """`staging` for those who remove it themselves; what a killed process left there is gone."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """`staging` for those who remove it themselves; what a killed process left there is gone.  Each process of a group
+    has its own."""
+    process = os.environ.get("RANK", "0")
+    temporary = folder.with_name(f".{folder.name}{'' if process == '0' else f'.{process}'}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 

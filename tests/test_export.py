@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import randomise_all, relative_error, tiny_llama
 from safetensors.torch import load_file
+from spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from sora_llm import export, files
@@ -17,6 +18,7 @@ from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
+from sora_llm.files import file_sha256
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
 from sora_llm.quantised import coarsest_dtype
 from sora_llm.sora import keep_live_slots
@@ -555,3 +557,11 @@ def test_every_module_comes_back_in_the_mode_it_was_in(stories, tmp_path):
     model.model.norm.eval()
     export_adapter(model, tmp_path / "adapter")
     assert model.training and not model.model.norm.training
+
+
+def test_processes_that_all_export_into_one_folder_leave_one_whole_export(tmp_path):
+    hashes = spawn("worlds:export_everywhere", 2, {"folder": str(tmp_path / "adapter")})
+    assert len({sha256 for own in hashes for sha256 in own}) == 1
+    certificate = json.loads((tmp_path / "adapter" / "certificate.json").read_text())
+    assert certificate["sha256"] == file_sha256(tmp_path / "adapter" / "adapter_model.safetensors") == hashes[0][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
