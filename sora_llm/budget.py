@@ -130,7 +130,11 @@ def make_budgets(
         if made:
             key = f"what sora.budgets leaves of {key} {target_params:,}"
     else:
-        assert target_rank is not None or not rest
+        if target_rank is None and rest:
+            raise UserError(
+                f"sora.budgets says nothing of {rest[0]} ({len(rest)} such modules); set {section}target_rank, which "
+                "is for them, or add a pattern"
+            )
         key, params = f"{section}target_rank", params_of(target_rank or 0, cost_of(rest))
     if rest:
         others = group(EVERY_MODULE, rest, params)

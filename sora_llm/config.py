@@ -552,7 +552,8 @@ def _check_required(config: Config, origin: _Origin) -> None:
         if not dataset.path:
             raise UserError(f"{key}.path is missing in {origin.file}; set it to a file, a folder or a hub id.")
     _check_one_of(config, origin, ("train.max_steps", "train.num_train_epochs"))
-    _check_one_of(config, origin, ("sora.target_rank", "sora.target_params", "sora.sparse_lambda"))
+    strength = ("sora.target_rank", "sora.target_params", "sora.sparse_lambda")
+    _check_one_of(config, origin, strength, none_is_fine=bool(config.sora.budgets))  # which may be for all modules
     _check_one_of(config, origin, ("data.val_set_size", "data.val_datasets"), none_is_fine=True)
 
 
@@ -596,6 +597,8 @@ def _sora_problems(config: Config, origin: _Origin) -> Iterator[str]:
         return origin.state(config, f"sora.{name}")
 
     budget = next((name for name in ("target_rank", "target_params") if getattr(sora, name) is not None), None)
+    if budget is None and sora.budgets and sora.sparse_lambda is None:
+        budget = "budgets"
     suffixes = (sora.target_modules,) if isinstance(sora.target_modules, str) else sora.target_modules
     if not suffixes or not all(suffixes):
         yield f"{state('target_modules')} names no module; use all-linear or suffixes like q_proj."

@@ -53,6 +53,13 @@ def test_the_least_budget_is_one_rank_of_the_cheapest_module():
         budgets(target_rank=None, target_params=cheapest - 1)
 
 
+def test_patterns_for_all_modules_need_no_other_budget():
+    made = budgets(target_rank=None, patterns={"attn": 2, "mlp": 3.5})
+    assert [(budget.name, len(budget.costs)) for budget in made] == [("attn", 4), ("mlp", 2)]
+    with pytest.raises(UserError, match=r"says nothing of model.layers.0.mlp.up_proj \(2 such modules\)"):
+        budgets(target_rank=None, patterns={"attn": 2})
+
+
 def test_a_module_never_counts_for_more_ranks_than_it_can_have():
     (budget,) = budgets(r=40, target_rank=8)
     assert budget.caps["model.layers.0.self_attn.k_proj"] == 32

@@ -165,7 +165,8 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             without.setdefault(reason, {})[name.rpartition(".")[2]] = None
     for reason, names in without.items():
         yield f"no adapter is put on {', '.join(names)}, {reason}"
-    if sora.budgets and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
+    has_target = sora.target_rank is not None or sora.target_params is not None
+    if sora.budgets and has_target and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
     patience, interval = plan.config.evaluation.early_stopping_patience, plan.config.evaluation.eval_steps
     if patience is not None and interval is not None and (most := plan.most_evaluations(interval)) <= patience:
