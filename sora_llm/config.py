@@ -42,6 +42,7 @@ class Model:
     revision: str | None = None  # branch, tag or commit on the hub; null: the default branch
     dtype: Dtype = "bfloat16"  # of the weights that are not quantised and the activations; float16: with a loss scale
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    # transformers' names
     trust_remote_code: bool = False  # run Python code that comes with the model: only for authors you trust
     adapter: str | None = None  # folder of a plain LoRA to start from, ours or PEFT's; null: fresh adapters
 
@@ -50,13 +51,13 @@ class Model:
 class Quantization:
     """How bitsandbytes stores the backbone; with neither load_in_4bit nor load_in_8bit it stays in model.dtype."""
 
-    load_in_4bit: bool = True
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    load_in_4bit: bool = True  # QLoRA's form
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # the sixteen numbers that a 4-bit weight can be
     bnb_4bit_use_double_quant: bool = True  # quantise the quantisation constants too (0.4 bit per weight less)
     bnb_4bit_compute_dtype: Dtype = "bfloat16"  # what a 4-bit weight becomes for the matrix product
     bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
     # auto: the compute dtype under zero3 (which shards it), else uint8
-    load_in_8bit: bool = False
+    load_in_8bit: bool = False  # LLM.int8 instead of 4 bits; not under zero3
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Sora:
     gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"  # auto: high enough for a gate to reach 0
     threshold: Literal["auto", "adaptive", "decoupled", "proxgen", "constant"] = "auto"
     # auto: adaptive with a budget, decoupled with sparse_lambda
-    target_rank: Annotated[float, "> 0"] | None = None  # budget as the mean kept rank, at most r
+    target_rank: Annotated[float, "> 0"] | None = None
+    # budget as the mean kept rank, weighted by layers' sizes, at most r; one of this, target_params and sparse_lambda
     target_params: Count | None = None  # budget as the number of kept adapter parameters
     sparse_lambda: Annotated[float, ">= 0"] | None = None  # strength of the pruning; with decoupled in (0, 1)
     lambda_schedule: Literal["constant", "linear", "log_linear", "exp_linear"] = "constant"  # of a sparsity path
@@ -92,7 +94,7 @@ class Dataset:
 
     path: str = ""  # required: a jsonl, json, parquet, arrow, csv or txt file (or .gz), a folder, a glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
-        "alpaca"
+        "alpaca"  # what its rows are
     )
     function: str | None = None  # custom only: "module:function", a row → messages; it is imported and run
     separator: str = ""  # prompt_completion only: put between prompt and completion
@@ -107,14 +109,14 @@ class Dataset:
 class Data:
     """What is learned from, and how rows become tokens."""
 
-    datasets: tuple[Dataset, ...] = ()  # required
+    datasets: tuple[Dataset, ...] = ()  # required: what is trained on, see below
     val_set_size: Annotated[int, ">= 1"] | Annotated[float, "> 0", "< 1"] | None = None
-    # dev rows taken from datasets: below 1 a fraction, else a count
+    # dev rows taken from datasets: below 1 a fraction, else a count; at most one of this and val_datasets
     val_datasets: tuple[Dataset, ...] | None = None  # dev rows of their own
     chat_template: str | None = None  # null: the tokenizer's; or a built-in, or a jinja file
     train_on_inputs: bool = False  # true: the loss covers the prompt too
     train_on_last_turn_only: bool = False  # true: the loss covers the last answer of a conversation only
-    drop_duplicates: bool = False
+    drop_duplicates: bool = False  # true: a row that says what an earlier one said is left out
     sequence_len: Annotated[int, ">= 2"] = 2048  # longest row, in tokens
     sample_packing: bool = True  # several rows per sequence, which do not see each other
     excess_length: Literal["drop", "truncate", "split", "error"] = "drop"  # longer rows; split: rows of type completion
@@ -128,18 +130,19 @@ class Data:
 class Train:
     """Length, batch and optimizer.  Rows per step: batch size · processes · accumulation steps."""
 
-    per_device_train_batch_size: Count = 1
-    gradient_accumulation_steps: Count = 1
+    per_device_train_batch_size: Count = 1  # rows (packed: sequences) of a process in a forward pass
+    gradient_accumulation_steps: Count = 1  # forward passes of a process in an optimizer step
     num_train_epochs: Annotated[float, "> 0"] | None = None  # exactly one of this and max_steps
     max_steps: Count | None = None  # optimizer steps
     learning_rate: Annotated[float, "> 0"] = 2e-4  # peak, of A and B
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    # transformers' formulas; one schedule for all phases, with a ramp after each change of the adapters
     warmup_ratio: Annotated[float, ">= 0", "<= 1"] = 0.03  # share of the steps
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of A and B, never of the gates
     max_grad_norm: Annotated[float, ">= 0"] | None = 1.0  # null or 0: no clipping
     gradient_checkpointing: bool = False  # less memory, about a third more compute
     max_skipped_steps: Count = 10  # non-finite steps in a row that end the run
-    seed: Annotated[int, ">= 0", "< 4294967296"] = 42
+    seed: Annotated[int, ">= 0", "< 4294967296"] = 42  # of the order of rows, fresh adapters and dropout
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Evaluation:
     """What is measured on the dev rows."""
 
     eval_steps: Count | None = None  # optimizer steps between evaluations; null: before and after training only
-    per_device_eval_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 8  # rows of a process in a forward pass without gradients
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
     early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage
 
@@ -171,7 +174,7 @@ class Output:
     """What is written, and where."""
 
     output_dir: str = ""  # required: the run directory
-    logging_steps: Count = 10
+    logging_steps: Count = 10  # optimizer steps between lines of the log and of metrics.jsonl
     save_steps: Count = 500  # optimizer steps between checkpoints
     save_total_limit: Count | None = 2  # checkpoints kept; null: all
     resume: str = "auto"  # auto: from the newest complete checkpoint; never; or the path of a checkpoint

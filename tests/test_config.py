@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import config_reference
 import pytest
 import yaml
 
@@ -574,3 +576,16 @@ def test_a_resumed_run_may_split_its_batch_otherwise_as_long_as_the_product_stay
     assert "took 4 × 1 × 1 = 4 rows and would now take 4 × 1 × 2 = 8" in sentence
     (sentence,) = conflicts(load, "train.gradient_accumulation_steps=3")
     assert "4 × 3 × 1 = 12" in sentence
+
+
+def test_every_key_is_explained_and_the_page_of_them_is_up_to_date():
+    for section in fields(Config):
+        for name, comment in config_reference.comments_of(type(getattr(Config(), section.name))).items():
+            assert comment, f"{section.name}.{name} has no comment"
+    assert config_reference.PAGE.read_text(encoding="utf-8") == config_reference.page(), (
+        "python tests/config_reference.py writes it anew"
+    )
+
+
+def test_patterns_for_all_modules_may_be_the_only_budget(load):
+    assert load("sora.sparse_lambda=null", "sora.budgets={attn: 2}").sora.budgets == {"attn": 2.0}
