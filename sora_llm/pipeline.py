@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -349,6 +350,8 @@ def consensus_prune(
         with _finite("cut"):
             return cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)[0]
 
+    if not any(bool(B.any()) for name, B in masters.items() if name.endswith(".lora_B")):
+        warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
     cut = on_every(plain)  # the main process's is taken; an error on one is raised on all
     _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)

@@ -149,6 +149,7 @@ BAD_ESTIMATES = [
     ["--tflops", "0"],
     ["--utilisation", "1.5"],
     ["--between", "nan"],
+    ["--num-processes", "8", "distributed.strategy=none"],
 ]
 
 

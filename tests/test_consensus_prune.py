@@ -245,3 +245,10 @@ def test_uncut_weights_come_back_after_a_copy_was_cut() -> None:
     assert torch.equal(logits_of(model), logits)
     found = adapter_parameters(model)
     assert found.keys() == copied.keys() and all(torch.equal(found[name], copied[name]) for name in copied)
+
+
+def test_a_model_that_has_learned_nothing_is_cut_with_a_warning():
+    model = inject_sora(tiny_llama(num_hidden_layers=1), r=2, lora_alpha=4)
+    with pytest.warns(UserWarning, match="nothing was learned yet"):
+        consensus_prune(model, target_rank=1)
+    assert {layer.rank for layer in adapters(model).values()} == {0}

@@ -35,7 +35,9 @@ def export_gguf(
     refuse_other_contents(folder)
     architecture = architecture_of(config)
     if not any(A.shape[0] for A, _ in factors.values()):
-        raise UserError("every rank of the adapter was pruned, so there is nothing for llama.cpp to apply")
+        raise UserError(
+            "no rank of the adapter is left (pruned, or never trained), so there is nothing for llama.cpp to apply"
+        )
     shapes = shapes_of(factors)
     architecture.tensor_names(list(shapes))
     with staging(folder) as temporary:

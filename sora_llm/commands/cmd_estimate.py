@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> 
         config = load_config(arguments.config, arguments.overrides)
         world = World(arguments.num_processes, 0, 0)
         settings = config.distributed
+        if settings.strategy == "none" and world.num_processes > 1:
+            raise UserError(
+                "distributed.strategy is none, which is for one process (config.yaml of a run has the resolved name); "
+                f"for --num-processes {world.num_processes} add distributed.strategy=auto, or another one"
+            )
         strategy = resolve_strategy(settings.strategy, world, {}, config.model.dtype, sync_every=settings.sync_every)
         spec, skeleton = check_backbone(config, strategy)
         memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)

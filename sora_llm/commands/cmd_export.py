@@ -330,8 +330,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     if result["layout"] == "merged":
         lost = max(module["delta_error"] for module in certificate["modules"].values())
         lines.append(
-            f"{certificate['base']} base + ΔW in {certificate['dtype']}: rounding took {lost:.1e} of ΔW where it took "
-            f"most, logits are off by {certificate['logits_error']:.1e}"
+            f"{certificate['base']} base + ΔW in {certificate['dtype']}: rounding moved weights by {lost:.1e} of ΔW "
+            f"at most, logits are off by {certificate['logits_error']:.1e}"
         )
         lines += [f"dev loss {loss:.4f}  {name}" for name, loss in certificate["dev_loss"].items()]
         return "\n".join(lines)

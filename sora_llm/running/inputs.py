@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sora_llm import backbone, checkpoint
 from sora_llm.artifacts.card import refuse_other_contents
-from sora_llm.artifacts.lora_files import LoraFiles, read_lora
+from sora_llm.artifacts.lora_files import CONFIG, LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
@@ -113,6 +113,8 @@ def start_lora(config: Config) -> LoraFiles:
     folder = user_path(config.model.adapter, "model.adapter")
     if not folder.is_dir():
         raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
+    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+        raise UserError(f"model.adapter: {config.model.adapter} is a run; its LoRA is {folder / 'adapter'}: name that")
     return read_lora(folder)
 
 

@@ -92,5 +92,5 @@ def export_beside(
         merge = plan_merge(factors, base, inputs.skeleton, dequantise=base.load_in_4bit, device=device)
         certificate = export_merged(merge, inputs.skeleton.config, folder, provenance=provenance)
     worst = max(module["delta_error"] for module in certificate["modules"].values())
-    how = f"ΔW to {worst:.1e}" if layout == "gguf" else f"rounding took {worst:.1e} of ΔW where it took most"
+    how = f"ΔW to {worst:.1e}" if layout == "gguf" else f"rounding moved weights by {worst:.1e} of ΔW at most"
     return f"self-check of {layout} passed ({how}): {folder}"
