@@ -1,0 +1,68 @@
+"""The numbers of a plan: when adapters take another form, how far gates can travel, how many evaluations count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sora_llm import schedule
+from sora_llm.config import Config, Train
+from sora_llm.running.plan import Plan, Stage
+
+
+def stage(
+    steps: int, dense: float = 0.1, cut: float = 0.4, warmup: float = 0.03, kind: str = "cosine", **others: Any
+) -> Stage:
+    settings = Train(warmup_ratio=warmup, lr_scheduler_type=kind)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"gate_lr": 0.01, "is_adaptive": True, **others}
+    return Stage(None, schedule.phases(steps, dense, cut), schedule.warmup_steps(steps, warmup), settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("steps", "weighed_at", "changes", "can_prune"),
+    [
+        (3, 1, (1,), False),  # the only step before the cut has the rate 0
+        (4, 1, (1,), False),
+        (5, 2, (2,), True),  # what step 2 learns is cut at once
+        (7, 2, (2,), True),
+        (8, 2, (2, 3), True),
+        (100, 10, (10, 40), True),
+    ],
+)
+def test_gates_are_weighed_when_something_is_learned_and_the_cut_comes_once(
+    steps: int, weighed_at: int, changes: tuple[int, ...], can_prune: bool
+) -> None:
+    planned = stage(steps)
+    assert (planned.weighed_at, planned.changes, planned.can_prune(warm=False)) == (weighed_at, changes, can_prune)
+    assert planned.can_prune(warm=True), "an adapter that was trained before has components"
+    assert [step for step in range(steps) if planned.is_pruning(step)] == list(range(weighed_at, int(0.4 * steps)))
+
+
+def test_without_quantiles_gates_are_pruned_from_the_phase_s_first_step_and_cut_where_a_finetune_phase_follows() -> (
+    None
+):
+    fixed = stage(20, is_adaptive=False)
+    assert (fixed.weighed_at, fixed.changes) == (2, (8,))
+    to_the_end = stage(20, cut=1.0)
+    assert to_the_end.changes == (2,) and not to_the_end.cuts_early and stage(1, 0, 1.0, 0).can_prune(warm=False)
+    assert not stage(1, 0, 1.0).can_prune(warm=False), "its one step has the rate 0"
+
+
+def test_gates_travel_by_their_rate_over_the_window() -> None:
+    assert stage(100, warmup=0, kind="constant", gate_lr=0.05).gate_travel == pytest.approx(0.05 * 30)
+    assert stage(100, dense=0, cut=1, warmup=0, kind="linear", gate_lr=2.0).gate_travel == pytest.approx(2 * 50.5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "eval_steps", "expected"),
+    [
+        ([stage(100)], 10, 5),  # after 50, 60 … 90: at 40 the cut is still to come, at 100 there is nothing to end
+        ([stage(100)], 100, 0),
+        ([stage(100)], 7, 9),
+        ([stage(20, 0.5, 1.0), stage(20, 0.0, 1.0)], 5, 3),  # of a path from each stage's window on: 25, 30, 35
+    ],
+)
+def test_evaluations_that_patience_can_end_something_after(stages: list[Stage], eval_steps: int, expected: int) -> None:
+    plan = Plan(Config(), "none", 1, tuple(stages), ())
+    assert plan.most_evaluations(eval_steps) == expected
