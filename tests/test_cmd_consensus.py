@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +169,24 @@ def test_runs_and_checkpoints_are_sources(
     assert {path.name for path in (run_dir / "adapter").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
 
 
+@contextlib.contextmanager
+def of_another_config(run_dir: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Make `folder` a copy of a run's last checkpoint that says another config: what the block makes of it."""
+    shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folder)
+    state = json.loads((folder / "state.json").read_text())
+    yield state["config"]
+    (folder / "state.json").write_text(json.dumps(state))
+    hashes = {name: file_sha256(folder / name) for name in ("adapter.safetensors", "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+
+
 def test_a_checkpoint_is_read_where_its_base_lies_elsewhere(
     undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = undisturbed[1]
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folder)
-    state = json.loads((folder / "state.json").read_text())
-    moved = state["config"]["model"]["name_or_path"]
-    state["config"]["model"]["name_or_path"] = "/another/machine/model"
-    (folder / "state.json").write_text(json.dumps(state))
-    hashes = {name: file_sha256(folder / name) for name in ("adapter.safetensors", "state.json")}
-    (folder / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+    with of_another_config(run_dir, folder) as config:
+        moved, config["model"]["name_or_path"] = config["model"]["name_or_path"], "/another/machine/model"
     refused(capsys, "only adapters of one base", run_dir, folder, "--out", tmp_path / "merged")
     lora = peft_lora_of(run_dir, tmp_path / "lora")
     result = consensus(capsys, lora, folder, run_dir, "--base", moved, "--out", tmp_path / "merged")
@@ -194,14 +202,10 @@ def test_checkpoints_keep_the_template_that_they_were_trained_with(
     rows = {"path": "rows.jsonl", "type": "alpaca", "columns": {}}
     for name in ("chatml", "vicuna"):
         folders[name] = tmp_path / name
-        shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folders[name])
-        state = json.loads((folders[name] / "state.json").read_text())
-        data = state["config"]["data"]
-        data["datasets"] = [data["datasets"][0] | rows]
-        data["chat_template"] = name
-        (folders[name] / "state.json").write_text(json.dumps(state))
-        hashes = {file: file_sha256(folders[name] / file) for file in ("adapter.safetensors", "state.json")}
-        (folders[name] / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+        with of_another_config(run_dir, folders[name]) as config:
+            data = config["data"]
+            data["datasets"] = [data["datasets"][0] | rows]
+            data["chat_template"] = name
         assert cli.main(["export", str(folders[name]), "--out", str(tmp_path / f"{name}-exported")]) == 0
     capsys.readouterr()
     completions = run_dir / "adapter"  # trained without a template, and brings tokenizer files
@@ -404,12 +408,8 @@ def test_sources_trained_beside_other_numbers_are_named(
 ) -> None:
     run_dir = undisturbed[1]
     folder = tmp_path / "step"
-    shutil.copytree(run_dir / "checkpoints" / checkpoints(run_dir)[-1], folder)
-    state = json.loads((folder / "state.json").read_text())
-    state["config"]["quantization"]["load_in_4bit"] = True
-    (folder / "state.json").write_text(json.dumps(state))
-    hashes = {file: file_sha256(folder / file) for file in ("adapter.safetensors", "state.json")}
-    (folder / "COMPLETE").write_text(json.dumps(hashes, indent=1))
+    with of_another_config(run_dir, folder) as config:
+        config["quantization"]["load_in_4bit"] = True
     result = consensus(capsys, run_dir, folder, "--out", tmp_path / "merged")
     assert (result["base_form"], result["of_other_base_forms"]) == ("float32", [str(folder)])
     assert "was trained beside another form of it" in (tmp_path / "merged" / "README.md").read_text()
