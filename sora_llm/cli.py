@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sora_llm.commands import COMMANDS, JOURNEY
+from sora_llm.errors import UserError
 from sora_llm.terminal import take_any_text
 
 
@@ -29,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(COMMANDS)}"
         print(f"sora-llm: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
-    command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
+    try:
+        command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
+    except UserError as error:  # of its command line
+        print(f"sora_llm: {error}", file=sys.stderr)
+        return error.exit_code
     return command
 
 

@@ -188,7 +188,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
     for key in ("lr", "sparse_lambda"):
         value = group.get(key, 0.0)  # what a group does not say is checked by torch
-        if isinstance(value, Tensor) and not value.is_cpu:
+        if key == "lr" and isinstance(value, Tensor) and not value.is_cpu:
             continue  # for CUDA graphs: to look at it would wait for the device
         if (not isinstance(value, Tensor) and not is_number(value)) or not 0 <= value < math.inf:
             of_group = f" of the group {group['name']}" if "name" in group else ""

@@ -55,18 +55,20 @@ def launched_world(environ: Mapping[str, str]) -> World:
     return world
 
 
-def refuse_lone_process(environ: Mapping[str, str], launcher: Mapping[str, str] | None = None) -> None:
+def refuse_lone_process(
+    environ: Mapping[str, str], told: Mapping[str, str] | None = None, launcher: Mapping[str, str] | None = None
+) -> None:
     """UserError in the one process that `accelerate launch --num_processes N` starts of N where it finds no devices for
     them: it then says where they would meet, and nothing else.
 
-    `launcher` is the environment that the launcher itself was given, by default the parent process's; one that had
-    MASTER_ADDR already, or that cannot be read, says nothing.
+    `told` is the environment that this process was started with, `launcher` what its launcher was, both by default as
+    the system has them; an address that both have alike, or a launcher that cannot be read, says nothing.
     """
-    if "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" not in environ or "MASTER_ADDR" not in environ:
+    told = _environment_of(os.getpid()) if told is None else told
+    if "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" not in told or "MASTER_ADDR" not in told:
         return
-    if launcher is None:
-        launcher = _environment_of(os.getppid())
-    if launcher and "MASTER_ADDR" not in launcher:
+    launcher = _environment_of(os.getppid()) if launcher is None else launcher
+    if launcher and launcher.get("MASTER_ADDR") != told["MASTER_ADDR"]:
         raise UserError(
             "accelerate launch was asked for several processes and started this one alone: without --multi_gpu (which "
             "is right on CPUs too) or --use_deepspeed it starts no group; give one of them, or --num_processes 1"

@@ -7,7 +7,6 @@ check the input → prepare the data → load and inject → train (dense, spars
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -16,9 +15,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from sora_llm import checkpoint, hub, terminal
+from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, on_every, on_main
@@ -55,20 +54,13 @@ from sora_llm.topology import ZERO_STAGES, launched_world, refuse_lone_process, 
 EXIT_FINISHED = 0
 
 
-class Parser(argparse.ArgumentParser):
-    """One whose complaints are bad input like any other, said once however many processes there are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help shows what there is")
-
-
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = Parser(
         prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
     )
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values read as YAML; null unsets")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="values read as YAML; null unsets")
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
     return parser

@@ -63,23 +63,25 @@ ALONE_OF_TWO = {**PLAIN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
-    ("environ", "launcher"),
+    ("told", "launcher"),
     [
         (PLAIN, {"HOME": "/"}),
         ({**MULTI, **ALONE_OF_TWO}, {"HOME": "/"}),
         ({"MASTER_ADDR": "node1"}, {"HOME": "/"}),
-        (ALONE_OF_TWO, {"MASTER_ADDR": "node1"}),
+        ({**ALONE_OF_TWO, "MASTER_ADDR": "node1"}, {"MASTER_ADDR": "node1"}),
         (ALONE_OF_TWO, {}),
     ],
     ids=["one was asked for", "a group", "no launcher", "an address from before it", "nothing can be read"],
 )
-def test_one_process_is_none_too_few_unless_its_launcher_says_so(environ, launcher):
-    refuse_lone_process(environ, launcher)
+def test_one_process_is_none_too_few_unless_its_launcher_says_so(told, launcher):
+    refuse_lone_process(told, told, launcher)
+    refuse_lone_process({**told, "MASTER_ADDR": "set by a script"}, PLAIN, launcher)
 
 
-def test_one_process_of_several_that_were_asked_for_is_refused():
+@pytest.mark.parametrize("launcher", [{"HOME": "/"}, {"MASTER_ADDR": "node1"}])
+def test_one_process_of_several_that_were_asked_for_is_refused(launcher):
     with pytest.raises(UserError, match=r"started this one alone.*--multi_gpu"):
-        refuse_lone_process(ALONE_OF_TWO, {"HOME": "/"})
+        refuse_lone_process(ALONE_OF_TWO, ALONE_OF_TWO, launcher)
 
 
 def test_a_world_that_is_no_number_is_refused():

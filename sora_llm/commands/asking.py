@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sora_llm import backbone
+from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
-from sora_llm.commands.common import Parser, visible
+from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.data.formats import Message
 from sora_llm.data.readers import BadRow
@@ -30,7 +31,7 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
     parser.add_argument(
         "place", metavar="RUN|ADAPTER|CONFIG|MODEL", help="run, checkpoint, LoRA, config or a whole model"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run's config, as for train")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="of the run's config, as for train")
     parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
     parser.add_argument("--no-adapter", action="store_true", help="ask the base alone")

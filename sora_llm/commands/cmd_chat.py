@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sora_llm.arguments import Parser
 from sora_llm.commands.asking import (
     Asked,
     asking_parser,
@@ -18,7 +19,7 @@ from sora_llm.commands.asking import (
     show,
     title,
 )
-from sora_llm.commands.common import Parser, exit_code
+from sora_llm.commands.common import exit_code
 from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling

@@ -8,8 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sora_llm.arguments import Parser
 from sora_llm.commands import COMMANDS
-from sora_llm.commands.common import Parser, exit_code
+from sora_llm.commands.common import exit_code
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = ("config", "place", "source", "sources")

@@ -22,7 +22,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from sora_llm.commands.common import Parser, exit_code
+from sora_llm.arguments import Parser
+from sora_llm.commands.common import exit_code
 from sora_llm.errors import UserError
 from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
 from sora_llm.files import caches, nearest_existing

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sora_llm.commands.common import Parser, config_parser, exit_code
+from sora_llm.arguments import Parser
+from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import MemoryEstimate, memory_table

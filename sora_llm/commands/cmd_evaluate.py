@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm import backbone
-from sora_llm.commands.common import Parser, config_parser, exit_code
+from sora_llm.arguments import Parser
+from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from sora_llm.arguments import Parser
 from sora_llm.artifacts.card import story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
 from sora_llm.artifacts.merged_export import export_merged
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
-from sora_llm.commands.common import Parser, exit_code
+from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing

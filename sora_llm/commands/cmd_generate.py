@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sora_llm.arguments import Parser
 from sora_llm.commands.asking import (
     Asked,
     Interview,
@@ -20,7 +21,7 @@ from sora_llm.commands.asking import (
     sampling_of,
     show,
 )
-from sora_llm.commands.common import Parser, exit_code, visible
+from sora_llm.commands.common import exit_code, visible
 from sora_llm.data.formats import Conversation, Message, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec

@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sora_llm.commands.common import Parser, exit_code, visible
+from sora_llm.arguments import Parser
+from sora_llm.commands.common import exit_code, visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.commands.common import Parser, config_parser, exit_code
+from sora_llm.arguments import Parser
+from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table

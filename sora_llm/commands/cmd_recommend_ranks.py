@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sora_llm.arguments import Parser
 from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
-from sora_llm.commands.common import Parser, exit_code
+from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError

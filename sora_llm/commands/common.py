@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
 from sora_llm.terminal import stop_printing
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose complaints are a sentence and exit code 2, like any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(UserError.exit_code, f"sora_llm: {message}; {self.prog} --help shows what there is\n")
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
     """A parser with a config (or what else `metavar` says), overrides and --json."""
     parser = Parser(prog=prog, description=description)
     parser.add_argument("config", metavar=metavar, help=what)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for train")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="as for train")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -233,7 +233,7 @@ def _why_unsupervised(example: Example, was_cut_off: bool) -> str:
         return "the answer begins after sequence_len"
     if not isinstance(example, Conversation):
         return "no token that another could predict"
-    if not any(message.role == "assistant" for message in example.messages):
+    if not any(message.role == "assistant" and not message.is_context for message in example.messages):
         return "no assistant turn"
     return "what would be trained on has weight 0"
 

@@ -1,1 +1,6 @@
-"""The parts of a run, from its config to its end; `sora_llm.train` tells the story."""
+"""The parts of a run, from its config to its end; `sora_llm.train` tells the story.
+
+In the order of a run: inputs, unpack · training_data, data_words · plan · job, start · training, assembly · stages,
+loop · steering, alarms · measures, evaluation · snapshot · rounds · ending, verified_export, layouts; beside them
+rehearsal (the dry run), rundir and run_state (its files), stop and lifeline, prompt_form and packing_proof.
+"""

@@ -30,7 +30,7 @@ from sora_llm.running.data_words import describe_data
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.lifeline import Lifeline
 from sora_llm.running.loop import StepBatches, step_batches
-from sora_llm.running.plan import Plan
+from sora_llm.running.plan import Plan, Stage, so_many_steps
 from sora_llm.running.stop import StopRequest
 from sora_llm.running.training_data import TrainingData
 from sora_llm.running.unpack import adapter_dtype, estimate_memory
@@ -115,9 +115,9 @@ def announce(job: Job) -> None:
     say(
         world,
         f"{plan.strategy} on {job.processes}; "
-        f"{several}{first.total_steps} steps of {job.step_size}, pruning in steps "
-        f"{first.phases.dense_end}–{first.phases.sparsify_end}; {memory.trainable_parameters:,} trainable parameters "
-        f"beside {memory.frozen_parameters:,} frozen ones ({job.inputs.backbone.form}); gate_lr "
+        f"{several}{so_many_steps(first.total_steps)} of {job.step_size}, {pruning(first)}; "
+        f"{memory.trainable_parameters:,} trainable parameters beside {memory.frozen_parameters:,} frozen ones "
+        f"({job.inputs.backbone.form}); gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
     if job.replicas is not None:
@@ -133,6 +133,12 @@ def announce(job: Job) -> None:
         )
     for line in warnings(plan, job.inputs.skeleton):
         say(world, f"warning: {line}")
+
+
+def pruning(stage: Stage) -> str:
+    """When gates are pruned, in words."""
+    first, end = stage.weighed_at, stage.phases.sparsify_end
+    return f"pruning in steps {first}–{end}" if first < end else f"pruned by the cut alone, at step {end}"
 
 
 def local_updates(job: Job, replicas: Replicas) -> str:
@@ -179,10 +185,12 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
             "there); train longer, or set train.warmup_ratio 0"
         )
-    if any(stage.is_adaptive and stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
+    elif any(stage.is_adaptive and stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
+        later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""
+        slots = " (of raw slots; sora.consensus svd keeps more)" if sora.consensus == "slots" else ""
         yield (
-            "no step is left between what is learned and the cut, which alone prunes to the budget; train longer, or "
-            "raise sora.consensus_at"
+            f"no step is left between what is learned and the cut, which alone prunes to the budget{slots}; train "
+            f"longer{later}"
         )
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):

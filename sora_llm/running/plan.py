@@ -73,8 +73,8 @@ class Stage:
         return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
 
     def can_prune(self, warm: bool) -> bool:
-        """Whether something is learned before it is cut; `warm`: the run starts from a trained adapter, whose singular
-        components `adaptive` weighs like learned ones."""
+        """Whether something is learned before it is cut, or is there already, as in a run that starts from a trained
+        adapter (`warm`)."""
         return warm or not self.learns or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
@@ -205,8 +205,8 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         phases = schedule.phases(steps, 0.0 if number else sora.dense_ratio, sora.consensus_at)
         if phases.dense_end == phases.sparsify_end:
             raise UserError(
-                f"the sparsify phase has no step: {steps} steps, sora.dense_ratio {sora.dense_ratio}, "
-                f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps)}, or widen the window "
+                f"the sparsify phase has no step: {so_many_steps(steps)}, sora.dense_ratio {sora.dense_ratio}, "
+                f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps, is_adaptive)}, or widen the window "
                 "between the two"
             )
         gate_lr = sora.gate_lr
@@ -219,23 +219,29 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         if not stage.can_prune(warm):
             at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
             raise UserError(
-                f"nothing is learned before the cut: {steps} step{'s' if steps > 1 else ''}, cut at "
+                f"nothing is learned before the cut: {so_many_steps(steps)}, cut at "
                 f"{phases.sparsify_end} (sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the "
-                f"first; {_longer(config, steps)}{at_once}"
+                f"first; {_longer(config, steps, is_adaptive)}{at_once}"
             )
         stages.append(stage)
     return tuple(stages)
 
 
-def _longer(config: Config, too_few: int) -> str:
-    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios."""
+def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
+    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios (and
+    under `adaptive` a step between what is learned and the cut)."""
     sora, train = config.sora, config.train
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
-        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive=False)
-        if phases.dense_end < phases.sparsify_end and stage.can_prune(warm=config.model.adapter is not None):
+        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
+        if stage.weighed_at < phases.sparsify_end and stage.can_prune(warm=config.model.adapter is not None):
             return f"train for {steps} steps"
     return "train longer"
+
+
+def so_many_steps(steps: int) -> str:
+    """In words."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
 
 
 MOST_TRIED = 1000

@@ -78,13 +78,14 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         while True:
             try:
                 make_folder(run_dir)
-                file = path.open("a+b")
+                file = path.open("a+b", buffering=0)  # nothing is left to be written when it is closed
             except FileNotFoundError:
                 continue  # its last holder, who left no trace, was just removing it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    break  # otherwise its last holder removed the file that was waited for
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                        break  # otherwise its last holder removed the file that was waited for
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     with file:
@@ -94,24 +95,31 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
             file.close()
             time.sleep(0.2)
         file.seek(0)
-        before, dated = file.read(), os.fstat(file.fileno())
+        before, dated, stamp = file.read(), os.fstat(file.fileno()), _stamp(run_dir)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
     except OSError as error:
         raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
     with file:
         try:
             yield
         finally:
-            if (run_dir / "config.yaml").exists():  # leave the file as it was found: this one may have refused
+            if (run_dir / "config.yaml").exists():
                 with contextlib.suppress(OSError):  # a full disk
                     file.truncate(0)
-                    file.write(before)
-                    file.flush()
-                    os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
+                    if _stamp(run_dir) == stamp:  # nothing was written here: leave the file as it was found
+                        file.write(before)
+                        os.utime(file.fileno(), ns=(dated.st_atime_ns, dated.st_mtime_ns))
             else:  # nothing was begun here: leave no trace
                 path.unlink(missing_ok=True)
                 if is_new:
                     with contextlib.suppress(OSError):
                         run_dir.rmdir()
+
+
+def _stamp(run_dir: Path) -> int | None:
+    """Of the last status that was written."""
+    try:
+        return (run_dir / "status.json").stat().st_mtime_ns
+    except OSError:
+        return None

@@ -74,7 +74,7 @@ class Saved:
     """What a checkpoint holds for this process; with local updates `moments` is its replica's own.
 
     `masters`, which are in the module already, and `moments`, the optimizer's, are float32 by name; `agreed` is what
-    all replicas agreed on last.
+    all replicas agreed on last (local updates alone).
     """
 
     folder: Path
