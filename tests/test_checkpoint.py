@@ -305,6 +305,9 @@ def test_a_run_that_was_begun_keeps_its_lock_file_as_it_was(tmp_path):
     with run_state.run_lock(tmp_path):
         assert lock.read_text() != "process 7 on elsewhere"
     assert (lock.read_text(), lock.stat().st_mtime) == ("process 7 on elsewhere", 1)
+    with run_state.run_lock(tmp_path):
+        run_state.write_status(tmp_path, "finished", step=1, phase="done")
+    assert lock.read_text() == "", "one that went on leaves nobody's name"
 
 
 def test_the_lock_is_released_at_the_end_and_after_an_error_and_makes_the_folder(tmp_path):
