@@ -19,7 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sora_llm.artifacts.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.card import (
+    TEMPLATE,
+    Provenance,
+    model_card,
+    publish_export,
+    refuse_other_contents,
+    worst_delta_error,
+)
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
@@ -430,7 +437,7 @@ def _card(
     verdicts: Mapping[str, Verdict],
     provenance: Provenance,
 ) -> str:
-    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    worst = worst_delta_error(certificate)
     return model_card(
         f"layout `{layout}`, scale folded into the factors (`lora_alpha == r`)",
         ranks,

@@ -93,6 +93,12 @@ def is_export(folder: Path) -> bool:
     return {"layout", "modules"} <= certificate_in(folder).keys()
 
 
+def worst_delta_error(certificate: Mapping[str, Any]) -> float:
+    """The largest of all modules."""
+    errors: list[float] = [module["delta_error"] for module in certificate["modules"].values()]
+    return max(errors)
+
+
 def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> dict[str, Any]:
     """Put certificate and model card beside what lies in `temporary`, and all of it in its place.
 

@@ -7,7 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sora_llm.artifacts.card import TEMPLATE, Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.card import (
+    TEMPLATE,
+    Provenance,
+    model_card,
+    publish_export,
+    refuse_other_contents,
+    worst_delta_error,
+)
 from sora_llm.artifacts.consumers import LLAMA_CPP, of_gguf
 from sora_llm.artifacts.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 from sora_llm.errors import RunFailed, UserError
@@ -87,7 +94,7 @@ def _card(
     verdicts: Mapping[str, Any],
     provenance: Provenance,
 ) -> str:
-    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    worst = worst_delta_error(certificate)
     return model_card(
         f"`{FILE}` for llama.cpp (architecture {certificate['architecture']}, {certificate['outtype']}, a rank per "
         "module, scale folded into the factors)",

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents
+from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents, worst_delta_error
 from sora_llm.artifacts.merged import (
     Merge,
     check_shards,
@@ -180,7 +180,7 @@ def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any]
         MERGED[not merge.dequantise]: "dev loss, had it been merged into the other form of the base",
     }
     losses = {forms[name]: loss for name, loss in certificate["dev_loss"].items()}
-    lost = max(module["delta_error"] for module in certificate["modules"].values())
+    lost = worst_delta_error(certificate)
     return model_card(
         f"{base} plus ΔW, summed in float32 and rounded once to {merge.spec.dtype}",
         ranks,

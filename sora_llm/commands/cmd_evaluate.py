@@ -22,7 +22,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.row_types import FIELDS
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import Inputs, check_inputs
-from sora_llm.running.prompt_form import has_conversations, recorded_separator
+from sora_llm.running.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.topology import ALONE
 
 
@@ -182,8 +182,7 @@ def config_for(subject: Subject) -> Config:
 
 def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
     """UserError if rows need a chat template and none comes with an adapter that no run here made."""
-    comes_with_one = config.data.chat_template is not None or inputs.tokenizer.chat_template
-    if has_conversations(config.data.val_datasets or ()) and not comes_with_one:
+    if has_conversations(config.data.val_datasets or ()) and not template_is_named(config, inputs.tokenizer):
         raise UserError(
             f"these rows need a chat template and none comes with {name}, so nothing says how it was spoken to; name "
             f"one with --chat-template ({', '.join(TEMPLATES)} or a jinja file)"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sora_llm.arguments import Parser
-from sora_llm.artifacts.card import story_of_run
+from sora_llm.artifacts.card import story_of_run, worst_delta_error
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
@@ -329,7 +329,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             f"dropped {result['energy_dropped']:.2%} of Σ ‖ΔW‖² (relative error of ΔW {result['relative_error']:.3g})"
         )
     if result["layout"] == "merged":
-        lost = max(module["delta_error"] for module in certificate["modules"].values())
+        lost = worst_delta_error(certificate)
         lines.append(
             f"{certificate['base']} base + ΔW in {certificate['dtype']}: rounding moved weights by {lost:.1e} of ΔW "
             f"at most, logits are off by {certificate['logits_error']:.1e}"

@@ -105,10 +105,15 @@ def source_of(place: Place) -> SavedAdapter:
         lora.factors,
         lora.scaling,
         lora.targets,
-        spec=BackboneSpec(lora.base_model, lora.revision).loaded_as(certificate_in(folder).get("base_loading")),
+        spec=certified_spec(folder, BackboneSpec(lora.base_model, lora.revision)),
         folder=folder,
     )
     return source if config is None else _of_run(source, config)
+
+
+def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
+    """`base` loaded as the certificate in an adapter's folder says; None where none says it."""
+    return base.loaded_as(certificate_in(folder).get("base_loading"))
 
 
 def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:

@@ -12,11 +12,11 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, certificate_in, saved_base, saved_revision
+from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.places import find_place
-from sora_llm.commands.sources import plain_factors, read_source, shapes_in
+from sora_llm.commands.sources import certified_spec, plain_factors, read_source, shapes_in
 from sora_llm.config import Config
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
@@ -59,7 +59,7 @@ def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
         return Subject(backbone_spec(place.config, "none"), place.config, place.adapter, is_loading_known=True)
     folder = place.with_adapter()
     spec = BackboneSpec(saved_base(folder), revision=saved_revision(folder))
-    as_certified = spec.loaded_as(certificate_in(folder).get("base_loading"))
+    as_certified = certified_spec(folder, spec)
     return Subject(as_certified or spec, None, folder, is_loading_known=as_certified is not None)
 
 

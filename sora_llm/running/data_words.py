@@ -9,7 +9,7 @@ from sora_llm.data.stream import StreamOrder
 from sora_llm.data.templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.tokenize import ends_visibly, untaught_end
 from sora_llm.running.inputs import Inputs
-from sora_llm.running.prompt_form import has_conversations
+from sora_llm.running.prompt_form import has_conversations, template_is_named
 from sora_llm.running.training_data import TrainingData
 
 
@@ -49,8 +49,7 @@ def mixture(config: Config, data: TrainingData) -> list[str]:
 
 def assumed_template(config: Config, inputs: Inputs) -> list[str]:
     """A line if nobody named the chat template that rows are rendered with."""
-    named = config.data.chat_template is not None or inputs.tokenizer.chat_template
-    if named or not has_conversations(config.data.datasets):
+    if template_is_named(config, inputs.tokenizer) or not has_conversations(config.data.datasets):
         return []
     return [
         f"chat template: {DEFAULT_TEMPLATE}, as the tokenizer brings none; data.chat_template names another "

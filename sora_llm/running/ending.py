@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export
-from sora_llm.artifacts.card import story_of_run
+from sora_llm.artifacts.card import story_of_run, worst_delta_error
 from sora_llm.backbone import free_unused, load_call
 from sora_llm.config import recipe, to_dict
 from sora_llm.distributed.collectives import on_main
@@ -89,7 +89,7 @@ def cut_and_export(training: Training) -> StageResult:
     training.alarmed = []
     directory.metrics(training.done, "export", fields)
     directory.ranks(training.done, ranks.ranks, training.labels)
-    worst = max(module["delta_error"] for module in exported.certificate["modules"].values())
+    worst = worst_delta_error(exported.certificate)
     say(
         job.world,
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sora_llm.artifacts.card import Provenance, refuse_other_contents
+from sora_llm.artifacts.card import Provenance, refuse_other_contents, worst_delta_error
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import architecture_of
 from sora_llm.artifacts.merged import Merge, plan_merge, refuse_small_disk
@@ -91,6 +91,6 @@ def export_beside(
     else:
         merge = plan_merge(factors, base, inputs.skeleton, dequantise=base.load_in_4bit, device=device)
         certificate = export_merged(merge, inputs.skeleton.config, folder, provenance=provenance)
-    worst = max(module["delta_error"] for module in certificate["modules"].values())
+    worst = worst_delta_error(certificate)
     how = f"ΔW to {worst:.1e}" if layout == "gguf" else f"rounding moved weights by {worst:.1e} of ΔW at most"
     return f"self-check of {layout} passed ({how}): {folder}"

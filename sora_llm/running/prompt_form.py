@@ -20,6 +20,11 @@ def has_conversations(datasets: Sequence[Dataset]) -> bool:
     return any(dataset.type not in WITHOUT_TEMPLATE for dataset in datasets)
 
 
+def template_is_named(config: Config, tokenizer: Any) -> bool:
+    """Whether the config or the tokenizer says which chat template rows are rendered with."""
+    return config.data.chat_template is not None or bool(tokenizer.chat_template)
+
+
 @dataclass(frozen=True)
 class PromptForm:
     """How a prompt was written in training: through the chat template (None: as it is), or with a separator behind it;
