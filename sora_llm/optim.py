@@ -22,6 +22,8 @@ THRESHOLDS = ("decoupled", "proxgen", "constant", "adaptive")
 FACTORS, GATES = "factors", "gates"  # the "name" of the parameter groups
 IMPORTANCE = "importance"
 """State of a gate under "adaptive": a tensor like a moment, so that it is sharded, read and saved by the same calls."""
+IMPORTANCE_SUFFIX = f".gate.{IMPORTANCE}"
+"""Behind a module's name, where states have names."""
 TAU_SUM = "tau_sum"
 """State of a gate whose prox is deferred: Σ τ_t of the steps since."""
 
@@ -203,6 +205,15 @@ def _step_of_adamw() -> Callable[..., Any]:
 
 def _together(tensors: list[Any]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def importance_by_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{module: (R,)} of what is importance in `state`, whose names are "MODULE.gate.importance" and others'."""
+    return {
+        name.removesuffix(IMPORTANCE_SUFFIX): values
+        for name, values in state.items()
+        if name.endswith(IMPORTANCE_SUFFIX)
+    }
 
 
 def parameter_groups(

@@ -41,7 +41,7 @@ from sora_llm.inject import (
     unwrapped,
 )
 from sora_llm.merge import WeightedAdapter, merge
-from sora_llm.optim import IMPORTANCE
+from sora_llm.optim import IMPORTANCE_SUFFIX
 from sora_llm.sora import SoraLinear
 from sora_llm.topology import World
 from sora_llm.values import is_integer, is_number
@@ -285,7 +285,7 @@ def balance(
         )
     values = {name: tensor for name, tensor in received.items() if not name.endswith(".sigma")}
     values |= {f"{name}.gate": torch.ones(layer.rank) for name, layer in layers.items()}
-    return values, {f"{name}.gate.{IMPORTANCE}": weights[name].float() for name in layers}
+    return values, {f"{name}{IMPORTANCE_SUFFIX}": weights[name].float() for name in layers}
 
 
 def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -115,6 +115,25 @@ def test_a_run_that_has_only_begun(tmp_path, capsys):
     assert "running" in shown and "not measured" in shown
 
 
+def test_a_run_that_was_killed_is_not_called_running(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train()
+    run.write("running")
+    holding = "import sys, time; from sora_llm.running.run_state import run_lock\n"
+    holding += "with run_lock(__import__('pathlib').Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holding, run.path], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            assert "no alarms" in inspected(capsys, run.path)
+        finally:
+            holder.kill()
+    said = f"process {holder.pid}, which ran it, was killed; the same command goes on from step 0"
+    assert f"! {said}\n" in inspected(capsys, run.path)
+    assert json.loads(inspected(capsys, run.path, "--json"))["error"] == said
+    assert said in (run.path / "report.html").read_text(encoding="utf-8")
+    (run.path / ".lock").write_text(f"process {holder.pid} on another-machine", encoding="utf-8")
+    assert "no alarms" in inspected(capsys, run.path), "whose locks may not be seen here"
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("missing", "output.output_dir"), ("empty", "output.output_dir"), ("file", "is missing in")]
 )

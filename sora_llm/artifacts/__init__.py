@@ -1,1 +1,1 @@
-"""What is written for others to read: LoRA folders, llama.cpp's file, merged models, their cards and certificates."""
+"""Adapters as files that others read or wrote: LoRAs, llama.cpp's file, merged models, cards and certificates."""

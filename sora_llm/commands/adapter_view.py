@@ -16,8 +16,8 @@ from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.errors import NotFinite, UserError
 from sora_llm.factors import mean_rank
-from sora_llm.running.inputs import quiet_libraries
 from sora_llm.spectrum import Spectrum, rank_costs, ranks_within, spectra
+from sora_llm.terminal import quiet_libraries
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)

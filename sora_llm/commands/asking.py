@@ -22,7 +22,7 @@ from sora_llm.data.templates import TEMPLATES, resolve_template
 from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
-from sora_llm.running.prompt_form import PromptForm, prompt_form, recorded_separator, templated
+from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated
 
 
 def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:

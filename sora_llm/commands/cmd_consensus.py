@@ -30,9 +30,9 @@ from sora_llm.factors import costs_of, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.merge import Merged, merge, merge_errors
+from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
-from sora_llm.running.inputs import quiet_libraries
-from sora_llm.running.prompt_form import recorded_separator
+from sora_llm.terminal import quiet_libraries
 
 
 def make_parser(prog: str) -> Parser:

@@ -19,10 +19,10 @@ from sora_llm.commands.subject import Subject, find_subject, load, on_base, temp
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
+from sora_llm.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.row_types import FIELDS
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import Inputs, check_inputs
-from sora_llm.running.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.topology import ALONE
 
 

@@ -31,12 +31,13 @@ from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import put_on
+from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.inputs import check_inputs, quiet_libraries
+from sora_llm.running.inputs import check_inputs
 from sora_llm.running.plan import stage_name
-from sora_llm.running.prompt_form import recorded_separator
+from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sora_llm.report_page.record import (
     is_run_directory,
     summary,
 )
+from sora_llm.running.run_state import lost_holder
 
 
 def make_parser(prog: str) -> Parser:
@@ -90,10 +92,18 @@ def adapter_view() -> Any:
 def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The summary; where it is not wanted as JSON, the report is refreshed too."""
     record = read_record(run_dir, _config(run_dir))
+    if record.state == "running" and (holder := lost_holder(run_dir)) is not None:
+        record = replace(record, status={**record.status, "error": _sentence_of_loss(holder, record.status)})
     content = summary(record)
     if not arguments.json:
         content["report"] = _refreshed(record, plots=arguments.plots)
     return content
+
+
+def _sentence_of_loss(holder: str, status: Mapping[str, Any]) -> str:
+    """What to say of a run that calls itself running and is not."""
+    whence = "its newest checkpoint" if status.get("checkpoint") else "step 0"
+    return f"{holder}, which ran it, was killed; the same command goes on from {whence}"
 
 
 def _config(run_dir: Path) -> dict[str, Any] | None:

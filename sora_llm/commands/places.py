@@ -14,7 +14,7 @@ from sora_llm.config import Config, from_dict, load_config
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
-from sora_llm.running.prompt_form import has_conversations
+from sora_llm.prompt_form import has_conversations
 
 
 @dataclass(frozen=True)

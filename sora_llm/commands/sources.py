@@ -33,7 +33,7 @@ from sora_llm.factors import (
 )
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
-from sora_llm.running.prompt_form import exported_template, has_conversations
+from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears

@@ -23,8 +23,8 @@ from sora_llm.errors import UserError
 from sora_llm.export import load_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
-from sora_llm.running.inputs import quiet_libraries
 from sora_llm.running.unpack import backbone_spec
+from sora_llm.terminal import quiet_libraries
 
 
 @dataclass(frozen=True)

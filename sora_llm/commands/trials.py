@@ -26,8 +26,8 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.extensions import OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.inputs import quiet_libraries
 from sora_llm.running.packing_proof import prove_packing
+from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import deepspeed_config, launched_world
 
 MAX_PRODUCT_ERROR = 1e-4

@@ -2,5 +2,5 @@
 
 In the order of a run: inputs, unpack · training_data, data_words · plan · job, start · training, assembly · stages,
 loop · steering, alarms · measures, evaluation · snapshot · rounds · ending, verified_export, layouts; beside them
-rehearsal (the dry run), rundir and run_state (its files), stop and lifeline, prompt_form and packing_proof.
+rehearsal (the dry run), rundir and run_state (its files), stop and lifeline, packing_proof.
 """

@@ -8,8 +8,8 @@ from sora_llm.data.prepare import DataReport
 from sora_llm.data.stream import StreamOrder
 from sora_llm.data.templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.tokenize import ends_visibly, untaught_end
+from sora_llm.prompt_form import has_conversations, template_is_named
 from sora_llm.running.inputs import Inputs
-from sora_llm.running.prompt_form import has_conversations, template_is_named
 from sora_llm.running.training_data import TrainingData
 
 

@@ -18,6 +18,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
+from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
@@ -28,7 +29,6 @@ from sora_llm.running.job import (
 from sora_llm.running.layouts import adapter_layout, export_beside
 from sora_llm.running.measures import dev_loss, final_masters, loss_over
 from sora_llm.running.plan import stage_name
-from sora_llm.running.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
 from sora_llm.running.training import Training

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
 
 from sora_llm import backbone, checkpoint
@@ -28,9 +25,10 @@ from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.inject import check_start
-from sora_llm.running.prompt_form import prompt_ids
+from sora_llm.prompt_form import prompt_ids
 from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 from sora_llm.targets import target_linears
+from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import ZERO_STAGES
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
@@ -116,19 +114,6 @@ def start_lora(config: Config) -> LoraFiles:
     if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
         raise UserError(f"model.adapter: {config.model.adapter} is a run; its LoRA is {folder / 'adapter'}: name that")
     return read_lora(folder)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and advice out of the run's own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Announcements for the authors of the libraries that we call, not for who runs this one.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
-    # DDP's reducer tells (O, 1) with strides (1, O) from the same with (1, 1): the same bytes in the same order.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def check_output(run_dir: Path, resume: str) -> None:

@@ -117,6 +117,20 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                         run_dir.rmdir()
 
 
+def lost_holder(run_dir: Path) -> str | None:
+    """ "process PID", where one of this machine held the run directory and is gone without a word; else None.
+
+    Of another machine's process the lock may not tell: not every shared file system has them.
+    """
+    with contextlib.suppress(OSError), (run_dir / ".lock").open("rb") as file:
+        holder, _, machine = file.read().decode(errors="replace").partition(" on ")
+        if machine == socket.gethostname():
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return holder
+    return None
+
+
 def _stamp(run_dir: Path) -> int | None:
     """Of the last status that was written."""
     try:

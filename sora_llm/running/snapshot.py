@@ -15,9 +15,10 @@ from sora_llm.config import to_dict
 from sora_llm.distributed.collectives import gather_integers, gather_objects, on_every, on_main
 from sora_llm.errors import UserError
 from sora_llm.inject import adapter_parameters, adapters, cut_adapters
+from sora_llm.optim import importance_by_module
 from sora_llm.running.job import Job
 from sora_llm.running.plan import refuse_other_config
-from sora_llm.running.training import IMPORTANCE_SUFFIX, Best, Training, make_steering
+from sora_llm.running.training import Best, Training, make_steering
 from sora_llm.schedule import FINETUNE
 
 
@@ -130,10 +131,7 @@ def put_back(training: Training, saved: Saved) -> None:
     if training.rounds is not None:
         training.rounds.load(saved.agreed, state["rounds"], engine)
     training.steering = make_steering(job, state["stage"]["number"])
-    training.steering.load(
-        state["steering"],
-        {name.removesuffix(IMPORTANCE_SUFFIX): moments[name] for name in moments if name.endswith(IMPORTANCE_SUFFIX)},
-    )
+    training.steering.load(state["steering"], importance_by_module(moments))
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])

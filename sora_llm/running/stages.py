@@ -12,6 +12,7 @@ from sora_llm.backbone import DTYPES
 from sora_llm.distributed.collectives import gather_integers, sum_over_processes
 from sora_llm.distributed.engine import StepOutcome
 from sora_llm.errors import Preempted, RunFailed
+from sora_llm.optim import importance_by_module
 from sora_llm.running.assembly import cut_adapter, renew_engine
 from sora_llm.running.loop import StepBatches, seed_step, train_step
 from sora_llm.running.measures import (
@@ -23,7 +24,7 @@ from sora_llm.running.measures import (
 )
 from sora_llm.running.rounds import Gates
 from sora_llm.running.snapshot import save_checkpoint
-from sora_llm.running.training import IMPORTANCE_SUFFIX, Training, make_steering
+from sora_llm.running.training import Training, make_steering
 from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 
@@ -194,7 +195,7 @@ def change_form(training: Training, step: int) -> None:
             masters = cut.masters
     del old
     renew_engine(training, model, masters, importance)
-    training.steering.importance = {name.removesuffix(IMPORTANCE_SUFFIX): values for name, values in importance.items()}
+    training.steering.importance = importance_by_module(importance)
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:

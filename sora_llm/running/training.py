@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.distributed.engine import Engine
-from sora_llm.optim import IMPORTANCE
 from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.job import Job
 from sora_llm.running.loop import Tally
@@ -94,6 +93,3 @@ def make_steering(job: Job, stage_number: int) -> Steering:
     """A fresh one for a stage."""
     sparse_lambda = job.plan.stages[stage_number].sparse_lambda
     return Steering(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)
-
-
-IMPORTANCE_SUFFIX = f".gate.{IMPORTANCE}"
