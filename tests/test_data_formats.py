@@ -132,6 +132,27 @@ def test_a_folder_gives_its_data_files_sorted_and_only_text_where_text_is_wanted
     assert [Path(location).name for location, _ in read_rows(prompts)] == ["x.json#0", "b.jsonl:1"]
 
 
+def test_what_a_hub_repository_has_beside_its_rows_is_not_read(tmp_path):
+    write(tmp_path / "data" / "train-00000-of-00001.jsonl", json_lines(*ROWS))
+    for name in ("dataset_infos.json", "config.json"):
+        write(tmp_path / name, json.dumps({"default": {"features": {}}}))
+    assert [row for _, row in rows_of(str(tmp_path))] == ROWS
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "gsm8k_test.jsonl"), ("train/0.jsonl", "validation/0.jsonl")])
+def test_a_folder_of_several_splits_is_not_all_trained_on(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, json_lines(*ROWS))
+    with refused(rf"has files of several splits \({names[0]}, {names[1]}\); name those to train on"):
+        rows_of(str(tmp_path))
+    assert len(rows_of(str(tmp_path / Path(names[0]).parent / "*[n0].jsonl"))) == len(ROWS), (
+        "a pattern is taken at its word"
+    )
+    write(tmp_path / "one" / "training_tips.jsonl", json_lines(*ROWS))
+    write(tmp_path / "one" / "contests.jsonl", json_lines(*ROWS))
+    assert len(rows_of(str(tmp_path / "one"))) == 2 * len(ROWS), "a word of its own"
+
+
 def test_a_glob_gives_the_matching_files_sorted(tmp_path):
     for name in ("part-2.jsonl", "part-1.jsonl", "other.jsonl"):
         write(tmp_path / name, json_lines({"text": name}))

@@ -166,6 +166,12 @@ def _reload(
     return off, gain, losses
 
 
+def rounding_in_words(certificate: Mapping[str, Any]) -> str:
+    """How far the merged weights of the worst layer are from the sum: those of the base were rounded in it too."""
+    worst, dtype = worst_delta_error(certificate), certificate["dtype"]
+    return f"rounding base + ΔW to {dtype} moved the weights of a layer by {worst:.1e} ‖ΔW‖ at most"
+
+
 def _unquantised(spec: BackboneSpec) -> BackboneSpec:
     return replace(spec, load_in_4bit=False, load_in_8bit=False)
 
@@ -180,13 +186,12 @@ def _card(merge: Merge, ranks: Mapping[str, int], certificate: Mapping[str, Any]
         MERGED[not merge.dequantise]: "dev loss, had it been merged into the other form of the base",
     }
     losses = {forms[name]: loss for name, loss in certificate["dev_loss"].items()}
-    lost = worst_delta_error(certificate)
     return model_card(
         f"{base} plus ΔW, summed in float32 and rounded once to {merge.spec.dtype}",
         ranks,
         shapes,
-        f"every weight is base + ΔW to that rounding (which is {lost:.1e} of ΔW where it is most), and logits are "
-        f"those of base with adapter (relative difference {certificate['logits_error']:.1e}).",
+        f"every weight is base + ΔW to that rounding ({rounding_in_words(certificate)}), and logits are those "
+        f"of base with adapter (relative difference {certificate['logits_error']:.1e}).",
         {},
         replace(provenance, metrics=losses or provenance.metrics),
     )

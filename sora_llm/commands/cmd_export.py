@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from sora_llm.arguments import Parser
-from sora_llm.artifacts.card import story_of_run, worst_delta_error
+from sora_llm.artifacts.card import story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
-from sora_llm.artifacts.merged_export import export_merged
+from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
@@ -330,10 +330,9 @@ def as_text(result: Mapping[str, Any]) -> str:
             f"dropped {result['energy_dropped']:.2%} of Σ ‖ΔW‖² (relative error of ΔW {result['relative_error']:.3g})"
         )
     if result["layout"] == "merged":
-        lost = worst_delta_error(certificate)
         lines.append(
-            f"{certificate['base']} base + ΔW in {certificate['dtype']}: rounding moved weights by {lost:.1e} of ΔW "
-            f"at most, logits are off by {certificate['logits_error']:.1e}"
+            f"{certificate['base']} base: {rounding_in_words(certificate)}, logits are off by "
+            f"{certificate['logits_error']:.1e}"
         )
         lines += [f"dev loss {loss:.4f}  {name}" for name, loss in certificate["dev_loss"].items()]
         return "\n".join(lines)

@@ -10,13 +10,10 @@ Locations: ``file:line`` (json lines, csv, txt), ``file#index`` (a json list, pa
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import importlib
 import inspect
 import itertools
-import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sora_llm.data.local_files import check_file, is_local, local_files
 from sora_llm.data.readers import READERS, Placed, Row, RowOrBad, as_table_row, kind_of, reading, type_in_words
 from sora_llm.errors import UserError, first_line
-from sora_llm.files import file_sha256, user_path
+from sora_llm.files import file_sha256
 from sora_llm.row_types import FIELDS, IN_PARTS
 
 OPTIONAL_FIELDS = {"input"}
-SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
-"""What `save_to_disk` of datasets leaves beside the rows, and beside the folders of several splits."""
 _PEEKED_ROWS = 100  # a column that none of the first rows has is taken for a mistake in the config
 
 
@@ -74,16 +70,8 @@ def check_paths(specs: Sequence[DatasetSpec]) -> None:
     for spec in specs:
         _check_settings(spec)
         if is_local(spec.path):
-            for file in _local_files(spec):
-                _check_file(file)
-
-
-def is_local(path: str) -> bool:
-    """Whether `path` means this machine rather than the hub, also when nothing is there: a misspelt file name
-    should be called missing, not looked up on the network.  A hub id is "name" or "owner/name"."""
-    if path.startswith((".", "~", "/")) or _is_glob(path) or kind_of(Path(path)) or path.count("/") > 1:
-        return True
-    return Path(path).exists() or ("/" in path and Path(path).parent.is_dir())
+            for file in local_files(spec.path, spec.type):
+                check_file(file)
 
 
 def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_sha256) -> str:
@@ -102,7 +90,7 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
     if not is_local(spec.path):
         digest.update(_load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)._fingerprint.encode())
         return digest.hexdigest()
-    for file in _local_files(spec):
+    for file in local_files(spec.path, spec.type):
         with reading(file):
             # Each file is hashed by itself: two files cut at another place are other rows.
             digest.update(f"{file.name}:{file_digest(file)}\n".encode())
@@ -172,88 +160,6 @@ def load_function(name: str) -> Callable[[Row], Any]:
     return function
 
 
-def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"data set {file} does not exist" if not file.exists() else f"data set {file} is not a file")
-    if not os.access(file, os.R_OK):
-        raise UserError(f"data set {file} cannot be read: permission denied")
-    if file.stat().st_size == 0:
-        raise UserError(f"data set {file} is empty")
-
-
-# ----- files ----------------------------------------------------------------------------------------------------------
-
-
-def _is_glob(path: str) -> bool:
-    return not Path(path).exists() and glob.has_magic(path)
-
-
-def _local_files(spec: DatasetSpec) -> list[Path]:
-    """The files behind `spec.path`, sorted; each of a kind that can be read."""
-    path = user_path(spec.path, "the path of a data set")
-    if _is_glob(spec.path):
-        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
-        files = sorted(Path(name) for name in found if Path(name).is_file())
-        if not files:
-            raise UserError(f"data set {spec.path}: no file matches this pattern")
-    elif path.is_dir():
-        files = _folder_files(path, spec.type)
-    else:
-        files = [path]
-    for file in files:
-        _check_kind(file, spec.type)
-    return files
-
-
-def _folder_files(folder: Path, type_: str) -> list[Path]:
-    """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
-    files count only where text is wanted: the README beside conversations is not data.  Of what `save_to_disk` of
-    datasets left only the rows count, and not what `map` and others cached beside them."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # else what lies in a folder that may not be listed would be left out in silence
-
-    files = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if SPLITS in names:
-            raise UserError(f"data set {place} has splits: name the folder of one ({', '.join(sorted(folders))})")
-        if SAVED.issubset(names):
-            names = _saved_files(Path(place, "state.json"))
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    files = [
-        file
-        for file in sorted(files)
-        if kind_of(file) is not None and (type_ == "completion" or kind_of(file) != ".txt") and file.is_file()
-    ]
-    if not files:
-        raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
-    return files
-
-
-def _saved_files(state: Path) -> list[str]:
-    """The names of the files that a data set of `save_to_disk` is made of."""
-    try:
-        return [str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"data set {state.parent}: {state.name} does not say which files the data set is made of"
-        ) from None
-
-
-def _check_kind(file: Path, type_: str) -> None:
-    if kind_of(file) is None:
-        if not file.exists():
-            raise UserError(f"data set {file} does not exist")
-        raise UserError(f"data set {file} is of an unknown kind; known are {_kinds_in_words()}")
-    if kind_of(file) == ".txt" and type_ != "completion":
-        raise UserError(f"data set {file}: a .txt file holds plain text, which only type completion can read")
-
-
-def _kinds_in_words() -> str:
-    return ", ".join(READERS) + " (.gz of all but parquet and arrow)"
-
-
 # ----- rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +178,8 @@ def read_rows(spec: DatasetSpec, skip: int = 0) -> Iterator[tuple[str, RowOrBad]
         name = f"{spec.path}[{spec.split or 'train'}]"
         yield from _checked(name, _read_hub(name, spec, skip), spec, skip)
         return
-    for file in _local_files(spec):
-        _check_file(file)
+    for file in local_files(spec.path, spec.type):
+        check_file(file)
         with reading(file):
             placed = READERS[str(kind_of(file))](file)
             skipped = sum(1 for _ in itertools.islice(placed, skip))

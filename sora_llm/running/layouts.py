@@ -12,7 +12,7 @@ from sora_llm.artifacts.card import Provenance, refuse_other_contents, worst_del
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import architecture_of
 from sora_llm.artifacts.merged import Merge, plan_merge, refuse_small_disk
-from sora_llm.artifacts.merged_export import export_merged
+from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.factors import PlainFactors
@@ -91,6 +91,5 @@ def export_beside(
     else:
         merge = plan_merge(factors, base, inputs.skeleton, dequantise=base.load_in_4bit, device=device)
         certificate = export_merged(merge, inputs.skeleton.config, folder, provenance=provenance)
-    worst = worst_delta_error(certificate)
-    how = f"ΔW to {worst:.1e}" if layout == "gguf" else f"rounding moved weights by {worst:.1e} of ΔW at most"
+    how = f"ΔW to {worst_delta_error(certificate):.1e}" if layout == "gguf" else rounding_in_words(certificate)
     return f"self-check of {layout} passed ({how}): {folder}"

@@ -1,0 +1,130 @@
+"""Which files of this machine a data set is made of: one, those of a folder, those that match a pattern."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sora_llm.data.readers import READERS, kind_of
+from sora_llm.errors import UserError
+from sora_llm.files import user_path
+
+SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
+"""What `save_to_disk` of datasets leaves beside the rows, and beside the folders of several splits."""
+ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
+"""What a data set of the hub has beside its rows."""
+SPLIT_NAMES = (
+    {"train", "training"},
+    {"validation", "valid", "dev", "val"},
+    {"test", "testing", "eval", "evaluation"},
+)
+"""Words in the names of files and folders by which `datasets` tells one split from another."""
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` means this machine rather than the hub, also when nothing is there: a misspelt file name
+    should be called missing, not looked up on the network.  A hub id is "name" or "owner/name"."""
+    if path.startswith((".", "~", "/")) or _is_glob(path) or kind_of(Path(path)) or path.count("/") > 1:
+        return True
+    return Path(path).exists() or ("/" in path and Path(path).parent.is_dir())
+
+
+def check_file(file: Path) -> None:
+    """UserError if a file is not there, is empty or cannot be read."""
+    if not file.is_file():
+        raise UserError(f"data set {file} does not exist" if not file.exists() else f"data set {file} is not a file")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"data set {file} cannot be read: permission denied")
+    if file.stat().st_size == 0:
+        raise UserError(f"data set {file} is empty")
+
+
+def _is_glob(path: str) -> bool:
+    return not Path(path).exists() and glob.has_magic(path)
+
+
+def local_files(name: str, type_: str) -> list[Path]:
+    """The files behind the path of a data set, sorted; each of a kind that can be read.
+
+    Raises:
+        UserError: none is, or a folder is of several data sets: splits of one.
+    """
+    path = user_path(name, "the path of a data set")
+    if _is_glob(name):
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
+        files = sorted(Path(name) for name in found if Path(name).is_file())
+        if not files:
+            raise UserError(f"data set {name}: no file matches this pattern")
+    elif path.is_dir():
+        files = _folder_files(path, type_)
+    else:
+        files = [path]
+    for file in files:
+        _check_kind(file, type_)
+    return files
+
+
+def _folder_files(folder: Path, type_: str) -> list[Path]:
+    """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
+    files count only where text is wanted: the README beside conversations is not data.  Of what `save_to_disk` of
+    datasets left only the rows count, and not what `map` and others cached beside them."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # else what lies in a folder that may not be listed would be left out in silence
+
+    files = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if SPLITS in names:
+            raise UserError(f"data set {place} has splits: name the folder of one ({', '.join(sorted(folders))})")
+        if SAVED.issubset(names):
+            names = _saved_files(Path(place, "state.json"))
+        files += [Path(place, name) for name in names if not name.startswith(".") and name not in ABOUT_DATA]
+    files = [
+        file
+        for file in sorted(files)
+        if kind_of(file) is not None and (type_ == "completion" or kind_of(file) != ".txt") and file.is_file()
+    ]
+    if not files:
+        raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
+    _refuse_splits(folder, files)
+    return files
+
+
+def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
+    """UserError if some of a folder's files are named as those to train on and some as those to measure on."""
+    names = [str(file.relative_to(folder)) for file in files]
+    found = [[name for name in names if words & set(re.split("[^a-z]+", name.lower()))] for words in SPLIT_NAMES]
+    if sum(map(bool, found)) > 1:
+        examples = ", ".join(matching[0] for matching in found if matching)
+        raise UserError(
+            f"data set {folder} has files of several splits ({examples}); name those to train on by their folder or by "
+            f"a pattern such as {folder}/train* ({folder}/**/* is all of them), and others in data.val_datasets"
+        )
+
+
+def _saved_files(state: Path) -> list[str]:
+    """The names of the files that a data set of `save_to_disk` is made of."""
+    try:
+        return [str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"data set {state.parent}: {state.name} does not say which files the data set is made of"
+        ) from None
+
+
+def _check_kind(file: Path, type_: str) -> None:
+    if kind_of(file) is None:
+        if not file.exists():
+            raise UserError(f"data set {file} does not exist")
+        raise UserError(f"data set {file} is of an unknown kind; known are {_kinds_in_words()}")
+    if kind_of(file) == ".txt" and type_ != "completion":
+        raise UserError(f"data set {file}: a .txt file holds plain text, which only type completion can read")
+
+
+def _kinds_in_words() -> str:
+    return ", ".join(READERS) + " (.gz of all but parquet and arrow)"
