@@ -19,7 +19,8 @@ from run_dirs import FULL_RANK, MadeUpRun, data_report
 
 from sora_llm.report_page import read_record, write_report
 from sora_llm.report_page.charts import Chart, Panel, Series, colour_of, is_dark, smooth, thin, tick_labels, ticks
-from sora_llm.report_page.record import _MAX_RANK_LINES, split_name
+from sora_llm.report_page.grids import split_name
+from sora_llm.report_page.reading import _MAX_RANK_LINES
 from sora_llm.report_page.svg import chart_svg
 from sora_llm.running.rundir import RunDirectory
 
@@ -358,7 +359,7 @@ def test_of_a_large_file_of_ranks_evenly_spread_lines_are_read(tmp_path, monkeyp
     run.write("running")
     everything = run.rank_lines
     assert len(everything) == 2400
-    limit = "sora_llm.report_page.record._MAX_RANK_BYTES"
+    limit = "sora_llm.report_page.reading._MAX_RANK_BYTES"
     monkeypatch.setattr(limit, 1 << 30)
     whole = read_record(run.path)
     monkeypatch.setattr(limit, 1000)

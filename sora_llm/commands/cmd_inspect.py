@@ -17,12 +17,8 @@ from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page import read_record, write_page
-from sora_llm.report_page.record import (
-    MARKERS,
-    Record,
-    is_run_directory,
-    summary,
-)
+from sora_llm.report_page.reading import MARKERS, is_run_directory
+from sora_llm.report_page.record import Record, summary
 from sora_llm.running.run_state import lost_holder
 
 

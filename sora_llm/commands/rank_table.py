@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sora_llm.report_page.record import Grid, grids_of, short_names
+from sora_llm.report_page.grids import Grid, grids_of, short_names
 
 _TALL = 24  # layers; more of them stand beside each other where the terminal is wide enough
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from sora_llm.report_page.record import Point, Record, Span, projection_means, short_names
+from sora_llm.report_page.grids import projection_means, short_names
+from sora_llm.report_page.record import Point, Record, Span
 
 COLOURS = ("#2f6fb7", "#d9662b", "#3f9a4d", "#8a5cc2", "#b8860b", "#c2417c", "#3a9fa8", "#7a6a5a")
 """Of lines, for light paper; the page has a second set for dark screens."""

@@ -25,7 +25,8 @@ from sora_llm.report_page.charts import (
     tick_labels,
     ticks,
 )
-from sora_llm.report_page.record import Grid, Record, short_names
+from sora_llm.report_page.grids import Grid, short_names
+from sora_llm.report_page.record import Record
 
 _BANDS = {"dense": "#eef2f7", "sparsify": "#fdf3e3", "finetune": "#eaf5ea"}
 _NOTHING, _PRUNED = (1.0, 1.0, 1.0), (0.7, 0.7, 0.7)

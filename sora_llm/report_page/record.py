@@ -1,27 +1,20 @@
-"""What a run directory says, read without trust: a file that is missing, torn or not ours is as good as empty."""
+"""What a run directory says, as the page shows it, and in short."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, BinaryIO
+from statistics import median
+from typing import Any
 
-from sora_llm.report import read_json_lines
+from sora_llm.report_page.grids import Grid, grids_of
+from sora_llm.report_page.untrusted import as_int, as_mapping, as_number, certified_ranks, is_step, setting
 from sora_llm.schedule import DENSE, FINETUNE, SPARSIFY, Phases, phases
-from sora_llm.values import is_integer, is_number
 
 TRAINING_PHASES = (DENSE, SPARSIFY, FINETUNE)
-MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
-"""A folder with none of these is no run directory."""
 
-_MAX_RANK_LINES = 300
-_MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read whole; 224 modules take 10 KB a line
 
 Point = tuple[float, float]
 
@@ -126,7 +119,7 @@ class Record:
     def step(self) -> int:
         """The last step that status or metrics know of."""
         said = [self.status.get("step"), *(line["step"] for line in self.lines[-1:])]
-        return max((int(step) for step in said if step is not None and _is_step(step)), default=0)
+        return max((int(step) for step in said if step is not None and is_step(step)), default=0)
 
     @cached_property
     def total_steps(self) -> int | None:
@@ -276,251 +269,6 @@ def _phases_between(planned: Phases | None, begin: int, before: int, step: int, 
     bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
     lasts = [bound for bound in bounds if before < bound < step]
     return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
-
-
-# ----- values that may be anything ------------------------------------------------------------------------------------
-
-
-def as_number(value: Any) -> float | None:
-    """A finite number, else None."""
-    if not is_number(value):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def as_int(value: Any) -> int | None:
-    """A whole number, else None."""
-    return value if is_integer(value) else None
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """A mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def as_list(value: Any) -> Sequence[Any]:
-    """A list or tuple, else an empty one."""
-    return value if isinstance(value, list | tuple) else []
-
-
-def setting(tree: Any, *keys: str) -> Any:
-    """tree[key][key]…, None where it does not go that deep."""
-    for key in keys:
-        tree = as_mapping(tree).get(key)
-    return tree
-
-
-# ----- modules --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The modules of one stack of layers: cells[layer, projection] is a module's name."""
-
-    stack: str
-    layers: Sequence[int]
-    projections: Sequence[str]
-    cells: Mapping[tuple[int, str], str]
-
-
-_LAYER = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
-
-
-def split_name(name: str) -> tuple[str, int, str] | None:
-    """(stack, layer, projection) of "model.layers.3.self_attn.q_proj"; None for a module outside of layers."""
-    found = _LAYER.fullmatch(name)
-    return (found[1] or "", int(found[2]), found[3]) if found else None
-
-
-def grids_of(ranks: Mapping[str, int]) -> tuple[list[Grid], dict[str, int]]:
-    """The modules of `ranks` by stack, layer and projection, and those that are in no layer."""
-    stacks: dict[str, dict[tuple[int, str], str]] = {}
-    others = {}
-    for name, rank in ranks.items():
-        place = split_name(name)
-        if place is None:
-            others[name] = rank
-        else:
-            stacks.setdefault(place[0], {})[place[1], place[2]] = name
-    grids = [
-        Grid(stack, sorted({layer for layer, _ in cells}), list(dict.fromkeys(name for _, name in cells)), cells)
-        for stack, cells in stacks.items()
-    ]
-    return grids, others
-
-
-def short_names(projections: Iterable[str]) -> dict[str, str]:
-    """Each projection's last part, or all of it where two would be the same."""
-    names = list(projections)
-    ends = [name.rpartition(".")[2] for name in names]
-    return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}
-
-
-def projection_means(ranks: Mapping[str, int]) -> dict[str, float]:
-    """The mean rank of each projection over all layers and stacks."""
-    found: dict[str, list[int]] = {}
-    for name, rank in ranks.items():
-        place = split_name(name)
-        found.setdefault(place[2] if place else name, []).append(rank)
-    return {name: fmean(values) for name, values in found.items()}
-
-
-def certified_ranks(certificate: Mapping[str, Any]) -> dict[str, int]:
-    """The ranks in a certificate."""
-    modules = as_mapping(certificate.get("modules"))
-    return _ranks({name: setting(module, "rank") for name, module in modules.items()})
-
-
-def _ranks(value: Any) -> dict[str, int]:
-    return {name: rank for name, rank in as_mapping(value).items() if _is_step(rank)}
-
-
-def _is_step(value: Any) -> bool:
-    """Whether it is a whole number that can be one of steps or ranks."""
-    return is_integer(value) and 0 <= value < 1 << 53
-
-
-# ----- reading --------------------------------------------------------------------------------------------------------
-
-
-def is_run_directory(path: Path) -> bool:
-    """Whether a run has written anything here."""
-    return any((path / name).is_file() for name in MARKERS)
-
-
-def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Record:
-    """Read a run directory; `config` is the run's resolved config where the caller has it."""
-    run_dir = run_dir.resolve()
-    torn: list[str] = []
-    lines = [line for line in _lines(run_dir / "metrics.jsonl", torn) if _is_step(line.get("step"))]
-    rank_lines = []
-    for line in _spread_lines(run_dir / "ranks.jsonl", torn):
-        ranks = _ranks(line.get("ranks"))
-        if _is_step(line.get("step")) and ranks:
-            rank_lines.append(RankLine(line["step"], ranks))
-    certificate = read_json(run_dir / "adapter" / "certificate.json")
-    return Record(
-        run_dir,
-        as_mapping(config),
-        status=read_json(run_dir / "status.json"),
-        env=read_json(run_dir / "env.json"),
-        lines=lines,
-        rank_lines=rank_lines,
-        data=read_json(run_dir / "data_report.json"),
-        certificate=certificate,
-        adapter_bytes=_size(run_dir / "adapter" / "adapter_model.safetensors"),
-        stages=_stages(run_dir, lines, certificate),
-        samples=_lines(run_dir / "samples.jsonl", torn),
-        torn=torn,
-    )
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A file's JSON object, {} where there is none."""
-    try:
-        return as_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file up to a torn line, which is noted in `torn`."""
-    try:
-        lines = read_json_lines(path)
-        num_written = sum(1 for line in path.read_bytes().split(b"\n") if line.strip()) if path.exists() else 0
-    except (OSError, RecursionError):
-        lines, num_written = [], 1
-    if num_written > len(lines):
-        torn.append(path.name)
-    return lines
-
-
-def _spread_lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
-    """At most `_MAX_RANK_LINES` objects, evenly spread; of a large file the rest is not even read."""
-    size = _size(path) or 0
-    if size <= _MAX_RANK_BYTES:
-        lines = _lines(path, torn)
-        every = math.ceil(len(lines) / _MAX_RANK_LINES) or 1
-        return [*lines[:-1:every], *lines[-1:]]
-    found: dict[int, dict[str, Any]] = {}
-    with path.open("rb") as file:
-        end = _after_newline(file, size)  # of the last whole line
-        if end < size:
-            torn.append(path.name)
-        for index in range(_MAX_RANK_LINES):
-            file.seek(max(0, round(index * end / _MAX_RANK_LINES) - 1))
-            if index:
-                file.readline()
-            start = file.tell()
-            if start < end and start not in found:
-                found[start] = _object(file.readline())
-        start = _after_newline(file, max(0, end - 1))
-        file.seek(start)
-        found[start] = _object(file.readline())
-    return [found[start] for start in sorted(found)]
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _after_newline(file: BinaryIO, end: int, block: int = 1 << 16) -> int:
-    """The place after the last newline before `end`, 0 where there is none."""
-    while end > 0:
-        start = max(0, end - block)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
-
-
-def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any]) -> list[StageRecord]:
-    """The stages of a path, in the order of λ."""
-    certificates = {path.parent.name: read_json(path) for path in run_dir.glob("path/*/certificate.json")}
-    found: dict[str, StageRecord] = {}
-    for line in lines:
-        sparse_lambda = as_number(line.get("sparse_lambda"))
-        if line.get("phase") == "export" and "stage" in line and sparse_lambda is not None:
-            kept = as_number(line.get("kept_params"))
-            found[f"{sparse_lambda:.6g}"] = StageRecord(
-                sparse_lambda,
-                stage=as_int(line["stage"]),
-                kept_params=None if kept is None else round(kept),
-                mean_rank=as_number(line.get("mean_rank")),
-                train_loss=as_number(line.get("train_loss")),
-                eval_loss=as_number(line.get("eval_loss")),
-            )
-    for name, own in certificates.items():
-        stage = found.get(name)
-        if stage is None:
-            try:
-                stage = StageRecord(float(name))
-            except ValueError:
-                continue
-        sha256 = own.get("sha256")
-        found[name] = replace(
-            stage,
-            folder=f"path/{name}",
-            passed=own.get("passed") is True,
-            is_adapter=sha256 is not None and sha256 == certificate.get("sha256"),
-        )
-    return sorted(found.values(), key=lambda stage: stage.sparse_lambda)
 
 
 # ----- the record in short --------------------------------------------------------------------------------------------

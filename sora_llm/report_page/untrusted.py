@@ -1,0 +1,56 @@
+"""Values of files that may be anything: what is not of the kind that is asked for is as good as not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sora_llm.values import is_integer, is_number
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if not is_number(value):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number, else None."""
+    return value if is_integer(value) else None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    """A list or tuple, else an empty one."""
+    return value if isinstance(value, list | tuple) else []
+
+
+def setting(tree: Any, *keys: str) -> Any:
+    """tree[key][key]…, None where it does not go that deep."""
+    for key in keys:
+        tree = as_mapping(tree).get(key)
+    return tree
+
+
+def certified_ranks(certificate: Mapping[str, Any]) -> dict[str, int]:
+    """The ranks in a certificate."""
+    modules = as_mapping(certificate.get("modules"))
+    return ranks_in({name: setting(module, "rank") for name, module in modules.items()})
+
+
+def ranks_in(value: Any) -> dict[str, int]:
+    return {name: rank for name, rank in as_mapping(value).items() if is_step(rank)}
+
+
+def is_step(value: Any) -> bool:
+    """Whether it is a whole number that can be one of steps or ranks."""
+    return is_integer(value) and 0 <= value < 1 << 53
