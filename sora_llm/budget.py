@@ -89,6 +89,11 @@ def make_budgets(
             of every module, less than one rank, or more than r of every module.
     """
     owners: dict[str, str] = {}
+    if EVERY_MODULE in budgets:
+        raise UserError(
+            f"sora.budgets: {EVERY_MODULE!r} is what the budget of all other modules is called; as a pattern, write it "
+            f"'({EVERY_MODULE})'"
+        )
     for pattern in budgets:
         found = [name for name in shapes if _matches(pattern, name)]
         if not found:

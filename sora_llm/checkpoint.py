@@ -13,6 +13,7 @@ about processes or strategies, nothing of the frozen backbone, nothing that is u
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -140,8 +141,13 @@ def _complete(hashes: Mapping[str, str]) -> str:
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders that claim to be complete, newest first."""
     found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{COMPLETE}")]
-    steps = {int(number): folder for folder in found if (number := folder.name.removeprefix("step-")).isdecimal()}
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    return sorted((folder for folder in found if _step_of(folder) >= 0), key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    """The step that a folder is named after; −1 for another name."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def check_complete(folder: Path) -> None:
@@ -203,15 +209,16 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 def set_aside(run_dir: Path, step: int) -> None:
     """Rename what must not count as one of those to keep, nor as the newest, when a run goes on from `step`.
 
-    What is no whole checkpoint becomes damaged-step-N, and a later one, which the run has gone back from,
-    abandoned-step-N.
+    A later one, which the run has gone back from, becomes abandoned-step-N, or abandoned-step-N.2 and so on where there
+    is one already; what is no whole checkpoint damaged-step-N.  Earlier ones are not read.
     """
     for folder in _folders(run_dir):
+        if _step_of(folder) <= step:
+            break
         try:
-            is_later = read_state(folder)["step"] > step
-            aside = folder.with_name(f"abandoned-{folder.name}") if is_later else folder
+            read_state(folder)
+            aside = f"abandoned-{folder.name}"
         except UserError:
-            aside = folder.with_name(f"damaged-{folder.name}")
-        if aside != folder:
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            aside = f"damaged-{folder.name}"
+        names = itertools.chain([aside], (f"{aside}.{number}" for number in itertools.count(2)))
+        folder.rename(next(place for name in names if not (place := folder.with_name(name)).exists()))

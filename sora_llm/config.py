@@ -111,7 +111,8 @@ class Data:
 
     datasets: tuple[Dataset, ...] = ()  # required: what is trained on, see below
     val_set_size: Annotated[int, ">= 1"] | Annotated[float, "> 0", "< 1"] | None = None
-    # dev rows taken from datasets: below 1 a fraction, else a count; at most one of this and val_datasets
+    # dev rows taken from datasets: below 1 a fraction, else a count (some more, where several rows are made of one row
+    # of a file, which stay together); at most one of this and val_datasets
     val_datasets: tuple[Dataset, ...] | None = None  # dev rows of their own
     chat_template: str | None = None  # null: the tokenizer's; or a built-in, or a jinja file
     train_on_inputs: bool = False  # true: the loss covers the prompt too
@@ -713,11 +714,6 @@ def _data_problems(config: Config) -> Iterator[str]:
             yield f"{key}.function goes with type custom and no other; its type is {dataset.type}."
     if data.excess_length == "split" and all(dataset.type != "completion" for _, dataset in _datasets(data)):
         yield "data.excess_length split is for plain text (type completion), and no data set is; use drop or truncate."
-    if data.excess_length == "split" and data.val_set_size is not None:
-        yield (
-            "data.val_set_size would hold out pieces of texts of which others are trained on (data.excess_length: "
-            "split); name dev rows in data.val_datasets."
-        )
     yield from _mixture_problems(data.datasets)
     for index, dataset in enumerate(data.val_datasets or ()):
         for name in ("weight", "streaming"):

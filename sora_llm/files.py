@@ -7,10 +7,14 @@ import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from sora_llm.errors import UserError
 
@@ -82,12 +86,14 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """`staging` for those who remove it themselves; what a killed process left there is gone.  Each process of a group
-    has its own."""
-    process = os.environ.get("RANK", "0")
-    temporary = folder.with_name(f".{folder.name}{'' if process == '0' else f'.{process}'}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    return temporary
+    """`staging` for those who remove it themselves.  Each process has its own; what one of this machine left there
+    when it was killed is gone."""
+    prefix = f".{folder.name}.{socket.gethostname()}-"
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        process = leftover.name.removeprefix(prefix).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return folder.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def copy_folder(source: Path, folder: Path) -> None:

@@ -81,7 +81,7 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
 
 def refuse_new_parameters(model: nn.Module, who: str) -> None:
     """UserError where parameters that `who` makes would not be trained: in inference_mode, or in a
-    DistributedDataParallel, which goes on reducing those that it was made with."""
+    DistributedDataParallel or an engine of ZeRO, which go on reducing those that they were made with."""
     if torch.is_inference_mode_enabled():
         raise UserError(f"{who} makes parameters, which could not be trained from inside inference_mode")
     if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
@@ -89,6 +89,15 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
             f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "
             "wrap that anew afterwards"
         )
+    if any(hasattr(parameter, mark) for parameter in adapter_parameters(model).values() for mark in OF_ZERO):
+        raise UserError(
+            f"{who} makes new parameters, and DeepSpeed's ZeRO holds the present ones; sora_llm.train takes a model "
+            "out of its engine and makes another one, which a loop of your own cannot"
+        )
+
+
+OF_ZERO = ("ds_id", "_hp_mapping")
+"""Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
 
 
 def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:

@@ -12,6 +12,19 @@ from typing import Any
 from sora_llm.errors import UserError
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+OWN_KEYS = {
+    "optimizer": "set train.learning_rate, train.weight_decay and sora.gate_lr",
+    "scheduler": "set train.lr_scheduler_type and train.warmup_ratio",
+    "amp": "set model.dtype",
+    "torch_autocast": "set model.dtype",
+    "train_batch_size": "set train.per_device_train_batch_size and train.gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "set train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "set train.gradient_accumulation_steps",
+    "gradient_clipping": "set train.max_grad_norm",
+}
+"""Of a DeepSpeed config, and what to set instead."""
+NEEDED = {"communication_data_type": (None, "auto", "fp32"), "compute_grad_norm": (True, "auto")}
+"""Of a DeepSpeed config, keys that change gradients, and the values that do not; the first is the default."""
 _PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
@@ -224,20 +237,27 @@ def deepspeed_config(
         "bf16": {"enabled": adapter_dtype == "bfloat16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
     }
     if adapter_dtype != "bfloat16":
         ours["bf16"] = {"enabled": False}
+    quiet = {"steps_per_print": 10**9}
     if user_config is None:
-        return ours
+        return quiet | ours
     _refuse_optimizer_offload(user_config)
-    for key in ("optimizer", "scheduler", "amp", "torch_autocast", "train_batch_size"):
-        if user_config.get(key, "auto") != "auto":
+    for key, own in OWN_KEYS.items():
+        if user_config.get(key, "auto") not in ("auto", ours.get(key)):
+            value = user_config[key]
+            to = "" if isinstance(value, Mapping) else f" to {value!r}"
             raise UserError(
-                f"the DeepSpeed config sets {key}, which belongs to this run's own config (batch sizes, optimizer and "
-                "precision are taken from there); remove that key"
+                f"the DeepSpeed config sets {key}{to}, which belongs to this run's own config; remove it there, and {own}"
             )
-    return _merged_under(user_config, ours, "")
+    for key, needed in NEEDED.items():
+        if user_config.get(key, needed[0]) not in needed:
+            raise UserError(
+                f"the DeepSpeed config sets {key} to {user_config[key]!r}, under which gradients would not be what the "
+                "other strategies have; remove that key"
+            )
+    return quiet | _merged_under(user_config, ours, "")
 
 
 def _refuse_optimizer_offload(config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from sora_llm import checkpoint, hub, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, load_config, to_dict, to_yaml
-from sora_llm.distributed.collectives import in_process_group, on_every, on_main
+from sora_llm.distributed.collectives import in_process_group, is_timeout, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
@@ -35,7 +35,7 @@ from sora_llm.running.job import (
     deepspeed_options,
     hold_directory,
     process_group,
-    refuse_other_data,
+    refuse_differing_runs,
 )
 from sora_llm.running.layouts import check_layout, check_place
 from sora_llm.running.lifeline import Lifeline
@@ -171,7 +171,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         accelerator = stack.enter_context(group)
         stop.at_once = False
         fingerprint = data.fingerprint(order)
-        refuse_other_data(fingerprint, data)
+        refuse_differing_runs(plan.config, fingerprint)
         if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
         replicas = None
@@ -221,11 +221,23 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
             else:
                 tell_loss(directory, loss)
             raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
+        failure = waited_in_vain(job) if is_timeout(error) else error
         if directory.is_begun or not isinstance(error, UserError):
             with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
-                directory.status("failed", error=str(error) or type(error).__name__)
+                directory.status("failed", error=str(failure) or type(failure).__name__)
             directory.report(to_dict(job.config))
+        if failure is not error:
+            raise failure from error
         raise
+
+
+def waited_in_vain(job: Job) -> RunFailed:
+    """What a collective that the others did not join comes to."""
+    minutes = job.config.distributed.timeout_minutes
+    return RunFailed(
+        f"process {job.world.process_index} waited {minutes:g} minutes (distributed.timeout_minutes) for the others, "
+        "which did not come: one of them hangs, or is much slower"
+    )
 
 
 def tell_loss(directory: RunDirectory, loss: str) -> None:

@@ -281,7 +281,10 @@ def test_a_launcher_that_starts_one_of_two_processes_is_refused(tmp_path: Path) 
 def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> None:
     """Each machine reads its own files: other rows there would be another run, in silence."""
     monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
-    monkeypatch.setattr("sora_llm.running.job.gather_objects", lambda value: [value, {**value, "digest": "other"}])
+    monkeypatch.setattr(
+        "sora_llm.running.job.gather_objects",
+        lambda value: [value, value | {"digest": "other"} if "digest" in value else value],
+    )
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err
     assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1

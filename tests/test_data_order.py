@@ -247,6 +247,20 @@ def test_train_and_dev_are_disjoint_complete_and_drawn_by_the_seed():
     assert dev.num_tokens == 9 and dev.num_supervised == 6 and dev.lengths.tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_made_of_one_row_is_on_one_side(seed):
+    lengths, origins = np.full(30, 3), np.repeat(np.arange(10), 3)
+    tokens = np.repeat(origins, 3)
+    table = np.stack([lengths, lengths, 0 * lengths, origins], axis=1).astype(np.float64)
+    ends = np.cumsum(lengths)
+    dataset = TokenDataset(tokens, np.ones(90), np.stack([ends - lengths, ends], axis=1), table)
+    train, dev = split_validation(dataset, 4, seed)
+    assert not set(train.origins) & set(dev.origins) and len(train) + len(dev) == 30
+    assert 4 <= len(dev) <= 12 and len(dev) % 3 == 0
+    with pytest.raises(UserError, match="leaves none to train on"):
+        split_validation(dataset, 28, seed)
+
+
 @pytest.mark.parametrize(("size", "count"), [(0.2, 2), (0.25, 2), (0.01, 1), (1, 1), (9, 9), (3.0, 3)])
 def test_below_1_the_dev_set_is_a_fraction_and_else_a_count(size, count):
     assert len(split_validation(rows_of([3] * 10), size, seed=0)[1]) == count

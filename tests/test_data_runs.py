@@ -161,7 +161,7 @@ def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
     path.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
     start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-1")}
-    with pytest.raises(UserError, match=r"the data is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"the rows of data\.datasets are not those that .* was trained on"):
         run(CONFIG, *gsm8k_overrides(tmp_path / "other", **options, **start))
     assert not (tmp_path / "other").exists()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import shared
 from runs import gsm8k_overrides
 from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
 
@@ -54,8 +55,22 @@ def test_a_checkpoint_of_other_data_is_refused(finished, tmp_path):
         tensors = checkpoint.read_tensors(folder)
         state["data"]["rows"] += 1
         checkpoint.save(directory, state.pop("step"), tensors, state)
-    with pytest.raises(UserError, match="the data is not what"):
+    with pytest.raises(UserError, match=r"the rows of data\.datasets \([\d,]+ now, [\d,]+ then\) are not those that"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY))
+
+
+def test_a_run_does_not_go_on_with_other_dev_rows(tmp_path):
+    """Patience would compare the losses of two data sets, and choose the adapter by them."""
+    lines = shared("data/gsm8k_train.jsonl").read_text().splitlines()
+    dev = {"path": str(tmp_path / "dev.jsonl"), "type": "prompt_completion"}
+    dev |= {"columns": {"prompt": "question", "completion": "answer"}}
+    options = {**TINY, "data.val_set_size": None, "data.val_datasets": [dev], "output.save_total_limit": None}
+    Path(dev["path"]).write_text("\n".join(lines[:6]))
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    Path(dev["path"]).write_text("\n".join(lines[6:12]))
+    start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-2")}
+    with pytest.raises(UserError, match=r"the rows of data\.val_datasets are not those that .*step-2 was trained on"):
+        run(CONFIG, *gsm8k_overrides(tmp_path / "other", **options, **start))
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(finished, tmp_path):

@@ -232,13 +232,17 @@ def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
     assert merged["gradient_clipping"] == 1.0 and merged["bf16"]["enabled"] is False
     assert merged["fp16"] == {"enabled": False, "loss_scale": 0} and merged["wall_clock_breakdown"] is True
     assert config(user_config={}) == config()
+    assert config()["steps_per_print"] > 10**6 and config(user_config={"steps_per_print": 10})["steps_per_print"] == 10
 
 
 @pytest.mark.parametrize(
     ("user", "named"),
     [
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage to 3 but this run needs 2"),
-        ({"gradient_clipping": 0.3}, r"gradient_clipping to 0\.3 but this run needs 1\.0"),
+        ({"gradient_clipping": 0.3}, r"gradient_clipping to 0\.3, .* remove it there, and set train\.max_grad_norm"),
+        ({"train_micro_batch_size_per_gpu": 4}, r"to 4, .* set train\.per_device_train_batch_size"),
+        ({"communication_data_type": "fp16"}, "communication_data_type to 'fp16', under which gradients"),
+        ({"compute_grad_norm": False}, "compute_grad_norm to False, under which gradients"),
         ({"bf16": {"enabled": True}}, r"bf16\.enabled to True"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled to True"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps to 4"),
@@ -246,8 +250,8 @@ def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
         ({"zero_optimization": 2}, "zero_optimization to 2; it must be a JSON object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer to 'cpu'; it must be a JSON object"),
         ({"bf16": True}, "bf16 to True"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer and precision"),
-        ({"scheduler": {"type": "WarmupLR"}}, "optimizer and precision"),
+        ({"optimizer": {"type": "AdamW"}}, r"sets optimizer, .* set train\.learning_rate"),
+        ({"scheduler": {"type": "WarmupLR"}}, r"sets scheduler, .* set train\.lr_scheduler_type"),
     ],
 )
 def test_a_key_that_contradicts_the_run_is_named(user, named):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import UserError
-from sora_llm.running.inputs import Inputs
-from sora_llm.running.training_data import load_data, prepare_rows
+from sora_llm.files import user_path
+from sora_llm.report_page.reading import read_json
+from sora_llm.running.inputs import DATA_REPORT, Inputs
+from sora_llm.running.training_data import is_of_other_rows, load_data, prepare_rows
+from sora_llm.terminal import say
 from sora_llm.topology import ALONE
 
 
@@ -59,7 +63,14 @@ def dev_rows(config: Config, inputs: Inputs) -> TokenDataset:
     """
     if inputs.val_datasets:
         return prepare_rows(config, inputs, inputs.val_datasets, ALONE)[0]
-    rows = load_data(config, inputs, ALONE).dev
-    if rows is None:
+    data = load_data(config, inputs, ALONE)
+    if data.dev is None or data.train_report is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    return rows
+    report = user_path(config.output.output_dir, "output.output_dir") / DATA_REPORT
+    if is_of_other_rows(read_json(report), config, inputs, data.train_report):
+        say(
+            f"warning: the rows of data.datasets are not those that {report.parent} was trained on, so that other ones "
+            "are held out: it may have been trained on some that it is measured on here",
+            sys.stderr,
+        )
+    return data.dev

@@ -67,6 +67,8 @@ class TokenChunk:
     """(rows,) int64."""
     hashes: np.ndarray
     """(rows,) uint64, of a row's ids and weights."""
+    origins: np.ndarray
+    """(rows,) int64, which of the `rows_read` each was made of: the instances of one instruction have one origin."""
     rows_read: int
     bad_rows: Sequence[tuple[str, str]]
     """(location, reason)."""
@@ -114,6 +116,7 @@ class TokenChunk:
             weights=self.weights[kept],
             lengths=self.lengths[~rows],
             hashes=self.hashes[~rows],
+            origins=self.origins[~rows],
         )
 
 
@@ -172,7 +175,9 @@ class Tokenizing:
             if isinstance(result, BadRow):
                 reasons.setdefault(i, result)
         written = special_tokens_written([example for _, example in examples], self.tokenizer)
-        kept, counts, unsupervised = [], Counter[str](), Counter[str]()
+        kept: list[TokenRow] = []
+        origins: list[int] = []
+        counts, unsupervised = Counter[str](), Counter[str]()
         first_too_long, first_special_written = None, None
         for (i, example), result, token in zip(examples, tokenized, written, strict=True):
             if i in reasons or isinstance(result, BadRow):
@@ -187,6 +192,7 @@ class Tokenizing:
                 pieces = _cut(ids, weights, self.sequence_len, fate)
             found = [piece for piece in pieces if piece[1].any()]
             kept += found
+            origins += [i] * len(found)
             if found and token is not None:
                 first_special_written = first_special_written or (rows[i][0], token)
                 counts["special_written"] += 1
@@ -195,6 +201,7 @@ class Tokenizing:
         return TokenChunk(
             source,
             *_joined(kept),
+            origins=np.array(origins, dtype=np.int64),
             rows_read=len(rows),
             bad_rows=[(rows[i][0], str(reason)) for i, reason in sorted(reasons.items())],
             too_long=counts["too_long"],

@@ -22,32 +22,33 @@ class TokenDataset:
         """Args:
         tokens, weights: of all rows, one after the other (int32, float32).
         spans: (rows, 2), where in them each row starts and ends.
-        table: (rows, 3) float64, of each row its supervised tokens, their summed weight, and the number of the data
-            set that it came from.
+        table: (rows, 4) float64, of each row its supervised tokens, their summed weight, the number of the data set
+            that it came from, and the number of the row of a file that it was made of, one for all that were.
         """
         self._tokens, self._weights, self._spans, self._table = tokens, weights, spans, table
         self.lengths: np.ndarray = spans[:, 1] - spans[:, 0]
         self.supervised_lengths: np.ndarray = table[:, 0].astype(np.int64)
         self.weight_sums: np.ndarray = table[:, 1]
         self.sources: np.ndarray = table[:, 2].astype(np.int64)
+        self.origins: np.ndarray = table[:, 3].astype(np.int64)
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow], sources: Sequence[int] | None = None) -> TokenDataset:
-        """Rows in memory, all of data set 0 unless `sources` says of which each is."""
+        """Rows in memory, each of its own making, all of data set 0 unless `sources` says of which each is."""
         listed = list(rows)
         ends = np.cumsum([len(ids) for ids, _ in listed], dtype=np.int64)
         lengths = np.diff(ends, prepend=0)
         tokens = np.concatenate([ids for ids, _ in listed]) if listed else np.zeros(0)
         weights = np.concatenate([row_weights for _, row_weights in listed]) if listed else np.zeros(0)
         table = [
-            ((row_weights > 0).sum(), row_weights.sum(dtype=np.float64), 0 if sources is None else sources[i])
+            ((row_weights > 0).sum(), row_weights.sum(dtype=np.float64), 0 if sources is None else sources[i], i)
             for i, (_, row_weights) in enumerate(listed)
         ]
         return cls(
             tokens.astype(np.int32),
             weights.astype(np.float32),
             np.stack([ends - lengths, ends], axis=1),
-            np.array(table, dtype=np.float64).reshape(-1, 3),
+            np.array(table, dtype=np.float64).reshape(-1, 4),
         )
 
     @classmethod
@@ -93,10 +94,13 @@ class TokenWriter:
         self.folder = folder
         self._tokens = (folder / "tokens.bin").open("wb")
         self._weights = (folder / "weights.bin").open("wb")
-        self._lengths, self._table = array("q"), array("d")  # 32 bytes a row: lists of numbers would take 200
+        self._lengths, self._table = array("q"), array("d")  # 40 bytes a row: lists of numbers would take 200
 
-    def extend(self, ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, source: int) -> None:
-        """More rows of data set `source`, one after the other in `ids` and `weights`, none of them empty."""
+    def extend(
+        self, ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, source: int, origins: np.ndarray
+    ) -> None:
+        """More rows of data set `source`, one after the other in `ids` and `weights`, none of them empty; `origins`
+        (rows,) are numbers of what they were made of."""
         if len(lengths) == 0:
             return
         starts = np.cumsum(lengths) - lengths
@@ -105,14 +109,15 @@ class TokenWriter:
         self._tokens.write(ids.astype(np.int32, copy=False).tobytes())
         self._weights.write(weights.astype(np.float32, copy=False).tobytes())
         self._lengths.frombytes(lengths.astype(np.int64, copy=False).tobytes())
-        self._table.frombytes(np.stack([supervised, weight_sums, np.full(len(lengths), source)], axis=1).tobytes())
+        columns = [supervised, weight_sums, np.full(len(lengths), source), origins]
+        self._table.frombytes(np.stack(columns, axis=1, dtype=np.float64).tobytes())
 
     def close(self) -> None:
         """Finishes the files."""
         self._tokens.close()
         self._weights.close()
         np.save(self.folder / "lengths.npy", np.frombuffer(self._lengths, dtype=np.int64))
-        np.save(self.folder / "table.npy", np.frombuffer(self._table, dtype=np.float64).reshape(-1, 3))
+        np.save(self.folder / "table.npy", np.frombuffer(self._table, dtype=np.float64).reshape(-1, 4))
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:

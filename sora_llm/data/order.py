@@ -250,6 +250,9 @@ def fill_rate(dataset: TokenDataset, capacity: int) -> float:
 def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
     """(train, dev): disjoint, drawn by `seed`, each in the order of the files.
 
+    What was made of one row of a file, as instances of an instruction or pieces of a text, is on one side: where that
+    has a dev row, the others of it are dev rows too, more than were asked for.
+
     Args:
         val_set_size: below 1 a fraction of the rows (at least one row), else a number of rows.
 
@@ -262,4 +265,10 @@ def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> t
     if num_dev >= len(dataset):
         raise UserError(f"data.val_set_size takes {num_dev} of {len(dataset)} rows, which leaves none to train on")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(dataset))
-    return dataset.select(np.sort(order[num_dev:])), dataset.select(np.sort(order[:num_dev]))
+    is_dev = np.isin(dataset.origins, dataset.origins[order[:num_dev]])
+    if is_dev.all():
+        raise UserError(
+            f"data.val_set_size takes {num_dev} of {len(dataset)} rows, and with those that were made of the same rows "
+            "of the files it leaves none to train on"
+        )
+    return dataset.select(np.flatnonzero(~is_dev)), dataset.select(np.flatnonzero(is_dev))

@@ -43,7 +43,7 @@ from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_di
 from sora_llm.errors import UserError
 from sora_llm.files import caches, user_path
 
-_FORMAT_VERSION = 8  # of the cache: raise it when the same input gives other tokens or files
+_FORMAT_VERSION = 9  # of the cache: raise it when the same input gives other tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
 _MOST_PROCESSES = 8  # that are taken unasked: more would wait for the one that reads
 _MAX_REASONS = 50  # that are counted by themselves: reasons may quote the row
@@ -143,7 +143,7 @@ def _is_place(name: str) -> bool:
 
 def _fill(folder: Path, work: Tokenizing, num_proc: int | None, rows_each: int | None = None) -> None:
     """Tokens and report into `folder`, of all rows or of the first `rows_each` of each data set."""
-    tally, seen, digest = _Tally(work), _SeenBefore(), _Digest()
+    tally, seen, digest, rows_read = _Tally(work), _SeenBefore(), _Digest(), 0
     with (
         closing(TokenWriter(folder)) as writer,
         closing(Progress()) as progress,
@@ -152,7 +152,8 @@ def _fill(folder: Path, work: Tokenizing, num_proc: int | None, rows_each: int |
         for chunk in chunks:
             repeated = seen.add(chunk.hashes)
             rows = chunk.without(repeated) if work.drop_duplicates else chunk
-            writer.extend(rows.ids, rows.weights, rows.lengths, rows.source)
+            writer.extend(rows.ids, rows.weights, rows.lengths, rows.source, rows_read + rows.origins)
+            rows_read += rows.rows_read
             digest.add(rows)
             tally.add(chunk, int(repeated.sum()))
             progress.add(chunk.rows_read)
@@ -168,9 +169,14 @@ def _tokenized(work: Tokenizing, num_proc: int | None, rows_each: int | None) ->
     )
     head = list(itertools.islice(chunks, _SERIAL_CHUNKS))
     is_large = len(head) == _SERIAL_CHUNKS
-    processes = (num_proc or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))) if is_large else 1
+    processes = (num_proc or min(_MOST_PROCESSES, own_cores())) if is_large else 1
     with closing(map_in_order(work.tokenize, itertools.chain(head, chunks), processes)) as results:
         yield from results
+
+
+def own_cores() -> int:
+    """How many this process may use; not every system restricts them, nor says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _raw_chunks(spec: DatasetSpec, source: int, rows_each: int | None) -> Iterator[RawChunk]:

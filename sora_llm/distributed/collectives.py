@@ -25,6 +25,11 @@ def in_process_group() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective ended because other processes did not take part in it."""
+    return in_process_group() and isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+
+
 def gather_objects(value: T) -> list[T]:
     """Every process's (small, picklable) value, in the order of processes, on every process (collective)."""
     if not in_process_group():

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import pipeline
-from sora_llm.backbone import DTYPES, computes_in_float16, load_backbone
+from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, weight_files
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
+from sora_llm.errors import UserError
 from sora_llm.inject import adapters, inject_sora, start_from
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loss_scale import LossScale
@@ -18,16 +19,17 @@ from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
 from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.inputs import start_lora
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job, refuse_differing, say
 from sora_llm.running.loop import Tally
 from sora_llm.running.measures import raise_alarms
 from sora_llm.running.packing_proof import prove_packing
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
-from sora_llm.running.snapshot import put_back, read_into
+from sora_llm.running.snapshot import put_back, read_into, refuse_other_base
 from sora_llm.running.start import StartPoint
 from sora_llm.running.training import Training, make_steering
 from sora_llm.running.unpack import target_modules
+from sora_llm.weights_digest import weights_digest
 
 
 def load_model(job: Job) -> nn.Module:
@@ -40,9 +42,17 @@ def load_model(job: Job) -> nn.Module:
 
 
 def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
-    """The frozen backbone with fresh or resumed adapters, under its engine (collective)."""
+    """The frozen backbone with fresh or resumed adapters, under its engine (collective).
+
+    Raises:
+        UserError: weights that differ between processes, or from those that the checkpoint was trained beside.
+    """
     sora = job.config.sora
     model = on_every(lambda: load_model(job))
+    base = on_every(lambda: base_digest(job.inputs.backbone))
+    refuse_differing("model.name_or_path", base)
+    if start.folder is not None and start.state is not None:
+        refuse_other_base(start.state, start.folder, base)
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
     full_params = pipeline.full_params(adapters(model))
@@ -61,12 +71,28 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         Alarms(job.plan.budgets, full_params),
         Patience(job.config.evaluation.early_stopping_patience),
         make_rounds(job),
+        base=base,
     )
     if saved is not None:
         put_back(training, saved)
     elif training.rounds is not None:
         training.rounds.begin(engine)
     return training
+
+
+def base_digest(spec: BackboneSpec) -> str | None:
+    """What tells the base's weights from others; None where they are no safetensors.  They are read once more, in small
+    parts, after they were loaded: those of the hub are in its cache only then.
+
+    Raises:
+        UserError: they are gone.
+    """
+    try:
+        return weights_digest(weight_files(spec))
+    except UserError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the weights of {spec.name_or_path} cannot be read again: {error}") from None
 
 
 def warm_start(job: Job, model: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,16 +17,17 @@ from torch import nn
 from sora_llm import terminal
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
-from sora_llm.config import Config
+from sora_llm.config import Config, differing_keys, to_dict
 from sora_llm.data.order import Order
 from sora_llm.distributed import group
-from sora_llm.distributed.collectives import any_process, gather_objects, on_main
+from sora_llm.distributed.collectives import any_process, gather_objects, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import Preempted, UserError
 from sora_llm.estimates.memory import MemoryEstimate
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
 from sora_llm.local_updates import round_bytes, transfer_seconds
+from sora_llm.prompt_form import has_conversations
 from sora_llm.running import run_state
 from sora_llm.running.data_words import describe_data
 from sora_llm.running.inputs import Inputs
@@ -192,6 +195,14 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"no step is left between what is learned and the cut, which alone prunes to the budget{slots}; train "
             f"longer{later}"
         )
+    data = plan.config.data
+    if not has_conversations((*data.datasets, *(data.val_datasets or ()))):
+        for key, is_set in (
+            ("chat_template", data.chat_template is not None),
+            ("train_on_last_turn_only", data.train_on_last_turn_only),
+        ):
+            if is_set:
+                yield f"data.{key} is for conversations, and no data set is made of them: it changes nothing here"
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (
@@ -275,17 +286,31 @@ def process_group(
     group.end(accelerator, environ)
 
 
-def refuse_other_data(fingerprint: Mapping[str, int | str], data: TrainingData) -> None:
-    """UserError if processes found other rows than the main one: each machine reads its own files (collective)."""
-    dev = {} if data.dev_report is None else {"digest": data.dev_report.digest}
-    for key, own in (("data.datasets", fingerprint), ("data.val_datasets", dev)):
-        found = gather_objects(own)
-        for process, other in enumerate(found):
-            if other != found[0]:
-                raise UserError(
-                    f"{key} is not the same everywhere: process {process} found {other}, process 0 {found[0]}; give "
-                    "every machine the same files"
-                )
+OWN_TO_A_MACHINE = ("data.datasets", "data.val_datasets", "data.num_proc", "data.cache_dir", "model.name_or_path")
+"""Keys whose values may differ between machines: paths to the same files, of which contents are compared."""
+
+
+def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) -> None:
+    """UserError if processes have other configs or rows than the main one: each reads its own (collective)."""
+    configs = gather_objects(to_dict(config))
+    for process, other in enumerate(configs):
+        if keys := [key for key in differing_keys(configs[0], other) if not key.startswith(OWN_TO_A_MACHINE)]:
+            raise UserError(
+                f"process {process} has another config than the main one, different in {', '.join(keys)}; start all "
+                "with the same file and the same overrides"
+            )
+    for key, prefixed in (("data.datasets", False), ("data.val_datasets", True)):
+        refuse_differing(key, {name: part for name, part in fingerprint.items() if name.startswith("dev_") == prefixed})
+
+
+def refuse_differing(what: str, own: Any) -> None:
+    """UserError if the value of a process is not the main one's (collective)."""
+    for process, other in enumerate(found := gather_objects(own)):
+        if other != found[0]:
+            raise UserError(
+                f"{what} is not the same everywhere: process {process} found something else than process 0; give every "
+                "machine the same files"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- its directory
@@ -316,3 +341,35 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None
             say(job.world, f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, which {other} holds")
             has_said = True
         job.heed_stop()
+    if job.world.num_processes > 1:
+        require_shared(run_dir, job.world)
+
+
+def require_shared(run_dir: Path, world: World) -> None:
+    """UserError unless all processes see one directory: checkpoints and exports are read back there (collective)."""
+
+    def leave_mark() -> str:
+        mark = run_dir / f".{secrets.token_hex(8)}.tmp"
+        mark.touch()
+        return mark.name
+
+    def see(mark: Path) -> None:
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"output.output_dir {run_dir} on {socket.gethostname()} is not the folder that the main process "
+                    "writes: name one on a file system that all machines share"
+                )
+            time.sleep(0.2)
+
+    mark = run_dir / on_main(leave_mark, world)
+    try:
+        on_every(lambda: see(mark))
+    finally:
+        if world.is_main:
+            mark.unlink(missing_ok=True)
+
+
+_VISIBLE_SECONDS = 30
+"""As long as a network file system may remember what was there before."""

@@ -180,12 +180,13 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
 
 
 def _listen(host: str) -> socket.socket:
-    try:
+    """On every address, as torch's own store: the main machine may know its name as 127.0.1.1, or not at all.  Not for
+    a run that says itself that it is one machine's."""
+    if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, 0))
-    except OSError:  # the name others know this machine by is none of its own addresses, or none of IPv4
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", 0))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _first_line(peer: socket.socket) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -69,7 +70,9 @@ class RunDirectory:
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
         with self._writing():
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-                if leftover.is_file():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
                     leftover.unlink(missing_ok=True)
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
             write_text_atomically(self.path / "config.yaml", config_yaml)

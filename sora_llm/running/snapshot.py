@@ -19,6 +19,7 @@ from sora_llm.optim import importance_by_module
 from sora_llm.running.job import Job
 from sora_llm.running.plan import refuse_other_config
 from sora_llm.running.training import Best, Training, make_steering
+from sora_llm.running.training_data import differing_parts
 from sora_llm.schedule import FINETUNE
 
 
@@ -45,6 +46,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "loss_scale": [engine.loss_scale.state()],
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
+        "base": training.base,
         "order": job.order.position(),
         "config": to_dict(job.config),
     }
@@ -101,10 +103,18 @@ def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, 
             f"{folder} holds {state['rounds']['replicas']} replicas that took local steps apart, and this launch has "
             f"{num_replicas}; launch as many, or start a new run from the adapter with model.adapter"
         )
-    if state["data"] != job.fingerprint:
+    if other := differing_parts(state["data"], job.fingerprint):
         raise UserError(
-            f"the data is not what {folder} was trained on ({job.fingerprint} now, {state['data']} then); restore "
-            "the files, or name a new output.output_dir"
+            f"the {other} not those that {folder} was trained on; restore the files, or name a new output.output_dir"
+        )
+
+
+def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) -> None:
+    """UserError if the checkpoint was trained beside other weights than those of the `base_digest` that is given."""
+    if None not in (base, state.get("base")) and base != state["base"]:
+        raise UserError(
+            f"the files of model.name_or_path hold other weights than {folder} was trained beside; restore them, or "
+            "name a new output.output_dir"
         )
 
 

@@ -109,8 +109,8 @@ class Steering:
         for process, other in enumerate(found := gather_integers(own, device)):
             if other != found[0]:
                 raise RunFailed(
-                    f"process {process} counts {other} kept parameters and process 0 {found[0]}; restart from the last "
-                    "checkpoint and look at the memory of the machine named"
+                    f"process {process} counts {sum(other):,} kept parameters and process 0 {sum(found[0]):,}: they "
+                    "hold different gates; restart from the last checkpoint and look at the memory of their machines"
                 )
         return {budget.name: kept for budget, kept in zip(self.budgets, own, strict=True)}
 

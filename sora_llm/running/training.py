@@ -53,6 +53,8 @@ class Training:
     """Where patience counts evaluations of the finetune phase."""
     measured: int | None = None
     """The step whose dev loss was measured last, by this process."""
+    base: str | None = None
+    """`base_digest`."""
     unlogged: Mapping[str, Any] | None = None
     """What the line of step `done` needs, where the run was interrupted before it could be written."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,30 @@ class TrainingData:
     dev_report: DataReport | None
 
     def fingerprint(self, order: Order) -> dict[str, int | str]:
-        """What a checkpoint remembers of the training rows: an order of other rows would be another run.  Of a stream
-        it is the present window, the first one before a run has begun."""
+        """What a checkpoint remembers of the rows: an order of other ones would be another run, and a dev loss over
+        others not to be compared.  Of a stream it is the present window, the first one before a run has begun."""
         if self.train is None or self.train_report is None:
             assert isinstance(order, StreamOrder)
-            return {"digest": order.digest}
-        return {"rows": len(self.train), "tokens": self.train.num_tokens, "digest": self.train_report.digest}
+            found: dict[str, int | str] = {"digest": order.digest}
+        else:
+            found = {"rows": len(self.train), "tokens": self.train.num_tokens, "digest": self.train_report.digest}
+        if self.dev_report is not None:
+            found["dev_digest"] = self.dev_report.digest
+        elif self.dev is not None:
+            found |= {"dev_rows": len(self.dev), "dev_tokens": self.dev.num_tokens}
+        return found
+
+
+def differing_parts(one: Mapping[str, int | str], other: Mapping[str, int | str]) -> str:
+    """Of two fingerprints, in words: "rows of data.datasets (24 and 25) are"; "" where they are the same.  What only
+    one of them has, which another version made, is not compared."""
+    odd = [key for key in one.keys() & other.keys() if one[key] != other[key]]
+    if not odd:
+        return ""
+    is_dev = all(key.startswith("dev_") for key in odd)
+    counted = "dev_rows" if is_dev else "rows"
+    numbers = f" ({other[counted]:,} now, {one[counted]:,} then)" if counted in odd else ""
+    return f"rows of {'data.val_datasets' if is_dev else 'data.datasets'}{numbers} are"
 
 
 def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
@@ -160,6 +178,15 @@ def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str,
         "dev": section(data.dev, data.dev_report),
         "held_out": None if data.dev is None or data.dev_report else len(data.dev),
     }
+
+
+def is_of_other_rows(saved: Mapping[str, Any], config: Config, inputs: Inputs, train: DataReport) -> bool:
+    """Whether a `data_report` tells of other training rows than there are now; not where they are told otherwise, in
+    another template or length."""
+    told = {"chat_template": _template_name(config, inputs), "sequence_len": config.data.sequence_len}
+    section = saved.get("train")
+    digest = section.get("digest") if isinstance(section, dict) else None
+    return digest not in (None, train.digest) and told.items() <= saved.items()
 
 
 def _template_name(config: Config, inputs: Inputs) -> str | None:

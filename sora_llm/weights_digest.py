@@ -1,0 +1,34 @@
+"""What tells the weights of one base from those of another, without reading them whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+SAMPLE_BYTES = 4096
+"""Read at the start, the middle and the end of every tensor."""
+
+
+def weights_digest(files: Sequence[Path]) -> str:
+    """Of the tensors in some safetensors files, however they are spread over them: names, dtypes, shapes and samples of
+    their bytes.  Of a base of 7 B parameters these are 4 MB; weights that were trained on differ in nearly all places.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or is none of safetensors.
+    """
+    found: dict[str, str] = {}
+    for path in files:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                digest = hashlib.sha256(f"{tensor['dtype']}{tensor['shape']}".encode())
+                first, end = (8 + header_bytes + offset for offset in tensor["data_offsets"])
+                for place in (first, (first + end) // 2, end - SAMPLE_BYTES):
+                    file.seek(max(first, place))
+                    digest.update(file.read(min(SAMPLE_BYTES, end - max(first, place))))
+                found[name] = digest.hexdigest()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

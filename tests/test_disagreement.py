@@ -1,0 +1,115 @@
+"""Processes of one run that were given different things: a sentence before anything is trained, and nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import shared
+from runs import gsm8k_overrides
+from safetensors.torch import load_file, save_file
+from small_runs import CONFIG, Playground
+from spawn import launched
+
+from sora_llm.errors import UserError
+from sora_llm.running import job
+from sora_llm.topology import World
+from sora_llm.train import run
+from sora_llm.weights_digest import weights_digest
+
+TINY = {"train.max_steps": 4, "sora.r": 2, "quantization.load_in_4bit": False, "model.dtype": "float32"}
+
+
+def said_by_two(ground: Playground, name: str, *options: dict[str, Any]) -> str:
+    """What the main one of two processes with options of their own says, which both have to end with bad input."""
+    calls = [ground.call(name, 2, **own) for own in options]
+    children = [ground.nursery.start("faults:trainer", *call) for call in zip(calls, launched(2), strict=True)]
+    assert [child.wait() for child in children] == [2, 2], children[0].output
+    assert not ground.run_dir(name).exists()
+    return children[0].output
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a real base."""
+    folder = tmp_path_factory.mktemp("base") / "stories"
+    shutil.copytree(shared("models/stories260k"), folder)
+    return folder
+
+
+def perturb(base: Path) -> None:
+    """As if its weights had been trained on: one number of one layer is another."""
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "mlp" in name)
+    weights[name][0, 0] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_another_config_on_one_process_is_refused(ground: Playground) -> None:
+    """Under ZeRO every process would step its shard by its own learning rate, and the adapter pass its self-check."""
+    said = said_by_two(ground, "configs", {}, {"train.learning_rate": 1e-4, "sora.dense_ratio": 0.2})
+    assert "process 1 has another config than the main one, different in sora.dense_ratio, train.learning_rate" in said
+
+
+def test_another_base_on_one_process_is_refused(ground: Playground, base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    perturb(other)
+    said = said_by_two(ground, "bases", {"model.name_or_path": str(base)}, {"model.name_or_path": str(other)})
+    assert "model.name_or_path is not the same everywhere: process 1 found something else than process 0" in said
+
+
+def test_a_run_directory_that_machines_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train to its end, and fail there: what is exported is read back by all."""
+    world = World(num_processes=2, process_index=0, local_process_index=0)
+    job.require_shared(tmp_path, world)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(job, "_VISIBLE_SECONDS", 0.3)
+    monkeypatch.setattr(job, "on_main", lambda action, world: ".what-another-machine-wrote.tmp")
+    with pytest.raises(UserError, match="is not the folder that the main process writes"):
+        job.require_shared(tmp_path, world)
+
+
+def test_a_run_does_not_go_on_beside_another_base(base: Path, tmp_path: Path) -> None:
+    options = {**TINY, "model.name_or_path": str(base), "output.save_steps": 2, "output.save_total_limit": None}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    before, other = weights_digest([base / "model.safetensors"]), tmp_path / "other"
+    perturb(base)
+    assert weights_digest([base / "model.safetensors"]) != before
+    start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-2")}
+    with pytest.raises(UserError, match=r"hold other weights than .*step-2 was trained beside"):
+        run(CONFIG, *gsm8k_overrides(other, **options, **start))
+    assert not other.exists()
+
+
+def test_weights_are_the_same_however_they_lie_in_files(tmp_path: Path) -> None:
+    weights = {f"layer.{index}": torch.randn(40, 33) for index in range(5)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    names = sorted(weights)
+    for index, part in enumerate((names[:2], names[2:])):
+        save_file({name: weights[name] for name in part}, tmp_path / f"{index}.safetensors")
+    whole = weights_digest([tmp_path / "whole.safetensors"])
+    assert weights_digest([tmp_path / "1.safetensors", tmp_path / "0.safetensors"]) == whole
+    for change in ("dtype", "shape", "name", "value"):
+        other = dict(weights)
+        if change == "dtype":
+            other["layer.3"] = weights["layer.3"].view(torch.int32)
+        elif change == "shape":
+            other["layer.3"] = weights["layer.3"].reshape(33, 40)
+        elif change == "name":
+            other["layer.9"] = other.pop("layer.3")
+        else:
+            other["layer.3"] = weights["layer.3"].clone()
+            other["layer.3"][-1, -1] += 1e-3
+        save_file(other, tmp_path / "other.safetensors")
+        assert weights_digest([tmp_path / "other.safetensors"]) != whole, change
+
+
+def test_what_is_no_file_of_safetensors_has_no_digest(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes((8).to_bytes(8, "little") + b"no json!")
+    with pytest.raises(ValueError, match="Expecting value"):
+        weights_digest([tmp_path / "broken"])
