@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from sora_llm.sora import SoraLinear
 
 
+def __dir__() -> list[str]:
+    """The public names, for who looks for them."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `sora-llm --help` does not wait for torch."""
     if name not in _HOME:

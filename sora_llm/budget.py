@@ -97,7 +97,11 @@ def make_budgets(
     for pattern in budgets:
         found = [name for name in shapes if _matches(pattern, name)]
         if not found:
-            raise UserError(f"sora.budgets: {pattern!r} matches no target module; they are called {', '.join(shapes)}")
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
+            first = next(iter(shapes))
+            raise UserError(
+                f"sora.budgets: {pattern!r} matches no target module; they end in {ends}, and the first is {first}"
+            )
         for name in found:
             if name in owners:
                 raise UserError(

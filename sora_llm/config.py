@@ -221,6 +221,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
     "train.lr_scheduler_type": ("lr_scheduler",),
     "train.max_grad_norm": ("gradient_clipping",),
     "distributed.deepspeed_config": ("deepspeed", "deepspeed_config_file"),
+    "data.val_set_size": ("val_size",),
     "evaluation.per_device_eval_batch_size": ("eval_batch_size",),
     "output.resume": ("resume_from_checkpoint",),
 }
@@ -243,6 +244,35 @@ NO_EQUIVALENT = {
     "bias": "leave it out; biases are never trained",
     "use_rslora": "leave it out; set sora.lora_alpha for another scale",
     "modules_to_save": "leave it out; only adapters are trained",
+    "use_dora": "leave it out; adapters are plain LoRA",
+    "init_lora_weights": "leave it out; B starts at 0",
+    "rank_pattern": "leave it out; ranks are found, sora.budgets gives modules budgets of their own",
+    "layers_to_transform": "leave it out; sora.target_modules takes ends of module names",
+    "assistant_only_loss": "leave it out; only answers are trained on unless data.train_on_inputs is true",
+    "completion_only_loss": "leave it out; only answers are trained on unless data.train_on_inputs is true",
+    "load_best_model_at_end": "set evaluation.early_stopping_patience, under which the adapter is the best one's",
+    "metric_for_best_model": "leave it out; it is the dev loss",
+    "adam_beta1": "leave it out; it is 0.9",
+    "adam_beta2": "leave it out; it is 0.999",
+    "adam_epsilon": "leave it out; it is 1e-8",
+    "neftune_noise_alpha": "leave it out; no noise is added to embeddings",
+    "use_liger_kernel": "leave it out; logits are computed for supervised tokens alone",
+    "torch_compile": "leave it out; the adapter is one fused function",
+    "fsdp": "set distributed.strategy: zero3",
+    "fsdp_config": "set distributed.strategy: zero3",
+    "device_map": "leave it out; every process has its own device, and distributed.strategy: zero3 shards the base",
+    "dataloader_num_workers": "leave it out; rows are tokenised before training, in data.num_proc processes",
+    "dataset_num_proc": "set data.num_proc",
+    "bits": "set quantization.load_in_4bit or load_in_8bit",
+    "wandb_project": "set output.report_to: [wandb] and the environment variable WANDB_PROJECT",
+    "run_name": "leave it out; trackers take the name of output.output_dir",
+    "dataset_text_field": "set columns: {text: …} of the data set",
+    "field_messages": "set columns: {messages: …} of the data set",
+    "field_instruction": "set columns: {instruction: …} of the data set",
+    "special_tokens": "leave it out; tokenizers are taken as they are",
+    "train_file": "set data.datasets",
+    "validation_file": "set data.val_datasets",
+    "ds_type": "leave it out; a file's name says its format",
 }
 
 SPELLINGS = {  # other spellings of a choice
@@ -279,6 +309,7 @@ def _of_tree(content: dict[str, Any], file: str, overrides: Sequence[str]) -> Co
         tree = _with_value(tree, key.split("."), value, text)
         overridden.append(key)
     origin = _Origin(file, tree, tuple(overridden))
+    _refuse_unknown(tree, origin)
     config = _section(Config, tree, "", origin)
     _check_required(config, origin)
     _check_combinations(config, origin)
@@ -367,9 +398,11 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
-        known = _elsewhere(key.lstrip("-"))
+        name = key.lstrip("-")
+        known = _elsewhere(name)
         example = f"{known}={value or '…'}" if known else "train.max_steps=100"
-        raise UserError(f"The override {text!r} is not of the form section.key=value; write for example {example}")
+        instead = NO_EQUIVALENT.get(name, f"write for example {example}")
+        raise UserError(f"The override {text!r} is not of the form section.key=value; {instead}")
     section, name, *rest = key.split(".")
     renamed = ALIASES.get(f"{section}.{name}", f"{section}.{name}")
     return ".".join([renamed, *rest]), _read_yaml(value, f"The override {text!r}")
@@ -445,6 +478,21 @@ def _section(cls: type[T], tree: Any, key: str, origin: _Origin) -> T:
     return cls(**values)
 
 
+def _refuse_unknown(tree: dict[str, Any], origin: _Origin) -> None:
+    """UserError that names every key of the sections that is not ours: a config for another trainer has many."""
+    sections = get_type_hints(Config)
+    unknown = [(str(name), str(name), Config) for name in tree if name not in sections]
+    for section, cls in sections.items():
+        if isinstance(body := tree.get(section), dict):
+            known = get_type_hints(cls)
+            unknown += [(f"{section}.{name}", str(name), cls) for name in body if name not in known]
+    if len(unknown) == 1:
+        raise UserError(_unknown(*unknown[0], origin))
+    if unknown:
+        lines = (f"\n  {key} {origin.of(key)}: {_instead(key, name, cls)}" for key, name, cls in unknown)
+        raise UserError(f"{len(unknown)} keys are not keys of the config:{''.join(lines)}")
+
+
 def _convert(value: Any, hint: Any, key: str, origin: _Origin) -> Any:
     """`value` as the type hint says, or `_MismatchError`.  Integers pass for floats; true and false are not numbers."""
     kind, args = get_origin(hint) or hint, get_args(hint)
@@ -505,16 +553,20 @@ def _describe(hint: Any) -> str:
 
 
 def _unknown(key: str, name: str, cls: type, origin: _Origin) -> str:
-    """The message for a key that `cls` does not have: the nearest valid one, or what to do without it."""
-    start = f"{key} {origin.of(key)} is not a key of the config"
+    """The message for a key that `cls` does not have."""
+    return f"{key} {origin.of(key)} is not a key of the config; {_instead(key, name, cls)}"
+
+
+def _instead(key: str, name: str, cls: type) -> str:
+    """What to write in place of a key that `cls` does not have: the nearest valid one, or what to do without it."""
     if name in NO_EQUIVALENT:
-        return f"{start}; {NO_EQUIVALENT[name]}."
+        return f"{NO_EQUIVALENT[name]}."
     parent = key.rpartition(".")[0]
     own = {field_.name: f"{parent}.{field_.name}".lstrip(".") for field_ in fields(cls)}
     own |= {alias.partition(".")[2]: to for alias, to in ALIASES.items() if alias.partition(".")[0] == parent}
     nearest = difflib.get_close_matches(name, own, n=1)
     known = _elsewhere(name) or (own[nearest[0]] if nearest else None)
-    return f"{start}; did you mean {known}?" if known else f"{start}; allowed there: {_names(cls)}."
+    return f"did you mean {known}?" if known else f"allowed there: {_names(cls)}."
 
 
 def _elsewhere(name: str) -> str | None:

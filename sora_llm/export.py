@@ -30,7 +30,7 @@ from sora_llm.artifacts.card import (
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
-from sora_llm.factors import PlainFactors, empty_factors, product_distance
+from sora_llm.factors import PlainFactors, empty_factors, kept_params, product_distance
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
 from sora_llm.quantised import coarsest_dtype
@@ -407,6 +407,7 @@ def certify_and_publish(
         "passed": True,
         "layout": layout,
         "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
+        "stored_params": _stored_params(layout, ranks, layer_shapes(adapters(model))),
         "logits_error": errors.logits,
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
@@ -424,6 +425,22 @@ def certify_and_publish(
     return publish_export(temporary, folder, certificate, card)
 
 
+def _stored_params(layout: str, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """How many numbers the factors' file holds: padded ones, zeros included, have one rank everywhere."""
+    costs = {name: sum(shapes[name]) for name in ranks}
+    if layout == "padded":
+        return max(1, *ranks.values()) * sum(costs.values())
+    return sum(rank * costs[name] for name, rank in ranks.items())
+
+
+def padding_in_words(certificate: Mapping[str, Any], kept: int) -> str:
+    """Behind the number of parameters that were kept: how many are stored, where these are more; else ""."""
+    stored = certificate["stored_params"]
+    return (
+        f" ({stored:,} stored, padded with zeros to one rank; layout ragged stores {kept:,})" if stored > kept else ""
+    )
+
+
 def _of_any_layer(name: str) -> str:
     """A module's name without the number of its layer."""
     return re.sub(r"\.\d+\.", ".*.", name)
@@ -437,9 +454,9 @@ def _card(
     verdicts: Mapping[str, Verdict],
     provenance: Provenance,
 ) -> str:
-    worst = worst_delta_error(certificate)
+    worst, padding = worst_delta_error(certificate), padding_in_words(certificate, kept_params(ranks, shapes))
     return model_card(
-        f"layout `{layout}`, scale folded into the factors (`lora_alpha == r`)",
+        f"layout `{layout}`{padding}, scale folded into the factors (`lora_alpha == r`)",
         ranks,
         shapes,
         f"PEFT {certificate['peft_version']} reloads it with the ΔW of every module (largest relative difference "

@@ -53,8 +53,12 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def publish(temporary: Path, folder: Path) -> None:
     """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  What
-    a killed process had left aside is deleted too.  Of several processes that do so at once, the last one's stays."""
+    a killed process had left aside is deleted too.  Of several processes that do so at once, the last one's stays.
+    Files are as open to others as the folder: safetensors makes its own for their owner alone."""
+    mode = temporary.stat().st_mode & 0o666
     for path in (*temporary.iterdir(), temporary):
+        if path.is_file():
+            path.chmod(mode)
         fsync(path)
     for attempt in range(_ATTEMPTS):
         old = folder.with_name(f".{folder.name}.old.{os.getpid()}.{attempt}")

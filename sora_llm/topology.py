@@ -249,7 +249,7 @@ def deepspeed_config(
             value = user_config[key]
             to = "" if isinstance(value, Mapping) else f" to {value!r}"
             raise UserError(
-                f"the DeepSpeed config sets {key}{to}, which belongs to this run's own config; remove it there, and {own}"
+                f"the DeepSpeed config sets {key}{to}, which is the config's to say; remove it there, and {own}"
             )
     for key, needed in NEEDED.items():
         if user_config.get(key, needed[0]) not in needed:

@@ -158,7 +158,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
             hub.check_target(config.output.hub_model_id, run_dir)
         inputs = check_inputs(config, strategy)
         check_attention(inputs.backbone)
-        check_output(run_dir, config.output.resume)
+        check_output(run_dir, config.output.resume, [dataset.path for dataset in inputs.datasets])
         shapes = target_shapes(config, inputs.skeleton)
         check_layout(config.output.export_layout, inputs, shapes, run_dir)
 
@@ -258,6 +258,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         on_every(lambda: job.order.seek(position))
     training = load_and_inject(job, directory, start)
     assert training.engine.zero_stage == zero_stage
+    env["adapter_params"] = training.alarms.full_params
     job.heed_stop()
     on_main(
         lambda: directory.begin(

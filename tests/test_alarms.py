@@ -99,6 +99,23 @@ def test_a_loss_that_jumps_before_the_cut_or_long_after_it_is_no_jump_of_the_cut
     assert said(alarms, None, phase="finetune", loss=8.0) == said(alarms, None, phase="finetune", loss=20.0) == ""
 
 
+def test_skipped_steps_are_said_once() -> None:
+    alarms = Alarms([], FULL)
+    assert said(alarms, skipped_steps=0) == ""
+    assert "steps are skipped (2 of the first 10)" in said(alarms, skipped_steps=2)
+    assert said(alarms, skipped_steps=3) == ""
+
+
+def test_an_adapter_that_is_worse_than_the_base() -> None:
+    alarms = Alarms([], FULL)
+    assert alarms.of_result(9.0) == [], "the base was not measured"
+    alarms.base_loss = 2.0
+    assert alarms.of_result(None) == alarms.of_result(2.0) == []
+    again = Alarms([], FULL)
+    again.load(alarms.state())
+    assert "worse than the base: its dev loss is 2.5000, that of the base 2.0000" in again.of_result(2.5)[0]
+
+
 def test_an_interruption_changes_nothing() -> None:
     behind = {"lambda": 1.0, "target_mean_rank": 20.0}
     alarms = Alarms([budget()], FULL)

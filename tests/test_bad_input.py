@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
 
-from sora_llm.data.sources import DatasetSpec, check_paths
+from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
 from sora_llm.errors import UserError
 from sora_llm.files import reaching_for_paths
 from sora_llm.running import run_state
@@ -256,6 +257,48 @@ def test_a_directory_in_use_is_refused_with_its_holder(
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     said = capsys.readouterr()
     assert "in use by process" in said.err and "waiting up to 1.5 s" in said.out
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("adapter_config.json", "holds adapter_config.json, so it is that of an adapter"),
+        ("model.safetensors", "holds model.safetensors, so it is that of an adapter"),
+        ("COMPLETE", "holds COMPLETE, so it is that of an adapter"),
+        ("metrics.jsonl/", r"metrics.jsonl is a folder there"),
+        ("checkpoints", "checkpoints is a file there, and a run has a folder of that name"),
+    ],
+)
+def test_a_run_is_not_mixed_with_what_lies_in_its_directory(tmp_path, capsys, monkeypatch, made, said) -> None:
+    monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
+    path = tmp_path / "run" / made
+    path.parent.mkdir()
+    path.mkdir() if made.endswith("/") else path.write_text("{}")
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
+    assert said in capsys.readouterr().err
+    assert [other.name for other in (tmp_path / "run").iterdir()] == [path.name]
+
+
+def test_a_run_does_not_write_into_its_data(tmp_path, capsys) -> None:
+    """The folder is read whole: what the run writes there would be rows the next time."""
+    _file(tmp_path, "rows.jsonl", ALPACA_ROW)
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset(str(tmp_path))]) == UserError.exit_code
+    assert "is in" in (said := capsys.readouterr().err) and "a folder of data that is read whole" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preferences, which are not trained on here"),
+        ({"messages": []}, "type messages fits"),
+        ({" instruction": "a", "answer": "b"}, "it has ' instruction', answer: name the right one in columns"),
+    ],
+)
+def test_rows_of_another_type_are_told_which_one_fits(tmp_path, row, said) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=re.escape(said)):
+        list(read_rows(DatasetSpec(str(file), "alpaca")))
 
 
 def test_several_processes_print_it_once(tmp_path: Path) -> None:

@@ -392,6 +392,27 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_leaves_the_later_ones_aside
     assert code == 0 and f"resuming from {folder / 'step-2'}" in output
     assert result(interrupted) == result(undisturbed[1])
     assert checkpoints(interrupted) == ["abandoned-step-3", "abandoned-step-4", "step-5", "step-6"]
+    shutil.copytree(folder / "step-5", folder / "step-3")
+    checkpoint.set_aside(interrupted, 2)
+    assert "abandoned-step-3.2" in checkpoints(interrupted), "none is deleted for another"
+
+
+def test_a_queued_job_that_goes_back_to_a_checkpoint_goes_on_when_it_is_started_again(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+) -> None:
+    """It starts with the arguments that it had, and would never come further than its time limit."""
+    folder, options = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": None}
+    options |= {"output.resume": str(folder / "step-2")}
+    for step in (5, 6):  # as if it had been stopped there
+        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+    code, _ = start(interrupted, **options)
+    assert code == 0
+    shutil.rmtree(folder / "step-6")
+    (interrupted / "status.json").write_text('{"state": "preempted"}')
+    shutil.rmtree(interrupted / "adapter")
+    code, output = start(interrupted, **options)
+    assert code == 0 and f"resuming from {folder / 'step-5'}" in output
+    assert result(interrupted) == result(undisturbed[1])
 
 
 @pytest.mark.parametrize("name", FILES)

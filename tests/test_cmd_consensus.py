@@ -213,6 +213,9 @@ def test_checkpoints_keep_the_template_that_they_were_trained_with(
     found, expected = (tmp_path / name / "chat_template.jinja" for name in ("merged", "chatml-exported"))
     assert found.read_text() == expected.read_text() != (tmp_path / "vicuna-exported" / found.name).read_text()
     assert (result["chat_template_of"], result["other_chat_templates"]) == (str(folders["chatml"]), [])
+    assert cli.main(["consensus", str(completions), str(folders["chatml"]), "--out", str(tmp_path / "merged")]) == 0
+    said = f"the chat template is that of {folders['chatml']}; {completions} was trained on plain prompts"
+    assert f"warning: {said}" in capsys.readouterr().out and said in (tmp_path / "merged" / "README.md").read_text()
 
     assert cli.main(["consensus", *map(str, folders.values()), "--out", str(tmp_path / "merged")]) == 0
     said = f"the chat template is that of {folders['chatml']}; {folders['vicuna']} was trained with another one"

@@ -589,3 +589,16 @@ def test_every_key_is_explained_and_the_page_of_them_is_up_to_date():
 
 def test_patterns_for_all_modules_may_be_the_only_budget(load):
     assert load("sora.sparse_lambda=null", "sora.budgets={attn: 2}").sora.budgets == {"attn": 2.0}
+
+
+def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
+    file = tmp_path / "axolotl.yaml"
+    file.write_text("base_model: x\nlora_r: 8\ntrain: {neftune_noise_alpha: 5}\nsora: {r: 4}\nval_set_size: 0.1\n")
+    with pytest.raises(UserError) as raised:
+        load_config(file)
+    first, *lines = str(raised.value).splitlines()
+    assert first == "4 keys are not keys of the config:"
+    assert lines[0] == f"  base_model in {file}: did you mean model.name_or_path?"
+    assert [line.split()[0] for line in lines] == ["base_model", "lora_r", "val_set_size", "train.neftune_noise_alpha"]
+    with pytest.raises(UserError, match=r"not of the form section\.key=value; set model\.dtype: bfloat16"):
+        load_config(file, ["bf16=true"])

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import socket
+import subprocess
 import warnings
 
 import pytest
@@ -18,7 +20,7 @@ from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
-from sora_llm.files import file_sha256
+from sora_llm.files import file_sha256, staging_folder
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
 from sora_llm.quantised import coarsest_dtype
 from sora_llm.sora import keep_live_slots
@@ -199,15 +201,34 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     assert json.loads((tmp_path / "adapter" / "certificate.json").read_text()) == certificate
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert certificate.keys() == {
-        *("passed", "layout", "modules", "logits_error", "peft_version", "sha256", "consumers", "files")
+        *("passed", "layout", "modules", "stored_params", "logits_error", "peft_version", "sha256"),
+        *("consumers", "files"),
     }
     assert certificate["passed"] is True and certificate["layout"] == layout
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
+    assert certificate["stored_params"] == sum(tensor.numel() for tensor in stored)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert modes == {(tmp_path / "adapter").stat().st_mode & 0o666}, "a server under another user reads them"
     assert certificate["sha256"] == hashlib.sha256(weights).hexdigest()
     assert certificate["peft_version"] == peft.__version__
     assert list(certificate["modules"]) == list(adapters(model))
     # float32 factors of a float64 product; and two float32 forward passes
     assert max(entry["delta_error"] for entry in certificate["modules"].values()) < 1e-6
     assert certificate["logits_error"] < 2e-5
+
+
+def test_processes_that_export_to_one_place_at_once_do_not_disturb_each_other(stories, tmp_path):
+    """Also those that no launcher has numbered: each writes beside the place under a name of its own."""
+    places = {staging_folder(tmp_path / "adapter") for _ in range(8)}
+    assert len(places) == 8
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    prefix = f".adapter.{socket.gethostname()}"
+    left = [tmp_path / f"{prefix}-{dead.pid}-1.tmp", tmp_path / f"{prefix}-{os.getpid()}-1.tmp"]
+    for folder in left:
+        folder.mkdir()
+    staging_folder(tmp_path / "adapter")
+    assert [folder.exists() for folder in left] == [False, True]
 
 
 def gradients(model, mode=True):

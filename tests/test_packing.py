@@ -126,6 +126,14 @@ def test_the_probe_refuses_a_model_in_which_packed_rows_see_each_other(initializ
         packing_proof.prove_packing(Leaking(tiny_llama(initializer_range=initializer_range)), "sdpa", "cpu")
 
 
+def test_the_probe_passes_nothing_that_it_cannot_compare():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="the base's own logits are not finite"):
+        packing_proof.prove_packing(model, "sdpa", "cpu")
+
+
 def test_the_probe_refuses_flash_attention_s_rule_under_another_layout(monkeypatch):
     """Flash attention reads the positions of a batch of one only; a batch of two would leak in silence."""
 

@@ -45,7 +45,7 @@ from spawn import TESTS, environment, free_port, launched
 from sora_llm import checkpoint
 from sora_llm.data.pool import map_in_order
 from sora_llm.errors import Preempted, RunFailed
-from sora_llm.running import run_state
+from sora_llm.running import lifeline, run_state
 from sora_llm.running import stop as stop_module
 from sora_llm.running.lifeline import LAUNCHER_GRACE_SECONDS
 from sora_llm.running.stop import HEED_SECONDS, LOOK_SECONDS, SIGNALS, StopRequest
@@ -172,7 +172,7 @@ def test_a_stop_file_that_is_there_at_the_start_ends_the_run_at_once(
     run_dir = ground.run_dir(name)
     for newest in (None, "checkpoints/step-2"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "STOP").touch()
+        (run_dir / "STOP").touch() if newest is None else (run_dir / "STOP").mkdir()
         assert ground.codes(name, faults=[{"place": "prepare", "do": "report"}]) == [PREEMPTED]
         assert not (run_dir / "STOP").exists() and not (run_dir.parent / "prepare-1.0").exists()
         assert (status(run_dir)["state"], status(run_dir)["checkpoint"]) == ("preempted", newest)
@@ -430,6 +430,16 @@ def test_processes_that_hang_after_a_death_are_ended(ground: Playground) -> None
         found, sentence = status(ground.run_dir(f"hung {hung}")), f"process {1 - hung} on {HOST} died"
         assert (found["state"], found["checkpoint"], found["error"]) == ("failed", "checkpoints/step-2", sentence)
         assert processes[hung].output.count(sentence) == 1
+
+
+def test_the_main_machine_is_reached_whatever_it_takes_its_own_name_for() -> None:
+    """Debian's /etc/hosts calls a machine's own name 127.0.1.1: whoever listens there alone is deaf to the others."""
+    with lifeline._listen(socket.gethostname()) as server:
+        assert server.getsockname()[0] in ("::", "0.0.0.0")
+        for address in ("127.0.0.1", "127.0.1.1"):
+            socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
+    with lifeline._listen("127.0.0.1") as server:
+        assert server.getsockname()[0] == "127.0.0.1", "a run of one machine is nobody else's"
 
 
 def test_a_process_that_stands_still_is_not_dead(ground: Playground, undisturbed: dict[int, Path]) -> None:

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
+        result |= {"separators": separators_of(sources)}
         result |= {"base_form": spec.form, "of_other_base_forms": of_other_forms(sources, spec)}
         certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
         del certificate["merge"]  # said already
@@ -136,6 +137,18 @@ def described(
     }
 
 
+def separators_of(sources: Sequence[SavedAdapter]) -> dict[str, str]:
+    """{source: what stood behind its prompts}, of those that were trained on plain text, as far as that is known."""
+    found = {source.name: recorded_separator(source.config, source.folder) for source in sources}
+    return {name: separator for name, separator in found.items() if separator is not None}
+
+
+def shared_separator(result: Mapping[str, Any]) -> str | None:
+    """The one of all sources that were trained on plain text; None where they differ, or others had conversations."""
+    found = set(result["separators"].values())
+    return found.pop() if len(found) == 1 and result["chat_template_of"] is None else None
+
+
 def export_consensus(
     sources: Sequence[SavedAdapter],
     merged: Merged,
@@ -148,14 +161,13 @@ def export_consensus(
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     config = load_config(spec)
     model = put_on(load_backbone(spec, local_device()), merged.factors)
-    separators = {recorded_separator(source.config, source.folder) for source in sources}
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
         data=list(dict.fromkeys(path for source in sources for path in source.data)),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
-        separator=separators.pop() if len(separators) == 1 else None,  # where they differ none is everybody's
+        separator=shared_separator(result),
         load_options=load_call(spec, config),
         base_loading=spec.loading,
         is_base_quantised=is_quantised(config),
@@ -197,7 +209,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{result['adapter']}: {result['layout']}, mean rank {result['mean_rank']:.2f}, {result['kept_params']:,} "
-        f"parameters{short}; relative merge error {result['merge_error']:.2e}; self-check passed",
+        f"parameters{short}; {result['merge_error']:.2e} of ΔW cut off; self-check passed",
         *(f"warning: {sentence}" for sentence in _warnings(result)),
     ]
     return "\n".join(lines)
@@ -212,6 +224,12 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     found = []
     if others := result["other_chat_templates"]:
         found.append(f"the chat template is that of {result['chat_template_of']}; {were(others)} with another one")
+    plain = result["separators"]
+    if plain and result["chat_template_of"] is not None:
+        found.append(f"the chat template is that of {result['chat_template_of']}; {were(list(plain))} on plain prompts")
+    elif len(set(plain.values())) > 1:
+        said = ", ".join(f"{name} {separator!r}" for name, separator in plain.items())
+        found.append(f"sources were trained with other separators behind prompts ({said}), so that none is everybody's")
     if others := result["of_other_base_forms"]:
         found.append(f"the base is taken as {result['base_form']}; {were(others)} beside another form of it")
     return found

@@ -170,8 +170,11 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"λ {stage['sparse_lambda']:.4g}", ", ".join(parts)
     yield "checkpoint", content["checkpoint"] or ""
     if content["adapter"]:
-        size = content["adapter_bytes"]
-        yield "adapter", f"{content['adapter']}{'' if size is None else f' ({size:,} bytes)'}"
+        size, stored = content["adapter_bytes"], content["stored_params"]
+        parts = [] if size is None else [f"{size:,} bytes"]
+        if stored is not None and stored > (content["kept_params"] or stored):
+            parts.append(f"{stored:,} numbers, padded with zeros to one rank")
+        yield "adapter", f"{content['adapter']}{f' ({chr(44).join(parts)})' if parts else ''}"
     yield "self-check", _self_check(content["self_check"])
 
 

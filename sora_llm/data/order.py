@@ -263,7 +263,10 @@ def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> t
         raise UserError(f"data.val_set_size is {val_set_size}: give a fraction below 1 or a whole number of rows")
     num_dev = max(1, round(val_set_size * len(dataset))) if is_fraction else int(val_set_size)
     if num_dev >= len(dataset):
-        raise UserError(f"data.val_set_size takes {num_dev} of {len(dataset)} rows, which leaves none to train on")
+        raise UserError(
+            f"data.val_set_size takes {num_dev} of the {len(dataset)} rows that are kept, which leaves none to train "
+            "on (sora-llm preprocess says what became of the others)"
+        )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(dataset))
     is_dev = np.isin(dataset.origins, dataset.origins[order[:num_dev]])
     if is_dev.all():

@@ -204,10 +204,19 @@ def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
         column = spec.column(our_field)
         wanted = our_field not in OPTIONAL_FIELDS or our_field in spec.columns
         if rows and wanted and column not in present and not is_in_parts(present, our_field, spec):
+            has = ", ".join(sorted(repr(one) if one != one.strip() else one for one in map(str, present))) or "none"
             raise UserError(
-                f"data set {name} has no column {column!r} (the {our_field} of type {spec.type}); it has "
-                f"{', '.join(sorted(map(str, present))) or 'none'}: name the right one in columns, or another type"
+                f"data set {name} has no column {column!r} (the {our_field} of type {spec.type}); it has {has}: "
+                f"{_what_fits(present)}"
             )
+
+
+def _what_fits(columns: Collection[str]) -> str:
+    """What to do with rows of these columns."""
+    if {"chosen", "rejected"} <= set(columns):
+        return "these are preferences, which are not trained on here; name a column with answers in columns"
+    fitting = [kind for kind, names in FIELDS.items() if names and set(names) - OPTIONAL_FIELDS <= set(columns)]
+    return f"type {' or '.join(fitting)} fits" if fitting else "name the right one in columns, or another type"
 
 
 def is_in_parts(columns: Collection[str], our_field: str, spec: DatasetSpec) -> bool:

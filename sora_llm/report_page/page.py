@@ -145,7 +145,7 @@ def _tiles(record: Record) -> str:
         tiles.append(("Dev loss", "–", _NOT_MEASURED if record.lines else "not measured yet"))
     rank = record.last("mean_rank")
     rank_note = _target_words(record) if rank is not None else "not measured yet"
-    tiles.append(("Mean rank", f"{_rank(record.first('mean_rank'))} → {_rank(rank)}", rank_note))
+    tiles.append(("Mean rank", f"{_rank(record.full_mean_rank)} → {_rank(rank)}", rank_note))
     kept, all_params = record.last("kept_params"), record.all_params
     share = f"{kept / all_params:.1%} of {all_params:,.0f}" if kept is not None and all_params else "not measured yet"
     tiles.append(("Kept parameters", markup.count(kept), share))

@@ -159,8 +159,18 @@ class Record:
 
     @property
     def all_params(self) -> float | None:
-        """Parameters of the adapter before anything was pruned, as far as the lines show."""
-        return max((value for _, value in self.series("kept_params")), default=None)
+        """Parameters of the adapter before anything was pruned; of an older run as far as the lines show."""
+        said = as_int(self.env.get("adapter_params"))
+        return said or max((value for _, value in self.series("kept_params")), default=None)
+
+    @property
+    def full_mean_rank(self) -> float | None:
+        """The mean rank before anything was pruned, by what kept parameters are of it in any line."""
+        for line in self.lines:
+            kept, rank = as_number(line.get("kept_params")), as_number(line.get("mean_rank"))
+            if kept and rank and self.all_params:
+                return rank * self.all_params / kept
+        return self.first("mean_rank")
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -290,7 +300,7 @@ def summary(record: Record) -> dict[str, Any]:
         "eval_loss": record.last("eval_loss"),
         "eval_step": record.eval_step,
         "eval_loss_exported": record.last("eval_loss_exported"),
-        "mean_rank_before": record.first("mean_rank"),
+        "mean_rank_before": record.full_mean_rank,
         "mean_rank": record.last("mean_rank"),
         "kept_params": record.last("kept_params"),
         "all_params": record.all_params,
@@ -302,6 +312,7 @@ def summary(record: Record) -> dict[str, Any]:
         "checkpoint": record.status.get("checkpoint"),
         "adapter": record.status.get("adapter"),
         "adapter_bytes": record.adapter_bytes,
+        "stored_params": as_int(record.certificate.get("stored_params")),
         "self_check": None
         if not record.certificate
         else {

@@ -22,16 +22,23 @@ class Alarms:
     """Watches the lines of a run.  `state` is what it remembers between two lines, for checkpoints."""
 
     def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
-        self._budgets, self._full = tuple(budgets), full_params
+        self._budgets, self.full_params = tuple(budgets), full_params
         self._raised: list[str] = []
         self._saturated_lines = 0
         self._last_loss: float | None = None
         self._has_cut = False
+        self.base_loss: float | None = None
+        """Dev loss before training."""
 
     def of_line(self, line: Mapping[str, Any], place: float | None) -> list[str]:
         """The alarms that this line of metrics raises; `place` ∈ (0, 1] is its place in the sparsify window, None where
         no gate is cut."""
         found: dict[str, str] = {}
+        if line.get("skipped_steps"):
+            found["skipped"] = (
+                f"steps are skipped ({line['skipped_steps']} of the first {line['step']}), because the loss or a "
+                "gradient is not finite; lower train.learning_rate if there are more (metrics.jsonl has their number)"
+            )
         if line["phase"] == SPARSIFY and place is not None:
             found |= self._of_gates(line, place)
         if line["phase"] == FINETUNE and not self._has_cut:
@@ -48,13 +55,18 @@ class Alarms:
     def _of_gates(self, line: Mapping[str, Any], place: float) -> dict[str, str]:
         found = {}
         kept = line["kept_params"]
-        if not self._budgets and kept < DYING_SHARE * self._full:
+        if not self._budgets and kept < DYING_SHARE * self.full_params:
             found["dying"] = (
-                f"all gates are dying: {kept:,} of {self._full:,} parameters are left at step {line['step']}; lower "
-                "sora.sparse_lambda or sora.gate_lr"
+                f"all gates are dying: {kept:,} of {self.full_params:,} parameters are left at step {line['step']}; "
+                "lower sora.sparse_lambda or sora.gate_lr"
             )
         is_by_quantile = "threshold" in line or "thresholds" in line
-        if place >= 0.5 and kept == self._full and line.get("budget_params", 0) < self._full and not is_by_quantile:
+        if (
+            place >= 0.5
+            and kept == self.full_params
+            and line.get("budget_params", 0) < self.full_params
+            and not is_by_quantile
+        ):
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
             found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"
         lambdas = line.get("lambdas", {"": line.get("lambda")})
@@ -101,6 +113,17 @@ class Alarms:
                 )
         return self._new(found)
 
+    def of_result(self, eval_loss: float | None) -> list[str]:
+        """The alarms that the adapter which is about to be exported raises."""
+        if eval_loss is None or self.base_loss is None or eval_loss <= self.base_loss:
+            return []
+        return self._new(
+            {
+                "worse": f"the adapter is worse than the base: its dev loss is {eval_loss:.4f}, that of the base "
+                f"{self.base_loss:.4f}; lower train.learning_rate, or train longer"
+            }
+        )
+
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {key: sentence for key, sentence in found.items() if key not in self._raised}
         self._raised += new
@@ -113,6 +136,7 @@ class Alarms:
             "saturated_lines": self._saturated_lines,
             "last_loss": self._last_loss,
             "has_cut": self._has_cut,
+            "base_loss": self.base_loss,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -120,6 +144,7 @@ class Alarms:
         self._raised = list(state["raised"])
         self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
         self._has_cut = bool(state["has_cut"])
+        self.base_loss = state.get("base_loss")
 
 
 class Patience:

@@ -27,7 +27,7 @@ from sora_llm.running.job import (
     say,
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
-from sora_llm.running.measures import dev_loss, final_masters, loss_over
+from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
 from sora_llm.running.plan import stage_name
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
@@ -61,10 +61,11 @@ def cut_and_export(training: Training) -> StageResult:
             **training.labels,
             **training.late_round,
             "best_step": None if training.best is None else training.best.step,
-            "alarms": training.alarmed or None,
         }
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
+        training.alarmed += raise_alarms(job, training.alarms.of_result(fields.get("eval_loss")))
+        fields["alarms"] = training.alarmed or None
         if is_path and job.data.train is not None:
             fields["train_loss"] = memorisation(job, model)
         exported = verified_export.export_verified(
@@ -74,7 +75,7 @@ def cut_and_export(training: Training) -> StageResult:
             else directory.path / "adapter",
             adapter_layout(config.output.export_layout),
             world=job.world,
-            provenance=provenance(job, fields),
+            provenance=provenance(training, fields),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
@@ -92,21 +93,26 @@ def cut_and_export(training: Training) -> StageResult:
     worst = worst_delta_error(exported.certificate)
     say(
         job.world,
-        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept; self-check passed "
+        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept"
+        f"{export.padding_in_words(exported.certificate, ranks.kept_params)}; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
     return StageResult(exported, goes_on_from, factors)
 
 
-def provenance(job: Job, line: Mapping[str, Any]) -> Provenance:
+def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
     """What model card and certificate say about the run; `line` is that of its export."""
-    config = job.config
+    job, config = training.job, training.job.config
     story, notes = story_of_run(line)
+    losses = {
+        "dev loss of the base": training.alarms.base_loss,
+        "dev loss of the trained adapter": line.get("eval_loss"),
+    }
     return Provenance(
         base_model=config.model.name_or_path,
         revision=config.model.revision,
         data=[dataset.path for dataset in config.data.datasets],
-        metrics={"dev loss of the trained adapter": line["eval_loss"]} if "eval_loss" in line else {},
+        metrics={name: loss for name, loss in losses.items() if loss is not None},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
         separator=plain_separator(config),
@@ -147,7 +153,9 @@ def leave_beside(training: Training, result: StageResult) -> None:
         assert factors is not None, "they are the main process's"
         run_dir, device = training.directory.path, job.accelerator.device
         try:
-            return export_beside(layout, job.inputs, factors, run_dir, provenance=provenance(job, line), device=device)
+            return export_beside(
+                layout, job.inputs, factors, run_dir, provenance=provenance(training, line), device=device
+            )
         except UserError as error:  # `check_layout` found nothing when the run began
             raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
 

@@ -116,8 +116,9 @@ def start_lora(config: Config) -> LoraFiles:
     return read_lora(folder)
 
 
-def check_output(run_dir: Path, resume: str) -> None:
-    """UserError if the run directory cannot be made or written, or `resume` cannot be followed; leaves nothing."""
+def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> None:
+    """UserError if the run directory cannot be made or written, is somebody else's (of an adapter, a model, or one of
+    the `data_paths`), or `resume` cannot be followed; leaves nothing."""
     try:
         if run_dir.is_symlink() and not run_dir.exists():
             raise UserError(
@@ -138,6 +139,7 @@ def check_output(run_dir: Path, resume: str) -> None:
         raise UserError(
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
+    _refuse_strange_contents(run_dir, data_paths)
     try:
         refuse_other_contents(run_dir / "adapter", may_have_additions=True)  # at the end it would be too late
     except UserError as error:
@@ -153,3 +155,29 @@ def check_output(run_dir: Path, resume: str) -> None:
             checkpoint.check_complete(folder)
         except UserError as error:
             raise UserError(f"output.resume: {error}") from None
+
+
+def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
+    """UserError if a run would be mixed with what lies in `run_dir`, or could not write beside it."""
+    for name in (CONFIG, checkpoint.COMPLETE, *MODEL_FILES):
+        if (run_dir / name).is_file():
+            raise UserError(
+                f"output.output_dir {run_dir} holds {name}, so it is that of an adapter, a checkpoint or a model; name "
+                "a folder of its own for the run"
+            )
+    for path in data_paths:
+        if (folder := Path(path).expanduser()).is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"output.output_dir {run_dir} is in {path}, a folder of data that is read whole; name one outside of it"
+            )
+    for name in RUN_FILES:
+        if (run_dir / name).is_dir():
+            raise UserError(f"output.output_dir {run_dir}: {name} is a folder there, and a run has a file of that name")
+    for name in RUN_FOLDERS:
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise UserError(f"output.output_dir {run_dir}: {name} is a file there, and a run has a folder of that name")
+
+
+MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
+RUN_FILES = ("config.yaml", "env.json", "status.json", "metrics.jsonl", "ranks.jsonl", "report.html")
+RUN_FOLDERS = ("checkpoints", "adapter", "path", "plots", "trackers")

@@ -141,7 +141,7 @@ def announce(job: Job) -> None:
 def pruning(stage: Stage) -> str:
     """When gates are pruned, in words."""
     first, end = stage.weighed_at, stage.phases.sparsify_end
-    return f"pruning in steps {first}–{end}" if first < end else f"pruned by the cut alone, at step {end}"
+    return f"pruning in steps {first + 1}–{end}" if first < end else f"pruned by the cut alone, at step {end}"
 
 
 def local_updates(job: Job, replicas: Replicas) -> str:

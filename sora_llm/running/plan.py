@@ -252,6 +252,6 @@ def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, 
     conflicts = resume_conflicts(dict(old), to_dict(plan.config), old_processes, world.num_processes)
     if conflicts:
         raise UserError(
-            f"{where} belongs to a run of another config, different in {', '.join(conflicts)}; undo that, or name a "
-            "new output.output_dir"
+            f"{where} belongs to a run of another config: {', '.join(conflicts)}; undo that, or name a new "
+            "output.output_dir (model.adapter starts a run from the adapter of another)"
         )

@@ -160,7 +160,11 @@ class StopRequest:
         """The request has been obeyed.  Other processes that look for the file themselves have seen it by then."""
         if self._file_is_there():
             time.sleep(2 * LOOK_SECONDS)
-            self.file.unlink(missing_ok=True)
+            if self.file.is_dir():  # `mkdir STOP` is a request too
+                with contextlib.suppress(OSError):
+                    self.file.rmdir()
+            else:
+                self.file.unlink(missing_ok=True)
 
 
 def ignore_signals() -> None:
