@@ -97,7 +97,7 @@ class Dataset:
         "alpaca"  # what its rows are
     )
     function: str | None = None  # custom only: "module:function", a row → messages; it is imported and run
-    separator: str = ""  # prompt_completion only: put between prompt and completion
+    separator: str = ""  # prompt_completion only: put between prompt and completion, which are tokenised as one text
     streaming: bool = False  # read while training instead of before it; for all data sets or none
     split: str | None = None  # null: train
     revision: str | None = None  # of a hub data set

@@ -23,9 +23,10 @@ PAGE = Path(__file__).parents[1] / "configs" / "README.md"
 HEAD = """# Every key of the config
 
 The YAML files here are whole runs, with the command on top; this page is the schema, `sora_llm/config.py`, as a table.
-A key that is not here stops with the nearest one that is, also where other trainers call it otherwise. All keys can be
-given on the command line, as `section.key=value`, the value read as YAML; lists by index: `data.datasets.0.path=…`.
-`--print-config` shows a config with every default.
+A key that is not here stops with the nearest one that is, and one of another trainer with what to set instead; some of
+their names are [taken as ours](#names-of-other-trainers). All keys can be given on the command line, as
+`section.key=value`, the value read as YAML; lists by index: `data.datasets.0.path=…`. `--print-config` shows a config
+with every default.
 """
 
 
@@ -76,6 +77,9 @@ def page() -> str:
             parts.append(f"### Of each of data.datasets and val_datasets\n\n{table(config.Dataset)}\n")
             rows = [f"| `{kind}` | {', '.join(f'`{name}`' for name in names)} |" for kind, names in FIELDS.items()]
             parts.append("\n".join(["| type | fields that `columns` maps |", "|---|---|", *rows, ""]))
+    parts.append("## Names of other trainers\n\nTaken as ours, in the same section:\n")
+    names = [f"| {', '.join(f'`{name}`' for name in old)} | `{key}` |" for key, old in config.OLD_NAMES.items()]
+    parts.append("\n".join(["| written | taken as |", "|---|---|", *names, ""]))
     return "\n".join(parts)
 
 

@@ -146,8 +146,10 @@ def rank_chart(record: Record) -> Chart:
 
 def lambda_chart(record: Record) -> Chart:
     """λ and, where it is adaptive, the threshold τ."""
-    panels = [Panel("λ", [Series("λ", thin(record.series("lambda")), 0)], 130, from_zero=True)]
-    threshold = record.series("threshold")
+    lambdas, threshold = record.series("lambda"), record.series("threshold")
+    panels = []
+    if not threshold or any(value for _, value in lambdas):
+        panels.append(Panel("λ", [Series("λ", thin(lambdas), 0)], 130, from_zero=True))
     if threshold:
         panels.append(Panel("τ", [Series("threshold τ", thin(threshold), 1)], 130, from_zero=True))
     return Chart("lambda", "step", panels, record.spans)
@@ -168,7 +170,7 @@ def budget_chart(record: Record) -> Chart:
     """Mean rank against what the schedule wants, and kept parameters against the budget."""
     panels = []
     error = tracking_error(record)
-    if error:
+    if len(error) > 1:
         panels.append(Panel("rank error", [Series("mean rank − schedule", thin(error), 1)], 120))
     budget = record.last("budget_params")
     if budget is not None:
