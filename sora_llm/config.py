@@ -292,13 +292,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _of_tree(_read_file(Path(path)), str(path), overrides)
 
 
-def from_dict(content: dict[str, Any], origin: str) -> Config:
-    """The config that `to_dict` gave, checked as one of a file is; `origin` is where messages say that it is from.
+def from_dict(content: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The config that a file with this content gives, as `to_dict` made it or anybody; `origin` is where messages say
+    that it is from.
 
     Raises:
         UserError: as `load_config`.
     """
-    return _of_tree(content, origin, ())
+    return _of_tree(content, origin, overrides)
 
 
 def _of_tree(content: dict[str, Any], file: str, overrides: Sequence[str]) -> Config:

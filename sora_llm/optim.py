@@ -185,10 +185,10 @@ class ProxAdamW(torch.optim.AdamW):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
-    """ValueError for no such threshold, or a rate or λ that is no number from 0."""
+    """ValueError for no such threshold, or a rate, λ or decay that is no number from 0."""
     if group["threshold"] not in THRESHOLDS:
         raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
-    for key in ("lr", "sparse_lambda"):
+    for key in ("lr", "sparse_lambda", "weight_decay"):
         value = group.get(key, 0.0)  # what a group does not say is checked by torch
         if key == "lr" and isinstance(value, Tensor) and not value.is_cpu:
             continue  # for CUDA graphs: to look at it would wait for the device

@@ -12,14 +12,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sora_llm import checkpoint, hub, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.backbone import check_attention
-from sora_llm.config import Config, load_config, to_dict, to_yaml
+from sora_llm.config import Config, from_dict, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, is_timeout, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
@@ -103,10 +104,11 @@ def let_main_speak() -> None:
     time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
 
 
-def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunResult:
+def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool = False) -> RunResult:
     """Run a config to its end, in this process or as one of the processes that a launcher started.
 
-    `overrides` are "section.key=value", the value read as YAML.  Every process returns the same result; the main one
+    `config` is a YAML file, or what it would hold: {section: {key: value}}.  `overrides` are "section.key=value", the
+    value read as YAML.  Every process returns the same result; the main one
     writes the run directory.  Of a run that was stopped, or was finished before, `status["state"]` says so.
 
     In the main thread TERM, USR1, INT and HUP (unless it is ignored, as under nohup), anywhere a file STOP in the run
@@ -116,8 +118,11 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
         UserError: bad input; nothing was written, but where streamed rows turned out to be bad later on.
         RunFailed: a run that could not go on; status.json says so too.
     """
-    config = load_config(config_path, overrides)
-    run_dir = user_path(config.output.output_dir, "output.output_dir")
+    if isinstance(config, Mapping):
+        resolved = from_dict(dict(config), "the config that was given", overrides)
+    else:
+        resolved = load_config(config, overrides)
+    run_dir = user_path(resolved.output.output_dir, "output.output_dir")
     stop = StopRequest(
         run_dir,
         is_main=os.environ.get("RANK", "0") == "0",
@@ -128,11 +133,11 @@ def run(config_path: str | Path, *overrides: str, dry_run: bool = False) -> RunR
     with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
         try:
             stop.start()
-            result = run_config(config, run_dir, stop, lifeline, dry_run)
+            result = run_config(resolved, run_dir, stop, lifeline, dry_run)
         except Preempted as request:
             return leave_preempted(run_dir, stop, request, dry_run)
-        if config.output.push_to_hub:
-            push_to_hub(result, hub.repository(config.output.hub_model_id, run_dir), stop)
+        if resolved.output.push_to_hub:
+            push_to_hub(result, hub.repository(resolved.output.hub_model_id, run_dir), stop)
         return result
 
 

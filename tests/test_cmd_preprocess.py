@@ -152,7 +152,7 @@ def test_bad_rows_losses_and_dev_rows_are_told(overrides, tmp_path, capsys):
     ("settings", "said"),
     [
         ({"data.datasets": [{"path": "/nowhere/a.jsonl", "type": "messages"}]}, "/nowhere/a.jsonl does not exist"),
-        ({"data.sequence_len": 8}, "none of the 7473 rows is left to train on"),
+        ({"data.sequence_len": 8}, "none of the 7473 rows is kept"),
         ({"data.excess_length": "error", "data.sequence_len": 64}, "gsm8k_train.jsonl:1 has 139 tokens"),
         ({"data.cache_dir": "/proc/nowhere"}, "data.cache_dir"),
     ],

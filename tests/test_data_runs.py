@@ -10,7 +10,11 @@ import pytest
 from conftest import shared
 from runs import gsm8k_overrides
 
+from sora_llm.config import load_config
 from sora_llm.errors import UserError
+from sora_llm.running.inputs import check_inputs
+from sora_llm.running.training_data import load_data
+from sora_llm.topology import ALONE
 from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"
@@ -176,6 +180,44 @@ def test_a_mixture_says_the_shares_of_its_data_sets(small, tmp_path, capsys):
     assert re.search(
         r"mixture: \S+ 50.0% \(each row 0.67 times an epoch\), \S+few.jsonl 50.0% \(each row 2 times", said
     )
+
+
+def test_dev_rows_that_say_nothing_and_settings_that_change_nothing_are_warned_of(small, tmp_path, capsys):
+    dev = {**small[0], "separator": "\n"}
+    options = {**QUICK, "data.datasets": small, "data.val_datasets": [dev], "data.chat_template": "chatml"}
+    options |= {"data.train_on_last_turn_only": True}
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: the rows of data.val_datasets {dev['path']} are trained on too" in said
+    assert "has the separator '\\n' behind prompts, what is trained on has ''" in said
+    for key in ("chat_template", "train_on_last_turn_only"):
+        assert f"warning: data.{key} is for conversations, and no data set is made of them" in said
+
+
+def test_the_instances_of_an_instruction_are_not_parted(tmp_path):
+    """What is measured on one of them says little if the others were trained on."""
+    rows = [
+        {"instruction": f"Say {i}", "instances": [{"input": c, "output": f"{i}{c}"} for c in "abc"]} for i in range(20)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = {**QUICK, "data.datasets": [{"path": str(file), "type": "self_instruct"}], "data.val_set_size": 4}
+    config = load_config(
+        CONFIG, [*gsm8k_overrides(tmp_path / "run", **options), f"data.cache_dir={tmp_path / 'cache'}"]
+    )
+    data = load_data(config, check_inputs(config, "none"), ALONE)
+    assert len(data.train) + len(data.dev) == 60 and len(data.dev) % 3 == 0 and 4 <= len(data.dev) <= 12
+    assert not set(data.train.origins) & set(data.dev.origins)
+
+
+def test_a_long_text_is_split_on_one_side_of_the_dev_rows(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"{i} and on and on " * 40}) for i in range(12)))
+    options = {**QUICK, "data.datasets": [{"path": str(file), "type": "completion"}], "data.val_set_size": 3}
+    options |= {"data.sequence_len": 64, "data.excess_length": "split", "data.cache_dir": str(tmp_path / "cache")}
+    config = load_config(CONFIG, gsm8k_overrides(tmp_path / "run", **options))
+    data = load_data(config, check_inputs(config, "none"), ALONE)
+    assert len(set(data.dev.origins)) < len(data.dev) and not set(data.train.origins) & set(data.dev.origins)
 
 
 def test_a_mixture_that_loses_a_data_set_to_the_dev_rows_is_refused(small, tmp_path, capsys):

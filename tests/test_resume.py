@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import shared
 from runs import gsm8k_overrides
 from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, cli
 from sora_llm.errors import UserError
 from sora_llm.running import run_state
 from sora_llm.train import run
@@ -57,6 +58,46 @@ def test_a_checkpoint_of_other_data_is_refused(finished, tmp_path):
         checkpoint.save(directory, state.pop("step"), tensors, state)
     with pytest.raises(UserError, match=r"the rows of data\.datasets \([\d,]+ now, [\d,]+ then\) are not those that"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY))
+
+
+def test_a_run_takes_what_a_file_would_hold(finished, tmp_path):
+    content = yaml.safe_load((finished / "config.yaml").read_text())
+    result = run(content, f"output.output_dir={tmp_path / 'run'}")
+    assert result.status["state"] == "finished"
+    first, second = (folder / "adapter" / "adapter_model.safetensors" for folder in (finished, tmp_path / "run"))
+    assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(UserError, match=r"sora\.rr in the config that was given is not a key"):
+        run({**content, "sora": {"rr": 8}})
+
+
+def test_a_run_without_dev_rows_knows_how_large_it_was(tmp_path, capsys):
+    """Its first line is of a step when gates had been cut already."""
+    options = {
+        **TINY,
+        "sora.target_rank": 2,
+        "sora.sparse_lambda": None,
+        "sora.consensus_at": 0.75,
+        "sora.dense_ratio": 0.25,
+    }
+    options |= {"train.max_steps": 8, "output.logging_steps": 8}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["mean_rank_before"] == pytest.approx(4) and told["mean_rank"] <= 2
+    assert told["kept_params"] <= told["all_params"] / 2 and told["stored_params"] >= told["kept_params"]
+
+
+def test_a_run_that_made_the_base_worse_says_so(tmp_path, capsys):
+    options = {**TINY, "train.learning_rate": 1.0, "data.val_set_size": 8}
+    options |= {"quantization.load_in_4bit": False, "model.dtype": "float32"}
+    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    said = "the adapter is worse than the base: its dev loss is"
+    assert result.status["state"] == "finished" and f"warning: {said}" in capsys.readouterr().out
+    assert any(said in sentence for sentence in result.metrics["alarms"])
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "* dev loss of the base: " in card
+    assert cli.main(["inspect", str(tmp_path / "run")]) == 0 and f"! {said}" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_dev_rows(tmp_path):

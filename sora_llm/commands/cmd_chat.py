@@ -70,7 +70,7 @@ class Chat:
             import readline  # noqa: F401  # gives input() its history and its keys
         while (line := _read_line()) is not None:
             if line.startswith("/"):
-                if line == "/quit":
+                if line in ("/quit", "/exit"):
                     return
                 self.obey(line)
             elif line.strip():

@@ -100,7 +100,7 @@ def text(result: Mapping[str, Any]) -> str:
     memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
     step, processes = result["step"], result["num_processes"]
     sizes = (
-        f"{result['strategy']} on {processes} process(es)\n"
+        f"{result['strategy']} on {processes} process{'es' if processes > 1 else ''}\n"
         f"  trainable parameters  {memory.trainable_parameters:,}\n"
         f"  frozen parameters     {memory.frozen_parameters:,}\n"
         f"{memory_table(memory)}\n"

@@ -158,7 +158,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kept", f"{content['kept_params']:,} of {content['all_params']:,} parameters ({share:.1%})"
     for cost in content["phases"]:
         speed, memory = cost["median_tokens_per_second"], cost["peak_memory_gib"]
-        parts = [f"{cost['steps']:,} steps"]
+        parts = [f"{cost['steps']:,} step{'s' if cost['steps'] != 1 else ''}"]
         parts += [] if speed is None else [f"{speed:,.0f} tokens/s"]
         parts += [] if memory is None else [f"peak {memory:.2f} GiB"]
         yield cost["phase"], ", ".join(parts)

@@ -89,6 +89,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         config_file = folder / "config.yaml"
         place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
         return _as_trained(place, overrides)
+    if any(folder.glob("*.gguf")):
+        raise UserError(
+            f"{name} holds an adapter for llama.cpp, which is only written here; name what it was made from"
+        )
     raise UserError(f"{name} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
 
 

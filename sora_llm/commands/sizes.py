@@ -11,6 +11,7 @@ from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.budget import params_of
 from sora_llm.commands.places import run_of_adapter
 from sora_llm.errors import UserError
+from sora_llm.files import nearest_existing
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,8 @@ def check_out(out: Path, sources: Sequence[Path]) -> None:
         raise UserError(f"--out {out} is what the result is made of; name another folder")
     if run_of_adapter(out) is not None:
         raise UserError(f"--out {out} is the adapter of a run, which would be replaced; name another folder")
+    if not (existing := nearest_existing(out)).is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, not a folder; name another one")
     try:
         refuse_other_contents(out)
     except UserError as error:

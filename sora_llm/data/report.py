@@ -145,7 +145,7 @@ def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
     for dataset in report.datasets:
         if dataset.supervised_tokens == 0:
             raise UserError(
-                f"data set {dataset.path}: none of the {dataset.rows_read} rows is left to train on: "
+                f"data set {dataset.path}: none of the {dataset.rows_read} rows is kept: "
                 f"{', '.join(losses(dataset, report))}"
             )
 

@@ -17,7 +17,7 @@ from torch import nn
 from sora_llm import terminal
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
-from sora_llm.config import Config, differing_keys, to_dict
+from sora_llm.config import Config, Data, differing_keys, to_dict
 from sora_llm.data.order import Order
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import any_process, gather_objects, on_every, on_main
@@ -196,6 +196,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"longer{later}"
         )
     data = plan.config.data
+    yield from _of_dev_rows(data)
     if not has_conversations((*data.datasets, *(data.val_datasets or ()))):
         for key, is_set in (
             ("chat_template", data.chat_template is not None),
@@ -212,6 +213,20 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
     if sora.threshold == "decoupled" and highest >= 1:
         yield (f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient")
+
+
+def _of_dev_rows(data: Data) -> Iterator[str]:
+    """Of dev rows that are trained on too, or written otherwise than what is."""
+    for dev in data.val_datasets or ():
+        same = [one for one in data.datasets if (one.path, one.split) == (dev.path, dev.split)]
+        if same:
+            yield f"the rows of data.val_datasets {dev.path} are trained on too; their loss says nothing of others"
+        separators = {one.separator for one in data.datasets if one.type == dev.type == "prompt_completion"}
+        if separators and dev.separator not in separators:
+            yield (
+                f"data.val_datasets {dev.path} has the separator {dev.separator!r} behind prompts, what is trained on "
+                f"has {', '.join(map(repr, sorted(separators)))}"
+            )
 
 
 def say(world: World, text: str) -> None:
