@@ -439,8 +439,14 @@ def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
     assert byte.decode(encode_prompt(byte, "Hi", None)) == "<bos>Hi"
 
 
+BLANK_FIRST = (
+    "  {% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
 @needs_models
-@pytest.mark.parametrize("name", [*TEMPLATES, "one of the tokenizer"])
+@pytest.mark.parametrize("name", [*TEMPLATES, "one of the tokenizer", "blanks before it"])
 @pytest.mark.parametrize("model", ["base5m", "stories260k", "bytes", "bytes without bos"])
 def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, name):
     """Clients add no BOS to what it renders (and, under sentencepiece, no blank before it)."""
@@ -448,7 +454,7 @@ def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, 
         tokenizer = byte_tokenizer(adds_bos=model == "bytes")
     else:
         tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
-    template = TEMPLATES.get(name, THINKING)
+    template = {**TEMPLATES, "blanks before it": BLANK_FIRST}.get(name, THINKING)
     served = served_template(tokenizer, template)
     for question in ("Hi", " two\n", "\n# x"):
         ids = tokenizer.apply_chat_template(

@@ -123,8 +123,10 @@ def served_template(tokenizer: Any, template: str) -> str:
         return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(source)]
 
     trained = [tokens.ids for tokens in _tokenize(renderings(template), tokenizer)]
-    with_bos, with_blank = ("{{- " + start + " }}" + template for start in ("bos_token", "bos_token + ' '"))
-    return next((source for source in (template, with_bos, with_blank) if served(source) == trained), with_bos)
+    # Blanks before a block that begins the template are none of it, but would be behind a BOS.
+    bodies, starts = (template, template.lstrip(" \t")), ("{{- bos_token }}", "{{- bos_token + ' ' }}")
+    candidates = [template, *(start + body for body in bodies for start in starts)]
+    return next((source for source in candidates if served(source) == trained), candidates[1])
 
 
 def ends_visibly(tokenizer: Any, template: str) -> bool:
