@@ -174,6 +174,31 @@ def cut_inside_ddp() -> dict[str, str]:
     return report
 
 
+def cut_inside_zero(stage: int) -> str:
+    """What is said of a model that an engine of DeepSpeed holds."""
+    import deepspeed
+
+    model = trained()
+    optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    try:
+        consensus_prune(engine.module, target_rank=2)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_in_an_engine_of_zero_is_not_cut_under_it(stage: int) -> None:
+    """The engine would go on with the parameters from before, or fail at its next step."""
+    assert (
+        "DeepSpeed's ZeRO holds the present ones"
+        in spawn("test_consensus_prune:cut_inside_zero", 1, {"stage": stage})[0]
+    )
+
+
 def test_an_optimizer_from_before_the_cut_is_an_error_and_not_a_run_that_learns_nothing() -> None:
     model = trained()
     optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2))
