@@ -37,6 +37,7 @@ from sora_llm.running.job import (
     hold_directory,
     process_group,
     refuse_differing_runs,
+    waited_in_vain,
 )
 from sora_llm.running.layouts import check_layout, check_place
 from sora_llm.running.lifeline import Lifeline
@@ -226,7 +227,9 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
             else:
                 tell_loss(directory, loss)
             raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
-        failure = waited_in_vain(job) if is_timeout(error) else error
+        failure: BaseException = error
+        if is_timeout(error):
+            failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)
         if directory.is_begun or not isinstance(error, UserError):
             with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
                 directory.status("failed", error=str(failure) or type(failure).__name__)
@@ -234,15 +237,6 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         if failure is not error:
             raise failure from error
         raise
-
-
-def waited_in_vain(job: Job) -> RunFailed:
-    """What a collective that the others did not join comes to."""
-    minutes = job.config.distributed.timeout_minutes
-    return RunFailed(
-        f"process {job.world.process_index} waited {minutes:g} minutes (distributed.timeout_minutes) for the others, "
-        "which did not come: one of them hangs, or is much slower"
-    )
 
 
 def tell_loss(directory: RunDirectory, loss: str) -> None:

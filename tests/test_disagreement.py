@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from conftest import shared
 from runs import gsm8k_overrides
 from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, Playground
-from spawn import launched
+from spawn import launched, spawn
 
+from sora_llm.distributed.collectives import gather_objects, is_timeout
 from sora_llm.errors import UserError
 from sora_llm.running import job
 from sora_llm.topology import World
@@ -113,3 +116,20 @@ def test_what_is_no_file_of_safetensors_has_no_digest(tmp_path: Path) -> None:
     (tmp_path / "broken").write_bytes((8).to_bytes(8, "little") + b"no json!")
     with pytest.raises(ValueError, match="Expecting value"):
         weights_digest([tmp_path / "broken"])
+
+
+def meet(seconds: float) -> str | None:
+    """What the first process makes of a second one that comes so late, where two seconds are waited for."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    if torch.distributed.get_rank() == 1:
+        time.sleep(seconds)
+        return None
+    try:
+        gather_objects(1)
+    except Exception as error:
+        return str(job.waited_in_vain(1, 0.5)) if is_timeout(error) else repr(error)
+    return "nothing"
+
+
+def test_processes_that_do_not_come_are_told_in_a_sentence() -> None:
+    assert "process 1 waited 0.5 minutes" in spawn("test_disagreement:meet", 2, {"seconds": 8})[0]

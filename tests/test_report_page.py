@@ -19,7 +19,7 @@ from run_dirs import FULL_RANK, MadeUpRun, data_report
 
 from sora_llm.report_page import read_record, write_report
 from sora_llm.report_page.charts import Chart, Panel, Series, colour_of, is_dark, smooth, thin, tick_labels, ticks
-from sora_llm.report_page.grids import split_name
+from sora_llm.report_page.grids import grids_of, split_name
 from sora_llm.report_page.reading import _MAX_RANK_LINES
 from sora_llm.report_page.svg import chart_svg
 from sora_llm.running.rundir import RunDirectory
@@ -569,3 +569,12 @@ def test_ranks_above_the_palette_of_a_picture_are_drawn(tmp_path):
     run = MadeUpRun(tmp_path / "run").train()
     run.rank_lines = [{"step": s, "ranks": {"layers.0.q": r, "layers.1.q": 0}} for s, r in ((50, 4096), (100, 300))]
     assert FULL_RANK < 300 and "300" in opened(run.write("running")).text
+
+
+def test_projections_stand_as_data_meets_them_whatever_the_alphabet_says():
+    usual = ("mlp.down_proj", "mlp.gate_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj")
+    (grid,), others = grids_of({f"model.layers.{layer}.{name}": 1 for layer in (1, 0) for name in usual})
+    assert [name.rpartition(".")[2][0] for name in grid.projections] == ["q", "k", "o", "g", "d"] and not others
+    assert grid.layers == [0, 1]
+    (grid,), _ = grids_of({f"h.0.{name}": 1 for name in ("mlp.c_proj", "attn.q_proj")})
+    assert grid.projections == ["mlp.c_proj", "attn.q_proj"], "as they came"

@@ -38,10 +38,23 @@ def grids_of(ranks: Mapping[str, int]) -> tuple[list[Grid], dict[str, int]]:
         else:
             stacks.setdefault(place[0], {})[place[1], place[2]] = name
     grids = [
-        Grid(stack, sorted({layer for layer, _ in cells}), list(dict.fromkeys(name for _, name in cells)), cells)
+        Grid(stack, sorted({layer for layer, _ in cells}), _in_order(dict.fromkeys(name for _, name in cells)), cells)
         for stack, cells in stacks.items()
     ]
     return grids, others
+
+
+IN_A_BLOCK = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""As data meets them; files of adapters have them by the alphabet."""
+
+
+def _in_order(projections: Iterable[str]) -> list[str]:
+    """As in a block, where they are the usual ones; else as they came."""
+    found = list(projections)
+    places = {name: name.rpartition(".")[2] for name in found}
+    if not set(places.values()) <= set(IN_A_BLOCK):
+        return found
+    return sorted(found, key=lambda name: IN_A_BLOCK.index(places[name]))
 
 
 def short_names(projections: Iterable[str]) -> dict[str, str]:

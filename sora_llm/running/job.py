@@ -22,7 +22,7 @@ from sora_llm.data.order import Order
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import any_process, gather_objects, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
-from sora_llm.errors import Preempted, UserError
+from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.estimates.memory import MemoryEstimate
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
@@ -299,6 +299,14 @@ def process_group(
         raise
     lifeline.close()
     group.end(accelerator, environ)
+
+
+def waited_in_vain(process: int, minutes: float) -> RunFailed:
+    """What a collective that other processes did not join comes to."""
+    return RunFailed(
+        f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others, which did not "
+        "come: one of them hangs, or is much slower"
+    )
 
 
 OWN_TO_A_MACHINE = ("data.datasets", "data.val_datasets", "data.num_proc", "data.cache_dir", "model.name_or_path")
