@@ -6,12 +6,16 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import logging
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -521,3 +525,16 @@ def dequantised(weight: Tensor, spec: BackboneSpec, device: torch.device | str) 
         quant_storage=DTYPES[spec.quant_storage],
     )
     return functional.dequantize_4bit(codes, state).cpu()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and advice out of the run's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Announcements for the authors of the libraries that we call, not for who runs this one.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
+    # DDP's reducer tells (O, 1) with strides (1, O) from the same with (1, 1): the same bytes in the same order.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -207,7 +207,8 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(run_dir: Path, step: int) -> None:
-    """Rename what must not count as one of those to keep, nor as the newest, when a run goes on from `step`.
+    """Rename what is of later steps when a run goes on from `step`, so that it counts neither as the newest nor as one
+    of those to keep.
 
     A later one, which the run has gone back from, becomes abandoned-step-N, or abandoned-step-N.2 and so on where there
     is one already; what is no whole checkpoint damaged-step-N.  Earlier ones are not read.

@@ -17,7 +17,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -111,8 +111,8 @@ class Data:
 
     datasets: tuple[Dataset, ...] = ()  # required: what is trained on, see below
     val_set_size: Annotated[int, ">= 1"] | Annotated[float, "> 0", "< 1"] | None = None
-    # dev rows taken from datasets: below 1 a fraction, else a count (some more, where several rows are made of one row
-    # of a file, which stay together); at most one of this and val_datasets
+    # dev rows taken from datasets: below 1 a fraction, else a count (what is made of one row of a file stays together,
+    # so that the last one may bring some more); at most one of this and val_datasets
     val_datasets: tuple[Dataset, ...] | None = None  # dev rows of their own
     chat_template: str | None = None  # null: the tokenizer's; or a built-in, or a jinja file
     train_on_inputs: bool = False  # true: the loss covers the prompt too
@@ -299,7 +299,16 @@ def from_dict(content: dict[str, Any], origin: str, overrides: Sequence[str] = (
     Raises:
         UserError: as `load_config`.
     """
-    return _of_tree(content, origin, overrides)
+    return _of_tree(_as_read(content), origin, overrides)
+
+
+def _as_read(value: Any) -> Any:
+    """What Python has other kinds of, as YAML has it: paths are text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {name: _as_read(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_read(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _of_tree(content: dict[str, Any], file: str, overrides: Sequence[str]) -> Config:

@@ -6,6 +6,7 @@ The gate and the scale s are folded into the factors, so the right scale is 1 in
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -407,7 +408,7 @@ def certify_and_publish(
         "passed": True,
         "layout": layout,
         "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
-        "stored_params": _stored_params(layout, ranks, layer_shapes(adapters(model))),
+        "stored_params": _stored_params(temporary / WEIGHTS),
         "logits_error": errors.logits,
         "peft_version": peft.__version__,
         "sha256": file_sha256(temporary / WEIGHTS),
@@ -425,12 +426,10 @@ def certify_and_publish(
     return publish_export(temporary, folder, certificate, card)
 
 
-def _stored_params(layout: str, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:
-    """How many numbers the factors' file holds: padded ones, zeros included, have one rank everywhere."""
-    costs = {name: sum(shapes[name]) for name in ranks}
-    if layout == "padded":
-        return max(1, *ranks.values()) * sum(costs.values())
-    return sum(rank * costs[name] for name, rank in ranks.items())
+def _stored_params(weights: Path) -> int:
+    """How many numbers a file of factors holds, the zeros of padding included."""
+    with safe_open(weights, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def padding_in_words(certificate: Mapping[str, Any], kept: int) -> str:

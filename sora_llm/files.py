@@ -11,6 +11,7 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def publish(temporary: Path, folder: Path) -> None:
     Files are as open to others as the folder: safetensors makes its own for their owner alone."""
     mode = temporary.stat().st_mode & 0o666
     for path in (*temporary.iterdir(), temporary):
-        if path.is_file():
-            path.chmod(mode)
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(PermissionError):  # of file systems without modes
+                path.chmod(mode)
         fsync(path)
     for attempt in range(_ATTEMPTS):
         old = folder.with_name(f".{folder.name}.old.{os.getpid()}.{attempt}")
@@ -90,14 +92,33 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """`staging` for those who remove it themselves.  Each process has its own; what one of this machine left there
-    when it was killed is gone."""
-    prefix = f".{folder.name}.{socket.gethostname()}-"
-    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        process = leftover.name.removeprefix(prefix).partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+    """`staging` for those who remove it themselves.  Each process has its own; what one left there when it was killed
+    is gone."""
+    remove_abandoned(folder.parent, folder.name)
+    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_abandoned(place: Path, name: str = "*") -> None:
+    """Remove the staging folders in `place`, of all folders or of the one of that `name`, whose process is gone: of
+    this machine, or of another one that has not touched them for a day."""
+    pattern = name if name == "*" else glob.escape(name)
+    for leftover in place.glob(f".{pattern}.*-*-*.tmp"):
+        machine, process, _ = leftover.name.rsplit("-", 2)
+        is_ours = machine.endswith(f".{socket.gethostname()}") and process.isdecimal()
+        is_over = not psutil.pid_exists(int(process)) if is_ours else _age(leftover) > _ABANDONED_SECONDS
+        if leftover.is_dir() and is_over:
             shutil.rmtree(leftover, ignore_errors=True)
-    return folder.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something in a folder was changed."""
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:  # it was renamed or removed just now
+        return 0.0
 
 
 def copy_folder(source: Path, folder: Path) -> None:

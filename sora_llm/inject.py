@@ -80,8 +80,8 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_new_parameters(model: nn.Module, who: str) -> None:
-    """UserError where parameters that `who` makes would not be trained: in inference_mode, or in a
-    DistributedDataParallel or an engine of ZeRO, which go on reducing those that they were made with."""
+    """UserError where parameters that `who` makes would not be trained: in inference_mode, or in the place of adapters
+    that a DistributedDataParallel or an engine of ZeRO reduces, which go on with those that they were made with."""
     if torch.is_inference_mode_enabled():
         raise UserError(f"{who} makes parameters, which could not be trained from inside inference_mode")
     if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import sys
-import warnings
-from importlib import import_module
 from typing import TextIO, TypeGuard
 
 _open_on: TextIO | None = None
@@ -59,20 +56,6 @@ def stop_printing(stream: TextIO) -> None:
     """Let what is still printed on `stream` go nowhere: the interpreter would complain once more when it ends."""
     with contextlib.suppress(OSError):  # a stream without a file, as in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and advice out of the run's own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Announcements for the authors of the libraries that we call, not for who runs this one.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
-    # DDP's reducer tells (O, 1) with strides (1, O) from the same with (1, 1): the same bytes in the same order.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    of_transformers = import_module("transformers.utils").logging  # here: seconds, which most commands do not need
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
 
 
 def _write(text: str, stream: TextIO | None) -> None:

@@ -23,7 +23,7 @@ OWN_KEYS = {
     "gradient_clipping": "set train.max_grad_norm",
 }
 """Of a DeepSpeed config, and what to set instead."""
-NEEDED = {"communication_data_type": (None, "auto", "fp32"), "compute_grad_norm": (True, "auto")}
+NEEDED = {"communication_data_type": (None, "fp32"), "compute_grad_norm": (True,)}
 """Of a DeepSpeed config, keys that change gradients, and the values that do not; the first is the default."""
 _PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
@@ -245,11 +245,11 @@ def deepspeed_config(
         return quiet | ours
     _refuse_optimizer_offload(user_config)
     for key, own in OWN_KEYS.items():
-        if user_config.get(key, "auto") not in ("auto", ours.get(key)):
+        if user_config.get(key, "auto") not in ("auto", ours.get(key, "auto")):
             value = user_config[key]
             to = "" if isinstance(value, Mapping) else f" to {value!r}"
             raise UserError(
-                f"the DeepSpeed config sets {key}{to}, which is the config's to say; remove it there, and {own}"
+                f"the DeepSpeed config sets {key}{to}, which belongs to this run's YAML; remove it there, and {own}"
             )
     for key, needed in NEEDED.items():
         if user_config.get(key, needed[0]) not in needed:

@@ -109,8 +109,8 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
     """Run a config to its end, in this process or as one of the processes that a launcher started.
 
     `config` is a YAML file, or what it would hold: {section: {key: value}}.  `overrides` are "section.key=value", the
-    value read as YAML.  Every process returns the same result; the main one
-    writes the run directory.  Of a run that was stopped, or was finished before, `status["state"]` says so.
+    value read as YAML.  Every process returns the same result; the main one writes the run directory.  Of a run that
+    was stopped, or was finished before, `status["state"]` says so.
 
     In the main thread TERM, USR1, INT and HUP (unless it is ignored, as under nohup), anywhere a file STOP in the run
     directory, make it stop with a checkpoint and the status "preempted".
@@ -120,10 +120,10 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
         RunFailed: a run that could not go on; status.json says so too.
     """
     if isinstance(config, Mapping):
-        resolved = from_dict(dict(config), "the config that was given", overrides)
+        loaded = from_dict(dict(config), "the config that was given", overrides)
     else:
-        resolved = load_config(config, overrides)
-    run_dir = user_path(resolved.output.output_dir, "output.output_dir")
+        loaded = load_config(config, overrides)
+    run_dir = user_path(loaded.output.output_dir, "output.output_dir")
     stop = StopRequest(
         run_dir,
         is_main=os.environ.get("RANK", "0") == "0",
@@ -134,11 +134,11 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
     with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
         try:
             stop.start()
-            result = run_config(resolved, run_dir, stop, lifeline, dry_run)
+            result = run_config(loaded, run_dir, stop, lifeline, dry_run)
         except Preempted as request:
             return leave_preempted(run_dir, stop, request, dry_run)
-        if resolved.output.push_to_hub:
-            push_to_hub(result, hub.repository(resolved.output.hub_model_id, run_dir), stop)
+        if loaded.output.push_to_hub:
+            push_to_hub(result, hub.repository(loaded.output.hub_model_id, run_dir), stop)
         return result
 
 
@@ -164,7 +164,9 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
             hub.check_target(config.output.hub_model_id, run_dir)
         inputs = check_inputs(config, strategy)
         check_attention(inputs.backbone)
-        check_output(run_dir, config.output.resume, [dataset.path for dataset in inputs.datasets])
+        check_output(
+            run_dir, config.output.resume, [dataset.path for dataset in (*inputs.datasets, *inputs.val_datasets)]
+        )
         shapes = target_shapes(config, inputs.skeleton)
         check_layout(config.output.export_layout, inputs, shapes, run_dir)
 
@@ -177,7 +179,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         accelerator = stack.enter_context(group)
         stop.at_once = False
         fingerprint = data.fingerprint(order)
-        refuse_differing_runs(plan.config, fingerprint)
+        refuse_differing_runs(config, fingerprint)
         if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
             return finished
         replicas = None
@@ -257,7 +259,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         on_every(lambda: job.order.seek(position))
     training = load_and_inject(job, directory, start)
     assert training.engine.zero_stage == zero_stage
-    env["adapter_params"] = training.alarms.full_params
+    env["adapter_params"] = training.full_params
     job.heed_stop()
     on_main(
         lambda: directory.begin(

@@ -108,12 +108,14 @@ def test_skipped_steps_are_said_once() -> None:
 
 def test_an_adapter_that_is_worse_than_the_base() -> None:
     alarms = Alarms([], FULL)
-    assert alarms.of_result(9.0) == [], "the base was not measured"
-    alarms.base_loss = 2.0
-    assert alarms.of_result(None) == alarms.of_result(2.0) == []
+    assert alarms.of_result(9.0, "the base") == [], "the base was not measured"
+    alarms.start_loss = 2.0
+    assert alarms.of_result(None, "the base") == alarms.of_result(2.0, "the base") == []
     again = Alarms([], FULL)
     again.load(alarms.state())
-    assert "worse than the base: its dev loss is 2.5000, that of the base 2.0000" in again.of_result(2.5)[0]
+    said = "worse than the base: its dev loss is 2.5000, and was 2.0000 before training"
+    assert said in again.of_result(2.5, "the base")[0] and again.of_result(2.6, "the base") == []
+    assert again.of_result(2.5, "the base", stage_number=1), "of each stage"
 
 
 def test_an_interruption_changes_nothing() -> None:

@@ -292,6 +292,7 @@ def test_a_run_does_not_write_into_its_data(tmp_path, capsys) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preferences, which are not trained on here"),
         ({"messages": []}, "type messages fits"),
         ({" instruction": "a", "answer": "b"}, "it has ' instruction', answer: name the right one in columns"),
+        ({"instruction": "a", "answer": "b"}, "it has answer, instruction: name the right one in columns"),
     ],
 )
 def test_rows_of_another_type_are_told_which_one_fits(tmp_path, row, said) -> None:

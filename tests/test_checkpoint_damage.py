@@ -397,21 +397,33 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_leaves_the_later_ones_aside
     assert "abandoned-step-3.2" in checkpoints(interrupted), "none is deleted for another"
 
 
+@pytest.mark.parametrize("limit", [None, 2])
 def test_a_queued_job_that_goes_back_to_a_checkpoint_goes_on_when_it_is_started_again(
-    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path], limit: int | None
 ) -> None:
     """It starts with the arguments that it had, and would never come further than its time limit."""
-    folder, options = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": None}
+    folder, options = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": limit}
     options |= {"output.resume": str(folder / "step-2")}
-    for step in (5, 6):  # as if it had been stopped there
-        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
     code, _ = start(interrupted, **options)
-    assert code == 0
-    shutil.rmtree(folder / "step-6")
+    assert code == 0 and (folder / "step-2").exists() == (limit is None)
+    shutil.rmtree(folder / "step-6")  # as if it had been stopped at step 5
     (interrupted / "status.json").write_text('{"state": "preempted"}')
     shutil.rmtree(interrupted / "adapter")
     code, output = start(interrupted, **options)
     assert code == 0 and f"resuming from {folder / 'step-5'}" in output
+    assert result(interrupted) == result(undisturbed[1])
+
+
+def test_a_checkpoint_from_before_bases_and_dev_rows_were_compared_is_gone_on_from(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+) -> None:
+    folder = interrupted / "checkpoints" / "step-4"
+    state, tensors = json.loads((folder / "state.json").read_text()), checkpoint.read_tensors(folder)
+    del state["base"], state["alarms"]["start_loss"]
+    state["data"] = {name: part for name, part in state["data"].items() if not name.startswith("dev_")}
+    checkpoint.save(interrupted, state.pop("step"), tensors, state)
+    code, output = start(interrupted)
+    assert code == 0 and f"resuming from {folder}" in output
     assert result(interrupted) == result(undisturbed[1])
 
 

@@ -417,3 +417,18 @@ def test_sources_trained_beside_other_numbers_are_named(
     assert (result["base_form"], result["of_other_base_forms"]) == ("float32", [str(folder)])
     assert "was trained beside another form of it" in (tmp_path / "merged" / "README.md").read_text()
     assert consensus(capsys, run_dir, run_dir, "--out", tmp_path / "same")["of_other_base_forms"] == []
+
+
+@pytest.mark.parametrize(
+    ("separators", "shared", "said"),
+    [
+        ({"a": "\n", "b": "\n"}, "\n", ""),
+        ({"a": "\n", "b": ""}, None, "what stood behind prompts differs (a '\\n', b '')"),
+        ({"a": "\n", "b": None}, None, "what stood behind prompts differs (a '\\n', b none known)"),
+        ({"a": None, "b": None}, None, ""),
+    ],
+)
+def test_a_separator_is_certified_if_all_sources_had_it(separators, shared, said) -> None:
+    result = {"separators": separators, "chat_template_of": None, "other_chat_templates": [], "of_other_base_forms": []}
+    assert cmd_consensus.shared_separator(result) == shared
+    assert said in " ".join(cmd_consensus._warnings(result)) and (said or not cmd_consensus._warnings(result))

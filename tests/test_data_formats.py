@@ -150,7 +150,8 @@ def test_a_folder_of_several_splits_is_not_all_trained_on(tmp_path, names):
     )
     write(tmp_path / "one" / "training_tips.jsonl", json_lines(*ROWS))
     write(tmp_path / "one" / "contests.jsonl", json_lines(*ROWS))
-    assert len(rows_of(str(tmp_path / "one"))) == 2 * len(ROWS), "a word of its own"
+    write(tmp_path / "one" / "math_train_test.jsonl", json_lines(*ROWS))
+    assert len(rows_of(str(tmp_path / "one"))) == 3 * len(ROWS), "a word of its own, and of one split"
 
 
 def test_a_glob_gives_the_matching_files_sorted(tmp_path):

@@ -256,9 +256,20 @@ def test_what_was_made_of_one_row_is_on_one_side(seed):
     dataset = TokenDataset(tokens, np.ones(90), np.stack([ends - lengths, ends], axis=1), table)
     train, dev = split_validation(dataset, 4, seed)
     assert not set(train.origins) & set(dev.origins) and len(train) + len(dev) == 30
-    assert 4 <= len(dev) <= 12 and len(dev) % 3 == 0
+    assert len(dev) == 6, "4 asked for, and the rest of the second row of a file"
     with pytest.raises(UserError, match="leaves none to train on"):
         split_validation(dataset, 28, seed)
+
+
+def test_rows_of_their_own_are_split_as_ever_and_those_of_many_pieces_not_more_than_asked_for():
+    alone = rows_of([3] * 50)
+    drawn = np.random.Generator(np.random.PCG64(7)).permutation(50)[:9]
+    assert [int(row[0][0]) for row in split_validation(alone, 9, seed=7)[1]] == sorted(drawn)
+    lengths, origins = np.full(4000, 2), np.repeat(np.arange(200), 20)
+    table = np.stack([lengths, lengths, 0 * lengths, origins], axis=1).astype(np.float64)
+    ends = np.cumsum(lengths)
+    pieces = TokenDataset(np.zeros(8000), np.ones(8000), np.stack([ends - lengths, ends], axis=1), table)
+    assert len(split_validation(pieces, 0.1, seed=0)[1]) == 400 and len(split_validation(pieces, 81, seed=0)[1]) == 100
 
 
 @pytest.mark.parametrize(("size", "count"), [(0.2, 2), (0.25, 2), (0.01, 1), (1, 1), (9, 9), (3.0, 3)])

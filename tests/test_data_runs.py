@@ -206,7 +206,7 @@ def test_the_instances_of_an_instruction_are_not_parted(tmp_path):
         CONFIG, [*gsm8k_overrides(tmp_path / "run", **options), f"data.cache_dir={tmp_path / 'cache'}"]
     )
     data = load_data(config, check_inputs(config, "none"), ALONE)
-    assert len(data.train) + len(data.dev) == 60 and len(data.dev) % 3 == 0 and 4 <= len(data.dev) <= 12
+    assert len(data.train) + len(data.dev) == 60 and len(data.dev) == 6
     assert not set(data.train.origins) & set(data.dev.origins)
 
 

@@ -17,7 +17,7 @@ from small_runs import CONFIG, Playground
 from spawn import launched, spawn
 
 from sora_llm.distributed.collectives import gather_objects, is_timeout
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import job
 from sora_llm.topology import World
 from sora_llm.train import run
@@ -56,6 +56,20 @@ def test_another_config_on_one_process_is_refused(ground: Playground) -> None:
     """Under ZeRO every process would step its shard by its own learning rate, and the adapter pass its self-check."""
     said = said_by_two(ground, "configs", {}, {"train.learning_rate": 1e-4, "sora.dense_ratio": 0.2})
     assert "process 1 has another config than the main one, different in sora.dense_ratio, train.learning_rate" in said
+
+
+def test_other_shares_of_a_mixture_on_one_process_are_refused(ground: Playground) -> None:
+    """The rows are the same, their order would not be; files may lie elsewhere on another machine."""
+    rows = {"path": str(ground.folder / "rows.jsonl"), "type": "prompt_completion", "weight": 1}
+    rows |= {"columns": {"prompt": "question", "completion": "answer"}}
+    other = ground.folder / "elsewhere.jsonl"
+    shutil.copyfile(rows["path"], other)
+    ours, theirs = (
+        {"data.datasets": [rows, {**rows, "path": path, "weight": weight}]}
+        for path, weight in ((rows["path"], 1), (str(other), 3))
+    )
+    said = said_by_two(ground, "mixtures", ours, theirs)
+    assert "another config than the main one, different in data.datasets.1.weight;" in said
 
 
 def test_another_base_on_one_process_is_refused(ground: Playground, base: Path, tmp_path: Path) -> None:
@@ -124,6 +138,7 @@ def meet(seconds: float) -> str | None:
     if torch.distributed.get_rank() == 1:
         time.sleep(seconds)
         return None
+    assert not is_timeout(RunFailed("the checkpoint could not be saved (Connection timed out)"))
     try:
         gather_objects(1)
     except Exception as error:

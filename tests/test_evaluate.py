@@ -85,6 +85,21 @@ def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora,
     assert found["adapter"]["loss"] == pytest.approx(expected["adapter"], rel=1e-5)
 
 
+def test_other_rows_in_the_file_that_dev_rows_were_held_out_of_are_said(lora, rows, tmp_path, capsys):
+    """Others are held out then, and the adapter may have seen them."""
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text(rows.read_text() * 4)
+    dataset = {"path": str(changed), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    directory = run_dir(tmp_path / "run", **{"data.datasets": [dataset], "data.val_set_size": 3})
+    shutil.copytree(lora, directory / "adapter")
+    said = "the rows of data.datasets are not those that"
+    assert cli.main(["preprocess", str(directory / "config.yaml"), "--json"]) == 0
+    (directory / "data_report.json").write_text(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(directory)]) == 0 and said not in capsys.readouterr().err
+    changed.write_text(rows.read_text() * 5)
+    assert cli.main(["evaluate", str(directory)]) == 0 and said in capsys.readouterr().err
+
+
 def test_a_run_is_spoken_to_as_in_training_whatever_became_of_its_template_file(stories, lora, tmp_path, capsys):
     rows, template = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
     rows.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ROWS))

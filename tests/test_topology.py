@@ -242,6 +242,8 @@ def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
         ({"gradient_clipping": 0.3}, r"gradient_clipping to 0\.3, .* remove it there, and set train\.max_grad_norm"),
         ({"train_micro_batch_size_per_gpu": 4}, r"to 4, .* set train\.per_device_train_batch_size"),
         ({"communication_data_type": "fp16"}, "communication_data_type to 'fp16', under which gradients"),
+        ({"communication_data_type": "auto"}, "communication_data_type to 'auto', under which gradients"),
+        ({"optimizer": None}, r"sets optimizer to None, .* set train\.learning_rate"),
         ({"compute_grad_norm": False}, "compute_grad_norm to False, under which gradients"),
         ({"bf16": {"enabled": True}}, r"bf16\.enabled to True"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled to True"),

@@ -10,14 +10,13 @@ from typing import Any
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.lora_files import WEIGHTS
-from sora_llm.backbone import BackboneSpec, load_config, skeleton
+from sora_llm.backbone import BackboneSpec, load_config, quiet_libraries, skeleton
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.errors import NotFinite, UserError
 from sora_llm.factors import mean_rank
 from sora_llm.spectrum import Spectrum, rank_costs, ranks_within, spectra
-from sora_llm.terminal import quiet_libraries
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
+from sora_llm.backbone import (
+    BackboneSpec,
+    load_backbone,
+    load_call,
+    load_config,
+    quiet_libraries,
+    skeleton,
+    tokenizer_files,
+)
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
@@ -32,7 +40,6 @@ from sora_llm.inject import put_on
 from sora_llm.merge import Merged, merge, merge_errors
 from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
-from sora_llm.terminal import quiet_libraries
 
 
 def make_parser(prog: str) -> Parser:
@@ -137,16 +144,15 @@ def described(
     }
 
 
-def separators_of(sources: Sequence[SavedAdapter]) -> dict[str, str]:
-    """{source: what stood behind its prompts}, of those that were trained on plain text, as far as that is known."""
-    found = {source.name: recorded_separator(source.config, source.folder) for source in sources}
-    return {name: separator for name, separator in found.items() if separator is not None}
+def separators_of(sources: Sequence[SavedAdapter]) -> dict[str, str | None]:
+    """{source: what stood behind its prompts}; None of those that had conversations, or of which that is not known."""
+    return {source.name: recorded_separator(source.config, source.folder) for source in sources}
 
 
 def shared_separator(result: Mapping[str, Any]) -> str | None:
-    """The one of all sources that were trained on plain text; None where they differ, or others had conversations."""
+    """The one that all sources have; None where they differ, or one has none."""
     found = set(result["separators"].values())
-    return found.pop() if len(found) == 1 and result["chat_template_of"] is None else None
+    return found.pop() if len(found) == 1 else None
 
 
 def export_consensus(
@@ -224,12 +230,13 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     found = []
     if others := result["other_chat_templates"]:
         found.append(f"the chat template is that of {result['chat_template_of']}; {were(others)} with another one")
-    plain = result["separators"]
+    separators = result["separators"]
+    plain = [name for name, separator in separators.items() if separator is not None]
     if plain and result["chat_template_of"] is not None:
-        found.append(f"the chat template is that of {result['chat_template_of']}; {were(list(plain))} on plain prompts")
-    elif len(set(plain.values())) > 1:
-        said = ", ".join(f"{name} {separator!r}" for name, separator in plain.items())
-        found.append(f"sources were trained with other separators behind prompts ({said}), so that none is everybody's")
+        found.append(f"the chat template is that of {result['chat_template_of']}; {were(plain)} on plain prompts")
+    elif len(set(separators.values())) > 1:
+        said = ", ".join(f"{name} {'none known' if own is None else repr(own)}" for name, own in separators.items())
+        found.append(f"what stood behind prompts differs ({said}), so that nothing is said of it for the result")
     if others := result["of_other_base_forms"]:
         found.append(f"the base is taken as {result['base_form']}; {were(others)} beside another form of it")
     return found

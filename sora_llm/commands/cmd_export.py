@@ -17,7 +17,15 @@ from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
 from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
-from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
+from sora_llm.backbone import (
+    BackboneSpec,
+    load_backbone,
+    load_call,
+    load_config,
+    quiet_libraries,
+    skeleton,
+    tokenizer_files,
+)
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place
@@ -37,7 +45,6 @@ from sora_llm.report import read_json_lines
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.plan import stage_name
-from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")

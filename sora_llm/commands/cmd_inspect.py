@@ -19,7 +19,7 @@ from sora_llm.files import user_path
 from sora_llm.report_page import read_record, write_page
 from sora_llm.report_page.reading import MARKERS, is_run_directory
 from sora_llm.report_page.record import Record, summary
-from sora_llm.running.run_state import lost_holder
+from sora_llm.running.run_state import lost_holder, read_status
 
 
 def make_parser(prog: str) -> Parser:
@@ -88,7 +88,8 @@ def adapter_view() -> Any:
 def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The summary; where it is not wanted as JSON, the report is refreshed too."""
     record = read_record(run_dir, _config(run_dir))
-    if record.state == "running" and (holder := lost_holder(run_dir)) is not None:
+    holder = lost_holder(run_dir) if record.state == "running" else None
+    if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
         record = replace(record, status={**record.status, "error": _sentence_of_loss(holder, record.status)})
     content = summary(record)
     if not arguments.json:
@@ -174,7 +175,8 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         parts = [] if size is None else [f"{size:,} bytes"]
         if stored is not None and stored > (content["kept_params"] or stored):
             parts.append(f"{stored:,} numbers, padded with zeros to one rank")
-        yield "adapter", f"{content['adapter']}{f' ({chr(44).join(parts)})' if parts else ''}"
+        said = f" ({', '.join(parts)})" if parts else ""
+        yield "adapter", f"{content['adapter']}{said}"
     yield "self-check", _self_check(content["self_check"])
 
 

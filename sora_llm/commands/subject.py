@@ -13,7 +13,7 @@ from torch import nn
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
-from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone
+from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone, quiet_libraries
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import certified_spec, plain_factors, read_source, shapes_in
@@ -24,7 +24,6 @@ from sora_llm.export import load_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
 from sora_llm.running.unpack import backbone_spec
-from sora_llm.terminal import quiet_libraries
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone
+from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone, quiet_libraries
 from sora_llm.commands.cmd_doctor import NOT_BUILT
 from sora_llm.distributed.collectives import any_process, sum_over_processes
 from sora_llm.distributed.engine import Engine
@@ -27,7 +27,6 @@ from sora_llm.extensions import OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.running.packing_proof import prove_packing
-from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import deepspeed_config, launched_world
 
 MAX_PRODUCT_ERROR = 1e-4

@@ -98,12 +98,17 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
 def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
     """UserError if some of a folder's files are named as those to train on and some as those to measure on."""
     names = [str(file.relative_to(folder)) for file in files]
-    found = [[name for name in names if words & set(re.split("[^a-z]+", name.lower()))] for words in SPLIT_NAMES]
-    if sum(map(bool, found)) > 1:
-        examples = ", ".join(matching[0] for matching in found if matching)
+    found: dict[int, str] = {}  # the first file of each split
+    for name in names:
+        words = set(re.split("[^a-z]+", name.lower()))
+        splits = [number for number, own in enumerate(SPLIT_NAMES) if own & words]
+        if len(splits) == 1:
+            found.setdefault(splits[0], name)
+    if len(found) > 1:
+        examples = [found[number] for number in sorted(found)]
         raise UserError(
-            f"data set {folder} has files of several splits ({examples}); name those to train on by their folder or by "
-            f"a pattern such as {folder}/train* ({folder}/**/* is all of them), and others in data.val_datasets"
+            f"data set {folder} has files of several splits ({', '.join(examples)}); name those to train on by file, "
+            f"folder or pattern (such as {folder / examples[0]}), and those to measure on in data.val_datasets"
         )
 
 

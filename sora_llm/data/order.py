@@ -250,8 +250,8 @@ def fill_rate(dataset: TokenDataset, capacity: int) -> float:
 def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
     """(train, dev): disjoint, drawn by `seed`, each in the order of the files.
 
-    What was made of one row of a file, as instances of an instruction or pieces of a text, is on one side: where that
-    has a dev row, the others of it are dev rows too, more than were asked for.
+    What was made of one row of a file, as instances of an instruction or pieces of a text, is on one side, so that the
+    last row of a file that is drawn may bring more dev rows than were asked for.
 
     Args:
         val_set_size: below 1 a fraction of the rows (at least one row), else a number of rows.
@@ -268,7 +268,11 @@ def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> t
             "on (sora-llm preprocess says what became of the others)"
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(dataset))
-    is_dev = np.isin(dataset.origins, dataset.origins[order[:num_dev]])
+    _, made_of, sizes = np.unique(dataset.origins, return_inverse=True, return_counts=True)
+    _, first = np.unique(made_of[order], return_index=True)
+    drawn = made_of[order][np.sort(first)]  # rows of the files, in the order in which the first of each is drawn
+    num_drawn = int(np.searchsorted(np.cumsum(sizes[drawn]), num_dev)) + 1
+    is_dev = np.isin(made_of, drawn[:num_drawn])
     if is_dev.all():
         raise UserError(
             f"data.val_set_size takes {num_dev} of {len(dataset)} rows, and with those that were made of the same rows "

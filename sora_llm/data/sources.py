@@ -207,16 +207,22 @@ def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
             has = ", ".join(sorted(repr(one) if one != one.strip() else one for one in map(str, present))) or "none"
             raise UserError(
                 f"data set {name} has no column {column!r} (the {our_field} of type {spec.type}); it has {has}: "
-                f"{_what_fits(present)}"
+                f"{_what_fits(present, spec)}"
             )
 
 
-def _what_fits(columns: Collection[str]) -> str:
-    """What to do with rows of these columns."""
+def _what_fits(columns: Collection[str], spec: DatasetSpec) -> str:
+    """What to do with rows of these columns, which lack one that the data set's type or `columns` wants."""
     if {"chosen", "rejected"} <= set(columns):
         return "these are preferences, which are not trained on here; name a column with answers in columns"
-    fitting = [kind for kind, names in FIELDS.items() if names and set(names) - OPTIONAL_FIELDS <= set(columns)]
-    return f"type {' or '.join(fitting)} fits" if fitting else "name the right one in columns, or another type"
+    fitting = [
+        kind
+        for kind, names in FIELDS.items()
+        if names and kind != spec.type and set(names) - OPTIONAL_FIELDS <= set(columns)
+    ]
+    if fitting and not spec.columns:
+        return f"type {' or '.join(fitting)} fits"
+    return "name the right one in columns, or another type"
 
 
 def is_in_parts(columns: Collection[str], our_field: str, spec: DatasetSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -27,7 +28,9 @@ def in_process_group() -> bool:
 
 def is_timeout(error: BaseException) -> bool:
     """Whether a collective ended because other processes did not take part in it."""
-    return in_process_group() and isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+    is_ours = isinstance(error, UserError | RunFailed)
+    said = re.search("[Tt]imed out (waiting|after)|wait timeout|collective operation timeout", str(error))
+    return in_process_group() and isinstance(error, RuntimeError) and not is_ours and said is not None
 
 
 def gather_objects(value: T) -> list[T]:

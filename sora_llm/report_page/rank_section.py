@@ -99,7 +99,7 @@ def _projections(grid: Grid, ranks: Mapping[str, int]) -> str:
 
 
 def ranks_over_time(record: Record, chart: Chart | None) -> str:
-    """How they came to be."""
+    """Mean ranks over the steps, and those of every module."""
     if chart is None:
         return markup.missing("No ranks yet.")
     parts = [chart_svg(chart, "mean rank over steps")]

@@ -27,7 +27,7 @@ class Alarms:
         self._saturated_lines = 0
         self._last_loss: float | None = None
         self._has_cut = False
-        self.base_loss: float | None = None
+        self.start_loss: float | None = None
         """Dev loss before training."""
 
     def of_line(self, line: Mapping[str, Any], place: float | None) -> list[str]:
@@ -113,16 +113,15 @@ class Alarms:
                 )
         return self._new(found)
 
-    def of_result(self, eval_loss: float | None) -> list[str]:
-        """The alarms that the adapter which is about to be exported raises."""
-        if eval_loss is None or self.base_loss is None or eval_loss <= self.base_loss:
+    def of_result(self, eval_loss: float | None, start: str, stage_number: int = 0) -> list[str]:
+        """The alarms that the adapter which is about to be exported raises; `start` is what it began as, in words."""
+        if eval_loss is None or self.start_loss is None or eval_loss <= self.start_loss:
             return []
-        return self._new(
-            {
-                "worse": f"the adapter is worse than the base: its dev loss is {eval_loss:.4f}, that of the base "
-                f"{self.base_loss:.4f}; lower train.learning_rate, or train longer"
-            }
+        said = (
+            f"the adapter is worse than {start}: its dev loss is {eval_loss:.4f}, and was {self.start_loss:.4f} "
+            "before training; lower train.learning_rate, or train longer"
         )
+        return self._new({f"worse {stage_number}": said})
 
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {key: sentence for key, sentence in found.items() if key not in self._raised}
@@ -136,7 +135,7 @@ class Alarms:
             "saturated_lines": self._saturated_lines,
             "last_loss": self._last_loss,
             "has_cut": self._has_cut,
-            "base_loss": self.base_loss,
+            "start_loss": self.start_loss,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -144,7 +143,7 @@ class Alarms:
         self._raised = list(state["raised"])
         self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
         self._has_cut = bool(state["has_cut"])
-        self.base_loss = state.get("base_loss")
+        self.start_loss = state.get("start_loss")
 
 
 class Patience:

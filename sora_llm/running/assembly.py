@@ -71,6 +71,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         Alarms(job.plan.budgets, full_params),
         Patience(job.config.evaluation.early_stopping_patience),
         make_rounds(job),
+        full_params=full_params,
         base=base,
     )
     if saved is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sora_llm import export
 from sora_llm.artifacts.card import story_of_run, worst_delta_error
 from sora_llm.backbone import free_unused, load_call
-from sora_llm.config import recipe, to_dict
+from sora_llm.config import Config, recipe, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
@@ -64,7 +64,8 @@ def cut_and_export(training: Training) -> StageResult:
         }
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
-        training.alarmed += raise_alarms(job, training.alarms.of_result(fields.get("eval_loss")))
+        found = training.alarms.of_result(fields.get("eval_loss"), start_of(config), training.stage_number)
+        training.alarmed += raise_alarms(job, found)
         fields["alarms"] = training.alarmed or None
         if is_path and job.data.train is not None:
             fields["train_loss"] = memorisation(job, model)
@@ -105,7 +106,7 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
     job, config = training.job, training.job.config
     story, notes = story_of_run(line)
     losses = {
-        "dev loss of the base": training.alarms.base_loss,
+        f"dev loss of {start_of(config)}": training.alarms.start_loss,
         "dev loss of the trained adapter": line.get("eval_loss"),
     }
     return Provenance(
@@ -123,6 +124,11 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
         notes=notes,
         recipe=f"# {job.step_size} a step, from {job.processes}\n{recipe(config)}",
     )
+
+
+def start_of(config: Config) -> str:
+    """What training began with, in words."""
+    return "the base" if config.model.adapter is None else "the adapter that it started from"
 
 
 def finish(training: Training, result: StageResult) -> RunResult:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sora_llm import backbone, checkpoint
 from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.artifacts.lora_files import CONFIG, LoraFiles, read_lora
-from sora_llm.backbone import BackboneSpec
+from sora_llm.backbone import BackboneSpec, quiet_libraries
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenRow
@@ -28,7 +28,6 @@ from sora_llm.inject import check_start
 from sora_llm.prompt_form import prompt_ids
 from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 from sora_llm.targets import target_linears
-from sora_llm.terminal import quiet_libraries
 from sora_llm.topology import ZERO_STAGES
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
@@ -144,7 +143,7 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
         refuse_other_contents(run_dir / "adapter", may_have_additions=True)  # at the end it would be too late
     except UserError as error:
         raise UserError(f"output.output_dir: {error}") from None
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "never") and written_since(run_dir, resume) is None:
         folder = user_path(resume, "output.resume")
         if not folder.is_dir():
             raise UserError(
@@ -155,6 +154,16 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
             checkpoint.check_complete(folder)
         except UserError as error:
             raise UserError(f"output.resume: {error}") from None
+
+
+def written_since(run_dir: Path, resume: str) -> Path | None:
+    """The newest checkpoint of a run that went back to the checkpoint `resume` and on from there: a job that is put
+    into the queue again has the arguments that it had.  None where there is none; `resume` may be gone by then."""
+    folder, _ = checkpoint.newest(run_dir)
+    if folder is None:
+        return None
+    said = checkpoint.read_state(folder).get("config", {}).get("output", {}).get("resume")
+    return folder if said == resume else None
 
 
 def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import time
@@ -309,15 +310,18 @@ def waited_in_vain(process: int, minutes: float) -> RunFailed:
     )
 
 
-OWN_TO_A_MACHINE = ("data.datasets", "data.val_datasets", "data.num_proc", "data.cache_dir", "model.name_or_path")
-"""Keys whose values may differ between machines: paths to the same files, of which contents are compared."""
+OWN_TO_A_MACHINE = r"data\.(val_)?datasets\.\d+\.path|data\.num_proc|data\.cache_dir|model\.name_or_path"
+"""Keys whose values may differ between machines: places, of which the contents are compared."""
 
 
 def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) -> None:
-    """UserError if processes have other configs or rows than the main one: each reads its own (collective)."""
+    """UserError if processes have other configs or rows than the main one: each reads its own (collective).
+
+    The config is the one that was given: what `auto` comes to may follow from the rows.
+    """
     configs = gather_objects(to_dict(config))
     for process, other in enumerate(configs):
-        if keys := [key for key in differing_keys(configs[0], other) if not key.startswith(OWN_TO_A_MACHINE)]:
+        if keys := [key for key in differing_keys(configs[0], other) if not re.fullmatch(OWN_TO_A_MACHINE, key)]:
             raise UserError(
                 f"process {process} has another config than the main one, different in {', '.join(keys)}; start all "
                 "with the same file and the same overrides"
@@ -394,5 +398,5 @@ def require_shared(run_dir: Path, world: World) -> None:
             mark.unlink(missing_ok=True)
 
 
-_VISIBLE_SECONDS = 30
-"""As long as a network file system may remember what was there before."""
+_VISIBLE_SECONDS = 90
+"""Longer than NFS remembers by default what was there before (acdirmax, 60 s)."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +18,7 @@ import torch
 import sora_llm
 from sora_llm.checkpoint import remove_leftovers
 from sora_llm.errors import RunFailed, UserError, first_line
-from sora_llm.files import write_text_atomically
+from sora_llm.files import remove_abandoned, write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
 from sora_llm.running.run_state import read_status, run_lock, write_status
@@ -70,10 +69,10 @@ class RunDirectory:
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
         with self._writing():
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
+                if leftover.is_file():
                     leftover.unlink(missing_ok=True)
+            for place in (self.path, self.path / "path"):
+                remove_abandoned(place)
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
             write_text_atomically(self.path / "config.yaml", config_yaml)
             write_text_atomically(self.path / "env.json", _json(env))

@@ -40,8 +40,8 @@ def train_stage(training: Training) -> None:
     config, world = job.config, job.world
     if training.done == 0 and job.data.dev is not None:
         ranks = current_ranks(training).fields
-        training.alarms.base_loss = base_loss = measure(training)
-        line = {"eval_loss": base_loss, **ranks, **training.labels}
+        training.alarms.start_loss = loss = measure(training)
+        line = {"eval_loss": loss, **ranks, **training.labels}
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)

@@ -16,6 +16,7 @@ from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
+from sora_llm.running.inputs import written_since
 from sora_llm.running.job import Job, say
 from sora_llm.running.plan import Plan, refuse_other_config
 from sora_llm.running.snapshot import refuse_other_run
@@ -110,7 +111,7 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
         for warning in warnings:
             say(job.world, f"warning: passed over: {warning}")
     else:
-        folder = _newest_from(run_dir, user_path(resume, "output.resume"), resume)
+        folder = written_since(run_dir, resume) or user_path(resume, "output.resume")
     if folder is None:
         if warnings:
             say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
@@ -119,17 +120,6 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     refuse_other_run(job, run_dir, folder, state)
     say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
     return StartPoint(state["step"], folder, state)
-
-
-def _newest_from(run_dir: Path, origin: Path, resume: str) -> Path:
-    """`origin`, or the newest checkpoint of a run that went on from there under the same output.resume: a job that is
-    put into the queue again starts with the arguments that it had."""
-    folder, _ = checkpoint.newest(run_dir)
-    if folder is None or folder.resolve() == origin.resolve():
-        return origin
-    later, first = checkpoint.read_state(folder), checkpoint.read_state(origin)
-    is_later = later["config"]["output"]["resume"] == resume and later["step"] > first["step"]
-    return folder if is_later else origin
 
 
 def note_preempted(run_dir: Path) -> dict[str, Any]:

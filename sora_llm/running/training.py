@@ -53,6 +53,8 @@ class Training:
     """Where patience counts evaluations of the finetune phase."""
     measured: int | None = None
     """The step whose dev loss was measured last, by this process."""
+    full_params: int = 0
+    """Of the adapters before anything is cut."""
     base: str | None = None
     """`base_digest`."""
     unlogged: Mapping[str, Any] | None = None
