@@ -20,6 +20,7 @@ from small_runs import checkpoints
 
 from sora_llm import cli
 from sora_llm.artifacts.lora_files import OTHER_BASES, OTHER_METHODS, is_target, read_lora
+from sora_llm.commands import cmd_consensus
 from sora_llm.commands.sources import base_of, own_tokenizer, read_source
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
