@@ -126,15 +126,20 @@ def _is_run(folder: Path) -> bool:
 
 
 def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
-    """With the chat template that the run has put beside its adapter in place of the file that it was read from, which
-    may be another one, or gone, by now.  Beside that of a run that rendered nothing lies the base's, if any."""
-    config, adapter = place.config, place.adapter
-    if config is None or adapter is None or place.run_dir is None or config.data.chat_template in (None, *TEMPLATES):
+    """With the directory where the run is now as its output_dir, and with the chat template that it has put beside its
+    adapter in place of the file that it was read from, which may be another one, or gone, by now.  Beside that of a run
+    that rendered nothing lies the base's, if any."""
+    adapter, run_dir = place.adapter, place.run_dir
+    if place.config is None or run_dir is None:
+        return place
+    config = replace(place.config, output=replace(place.config.output, output_dir=str(run_dir)))
+    place = replace(place, config=config)
+    if adapter is None or config.data.chat_template in (None, *TEMPLATES):
         return place
     beside = adapter / TEMPLATE
     if not beside.is_file() or _overrides_key("data.chat_template", overrides):
         return place
-    if not has_conversations(load_config(place.run_dir / "config.yaml").data.datasets):
+    if not has_conversations(load_config(run_dir / "config.yaml").data.datasets):
         return place
     return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
 
