@@ -193,8 +193,8 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
         later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""
         slots = " (of raw slots; sora.consensus svd keeps more)" if sora.consensus == "slots" else ""
         yield (
-            f"no step is left between what is learned and the cut, which alone prunes to the budget{slots}; train "
-            f"longer{later}"
+            "the sparsify phase has no step after the first one that learns something: gates are not pruned little by "
+            f"little, and the cut alone brings the adapters to the budget{slots}; train longer{later}"
         )
     data = plan.config.data
     yield from _of_dev_rows(data)

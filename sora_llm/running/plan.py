@@ -68,13 +68,13 @@ class Stage:
 
     @property
     def learned_at(self) -> int:
-        """The first step before which another one has learned anything; after the last where none does."""
+        """The first step that comes after one with a learning rate above 0; the number of steps plus 1 if none has."""
         total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
         return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
 
     def can_prune(self, warm: bool) -> bool:
-        """Whether something is learned before it is cut, or is there already, as in a run that starts from a trained
-        adapter (`warm`)."""
+        """Whether B is not 0 any more when the adapters are cut.  A run that starts from a trained adapter (`warm`) has
+        such a B from the beginning."""
         return warm or not self.learns or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
