@@ -442,7 +442,7 @@ def tokenizer_files(spec: BackboneSpec) -> list[Path]:
 
 
 def base_files(spec: BackboneSpec, names: Sequence[str]) -> list[Path]:
-    """Those files of the base that exist: in its folder, or in the hub's cache."""
+    """The files of these names that the base has: in its folder, or in the hub's cache."""
     if spec.folder.is_dir():
         return [spec.folder / name for name in names if (spec.folder / name).is_file()]
     from transformers.utils import cached_file

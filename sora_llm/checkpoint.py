@@ -100,7 +100,7 @@ def save_replica(run_dir: Path, step: int, index: int, tensors: Mapping[str, Ten
 
 
 def replica_file(index: int) -> str:
-    """Its name in a checkpoint."""
+    """The name of a replica's file in a checkpoint."""
     return f"replica-{index}.safetensors"
 
 

@@ -716,7 +716,7 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
 
 
 def _replica_problems(config: Config, origin: _Origin) -> Iterator[str]:
-    """Of local updates."""
+    """What is wrong with the settings of local updates."""
     distributed = config.distributed
 
     def state(name: str) -> str:

@@ -39,7 +39,7 @@ def locks(folder: Path) -> Iterator[tuple[Path, float]]:
 
 
 def _age(lock: Path) -> float | None:
-    """In seconds; None where it is gone."""
+    """The age of a lock in seconds; None where it is gone."""
     with contextlib.suppress(OSError):
         return time.time() - lock.stat().st_mtime
     return None

@@ -57,7 +57,7 @@ class RankReport:
 
     @property
     def fields(self) -> dict[str, float]:
-        """As metrics.jsonl has them."""
+        """The ranks as a line of metrics.jsonl has them."""
         return {"mean_rank": self.mean_rank, "kept_params": self.kept_params}
 
 

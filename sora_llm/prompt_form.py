@@ -36,7 +36,7 @@ class PromptForm:
 
 
 def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
-    """That of the first data set."""
+    """How prompts of the first data set were written."""
     separator = plain_separator(config)
     return templated(tokenizer, chat_template) if separator is None else PromptForm(None, separator)
 

@@ -39,14 +39,14 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """Of as many equal singular values ΔW would be as spread out; 0 for ΔW = 0."""
+        """The number of equal singular values that would be as spread out as those of ΔW; 0 for ΔW = 0."""
         if not self.rank:
             return 0.0
         share = self.sigma / self.sigma.sum()
         return math.exp(-float((share * share.log()).sum()))
 
     def share_of_first(self, count: int) -> float:
-        """Of the energy, what the `count` largest components hold; 1 for ΔW = 0."""
+        """The share of the energy that the `count` largest components hold; 1 for ΔW = 0."""
         return float((self.sigma[:count] ** 2).sum()) / self.energy if self.rank else 1.0
 
 

@@ -170,7 +170,7 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
 
 
 def load_asked(interview: Interview, sampling: Sampling, seed: int) -> Asked:
-    """With the weights."""
+    """An interview with its model loaded."""
     asked = Asked(interview, load(interview.subject), sampling)
     torch.manual_seed(seed)
     return asked
@@ -195,7 +195,7 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
 
 
 def notice(text: str) -> None:
-    """For the person at the terminal, beside the answers."""
+    """Print a line for the person at the terminal, on stderr: answers are on stdout."""
     print(f"sora_llm: {text}", file=sys.stderr, flush=True)
 
 
@@ -205,7 +205,7 @@ def show(text: str) -> None:
 
 
 def title(subject: Subject) -> str:
-    """What is being asked, in a line."""
+    """One line that names base and adapter."""
     spec = subject.spec
     base = f"{spec.name_or_path} ({spec.form})"
     if subject.is_whole:

@@ -272,7 +272,7 @@ def _cut_notes(cut: CutReport | None) -> dict[str, Any]:
 
 
 def _share(cut: CutReport) -> float:
-    """Of Σ ‖ΔW‖²."""
+    """The share of Σ ‖ΔW‖² that was dropped."""
     return cut.dropped_energy / cut.energy if cut.energy else 0.0
 
 
@@ -325,7 +325,7 @@ def described(
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """For a terminal: what it is, where it works and where not."""
+    """The result for a terminal: what was exported, where it works and where not."""
     certificate = result["certificate"]
     of = f", stage {result['stage']}" if "stage" in result else ""
     lines = [

@@ -116,7 +116,7 @@ def all_targets(
 
 
 def python_snippet(result: Mapping[str, Any]) -> str:
-    """For plain PEFT."""
+    """The ranks as a LoraConfig of plain PEFT."""
     options = {**result["lora_config"], "task_type": "CAUSAL_LM"}
     lines = [*_comments(result), "from peft import LoraConfig", "", "config = LoraConfig("]
     lines += [f"    {key}={_python(value)}," for key, value in options.items()]
@@ -132,7 +132,7 @@ def _python(value: Any) -> str:
 
 
 def axolotl_snippet(result: Mapping[str, Any]) -> str:
-    """For axolotl, whose alphas are whole numbers."""
+    """The ranks as a config of axolotl, whose alphas are whole numbers."""
     options = result["lora_config"]
     names = options["target_modules"]
     ranks = {name: options["rank_pattern"].get(name, options["r"]) for name in names}

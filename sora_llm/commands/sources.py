@@ -61,7 +61,7 @@ class SavedAdapter:
     config: Config | None = None
 
     def on(self, bare_model: nn.Module) -> SavedAdapter:
-        """With all targets that it has on this base."""
+        """The same adapter with all targets that it has on this base."""
         if self.selector is None:
             return self
         return replace(self, targets=self.targets | target_linears(bare_model, self.selector).keys())
@@ -117,7 +117,7 @@ def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
 
 
 def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
-    """With what the run says of it."""
+    """The adapter with what its run says of it."""
     return replace(
         source,
         base=config.model.name_or_path,
@@ -270,7 +270,7 @@ def is_one_base(one: BackboneSpec, other: BackboneSpec) -> bool:
 
 
 def base_name(spec: BackboneSpec) -> str:
-    """With its revision, where it is of the hub."""
+    """The base's name, with its revision where it is of the hub."""
     return spec.name_or_path if spec.folder.is_dir() else f"{spec.name_or_path} (revision {spec.revision or 'main'})"
 
 

@@ -43,7 +43,7 @@ def in_chunks(rows: Iterable[tuple[str, RowOrBad]]) -> Iterator[list[tuple[str, 
 
 
 def _characters(value: Any) -> int:
-    """Of all texts in a row."""
+    """The number of characters in all texts of a row."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

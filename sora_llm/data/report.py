@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def supervised_fraction(self) -> float:
-        """Of the tokens that are read, how many are trained on."""
+        """The share of the tokens that is trained on."""
         return self.supervised_tokens / max(1, self.tokens)
 
 
@@ -94,7 +94,7 @@ class DataReport(Counts):
     """Whether the tokens were there before."""
 
     def to_json(self) -> dict[str, Any]:
-        """As json holds it, with what is only computed."""
+        """The report as JSON, computed figures included."""
         content = asdict(self) | {"supervised_fraction": self.supervised_fraction}
         for written, dataset in zip(content["datasets"], self.datasets, strict=True):
             written["supervised_fraction"] = dataset.supervised_fraction

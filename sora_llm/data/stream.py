@@ -59,7 +59,7 @@ class Cursor:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Cursor:
-        """What `asdict` made."""
+        """The cursor that `asdict` made this of."""
         return cls(value["window"], *(tuple(value[name]) for name in ("read", "taken", "counts")))
 
 

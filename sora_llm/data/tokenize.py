@@ -179,7 +179,7 @@ def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
 
 
 def _ending_tokens(tokenizer: Any) -> set[int]:
-    """Those that can end an answer: eos, and what is special in the vocabulary."""
+    """Ids of tokens that can end an answer: eos, and what is special in the vocabulary."""
     return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
 
 

@@ -33,7 +33,7 @@ _UNREACHABLE = re.compile(r"connect|closed by peer|timed out|timeout|rendezvous|
 
 
 def local_device() -> torch.device:
-    """That of a command which is one process by itself."""
+    """The device of a command, which is one process by itself."""
     return make_accelerator("none", ALONE).device
 
 

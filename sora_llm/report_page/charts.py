@@ -64,7 +64,7 @@ class Chart:
 
     @property
     def x_range(self) -> tuple[float, float]:
-        """Of all points; never empty."""
+        """The range of x over all points; never empty."""
         found = [x for panel in self.panels for series in panel.series for x, _ in series.points]
         found += [span.last for span in self.spans]
         return widened(0 if self.from_zero else min(found, default=0), max(found, default=1))
@@ -279,7 +279,7 @@ def widened(low: float, high: float) -> tuple[float, float]:
 
 
 def panel_range(panel: Panel) -> tuple[float, float]:
-    """Of a panel's y axis."""
+    """The lowest and the highest value of a panel's y axis."""
     if panel.y_range is not None:
         return panel.y_range
     found = [y for series in panel.series for _, y in series.points]

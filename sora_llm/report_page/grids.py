@@ -49,7 +49,7 @@ IN_A_BLOCK = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "
 
 
 def _in_order(projections: Iterable[str]) -> list[str]:
-    """As in a block, where they are the usual ones; else as they came."""
+    """Projections in the order of a block, where they are the usual ones; else as they came."""
     found = list(projections)
     places = {name: name.rpartition(".")[2] for name in found}
     if not set(places.values()) <= set(IN_A_BLOCK):

@@ -39,7 +39,7 @@ def write_report(run_dir: Path, config: Mapping[str, Any] | None = None, *, plot
 
 
 def write_page(record: Record, *, plots: bool = False) -> Path:
-    """As `write_report`, of a run directory that has been read."""
+    """`write_report` of a run directory that has been read already."""
     path = record.path / FILE
     text = page(record, datetime.now(timezone.utc))
     write_text_atomically(path, text.encode("utf-8", "replace").decode())  # a string of JSON can hold half a character

@@ -101,7 +101,7 @@ class Record:
 
     @property
     def state(self) -> str:
-        """Of status.json; "unknown" without one."""
+        """The state that status.json says; "unknown" without one."""
         state = self.status.get("state")
         return state if isinstance(state, str) else "unknown"
 
@@ -196,7 +196,7 @@ class Record:
         return spans
 
     def _planned_phases(self, is_first_stage: bool) -> Phases | None:
-        """Of a stage, as far as it is known how long it was to be."""
+        """The phases of a stage; None where nothing says how long it was to be."""
         dense_ratio = as_number(setting(self.config, "sora", "dense_ratio")) if is_first_stage else 0.0
         consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
         if dense_ratio is None or consensus_at is None:
@@ -207,7 +207,7 @@ class Record:
         return None if num_steps is None else phases(num_steps, dense_ratio, consensus_at)
 
     def _may_have_ended_early(self, consensus_at: float) -> bool:
-        """For its patience, or because consensus left nothing to train."""
+        """Whether the run may have ended early: for its patience, or because consensus left nothing to train."""
         if setting(self.config, "evaluation", "early_stopping_patience") is not None:
             return True
         trained = [line["phase"] for line in self.lines if line.get("phase") in TRAINING_PHASES]
@@ -259,7 +259,7 @@ class Record:
 
     @property
     def best_stage(self) -> StageRecord | None:
-        """Of the path, the stage with the lowest dev loss."""
+        """The stage of the path that has the lowest dev loss."""
         measured = [stage for stage in self.stages if stage.eval_loss is not None]
         return min(measured, key=lambda stage: stage.eval_loss or 0.0, default=None)
 

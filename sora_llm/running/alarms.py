@@ -163,7 +163,7 @@ class Patience:
         return self._limit is not None
 
     def is_better(self, eval_loss: float) -> bool:
-        """Than all that were counted; one that is no number is not."""
+        """Whether a dev loss is lower than all that were counted; one that is not finite is not."""
         return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
 
     def is_exhausted_by(self, eval_loss: float) -> bool:

@@ -103,7 +103,7 @@ class Job:
 
     @property
     def memory(self) -> MemoryEstimate:
-        """Per process."""
+        """The estimate of a process's memory."""
         inputs, strategy = self.inputs, self.plan.strategy
         return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
 
@@ -146,7 +146,7 @@ def pruning(stage: Stage) -> str:
 
 
 def local_updates(job: Job, replicas: Replicas) -> str:
-    """What is said of them: who takes local steps, and what a round costs."""
+    """A line about local updates: who takes local steps, and what a round costs."""
     settings = job.config.distributed
     num_bytes = round_bytes(job.memory.trainable_parameters, replicas.num)
     times = ", ".join(f"{transfer_seconds(num_bytes, link):.3g} s at {link}" for link in (1, 10, 100))
@@ -159,7 +159,7 @@ def local_updates(job: Job, replicas: Replicas) -> str:
 
 
 def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
-    """What is allowed and hardly meant."""
+    """Sentences about settings that are allowed and hardly meant."""
     sora, model = plan.config.sora, plan.config.model
     if model.adapter is not None:
         saved = saved_base(user_path(model.adapter, "model.adapter"))
@@ -217,7 +217,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
 
 
 def _of_dev_rows(data: Data) -> Iterator[str]:
-    """Of dev rows that are trained on too, or written otherwise than what is."""
+    """Sentences about dev rows that are trained on too, or written otherwise than the training rows."""
     for dev in data.val_datasets or ():
         same = [one for one in data.datasets if (one.path, one.split) == (dev.path, dev.split)]
         if same:

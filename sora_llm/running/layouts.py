@@ -20,7 +20,7 @@ from sora_llm.running.inputs import Inputs
 
 
 def adapter_layout(layout: str) -> str:
-    """That of adapter/ itself, which is a PEFT folder whatever lies beside it."""
+    """The layout of adapter/ itself, which is a PEFT folder whatever lies beside it."""
     return layout if layout in LAYOUTS else "padded"
 
 

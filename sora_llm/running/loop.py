@@ -106,7 +106,7 @@ def train_step(
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Of the generators that a forward pass draws from."""
+    """The states of the generators that a forward pass draws from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

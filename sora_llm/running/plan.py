@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Of all stages, if none of them ends early."""
+        """The steps of all stages, if none of them ends early."""
         return sum(stage.total_steps for stage in self.stages)
 
     @property
@@ -240,7 +240,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
 
 
 def so_many_steps(steps: int) -> str:
-    """In words."""
+    """A number of steps, in words."""
     return f"{steps} step{'s' if steps > 1 else ''}"
 
 

@@ -42,7 +42,7 @@ class RoundReport:
 
     @property
     def fields(self) -> dict[str, float | int | None]:
-        """As metrics.jsonl has them."""
+        """The round as a line of metrics.jsonl has it."""
         return {
             "merge_error": self.merge_error,
             "support_overlap": self.support_overlap,

@@ -132,7 +132,7 @@ def lost_holder(run_dir: Path) -> str | None:
 
 
 def _stamp(run_dir: Path) -> int | None:
-    """Of the last status that was written."""
+    """When the last status was written (ns); None where there is none."""
     try:
         return (run_dir / "status.json").stat().st_mtime_ns
     except OSError:

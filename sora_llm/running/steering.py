@@ -81,7 +81,7 @@ class Steering:
 
     @property
     def chosen(self) -> float | dict[str, float]:
-        """What `choose` said last; 0 before."""
+        """What `choose` gave last; 0 before its first call."""
         if not self.budgets:
             return self._sparse_lambda or 0.0
         return {budget.name: self._applied.get(budget.name, 0.0) for budget in self.budgets}

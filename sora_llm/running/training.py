@@ -66,7 +66,7 @@ class Training:
 
     @property
     def phase(self) -> str:
-        """Of the step that is behind it."""
+        """The phase of the step that was taken last."""
         return self.stage.phases.at(max(0, self.done - self.first - 1))
 
     @property
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What every line of a path says."""
+        """What every line of metrics and ranks says in a run of a path; {} in others."""
         if not self.job.plan.is_path:
             return {}
         return {"stage": self.stage_number, "sparse_lambda": self.stage.sparse_lambda}
