@@ -27,22 +27,21 @@ from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, f
 from sora_llm.files import reaching_for_paths, user_path
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
+from sora_llm.running.announcement import announce
 from sora_llm.running.assembly import load_and_inject
 from sora_llm.running.ending import cut_and_export, finish
 from sora_llm.running.inputs import check_inputs, check_output
-from sora_llm.running.job import (
-    Job,
-    announce,
-    deepspeed_options,
-    hold_directory,
-    process_group,
-    refuse_differing_runs,
-    waited_in_vain,
-)
+from sora_llm.running.job import Job, hold_directory
 from sora_llm.running.layouts import check_layout, check_place
 from sora_llm.running.lifeline import Lifeline
 from sora_llm.running.lifeline import say as say_last
 from sora_llm.running.plan import make_plan, rows_in_step
+from sora_llm.running.processes import (
+    deepspeed_options,
+    process_group,
+    refuse_differing_runs,
+    waited_in_vain,
+)
 from sora_llm.running.rehearsal import rehearse
 from sora_llm.running.rundir import RunDirectory, environment
 from sora_llm.running.stages import next_stage, train_stage

@@ -326,7 +326,7 @@ def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> 
     """Each machine reads its own files: other rows there would be another run, in silence."""
     monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
     monkeypatch.setattr(
-        "sora_llm.running.job.gather_objects",
+        "sora_llm.running.processes.gather_objects",
         lambda value: [value, value | {"digest": "other"} if "digest" in value else value],
     )
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code

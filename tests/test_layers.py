@@ -33,9 +33,9 @@ generation running.loop running.rundir running.steering running.rounds running.u
 prompt_form
 running.inputs
 running.training_data running.layouts
-running.data_words running.plan
+running.data_words running.plan running.processes
 running.job
-running.training
+running.training running.announcement
 running.snapshot running.measures
 running.start
 running.assembly
@@ -109,7 +109,7 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 
 
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
-    before = ["unpack", "inputs", "training_data", "data_words", "plan", "job"]
+    before = ["unpack", "inputs", "training_data", "data_words", "plan", "processes", "job", "announcement"]
     allowed = {
         "train",
         "commands",

@@ -19,10 +19,11 @@ from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
 from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.inputs import start_lora
-from sora_llm.running.job import Job, refuse_differing, say
+from sora_llm.running.job import Job, say
 from sora_llm.running.loop import Tally
 from sora_llm.running.measures import raise_alarms
 from sora_llm.running.packing_proof import prove_packing
+from sora_llm.running.processes import refuse_differing
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.snapshot import put_back, read_into, refuse_other_base
