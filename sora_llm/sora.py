@@ -95,10 +95,15 @@ def _between(
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
-    if getattr(base_layer, "_forward_hooks", None) and not hasattr(getattr(base_layer, "weight", None), "ds_id"):
+    if getattr(base_layer, "_forward_hooks", None) and not is_partitioned(getattr(base_layer, "weight", None)):
         y = y.clone()  # a hook may have kept it; those of ZeRO-3, which are on every module, do not
     with _in_own_dtypes(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
+
+
+def is_partitioned(parameter: object) -> bool:
+    """Whether ZeRO-3 holds a parameter, which has its values only while its own module computes."""
+    return hasattr(parameter, "ds_id")
 
 
 def _down(x: Tensor, dropout: float, seed: int, *factors: Tensor) -> tuple[Tensor, ...]:
@@ -369,7 +374,7 @@ class Neighbours:
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and u (R, T) of `layer`, whose dropout does nothing."""
         waiting, self._waiting = self._waiting, None
-        if x.is_inference() or hasattr(layer.lora_A, "ds_id"):  # the former counts no changes
+        if x.is_inference() or is_partitioned(layer.lora_A):  # the former counts no changes
             x_to_base, u_RT = _down(x, 0.0, 0, layer.lora_A)  # type: ignore[arg-type]
             return x_to_base, u_RT
         by_layer = self._factors(layer)
@@ -395,7 +400,7 @@ class Neighbours:
             if layer is None or layer.lora_A is None or (layer.training and layer.lora_dropout > 0):
                 continue
             A = layer.lora_A
-            if (A.dtype, A.device, A.shape[1]) == (own.dtype, own.device, own.shape[1]) and not hasattr(A, "ds_id"):
+            if (A.dtype, A.device, A.shape[1]) == (own.dtype, own.device, own.shape[1]) and not is_partitioned(A):
                 found[id(layer)] = A
         return found
 
