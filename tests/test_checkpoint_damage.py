@@ -397,7 +397,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_leaves_the_later_ones_aside
     assert "abandoned-step-3.2" in checkpoints(interrupted), "none is deleted for another"
 
 
-@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.matrix), 2])
 def test_a_queued_job_that_goes_back_to_a_checkpoint_goes_on_when_it_is_started_again(
     interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path], limit: int | None
 ) -> None:

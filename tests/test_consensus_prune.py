@@ -190,7 +190,7 @@ def cut_inside_zero(stage: int) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.matrix)])
 def test_a_model_in_an_engine_of_zero_is_not_cut_under_it(stage: int) -> None:
     """The engine would go on with the parameters from before, or fail at its next step."""
     assert (
