@@ -103,22 +103,25 @@ def remove_abandoned(place: Path, name: str = "*") -> None:
     this machine, or of another one that has not touched them for a day."""
     pattern = name if name == "*" else glob.escape(name)
     for leftover in place.glob(f".{pattern}.*-*-*.tmp"):
+        if not leftover.is_dir():
+            continue
         machine, process, _ = leftover.name.rsplit("-", 2)
         is_ours = machine.endswith(f".{socket.gethostname()}") and process.isdecimal()
-        is_over = not psutil.pid_exists(int(process)) if is_ours else _age(leftover) > _ABANDONED_SECONDS
-        if leftover.is_dir() and is_over:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(PermissionError):  # somebody else's
+            age = time.time() - last_change(leftover)
+            if not psutil.pid_exists(int(process)) if is_ours else age > _ABANDONED_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def _age(folder: Path) -> float:
-    """Seconds since something in a folder was changed."""
+def last_change(folder: Path) -> float:
+    """When something in a folder was changed last, as `time.time` says it; now, where it is gone."""
     try:
-        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except OSError:  # it was renamed or removed just now
-        return 0.0
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # it was renamed or removed just now
+        return time.time()
 
 
 def copy_folder(source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The types of data sets and our names for the fields of their rows: said once, for config, readers and commands."""
+"""The types of data sets, our names for the fields of their rows, and for what becomes of these: said once."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
@@ -16,3 +16,13 @@ IN_PARTS = {"messages": ("prompt", "completion")}
 
 WITHOUT_TEMPLATE = frozenset({"completion", "prompt_completion"})
 """Types whose text is taken as it stands; rows of all others are conversations, rendered with a chat template."""
+
+FATES = (
+    ("malformed", "num_bad_rows"),
+    ("too long", "too_long"),
+    ("truncated", "truncated"),
+    ("split", "split"),
+    ("untrained", "no_supervised"),
+    ("repeated", "duplicates"),
+)
+"""What becomes of rows that are not kept as they are: heads of columns, and the counts of a data report in them."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.files import file_sha256, fsync, write_text_atomically
+from sora_llm.files import file_sha256, fsync, last_change, write_text_atomically
 
 _POLL_SECONDS = 0.1
 _SILENT_SECONDS = 10  # a process that waits longer for the writer says for whom
@@ -144,15 +144,8 @@ def _remove_leftovers(folder: Path) -> None:
     machines it does not, where locks of a network file system are local."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         is_ours = leftover.name.startswith(_temporary_prefix(folder))
-        if is_ours or time.time() - _last_change(leftover) > _ABANDONED_SECONDS:
+        if is_ours or time.time() - last_change(leftover) > _ABANDONED_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _last_change(folder: Path) -> float:
-    try:
-        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except FileNotFoundError:  # it was renamed or removed just now
-        return time.time()
 
 
 def _read_note(lock: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sora_llm.data.dataset import TokenRow
+from sora_llm.row_types import FATES
 
 _WIDTH = 100
 _BAR_WIDTH = 40
@@ -87,18 +88,7 @@ def _origin(section: Section) -> str:
 
 def _dataset_lines(section: Section) -> list[str]:
     columns = [("read", "rows_read"), ("kept", "rows_kept")]
-    columns += [
-        (title, key)
-        for title, key in (
-            ("malformed", "num_bad_rows"),
-            ("too long", "too_long"),
-            ("truncated", "truncated"),
-            ("split", "split"),
-            ("untrained", "no_supervised"),
-            ("repeated", "duplicates"),
-        )
-        if section[key]
-    ]
+    columns += [(title, key) for title, key in FATES if section[key]]
     columns += [("tokens", "tokens")]
     rows = [["data set", "type", *(title for title, _ in columns), "supervised"]]
     for dataset in section["datasets"]:

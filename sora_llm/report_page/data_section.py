@@ -14,6 +14,7 @@ from sora_llm.report_page.untrusted import (
     as_number,
     setting,
 )
+from sora_llm.row_types import FATES
 
 
 def data_section(record: Record) -> str:
@@ -35,15 +36,7 @@ def _part(name: str, section: Mapping[str, Any]) -> str:
     if not datasets:
         return ""
     columns = [("read", "rows_read"), ("kept", "rows_kept")]
-    losses = (
-        ("malformed", "num_bad_rows"),
-        ("too long", "too_long"),
-        ("truncated", "truncated"),
-        ("split", "split"),
-        ("untrained", "no_supervised"),
-        ("repeated", "duplicates"),
-    )
-    columns += [(title, key) for title, key in losses if any(as_number(one.get(key)) for one in datasets)]
+    columns += [(title, key) for title, key in FATES if any(as_number(one.get(key)) for one in datasets)]
     columns.append(("tokens", "tokens"))
     rows = [_row(markup.code(one.get("path")), one, columns) for one in datasets]
     if len(rows) > 1:

@@ -22,7 +22,7 @@ class Alarms:
     """Watches the lines of a run.  `state` is what it remembers between two lines, for checkpoints."""
 
     def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
-        self._budgets, self.full_params = tuple(budgets), full_params
+        self._budgets, self._full_params = tuple(budgets), full_params
         self._raised: list[str] = []
         self._saturated_lines = 0
         self._last_loss: float | None = None
@@ -55,16 +55,16 @@ class Alarms:
     def _of_gates(self, line: Mapping[str, Any], place: float) -> dict[str, str]:
         found = {}
         kept = line["kept_params"]
-        if not self._budgets and kept < DYING_SHARE * self.full_params:
+        if not self._budgets and kept < DYING_SHARE * self._full_params:
             found["dying"] = (
-                f"all gates are dying: {kept:,} of {self.full_params:,} parameters are left at step {line['step']}; "
+                f"all gates are dying: {kept:,} of {self._full_params:,} parameters are left at step {line['step']}; "
                 "lower sora.sparse_lambda or sora.gate_lr"
             )
         is_by_quantile = "threshold" in line or "thresholds" in line
         if (
             place >= 0.5
-            and kept == self.full_params
-            and line.get("budget_params", 0) < self.full_params
+            and kept == self._full_params
+            and line.get("budget_params", 0) < self._full_params
             and not is_by_quantile
         ):
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
