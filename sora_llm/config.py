@@ -140,6 +140,9 @@ class Train:
     # transformers' formulas; one schedule for all phases, with a ramp after each change of the adapters
     warmup_ratio: Annotated[float, ">= 0", "<= 1"] = 0.03  # share of the steps
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of A and B, never of the gates
+    adam_beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # decay of AdamW's mean of gradients
+    adam_beta2: Annotated[float, ">= 0", "< 1"] = 0.999  # decay of AdamW's mean of squared gradients
+    adam_epsilon: Annotated[float, "> 0"] = 1e-8  # AdamW's ε, beside the root of the latter
     max_grad_norm: Annotated[float, ">= 0"] | None = 1.0  # null or 0: no clipping
     gradient_checkpointing: bool = False  # less memory, about a third more compute
     max_skipped_steps: Count = 10  # non-finite steps in a row that end the run
@@ -252,9 +255,6 @@ NO_EQUIVALENT = {
     "completion_only_loss": "leave it out; only answers are trained on unless data.train_on_inputs is true",
     "load_best_model_at_end": "set evaluation.early_stopping_patience, under which the adapter is the best one's",
     "metric_for_best_model": "leave it out; it is the dev loss",
-    "adam_beta1": "leave it out; it is 0.9",
-    "adam_beta2": "leave it out; it is 0.999",
-    "adam_epsilon": "leave it out; it is 1e-8",
     "neftune_noise_alpha": "leave it out; no noise is added to embeddings",
     "use_liger_kernel": "leave it out; logits are computed for supervised tokens alone",
     "torch_compile": "leave it out; the adapter is one fused function",
@@ -894,7 +894,10 @@ def resume_conflicts(
     old: dict[str, Any], new: dict[str, Any], num_processes_old: int, num_processes_new: int
 ) -> list[str]:
     """Why a checkpoint made under the config `old` cannot be continued under `new`: the keys that differ and may not,
-    and a sentence if the rows per optimizer step changed.  Empty: it can.  Both are plain mappings of `to_dict`."""
+    and a sentence if the rows per optimizer step changed.  Empty: it can.  Both are plain mappings of `to_dict`, `old`
+    that of an earlier version perhaps: what had no key then was as its default is."""
+    defaults = to_dict(Config())
+    old = {section: defaults.get(section, {}) | values for section, values in old.items()}
     conflicts = [
         key
         for key in differing_keys(old, new)

@@ -84,6 +84,10 @@ def test_epochs_are_counted_in_steps_rounded_up():
         1,
         30,
     ]
+    assert [order.epochs_of(steps) for steps in (0, 1, 10, 15)] == [0, 0.1, 1, 1.5]
+    order = EpochOrder(rows_of([3] * 10), 4, seed=0)
+    assert order.epochs_of(2) == pytest.approx(2 / 3), "the last, smaller step ends the epoch"
+    assert order.epochs_of(3) == 1
 
 
 # ----- length grouping ------------------------------------------------------------------------------------------------
@@ -196,6 +200,7 @@ def test_the_order_of_a_packed_mixture_can_be_asked_anywhere():
     straight = [numbers(order.step(step)) for step in range(last)]
     assert [numbers(make().step(step)) for step in range(last)] == straight
     assert len({len(step) for step in straight}) > 1, "some epoch ends with a smaller step"
+    assert [make().epochs_of(order.steps_in(Fraction(epochs))) for epochs in range(7)] == list(range(7))
 
 
 # ----- shares ---------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import shared
 from runs import gsm8k_overrides
-from small_runs import DENSE_STEPS, STEPS, Playground, delta_weights, interrupt, overrides, result
+from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, delta_weights, interrupt, overrides, result
 
 from sora_llm import checkpoint, cli
 from sora_llm.errors import UserError
@@ -123,6 +124,46 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(finished, t
         checkpoint.save(directory, state.pop("step"), tensors, state)
     with pytest.raises(UserError, match="written by an earlier version"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY))
+
+
+def test_a_checkpoint_from_before_a_key_existed_was_made_with_its_default(finished, tmp_path):
+    directory = _copy(finished, tmp_path / "run")
+    for name in ("status.json", "config.yaml"):
+        (directory / name).unlink()
+    for folder in (directory / "checkpoints").iterdir():
+        state, tensors = json.loads((folder / "state.json").read_text()), checkpoint.read_tensors(folder)
+        del state["config"]["train"]["adam_beta2"]
+        checkpoint.save(directory, state.pop("step"), tensors, state)
+    with pytest.raises(UserError, match=r"belongs to a run of another config: train\.adam_beta2;"):
+        run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"train.adam_beta2": 0.95}))
+    assert run(CONFIG, *gsm8k_overrides(directory, **TINY)).status["state"] == "finished"
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_optimizer_is_the_one_of_the_config(ground: Playground, num_processes: int):
+    """After one step from zero moments, v / m² = (1 - β₂) / (1 - β₁)² and B = -lr · g / (|g| + ε), whatever g is."""
+    name, rate, epsilon = f"adam{num_processes}", 0.01, 1e-3
+    options = {
+        "train.adam_beta1": 0.5,
+        "train.adam_beta2": 0.75,
+        "train.adam_epsilon": epsilon,
+        "train.learning_rate": rate,
+        "train.lr_scheduler_type": "constant",
+        "train.warmup_ratio": 0,
+        "train.max_steps": 4,
+        "evaluation.eval_steps": None,
+        "output.save_steps": 1,
+        **WORLDS[num_processes],
+    }
+    assert ground.codes(name, num_processes, **options) == [0] * num_processes
+    tensors = checkpoint.read_tensors(ground.run_dir(name) / "checkpoints" / "step-1")
+    factors = [key for key in tensors if key.endswith("lora_B")]
+    assert factors
+    for key in factors:
+        B, m, v = (tensors[key + suffix].double() for suffix in ("", ".exp_avg", ".exp_avg_sq"))
+        torch.testing.assert_close(v, m**2, rtol=1e-5, atol=1e-30)  # (1 - 0.75) / (1 - 0.5)²
+        gradient = m / 0.5
+        torch.testing.assert_close(B, -rate * gradient / (gradient.abs() + epsilon), rtol=1e-5, atol=1e-9)
 
 
 def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path):

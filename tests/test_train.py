@@ -77,6 +77,8 @@ def test_metrics_keep_the_contract(zero2: Finished) -> None:
     logged = metrics[2]
     for field in ("learning_rate", "gate_learning_rate", "grad_norm", "lambda", "kept_params", "tokens_per_second"):
         assert logged[field] >= 0
+    epochs = [line["epoch"] for line in metrics if "loss" in line]
+    assert epochs == pytest.approx([epochs[-1] * step / 30 for step in losses]) and 0 < epochs[-1] < 1
     assert {line["phase"] for line in metrics} == {"dense", "sparsify", "export"}
     assert all(line["lambda"] == 0 for line in metrics if line["step"] in (1, 2, 3) and "lambda" in line)
 

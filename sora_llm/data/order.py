@@ -78,6 +78,9 @@ class Order(Protocol):
     def steps_in(self, epochs: Fraction) -> int:
         """Optimizer steps of so many epochs."""
 
+    def epochs_of(self, steps: int) -> float | None:
+        """Epochs that the first `steps` optimizer steps are; None where nobody knows how long one is."""
+
     def position(self) -> dict[str, Any] | None:
         """What a checkpoint has to keep so that `seek` finds the step after the last one."""
 
@@ -127,6 +130,11 @@ class EpochOrder:
         whole = int(epochs)
         rest = math.ceil((epochs - whole) * self._steps_of(whole)) if epochs > whole else 0
         return self._first_step(whole) + rest
+
+    def epochs_of(self, steps: int) -> float:
+        """Epochs that the first `steps` optimizer steps are."""
+        epoch, position = self._locate(steps)
+        return epoch + position / self._steps_of(epoch)
 
     def position(self) -> None:
         """Nothing: any step can be asked for."""

@@ -123,6 +123,9 @@ class StreamOrder:
         """Nobody knows how long an epoch is: runs of streamed data are given in steps."""
         raise UserError("data.datasets are streamed: set train.max_steps, and train.num_train_epochs to null")
 
+    def epochs_of(self, steps: int) -> None:
+        """Nobody knows."""
+
     def position(self) -> dict[str, Any]:
         """Where the next step begins, as JSON holds it."""
         assert self._window is not None

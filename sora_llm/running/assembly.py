@@ -116,10 +116,12 @@ def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None)
         budgets={budget.name: list(budget.costs) for budget in budgets} or None,
         deferred=job.replicas is not None,
     )
-    optimizer, strategy = ProxAdamW(groups), job.plan.strategy
+    optimizer = ProxAdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon)
     if loss_scale is None:
         loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
-    return Engine(job.accelerator, model, optimizer, strategy, settings.max_grad_norm, job.replicas, loss_scale)
+    return Engine(
+        job.accelerator, model, optimizer, job.plan.strategy, settings.max_grad_norm, job.replicas, loss_scale
+    )
 
 
 def renew_engine(

@@ -28,6 +28,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     ranks = current_ranks(training)
     evaluated = {"eval_loss": measure(training)} if evaluation_due(job, done) else {}
     fields: dict[str, Any] = {
+        "epoch": job.order.epochs_of(done),
         **tally.flush(),
         "learning_rate": rates["learning_rate"],
         "gate_learning_rate": rates["gate_lr"] if phase != FINETUNE else None,

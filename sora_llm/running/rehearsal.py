@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 from sora_llm.distributed.collectives import any_process, on_main
@@ -57,10 +56,10 @@ def rehearse(job: Job) -> RunResult:
         save_checkpoint(training)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
     memory, steps = job.memory, job.plan.total_steps
-    if job.data.train is None:
+    epochs = job.order.epochs_of(steps)
+    if job.data.train is None or epochs is None:
         tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
     else:
-        epochs = steps / job.order.steps_in(Fraction(1))
         tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
         tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
     say(
