@@ -25,6 +25,7 @@ from sora_llm.errors import UserError, first_line
 from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
 from sora_llm.quantised import QuantisedFiles, holds_packed, is_quantised, quantised_files, settings_in, take_form
+from sora_llm.weights_digest import weights_digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
@@ -484,6 +485,21 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
         missing = next(name for name in names if name not in [path.name for path in shards])
         raise UserError(f"{spec.name_or_path} lacks {missing}, which its {INDEX} names")
     return shards
+
+
+def base_digest(spec: BackboneSpec) -> str | None:
+    """What tells the base's weights from others; None where they are no safetensors.  Ask for it once they are loaded:
+    files of the hub are in its cache only then.  They are read once more, in small parts.
+
+    Raises:
+        UserError: they are gone.
+    """
+    try:
+        return weights_digest(weight_files(spec))
+    except UserError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the weights of {spec.name_or_path} cannot be read again: {error}") from None
 
 
 def computes_in_float16(spec: BackboneSpec) -> bool:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, Playground
 from spawn import launched, spawn
 
+from sora_llm import cli
 from sora_llm.distributed.collectives import gather_objects, is_timeout
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import processes
@@ -91,7 +92,10 @@ def test_a_run_directory_that_machines_do_not_share_is_refused(tmp_path: Path, m
         processes.require_shared(tmp_path, world)
 
 
-def test_a_run_does_not_go_on_beside_another_base(base: Path, tmp_path: Path) -> None:
+def test_nothing_goes_on_beside_another_base_in_silence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a resumed run nor an export; a measurement and an answer say so."""
     options = {**TINY, "model.name_or_path": str(base), "output.save_steps": 2, "output.save_total_limit": None}
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
     before, other = weights_digest([base / "model.safetensors"]), tmp_path / "other"
@@ -101,6 +105,22 @@ def test_a_run_does_not_go_on_beside_another_base(base: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"hold other weights than .*step-2 was trained beside"):
         run(CONFIG, *gsm8k_overrides(other, **options, **start))
     assert not other.exists()
+
+    adapter, checkpoint = str(tmp_path / "run" / "adapter"), str(tmp_path / "run" / "checkpoints" / "step-2")
+    capsys.readouterr()
+    for source in (adapter, checkpoint):
+        said = f"the files of {base} hold other weights than {source} was trained beside"
+        out, merged = ["--out", str(tmp_path / "out")], ["--layout", "merged", "--skip-dev-loss"]
+        assert cli.main(["export", source, *merged, *out]) == 2 and said in capsys.readouterr().err
+        assert cli.main(["consensus", source, source, *out]) == 2 and said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        assert cli.main(["generate", source, "--prompt", "Tim", "--max-new-tokens", "1"]) == 0
+        assert f"warning: {said}" in capsys.readouterr().err
+    assert cli.main(["export", adapter, *merged, *out, "--base-model", str(base)]) == 0
+    assert f"warning: {said.replace(checkpoint, adapter)}" in capsys.readouterr().err
+    restored = ["--base", str(shared("models/stories260k"))]
+    assert cli.main(["generate", adapter, "--prompt", "Tim", "--max-new-tokens", "1", *restored]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_weights_are_the_same_however_they_lie_in_files(tmp_path: Path) -> None:

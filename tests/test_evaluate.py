@@ -101,6 +101,75 @@ def test_other_rows_in_the_file_that_dev_rows_were_held_out_of_are_said(lora, ro
     assert cli.main(["evaluate", str(moved)]) == 0 and f"{said} {moved} was trained on" in capsys.readouterr().err
 
 
+NUMBERS = [f"{first} and {second}" for first in ("one", "two", "three", "four") for second in ("five", "six", "seven")]
+
+
+def numbers_run(folder: Path, lora: Path, name: str = "run", **options: Any) -> Path:
+    """A run of twelve rows of which it held four out, that has ended."""
+    rows = folder / "numbers.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"Count to {text}", "a": text * 2}) + "\n" for text in NUMBERS))
+    dataset = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    run = run_dir(folder / name, **{"data.datasets": [dataset], "data.val_set_size": 4, **options})
+    shutil.copytree(lora, run / "adapter")
+    (run / "status.json").write_text("{}")
+    return run
+
+
+def test_under_other_options_those_rows_are_measured_that_the_run_held_out(lora, tmp_path, capsys):
+    """Any that others would hold out it may have been trained on."""
+    run = numbers_run(tmp_path, lora)
+    own = evaluated(capsys, run)
+    assert own["rows"] == 4 and own["not_as_written"] == []
+    for option in ("train.seed=7", "data.val_set_size=6", "data.train_on_inputs=true"):
+        assert cli.main(["evaluate", str(run), option, "--json"]) == 0
+        output = capsys.readouterr()
+        found = json.loads(output.out)
+        assert found["rows"] == 4, option
+        assert (found["adapter"]["loss"] == own["adapter"]["loss"]) == (option != "data.train_on_inputs=true")
+        assert (f"the rows that {run} held out are measured" in output.err) == (option != "data.train_on_inputs=true")
+    shorter = evaluated(capsys, run, "data.sequence_len=28")
+    assert shorter["rows"] == 2 and shorter["not_as_written"] == ["left out 2 that were held out"]
+    other = {"path": str(tmp_path / "other.jsonl"), "type": "prompt_completion"}
+    (tmp_path / "other.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{text} is", "completion": text}) + "\n" for text in NUMBERS)
+    )
+    assert cli.main(["evaluate", str(run), f"data.datasets=[{json.dumps(other)}]"]) == 0
+    assert f"warning: {run} did not hold these rows out" in capsys.readouterr().err
+
+
+def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
+    run = numbers_run(tmp_path, lora)
+    alike, all_rows = (numbers_run(tmp_path, lora, name) for name in ("alike", "all"))
+    (all_rows / "config.yaml").write_text(
+        (all_rows / "config.yaml").read_text().replace("val_set_size: 4", "val_set_size: null")
+    )
+
+    def warning(*arguments: object) -> str:
+        assert cli.main(["evaluate", *map(str, arguments)]) == 0
+        return capsys.readouterr().err
+
+    assert warning(run) == "" and warning(run, "--adapter", alike) == "" and warning(run, "--no-adapter") == ""
+    said = f"warning: {all_rows} was trained on {tmp_path / 'numbers.jsonl'} too"
+    assert said in warning(run, "--adapter", all_rows)
+    assert said in warning(run, "--adapter", all_rows, "train.seed=7")
+    seen = ["--data", tmp_path / "numbers.jsonl"]
+    assert f"warning: {run} was trained on" in warning(run, *seen) and warning(run, *seen, "--no-adapter") == ""
+    (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
+    assert warning(run, "--data", tmp_path / "others.jsonl", "--adapter", all_rows) == ""
+    quantised = numbers_run(tmp_path, lora, "quantised", **{"quantization.load_in_4bit": True})
+    assert "beside the base as " in warning(run, "--adapter", quantised)
+
+
+def test_what_became_of_the_rows_of_a_file_is_said(lora, rows, tmp_path, capsys):
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(rows.read_text() + json.dumps({"q": "Once upon", "a": " a time" * 400}) + "\n")
+    found = evaluated(capsys, lora, "--data", longer, *FORM)
+    assert found["rows"] == 3 and found["not_as_written"] == ["left out 1 too long"]
+    assert cli.main(["evaluate", str(lora), "--data", str(longer), *FORM]) == 0
+    assert "of the rows of the files: left out 1 too long" in capsys.readouterr().out
+    assert evaluated(capsys, lora, "--data", rows, *FORM)["not_as_written"] == []
+
+
 def test_a_run_is_spoken_to_as_in_training_whatever_became_of_its_template_file(stories, lora, tmp_path, capsys):
     rows, template = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
     rows.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ROWS))

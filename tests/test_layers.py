@@ -31,7 +31,7 @@ report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
 generation running.loop running.rundir running.steering running.rounds running.unpack
 prompt_form
-running.inputs
+running.inputs running.held_out
 running.training_data running.layouts
 running.data_words running.plan running.processes
 running.job
@@ -109,7 +109,7 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 
 
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
-    before = ["unpack", "inputs", "training_data", "data_words", "plan", "processes", "job", "announcement"]
+    before = ["unpack", "inputs", "held_out", "training_data", "data_words", "plan", "processes", "job", "announcement"]
     allowed = {
         "train",
         "commands",

@@ -49,6 +49,20 @@ def test_a_run_starts_at_the_loss_where_the_other_ended(
     assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"]
 
 
+def test_dev_rows_that_the_saved_adapter_may_have_seen_are_said(
+    undisturbed: dict[int, Path], ground: Playground, tmp_path: Path
+) -> None:
+    def said(name: str, **others: Any) -> bool:
+        (child,) = ground.start(
+            name, **{"model.adapter": str(undisturbed[1] / "adapter"), "train.max_steps": 3, **others}
+        )
+        assert child.wait() == 0, child.output
+        return "model.adapter was trained on " in child.output
+
+    assert not said("same-held-out")
+    assert said("others-held-out", **{"train.seed": 7})
+
+
 def test_what_does_not_fit_is_a_sentence_before_the_model_is_loaded(
     undisturbed: dict[int, Path], ground: Playground, tmp_path: Path
 ) -> None:

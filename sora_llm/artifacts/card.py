@@ -45,6 +45,8 @@ class Provenance:
     """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
     base_loading: Mapping[str, Any] | None = None
     """The same for the certificate, by the names of our config."""
+    base_digest: str | None = None
+    """Of the base's weights, for the certificate: `backbone.base_digest`."""
     story: str = TRAINED
     """How it was made: the beginning of a sentence."""
     is_base_quantised: bool = False
@@ -60,7 +62,8 @@ class Provenance:
 
     def in_certificate(self) -> dict[str, Any]:
         """What the certificate says beside the self-check."""
-        said = {"separator": self.separator, "base_loading": self.base_loading}
+        names = ("separator", "base_loading", "base_digest")
+        said = {name: getattr(self, name) for name in names}
         return {**self.notes, **{name: value for name, value in said.items() if value is not None}}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from sora_llm.arguments import Parser
 from sora_llm.backbone import (
     BackboneSpec,
+    base_digest,
     load_backbone,
     load_call,
     load_config,
@@ -27,6 +28,7 @@ from sora_llm.commands.sources import (
     of_other_forms,
     read_source,
     refuse_other_targets,
+    refuse_other_weights,
     replica,
     shapes_in,
     shared_tokenizer,
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)
         check_out(out, [spec.folder])
         bare_model = skeleton(load_config(spec), spec)
+        refuse_other_weights(sources, spec, arguments.base)
         sources = [source.on(bare_model) for source in sources]
         refuse_other_targets(sources, arguments.allow_missing)
         shapes = shapes_in(spec, bare_model, sources)
@@ -176,6 +179,7 @@ def export_consensus(
         separator=shared_separator(result),
         load_options=load_call(spec, config),
         base_loading=spec.loading,
+        base_digest=base_digest(spec),
         is_base_quantised=is_quantised(config),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",

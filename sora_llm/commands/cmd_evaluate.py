@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sora_llm import backbone
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import config_parser, exit_code
-from sora_llm.commands.measuring import dev_rows, measuring, quantization_of
+from sora_llm.commands.measuring import MeasuredRows, dev_rows, measuring, quantization_of
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import Config, Data, Dataset, Model
@@ -21,8 +22,11 @@ from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.row_types import FIELDS
+from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
+from sora_llm.running.held_out import learned_from
 from sora_llm.running.inputs import Inputs, check_inputs
+from sora_llm.terminal import say
 from sora_llm.topology import ALONE
 
 
@@ -62,11 +66,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     arguments = make_parser(prog).parse_intermixed_args(argv)
 
     def command() -> dict[str, Any]:
-        subject, config, tokenizer_place = find_measured(arguments)
-        inputs = check_inputs(config, "none", tokenizer_place)
+        measured = find_measured(arguments)
+        subject, config = measured.subject, measured.config
+        inputs = check_inputs(config, "none", measured.tokenizer)
         if subject.config is None:
             refuse_guessed_template(arguments.config, config, inputs)
-        rows = dev_rows(config, inputs)
+        found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
+        rows = found_rows.rows
         loaded = load(subject)
 
         def loss() -> dict[str, float]:
@@ -86,7 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
             return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
 
         result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
-        result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised}
+        result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": fates_of(found_rows)}
         with loaded.without_adapter() if loaded.without_adapter is not None else contextlib.nullcontext():
             result["model" if subject.is_whole and subject.adapter is None else "base"] = loss()
         if subject.adapter is not None:
@@ -98,6 +104,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
             f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
             f"{result['supervised_tokens']:,} supervised tokens"
         ]
+        lines += [f"of the rows of the files: {'; '.join(said)}"] if (said := result["not_as_written"]) else []
         for name in ("model", "base", "adapter"):
             if name in result:
                 lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")
@@ -106,18 +113,37 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
     return exit_code(command, arguments.json, text)
 
 
-def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backbone.BackboneSpec]:
-    """What is measured, a config that names the rows to measure it on, and where their tokenizer is: that and the
-    template are those of RUN or ADAPTER, as in `generate`, whatever other adapter is measured.
+def fates_of(measured: MeasuredRows) -> list[str]:
+    """What became of the rows that are not measured, or not as they are written; phrases."""
+    left_out = [f"left out {measured.missing:,} that were held out"] if measured.missing else []
+    return left_out if measured.report is None else fates(measured.report)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was.
+    Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`, whatever other adapter
+    is measured."""
+
+    subject: Subject
+    config: Config
+    trained: Config | None
+    tokenizer: backbone.BackboneSpec
+
+
+def find_measured(arguments: argparse.Namespace) -> Measured:
+    """What the command line names.
 
     Raises:
         UserError: nothing of that kind, an adapter that is none, or no data set.
     """
     named = subject = find_subject(arguments.config, arguments.overrides)
+    other: Subject | None = None
     if arguments.adapter is not None and arguments.no_adapter:
         raise UserError("--adapter and --no-adapter exclude each other; give one of them")
     if arguments.adapter is not None:
-        subject = replace(subject, adapter=other_adapter(arguments, subject))
+        other = other_adapter(arguments, subject)
+        subject = replace(subject, adapter=other.adapter)
     elif arguments.no_adapter:
         subject = replace(subject, adapter=None)
     elif subject.adapter is None and not subject.is_whole and Path(arguments.config).is_dir():
@@ -145,11 +171,31 @@ def find_measured(arguments: argparse.Namespace) -> tuple[Subject, Config, backb
             f"--chat-template is for rows that are conversations; rows of type {measured[0].type} are measured without "
             "one; leave it out"
         )
-    return subject, measuring(config, subject.spec), tokenizer_source(named)
+    if subject.adapter is not None:
+        warn_of_the_adapter(arguments, config, named if other is None else other, named)
+    trained = None if named.trained is None else measuring(named.trained, subject.spec)
+    return Measured(subject, measuring(config, subject.spec), trained, tokenizer_source(named))
 
 
-def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Path:
-    """The folder of what --adapter names.
+def warn_of_the_adapter(arguments: argparse.Namespace, config: Config, measured: Subject, named: Subject) -> None:
+    """Say where the adapter of `measured` may have been trained on rows that it is measured on, or beside another form
+    of the base than that of RUN, which is `named`."""
+    is_own, has_files = measured is named, config.data.val_datasets is not None
+    rows = config if has_files or named.trained is None else named.trained
+    if measured.trained is not None and not (is_own and not has_files):  # its own held-out rows are kept
+        name = arguments.config if is_own else arguments.adapter
+        if (path := learned_from(measured.trained, rows)) is not None:
+            say(f"warning: {name} was trained on {path} too, so that it may have seen rows measured here", sys.stderr)
+    if not is_own and measured.is_loading_known and measured.spec.form != named.spec.form:
+        say(
+            f"warning: {arguments.adapter} was trained beside the base as {measured.spec.form}; it is measured beside "
+            f"it as {named.spec.form}",
+            sys.stderr,
+        )
+
+
+def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
+    """What --adapter names.
 
     Raises:
         UserError: nothing there, or an adapter of another base than RUN's, unless --base says which one is meant.
@@ -163,7 +209,7 @@ def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Path:
             f"--adapter {arguments.adapter} is of the base {base_name(said)} and {arguments.config} of "
             f"{base_name(meant)}; if these are copies of one model, say which to load with --base MODEL"
         )
-    return other.adapter
+    return other
 
 
 def config_for(subject: Subject) -> Config:

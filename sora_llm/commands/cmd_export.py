@@ -28,9 +28,17 @@ from sora_llm.backbone import (
 )
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
-from sora_llm.commands.places import find_place
+from sora_llm.commands.places import find_place, trained_config
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
-from sora_llm.commands.sources import SavedAdapter, base_of, own_tokenizer, plain_factors, shapes_in, source_of
+from sora_llm.commands.sources import (
+    SavedAdapter,
+    base_of,
+    own_tokenizer,
+    plain_factors,
+    refuse_other_weights,
+    shapes_in,
+    source_of,
+)
 from sora_llm.config import Config, recipe
 from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed.group import local_device
@@ -100,6 +108,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         check_out(out, [spec.folder])
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
         adapter = prepared(source, spec, arguments)
+        if arguments.layout != "gguf":  # which reads no weights of the base
+            refuse_other_weights([source], spec, arguments.base_model, "--base-model")
         if arguments.layout == "gguf":
             architecture_of(adapter.config).tensor_names(list(adapter.factors))
         provenance = provenance_of(source, spec, line, adapter)
@@ -109,7 +119,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         elif arguments.layout == "merged":
             device = local_device()
             merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
-            dev_loss_of = None if arguments.skip_dev_loss else dev_loss(source.config, spec, device)
+            dev_loss_of = (
+                None
+                if arguments.skip_dev_loss
+                else dev_loss(trained_config(find_place(arguments.source)), spec, device)
+            )
             certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=dev_loss_of)
         else:
             certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)
@@ -258,6 +272,7 @@ def provenance_of(
         separator=recorded_separator(source.config, source.folder),
         load_options=load_call(spec, adapter.config),
         base_loading=spec.loading,
+        base_digest=source.base_digest,
         is_base_quantised=is_quantised(adapter.config),
         story=story,
         recipe="" if source.config is None else recipe(source.config),
@@ -298,7 +313,7 @@ def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable
     config = measuring(config, spec)
     try:
         inputs = check_inputs(config, "none")
-        rows = dev_rows(config, inputs)
+        rows = dev_rows(config, inputs).rows
     except UserError as error:
         raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
     batch_size = config.evaluation.per_device_eval_batch_size

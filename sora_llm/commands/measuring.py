@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.prepare import DataReport
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page.reading import read_json
-from sora_llm.running.inputs import DATA_REPORT, Inputs
+from sora_llm.running.held_out import hold_out_alike
+from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
 from sora_llm.running.training_data import is_of_other_rows, load_data, prepare_rows
 from sora_llm.terminal import say
 from sora_llm.topology import ALONE
@@ -55,22 +59,59 @@ def has_dev_rows(config: Config) -> bool:
     return config.data.val_datasets is not None or config.data.val_set_size is not None
 
 
-def dev_rows(config: Config, inputs: Inputs) -> TokenDataset:
+@dataclass(frozen=True)
+class MeasuredRows:
+    """`report` is of the files that they come from, None where rows were held out; `missing` are rows that the run held
+    out and that are not kept under the options of the measurement."""
+
+    rows: TokenDataset
+    report: DataReport | None
+    missing: int = 0
+
+
+def dev_rows(
+    config: Config, inputs: Inputs, trained: Config | None = None, tokenizer: BackboneSpec | None = None
+) -> MeasuredRows:
     """The dev rows; the training rows are read only where dev rows are held out of them.
+
+    Args:
+        trained: the config of the run that is measured.  Under a `config` that would hold other rows out, those that
+            the run held out are measured all the same, as it was trained on the others.
+        tokenizer: where it lies, if not beside the base.
 
     Raises:
         UserError: bad rows, or none at all.
     """
     if inputs.val_datasets:
-        return prepare_rows(config, inputs, inputs.val_datasets, ALONE)[0]
-    data = load_data(config, inputs, ALONE)
-    if data.dev is None or data.train_report is None:
+        return MeasuredRows(*prepare_rows(config, inputs, inputs.val_datasets, ALONE))
+    if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    report = user_path(config.output.output_dir, "output.output_dir") / DATA_REPORT
-    if is_of_other_rows(read_json(report), config, inputs, data.train_report):
+    run_dir = user_path(config.output.output_dir, "output.output_dir")
+    of_run, its_inputs = config, inputs
+    if trained is not None and not hold_out_alike(trained, config):
+        if trained.data.datasets != config.data.datasets or trained.data.val_set_size is None:
+            _warn_of_seen_rows(f"{run_dir} did not hold these rows out")
+        else:
+            of_run, its_inputs = trained, check_inputs(trained, "none", tokenizer)
+    data = load_data(of_run, its_inputs, ALONE)
+    assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
+    if is_of_other_rows(read_json(run_dir / DATA_REPORT), of_run, its_inputs, data.train_report):
+        _warn_of_seen_rows(
+            f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
+        )
+    if of_run is config:
+        return MeasuredRows(data.dev, None)
+    whole, _ = prepare_rows(config, inputs, inputs.datasets, ALONE)
+    rows = whole.select(np.flatnonzero(np.isin(whole.origins, data.dev.origins)))
+    if not len(rows):
+        raise UserError(f"none of the {len(data.dev)} rows that {run_dir} held out is kept under these options")
+    if (trained := of_run).train.seed != config.train.seed or trained.data.val_set_size != config.data.val_set_size:
         say(
-            f"warning: the rows of data.datasets are not those that {report.parent} was trained on, so that other ones "
-            "are held out: it may have been trained on some that it is measured on here",
+            f"the rows that {run_dir} held out are measured, whatever data.val_set_size and train.seed are given here",
             sys.stderr,
         )
-    return data.dev
+    return MeasuredRows(rows, None, missing=len(np.setdiff1d(data.dev.origins, whole.origins)))
+
+
+def _warn_of_seen_rows(why: str) -> None:
+    say(f"warning: {why}: it may have been trained on some that it is measured on here", sys.stderr)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
+from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.config import Config, from_dict, load_config
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.prompt_form import has_conversations
+from sora_llm.running.run_state import absolute, is_run, run_of_adapter
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
             config = _without_consent(load_config(run_dir / "config.yaml", overrides), overrides)
-            return _as_trained(Place(name, _absolute(folder), config, run_dir), overrides)
+            return _as_trained(Place(name, absolute(folder), config, run_dir), overrides)
         if overrides:
             raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
         return Place(name, folder)
@@ -99,30 +99,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
 def _of_config(name: str, file: Path, config: Config) -> Place:
     """A run by its config: the one that left the file in its directory, or else the one that goes where it says."""
     run_dir = file.parent
-    if file.name != "config.yaml" or not _is_run(run_dir):
+    if file.name != "config.yaml" or not is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
     adapter = run_dir / "adapter"
     return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
-
-
-def run_of_adapter(folder: Path) -> Path | None:
-    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
-    whole = _absolute(folder)
-    is_stage = whole.parent.name == "path"
-    run_dir = whole.parent.parent if is_stage else whole.parent
-    is_adapter = (is_stage or whole.name == "adapter") and (whole / CONFIG).is_file()
-    return run_dir if is_adapter and _is_run(run_dir) else None
-
-
-def _absolute(folder: Path) -> Path:
-    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
-    return Path(os.path.abspath(folder))  # noqa: PTH100
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a run has written here: a config.yaml alone may be anybody's."""
-    marks = ("status.json", f"adapter/{CERTIFICATE}")
-    return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)
 
 
 def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
@@ -142,6 +122,14 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     if not has_conversations(load_config(run_dir / "config.yaml").data.datasets):
         return place
     return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
+
+
+def trained_config(place: Place) -> Config | None:
+    """The config that an adapter of `place` was trained under: its run's own, without what a command overrides or was
+    changed since in a file that was named."""
+    if place.run_dir is not None and is_run(place.run_dir):
+        return find_place(place.run_dir).config
+    return place.config
 
 
 def _overrides_key(key: str, overrides: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import certificate_in, is_same_base, read_lora
+from sora_llm.artifacts.lora_files import CONFIG, certificate_in, is_same_base, read_lora
 from sora_llm.backbone import (
     BackboneSpec,
     as_its_files,
+    base_digest,
     has_tokenizer,
     load_tokenizer,
     tokenizer_files_in,
@@ -37,6 +39,7 @@ from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
+from sora_llm.terminal import say
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class SavedAdapter:
     data: tuple[str, ...] = ()
     folder: Path | None = None
     config: Config | None = None
+    base_digest: str | None = None
+    """Of the weights that it was trained beside, where that is known."""
 
     def on(self, bare_model: nn.Module) -> SavedAdapter:
         """The same adapter with all targets that it has on this base."""
@@ -107,6 +112,7 @@ def source_of(place: Place) -> SavedAdapter:
         lora.targets,
         spec=certified_spec(folder, BackboneSpec(lora.base_model, lora.revision)),
         folder=folder,
+        base_digest=recorded_digest(folder),
     )
     return source if config is None else _of_run(source, config)
 
@@ -137,8 +143,24 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
         if not all(bool(t.isfinite().all()) for t in (A[live], B[:, live], live if gate is None else gate)):
             raise UserError(f"{name} holds values of {module} that are not finite; name an earlier checkpoint")
     scaling = config.sora.lora_alpha / config.sora.r
-    source = SavedAdapter(name, "", None, factors, scaling, frozenset(modules), selector=target_modules(config))
+    source = SavedAdapter(
+        name,
+        "",
+        None,
+        factors,
+        scaling,
+        frozenset(modules),
+        selector=target_modules(config),
+        base_digest=recorded_digest(folder),
+    )
     return _of_run(source, config)
+
+
+def recorded_digest(folder: Path) -> str | None:
+    """The `base_digest` that a checkpoint, or the certificate beside a LoRA, has; None where none says it."""
+    if (folder / CONFIG).is_file():
+        return certificate_in(folder).get("base_digest")
+    return checkpoint.read_state(folder).get("base")
 
 
 def own_tokenizer(source: SavedAdapter, spec: BackboneSpec) -> tuple[list[Path], str | None]:
@@ -246,6 +268,35 @@ def base_of(
 def of_other_forms(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> list[str]:
     """The names of those that are known to have been trained beside the base in another form than `spec` loads it."""
     return [source.name for source in sources if source.spec is not None and source.spec.form != spec.form]
+
+
+def refuse_other_weights(
+    sources: Sequence[SavedAdapter], spec: BackboneSpec, base: str | None, option: str = "--base"
+) -> None:
+    """UserError if the base's files hold other weights by now than a source was trained beside; a warning where `base`,
+    the value of the command's `option`, says which ones are meant."""
+    others = [source.name for source in sources if has_other_weights(source.base_digest, spec)]
+    if others and base is None:
+        raise UserError(
+            f"the files of {spec.name_or_path} hold other weights than {others[0]} was trained beside; restore them, "
+            f"or say which base is meant with {option} MODEL"
+        )
+    if others:
+        warn_of_other_weights(others[0], spec)
+
+
+def has_other_weights(recorded: str | None, spec: BackboneSpec) -> bool:
+    """Whether the base's files are known to hold other weights than those of a `base_digest`."""
+    return recorded is not None and base_digest(spec) not in (None, recorded)
+
+
+def warn_of_other_weights(name: str, spec: BackboneSpec) -> None:
+    """Say that the adapter `name` meets another base than in training."""
+    say(
+        f"warning: the files of {spec.name_or_path} hold other weights than {name} was trained beside (another form of "
+        "them, or another model)",
+        sys.stderr,
+    )
 
 
 def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:

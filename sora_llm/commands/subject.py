@@ -15,8 +15,16 @@ from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone, quiet_libraries
 from sora_llm.backbone import load_config as load_model_config
-from sora_llm.commands.places import find_place
-from sora_llm.commands.sources import certified_spec, plain_factors, read_source, shapes_in
+from sora_llm.commands.places import find_place, trained_config
+from sora_llm.commands.sources import (
+    certified_spec,
+    has_other_weights,
+    plain_factors,
+    read_source,
+    recorded_digest,
+    shapes_in,
+    warn_of_other_weights,
+)
 from sora_llm.config import Config
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
@@ -38,6 +46,8 @@ class Subject:
     is_whole: bool = False
     is_loading_known: bool = False
     """Whether `spec` says how the base was loaded: by a run's config, or by the certificate beside an adapter."""
+    trained: Config | None = None
+    """What the run was trained under: `config` without the overrides of the command."""
 
     @property
     def certified(self) -> Path | None:
@@ -55,7 +65,8 @@ def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
         return Subject(BackboneSpec(str(folder)), None, None, is_whole=True)
     place = find_place(path, overrides)
     if place.config is not None:
-        return Subject(backbone_spec(place.config, "none"), place.config, place.adapter, is_loading_known=True)
+        spec = backbone_spec(place.config, "none")
+        return Subject(spec, place.config, place.adapter, is_loading_known=True, trained=trained_config(place))
     folder = place.with_adapter()
     spec = BackboneSpec(saved_base(folder), revision=saved_revision(folder))
     as_certified = certified_spec(folder, spec)
@@ -119,7 +130,7 @@ class Loaded:
 
 
 def load(subject: Subject) -> Loaded:
-    """The base with the adapter on it, on this machine's device.
+    """The base with the adapter on it, on this machine's device; weights that it was not trained beside are said.
 
     Raises:
         UserError: weights that cannot be loaded, or an adapter of another base.
@@ -127,6 +138,8 @@ def load(subject: Subject) -> Loaded:
     model = load_backbone(subject.spec, local_device()).eval()
     if subject.adapter is None:
         return Loaded(model, None)
+    if has_other_weights(recorded_digest(subject.adapter), subject.spec):
+        warn_of_other_weights(str(subject.adapter), subject.spec)
     if (subject.adapter / CONFIG).is_file():
         adapted = load_adapter(model, subject.adapter)
         return Loaded(adapted, adapted.disable_adapter)

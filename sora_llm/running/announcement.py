@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
-from sora_llm.config import Data
+from sora_llm.config import Config, Data, load_config
 from sora_llm.distributed.replicas import Replicas
+from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
 from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
+from sora_llm.running.held_out import learned_from
 from sora_llm.running.job import Job, say
 from sora_llm.running.plan import Plan, Stage, so_many_steps
+from sora_llm.running.run_state import run_of_adapter
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 
@@ -74,9 +78,11 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     """Sentences about settings that are allowed and hardly meant."""
     sora, model = plan.config.sora, plan.config.model
     if model.adapter is not None:
-        saved = saved_base(user_path(model.adapter, "model.adapter"))
+        folder = user_path(model.adapter, "model.adapter")
+        saved = saved_base(folder)
         if saved and not is_same_base(saved, model.name_or_path):
             yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
+        yield from _of_rows_seen_before(plan.config, folder)
     if plan.config.output.push_to_hub and not has_token():
         yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
     if sora.target_modules == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
@@ -126,6 +132,22 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
     if sora.threshold == "decoupled" and highest >= 1:
         yield (f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient")
+
+
+def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
+    """A sentence about dev rows on which the adapter that the run starts from may have been trained."""
+    run_dir = run_of_adapter(adapter)
+    if run_dir is None:
+        return
+    try:
+        path = learned_from(load_config(run_dir / "config.yaml"), config)
+    except UserError:  # of another version, or not there any more
+        return
+    if path is not None:
+        yield (
+            f"model.adapter was trained on {path} with other rows held out: dev rows of this run may be some that it "
+            "has seen; name dev rows of their own with data.val_datasets, or hold the same ones out"
+        )
 
 
 def _of_dev_rows(data: Data) -> Iterator[str]:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import pipeline
-from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, weight_files
+from sora_llm.backbone import DTYPES, base_digest, computes_in_float16, load_backbone
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
-from sora_llm.errors import UserError
 from sora_llm.inject import adapters, inject_sora, start_from
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loss_scale import LossScale
@@ -30,7 +29,6 @@ from sora_llm.running.snapshot import put_back, read_into, refuse_other_base
 from sora_llm.running.start import StartPoint
 from sora_llm.running.training import Training, make_steering
 from sora_llm.running.unpack import target_modules
-from sora_llm.weights_digest import weights_digest
 
 
 def load_model(job: Job) -> nn.Module:
@@ -80,21 +78,6 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     elif training.rounds is not None:
         training.rounds.begin(engine)
     return training
-
-
-def base_digest(spec: BackboneSpec) -> str | None:
-    """What tells the base's weights from others; None where they are no safetensors.  They are read once more, in small
-    parts, after they were loaded: those of the hub are in its cache only then.
-
-    Raises:
-        UserError: they are gone.
-    """
-    try:
-        return weights_digest(weight_files(spec))
-    except UserError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the weights of {spec.name_or_path} cannot be read again: {error}") from None
 
 
 def warm_start(job: Job, model: nn.Module) -> None:

@@ -75,21 +75,26 @@ def ending_warning(config: Config, inputs: Inputs) -> list[str]:
 
 def describe(report: DataReport) -> str:
     """A data report in one line."""
-    parts = [f"{report.rows_kept:,} rows, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)"]
+    kept = f"{report.rows_kept:,} rows, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)"
+    return "; ".join([kept, *fates(report)])
+
+
+def fates(report: DataReport) -> list[str]:
+    """What became of the rows that were not kept as they are, a phrase for each fate."""
     left_out = (
         (report.num_bad_rows, "malformed"),
         (report.too_long, "too long"),
         (report.no_supervised, "without an answer"),
         (report.duplicates if report.drop_duplicates else 0, "repeated"),
     )
-    parts += [f"left out {count:,} {why}" for count, why in left_out if count]
+    parts = [f"left out {count:,} {why}" for count, why in left_out if count]
     if report.truncated:
         parts.append(f"truncated {report.truncated:,}")
     if report.split:
         parts.append(f"split {report.split:,}")
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
-    return "; ".join(parts)
+    return parts
 
 
 def describe_stream(config: Config, order: StreamOrder) -> list[str]:
