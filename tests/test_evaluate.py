@@ -170,6 +170,24 @@ def test_what_became_of_the_rows_of_a_file_is_said(lora, rows, tmp_path, capsys)
     assert evaluated(capsys, lora, "--data", rows, *FORM)["not_as_written"] == []
 
 
+def test_other_rows_in_the_file_of_the_dev_rows_are_said(lora, rows, tmp_path, capsys):
+    """Their loss is not to be compared with those of the training."""
+    form = {"type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    dev, train = ({"path": str(tmp_path / name), **form} for name in ("dev.jsonl", "train.jsonl"))
+    for dataset in (dev, train):
+        Path(dataset["path"]).write_text(rows.read_text())
+    options = {"data.datasets": [train], "data.val_datasets": [dev], "data.val_set_size": None}
+    directory = run_dir(tmp_path / "run", **options)
+    shutil.copytree(lora, directory / "adapter")
+    assert cli.main(["preprocess", str(directory / "config.yaml"), "--json"]) == 0
+    (directory / "data_report.json").write_text(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(directory)]) == 0 and capsys.readouterr().err == ""
+    Path(dev["path"]).write_text(rows.read_text() * 2)
+    assert cli.main(["evaluate", str(directory)]) == 0
+    assert f"the rows of data.val_datasets are not those that {directory} was measured on" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(directory), "--data", str(rows)]) == 0 and capsys.readouterr().err == ""
+
+
 def test_a_run_is_spoken_to_as_in_training_whatever_became_of_its_template_file(stories, lora, tmp_path, capsys):
     rows, template = tmp_path / "rows.jsonl", tmp_path / "mine.jinja"
     rows.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ROWS))

@@ -82,11 +82,19 @@ def dev_rows(
     Raises:
         UserError: bad rows, or none at all.
     """
+    run_dir = user_path(config.output.output_dir, "output.output_dir")
+    then = read_json(run_dir / DATA_REPORT)
     if inputs.val_datasets:
-        return MeasuredRows(*prepare_rows(config, inputs, inputs.val_datasets, ALONE))
+        rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
+        is_own = trained is not None and hold_out_alike(trained, config)
+        if is_own and is_of_other_rows(then, config, inputs, report, "dev"):
+            say(
+                f"warning: the rows of data.val_datasets are not those that {run_dir} was measured on in training",
+                sys.stderr,
+            )
+        return MeasuredRows(rows, report)
     if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    run_dir = user_path(config.output.output_dir, "output.output_dir")
     of_run, its_inputs = config, inputs
     if trained is not None and not hold_out_alike(trained, config):
         if trained.data.datasets != config.data.datasets or trained.data.val_set_size is None:
@@ -95,7 +103,7 @@ def dev_rows(
             of_run, its_inputs = trained, check_inputs(trained, "none", tokenizer)
     data = load_data(of_run, its_inputs, ALONE)
     assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
-    if is_of_other_rows(read_json(run_dir / DATA_REPORT), of_run, its_inputs, data.train_report):
+    if is_of_other_rows(then, of_run, its_inputs, data.train_report):
         _warn_of_seen_rows(
             f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
         )

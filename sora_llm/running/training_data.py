@@ -180,13 +180,15 @@ def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str,
     }
 
 
-def is_of_other_rows(saved: Mapping[str, Any], config: Config, inputs: Inputs, train: DataReport) -> bool:
-    """Whether a `data_report` tells of other training rows than there are now; not where they are told otherwise, in
-    another template or length."""
+def is_of_other_rows(
+    saved: Mapping[str, Any], config: Config, inputs: Inputs, now: DataReport, name: str = "train"
+) -> bool:
+    """Whether a `data_report`'s section `name`, train or dev, tells of other rows than there are now; not where they
+    are told otherwise, in another template or length."""
     told = {"chat_template": _template_name(config, inputs), "sequence_len": config.data.sequence_len}
-    section = saved.get("train")
+    section = saved.get(name)
     digest = section.get("digest") if isinstance(section, dict) else None
-    return digest not in (None, train.digest) and told.items() <= saved.items()
+    return digest not in (None, now.digest) and told.items() <= saved.items()
 
 
 def _template_name(config: Config, inputs: Inputs) -> str | None:
