@@ -166,6 +166,7 @@ def test_a_float16_run_is_nearly_that_of_float32_and_goes_on_where_it_was(ground
     assert result(again) == result(tmp_path / "float16")
 
 
+@pytest.mark.matrix
 def test_replicas_keep_their_own_scales(ground: Playground, tmp_path: Path) -> None:
     options = {**HALF, "distributed.strategy": "ddp", "distributed.sync_every": 4}
     assert ground.codes("float16 apart", 2, **options) == [0, 0]
