@@ -857,9 +857,14 @@ def _plain(value: Any) -> Any:
 
 def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """The dotted keys whose values differ between two configs given as plain mappings, list entries by index."""
-    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
+    flat_a, flat_b = flattened(a), flattened(b)
     missing = object()
     return [key for key in flat_a | flat_b if flat_a.get(key, missing) != flat_b.get(key, missing)]
+
+
+def flattened(config: dict[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of a config given as plain mappings, list entries by index."""
+    return dict(_flatten(config))
 
 
 def _flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -154,3 +154,49 @@ def test_it_loads_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", check, str(run.path)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_settings(tmp_path, capsys):
+    runs = [MadeUpRun(tmp_path / "sweep" / name, seed=seed).train() for name, seed in (("low", 0), ("high", 1))]
+    for run in runs:
+        run.finish()
+    for run, rate, modules in zip(runs, (1e-4, 5e-4), ("all-linear", ["q_proj", "v_proj"]), strict=True):
+        overrides = [f"output.output_dir={run.path}", f"train.learning_rate={rate}", f"sora.target_modules={modules}"]
+        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    shown = inspected(capsys, *(run.path for run in runs)).splitlines()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "it only reads"
+    assert shown[0].split() == [
+        "run",
+        "state",
+        "step",
+        "dev",
+        "loss",
+        "mean",
+        "rank",
+        "kept",
+        "tokens/s",
+        "peak",
+        "GiB",
+    ]
+    for number, (line, run) in enumerate(zip(shown[1:3], runs, strict=True), 1):
+        last = run.metrics[-1]
+        assert line.split()[:3] == [str(number), run.path.name, "finished"]
+        assert f"3.9000 → {last['eval_loss']:.4f}  " in line and f" {last['kept_params']:,} " in line
+    settings = {line.split()[0]: line.split()[1:] for line in shown[5:]}
+    assert settings == {
+        "train.learning_rate": ["0.0001", "0.0005"],
+        "sora.target_modules": ["all-linear", "-"],
+        "sora.target_modules.0": ["-", "q_proj"],
+        "sora.target_modules.1": ["-", "v_proj"],
+    }
+    content = json.loads(inspected(capsys, *(run.path for run in runs), "--json"))
+    assert [run["run"] for run in content["runs"]] == [str(run.path) for run in runs]
+    assert content["settings"]["train.learning_rate"] == [1e-4, 5e-4]
+    assert "no setting differs" in inspected(capsys, runs[0].path, runs[0].path)
+    for arguments, said in (
+        ([runs[0].path, tmp_path], "is not a run directory"),
+        ([*(run.path for run in runs), "--plots"], "name it alone"),
+    ):
+        assert cli.main(["inspect", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err

@@ -13,7 +13,7 @@ from sora_llm.commands import COMMANDS
 from sora_llm.commands.common import exit_code
 
 SHELLS = ("bash", "zsh", "fish")
-PATHS = ("config", "place", "source", "sources")
+PATHS = ("config", "place", "places", "source", "sources")
 
 
 def make_parser(prog: str) -> Parser:

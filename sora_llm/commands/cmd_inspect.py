@@ -1,4 +1,5 @@
-"""`sora-llm inspect`: what became of a run, in short (the long form is its report.html, refreshed), or an adapter."""
+"""`sora-llm inspect`: what became of a run, in short (the long form is its report.html, refreshed), of several beside
+each other, or an adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
+from sora_llm.commands import run_table
 from sora_llm.commands.common import exit_code, visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
@@ -27,10 +29,14 @@ def make_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="State, losses, ranks, alarms and adapter of a run, whether it has finished or not; ranks, sizes, "
-        "scales and singular values of a checkpoint or of any plain LoRA, without its base.",
+        "scales and singular values of a checkpoint or of any plain LoRA, without its base. Several runs are compared: "
+        "a line of results for each, and the settings that differ.",
     )
     parser.add_argument(
-        "place", metavar="RUN|CHECKPOINT|ADAPTER", help="run directory, config, checkpoint or LoRA folder"
+        "places",
+        nargs="+",
+        metavar="RUN|CHECKPOINT|ADAPTER",
+        help="run directory, config, checkpoint or LoRA folder; or several runs",
     )
     parser.add_argument("--plots", action="store_true", help="of a run: also draw the charts as plots/*.png")
     parser.add_argument("--modules", action="store_true", help="of an adapter: a line of its spectrum for every module")
@@ -43,31 +49,46 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
     width = shutil.get_terminal_size((100, 24)).columns
 
     def text(content: dict[str, Any]) -> str:
+        if "runs" in content:
+            return visible(run_table.as_text(content))
         if "run" in content:
             return as_text(content, width)
         return adapter_view().as_text(content, width, arguments.modules)
 
     def command() -> dict[str, Any]:
-        folder = user_path(arguments.place, "the path")
-        if folder.is_file():
-            folder = run_of_config(arguments.place)
-        if not folder.is_dir():
-            raise UserError(f"there is no {folder}; name a run directory (output.output_dir of a run) or an adapter")
+        if len(arguments.places) > 1:
+            return _of_runs(arguments)
+        folder = folder_of(arguments.places[0])
         if any((folder / name).is_file() for name in ADAPTER_MARKERS):
             if arguments.plots:
                 raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
             content: dict[str, Any] = adapter_view().view(folder)
             return content
-        if not is_run_directory(folder):
-            raise UserError(
-                f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
-                f"run, a checkpoint ({ADAPTER_MARKERS[1]}) or a LoRA ({ADAPTER_MARKERS[0]})"
-            )
+        refuse_other_folder(folder)
         if arguments.modules:
             raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
         return _of_run(folder, arguments)
 
     return exit_code(command, arguments.json, text)
+
+
+def folder_of(name: str) -> Path:
+    """The folder that a path names, a config being that of its run; UserError where there is none."""
+    folder = user_path(name, "the path")
+    if folder.is_file():
+        folder = run_of_config(name)
+    if not folder.is_dir():
+        raise UserError(f"there is no {folder}; name a run directory (output.output_dir of a run) or an adapter")
+    return folder
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """UserError unless a folder is a run directory."""
+    if not is_run_directory(folder):
+        raise UserError(
+            f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
+            f"run, a checkpoint ({ADAPTER_MARKERS[1]}) or a LoRA ({ADAPTER_MARKERS[0]})"
+        )
 
 
 def run_of_config(name: str) -> Path:
@@ -87,14 +108,33 @@ def adapter_view() -> Any:
 
 def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The summary; where it is not wanted as JSON, the report is refreshed too."""
-    record = read_record(run_dir, _config(run_dir))
-    holder = lost_holder(run_dir) if record.state == "running" else None
-    if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
-        record = replace(record, status={**record.status, "error": _sentence_of_loss(holder, record.status)})
+    record = _record(run_dir)
     content = summary(record)
     if not arguments.json:
         content["report"] = _refreshed(record, plots=arguments.plots)
     return content
+
+
+def _of_runs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Several runs beside each other; nothing is written."""
+    if arguments.plots or arguments.modules:
+        raise UserError("--plots and --modules are of one run or adapter; name it alone")
+    folders = [folder_of(name) for name in arguments.places]
+    for folder in folders:
+        if any((folder / name).is_file() for name in ADAPTER_MARKERS):
+            raise UserError(f"{folder} is not a run directory; only runs are compared")
+        refuse_other_folder(folder)
+    records = [_record(folder) for folder in folders]
+    return run_table.compared([summary(record) for record in records], [record.config or None for record in records])
+
+
+def _record(run_dir: Path) -> Record:
+    """The run as its files tell it, or as it must be where they say of a killed one that it runs."""
+    record = read_record(run_dir, _config(run_dir))
+    holder = lost_holder(run_dir) if record.state == "running" else None
+    if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
+        record = replace(record, status={**record.status, "error": _sentence_of_loss(holder, record.status)})
+    return record
 
 
 def _sentence_of_loss(holder: str, status: Mapping[str, Any]) -> str:

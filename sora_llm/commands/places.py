@@ -14,7 +14,7 @@ from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.prompt_form import has_conversations
-from sora_llm.running.run_state import absolute, is_run, run_of_adapter
+from sora_llm.running.inputs import absolute, is_run, run_of_adapter
 
 
 @dataclass(frozen=True)

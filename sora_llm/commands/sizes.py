@@ -11,7 +11,7 @@ from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.budget import params_of
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing
-from sora_llm.running.run_state import run_of_adapter
+from sora_llm.running.inputs import run_of_adapter
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,9 +18,9 @@ from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
 from sora_llm.running.held_out import learned_from
+from sora_llm.running.inputs import run_of_adapter
 from sora_llm.running.job import Job, say
 from sora_llm.running.plan import Plan, Stage, so_many_steps
-from sora_llm.running.run_state import run_of_adapter
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 

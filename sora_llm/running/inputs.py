@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sora_llm import backbone, checkpoint
 from sora_llm.artifacts.card import refuse_other_contents
-from sora_llm.artifacts.lora_files import CONFIG, LoraFiles, read_lora
+from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG, LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec, quiet_libraries
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
@@ -190,3 +190,23 @@ def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
 MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
 RUN_FILES = ("config.yaml", "env.json", "status.json", "metrics.jsonl", "ranks.jsonl", "report.html")
 RUN_FOLDERS = ("checkpoints", "adapter", "path", "plots", "trackers")
+
+
+def run_of_adapter(folder: Path) -> Path | None:
+    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
+    whole = absolute(folder)
+    is_stage = whole.parent.name == "path"
+    run_dir = whole.parent.parent if is_stage else whole.parent
+    is_adapter = (is_stage or whole.name == "adapter") and (whole / CONFIG).is_file()
+    return run_dir if is_adapter and is_run(run_dir) else None
+
+
+def absolute(folder: Path) -> Path:
+    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has written here: a config.yaml alone may be anybody's."""
+    marks = ("status.json", f"adapter/{CERTIFICATE}")
+    return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)

@@ -1,4 +1,4 @@
-"""What tells a run directory from others, status.json, and the lock by which one process holds the directory."""
+"""status.json, and the lock by which one process holds a run directory."""
 
 from __future__ import annotations
 
@@ -12,31 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
 from sora_llm.errors import UserError
 from sora_llm.files import make_folder, write_text_atomically
 
 LOCK_WAIT_SECONDS = 60
-
-
-def run_of_adapter(folder: Path) -> Path | None:
-    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
-    whole = absolute(folder)
-    is_stage = whole.parent.name == "path"
-    run_dir = whole.parent.parent if is_stage else whole.parent
-    is_adapter = (is_stage or whole.name == "adapter") and (whole / CONFIG).is_file()
-    return run_dir if is_adapter and is_run(run_dir) else None
-
-
-def absolute(folder: Path) -> Path:
-    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
-    return Path(os.path.abspath(folder))  # noqa: PTH100
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run has written here: a config.yaml alone may be anybody's."""
-    marks = ("status.json", f"adapter/{CERTIFICATE}")
-    return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

@@ -1,0 +1,86 @@
+"""Several runs beside each other: what came of each, and in which settings they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sora_llm.config import differing_keys, flattened
+
+MISSING = "-"
+
+
+def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The runs as JSON, and {key: its value in each} of the settings that are not the same in all.
+
+    `configs` are those of the runs, None where one cannot be read; where a run writes is no setting.
+    """
+    known = [dict(config) for config in configs if config is not None]
+    keys = dict.fromkeys(key for other in known[1:] for key in differing_keys(known[0], other))
+    flat = [{} if config is None else flattened(dict(config)) for config in configs]
+    return {
+        "runs": [dict(summary) for summary in summaries],
+        "settings": {key: [one.get(key) for one in flat] for key in keys if key != "output.output_dir"},
+    }
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A line per run, then a line per setting; runs are numbered."""
+    names = short_names([run["run"] for run in content["runs"]])
+    results = [["", "run", "state", "step", "dev loss", "mean rank", "kept", "tokens/s", "peak GiB"]]
+    results += [
+        [str(number), name, *_result(run)]
+        for number, (name, run) in enumerate(zip(names, content["runs"], strict=True), 1)
+    ]
+    settings = [["setting", *(str(number) for number in range(1, len(names) + 1))]]
+    settings += [[key, *map(_value, values)] for key, values in content["settings"].items()]
+    lines = _aligned(results, left=3)
+    lines += ["", *_aligned(settings, left=1)] if content["settings"] else ["", "no setting differs"]
+    return "\n".join(lines)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that they share; they stay what tells runs from each other."""
+    parts = [Path(path).parts for path in paths]
+    shared = 0
+    while all(len(own) > shared + 1 for own in parts) and len({own[shared] for own in parts}) == 1:
+        shared += 1
+    return [str(Path(*own[shared:])) for own in parts]
+
+
+def _result(run: Mapping[str, Any]) -> list[str]:
+    last = run["phases"][-1] if run["phases"] else {}
+    before, after = run["eval_loss_before"], run["eval_loss"]
+    return [
+        run["state"],
+        f"{run['step']:,}",
+        MISSING if before is None or after is None else f"{before:.4f} → {after:.4f}",
+        _number(run["mean_rank"], ".2f"),
+        _number(run["kept_params"], ",.0f"),
+        _number(last.get("median_tokens_per_second"), ",.0f"),
+        _number(last.get("peak_memory_gib"), ".2f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return MISSING if value is None else f"{value:{form}}"
+
+
+def _value(value: Any) -> str:
+    """None is a key that a config has not, or has unset."""
+    if value is None:
+        return MISSING
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Columns of one width each: the first `left` of them flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+
+    return [line(row).rstrip() for row in rows]
