@@ -433,11 +433,11 @@ def _stored_params(weights: Path) -> int:
 
 
 def padding_in_words(certificate: Mapping[str, Any], kept: int) -> str:
-    """Behind the number of parameters that were kept: how many are stored, where these are more; else ""."""
+    """Behind the number of parameters that were kept: how many are stored, where padding makes them more; else ""."""
     stored = certificate["stored_params"]
-    return (
-        f" ({stored:,} stored, padded with zeros to one rank; layout ragged stores {kept:,})" if stored > kept else ""
-    )
+    if certificate["layout"] == "ragged" or stored <= kept:
+        return ""
+    return f" ({stored:,} stored, padded with zeros to one rank; layout ragged stores no zeros)"
 
 
 def _of_any_layer(name: str) -> str:

@@ -109,7 +109,12 @@ class ProxAdamW(torch.optim.AdamW):
                     "this optimizer holds the parameters from before the adapters were cut and would train nothing: "
                     "make a new one from parameter_groups(model, …)"
                 )
-            if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0 and not group.get("deferred", False):
+            if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0:
+                if group.get("deferred", False):
+                    raise ValueError(
+                        "an adaptive threshold cannot be deferred: its τ is a quantile, not the sum of the steps' own; "
+                        "leave sparse_lambda at 0 and cut the gates when they are agreed, or use another threshold"
+                    )
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):
                     raise ValueError(

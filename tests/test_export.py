@@ -149,6 +149,18 @@ def test_the_padded_rank_is_the_largest_kept_one(stories, tmp_path):
     assert config["target_modules"] == ["q_proj"]
 
 
+def test_ragged_stores_no_zeros_and_says_so_of_no_padding(tmp_path):
+    """Also with more ranks than a layer is wide, of which a budget counts only as many."""
+    model = inject_sora(tiny_llama(), r=40, dtype=torch.float32)
+    randomise_all(model)
+    for layout, is_padded in (("padded", True), ("ragged", False)):
+        for layer in list(adapters(model).values())[:3]:
+            layer.gate.data[2:] = 0
+        export_adapter(model, tmp_path / layout, layout)
+        card = (tmp_path / layout / "README.md").read_text()
+        assert ("padded with zeros to one rank" in card) == is_padded, layout
+
+
 def test_ragged_has_the_live_modules_at_their_own_rank(stories, tmp_path):
     model = trained_model("float32", stories)
     ranks = {name: int((layer.gate != 0).sum()) for name, layer in adapters(model).items()}

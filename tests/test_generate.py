@@ -275,12 +275,38 @@ def test_draws_are_repeatable_and_the_bases_own_sampling_is_not_used(stories):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "token", "text"),
-    [("alpaca", 2, ""), ("llama-2", 2, ""), ("chatml", None, "<|im_end|>"), ("llama-3", None, "<|eot_id|>")],
+HEADINGS = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-def test_an_answer_ends_with_what_its_template_writes_behind_answers(stories, name, token, text):
-    assert answer_end(AutoTokenizer.from_pretrained(stories), TEMPLATES[name]) == (token, text)
+BLANKS = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "token", "text"),
+    [
+        (TEMPLATES["alpaca"], 2, ""),
+        (TEMPLATES["llama-2"], 2, ""),
+        (TEMPLATES["chatml"], None, "<|im_end|>"),
+        (TEMPLATES["llama-3"], None, "<|eot_id|>"),
+        (HEADINGS, None, "\n### user:"),
+        (BLANKS, None, ""),
+    ],
+    ids=["alpaca", "llama-2", "chatml", "llama-3", "headings", "blanks"],
+)
+def test_an_answer_ends_with_what_its_template_writes_behind_answers(stories, template, token, text):
+    """An answer may have lines and paragraphs: blanks do not end it."""
+    assert answer_end(AutoTokenizer.from_pretrained(stories), template) == (token, text)
+
+
+def test_the_base_alone_is_spoken_to_as_beside_a_lora_with_a_form_of_its_own(lora, tmp_path, capsys):
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    (folder / "chat_template.jinja").write_text(HEADINGS)
+    (both,) = generate(capsys, folder, "--prompt", "Tim", "--compare")["answers"]
+    (alone,) = generate(capsys, folder, "--prompt", "Tim", "--no-adapter")["answers"]
+    assert alone["answer"] == both["base"]
+    (plain,) = generate(capsys, folder, "--prompt", "Tim", "--no-adapter", "--raw")["answers"]
+    assert plain["answer"] != both["base"]
 
 
 # ------------------------------------------------------------------------------------------------------------- chat

@@ -497,3 +497,14 @@ def test_an_adapter_without_any_rank_is_not_one_that_was_never_there():
         parameter_groups(model, LR, GATE_LR)
     with pytest.raises(ValueError, match="call inject_sora"):
         parameter_groups(tiny_llama(), LR, GATE_LR)
+
+
+def test_an_adaptive_threshold_is_never_deferred():
+    """Its τ is a quantile over all gates; summed like the others' it would be another rule."""
+    gate = torch.nn.Parameter(torch.ones(4))
+    gate.grad = torch.ones(4)
+    optimizer = ProxAdamW([{"params": [gate], "threshold": "adaptive", "deferred": True}], lr=GATE_LR, weight_decay=0.0)
+    optimizer.step()  # λ = 0, as the trainer has it
+    optimizer.param_groups[0]["sparse_lambda"] = 0.5
+    with pytest.raises(ValueError, match="cannot be deferred"):
+        optimizer.step()

@@ -10,9 +10,11 @@ from small_runs import CONFIG, overrides, short_rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
+from sora_llm.running.unpack import target_modules
 from sora_llm.targets import left_out, stacked_weights, target_linears
 from sora_llm.train import run
 
@@ -139,6 +141,16 @@ def test_where_only_some_layers_of_a_name_are_left_out_the_export_names_the_othe
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.up_proj",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [("all-linear", "all-linear"), ("q_proj", ["q_proj"]), ("[q_proj, o_proj]", ["q_proj", "o_proj"])],
+)
+def test_one_suffix_is_a_list_of_one(written, taken, tmp_path):
+    """Its letters are no suffixes."""
+    config = load_config(CONFIG, [f"sora.target_modules={written}", f"output.output_dir={tmp_path}"])
+    assert target_modules(config) == taken
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path, capsys):

@@ -151,7 +151,7 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
     Raises:
         UserError: nothing there to ask, or options that do not fit it.
     """
-    subject = find_subject(arguments.place, arguments.overrides)
+    named = subject = find_subject(arguments.place, arguments.overrides)
     if arguments.no_adapter:
         subject = replace(subject, adapter=None)
     elif subject.adapter is None and not subject.is_whole:
@@ -161,8 +161,9 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
     model_config = backbone.load_config(subject.spec)
-    tokenizer = backbone.load_tokenizer(tokenizer_source(subject))
-    form = _form(arguments, subject, tokenizer)
+    named = replace(named, spec=subject.spec)  # the base alone is spoken to as with its adapter
+    tokenizer = backbone.load_tokenizer(tokenizer_source(named))
+    form = _form(arguments, named, tokenizer)
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)

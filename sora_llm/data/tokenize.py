@@ -133,22 +133,35 @@ def ends_visibly(tokenizer: Any, template: str) -> bool:
     """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
     knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
     True where the template refuses a question and an answer, which it does not say anything about."""
-    return answer_end(tokenizer, template)[1] == ""
+    row = _answered(tokenizer, template)
+    return isinstance(row, BadRow) or _last_learned(row) in _ending_tokens(tokenizer)
 
 
 def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
     """What a model that was trained with the template ends an answer with: a token that is eos or special in the
-    tokenizer's vocabulary, and "", or no such token and a text.  None and "" where the template refuses a question
-    and an answer."""
+    tokenizer's vocabulary, and "", or no such token and a text.  Where a turn ends with blanks alone, which answers are
+    full of, it is what the template writes before the next question.  None and "" where there is nothing to look for,
+    or the template refuses a question and an answer."""
     row = _answered(tokenizer, template)
     if isinstance(row, BadRow):
         return None, ""
-    ids, weights = row
-    last = int(ids[weights > 0][-1])
+    last = _last_learned(row)
     if last in _ending_tokens(tokenizer):
         return last, ""
+    asked_again = [*_ASKED, Message("user", _NEXT)]
     closing = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map).rpartition("Ho")[2]
-    return None, closing.rstrip() or closing or "\n"
+    if not closing.strip():
+        closing = ""
+        with suppress(BadRow):
+            text = render(as_dicts(asked_again), template, tokenizer.special_tokens_map)
+            closing = text.partition(_NEXT)[0].rpartition("Ho")[2]
+    return None, closing.rstrip()
+
+
+def _last_learned(row: TokenRow) -> int:
+    """The last token of a row that is trained on."""
+    ids, weights = row
+    return int(ids[weights > 0][-1])
 
 
 def untaught_end(tokenizer: Any, template: str) -> str | None:
@@ -170,6 +183,8 @@ def untaught_end(tokenizer: Any, template: str) -> str | None:
 
 
 _ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
+_NEXT = "Hum"
+"""A further question."""
 
 
 def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:

@@ -21,6 +21,7 @@ from sora_llm.running.held_out import learned_from
 from sora_llm.running.inputs import run_of_adapter
 from sora_llm.running.job import Job, say
 from sora_llm.running.plan import Plan, Stage, so_many_steps
+from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 
@@ -85,11 +86,12 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
         yield from _of_rows_seen_before(plan.config, folder)
     if plan.config.output.push_to_hub and not has_token():
         yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
-    if sora.target_modules == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
+    targets = target_modules(plan.config)
+    if targets == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
         yield f"no adapter is put on {', '.join(stacked)}, which are in no linear layer"
     without: dict[str, dict[str, None]] = {}  # {reason: last names}
     for name, reason in left_out(skeleton).items():
-        if sora.target_modules == ALL_LINEAR or matches(name, sora.target_modules):
+        if targets == ALL_LINEAR or matches(name, targets):
             without.setdefault(reason, {})[name.rpartition(".")[2]] = None
     for reason, names in without.items():
         yield f"no adapter is put on {', '.join(names)}, {reason}"

@@ -12,7 +12,7 @@ from sora_llm.estimates.activations import sizes_of
 from sora_llm.estimates.memory import BatchShape, MemoryEstimate, estimate
 from sora_llm.estimates.step_time import Work
 from sora_llm.inject import layer_shapes
-from sora_llm.targets import linear_layers, target_linears
+from sora_llm.targets import ALL_LINEAR, linear_layers, target_linears
 
 
 def dataset_spec(dataset: Dataset) -> DatasetSpec:
@@ -56,9 +56,11 @@ def adapter_dtype(config: Config) -> str:
 
 
 def target_modules(config: Config) -> str | list[str]:
-    """sora.target_modules as inject_sora takes them."""
+    """sora.target_modules as inject_sora takes them: "all-linear", or a list of suffixes."""
     targets = config.sora.target_modules
-    return targets if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str):
+        return targets if targets == ALL_LINEAR else [targets]
+    return list(targets)
 
 
 def target_shapes(config: Config, skeleton: nn.Module) -> dict[str, tuple[int, int]]:
