@@ -83,11 +83,11 @@ def dev_rows(
         UserError: bad rows, or none at all.
     """
     run_dir = user_path(config.output.output_dir, "output.output_dir")
-    then = read_json(run_dir / DATA_REPORT)
+    told = read_json(run_dir / DATA_REPORT)
     if inputs.val_datasets:
         rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
         is_own = trained is not None and hold_out_alike(trained, config)
-        if is_own and is_of_other_rows(then, config, inputs, report, "dev"):
+        if is_own and is_of_other_rows(told, config, inputs, report, "dev"):
             say(
                 f"warning: the rows of data.val_datasets are not those that {run_dir} was measured on in training",
                 sys.stderr,
@@ -95,30 +95,35 @@ def dev_rows(
         return MeasuredRows(rows, report)
     if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    of_run, its_inputs = config, inputs
+    splitting, its_inputs = config, inputs
     if trained is not None and not hold_out_alike(trained, config):
-        if trained.data.datasets != config.data.datasets or trained.data.val_set_size is None:
-            _warn_of_seen_rows(f"{run_dir} did not hold these rows out")
+        if trained.data.datasets == config.data.datasets and trained.data.val_set_size is not None:
+            splitting, its_inputs = trained, check_inputs(trained, "none", tokenizer)
         else:
-            of_run, its_inputs = trained, check_inputs(trained, "none", tokenizer)
-    data = load_data(of_run, its_inputs, ALONE)
+            _warn_of_seen_rows(f"{run_dir} did not hold these rows out")
+    data = load_data(splitting, its_inputs, ALONE)
     assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
-    if is_of_other_rows(then, of_run, its_inputs, data.train_report):
+    if is_of_other_rows(told, splitting, its_inputs, data.train_report):
         _warn_of_seen_rows(
             f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
         )
-    if of_run is config:
+    if splitting is config:
         return MeasuredRows(data.dev, None)
-    whole, _ = prepare_rows(config, inputs, inputs.datasets, ALONE)
-    rows = whole.select(np.flatnonzero(np.isin(whole.origins, data.dev.origins)))
-    if not len(rows):
-        raise UserError(f"none of the {len(data.dev)} rows that {run_dir} held out is kept under these options")
-    if (trained := of_run).train.seed != config.train.seed or trained.data.val_set_size != config.data.val_set_size:
+    if (splitting.train.seed, splitting.data.val_set_size) != (config.train.seed, config.data.val_set_size):
         say(
             f"the rows that {run_dir} held out are measured, whatever data.val_set_size and train.seed are given here",
             sys.stderr,
         )
-    return MeasuredRows(rows, None, missing=len(np.setdiff1d(data.dev.origins, whole.origins)))
+    return _made_anew(data.dev, config, inputs)
+
+
+def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> MeasuredRows:
+    """The rows that were `held_out` of the training files, under the options of `config`."""
+    whole, _ = prepare_rows(config, inputs, inputs.datasets, ALONE)
+    rows = whole.select(np.flatnonzero(np.isin(whole.origins, held_out.origins)))
+    if not len(rows):
+        raise UserError(f"none of the {len(held_out)} rows that were held out in training is kept under these options")
+    return MeasuredRows(rows, None, missing=len(np.setdiff1d(held_out.origins, whole.origins)))
 
 
 def _warn_of_seen_rows(why: str) -> None:
