@@ -28,6 +28,10 @@ LAMBDA_START, LAMBDA_MIN, LAMBDA_MAX = 0.1, 1e-3, 1.0
 EVERY_MODULE = "all"
 ADAPTIVE = "adaptive"
 """The threshold that needs a budget: a quantile of the gates' importance."""
+SPARED = 1e9
+"""Importance, in units of the median, of slots that no quantile reaches."""
+_NOTHING = 1e-30
+"""A threshold that only slots without a component do not pass."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,6 @@ def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_s
     return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(exponent)))
 
 
-SPARED = 1e9
-"""Importance, in units of the median, of slots that no quantile reaches."""
-
-
 def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int], min_rank: int = 0) -> dict[str, Tensor]:
     """σ_i/√c_m of every slot {module: (R,)}, in units of their median over all slots that are not 0.
 
@@ -249,7 +249,3 @@ def _weakest_of(values: Tensor, cost: Tensor, missing: float) -> float:
     num_wanted = int((torch.cumsum(cost[order], 0) < missing).sum()) + 1
     candidates = values[order][:num_wanted]
     return max(float(candidates[-1]) * 0.999, _NOTHING) if len(candidates) else _NOTHING
-
-
-_NOTHING = 1e-30
-"""A threshold that only slots without a component do not pass."""

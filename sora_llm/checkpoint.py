@@ -1,4 +1,4 @@
-"""Canonical checkpoints, the run's lock and its status file.
+"""Canonical checkpoints.
 
 A checkpoint holds the adapter's float32 masters and Adam moments by name in safetensors, the rest in JSON: nothing
 about processes or strategies, nothing of the frozen backbone, nothing that is unpickled.

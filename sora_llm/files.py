@@ -25,8 +25,8 @@ _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 """What they say of a path that is somebody else's, or that cannot be one."""
 
-
 _ATTEMPTS = 20
+_ABANDONED_SECONDS = 24 * 3600
 
 
 def file_sha256(path: Path) -> str:
@@ -111,9 +111,6 @@ def remove_abandoned(place: Path, name: str = "*") -> None:
             age = time.time() - last_change(leftover)
             if not psutil.pid_exists(int(process)) if is_ours else age > _ABANDONED_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-_ABANDONED_SECONDS = 24 * 3600
 
 
 def last_change(folder: Path) -> float:

@@ -14,6 +14,8 @@ from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What layers that read one x are called in transformers' decoders, below one parent."""
+OF_ZERO = ("ds_id", "_hp_mapping")
+"""Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
 
 
 def inject_sora(
@@ -94,10 +96,6 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
             f"{who} makes new parameters, and DeepSpeed's ZeRO holds the present ones; sora_llm.train takes a model "
             "out of its engine and makes another one, which a loop of your own cannot"
         )
-
-
-OF_ZERO = ("ds_id", "_hp_mapping")
-"""Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
 
 
 def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:

@@ -159,8 +159,8 @@ def merge(
     )
 
 
-def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors, scaling: Scaling = 1.0) -> dict[str, float]:
-    """{module: ‖ΔW̄ − s · B A‖_F / ‖ΔW̄‖_F} of merged factors against the mean of products, in float64.
+def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors) -> dict[str, float]:
+    """{module: ‖ΔW̄ − B A‖_F / ‖ΔW̄‖_F} of merged factors against the mean of products, in float64.
 
     0 where both are 0.  From the stacked factors again, so that it also holds for factors that went through a file.
     """
@@ -169,8 +169,7 @@ def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors, scal
     for name in _common_shapes(distinct.replicas):
         stack = _stack(distinct.replicas, name)
         A, B = merged[name]
-        mean_B, merged_B = stack.B_OR * stack.in_mean(distinct.shares), B.double() * scaling_of(scaling, name)
-        errors[name] = product_distance(stack.A_RI, mean_B, A, merged_B)
+        errors[name] = product_distance(stack.A_RI, stack.B_OR * stack.in_mean(distinct.shares), A, B)
     return errors
 
 

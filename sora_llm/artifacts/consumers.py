@@ -239,7 +239,6 @@ def of_gguf(
     architecture: Architecture,
     shapes: Mapping[str, tuple[int, int]],
     base: str = "BASE",
-    place: str = "adapter.gguf",
     is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
     """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
@@ -250,8 +249,8 @@ def of_gguf(
     note, original = _for_converter(base, is_base_quantised)
     convert = f"{note}python convert_hf_to_gguf.py {original} --outfile base.gguf"
     return {
-        LLAMA_CPP: Verdict("", f"{convert}\nllama-server -m base.gguf --lora {place}"),
-        OLLAMA: Verdict("", f"FROM ./base.gguf\nADAPTER ./{place}"),
+        LLAMA_CPP: Verdict("", f"{convert}\nllama-server -m base.gguf --lora adapter.gguf"),
+        OLLAMA: Verdict("", "FROM ./base.gguf\nADAPTER ./adapter.gguf"),
     }
 
 

@@ -40,6 +40,7 @@ MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
 """Of the adapter, after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  In a base of the model's own dtype, numbers
 that ΔW moves by less than half of their spacing stay where they are."""
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,6 @@ def merged_size(merge: Merge, key: str) -> int:
         is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
         item = merge.dtype.itemsize if is_float else _ITEM_BYTES.get(part.get_dtype(), 8)
         return math.prod(part.get_shape()) * item
-
-
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 
 def planned_shards(merge: Merge) -> list[list[str]]:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from sora_llm.data.dataset import TokenRow
+from sora_llm.data.tokenize import common_prefix_length
 from sora_llm.row_types import FATES
 
 _WIDTH = 100
+_PATH_WIDTH = 40
 _BAR_WIDTH = 40
 _SAMPLE_CHARACTERS = 2400  # of a decoded row; long stretches are cut in their middle
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -30,7 +32,7 @@ def decoded(row: TokenRow, tokenizer: Any) -> list[tuple[str, float]]:
     ends = [end for _, end in _stretches(weights)]
     text = _decode(tokenizer, ids)
     # Each stretch by itself would lose the space before its first word, which sentencepiece leaves out at a start.
-    cuts = [0, *(_common_prefix(_decode(tokenizer, ids[:end]), text) for end in ends[:-1]), len(text)]
+    cuts = [0, *(common_prefix_length(_decode(tokenizer, ids[:end]), text) for end in ends[:-1]), len(text)]
     return [(text[cuts[i] : cuts[i + 1]], float(weights[end - 1])) for i, end in enumerate(ends)]
 
 
@@ -40,10 +42,6 @@ def _stretches(weights: Iterable[float]) -> Iterator[tuple[float, int]]:
     for weight, run in groupby(weights):
         end += sum(1 for _ in run)
         yield weight, end
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _decode(tokenizer: Any, ids: np.ndarray) -> str:
@@ -110,13 +108,13 @@ def _numbers(counts: Section, columns: Sequence[tuple[str, str]]) -> list[str]:
     return [*(f"{counts[key]:,}" for _, key in columns), f"{counts['supervised_fraction']:.1%}"]
 
 
-def _short_path(path: str, width: int = 40) -> str:
+def _short_path(path: str) -> str:
     """The end of a path, from a folder's name on where that fits."""
     path = str(Path(path))
-    if len(path) <= width:
+    if len(path) <= _PATH_WIDTH:
         return path
-    end = path[-(width - 2) :]
-    return "…/" + end.partition("/")[2] if "/" in end else f"…{path[-(width - 1) :]}"
+    end = path[-(_PATH_WIDTH - 2) :]
+    return "…/" + end.partition("/")[2] if "/" in end else f"…{path[-(_PATH_WIDTH - 1) :]}"
 
 
 def _loss_lines(section: Section) -> list[str]:

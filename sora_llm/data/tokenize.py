@@ -327,7 +327,7 @@ class _Drafting:
         elif text.startswith(prompt := rendered(i, prompt=True)):
             start = len(prompt)
         else:  # the prompt opens more than this answer has, such as thoughts
-            start = max(self._length_in(text, rendered(i)), _common_prefix(text, prompt))
+            start = max(self._length_in(text, rendered(i)), common_prefix_length(text, prompt))
         start = min(start, content_at)
         if ends_answers_visibly(self.template):
             end = start + len(text[start:end].rstrip())
@@ -377,7 +377,7 @@ class _Drafting:
         one, other = (
             rendered(0, of=[*messages[:i], _saying(words, messages[i]), *messages[i + 1 :]]) for words in _REPLACEMENTS
         )
-        first, after = _common_prefix(one, other), _common_prefix(one[::-1], other[::-1])
+        first, after = common_prefix_length(one, other), common_prefix_length(one[::-1], other[::-1])
         last = len(text) - after
         is_bounded = first < len(one) - after and first < last
         if not is_bounded or text[:first] != one[:first] or text[last:] != one[len(one) - after :]:
@@ -477,8 +477,8 @@ class _Tokens:
         """For tokenizers that do not say where tokens come from: as far as the text tokenised up to a character has
         the same tokens, they are before it."""
         before, until = (tokens.ids for tokens in _tokenize([self.text[:start], self.text[:end]], self._tokenizer))
-        last = _common_prefix(self.ids, until)
-        return slice(_common_prefix(self.ids, before), last + (last < len(until)))
+        last = common_prefix_length(self.ids, until)
+        return slice(common_prefix_length(self.ids, before), last + (last < len(until)))
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[_Tokens]:
@@ -521,7 +521,7 @@ def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
         for start, end, weight in draft.spans:
             weights[tokens.of(start, end)] = weight
         if i in prompts:
-            weights[: _common_prefix(ids, prompts[i].ids)] = 0
+            weights[: common_prefix_length(ids, prompts[i].ids)] = 0
         elif draft.prompt is not None:
             weights[: tokens.of(0, len(draft.prompt)).stop] = 0
         weights[:1] = 0
@@ -529,5 +529,6 @@ def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
     return rows
 
 
-def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many of their first items, or characters, two sequences share."""
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))

@@ -17,6 +17,7 @@ COLOURS = ("#2f6fb7", "#d9662b", "#3f9a4d", "#8a5cc2", "#b8860b", "#c2417c", "#3
 
 CROWDED = 80  # dots on a line
 MAX_POINTS = 800  # of a line: more than a chart has pixels to show
+PICTURE_COLUMNS = 240  # of ranks over time
 _LEVELS = ((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129))
 VIRIDIS = (*_LEVELS, (92, 200, 99), (170, 220, 50), (253, 231, 37))
 """viridis in eighths: perceptually uniform, and monotone in grey."""
@@ -216,7 +217,7 @@ def speed_chart(record: Record) -> Chart:
     return Chart("speed", "step", [Panel("tokens/s", series, 130, from_zero=True)], record.spans)
 
 
-def rank_picture(record: Record, num_columns: int = 240) -> Picture | None:
+def rank_picture(record: Record) -> Picture | None:
     """The rank of every module over time, projection by projection; None below two logged steps."""
     lines = record.rank_lines
     if len(lines) < 2:
@@ -232,7 +233,7 @@ def rank_picture(record: Record, num_columns: int = 240) -> Picture | None:
         labels += list(others)
         groups.append(("others", len(others)))
     last = max(record.step, lines[-1].step)
-    steps = [last * (column + 0.5) / num_columns for column in range(num_columns)]
+    steps = [last * (column + 0.5) / PICTURE_COLUMNS for column in range(PICTURE_COLUMNS)]
     logged = [line.step for line in lines]
     # Ranks hold until the next line; before the first one they are not known.
     known = [lines[at - 1].ranks if (at := bisect_right(logged, step)) else {} for step in steps]

@@ -25,9 +25,9 @@ def count(value: Any) -> str:
     return "–" if number is None else f"{number:,.0f}"
 
 
-def decimal(value: Any, decimals: int = 4) -> str:
+def decimal(value: Any) -> str:
     number = as_number(value)
-    return "–" if number is None else f"{number:,.{decimals}f}"
+    return "–" if number is None else f"{number:,.4f}"
 
 
 def short(value: Any) -> str:

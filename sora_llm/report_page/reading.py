@@ -18,6 +18,7 @@ MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
 
 _MAX_RANK_LINES = 300
 _MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read whole; 224 modules take 10 KB a line
+_BLOCK_BYTES = 1 << 16  # read at once when looking backwards for the end of a line
 
 
 def is_run_directory(path: Path) -> bool:
@@ -112,10 +113,10 @@ def _object(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _after_newline(file: BinaryIO, end: int, block: int = 1 << 16) -> int:
+def _after_newline(file: BinaryIO, end: int) -> int:
     """The place after the last newline before `end`, 0 where there is none."""
     while end > 0:
-        start = max(0, end - block)
+        start = max(0, end - _BLOCK_BYTES)
         file.seek(start)
         found = file.read(end - start).rfind(b"\n")
         if found >= 0:

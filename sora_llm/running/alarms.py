@@ -16,6 +16,8 @@ OFF_TRACK = 1.2
 """Kept parameters in units of what the schedule wants, from which λ at its bound is said to be too weak."""
 LOSS_JUMP = 1.1
 """Train loss of the first line after the cut, in units of the last one before it."""
+NAMES_SHOWN = 3
+"""Of the modules that an alarm is about."""
 
 
 class Alarms:
@@ -183,7 +185,7 @@ class Patience:
         self._best, self._without = state["best"], int(state["without"])
 
 
-def _listed(names: Iterable[str], shown: int = 3) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - shown} more modules" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    more = f" and {len(names) - NAMES_SHOWN} more modules" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

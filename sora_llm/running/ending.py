@@ -33,6 +33,11 @@ from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
 from sora_llm.running.training import Training
 
+MEMORISED_ROWS = 256
+"""Rows of training whose loss is measured where no dev set says how many."""
+PROBE_TOKENS = 64
+"""Of real text, on which logits are compared."""
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -177,9 +182,6 @@ def memorisation(job: Job, model: nn.Module) -> float:
     return loss_over(job, model, job.data.train.select(rows))
 
 
-MEMORISED_ROWS = 256
-
-
 def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
 
@@ -201,8 +203,8 @@ def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
         say(job.world, f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
 
 
-def probe(job: Job, num_tokens: int = 64) -> Tensor:
+def probe(job: Job) -> Tensor:
     """Token ids (1, T) of real text for the export's logits check: the start of the longest row."""
     rows = job.data.dev if job.data.dev is not None else job.order.sample()
     longest = int(rows.lengths.argmax())
-    return torch.tensor(rows[longest][0][:num_tokens].tolist())[None]
+    return torch.tensor(rows[longest][0][:PROBE_TOKENS].tolist())[None]

@@ -31,6 +31,9 @@ from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 
 DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
+MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
+RUN_FILES = ("config.yaml", "env.json", "status.json", "metrics.jsonl", "ranks.jsonl", "report.html")
+RUN_FOLDERS = ("checkpoints", "adapter", "path", "plots", "trackers")
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,6 @@ def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
     for name in RUN_FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise UserError(f"output.output_dir {run_dir}: {name} is a file there, and a run has a folder of that name")
-
-
-MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
-RUN_FILES = ("config.yaml", "env.json", "status.json", "metrics.jsonl", "ranks.jsonl", "report.html")
-RUN_FOLDERS = ("checkpoints", "adapter", "path", "plots", "trackers")
 
 
 def run_of_adapter(folder: Path) -> Path | None:

@@ -27,6 +27,8 @@ GRACE_SECONDS = 8.0
 """For the main thread to end by itself, with its own error, after another process was lost."""
 LAUNCHER_GRACE_SECONDS = 3.0
 """For the signal that has ended the launcher to arrive here too."""
+LOSS_SECONDS = 2.0
+"""For the loss behind an error of a collective to be noticed."""
 
 _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
@@ -86,10 +88,10 @@ class Lifeline:
                 peer.sendall(b"bye\n" if failure is None else f"lost {self._own(failure)}\n".encode())
             peer.close()
 
-    def wait_for_loss(self, seconds: float = 2.0) -> str | None:
-        """Who was lost, if anybody is found to be within `seconds`: errors of collectives come a little sooner."""
+    def wait_for_loss(self) -> str | None:
+        """Who was lost, if anybody is found to be within LOSS_SECONDS: errors of collectives come a little sooner."""
         if self._thread.is_alive():
-            self._lost.wait(seconds)
+            self._lost.wait(LOSS_SECONDS)
         return self.loss
 
     # ----- the thread -------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from sora_llm.topology import World
 
 ADAPTIVE_GATE_LR = 1e-2
 """`gate_lr: auto` where a quantile cuts: gates only say who is next, they do not have to travel to 0."""
+MOST_TRIED = 1000
+"""Numbers of steps, in search of one that a run can be told to train for."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,6 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
 def so_many_steps(steps: int) -> str:
     """A number of steps, in words."""
     return f"{steps} step{'s' if steps > 1 else ''}"
-
-
-MOST_TRIED = 1000
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

@@ -20,6 +20,9 @@ from sora_llm.running.lifeline import Lifeline
 from sora_llm.running.unpack import adapter_dtype
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
 
+_VISIBLE_SECONDS = 90
+"""Longer than NFS remembers by default what was there before (acdirmax, 60 s)."""
+
 
 def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
     """The DeepSpeed config of a ZeRO run, None for the other strategies."""
@@ -146,7 +149,3 @@ def require_shared(run_dir: Path, world: World) -> None:
     finally:
         if world.is_main:
             mark.unlink(missing_ok=True)
-
-
-_VISIBLE_SECONDS = 90
-"""Longer than NFS remembers by default what was there before (acdirmax, 60 s)."""

@@ -24,6 +24,7 @@ from sora_llm.merge import mean_jaccard
 
 Gates = Mapping[str, Tensor]  # module → (R,)
 Prox = Callable[[Gates, Gates], Gates]  # gates, Σ τ → gates
+_TAU, _VELOCITY = "tau", "outer_velocity"
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,6 @@ class Rounds:
             if name.endswith(suffix)
         }
         self.in_agreement, self.is_open = bool(state["agree"]), bool(state["is_open"])
-
-
-_TAU, _VELOCITY = "tau", "outer_velocity"
 
 
 def _gates(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
