@@ -278,6 +278,13 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(worlds: 
 
 
 @pytest.mark.parametrize("strategy", cases(STRATEGIES))
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one(worlds: Worlds, strategy: str) -> None:
+    for report in worlds(strategy):
+        assert len(report["graphs"]) > 2, "one micro-batch alone has no next one"
+        assert not any(report["graphs"]), report["graphs"]
+
+
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
 def test_a_float16_step_that_overflows_is_taken_again_by_all(worlds: Worlds, strategy: str) -> None:
     reports = [report["scaled"] for report in worlds(strategy)]
     for scaled in reports:

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def strategy_world(
         "loaded": lambda: {source: load_and_go_on(small, Path(folder) / f"{source}.pt") for source in load_from},
         "prepared": lambda: gates_after_prepare(small),
     }
+        "graphs": lambda: graphs_alive(small),
     if strategy in ("none", "zero2"):
         questions["naive"] = lambda: naive_thresholding(small)
     if strategy in ("ddp", "zero1", "zero2"):
@@ -377,6 +379,46 @@ def skipped_step(place: Place) -> dict[str, Any]:
     finish(engine)
     return {
         "skipped": outcomes,
+class Traced(torch.autograd.Function):
+    """Identity, whose node in the graph holds a `Token`."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, token: Token) -> Tensor:
+        ctx.token = token
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class Token:
+    """Lives as long as somebody holds it."""
+
+
+def graphs_alive(place: Place) -> list[int]:
+    """How many graphs of earlier micro-batches are there when the forward pass of one begins, and after the last."""
+    engine = place.engine()
+    plain, tokens, alive = loop.causal_loss_sum, list[weakref.ref[Token]](), list[int]()
+
+    def traced_loss(*arguments: Any, **options: Any) -> Tensor:
+        alive.append(sum(token() is not None for token in tokens))
+        token = Token()
+        tokens.append(weakref.ref(token))
+        return Traced.apply(plain(*arguments, **options), token)  # type: ignore[no-any-return,no-untyped-call]
+
+    batches = place.batches(0)
+    loop.causal_loss_sum = traced_loss
+    try:
+        loop.accumulate(engine, batches, place.world.num_processes)
+    finally:
+        loop.causal_loss_sum = plain
+    alive.append(sum(token() is not None for token in tokens))
+    engine.step()
+    finish(engine)
+    return alive
+
+
         "state_unchanged": all(same(before[0][key], after[0][key]) for key in ("masters", "moments")),
         "steps": (before[0]["num_steps"], after[0]["num_steps"]),
         "model_unchanged": same(before[1], after[1]),

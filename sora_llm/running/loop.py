@@ -126,6 +126,8 @@ def accumulate(engine: Engine, batches: StepBatches, num_processes: int) -> Tens
             loss = causal_loss_sum(engine.model, **on_device)
             engine.backward(loss * torch.where(loss.detach().isfinite(), weight, torch.nan))
             loss_sum += loss.detach().double()
+            # Its graph is spent, and what 4-bit and 8-bit layers hung on it would lie beside the next one's.
+            del loss
     return loss_sum
 
 
