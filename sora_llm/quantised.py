@@ -6,6 +6,8 @@ blocks beside it, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.b
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -206,3 +209,66 @@ def _store_as(module: nn.Module, weight: Any, storage: torch.dtype) -> None:
         )
     weight.data = codes.view(storage)[:, None]
     weight.quant_storage = module.quant_storage = storage  # type: ignore[assignment]
+
+
+# ------------------------------------------------------------------------------- weights that are put away and fetched
+
+
+def read_weights_again(model: nn.Module) -> None:
+    """Let frozen 4-bit layers read their weight anew in the backward pass, until `keep_weights`.
+
+    bitsandbytes keeps the tensor that the forward pass read (0.50: `ctx.tensors`), which checkpointing does not see.
+    ZeRO-3 gathers a weight for each pass of its module and gives the parameter other memory every time: what was kept
+    would be the whole model, on every process, from a step's forward to its backward pass.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.__class__ = _reading_again(type(module))  # type: ignore[arg-type]  # classes are hashable
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Undo `read_weights_again`."""
+    for module in model.modules():
+        if hasattr(module, "reads_again"):
+            module.__class__ = type(module).__base__  # type: ignore[assignment]
+
+
+@functools.lru_cache(maxsize=16)
+def _reading_again(kind: type) -> type:
+    """The class of layers that are of this kind of 4-bit layers, and read again."""
+    if hasattr(kind, "reads_again"):
+        return kind
+
+    @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # by its module `targets` knows what it computes
+    def forward(self: Any, x: Tensor) -> Tensor:
+        product = functools.partial(kind.forward, self)  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self, product)
+        return product(x)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "reads_again": True})
+
+
+class _Product(torch.autograd.Function):
+    """The answer of a 4-bit layer, dx = dy W; bit for bit as bitsandbytes computes both."""
+
+    @staticmethod
+    def forward(ctx, x, layer, product):
+        y = product(x)
+        # The parameter as an attribute: saved for the backward pass, it would be one more tensor that checkpointing has
+        # to compute again, and as ZeRO-3 left it when that was done.
+        ctx.weight, ctx.state = layer.weight, layer.weight.quant_state
+        ctx.compute_dtype, ctx.dtype = layer.compute_dtype or x.dtype, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from bitsandbytes import functional
+
+        codes = ctx.weight.data.view(-1, 1)
+        assert codes.nbytes == -(-math.prod(ctx.state.shape) // 2), "the weight was put away before its backward pass"
+        dy = dy.to(ctx.compute_dtype)
+        return (dy @ functional.dequantize_4bit(codes, ctx.state).to(dy.dtype)).to(ctx.dtype), None, None

@@ -20,11 +20,11 @@ extensions
 topology sora schedule factors hashes weights_digest allocation budget loss_scale
 estimates.activations estimates.step_time
 consensus targets optim running.alarms
-inject
+inject quantised
 merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card
-distributed quantised
+distributed
 backbone
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from helpers import linear4bit, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_loras import save_random
 from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, Playground, overrides, result, status
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import cli
 from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
-from sora_llm.quantised import take_form
+from sora_llm.quantised import keep_weights, read_weights_again, take_form
+from sora_llm.targets import target_linears
 from sora_llm.train import main
 
 IDS = torch.arange(3, 60)[None]
@@ -205,6 +208,58 @@ def test_a_config_that_says_what_cannot_be_is_a_sentence(quantised, tmp_path, se
     base = with_config(quantised("nf4"), tmp_path / "base", **settings)
     with pytest.raises(UserError, match=said):
         load_config(BackboneSpec(str(base), load_in_4bit=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"compute_dtype": torch.float32, "compress_statistics": False}),
+        (torch.bfloat16, {"compute_dtype": torch.bfloat16, "quant_storage": torch.bfloat16}),
+        (torch.float32, {"compute_dtype": torch.bfloat16, "quant_type": "fp4"}),
+        (torch.float16, {"compute_dtype": None, "bias": True}),
+    ],
+    ids=["float32", "bfloat16 in bfloat16", "computes in another", "no compute dtype"],
+)
+def test_a_layer_that_reads_its_weight_again_answers_bit_for_bit(dtype, options):
+    """Its backward pass computes with what the parameter holds then, which is how ZeRO-3 gives it a weight."""
+    layer = Linear4bit(48, 40, **{"bias": False, "quant_type": "nf4"} | options).requires_grad_(False)
+    layer.load_state_dict({name: torch.randn(p.shape, dtype=dtype) for name, p in layer.named_parameters()})
+    layer = layer.to("cpu")
+    x, dy = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 5, 40).to(dtype)
+    answers = []
+    for reads_again in (False, True):
+        if reads_again:
+            read_weights_again(layer)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        if reads_again:
+            gathered = StorageWeakRef(layer.weight.untyped_storage())
+            shard, layer.weight.data = layer.weight.data.clone(), torch.empty(0, dtype=layer.weight.dtype)
+            assert gathered.expired(), "the graph holds what the forward pass read"
+            layer.weight.data = shard
+        y.backward(dy)
+        with torch.no_grad():
+            answers.append([y.detach(), leaf.grad, layer(x)])
+    assert isinstance(layer, Linear4bit) and target_linears(torch.nn.Sequential(layer)), "it can still be adapted"
+    keep_weights(layer)
+    assert type(layer) is Linear4bit
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*answers, strict=True))
+
+
+def test_a_weight_that_was_put_away_and_not_fetched_is_no_gradient():
+    layer = linear4bit(torch.randn(40, 48))
+    read_weights_again(layer)
+    y = layer(torch.randn(3, 48, requires_grad=True))
+    layer.weight.data = torch.empty(0, dtype=layer.weight.dtype)
+    with pytest.raises(AssertionError, match="put away before its backward pass"):
+        y.sum().backward()
+
+
+def test_a_layer_whose_bias_is_trained_keeps_its_own_way():
+    layer = Linear4bit(48, 40)
+    layer.bias.requires_grad_()
+    read_weights_again(layer)
+    assert type(layer) is Linear4bit
 
 
 def test_bytes_that_do_not_fill_the_storage_are_a_sentence():

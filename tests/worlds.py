@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from helpers import randomise_all, tiny_llama
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sora_llm import train
 from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
@@ -247,12 +248,14 @@ def strategy_world(
         "scaled": lambda: falling_scale(small),
         "loaded": lambda: {source: load_and_go_on(small, Path(folder) / f"{source}.pt") for source in load_from},
         "prepared": lambda: gates_after_prepare(small),
-    }
         "graphs": lambda: graphs_alive(small),
+    }
     if strategy in ("none", "zero2"):
         questions["naive"] = lambda: naive_thresholding(small)
     if strategy in ("ddp", "zero1", "zero2"):
         questions["flips"] = lambda: flipped_bits(small)
+    if strategy == "zero3":
+        questions["packed"] = lambda: [packed_bytes_held(small, checkpointing) for checkpointing in (False, True)]
     if run_config is not None:
         questions["stopped"] = lambda: never_finite(small, run_config, run_folder.format("stopped"))
     if run_config is not None and resume:
@@ -314,6 +317,38 @@ def shares(engine: Engine) -> dict[str, int]:
     return {"kept": kept, "whole": whole}
 
 
+def packed_bytes_held(place: Place, checkpointing: bool) -> dict[str, int]:
+    """Bytes of the 4-bit weights that were whole in a forward pass, of those that still are before the backward pass,
+    and how many layers have their own class again when the engine is spent.
+
+    In the first pass of an engine: later on DeepSpeed keeps, by its defaults, up to 10⁹ elements whole, which is all of
+    a small model.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    engine = place.engine("nf4", checkpointing=checkpointing)
+    read: dict[str, tuple[int, StorageWeakRef]] = {}
+
+    def note(name: str, layer: torch.nn.Module, _inputs: Any) -> None:
+        storage = layer.weight.untyped_storage()  # type: ignore[operator]
+        read[name] = (storage.nbytes(), StorageWeakRef(storage))
+
+    layers = {name: layer for name, layer in engine.module.named_modules() if isinstance(layer, Linear4bit)}
+    hooks = [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers.items()]
+    loss = loop.causal_loss_sum(engine.model, **place.batches(0).micro_batches[0])
+    found = {
+        "whole": sum(size for size, _ in read.values()),
+        "held": sum(size for size, storage in read.values() if not storage.expired()),
+        "packed": sum(layer.weight.ds_numel * layer.weight.ds_tensor.itemsize for layer in layers.values()),
+    }
+    for hook in hooks:
+        hook.remove()
+    engine.backward(loss)
+    del loss
+    finish(engine)
+    return {**found, "restored": sum(type(layer) is Linear4bit for layer in layers.values()), "layers": len(layers)}
+
+
 def evaluation_bits(place: Place, precision: str, checkpointing: bool) -> bool:
     """Whether a short run ends with the same bits with and without an evaluation in its middle."""
     ends = []
@@ -344,41 +379,6 @@ def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
         loop.causal_loss_sum = plain
 
 
-def falling_scale(place: Place) -> dict[str, Any]:
-    """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
-    far_too_high = 60
-    exponents, masters, norms = [far_too_high], [], []
-    for _ in range(2):
-        engine = place.engine("fp16", exponent=exponents[-1])
-        engine.set_rates(LEARNING_RATE, GATE_LR, 0.0)
-        norms.append(train_step(engine, place.batches(0), place.world.num_processes)[1].grad_norm)
-        exponents.append(engine.loss_scale.state()[0])
-        place.train(engine, range(1, SHORT))
-        masters.append(engine.masters())
-        finish(engine)
-    return {"exponents": exponents, "same": same(*masters), "masters": masters[0], "norms": norms}
-
-
-def skipped_step(place: Place) -> dict[str, Any]:
-    """Step 4, whose loss is first NaN, then infinite on the last process alone, then as it should be."""
-    poisoned_step = 4  # not the last one of an epoch, in which that process has no rows and its loss no gradient
-    engine = place.engine()
-    place.train(engine, range(poisoned_step))
-    before = state_of(engine), copies(engine)
-    outcomes = []
-    for factor in (float("nan"), float("inf")):
-        with poisoned(place, factor, from_call=1):
-            outcomes.append(train_step(engine, place.batches(poisoned_step), place.world.num_processes)[1].skipped)
-    after = state_of(engine), copies(engine)
-    place.train(engine, range(poisoned_step, SHORT))
-    with_skips = engine.masters()
-    finish(engine)
-    engine = place.engine()
-    place.train(engine, range(SHORT))
-    without_skips = engine.masters()
-    finish(engine)
-    return {
-        "skipped": outcomes,
 class Traced(torch.autograd.Function):
     """Identity, whose node in the graph holds a `Token`."""
 
@@ -419,6 +419,41 @@ def graphs_alive(place: Place) -> list[int]:
     return alive
 
 
+def falling_scale(place: Place) -> dict[str, Any]:
+    """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
+    far_too_high = 60
+    exponents, masters, norms = [far_too_high], [], []
+    for _ in range(2):
+        engine = place.engine("fp16", exponent=exponents[-1])
+        engine.set_rates(LEARNING_RATE, GATE_LR, 0.0)
+        norms.append(train_step(engine, place.batches(0), place.world.num_processes)[1].grad_norm)
+        exponents.append(engine.loss_scale.state()[0])
+        place.train(engine, range(1, SHORT))
+        masters.append(engine.masters())
+        finish(engine)
+    return {"exponents": exponents, "same": same(*masters), "masters": masters[0], "norms": norms}
+
+
+def skipped_step(place: Place) -> dict[str, Any]:
+    """Step 4, whose loss is first NaN, then infinite on the last process alone, then as it should be."""
+    poisoned_step = 4  # not the last one of an epoch, in which that process has no rows and its loss no gradient
+    engine = place.engine()
+    place.train(engine, range(poisoned_step))
+    before = state_of(engine), copies(engine)
+    outcomes = []
+    for factor in (float("nan"), float("inf")):
+        with poisoned(place, factor, from_call=1):
+            outcomes.append(train_step(engine, place.batches(poisoned_step), place.world.num_processes)[1].skipped)
+    after = state_of(engine), copies(engine)
+    place.train(engine, range(poisoned_step, SHORT))
+    with_skips = engine.masters()
+    finish(engine)
+    engine = place.engine()
+    place.train(engine, range(SHORT))
+    without_skips = engine.masters()
+    finish(engine)
+    return {
+        "skipped": outcomes,
         "state_unchanged": all(same(before[0][key], after[0][key]) for key in ("masters", "moments")),
         "steps": (before[0]["num_steps"], after[0]["num_steps"]),
         "model_unchanged": same(before[1], after[1]),

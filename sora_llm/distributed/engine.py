@@ -19,6 +19,7 @@ from sora_llm.hashes import fingerprints
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
+from sora_llm.quantised import keep_weights, read_weights_again
 from sora_llm.topology import ZERO_STAGES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,6 +64,8 @@ class Engine:
         self._unscaling: list[Any] = []
         if self.loss_scale.is_needed:
             self._unscaling = [p.register_hook(self.loss_scale.unscale) for p in self._adapter_parameters.values()]
+        if strategy == "zero3":
+            read_weights_again(model)
         if replicas is None:
             self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         else:  # gradients stay inside the replica, and accelerate only knows the whole world
@@ -381,6 +384,8 @@ class Engine:
         self.is_spent = True
         for hook in self._unscaling:
             hook.remove()
+        if self.strategy == "zero3":
+            keep_weights(self.module)
         self.optimizer.zero_grad(set_to_none=True)
         if self.is_zero:
             # What DeepSpeed 0.19.8 leaves behind.  On the root two hooks that hold the engine; on every module ZeRO-3's
