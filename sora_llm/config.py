@@ -57,7 +57,7 @@ class Quantization:
     bnb_4bit_compute_dtype: Dtype = "bfloat16"  # what a 4-bit weight becomes for the matrix product
     bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
     # auto: the compute dtype under zero3 (which shards it), else uint8
-    load_in_8bit: bool = False  # LLM.int8 instead of 4 bits; not under zero3
+    load_in_8bit: bool = False  # LLM.int8 instead of 4 bits; not under zero3, and checkpointing saves less with it
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
     "nf4": {"dtype": "bfloat16", "load_in_4bit": True},
+    "int8": {"dtype": "bfloat16", "load_in_8bit": True},
     "eager": {"dtype": "bfloat16", "attn_implementation": "eager"},
 }
 
@@ -77,6 +78,11 @@ FORMS: dict[str, dict[str, Any]] = {
         ),
         ("base5m", "nf4", (1, 384, False, False), "all-linear"),
         ("stories260k", "nf4", (1, 384, False, True), "all-linear"),
+        ("base5m", "int8", (1, 384, False, False), "all-linear"),
+        ("base5m", "int8", (1, 384, False, True), "all-linear"),
+        ("stories260k", "int8", (1, 384, False, True), "all-linear"),
+        ("stories260k", "int8", (1, 384, False, True), ["q_proj"]),
+        ("stories260k", "int8", (2, 192, False, False), ["q_proj"]),
         ("base5m", "bf16", (3, 96, True, False), "all-linear"),
         ("base5m", "fp32", (1, 384, True, True), "all-linear"),
         ("base5m", "eager", (2, 192, False, False), "all-linear"),

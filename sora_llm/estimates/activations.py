@@ -14,7 +14,9 @@ What a layer keeps for its backward pass, in bytes per token, with b bytes per e
 (H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The
 loss keeps log-probabilities of 4 · V bytes and takes twice as much again when its backward pass begins, while all
 layers are alive; a layer's own backward pass takes about 2 · b · F + 4 · H, and the weight that it dequantises.  With
-gradient checkpointing the layers keep b · H each, and one at a time is whole.
+gradient checkpointing the layers keep b · H each, and one at a time is whole.  8-bit layers keep what they read, also
+where no adapter reads it, and checkpointing does not free it (bitsandbytes 0.50 holds it past autograd): then every
+layer keeps b · (2 · H + A + F) besides.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def activation_bytes(
     is_packed: bool = False,
     checkpointing: bool = False,
     dequantised_bytes: int = 0,
+    keeps_inputs: bool = False,
 ) -> int:
     """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
 
@@ -82,11 +85,14 @@ def activation_bytes(
         itemsize: bytes per element of the activations.
         targets: last parts of the names of the adapted modules ("q_proj", …); `total_rank` is Σ r in a layer.
         dequantised_bytes: of the largest weight that is dequantised for its product.
+        keeps_inputs: the linear layers are 8-bit ones.
     """
     tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
     attention, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     is_eager, has_mask = attn_implementation == "eager", is_packed and attn_implementation == "sdpa"
     norms_read = bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + bool({"gate_proj", "up_proj"} & set(targets))
+    if keeps_inputs:
+        norms_read = 2
     probabilities = sizes.num_heads * (sequence_len * (4 + (b if b < 4 else 0)) if is_eager else 4)
     layer = (
         8 * H
@@ -95,13 +101,15 @@ def activation_bytes(
         + 2 * b * (attention if is_eager or has_mask else keys)
         + probabilities
         + (b * sequence_len if has_mask else 0)
-        + b * sizes.intermediate * (3 + ("down_proj" in targets))
+        + b * sizes.intermediate * (3 + (keeps_inputs or "down_proj" in targets))
         + b * total_rank
         + 8
     )
     loss, passing = 12 * sizes.vocabulary, 2 * b * sizes.intermediate + 4 * H
     if checkpointing:
         kept, passing = (sizes.num_layers * b + 4) * H, passing + layer
+        if keeps_inputs:
+            kept += sizes.num_layers * b * (2 * H + attention + sizes.intermediate)
     else:
         kept = sizes.num_layers * layer
     return tokens * kept + max(tokens * loss, tokens * passing + dequantised_bytes)

@@ -124,6 +124,7 @@ def memory_table(memory: MemoryEstimate) -> str:
         ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
     )
     lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
+        keeps_inputs=spec.load_in_8bit,
     if memory.activation_bytes is None:
         lines.append(
             "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
