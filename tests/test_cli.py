@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import shared
 from runs import gsm8k_overrides
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import cli
 from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton
-from sora_llm.estimates.memory import estimate
+from sora_llm.estimates.memory import estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
+from sora_llm.targets import linear_layers
 
 CONFIG = "configs/llama7b.yaml"
 
@@ -223,4 +225,20 @@ def test_zero_divides_what_it_shards():
     assert ddp == alone
     assert zero1.optimizer_bytes == alone.trainable_parameters * 12 // 2  # with the float32 master
     assert zero1.gradient_bytes == alone.gradient_bytes and zero2.gradient_bytes == alone.gradient_bytes // 2
-    assert zero2.weight_bytes == alone.weight_bytes and zero3.weight_bytes == -(-alone.weight_bytes // 2)
+    constants = sum(linear.weight.numel() // 64 for linear in linear_layers(bones).values())  # which ZeRO does not know
+    assert zero2.weight_bytes == alone.weight_bytes
+    assert zero3.weight_bytes == constants + -(-(alone.weight_bytes - constants) // 2)
+    assert zero3.gathered_bytes == alone.weight_bytes - zero3.weight_bytes, "a small model may be whole in a step"
+    assert zero3.total_bytes - zero3.gathered_bytes < zero2.total_bytes
+
+
+def test_zero3_leaves_so_many_weights_whole_and_not_more():
+    """DeepSpeed's 10⁹ elements, of two bytes where 4-bit weights are stored as bfloat16."""
+    with torch.device("meta"):
+        bones = LlamaForCausalLM(LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40))
+    spec = BackboneSpec("x", load_in_4bit=True, quant_storage="bfloat16")
+    options = {"r": 8, "target_modules": "all-linear", "adapter_bytes_each": 4, "strategy": "zero3"}
+    two, eight = (estimate(bones, spec, num_processes=number, **options) for number in (2, 8))
+    assert two.gathered_bytes == eight.gathered_bytes == 2 * 10**9
+    assert eight.weight_bytes < two.weight_bytes / 3
+    assert "gathered, at most     1.86 GiB per process" in memory_table(two)

@@ -13,6 +13,10 @@ from sora_llm.estimates.activations import PROJECTIONS, activation_bytes, sizes_
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
 
+LIVE_ELEMENTS = 10**9
+"""Of frozen weights, those that ZeRO-3 may leave whole on a process, whatever the number of processes: DeepSpeed's
+defaults (0.19) of stage3_max_live_parameters and stage3_max_reuse_distance."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -25,11 +29,14 @@ class MemoryEstimate:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int | None = None
+    gathered_bytes: int = 0
+    """Of weights that are sharded and whole for a while, beside the process's own part of them."""
 
     @property
     def total_bytes(self) -> int:
         """Without the activations where they are not known."""
-        fixed = self.weight_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        fixed = self.weight_bytes + self.gathered_bytes
+        fixed += self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
         return fixed + (self.activation_bytes or 0)
 
 
@@ -51,18 +58,20 @@ def estimate(
     weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
     unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
     with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
-    weights and adapters in stage 3).
+    weights and adapters in stage 3, but for the constants of 4-bit weights).  In a step of stage 3 the weights that are
+    computed with, soon again or soon are whole: at most `LIVE_ELEMENTS`, which 4-bit weights count in their storage.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
     num_quantised = sum(linear.weight.numel() for linear in quantised.values())
     num_frozen = sum(parameter.numel() for parameter in skeleton.parameters())
-    constants = 1 if spec.double_quant else 4
     if spec.load_in_4bit:
-        quantised_bytes = num_quantised // 2 + num_quantised // 64 * constants
+        quantised_bytes = num_quantised // 2
+        constant_bytes = num_quantised // 64 * (1 if spec.double_quant else 4)
     else:
-        quantised_bytes = num_quantised + 4 * sum(linear.out_features for linear in quantised.values())
-    weight_bytes = quantised_bytes + (num_frozen - num_quantised) * DTYPES[spec.dtype].itemsize
+        quantised_bytes = num_quantised
+        constant_bytes = 4 * sum(linear.out_features for linear in quantised.values())
+    tensor_bytes = quantised_bytes + (num_frozen - num_quantised) * DTYPES[spec.dtype].itemsize
     num_trainable = sum(r * (1 + linear.in_features + linear.out_features) for linear in targets.values())
     zero = int(strategy.removeprefix("zero")) if strategy.startswith("zero") else 0
     master_bytes = 4 if zero or adapter_bytes_each < 4 else 0
@@ -70,10 +79,15 @@ def estimate(
     def share(size: int, from_stage: int) -> int:
         return -(-size // num_processes) if zero >= from_stage else size
 
+    own_bytes, gathered_bytes = share(tensor_bytes, 3), 0
+    if zero == 3:
+        storage = DTYPES[spec.quant_storage if spec.load_in_4bit else spec.dtype]
+        gathered_bytes = min(tensor_bytes - own_bytes, LIVE_ELEMENTS * storage.itemsize)
     return MemoryEstimate(
         trainable_parameters=num_trainable,
         frozen_parameters=num_frozen,
-        weight_bytes=share(weight_bytes, 3),
+        weight_bytes=own_bytes + constant_bytes,
+        gathered_bytes=gathered_bytes,
         adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
         gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
         optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
@@ -110,6 +124,7 @@ def _activation_bytes(
         is_packed=batch.is_packed,
         checkpointing=batch.checkpointing,
         dequantised_bytes=largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
+        keeps_inputs=spec.load_in_8bit,
     )
 
 
@@ -117,6 +132,7 @@ def memory_table(memory: MemoryEstimate) -> str:
     """The estimate as indented lines."""
     parts = (
         ("frozen weights", memory.weight_bytes),
+        *([("gathered, at most", memory.gathered_bytes)] if memory.gathered_bytes else []),
         ("adapters", memory.adapter_bytes),
         ("gradients", memory.gradient_bytes),
         ("optimizer state", memory.optimizer_bytes),
@@ -124,7 +140,6 @@ def memory_table(memory: MemoryEstimate) -> str:
         ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
     )
     lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
-        keeps_inputs=spec.load_in_8bit,
     if memory.activation_bytes is None:
         lines.append(
             "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
