@@ -130,7 +130,7 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
     trainer.train()
     # From the end of one backward pass to that of another lie as many whole steps.
     tokens = sum(count for _, count in seen[WARM_UP:-1])
-    return {"rate": tokens / (seen[-1][0] - seen[WARM_UP][0]), "peak_gib": peak_memory_gib()}
+    return {"rate": tokens / (seen[-1][0] - seen[WARM_UP][0]), "peak_gib": peak_memory_gib(torch.device("cpu"))}
 
 
 def job(name: str, steps: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A training step under DDP or ZeRO, over the processes of this launch: seconds, tokens/s, peak memory.
+"""A training step under DDP or ZeRO, over the processes of this launch: seconds, tokens/s, peak memory of the steps.
 
     torchrun --standalone --nproc_per_node 8 benchmarks/zero.py zero2 --shape 7b --tokens 2048
 
@@ -24,7 +24,7 @@ from sora_llm import ProxAdamW, inject_sora, parameter_groups
 from sora_llm.backbone import DTYPES, enable_checkpointing, resolve_quant_storage
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import end, make_accelerator
-from sora_llm.running.loop import StepBatches, peak_memory_gib, train_step
+from sora_llm.running.loop import StepBatches, forget_peak, peak_memory_gib, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inject_sora(model, options.r, 16)
     optimizer = ProxAdamW(parameter_groups(model, 1e-4, 1e-3, sparse_lambda=0.5))
     engine = Engine(accelerator, model, optimizer, options.strategy, 1.0)
+    forget_peak(engine.device)
 
     generator = torch.Generator().manual_seed(world.process_index)
     ids = torch.randint(SHAPES[options.shape][5], (1, options.tokens), generator=generator)
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tokens": batches.tokens,
             "step_seconds": step,
             "tokens_per_second": batches.tokens / step,
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": peak_memory_gib(engine.device),
             "grad_norm": outcome.grad_norm,
         }
         print(json.dumps({**found, **circumstances(options)}))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file
 
 from sora_llm.errors import UserError
-from sora_llm.running import run_state
+from sora_llm.running import assembly, loop, run_state
 from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"
@@ -278,3 +279,31 @@ def test_the_card_says_how_the_base_was_loaded_and_the_adapter_trained(zero2: Fi
 def test_a_flag_for_a_key_gets_advice(capsys) -> None:
     assert main([CONFIG, "--train.max_steps=5"]) == UserError.exit_code
     assert "overrides have no dashes" in capsys.readouterr().err
+
+
+def test_the_peak_of_memory_is_that_of_the_engine_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, too, a run on the CPU has resident memory."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30 if device.index == 1 else 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    assert loop.peak_memory_gib(torch.device("cpu")) > 0.1  # this process with torch in it
+    assert loop.peak_memory_gib(torch.device("cuda", 1)) == 3
+    loop.forget_peak(torch.device("cpu"))
+    loop.forget_peak(torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)]
+
+
+def test_peaks_of_memory_begin_with_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading and cutting are in none of them, which under DeepSpeed's engines alone they were not."""
+    happened: list[str] = []
+
+    class Noted(assembly.Engine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            happened.append("engine")
+
+    monkeypatch.setattr(assembly, "Engine", Noted)
+    monkeypatch.setattr(assembly, "forget_peak", lambda device: happened.append(device.type))
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **{"train.max_steps": 4, "sora.consensus_at": 0.5}))
+    assert happened == ["engine", "cpu"] * 2, "at the start and at the cut"

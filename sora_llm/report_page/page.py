@@ -320,7 +320,10 @@ def _costs(record: Record, chart: Chart | None) -> str:
         if has_seconds:
             row.append("–" if cost.median_step_seconds is None else f"{cost.median_step_seconds:.3g} s")
         rows.append([*row, memory])
-    note = '<p class="quiet">Tokens/s of all processes together; peak memory of the main process, until then.</p>'
+    note = (
+        '<p class="quiet">Tokens/s of all processes together; peak memory of the main process: on a GPU since its '
+        "engine was made, at the start and at the cut, on a CPU since it began.</p>"
+    )
     drawn = "" if chart is None else chart_svg(chart, "tokens per second over steps")
     return markup.table(heads, rows) + note + drawn
 

@@ -19,7 +19,7 @@ from sora_llm.pipeline import Cut
 from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.inputs import start_lora
 from sora_llm.running.job import Job, say
-from sora_llm.running.loop import Tally
+from sora_llm.running.loop import Tally, forget_peak
 from sora_llm.running.measures import raise_alarms
 from sora_llm.running.packing_proof import prove_packing
 from sora_llm.running.processes import refuse_differing
@@ -88,7 +88,7 @@ def warm_start(job: Job, model: nn.Module) -> None:
 
 def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
     """`model` and a fresh optimizer under the run's strategy, with the loss scale of an engine before it, if there was
-    one (collective)."""
+    one (collective).  Peaks of memory begin here."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
@@ -102,9 +102,11 @@ def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None)
     optimizer = ProxAdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon)
     if loss_scale is None:
         loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
-    return Engine(
+    engine = Engine(
         job.accelerator, model, optimizer, job.plan.strategy, settings.max_grad_norm, job.replicas, loss_scale
     )
+    forget_peak(engine.device)
+    return engine
 
 
 def renew_engine(

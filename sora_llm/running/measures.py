@@ -35,7 +35,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         **seen,
         "skipped_steps": skipped_steps(training),
         "loss_scale": training.engine.loss_scale.factor if training.engine.loss_scale.is_needed else None,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": peak_memory_gib(training.engine.device),
         **ranks.fields,
         **evaluated,
         **training.labels,

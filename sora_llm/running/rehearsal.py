@@ -54,7 +54,7 @@ def rehearse(job: Job) -> RunResult:
         if training.rounds is not None:
             training.rounds.end(engine)
         save_checkpoint(training)
-        line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib()}
+        line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib(engine.device)}
     memory, steps = job.memory, job.plan.total_steps
     epochs = job.order.epochs_of(steps)
     if job.data.train is None or epochs is None:
