@@ -113,7 +113,8 @@ def use_liger(model: nn.Module) -> None:
 
 
 def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
-    """The same layer in NF4 with double quantisation and bfloat16 compute."""
+    """The same layer in NF4 with double quantisation and bfloat16 compute, of the weight as it is, as a run has it: a
+    layer that loads it rounds float32, and dequantises to that."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
@@ -124,9 +125,21 @@ def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
         compress_statistics=True,
         quant_type="nf4",
         quant_storage=quant_storage,
+        device="meta",
     )
-    layer.load_state_dict({"weight": linear.weight.detach()})
-    return layer.to(linear.weight.device)
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.detach(),
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=quant_storage,
+        module=layer,
+    )
+    layer = layer.to(linear.weight.device)
+    weight: Any = layer.weight
+    found = weight.quant_state.dtype
+    assert found == linear.weight.dtype, f"a run dequantises to {linear.weight.dtype}, this to {found}"
+    return layer
 
 
 def copy_of(model: nn.Module) -> nn.Module:
