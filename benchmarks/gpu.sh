@@ -13,12 +13,28 @@
 #   run run_open             gpu_run.py: whole runs of the product, with and without recompute, memory against `estimate`
 #   zero2 zero3              zero.py over all GPUs, or in one process
 #
-# It goes on where a part fails, says so, and ends with 1 then.
+# It goes on where a part fails, says so, and ends with 1 then; what a failed run left in FOLDER/model is kept.  The part
+# `tests` needs pytest, pytest-xdist and the test data, of which it makes sure before anything is run: without them tests
+# would be skipped, or none found.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
 shift
 parts=${*:-tests kernels r16 r64 short recompute bf16 run run_open zero2 zero3}
+if [[ " $parts " == *" tests "* ]]; then
+  if ! python3 -c 'import pytest, xdist'; then
+    echo "benchmarks/gpu.sh: the part tests needs pytest and pytest-xdist: pip install -e '.[dev]', or name other parts" >&2
+    exit 2
+  fi
+  data=${SORA_TEST_DATA:-../shared}
+  for needed in data/gsm8k_train.jsonl models/base5m models/stories260k; do
+    if [ ! -e "$data/$needed" ]; then
+      echo "benchmarks/gpu.sh: $data/$needed is missing, without which the part tests would skip its tests;" \
+        "set SORA_TEST_DATA to the folder that holds data/ and models/, or name other parts" >&2
+      exit 2
+    fi
+  done
+fi
 mkdir -p "$folder"
 failed=0
 
@@ -60,7 +76,13 @@ open=(train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 tr
 
 for name in $parts; do
   case $name in
-    tests) part tests python3 -m pytest -q -m gpu -n 12 tests/test_gpu.py ;;
+    tests)
+      if [ "$gpus" = 0 ]; then # where all would be skipped
+        part tests python3 -m pytest -q -m gpu -n 12 --collect-only tests/test_gpu.py
+      else
+        part tests python3 -m pytest -q -m gpu -n 12 tests/test_gpu.py
+      fi
+      ;;
     r16) part r16 "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours,ungated ;;
     r64) part r64 "${step[@]}" --rows 4 --backbones nf4 --ranks 64 --arms peft_bf16,ours,ungated,ours_dropout,cut ;;
     short) part short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours ;;
@@ -86,5 +108,9 @@ for name in $parts; do
       ;;
   esac
 done
-rm -rf "$folder/model"
+if [ "$failed" = 0 ]; then
+  rm -rf "$folder/model"
+elif [ -d "$folder/model" ]; then
+  echo "== something failed: $folder/model is kept, with the checkpoint that was made and the directories of failed runs"
+fi
 exit "$failed"
