@@ -45,6 +45,34 @@ class CutReport:
     unspent: int | None
     shortfall: int | None
 
+    @property
+    def dropped_share(self) -> float:
+        """The share of Σ ‖ΔW‖² that was dropped; 0 where there was nothing."""
+        return self.dropped_energy / self.energy if self.energy else 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖ΔW − what was kept‖_F / ‖ΔW‖_F over all modules together."""
+        return math.sqrt(self.dropped_share)
+
+
+def joined(reports: Sequence[CutReport]) -> CutReport:
+    """Cuts of different modules as one, under a budget each or all without."""
+    return CutReport(
+        ranks={name: rank for report in reports for name, rank in report.ranks.items()},
+        energy=sum(report.energy for report in reports),
+        dropped_energy=sum(report.dropped_energy for report in reports),
+        kept_cost=sum(report.kept_cost for report in reports),
+        unspent=_sum_of_budgets([report.unspent for report in reports]),
+        shortfall=_sum_of_budgets([report.shortfall for report in reports]),
+    )
+
+
+def _sum_of_budgets(values: Sequence[int | None]) -> int | None:
+    found = [value for value in values if value is not None]
+    assert len(found) in (0, len(values)), "some were cut under a budget, and some without"
+    return sum(found) if found else None
+
 
 def cut_slots(
     factors: Factors, scaling: Scaling = 1.0, budget: int | None = None, min_rank: int = 0

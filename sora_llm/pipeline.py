@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sora_llm.allocation import balanced, components
 from sora_llm.budget import RankBudget, importances, make_budgets
-from sora_llm.consensus import CutReport, cut_slots, cut_svd
+from sora_llm.consensus import CutReport, cut_slots, cut_svd, joined
 from sora_llm.distributed.collectives import (
     broadcast_tensors,
     on_every,
@@ -24,6 +24,7 @@ from sora_llm.distributed.engine import refuse_old_wrappers
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import NotFinite, RunFailed, UserError
 from sora_llm.factors import (
+    Factors,
     ModuleFactors,
     PlainFactors,
     costs_of,
@@ -78,17 +79,24 @@ def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | 
 
 @dataclass(frozen=True)
 class Cut:
-    """What consensus left: the ranks, the share of Σ ‖ΔW‖² that went, and what a budget has left over.
+    """What consensus left; `report` and `spread` as in `CutFactors`."""
 
-    `shortfall` is what the budget has beyond all that was alive (0 where it had to choose); None without a budget.
+    ranks: RankReport
+    masters: dict[str, Tensor]
+    """The float32 factors that are left, by "<module>.lora_A|lora_B"."""
+    report: CutReport | None
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class CutFactors:
+    """What is left of adapters and how they were cut; None where they had no gates, having been cut already.
+
     `spread` is the largest ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ over replicas that had drifted apart; None where there were none.
     """
 
-    ranks: RankReport
-    dropped_share: float
-    shortfall: int | None
-    masters: dict[str, Tensor]
-    """The float32 factors that are left, by "<module>.lora_A|lora_B"."""
+    factors: PlainFactors
+    report: CutReport | None
     spread: float | None = None
 
 
@@ -135,17 +143,17 @@ def cut_by_consensus(
         members = range(replicas.num) if world.is_main else []
         everyone = [{name: found[k] for name, found in gathered.items()} for k in members]
 
-    def cut() -> tuple[float, int | None, float | None]:
+    def cut() -> tuple[CutReport | None, float | None]:
         factors = [factors_of(layers, values) for values in everyone]
         scaling = {name: layer.scaling for name, layer in layers.items()}
         with _finite("cut"):
-            found, report = cut_factors(factors, scaling, consensus, budgets)
-        plain.update(found)
-        return report
+            found = cut_factors(factors, scaling, consensus, budgets)
+        plain.update(found.factors)
+        return found.report, found.spread
 
-    dropped_share, shortfall, spread = on_main(cut, world)
+    report, spread = on_main(cut, world)
     masters = _cut_everywhere(model, plain, dict.fromkeys(layers, dtype), device)
-    return Cut(rank_report(layers), dropped_share, shortfall, masters, spread)
+    return Cut(rank_report(layers), masters, report, spread)
 
 
 def _cut_everywhere(
@@ -188,20 +196,17 @@ def _finite(what: str) -> Iterator[None]:
 
 
 def cut_factors(
-    replicas: Sequence[Mapping[str, ModuleFactors]],
+    replicas: Sequence[Factors],
     scaling: Mapping[str, float],
     consensus: str,
     budgets: Sequence[RankBudget],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[float, int | None, float | None]]:
-    """Plain factors by `consensus`, group by group where there are budgets; share of Σ ‖ΔW‖² dropped, shortfall and
-    spread as `Cut` has them.
-
-    Several replicas have one support and go by svd.
-    """
+) -> CutFactors:
+    """Plain factors by `consensus`, group by group where there are budgets; several replicas have one support and go by
+    svd."""
     factors = replicas[0]
     if all(gate is None for _, _, gate in factors.values()):
         assert len(replicas) == 1, "replicas are merged while they have gates"
-        return {name: (A, B) for name, (A, B, _) in factors.items()}, (0.0, None, None)
+        return CutFactors({name: (A, B) for name, (A, B, _) in factors.items()}, None)
     groups: list[tuple[list[str], int | None, int]] = [(list(factors), None, 0)]
     if budgets:
         groups = [(list(budget.costs), budget.params, budget.min_rank) for budget in budgets]
@@ -217,14 +222,12 @@ def cut_factors(
             group, report = cut_group(members[0], scaling, params, min_rank)
         plain |= group
         reports.append(report)
-    energy, dropped = sum(report.energy for report in reports), sum(report.dropped_energy for report in reports)
-    shortfall = sum(report.shortfall or 0 for report in reports) if budgets else None
-    share = dropped / energy if energy else 0.0
-    return {name: plain[name] for name in factors}, (share, shortfall, max(spreads) if spreads else None)
+    in_order = {name: plain[name] for name in factors}
+    return CutFactors(in_order, joined(reports), max(spreads) if spreads else None)
 
 
 def _merge(
-    replicas: Sequence[Mapping[str, ModuleFactors]], scaling: Mapping[str, float], budget: int | None, min_rank: int
+    replicas: Sequence[Factors], scaling: Mapping[str, float], budget: int | None, min_rank: int
 ) -> tuple[PlainFactors, CutReport, float]:
     """Replicas of one support as one adapter, and how far the farthest of them is from it.
 
@@ -346,9 +349,9 @@ def consensus_prune(
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}
 
-    def plain() -> dict[str, tuple[Tensor, Tensor]]:
+    def plain() -> PlainFactors:
         with _finite("cut"):
-            return cut_factors([factors_of(layers, masters)], scaling, consensus, budgets)[0]
+            return cut_factors([factors_of(layers, masters)], scaling, consensus, budgets).factors
 
     if not any(bool(B.any()) for name, B in masters.items() if name.endswith(".lora_B")):
         warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import allocate_reference, fold_slots, outer_products
 
-from sora_llm.consensus import cut_slots, cut_svd
+from sora_llm.consensus import cut_slots, cut_svd, joined
 from sora_llm.errors import UserError
 from sora_llm.factors import (
     kept_params,
@@ -383,6 +383,24 @@ def test_a_module_that_is_not_finite_is_named():
         cut_svd(factors, S)
     with pytest.raises(ValueError, match="second"):
         cut_slots(factors, S, 100)
+
+
+def test_cuts_of_several_groups_are_one_of_all_their_modules():
+    """The error is that of all ΔW together, not a mean of the groups' own."""
+    factors = random_factors(0, {"first": (4, 7, 5), "second": (5, 6, 6)})
+    cut, reports = {}, []
+    for name, budget in (("first", 25), ("second", 10**6)):
+        group, report = cut_svd({name: factors[name]}, S, budget)
+        cut |= group
+        reports.append(report)
+    whole, total = joined(reports), squared_error(products(factors), dict.fromkeys(factors, 0.0))
+    error = squared_error(plain_products(cut), products(factors))
+    assert whole.dropped_share == pytest.approx(error / total) and error > 0
+    assert whole.relative_error == pytest.approx((error / total) ** 0.5)
+    assert whole.ranks == {name: len(A) for name, (A, _) in cut.items()}
+    assert (whole.kept_cost, whole.unspent) == (kept_cost(cut, factors), 25 + 10**6 - kept_cost(cut, factors))
+    assert whole.shortfall == reports[1].shortfall > reports[0].shortfall == 0
+    assert joined([cut_svd(factors, S)[1]]) == cut_svd(factors, S)[1]
 
 
 @methods

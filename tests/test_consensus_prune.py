@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,8 +217,8 @@ def cut_with_other_algebra() -> str:
     plain = pipeline.cut_factors
 
     def off(*arguments: Any) -> Any:
-        factors, report = plain(*arguments)
-        return {name: (A * (1 + rank * 1e-6), B) for name, (A, B) in factors.items()}, report
+        cut = plain(*arguments)
+        return replace(cut, factors={name: (A * (1 + rank * 1e-6), B) for name, (A, B) in cut.factors.items()})
 
     pipeline.cut_factors = off
     consensus_prune(model, target_rank=2)

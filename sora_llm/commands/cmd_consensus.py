@@ -136,7 +136,7 @@ def described(
         "sources": parts,
         "mean_rank": mean_rank(report.ranks, costs),
         "kept_params": report.kept_cost,
-        "merge_error": math.sqrt(report.dropped_energy / report.energy) if report.energy else 0.0,
+        "merge_error": report.relative_error,
         "shortfall": report.shortfall,
         "jaccard": merged.jaccard,
         "num_distinct": merged.num_distinct,

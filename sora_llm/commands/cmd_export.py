@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,18 +282,13 @@ def provenance_of(
 
 
 def _cut_notes(cut: CutReport | None) -> dict[str, Any]:
-    return {} if cut is None else {"energy_dropped": _share(cut), "relative_error": math.sqrt(_share(cut))}
-
-
-def _share(cut: CutReport) -> float:
-    """The share of Σ ‖ΔW‖² that was dropped."""
-    return cut.dropped_energy / cut.energy if cut.energy else 0.0
+    return {} if cut is None else {"energy_dropped": cut.dropped_share, "relative_error": cut.relative_error}
 
 
 def _cut_sentence(cut: CutReport) -> str:
     return (
-        f"Cut to its largest singular components: {_share(cut):.2%} of Σ ‖ΔW‖² was dropped (relative error of ΔW "
-        f"{math.sqrt(_share(cut)):.3g})."
+        f"Cut to its largest singular components: {cut.dropped_share:.2%} of Σ ‖ΔW‖² was dropped (relative error of "
+        f"ΔW {cut.relative_error:.3g})."
     )
 
 

@@ -144,13 +144,13 @@ def cut_adapter(
         device=job.accelerator.device,
         replicas=job.replicas if had_gates and not training.agrees else None,
     )
-    if had_gates:
+    if cut.report is not None:
         if cut.spread is not None:
             say(job.world, f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
         say(
             job.world,
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
-            f"{cut.dropped_share:.1%} of ΔW's energy dropped",
+            f"{cut.report.dropped_share:.1%} of ΔW's energy dropped",
         )
-        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.shortfall))
+        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.report.shortfall))
     return cut
