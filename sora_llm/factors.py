@@ -22,8 +22,9 @@ def kept_ranks(gates: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: int(torch.count_nonzero(gate)) for name, gate in gates.items()}
 
 
-def mean_rank(ranks: Mapping[str, int], costs: Mapping[str, int]) -> float:
-    """Σ rank·(I+O) / Σ (I+O) over all target modules; `costs` is {module: I+O}."""
+def mean_rank(ranks: Mapping[str, int], shapes: Shapes) -> float:
+    """Σ (I+O)·rank / Σ (I+O) over all target modules; `shapes` is {module: (I, O)}."""
+    costs = costs_of(shapes)
     return sum(ranks[name] * cost for name, cost in costs.items()) / sum(costs.values())
 
 

@@ -27,7 +27,6 @@ from sora_llm.factors import (
     Factors,
     ModuleFactors,
     PlainFactors,
-    costs_of,
     kept_params,
     kept_ranks,
     mean_rank,
@@ -74,7 +73,7 @@ def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | 
         ranks = {name: layer.rank for name, layer in layers.items()}
     else:
         ranks = kept_ranks(gates)
-    return RankReport(ranks, mean_rank(ranks, costs_of(shapes)), kept_params(ranks, shapes))
+    return RankReport(ranks, mean_rank(ranks, shapes), kept_params(ranks, shapes))
 
 
 @dataclass(frozen=True)

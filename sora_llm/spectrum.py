@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.allocation import allocate, components, within_tolerance
-from sora_llm.factors import Factors, Scaling, scaling_of
+from sora_llm.factors import Factors, Scaling, costs_of, scaling_of, shapes_of
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """ΔW (O, I) of one module: `slots` of its factors whose gates are not 0, and its singular values, falling."""
+    """ΔW (O, I) of one module: its `shape` (I, O), `slots` of its factors whose gates are not 0, and its singular
+    values, falling."""
 
-    num_in: int
-    num_out: int
+    shape: tuple[int, int]
     slots: int
     scaling: float
     sigma: Tensor
@@ -57,10 +57,11 @@ def spectra(factors: Factors, scaling: Scaling) -> dict[str, Spectrum]:
         NotFinite: a live value is not finite.
     """
     found = {}
+    shapes = shapes_of(factors)
     for name, (A, B, gate) in factors.items():
         slots = A.shape[0] if gate is None else int(gate.count_nonzero())
         own = scaling_of(scaling, name)
-        found[name] = Spectrum(A.shape[1], B.shape[0], slots, own, components(A, B, gate, own, name).sigma)
+        found[name] = Spectrum(shapes[name], slots, own, components(A, B, gate, own, name).sigma)
     return found
 
 
@@ -75,16 +76,12 @@ def ranks_within(
     """
     assert budget is None or tolerance is None, "two ways to say one thing"
     importance = {name: spectrum.sigma**2 for name, spectrum in found.items()}
+    costs = costs_of({name: spectrum.shape for name, spectrum in found.items()})
     if budget is not None:
-        kept = allocate(importance, rank_costs(found), budget, min_rank)
+        kept = allocate(importance, costs, budget, min_rank)
     else:
-        kept = within_tolerance(importance, rank_costs(found), tolerance or 0.0, min_rank)
+        kept = within_tolerance(importance, costs, tolerance or 0.0, min_rank)
     return {name: len(indices) for name, indices in kept.items()}
-
-
-def rank_costs(found: Mapping[str, Spectrum]) -> dict[str, int]:
-    """{module: I + O}: the parameters of one rank."""
-    return {name: spectrum.num_in + spectrum.num_out for name, spectrum in found.items()}
 
 
 def lora_options(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:

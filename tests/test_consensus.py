@@ -99,7 +99,8 @@ def test_a_rank_counts_the_gates_that_are_not_exactly_zero():
 
 
 def test_the_mean_rank_is_weighted_by_cost_over_all_target_modules():
-    assert mean_rank({"small": 4, "large": 1, "pruned": 0}, {"small": 10, "large": 30, "pruned": 60}) == 0.7
+    shapes = {"small": (4, 6), "large": (10, 20), "pruned": (30, 30)}
+    assert mean_rank({"small": 4, "large": 1, "pruned": 0}, shapes) == 0.7
 
 
 def test_kept_parameters_count_no_rank_beyond_a_layers_own():

@@ -129,9 +129,9 @@ def test_energy_is_told_as_the_mean_rank_that_holds_it(tmp_path, capsys):
 
 def test_the_effective_rank_is_between_one_and_the_rank():
     equal, steep = torch.ones(5).double(), torch.tensor([1.0, 1e-7]).double()
-    assert Spectrum(9, 9, 5, 1.0, equal).effective_rank == pytest.approx(5)
-    assert Spectrum(9, 9, 2, 1.0, steep).effective_rank == pytest.approx(1, abs=1e-5)
-    assert Spectrum(9, 9, 5, 1.0, equal).share_of_first(2) == pytest.approx(0.4)
+    assert Spectrum((9, 9), 5, 1.0, equal).effective_rank == pytest.approx(5)
+    assert Spectrum((9, 9), 2, 1.0, steep).effective_rank == pytest.approx(1, abs=1e-5)
+    assert Spectrum((9, 9), 5, 1.0, equal).share_of_first(2) == pytest.approx(0.4)
 
 
 def test_a_terminal_gets_ranks_by_layer_and_spectra_by_projection_or_by_module(tmp_path, capsys):

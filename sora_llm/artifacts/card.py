@@ -12,7 +12,7 @@ from typing import Any
 from sora_llm.artifacts.consumers import Verdict
 from sora_llm.artifacts.lora_files import CERTIFICATE, certificate_in
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.factors import costs_of, kept_params, mean_rank
+from sora_llm.factors import kept_params, mean_rank
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
 
@@ -139,7 +139,6 @@ def model_card(
     beside it, where provenance has one.
     """
     base = provenance.base_model or "the base model"
-    costs = costs_of(shapes)
     metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
     data = "".join(f"* {path}\n" for path in provenance.data)
     table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
@@ -150,7 +149,7 @@ def model_card(
 # {"LoRA adapter for" if verdicts else "LoRA merged into"} {base}
 
 {provenance.story} and exported as {"a plain LoRA" if verdicts else "a whole model"}: {form}.
-Mean rank {mean_rank(ranks, costs):.2f} over {len(ranks)} modules (weighted by their size), \
+Mean rank {mean_rank(ranks, shapes):.2f} over {len(ranks)} modules (weighted by their size), \
 {kept_params(ranks, shapes):,} parameters in them.
 
 {metrics}

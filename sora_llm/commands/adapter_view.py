@@ -15,8 +15,8 @@ from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.errors import NotFinite, UserError
-from sora_llm.factors import mean_rank
-from sora_llm.spectrum import Spectrum, rank_costs, ranks_within, spectra
+from sora_llm.factors import kept_params, mean_rank, shapes_of
+from sora_llm.spectrum import Spectrum, ranks_within, spectra
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)
@@ -33,21 +33,21 @@ def view(folder: Path) -> dict[str, Any]:
     if not found:
         raise UserError(f"{folder} has no factors to look at: every module of it was pruned")
     is_checkpoint = (folder / checkpoint.STATE).is_file()
-    costs, pruned, is_whole = _costs_on_disk(source, found)
-    nothing = dict.fromkeys(costs, 0)
-    ranks = {name: spectrum.rank for name, spectrum in found.items()}
+    shapes, pruned, is_whole = _shapes_on_disk(source)
+    nothing = dict.fromkeys(shapes, 0)
+    ranks = nothing | {name: spectrum.rank for name, spectrum in found.items()}
     energy = sum(spectrum.energy for spectrum in found.values())
     return {
         "adapter": str(folder),
         "kind": "checkpoint" if is_checkpoint else "lora",
         "base_model": source.base,
         "bytes": (folder / (checkpoint.TENSORS if is_checkpoint else WEIGHTS)).stat().st_size,
-        "mean_rank": mean_rank(nothing | ranks, costs),
+        "mean_rank": mean_rank(ranks, shapes),
         "mean_rank_is_of_all_targets": is_whole,
-        "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
+        "kept_params": kept_params(ranks, shapes),
         "norm": energy**0.5,
         "mean_rank_for_energy": {
-            str(share): mean_rank(nothing | ranks_within(found, tolerance=(1 - share) ** 0.5), costs)
+            str(share): mean_rank(nothing | ranks_within(found, tolerance=(1 - share) ** 0.5), shapes)
             for share in ENERGIES
         },
         "left_out": pruned,
@@ -55,30 +55,30 @@ def view(folder: Path) -> dict[str, Any]:
     }
 
 
-def _costs_on_disk(source: SavedAdapter, found: Mapping[str, Spectrum]) -> tuple[dict[str, int], list[str], bool]:
-    """{target: I + O}, the targets without factors, and whether these are all; no base is fetched for it."""
+def _shapes_on_disk(source: SavedAdapter) -> tuple[dict[str, tuple[int, int]], list[str], bool]:
+    """{target: (I, O)}, the targets without factors, and whether these are all; no base is fetched for it."""
     if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
         with contextlib.suppress(UserError):
-            return *costs_of_targets(source, found), True
-    return rank_costs(found), sorted(source.targets - found.keys()), False
+            return *target_shapes_of(source), True
+    return shapes_of(source.factors), sorted(source.targets - source.factors.keys()), False
 
 
-def costs_of_targets(
-    source: SavedAdapter, found: Mapping[str, Spectrum], base: str | None = None, trust_remote_code: bool = False
-) -> tuple[dict[str, int], list[str]]:
-    """{target: I + O} and the targets without factors: what was pruned may have none in the files, and counts in a mean
-    rank all the same.  Its size comes from the config of the base, which is always read where `base` names it.
+def target_shapes_of(
+    source: SavedAdapter, base: str | None = None, trust_remote_code: bool = False
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{target: (I, O)} and the targets without factors: what was pruned may have none in the files, and counts in a
+    mean rank all the same.  Its size comes from the config of the base, which is always read where `base` names it.
 
     Raises:
         UserError: a base that cannot be read, or does not fit.
     """
     if not source.may_lack_targets and base is None:
-        return rank_costs(found), []
+        return shapes_of(source.factors), []
     quiet_libraries()
     spec = base_of([source], base, trust_remote_code)
     bare_model = skeleton(load_config(spec), spec)
     shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
-    return {name: sum(shape) for name, shape in shapes.items()}, sorted(shapes.keys() - found.keys())
+    return shapes, sorted(shapes.keys() - source.factors.keys())
 
 
 def spectra_of(source: SavedAdapter) -> dict[str, Spectrum]:
@@ -95,7 +95,7 @@ def spectra_of(source: SavedAdapter) -> dict[str, Spectrum]:
 
 def _module(spectrum: Spectrum) -> dict[str, Any]:
     return {
-        "shape": [spectrum.num_in, spectrum.num_out],
+        "shape": list(spectrum.shape),
         "slots": spectrum.slots,
         "rank": spectrum.rank,
         "scaling": spectrum.scaling,

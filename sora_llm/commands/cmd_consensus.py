@@ -36,7 +36,7 @@ from sora_llm.commands.sources import (
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
-from sora_llm.factors import costs_of, mean_rank, shapes_of
+from sora_llm.factors import mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.merge import Merged, merge, merge_errors
@@ -85,10 +85,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         largest = max(arguments.weights or [1.0])
         weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
         replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
-        merged = merge(
-            replicas, budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance, arguments.min_rank
-        )
-        refuse_nothing(merged.report.kept_cost, merged.report.energy, map(sum, shapes.values()))
+        merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
+        refuse_nothing(merged.report.kept_cost, merged.report.energy, shapes)
         tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
@@ -122,19 +120,18 @@ def described(
 ) -> dict[str, Any]:
     """What became of the sources, as JSON: each one's part, and who kept what in every module."""
     shapes = shapes_of(merged.factors)
-    costs = costs_of(shapes)
-    ranks = [{name: source.ranks.get(name, 0) for name in costs} for source in sources]
+    ranks = [{name: source.ranks.get(name, 0) for name in shapes} for source in sources]
     report, replicas = merged.report, iter(merged.replicas)
     parts = []
     for source, own, weight in zip(sources, ranks, weights, strict=True):
-        part: dict[str, Any] = {"source": source.name, "weight": 0.0, "mean_rank": mean_rank(own, costs)}
+        part: dict[str, Any] = {"source": source.name, "weight": 0.0, "mean_rank": mean_rank(own, shapes)}
         if weight > 0:
             seen = next(replicas)
             part |= {"weight": seen.weight, "cosine": seen.cosine, "distance": seen.distance}
         parts.append(part)
     return {
         "sources": parts,
-        "mean_rank": mean_rank(report.ranks, costs),
+        "mean_rank": mean_rank(report.ranks, shapes),
         "kept_params": report.kept_cost,
         "merge_error": report.relative_error,
         "shortfall": report.shortfall,
@@ -142,7 +139,7 @@ def described(
         "num_distinct": merged.num_distinct,
         "modules": {
             name: {"ranks": [own[name] for own in ranks], "rank": report.ranks[name], "merge_error": errors[name]}
-            for name in costs
+            for name in shapes
         },
     }
 

@@ -43,7 +43,7 @@ from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
-from sora_llm.factors import PlainFactors, costs_of, kept_params, mean_rank, shapes_of
+from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import put_on
 from sora_llm.prompt_form import recorded_separator
@@ -241,12 +241,12 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
     source = source.on(bare_model)
     shapes = shapes_in(spec, bare_model, [source])
     factors = plain_factors(source, shapes)
-    budget, tolerance = budget_of(arguments, sum(map(sum, shapes.values()))), arguments.tolerance
+    budget, tolerance = budget_of(arguments, shapes), arguments.tolerance
     if budget is None and tolerance is None:
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
-    refuse_nothing(report.kept_cost, report.energy, map(sum, shapes.values()))
+    refuse_nothing(report.kept_cost, report.energy, shapes)
     return PreparedAdapter(factors, config, bare_model, report)
 
 
@@ -321,13 +321,12 @@ def described(
     arguments: argparse.Namespace, line: Mapping[str, Any], adapter: PreparedAdapter, certificate: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What was exported, as JSON."""
-    costs = costs_of(adapter.shapes)
     return {
         "adapter": str(arguments.out),
         "layout": arguments.layout,
         **({"stage": stage_name(line["sparse_lambda"])} if "stage" in line else {}),
         "kept_params": kept_params(adapter.ranks, adapter.shapes),
-        "mean_rank": mean_rank(adapter.ranks, costs),
+        "mean_rank": mean_rank(adapter.ranks, adapter.shapes),
         **_cut_notes(adapter.cut),
         "certificate": dict(certificate),
     }

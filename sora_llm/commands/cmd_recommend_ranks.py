@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.adapter_view import costs_of_targets, spectra_of
+from sora_llm.commands.adapter_view import spectra_of, target_shapes_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
-from sora_llm.factors import mean_rank, scaling_of
-from sora_llm.spectrum import Spectrum, lora_options, rank_costs, ranks_within
+from sora_llm.factors import kept_params, mean_rank, scaling_of, shapes_of
+from sora_llm.spectrum import lora_options, ranks_within
 
 FORMATS = ("python", "axolotl")
 
@@ -66,50 +66,52 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
         UserError: nothing is left, or the adapter is more than plain LoRA.
     """
     found = spectra_of(source)
-    costs, pruned, is_whole = all_targets(source, found, arguments)
-    budget = budget_of(arguments, sum(costs.values()))
+    own_shapes = shapes_of(source.factors)
+    shapes, pruned, is_whole = all_targets(source, arguments)
+    budget = budget_of(arguments, shapes)
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
-    refuse_nothing(sum(ranks.values()), energy, rank_costs(found).values())
+    kept = kept_params(ranks, own_shapes)
+    refuse_nothing(kept, energy, own_shapes)
     if not any(ranks.values()):
         raise UserError(f"{source.name} changes nothing: every ΔW is 0")
     own = arguments.scaling
     if own is None and source.config is not None:  # the scale that an exported adapter has folded in
         own = source.config.sora.lora_alpha / source.config.sora.r
     scaling = {name: scaling_of(source.scaling, name) if own is None else own for name in found}
-    kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
+    energy_kept = sum(spectrum.share_of_first(ranks[name]) * spectrum.energy for name, spectrum in found.items())
     return {
         "source": source.name,
         "base_model": arguments.base or source.base,
-        "mean_rank": mean_rank(dict.fromkeys(costs, 0) | ranks, costs),
+        "mean_rank": mean_rank(dict.fromkeys(shapes, 0) | ranks, shapes),
         "mean_rank_is_of_all_targets": is_whole,
-        "kept_params": sum(rank * costs[name] for name, rank in ranks.items()),
-        "energy_kept": kept / energy,
+        "kept_params": kept,
+        "energy_kept": energy_kept / energy,
         "pruned": [name for name, rank in ranks.items() if not rank] + pruned,
         "lora_config": lora_options(ranks, scaling),
     }
 
 
 def all_targets(
-    source: SavedAdapter, found: Mapping[str, Spectrum], arguments: argparse.Namespace
-) -> tuple[dict[str, int], list[str], bool]:
-    """{target: I + O}, those without factors, and whether these are all.
+    source: SavedAdapter, arguments: argparse.Namespace
+) -> tuple[dict[str, tuple[int, int]], list[str], bool]:
+    """{target: (I, O)}, those without factors, and whether these are all.
 
     Raises:
         UserError: a base that cannot be read and is needed for --target-rank, or was named.
     """
     try:
-        costs, pruned = costs_of_targets(source, found, arguments.base, arguments.trust_remote_code)
+        shapes, pruned = target_shapes_of(source, arguments.base, arguments.trust_remote_code)
     except UserError as error:
         if arguments.base is not None:
             raise
         if arguments.target_rank is None:
-            return rank_costs(found), sorted(source.targets - found.keys()), False
+            return shapes_of(source.factors), sorted(source.targets - source.factors.keys()), False
         raise UserError(
             f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
             f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"
         ) from None
-    return costs, pruned, True
+    return shapes, pruned, True
 
 
 # --------------------------------------------------------------------------------------------------------- snippets

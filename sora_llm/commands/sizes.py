@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.budget import params_of
 from sora_llm.errors import UserError
+from sora_llm.factors import Shapes, costs_of
 from sora_llm.files import nearest_existing
 from sora_llm.running.inputs import run_of_adapter
 
@@ -38,18 +39,19 @@ def check_size(arguments: argparse.Namespace) -> None:
         )
 
 
-def budget_of(arguments: argparse.Namespace, cost: int) -> int | None:
-    """What may be kept of modules that cost `cost` = Σ (I + O) together, in parameters; None without a budget."""
+def budget_of(arguments: argparse.Namespace, shapes: Shapes) -> int | None:
+    """The parameters that may be kept of modules of these `shapes` {module: (I, O)}; None without a budget."""
     if arguments.target_rank is None:
         budget: int | None = arguments.target_params
         return budget
-    return params_of(arguments.target_rank, cost)
+    return params_of(arguments.target_rank, sum(costs_of(shapes).values()))
 
 
-def refuse_nothing(kept_cost: int, energy: float, costs: Iterable[int]) -> None:
-    """UserError if a size left nothing of an adapter that did something; `costs` are the modules' I + O."""
+def refuse_nothing(kept_cost: int, energy: float, shapes: Shapes) -> None:
+    """UserError if a size left nothing of an adapter that did something; `shapes` is {module: (I, O)}."""
     if kept_cost == 0 and energy > 0:
-        raise UserError(f"the size leaves nothing: the cheapest rank takes {min(costs):,} parameters; give more")
+        cheapest = min(costs_of(shapes).values())
+        raise UserError(f"the size leaves nothing: the cheapest rank takes {cheapest:,} parameters; give more")
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
