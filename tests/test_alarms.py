@@ -118,6 +118,14 @@ def test_an_adapter_that_is_worse_than_the_base() -> None:
     assert again.of_result(2.5, "the base", stage_number=1), "of each stage"
 
 
+def test_what_was_raised_waits_for_the_next_line_once_and_over_an_interruption() -> None:
+    alarms, again = Alarms([budget()], FULL), Alarms([budget()], FULL)
+    raised = alarms.of_cut({"a": 0, "b": 10}, 120) + alarms.of_line(line(skipped_steps=2), None)
+    again.load(alarms.state())
+    assert alarms.take() == again.take() == raised and len(raised) == 3
+    assert alarms.take() == []
+
+
 def test_an_interruption_changes_nothing() -> None:
     behind = {"lambda": 1.0, "target_mean_rank": 20.0}
     alarms = Alarms([budget()], FULL)

@@ -158,7 +158,7 @@ class Runner:
             "seconds": curve[-1]["seconds"],
             "curve": curve,
             "ranks": list(cut.ranks.ranks.values()),
-            "alarms": training.alarmed,
+            "alarms": training.alarms.take(),
         }
 
     def _begin(self, cell: Cell, budget: int) -> Training:

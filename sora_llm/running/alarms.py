@@ -21,11 +21,13 @@ NAMES_SHOWN = 3
 
 
 class Alarms:
-    """Watches the lines of a run.  `state` is what it remembers between two lines, for checkpoints."""
+    """Watches the lines of a run.  What it raises also waits for the next line (`take`); `state` is what it remembers
+    between two of them, for checkpoints."""
 
     def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
         self._budgets, self._full_params = tuple(budgets), full_params
         self._raised: list[str] = []
+        self._waiting: list[str] = []
         self._saturated_lines = 0
         self._last_loss: float | None = None
         self._has_cut = False
@@ -128,7 +130,13 @@ class Alarms:
     def _new(self, found: Mapping[str, str]) -> list[str]:
         new = {key: sentence for key, sentence in found.items() if key not in self._raised}
         self._raised += new
+        self._waiting += new.values()
         return list(new.values())
+
+    def take(self) -> list[str]:
+        """The alarms that wait for the next line of metrics, and do so no longer."""
+        taken, self._waiting = self._waiting, []
+        return taken
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -138,6 +146,7 @@ class Alarms:
             "last_loss": self._last_loss,
             "has_cut": self._has_cut,
             "start_loss": self.start_loss,
+            "waiting": list(self._waiting),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -146,6 +155,7 @@ class Alarms:
         self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
         self._has_cut = bool(state["has_cut"])
         self.start_loss = state.get("start_loss")
+        self._waiting = list(state["waiting"])
 
 
 class Patience:

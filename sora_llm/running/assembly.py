@@ -152,5 +152,5 @@ def cut_adapter(
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
             f"{cut.report.dropped_share:.1%} of ΔW's energy dropped",
         )
-        training.alarmed += raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.report.shortfall))
+        raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.report.shortfall))
     return cut

@@ -64,14 +64,14 @@ def cut_and_export(training: Training) -> StageResult:
         fields: dict[str, Any] = {
             **ranks.fields,
             **training.labels,
-            **training.late_round,
+            **training.unlogged_round,
             "best_step": None if training.best is None else training.best.step,
         }
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
         found = training.alarms.of_result(fields.get("eval_loss"), start_of(config), training.stage_number)
-        training.alarmed += raise_alarms(job, found)
-        fields["alarms"] = training.alarmed or None
+        raise_alarms(job, found)
+        fields["alarms"] = training.alarms.take() or None
         if is_path and job.data.train is not None:
             fields["train_loss"] = memorisation(job, model)
         exported = verified_export.export_verified(
@@ -93,7 +93,6 @@ def cut_and_export(training: Training) -> StageResult:
             answer_samples(job, model, directory)
     if exported.eval_loss is not None:
         fields["eval_loss_exported"] = exported.eval_loss
-    training.alarmed = []
     directory.metrics(training.done, "export", fields)
     directory.ranks(training.done, ranks.ranks, training.labels)
     worst = worst_delta_error(exported.certificate)

@@ -22,7 +22,7 @@ from sora_llm.schedule import DENSE, FINETUNE
 def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     """The line of the step that is done (collective); `seen` is what only the step itself knew."""
     job, tally, done, stage = training.job, training.tally, training.done, training.stage
-    step_of_stage, phase = done - training.first - 1, training.phase
+    step_of_stage, phase = done - training.stage_start - 1, training.phase
     rates = stage.rates(step_of_stage)
     tally.pause_clock()
     ranks = current_ranks(training)
@@ -43,24 +43,22 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
     is_between = training.rounds is not None and training.rounds.is_open
     place = stage.phases.place(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
-    found = training.alarms.of_line({"step": done, "phase": phase, **fields}, place)
-    fields["alarms"] = (training.alarmed + raise_alarms(job, found)) or None
-    training.alarmed = []
+    raise_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, place))
+    fields["alarms"] = training.alarms.take() or None
     training.directory.metrics(done, phase, fields)
     if phase != DENSE:
         training.directory.ranks(done, ranks.ranks, training.labels)
     counts = phase == FINETUNE or (job.plan.is_path and phase != DENSE)
     if evaluated and counts and training.patience.is_exhausted_by(evaluated["eval_loss"]):
-        training.has_ended = True
+        training.stage_is_done = True
         patience = job.config.evaluation.early_stopping_patience
         say(job.world, f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
 
 
-def raise_alarms(job: Job, sentences: list[str]) -> list[str]:
-    """Say them; the same sentences."""
+def raise_alarms(job: Job, sentences: list[str]) -> None:
+    """Say them."""
     for sentence in sentences:
         say(job.world, f"warning: {sentence}")
-    return sentences
 
 
 def is_due(interval: int | None, done: int) -> bool:

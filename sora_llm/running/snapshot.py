@@ -34,15 +34,15 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     tensors = {**engine.masters(), **moments}
     state: dict[str, Any] = {
         "phase": training.phase,
-        "stage": {"number": training.stage_number, "first": training.first, "has_ended": training.has_ended},
+        "stage": {"number": training.stage_number, "first": training.stage_start, "has_ended": training.stage_is_done},
         "optimizer_steps": optimizer_steps,
         "tally": training.tally.state(),
         "steering": training.steering.state(),
-        "alarms": {**training.alarms.state(), "waiting": training.alarmed},
+        "alarms": training.alarms.state(),
         "patience": training.patience.state(),
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
-        "late_round": dict(training.late_round),
+        "late_round": dict(training.unlogged_round),
         "loss_scale": [engine.loss_scale.state()],
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
@@ -149,10 +149,9 @@ def put_back(training: Training, saved: Saved) -> None:
         engine.loss_scale.load(state["loss_scale"][replica])
     training.best = read_best(job, saved.folder, state)
     training.done = state["step"]
-    training.stage_number, training.first = state["stage"]["number"], state["stage"]["first"]
-    training.has_ended = state["stage"]["has_ended"]
-    training.alarmed = state["alarms"]["waiting"]
-    training.unlogged, training.late_round = state["unlogged"], state.get("late_round", {})
+    training.stage_number, training.stage_start = state["stage"]["number"], state["stage"]["first"]
+    training.stage_is_done = state["stage"]["has_ended"]
+    training.unlogged, training.unlogged_round = state["unlogged"], state.get("late_round", {})
 
 
 def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:

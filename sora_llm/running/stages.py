@@ -45,9 +45,9 @@ def train_stage(training: Training) -> None:
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:
         log_step(training, training.unlogged)
-        training.late_round = close_round(training)
-    while not training.has_ended:
-        step, step_of_stage = training.done, training.done - training.first
+        training.unlogged_round = close_round(training)
+    while not training.stage_is_done:
+        step, step_of_stage = training.done, training.done - training.stage_start
         change_form(training, step_of_stage)
         if training.engine.is_spent:  # consensus left nothing to train
             return
@@ -57,9 +57,9 @@ def train_stage(training: Training) -> None:
         seed_step(config.train.seed, step, world.process_index)
         batches = job.batches(step)
         training.done = done = step + 1
-        training.has_ended = step_of_stage + 1 == stage.total_steps
+        training.stage_is_done = step_of_stage + 1 == stage.total_steps
         # Proved before the step, after which ZeRO's all-gather overwrites a copy that is corrupt.
-        due = training.has_ended or is_due(config.distributed.check_every, done)
+        due = training.stage_is_done or is_due(config.distributed.check_every, done)
         due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
         if training.rounds is not None:
             training.rounds.part()
@@ -69,7 +69,7 @@ def train_stage(training: Training) -> None:
         tally.add(loss_sum, outcome, batches)
         synced = close_round(training)
         refuse_more_skipping(training)
-        is_logged = training.has_ended or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
+        is_logged = training.stage_is_done or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
         if is_logged or synced:
             seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
             seen["grad_norm"] = grad_norm(training, outcome, batches)
@@ -78,8 +78,8 @@ def train_stage(training: Training) -> None:
             except Preempted:  # in the evaluation: the resumed run begins with this line
                 save_checkpoint(training, unlogged=seen)
                 raise
-            training.late_round = close_round(training)  # where patience has ended the stage
-        saved = training.has_ended or is_due(config.output.save_steps, done)
+            training.unlogged_round = close_round(training)  # where patience has ended the stage
+        saved = training.stage_is_done or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
         try:
@@ -141,10 +141,10 @@ def close_round(training: Training) -> dict[str, Any]:
     Returns: what the line of the step says of it; {} where nothing ended.
     """
     stage, engine, steering, rounds = training.stage, training.engine, training.steering, training.rounds
-    settings, step = training.job.config, training.done - 1 - training.first
+    settings, step = training.job.config, training.done - 1 - training.stage_start
     if rounds is None or not rounds.is_open:
         return {}
-    if not training.has_ended and step + 1 < stage.round_bounds(step, settings.distributed.sync_every)[1]:
+    if not training.stage_is_done and step + 1 < stage.round_bounds(step, settings.distributed.sync_every)[1]:
         return {}
 
     def choose(mean_gates: Gates) -> None:
@@ -158,7 +158,8 @@ def close_round(training: Training) -> dict[str, Any]:
 
     prunes = stage.is_pruning(step)
     # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
-    is_cut_next = stage.phases.at(step) == SPARSIFY and (training.has_ended or step + 1 == stage.phases.sparsify_end)
+    is_last = training.stage_is_done or step + 1 == stage.phases.sparsify_end
+    is_cut_next = is_last and stage.phases.at(step) == SPARSIFY
     merges = is_cut_next and settings.sora.consensus == "svd"
     report = rounds.end(engine, prox if prunes else None, choose=choose, keep_factors=merges)
     return {**report.fields, **(steering.fields if prunes else {})}
@@ -206,6 +207,6 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
         pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])
     renew_engine(training, model, masters, {})
     training.stage_number += 1
-    training.first, training.has_ended, training.unlogged = training.done, False, None
+    training.stage_start, training.stage_is_done, training.unlogged = training.done, False, None
     training.steering = make_steering(job, training.stage_number)
     training.patience.start_again()

@@ -29,7 +29,8 @@ class Best:
 
 @dataclass
 class Training:
-    """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `first` those before its stage."""
+    """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `stage_start` those before its
+    stage."""
 
     job: Job
     directory: RunDirectory
@@ -41,13 +42,11 @@ class Training:
     rounds: Rounds | None = None
     """Of local updates; None where all processes step together."""
     stage_number: int = 0
-    first: int = 0
+    stage_start: int = 0
     done: int = 0
-    has_ended: bool = False
+    stage_is_done: bool = False
     """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
-    alarmed: list[str] = field(default_factory=list)
-    """Alarms that wait for the next line of metrics."""
-    late_round: Mapping[str, Any] = field(default_factory=dict)
+    unlogged_round: Mapping[str, Any] = field(default_factory=dict)
     """What is to be said of a round that ended after the last step's line."""
     best: Best | None = None
     """Where patience counts evaluations of the finetune phase."""
@@ -67,7 +66,7 @@ class Training:
     @property
     def phase(self) -> str:
         """The phase of the step that was taken last."""
-        return self.stage.phases.at(max(0, self.done - self.first - 1))
+        return self.stage.phases.at(max(0, self.done - self.stage_start - 1))
 
     @property
     def agrees(self) -> bool:
