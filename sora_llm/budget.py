@@ -2,7 +2,7 @@
 
 A component of module m costs c_m = I_m + O_m parameters, so that
     kept = Σ c_m · min(#{g ≠ 0}, I_m, O_m)        F = Σ c_m · min(r, I_m, O_m)
-are exact integers.  Over the sparsify window, u ∈ (0, 1] being the place in it, kept is led along
+are exact integers.  Over the sparsify window, u ∈ (0, 1] being the progress in it, kept is led along
     R*(u) = goal + (F − goal)(1 − u)³
 to a goal a little above the budget: consensus cuts to the budget itself, and only from above.
 """
@@ -60,10 +60,10 @@ class RankBudget:
         """The cost-weighted mean rank that so many parameters are."""
         return params / sum(self.costs.values())
 
-    def wanted(self, place: float, goal_factor: float) -> float:
-        """R*(u) at `place` u; the goal is at least the most expensive component above the budget."""
+    def wanted(self, progress: float, goal_factor: float) -> float:
+        """R*(u) at `progress` u; the goal is at least the most expensive component above the budget."""
         goal = min(self.full, max(goal_factor * self.params, self.params + max(self.costs.values())))
-        return goal + (self.full - goal) * (1.0 - place) ** 3
+        return goal + (self.full - goal) * (1.0 - progress) ** 3
 
 
 def params_of(mean_rank: float, cost: int) -> int:

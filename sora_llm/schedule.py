@@ -18,8 +18,8 @@ class Phases:
     sparsify_end: int
     total_steps: int
 
-    def place(self, step: int) -> float:
-        """u ∈ (0, 1], the place of `step` in the sparsify window, which has a step (as every plan sees to)."""
+    def progress(self, step: int) -> float:
+        """u ∈ (0, 1], how far `step` leads through the sparsify window, which has a step (as every plan sees to)."""
         return (step - self.dense_end + 1) / (self.sparsify_end - self.dense_end)
 
     def at(self, step: int) -> str:

@@ -22,14 +22,14 @@ def line(**fields: Any) -> dict[str, Any]:
     return {"step": 10, "phase": "sparsify", "kept_params": 600, "mean_rank": 30.0, "loss": 2.0, **fields}
 
 
-def said(alarms: Alarms, place: float | None = 0.6, **fields: Any) -> str:
-    return " ".join(alarms.of_line(line(**fields), place))
+def said(alarms: Alarms, progress: float | None = 0.6, **fields: Any) -> str:
+    return " ".join(alarms.of_line(line(**fields), progress))
 
 
 def test_a_run_that_goes_well_says_nothing() -> None:
     alarms = Alarms([], FULL)
-    for place in (0.2, 0.5, 1.0):
-        assert said(alarms, place, **{"lambda": 0.5}) == ""
+    for progress in (0.2, 0.5, 1.0):
+        assert said(alarms, progress, **{"lambda": 0.5}) == ""
     assert said(alarms, None, phase="finetune", loss=2.1) == ""
     with_budget = Alarms([budget()], FULL)
     assert said(with_budget, target_mean_rank=29.0, budget_params=500, **{"lambda": 0.5}) == ""

@@ -111,9 +111,8 @@ def test_less_than_one_rank_is_a_budget_where_an_empty_adapter_is_one():
 
 def test_the_way_down_starts_near_everything_and_ends_above_the_budget():
     (budget,) = budgets()
-    places = [step / 50 for step in range(1, 51)]
     for factor in (CONTROLLED_GOAL, QUANTILE_GOAL):
-        wanted = [budget.wanted(place, factor) for place in places]
+        wanted = [budget.wanted(step / 50, factor) for step in range(1, 51)]
         assert wanted == sorted(wanted, reverse=True) and wanted[0] < budget.full
         assert (
             budget.params + max(budget.costs.values())

@@ -29,7 +29,7 @@ backbone
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
-generation running.loop running.rundir running.steering running.rounds running.unpack
+generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
 prompt_form
 running.inputs running.held_out
 running.training_data running.layouts

@@ -53,9 +53,9 @@ def test_a_run_is_dense_then_sparsifies_then_finetunes():
     assert {phases(10, 0.0, 1.0).at(step) for step in range(10)} == {"sparsify"}
 
 
-def test_the_place_in_the_sparsify_window_ends_at_one():
+def test_the_progress_through_the_sparsify_window_ends_at_one():
     run = phases(10, 0.2, 0.7)
-    assert [run.place(step) for step in range(2, 7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [run.progress(step) for step in range(2, 7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 @pytest.mark.parametrize(("remaining", "ratio", "length"), [(100, 0.03, 3), (60, 0.03, 2), (10, 0.03, 1), (10, 0.0, 1)])

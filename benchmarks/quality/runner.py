@@ -57,7 +57,7 @@ from sora_llm.running.loop import Tally, seed_step, train_step
 from sora_llm.running.measures import current_ranks
 from sora_llm.running.plan import make_plan, rows_in_step
 from sora_llm.running.stages import change_form, refuse_more_skipping, set_rates
-from sora_llm.running.training import Training, make_steering
+from sora_llm.running.training import Training, make_controller
 from sora_llm.running.training_data import load_data, prepare_rows, training_order
 from sora_llm.running.unpack import (
     backbone_spec,
@@ -179,7 +179,7 @@ class Runner:
         alarms = Alarms(plan.budgets, full_params(adapters(self.model)))
         engine = make_engine(job, self.model)
         tally = Tally.start(engine.device)
-        return Training(job, nobody, engine, tally, make_steering(job, 0), alarms, Patience(None))
+        return Training(job, nobody, engine, tally, make_controller(job, 0), alarms, Patience(None))
 
     def _loss(self, rows: TokenDataset) -> float:
         device = self.accelerator.device

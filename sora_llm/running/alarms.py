@@ -34,17 +34,17 @@ class Alarms:
         self.start_loss: float | None = None
         """Dev loss before training."""
 
-    def of_line(self, line: Mapping[str, Any], place: float | None) -> list[str]:
-        """The alarms that this line of metrics raises; `place` ∈ (0, 1] is its place in the sparsify window, None where
-        no gate is cut."""
+    def of_line(self, line: Mapping[str, Any], progress: float | None) -> list[str]:
+        """The alarms that this line of metrics raises; `progress` ∈ (0, 1] is that through the sparsify window, None
+        where no gate is cut."""
         found: dict[str, str] = {}
         if line.get("skipped_steps"):
             found["skipped"] = (
                 f"steps are skipped ({line['skipped_steps']} of the first {line['step']}), because the loss or a "
                 "gradient is not finite; lower train.learning_rate if there are more (metrics.jsonl has their number)"
             )
-        if line["phase"] == SPARSIFY and place is not None:
-            found |= self._of_gates(line, place)
+        if line["phase"] == SPARSIFY and progress is not None:
+            found |= self._of_gates(line, progress)
         if line["phase"] == FINETUNE and not self._has_cut:
             self._has_cut = True
             before, after = self._last_loss, line.get("loss")
@@ -56,7 +56,7 @@ class Alarms:
         self._last_loss = line.get("loss", self._last_loss)
         return self._new(found)
 
-    def _of_gates(self, line: Mapping[str, Any], place: float) -> dict[str, str]:
+    def _of_gates(self, line: Mapping[str, Any], progress: float) -> dict[str, str]:
         found = {}
         kept = line["kept_params"]
         if not self._budgets and kept < DYING_SHARE * self._full_params:
@@ -66,7 +66,7 @@ class Alarms:
             )
         is_by_quantile = "threshold" in line or "thresholds" in line
         if (
-            place >= 0.5
+            progress >= 0.5
             and kept == self._full_params
             and line.get("budget_params", 0) < self._full_params
             and not is_by_quantile

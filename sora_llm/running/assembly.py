@@ -27,7 +27,7 @@ from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.snapshot import put_back, read_into, refuse_other_base
 from sora_llm.running.start import StartPoint
-from sora_llm.running.training import Training, make_steering
+from sora_llm.running.training import Training, make_controller
 from sora_llm.running.unpack import target_modules
 
 
@@ -66,7 +66,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         directory,
         engine,
         Tally.start(engine.device),
-        make_steering(job, 0),
+        make_controller(job, 0),
         Alarms(job.plan.budgets, full_params),
         Patience(job.config.evaluation.early_stopping_patience),
         make_rounds(job),

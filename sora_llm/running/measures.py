@@ -42,8 +42,8 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     }
     # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
     is_between = training.rounds is not None and training.rounds.is_open
-    place = stage.phases.place(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
-    raise_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, place))
+    progress = stage.phases.progress(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
+    raise_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, progress))
     fields["alarms"] = training.alarms.take() or None
     training.directory.metrics(done, phase, fields)
     if phase != DENSE:

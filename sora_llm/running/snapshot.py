@@ -18,7 +18,7 @@ from sora_llm.inject import adapter_parameters, adapters, cut_adapters
 from sora_llm.optim import importance_by_module
 from sora_llm.running.job import Job
 from sora_llm.running.plan import refuse_other_config
-from sora_llm.running.training import Best, Training, make_steering
+from sora_llm.running.training import Best, Training, make_controller
 from sora_llm.running.training_data import differing_parts
 from sora_llm.schedule import FINETUNE
 
@@ -37,7 +37,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         "stage": {"number": training.stage_number, "first": training.stage_start, "has_ended": training.stage_is_done},
         "optimizer_steps": optimizer_steps,
         "tally": training.tally.state(),
-        "steering": training.steering.state(),
+        "steering": training.controller.state(),
         "alarms": training.alarms.state(),
         "patience": training.patience.state(),
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
@@ -140,8 +140,8 @@ def put_back(training: Training, saved: Saved) -> None:
     engine.load(saved.masters, moments, own_steps)
     if training.rounds is not None:
         training.rounds.load(saved.agreed, state["rounds"], engine)
-    training.steering = make_steering(job, state["stage"]["number"])
-    training.steering.load(state["steering"], importance_by_module(moments))
+    training.controller = make_controller(job, state["stage"]["number"])
+    training.controller.load(state["steering"], importance_by_module(moments))
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])

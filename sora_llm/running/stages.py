@@ -24,7 +24,7 @@ from sora_llm.running.measures import (
 )
 from sora_llm.running.rounds import Gates
 from sora_llm.running.snapshot import save_checkpoint
-from sora_llm.running.training import Training, make_steering
+from sora_llm.running.training import Training, make_controller
 from sora_llm.schedule import SPARSIFY
 from sora_llm.sora import soft_threshold
 
@@ -53,7 +53,7 @@ def train_stage(training: Training) -> None:
             return
         tally.start_clock()
         engine = training.engine
-        steered = set_rates(training, step_of_stage)
+        sparsity_fields = set_rates(training, step_of_stage)
         seed_step(config.train.seed, step, world.process_index)
         batches = job.batches(step)
         training.done = done = step + 1
@@ -71,7 +71,7 @@ def train_stage(training: Training) -> None:
         refuse_more_skipping(training)
         is_logged = training.stage_is_done or is_due(config.output.logging_steps, done) or evaluation_due(job, done)
         if is_logged or synced:
-            seen = {**steered, **synced, "supervised_tokens": batches.supervised_tokens}
+            seen = {**sparsity_fields, **synced, "supervised_tokens": batches.supervised_tokens}
             seen["grad_norm"] = grad_norm(training, outcome, batches)
             try:
                 log_step(training, seen)
@@ -93,21 +93,21 @@ def train_stage(training: Training) -> None:
 def set_rates(training: Training, step: int) -> dict[str, Any]:
     """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
     stage = training.stage
-    engine, steering, rounds = training.engine, training.steering, training.rounds
+    engine, controller, rounds = training.engine, training.controller, training.rounds
     sparse_lambda: float | dict[str, float] = 0.0
-    steered: dict[str, Any] = {"lambda": 0.0}
+    fields: dict[str, Any] = {"lambda": 0.0}
     if stage.is_pruning(step):
-        place, rates = stage.phases.place(step), stage.rates(step)
+        progress, rates = stage.phases.progress(step), stage.rates(step)
         if rounds is None:
-            sparse_lambda = steering.choose(engine.gates(), place, engine.device, gate_lr=rates["gate_lr"])
-        elif not steering.is_adaptive:  # that chooses when the round ends
+            sparse_lambda = controller.choose(engine.gates(), progress, engine.device, gate_lr=rates["gate_lr"])
+        elif not controller.is_adaptive:  # that chooses when the round ends
             first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
             if step == first:
-                steering.choose(rounds.gates, stage.phases.place(end - 1), engine.device, num_steps=end - first)
-            sparse_lambda = steering.chosen
-        steered = steering.fields if rounds is None or not steering.is_adaptive else {}
+                controller.choose(rounds.gates, stage.phases.progress(end - 1), engine.device, num_steps=end - first)
+            sparse_lambda = controller.chosen
+        fields = controller.fields if rounds is None or not controller.is_adaptive else {}
     engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
-    return steered
+    return fields
 
 
 def refuse_more_skipping(training: Training) -> None:
@@ -140,7 +140,7 @@ def close_round(training: Training) -> dict[str, Any]:
 
     Returns: what the line of the step says of it; {} where nothing ended.
     """
-    stage, engine, steering, rounds = training.stage, training.engine, training.steering, training.rounds
+    stage, engine, controller, rounds = training.stage, training.engine, training.controller, training.rounds
     settings, step = training.job.config, training.done - 1 - training.stage_start
     if rounds is None or not rounds.is_open:
         return {}
@@ -148,12 +148,12 @@ def close_round(training: Training) -> dict[str, Any]:
         return {}
 
     def choose(mean_gates: Gates) -> None:
-        if steering.is_adaptive:
-            steering.choose(mean_gates, stage.phases.place(step), engine.device)
+        if controller.is_adaptive:
+            controller.choose(mean_gates, stage.phases.progress(step), engine.device)
 
     def prox(gates: Gates, thresholds: Gates) -> Gates:
-        if steering.is_adaptive:
-            return steering.cut(gates)
+        if controller.is_adaptive:
+            return controller.cut(gates)
         return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
 
     prunes = stage.is_pruning(step)
@@ -162,7 +162,7 @@ def close_round(training: Training) -> dict[str, Any]:
     is_cut_next = is_last and stage.phases.at(step) == SPARSIFY
     merges = is_cut_next and settings.sora.consensus == "svd"
     report = rounds.end(engine, prox if prunes else None, choose=choose, keep_factors=merges)
-    return {**report.fields, **(steering.fields if prunes else {})}
+    return {**report.fields, **(controller.fields if prunes else {})}
 
 
 def change_form(training: Training, step: int) -> None:
@@ -197,7 +197,7 @@ def change_form(training: Training, step: int) -> None:
             masters = cut.masters
     del old
     renew_engine(training, model, masters, importance)
-    training.steering.importance = importance_by_module(importance)
+    training.controller.importance = importance_by_module(importance)
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
@@ -208,5 +208,5 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     renew_engine(training, model, masters, {})
     training.stage_number += 1
     training.stage_start, training.stage_is_done, training.unlogged = training.done, False, None
-    training.steering = make_steering(job, training.stage_number)
+    training.controller = make_controller(job, training.stage_number)
     training.patience.start_again()

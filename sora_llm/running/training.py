@@ -15,7 +15,7 @@ from sora_llm.running.loop import Tally
 from sora_llm.running.plan import Stage
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
-from sora_llm.running.steering import Steering
+from sora_llm.running.sparsity_controller import SparsityController
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Training:
     directory: RunDirectory
     engine: Engine
     tally: Tally
-    steering: Steering
+    controller: SparsityController
     alarms: Alarms
     patience: Patience
     rounds: Rounds | None = None
@@ -92,7 +92,7 @@ class Training:
         return {"stage": self.stage_number, "sparse_lambda": self.stage.sparse_lambda}
 
 
-def make_steering(job: Job, stage_number: int) -> Steering:
+def make_controller(job: Job, stage_number: int) -> SparsityController:
     """A fresh one for a stage."""
     sparse_lambda = job.plan.stages[stage_number].sparse_lambda
-    return Steering(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)
+    return SparsityController(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)

@@ -26,7 +26,7 @@ LIKELY_MOVE = 0.1
 """What Adam moves two of three noisy gates by in one step, at the least, in units of the learning rate."""
 
 
-class Steering:
+class SparsityController:
     """Chooses λ (`decoupled`, by feedback) or τ (`adaptive`, by quantile) of each step of the sparsify window.
 
     `lambdas` is the feedback's memory, one λ per budget; `importance` {module: (R,)} is what `adaptive` weighs gates
@@ -49,16 +49,17 @@ class Steering:
     def choose(
         self,
         gates: Mapping[str, Tensor],
-        place: float,
+        progress: float,
         device: torch.device | str,
         *,
         gate_lr: float | None = None,
         num_steps: int = 1,
     ) -> float | dict[str, float]:
-        """λ of the step at `place` ∈ (0, 1] of the window, as Engine.set_rates takes it (collective).
+        """λ of the step at `progress` ∈ (0, 1] of the window, as Engine.set_rates takes it (collective).
 
         `gates` are those before the step, and `gate_lr` is the step's: a gate that is 0 moves about so far in it.
-        Without it they are those that are to be cut.  λ holds for `num_steps` steps, the last of which is at `place`.
+        Without it they are those that are to be cut.  λ holds for `num_steps` steps, the last of which is at
+        `progress`.
 
         Raises:
             RunFailed: processes count different gates.
@@ -68,7 +69,7 @@ class Steering:
             return self._sparse_lambda
         kept = self._agreed(gates, device)
         for budget in self.budgets:
-            wanted = budget.wanted(place, QUANTILE_GOAL if self.is_adaptive else CONTROLLED_GOAL)
+            wanted = budget.wanted(progress, QUANTILE_GOAL if self.is_adaptive else CONTROLLED_GOAL)
             self._wanted[budget.name] = wanted
             if self.is_adaptive:
                 self._applied[budget.name] = self._quantile(gates, budget, wanted, gate_lr)
