@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sora_llm.errors import UserError
+from sora_llm.factors import Shapes, costs_of
 
 CONTROLLED_GOAL, QUANTILE_GOAL = 1.1, 1.01
 """The goal in units of the budget: feedback swings by some percent, a quantile by single components."""
@@ -72,7 +73,7 @@ def params_of(mean_rank: float, cost: int) -> int:
 
 
 def make_budgets(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Shapes,
     r: int,
     target_rank: float | None,
     target_params: int | None,
@@ -92,13 +93,29 @@ def make_budgets(
         UserError: a module that two patterns match, a pattern without modules, a budget that is less than `min_rank`
             of every module, less than one rank, or more than r of every module.
     """
+    owners = _owners_of(budgets, shapes)
+    made = []
+    for pattern, mean_rank in budgets.items():
+        own = {name: shapes[name] for name, owner in owners.items() if owner == pattern}
+        made.append(_group(pattern, own, r, params_of(mean_rank, _cost_of(own)), min_rank))
+        _check(made[-1], f"sora.budgets {pattern!r}", section)
+    rest = {name: shape for name, shape in shapes.items() if name not in owners}
+    params, key = _params_of_rest(rest, made, target_rank, target_params, section)
+    if rest:
+        made.append(_group(EVERY_MODULE, rest, r, params, min_rank))
+        _check(made[-1], key, section, may_be_empty=may_be_empty)
+    return made
+
+
+def _owners_of(patterns: Iterable[str], shapes: Shapes) -> dict[str, str]:
+    """{module: the pattern that matches it}, of modules that one does; UserError for patterns that cannot be."""
     owners: dict[str, str] = {}
-    if EVERY_MODULE in budgets:
+    if EVERY_MODULE in patterns:
         raise UserError(
             f"sora.budgets: {EVERY_MODULE!r} is what the budget of all other modules is called; as a pattern, write it "
             f"'({EVERY_MODULE})'"
         )
-    for pattern in budgets:
+    for pattern in patterns:
         found = [name for name in shapes if _matches(pattern, name)]
         if not found:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
@@ -113,25 +130,14 @@ def make_budgets(
                     "budget, so make one of the patterns narrower"
                 )
             owners[name] = pattern
+    return owners
 
-    def cost_of(names: Sequence[str]) -> int:
-        return sum(sum(shapes[name]) for name in names)
 
-    def group(pattern: str, names: Sequence[str], params: int) -> RankBudget:
-        return RankBudget(
-            pattern,
-            {name: sum(shapes[name]) for name in names},
-            {name: min(r, *shapes[name]) for name in names},
-            params,
-            min_rank,
-        )
-
-    made = []
-    for pattern, mean_rank in budgets.items():
-        names = [name for name in owners if owners[name] == pattern]
-        made.append(group(pattern, names, params_of(mean_rank, cost_of(names))))
-        _check(made[-1], f"sora.budgets {pattern!r}", section)
-    rest = [name for name in shapes if name not in owners]
+def _params_of_rest(
+    rest: Shapes, made: Sequence[RankBudget], target_rank: float | None, target_params: int | None, section: str
+) -> tuple[int, str]:
+    """The parameters of the modules that no pattern matches, beside the budgets `made` of the others, and where they
+    were set; UserError where nothing says how many, or none are left."""
     if target_params is not None:
         taken = sum(budget.params for budget in made)
         if taken > target_params or (rest and taken == target_params):
@@ -139,21 +145,24 @@ def make_budgets(
                 f"sora.budgets takes {taken:,} of the {target_params:,} parameters of sora.target_params"
                 f"{' and leaves none for the other modules' if rest else ''}; raise target_params, or lower the budgets"
             )
-        key, params = f"{section}target_params", target_params - taken
-        if made:
-            key = f"what sora.budgets leaves of {key} {target_params:,}"
-    else:
-        if target_rank is None and rest:
-            raise UserError(
-                f"sora.budgets says nothing of {rest[0]} ({len(rest)} such modules); set {section}target_rank, which "
-                "is for them, or add a pattern"
-            )
-        key, params = f"{section}target_rank", params_of(target_rank or 0, cost_of(rest))
-    if rest:
-        others = group(EVERY_MODULE, rest, params)
-        _check(others, key, section, may_be_empty=may_be_empty)
-        made.append(others)
-    return made
+        key = f"{section}target_params"
+        return target_params - taken, f"what sora.budgets leaves of {key} {target_params:,}" if made else key
+    if target_rank is None and rest:
+        raise UserError(
+            f"sora.budgets says nothing of {next(iter(rest))} ({len(rest)} such modules); set {section}target_rank, "
+            "which is for them, or add a pattern"
+        )
+    return params_of(target_rank or 0, _cost_of(rest)), f"{section}target_rank"
+
+
+def _group(name: str, shapes: Shapes, r: int, params: int, min_rank: int) -> RankBudget:
+    caps = {module: min(r, *shape) for module, shape in shapes.items()}
+    return RankBudget(name, costs_of(shapes), caps, params, min_rank)
+
+
+def _cost_of(shapes: Shapes) -> int:
+    """Σ (I + O)."""
+    return sum(costs_of(shapes).values())
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -17,8 +17,8 @@ LAYERS = """
 errors terminal row_types values
 arguments files hub running.stop running.lifeline
 extensions
-topology sora schedule factors hashes weights_digest allocation budget loss_scale
-estimates.activations estimates.step_time
+topology sora schedule factors hashes weights_digest allocation loss_scale
+budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
 inject quantised
 merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora

@@ -28,38 +28,16 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
 
     `unlogged` is what the line of this step still needs where it has not been written.
     """
-    job, engine, directory, step, best = training.job, training.engine, training.directory, training.done, training.best
+    job, directory, rounds, step = training.job, training.directory, training.rounds, training.done
     training.tally.pause_clock()
-    moments, optimizer_steps = engine.optimizer_state()
-    tensors = {**engine.masters(), **moments}
-    state: dict[str, Any] = {
-        "phase": training.phase,
-        "stage": {"number": training.stage_number, "first": training.stage_start, "has_ended": training.stage_is_done},
-        "optimizer_steps": optimizer_steps,
-        "tally": training.tally.state(),
-        "steering": training.controller.state(),
-        "alarms": training.alarms.state(),
-        "patience": training.patience.state(),
-        "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
-        "unlogged": unlogged,
-        "late_round": dict(training.unlogged_round),
-        "loss_scale": [engine.loss_scale.state()],
-        "num_processes": job.world.num_processes,
-        "data": job.fingerprint,
-        "base": training.base,
-        "order": job.order.position(),
-        "config": to_dict(job.config),
-    }
-    keep, rounds, num_replicas = job.config.output.save_total_limit, training.rounds, 0
-    best_masters = None if best is None else best.masters
+    moments, optimizer_steps = training.engine.optimizer_state()
+    tensors = {**training.engine.masters(), **moments}
+    state = state_of(training, optimizer_steps, unlogged)
+    keep, num_replicas = job.config.output.save_total_limit, 0
+    best_masters = None if training.best is None else training.best.masters
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
-        steps = gather_objects(optimizer_steps)
-        state["optimizer_steps"] = [steps[members[0]] for members in rounds.replicas.members]
-        scales = gather_integers(engine.loss_scale.state(), engine.device)
-        state["loss_scale"] = [scales[members[0]] for members in rounds.replicas.members]
-        state["rounds"] = rounds.state()
         on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
@@ -130,6 +108,37 @@ def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]
         tensors = on_every(lambda: checkpoint.read_tensors(folder, own_file))
     masters = take_masters(model, tensors, folder, is_cut=state["phase"] == FINETUNE)
     return Saved(folder, state, masters, tensors, agreed)
+
+
+def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a checkpoint keeps beside the tensors, as JSON: what `put_back` puts back, and what a run that goes on from
+    it is compared with (collective)."""
+    job, engine, rounds, best = training.job, training.engine, training.rounds, training.best
+    state: dict[str, Any] = {
+        "phase": training.phase,
+        "stage": {"number": training.stage_number, "first": training.stage_start, "has_ended": training.stage_is_done},
+        "optimizer_steps": optimizer_steps,
+        "tally": training.tally.state(),
+        "steering": training.controller.state(),
+        "alarms": training.alarms.state(),
+        "patience": training.patience.state(),
+        "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
+        "unlogged": unlogged,
+        "late_round": dict(training.unlogged_round),
+        "loss_scale": [engine.loss_scale.state()],
+        "num_processes": job.world.num_processes,
+        "data": job.fingerprint,
+        "base": training.base,
+        "order": job.order.position(),
+        "config": to_dict(job.config),
+    }
+    if rounds is not None:
+        leads = [members[0] for members in rounds.replicas.members]
+        steps, scales = gather_objects(optimizer_steps), gather_integers(engine.loss_scale.state(), engine.device)
+        state["optimizer_steps"] = [steps[lead] for lead in leads]
+        state["loss_scale"] = [scales[lead] for lead in leads]
+        state["rounds"] = rounds.state()
+    return state
 
 
 def put_back(training: Training, saved: Saved) -> None:
