@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sora_llm.data.tokenize import answer_end
 from sora_llm.export import export_adapter
 from sora_llm.generation import Sampling, Stop, answer
 from sora_llm.inject import adapter_parameters, inject_sora
+from sora_llm.prompt_form import templated
 
 CONFIG = "configs/llama7b.yaml"
 PROMPT = "Once upon a time"
@@ -233,11 +235,15 @@ class Scripted(LlamaForCausalLM):
         return output
 
 
-def scripted(stories: Path, text: str) -> tuple[Any, Any]:
+def scripted(stories: Path, text: str, special: Sequence[str] = ()) -> tuple[Any, Any]:
+    """It and a tokenizer, which has these special tokens besides its own."""
     model, tokenizer = (
         Scripted.from_pretrained(stories, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(stories),
     )
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.script, model.said = tokenizer(text, add_special_tokens=False).input_ids, 0
     return model, tokenizer
 
@@ -279,6 +285,10 @@ HEADINGS = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
+HUMAN = HEADINGS.replace("m.role }}", "'Human' if m.role == 'user' else m.role }}")
+SHOUTED = HEADINGS.replace("m.content", "m.content | upper")
+HOST = "{% for m in messages %}{{ m.role }}: {{ m.content }} [Host, go on]\n{% endfor %}"
+ONCE = "{% if messages | length > 2 %}{{ raise_exception('no further question') }}{% endif %}" + HEADINGS
 BLANKS = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
 
 
@@ -290,13 +300,35 @@ BLANKS = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
         (TEMPLATES["chatml"], None, "<|im_end|>"),
         (TEMPLATES["llama-3"], None, "<|eot_id|>"),
         (HEADINGS, None, "\n### user:"),
+        (HUMAN, None, "\n### Human:"),
+        (SHOUTED, None, "\n### user:"),
+        (HOST, None, " [Host, go on]"),
+        (ONCE, None, ""),
         (BLANKS, None, ""),
     ],
-    ids=["alpaca", "llama-2", "chatml", "llama-3", "headings", "blanks"],
+    ids=["alpaca", "llama-2", "chatml", "llama-3", "headings", "human", "shouted", "host", "once", "blanks"],
 )
 def test_an_answer_ends_with_what_its_template_writes_behind_answers(stories, template, token, text):
     """An answer may have lines and paragraphs: blanks do not end it."""
     assert answer_end(AutoTokenizer.from_pretrained(stories), template) == (token, text)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "said", "is_whole"),
+    [
+        (HUMAN, "One ### two.\n\nThree.\n### Human:\nMore", "One ### two.\n\nThree.", True),
+        (BLANKS, "One.\n\nTwo.\n\nThree.", "One.\n\nTwo.\n\nThree.", False),
+        (HEADINGS.replace("### {{ m.role }}:", "<|{{ m.role }}|>"), "One.\nTwo.\n<|user|>\nMore", "One.\nTwo.", True),
+    ],
+    ids=["human", "blanks", "special"],
+)
+def test_blanks_do_not_end_an_answer_but_the_next_question_does(stories, template, text, said, is_whole):
+    """That may begin with a special token, whose name is not in the decoded answer."""
+    model, tokenizer = scripted(stories, text, special=("<|user|>",))
+    pieces: list[str] = []
+    stop = templated(tokenizer, template).stop
+    found = answer(model, tokenizer, [1], Sampling(len(model.script)), stop, on_text=pieces.append)
+    assert (found.text, "".join(pieces), found.is_whole) == (said, said, is_whole)
 
 
 def test_the_base_alone_is_spoken_to_as_beside_a_lora_with_a_form_of_its_own(lora, tmp_path, capsys):

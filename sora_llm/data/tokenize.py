@@ -148,14 +148,29 @@ def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
     last = _last_learned(row)
     if last in _ending_tokens(tokenizer):
         return last, ""
-    asked_again = [*_ASKED, Message("user", _NEXT)]
-    closing = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map).rpartition("Ho")[2]
-    if not closing.strip():
-        closing = ""
-        with suppress(BadRow):
-            text = render(as_dicts(asked_again), template, tokenizer.special_tokens_map)
-            closing = text.partition(_NEXT)[0].rpartition("Ho")[2]
-    return None, closing.rstrip()
+    closing = _behind_an_answer(template, tokenizer)
+    # An answer is decoded without special tokens: their names would not be found in it.
+    special = _names_of_special_tokens(tokenizer).search(closing)
+    text = closing[: special.start()] if special is not None else closing
+    if special is not None and not text.strip():
+        return int(tokenizer.convert_tokens_to_ids(special.group())), ""
+    return None, text.rstrip()
+
+
+def _behind_an_answer(template: str, tokenizer: Any) -> str:
+    """What a template writes behind an answer: the end of the turn, or where that is blank all up to the text of the
+    next question.  "" where that cannot be told."""
+    dialogue = (Message("user", "Hi"), Message("assistant", _ANSWER), Message("user", _QUESTION))
+
+    def behind(text: str) -> str:
+        _, found, closing = text.rpartition(_ANSWER)
+        return closing if found else ""
+
+    with suppress(BadRow):
+        if (closing := behind(render(as_dicts(dialogue[:2]), template, tokenizer.special_tokens_map))).strip():
+            return closing
+        return behind(render(as_dicts(dialogue), template, tokenizer.special_tokens_map).rpartition(_QUESTION)[0])
+    return ""
 
 
 def _last_learned(row: TokenRow) -> int:
@@ -183,8 +198,8 @@ def untaught_end(tokenizer: Any, template: str) -> str | None:
 
 
 _ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
-_NEXT = "Hum"
-"""A further question."""
+_ANSWER, _QUESTION = "8049217356", "6172940385"
+"""Contents that no template writes itself ("Hum" is in "### Human:") and none changes, as one may the case of words."""
 
 
 def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
@@ -205,7 +220,7 @@ def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[
     and texts are not looked at: in them a format's tokens are written out on purpose."""
     if getattr(tokenizer, "split_special_tokens", False):
         return [None] * len(examples)
-    names = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer) if token))
+    names = _names_of_special_tokens(tokenizer)
 
     def written(example: Example) -> str | None:
         messages = example.messages if isinstance(example, Conversation) else ()
@@ -219,6 +234,11 @@ def _texts_of(message: Message) -> Iterator[str]:
     yield message.content
     yield message.input
     yield from (value for value in message.extra.values() if isinstance(value, str))
+
+
+def _names_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds them in a text; nothing where there are none."""
+    return re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer) if token) or "(?!)")
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
