@@ -14,8 +14,11 @@ from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.running.unpack import target_modules
+from sora_llm.running.announcement import warnings
+from sora_llm.running.plan import make_plan
+from sora_llm.running.unpack import target_modules, target_shapes
 from sora_llm.targets import left_out, stacked_weights, target_linears
+from sora_llm.topology import ALONE
 from sora_llm.train import run
 
 SIZES = {
@@ -60,6 +63,18 @@ ODD = {  # family: (options, last names of targets, last names of what is left o
 def of_family(family, **options):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **ODD[family][0], **options}))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_an_odd_up_proj():
+    """A LLaMA of two layers, in one of which no adapter is put on up_proj."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    return model
 
 
 def last_names(names):
@@ -126,12 +141,7 @@ def test_experts_that_are_one_tensor_are_named_as_what_no_adapter_is_put_on():
 
 
 def test_where_only_some_layers_of_a_name_are_left_out_the_export_names_the_others_in_full(tmp_path):
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model = tiny_llama()
-    model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    model = with_an_odd_up_proj()
     inject_sora(model, r=2, target_modules=["up_proj", "q_proj"])
     randomise_all(model)
     assert export_adapter(model, tmp_path / "adapter")["passed"]
@@ -151,6 +161,18 @@ def test_one_suffix_is_a_list_of_one(written, taken, tmp_path):
     """Its letters are no suffixes."""
     config = load_config(CONFIG, [f"sora.target_modules={written}", f"output.output_dir={tmp_path}"])
     assert target_modules(config) == taken
+
+
+@pytest.mark.parametrize(("suffix", "is_warned_of"), [("up_proj", True), ("q_proj", False)])
+def test_a_run_warns_of_one_suffix_as_of_a_list_of_it(suffix, is_warned_of, tmp_path):
+    def said(written):
+        config = load_config(CONFIG, [f"sora.target_modules={written}", f"output.output_dir={tmp_path}"])
+        skeleton = with_an_odd_up_proj()
+        plan = make_plan(config, "none", ALONE, lambda _: 100, target_shapes(config, skeleton))
+        return list(warnings(plan, skeleton))
+
+    assert said(suffix) == said(f"[{suffix}]")
+    assert any("no adapter is put on up_proj, a Doubled" in line for line in said(suffix)) == is_warned_of
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path, capsys):
