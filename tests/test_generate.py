@@ -341,6 +341,22 @@ def test_the_base_alone_is_spoken_to_as_beside_a_lora_with_a_form_of_its_own(lor
     assert plain["answer"] != both["base"]
 
 
+def test_the_base_alone_is_spoken_to_in_the_tokens_of_a_lora_that_brings_a_tokenizer(stories, lora, tmp_path, capsys):
+    folder, template = shutil.copytree(lora, tmp_path / "lora"), tmp_path / "headings.jinja"
+    template.write_text(HEADINGS)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    vocab = saved["model"]["vocab"]
+    vocab["T"], vocab["L"] = vocab["L"], vocab["T"]
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    asked = ["--prompt", "Tim", "--chat-template", template]
+    (both,) = generate(capsys, folder, *asked, "--compare")["answers"]
+    (alone,) = generate(capsys, folder, *asked, "--no-adapter")["answers"]
+    assert alone["answer"] == both["base"]
+    (in_other_tokens,) = generate(capsys, lora, *asked, "--no-adapter")["answers"]
+    assert in_other_tokens["answer"] != both["base"]
+
+
 # ------------------------------------------------------------------------------------------------------------- chat
 
 
