@@ -51,7 +51,7 @@ class ProxAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: from `step` too, before anything is changed: no such threshold, a rate or λ that is no number from
-            0, or adaptive gates without an importance in their state.
+            0, adaptive gates that are deferred with a λ > 0, or without an importance in their state.
         RuntimeError: from `step`: the adapters were cut since, and this optimizer holds parameters from before.
     """
 
@@ -110,11 +110,6 @@ class ProxAdamW(torch.optim.AdamW):
                     "make a new one from parameter_groups(model, …)"
                 )
             if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0:
-                if group.get("deferred", False):
-                    raise ValueError(
-                        "an adaptive threshold cannot be deferred: its τ is a quantile, not the sum of the steps' own; "
-                        "leave sparse_lambda at 0 and cut the gates when they are agreed, or use another threshold"
-                    )
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):
                     raise ValueError(
@@ -152,6 +147,7 @@ class ProxAdamW(torch.optim.AdamW):
             return sparse_lambda
         if group["threshold"] == "decoupled":
             return lr * sparse_lambda
+        assert group["threshold"] == "proxgen"
         state = self.state[gate]
         bias_correction = 1.0 - group["betas"][1] ** float(state["step"])
         second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
@@ -190,7 +186,7 @@ class ProxAdamW(torch.optim.AdamW):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
-    """ValueError for no such threshold, or a rate, λ or decay that is no number from 0."""
+    """ValueError for no such threshold, a rate, λ or decay that is no number from 0, or an adaptive λ > 0 deferred."""
     if group["threshold"] not in THRESHOLDS:
         raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
     for key in ("lr", "sparse_lambda", "weight_decay"):
@@ -200,6 +196,11 @@ def _check_group(group: Mapping[str, Any]) -> None:
         if (not isinstance(value, Tensor) and not is_number(value)) or not 0 <= value < math.inf:
             of_group = f" of the group {group['name']}" if "name" in group else ""
             raise ValueError(f"{key}{of_group} is {value!r}; it must be a number from 0")
+    if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0 and group.get("deferred", False):
+        raise ValueError(
+            "an adaptive threshold cannot be deferred: its τ is a quantile, not the sum of the steps' own; leave "
+            "sparse_lambda at 0 and cut the gates when they are agreed, or use another threshold"
+        )
 
 
 def _step_of_adamw() -> Callable[..., Any]:

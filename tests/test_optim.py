@@ -506,5 +506,10 @@ def test_an_adaptive_threshold_is_never_deferred():
     optimizer = ProxAdamW([{"params": [gate], "threshold": "adaptive", "deferred": True}], lr=GATE_LR, weight_decay=0.0)
     optimizer.step()  # λ = 0, as the trainer has it
     optimizer.param_groups[0]["sparse_lambda"] = 0.5
+    before = gate.detach().clone()
     with pytest.raises(ValueError, match="cannot be deferred"):
         optimizer.step()
+    assert torch.equal(gate, before)
+    group = {"params": [gate], "threshold": "adaptive", "deferred": True, "sparse_lambda": 0.5}
+    with pytest.raises(ValueError, match="cannot be deferred"):
+        ProxAdamW([group], lr=GATE_LR)
