@@ -31,7 +31,7 @@ from sora_llm.artifacts.card import (
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
-from sora_llm.factors import PlainFactors, empty_factors, kept_params, product_distance
+from sora_llm.factors import PlainFactors, Shapes, empty_factors, product_distance, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
 from sora_llm.quantised import coarsest_dtype
@@ -206,6 +206,11 @@ def _ragged(factors: PlainFactors) -> dict[str, Tensor]:
         name, (A, B) = next(iter(factors.items()))
         live = {name: (A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1))}
     return {_key(name, kind): t.contiguous() for name, pair in live.items() for kind, t in zip("AB", pair, strict=True)}
+
+
+def _ragged_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
+    """How many numbers `_ragged` leaves of factors of these ranks."""
+    return slot_params(ranks, shapes) or sum(next(iter(shapes.values())))
 
 
 def _key(name: str, kind: str) -> str:
@@ -432,12 +437,14 @@ def _stored_params(weights: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-def padding_in_words(certificate: Mapping[str, Any], kept: int) -> str:
-    """Behind the number of parameters that were kept: how many are stored, where padding makes them more; else ""."""
-    stored = certificate["stored_params"]
-    if certificate["layout"] == "ragged" or stored <= kept:
-        return ""
-    return f" ({stored:,} stored, padded with zeros to one rank; layout ragged stores no zeros)"
+def stored_in_words(certificate: Mapping[str, Any], shapes: Shapes, said: int) -> str:
+    """Behind the number of parameters that is `said`: how many are stored, where that is another, and what the zeros of
+    padding have to do with it; else ""."""
+    ranks = {name: module["rank"] for name, module in certificate["modules"].items()}
+    stored, ragged = certificate["stored_params"], _ragged_params(ranks, shapes)
+    if stored > ragged:
+        return f" ({stored:,} stored, padded with zeros to one rank; layout ragged stores {ragged:,})"
+    return "" if stored == said else f" ({stored:,} stored)"
 
 
 def _of_any_layer(name: str) -> str:
@@ -448,14 +455,15 @@ def _of_any_layer(name: str) -> str:
 def _card(
     layout: str,
     ranks: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Shapes,
     certificate: Mapping[str, Any],
     verdicts: Mapping[str, Verdict],
     provenance: Provenance,
 ) -> str:
-    worst, padding = worst_delta_error(certificate), padding_in_words(certificate, kept_params(ranks, shapes))
+    worst = worst_delta_error(certificate)
+    stored = stored_in_words(certificate, shapes, slot_params(ranks, shapes))
     return model_card(
-        f"layout `{layout}`{padding}, scale folded into the factors (`lora_alpha == r`)",
+        f"layout `{layout}`{stored}, scale folded into the factors (`lora_alpha == r`)",
         ranks,
         shapes,
         f"PEFT {certificate['peft_version']} reloads it with the ΔW of every module (largest relative difference "

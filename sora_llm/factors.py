@@ -33,6 +33,12 @@ def kept_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
     return sum((i + o) * min(ranks[name], i, o) for name, (i, o) in shapes.items())
 
 
+def slot_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
+    """Σ (I+O)·rank, exact: the numbers in the factors.  More than `kept_params` where a module has more slots than its
+    ΔW can have ranks."""
+    return sum((i + o) * ranks[name] for name, (i, o) in shapes.items())
+
+
 def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> float:
     """‖B1 A1 − B2 A2‖_F / ‖B1 A1‖_F in float64, without forming an O × I matrix (QR of the stacked factors).
 

@@ -149,16 +149,32 @@ def test_the_padded_rank_is_the_largest_kept_one(stories, tmp_path):
     assert config["target_modules"] == ["q_proj"]
 
 
-def test_ragged_stores_no_zeros_and_says_so_of_no_padding(tmp_path):
-    """Also with more ranks than a layer is wide, of which a budget counts only as many."""
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("kept", [{}, {"layers.0": 2}, {"layers": 0}], ids=["all", "some", "none"])
+def test_the_card_says_what_the_files_of_both_layouts_store(tmp_path, kept, layout):
+    """Also with more slots than a layer is wide, of which a budget counts only as many; and of padding only where
+    there is some."""
     model = inject_sora(tiny_llama(), r=40, dtype=torch.float32)
     randomise_all(model)
-    for layout, is_padded in (("padded", True), ("ragged", False)):
-        for layer in list(adapters(model).values())[:3]:
-            layer.gate.data[2:] = 0
-        export_adapter(model, tmp_path / layout, layout)
-        card = (tmp_path / layout / "README.md").read_text()
-        assert ("padded with zeros to one rank" in card) == is_padded, layout
+    for name, layer in adapters(model).items():
+        layer.gate.data.fill_(0.5)
+        for part, rank in kept.items():
+            if part in name:
+                layer.gate.data[rank:] = 0
+    live = any(bool(layer.gate.any()) for layer in adapters(model).values())
+    stored = {}
+    for written in ("padded", "ragged"):
+        export_adapter(model, tmp_path / written, written, allow_empty=True)
+        tensors = load_file(tmp_path / written / "adapter_model.safetensors").values()
+        stored[written] = sum(tensor.numel() for tensor in tensors)
+    padded, ragged = (f"{stored[written]:,}" for written in ("padded", "ragged"))
+    card = (tmp_path / layout / "README.md").read_text()
+    assert f" {ragged if live else 0} parameters in them." in card
+    if layout == "padded" and kept:
+        assert f"`padded` ({padded} stored, padded with zeros to one rank; layout ragged stores {ragged}), " in card
+    else:
+        assert f"layout `{layout}`, " in card or (not live and f"layout `ragged` ({ragged} stored), " in card)
+        assert "padded with zeros" not in card
 
 
 def test_ragged_has_the_live_modules_at_their_own_rank(stories, tmp_path):

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import relative_error
+from safetensors.torch import load_file
 from small_runs import CONFIG, Playground, overrides, status
 from transformers import AutoModelForCausalLM
 
 from sora_llm.artifacts.gguf_lora import Architecture, factors_in, read_gguf
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, dequantised
+from sora_llm.commands.cmd_inspect import main as inspect
 from sora_llm.running.start import what_is_missing
 from sora_llm.train import main
 
@@ -62,6 +64,32 @@ def test_merged_is_the_dequantised_base_with_the_adapter_inside(ground: Playgrou
     card = (run_dir / "merged" / "README.md").read_text()
     assert "the base as 4-bit layers hold it plus ΔW" in card and "dev loss of the trained adapter" in card
     assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_run_and_inspect_say_what_the_layout_stores_of_slots_beyond_a_layers_width(
+    layout: str, ground: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A budget counts as many slots as ΔW can have ranks; files hold them all, and zeros where they are padded."""
+    slots = {"sora.r": 48, "sora.consensus": "slots", "sora.threshold": "decoupled"}
+    budget = {"sora.target_rank": 30, "sora.sparse_lambda": None, "output.export_layout": layout}
+    assert main([CONFIG, *overrides(ground.folder, tmp_path / "run", **slots, **budget)]) == 0
+    said = capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["kept_params"]
+    ranks = json.loads((tmp_path / "run" / "ranks.jsonl").read_text().splitlines()[-1])["ranks"]
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    sizes = {name.removeprefix("base_model.model."): tensor.shape for name, tensor in tensors.items()}
+    ragged = sum(
+        rank * (sizes[f"{name}.lora_A.weight"][1] + sizes[f"{name}.lora_B.weight"][0])
+        for name, rank in ranks.items()
+        if rank
+    )
+    assert kept < ragged and (stored == ragged) == (layout == "ragged")
+    padding = f", padded with zeros to one rank; layout ragged stores {ragged:,}" if layout == "padded" else ""
+    assert f"{kept:,} parameters kept ({stored:,} stored{padding}); " in said
+    assert inspect([str(tmp_path / "run")]) == 0
+    assert f" bytes, {stored:,} numbers{padding.partition(';')[0]})\n" in capsys.readouterr().out
 
 
 def test_a_disk_that_filled_up_meanwhile_fails_the_run_and_leaves_its_adapter(

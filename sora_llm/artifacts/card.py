@@ -12,7 +12,7 @@ from typing import Any
 from sora_llm.artifacts.consumers import Verdict
 from sora_llm.artifacts.lora_files import CERTIFICATE, certificate_in
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.factors import kept_params, mean_rank
+from sora_llm.factors import mean_rank, slot_params
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
 
@@ -150,7 +150,7 @@ def model_card(
 
 {provenance.story} and exported as {"a plain LoRA" if verdicts else "a whole model"}: {form}.
 Mean rank {mean_rank(ranks, shapes):.2f} over {len(ranks)} modules (weighted by their size), \
-{kept_params(ranks, shapes):,} parameters in them.
+{slot_params(ranks, shapes):,} parameters in them.
 
 {metrics}
 {_prompt_line(provenance, template_use)}

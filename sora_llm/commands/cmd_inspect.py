@@ -214,7 +214,8 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         size, stored = content["adapter_bytes"], content["stored_params"]
         parts = [] if size is None else [f"{size:,} bytes"]
         if stored is not None and stored > (content["kept_params"] or stored):
-            parts.append(f"{stored:,} numbers, padded with zeros to one rank")
+            has_padding = len(set(content["ranks"].values())) > 1 and content["self_check"]["layout"] == "padded"
+            parts.append(f"{stored:,} numbers{', padded with zeros to one rank' if has_padding else ''}")
         said = f" ({', '.join(parts)})" if parts else ""
         yield "adapter", f"{content['adapter']}{said}"
     yield "self-check", _self_check(content["self_check"])

@@ -18,6 +18,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
+from sora_llm.inject import adapters, layer_shapes
 from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.running import verified_export
@@ -88,6 +89,7 @@ def cut_and_export(training: Training) -> StageResult:
             before_publishing=job.heed_stop,
         )
         is_written_beside = config.output.export_layout not in export.LAYOUTS
+        shapes = layer_shapes(adapters(model))
         factors = export.folded_factors(model) if is_written_beside and job.world.is_main else None
         if job.world.is_main and training.stage is job.plan.stages[-1]:
             answer_samples(job, model, directory)
@@ -99,7 +101,7 @@ def cut_and_export(training: Training) -> StageResult:
     say(
         job.world,
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept"
-        f"{export.padding_in_words(exported.certificate, ranks.kept_params)}; self-check passed "
+        f"{export.stored_in_words(exported.certificate, shapes, ranks.kept_params)}; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
     return StageResult(exported, goes_on_from, factors)
