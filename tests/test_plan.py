@@ -49,6 +49,15 @@ def test_without_quantiles_gates_are_pruned_from_the_phase_s_first_step_and_cut_
     assert not stage(1, 0, 1.0).can_prune(warm=False), "its one step has the rate 0"
 
 
+@pytest.mark.parametrize(("warmup", "first"), [(0.0, 1), (0.03, 2), (0.3, 2)])
+def test_no_gate_is_pruned_while_the_product_is_0(warmup: float, first: int) -> None:
+    """None has a gradient then, and all would shrink alike; B of a warm start, or of a path's later stage, is not 0."""
+    options: dict[str, Any] = {"dense": 0.0, "cut": 1.0, "warmup": warmup, "is_adaptive": False}
+    blank, warm = (stage(10, starts_blank=is_blank, **options) for is_blank in (True, False))
+    assert [step for step in range(10) if blank.is_pruning(step)] == list(range(first, 10))
+    assert [step for step in range(10) if warm.is_pruning(step)] == list(range(10))
+
+
 def test_gates_travel_by_their_rate_over_the_window() -> None:
     assert stage(100, warmup=0, kind="constant", gate_lr=0.05).gate_travel == pytest.approx(0.05 * 30)
     assert stage(100, dense=0, cut=1, warmup=0, kind="linear", gate_lr=2.0).gate_travel == pytest.approx(2 * 50.5)

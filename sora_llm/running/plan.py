@@ -26,7 +26,8 @@ class Stage:
     """One schedule of learning rates and phases: the whole run, or one λ of a sparsity path.
 
     Steps are counted from the stage's own first one.  `gate_travel` = gate_lr · Σ f_t over the sparsify window: below
-    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune.
+    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune; `starts_blank` says that
+    B is 0 when the stage begins.
     """
 
     sparse_lambda: float | None
@@ -36,6 +37,7 @@ class Stage:
     gate_lr: float
     is_adaptive: bool
     learns: bool = True
+    starts_blank: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -62,9 +64,10 @@ class Stage:
 
     @property
     def weighed_at(self) -> int:
-        """The step before which `adaptive` weighs the gates: the first one of the sparsify phase, and not before a step
-        has learned anything (with B = 0 every component is 0).  Where that is the phase's end, the cut alone prunes."""
-        if not self.is_adaptive:
+        """The first step that prunes, before which `adaptive` weighs the gates: the first one of the sparsify phase,
+        and not before a step has learned anything.  With B = 0 every component is 0, no gate has a gradient, and a prox
+        would shrink all of them blindly.  Where that is the phase's end, the cut alone prunes."""
+        if not (self.is_adaptive or self.starts_blank):
             return self.phases.dense_end
         return min(max(self.phases.dense_end, self.learned_at), self.phases.sparsify_end)
 
@@ -216,8 +219,9 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
             gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
-        stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns)
         warm = config.model.adapter is not None
+        starts_blank = number == 0 and not warm
+        stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns, starts_blank)
         if not stage.can_prune(warm):
             at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
             raise UserError(
