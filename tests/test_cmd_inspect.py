@@ -194,6 +194,9 @@ def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_sett
     assert [run["run"] for run in content["runs"]] == [str(run.path) for run in runs]
     assert content["settings"]["train.learning_rate"] == [1e-4, 5e-4]
     assert "no setting differs" in inspected(capsys, runs[0].path, runs[0].path)
+    (runs[1].path / "config.yaml").write_text("of: another version")
+    shown = inspected(capsys, *(run.path for run in runs))
+    assert "no setting differs" not in shown and "the config of run 2 cannot be read" in shown
     for arguments, said in (
         ([runs[0].path, tmp_path], "is not a run directory"),
         ([*(run.path for run in runs), "--plots"], "name it alone"),

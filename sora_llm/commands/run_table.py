@@ -22,12 +22,14 @@ def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
     flat = [{} if config is None else flattened(dict(config)) for config in configs]
     return {
         "runs": [dict(summary) for summary in summaries],
+        "without_config": [number for number, config in enumerate(configs, 1) if config is None],
         "settings": {key: [one.get(key) for one in flat] for key in keys if key != "output.output_dir"},
     }
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """A line per run, then a line per setting; runs are numbered."""
+    """A line per run (speed is that of its last phase, memory the most of all), then a line per setting; runs are
+    numbered."""
     names = short_names([run["run"] for run in content["runs"]])
     results = [["", "run", "state", "step", "dev loss", "mean rank", "kept", "tokens/s", "peak GiB"]]
     results += [
@@ -37,7 +39,12 @@ def as_text(content: Mapping[str, Any]) -> str:
     settings = [["setting", *(str(number) for number in range(1, len(names) + 1))]]
     settings += [[key, *map(_value, values)] for key, values in content["settings"].items()]
     lines = _aligned(results, left=3)
-    lines += ["", *_aligned(settings, left=1)] if content["settings"] else ["", "no setting differs"]
+    unread = content["without_config"]
+    if content["settings"]:
+        lines += ["", *_aligned(settings, left=1)]
+    elif not unread:
+        lines += ["", "no setting differs"]
+    lines += [f"the config of run {number} cannot be read: its settings are not compared" for number in unread]
     return "\n".join(lines)
 
 
@@ -52,15 +59,17 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def _result(run: Mapping[str, Any]) -> list[str]:
     last = run["phases"][-1] if run["phases"] else {}
+    peaks = [phase["peak_memory_gib"] for phase in run["phases"] if phase["peak_memory_gib"] is not None]
     before, after = run["eval_loss_before"], run["eval_loss"]
+    is_measured = before is not None and after is not None and run["eval_step"] != 0
     return [
         run["state"],
         f"{run['step']:,}",
-        MISSING if before is None or after is None else f"{before:.4f} → {after:.4f}",
+        f"{before:.4f} → {after:.4f}" if is_measured else MISSING,
         _number(run["mean_rank"], ".2f"),
         _number(run["kept_params"], ",.0f"),
         _number(last.get("median_tokens_per_second"), ",.0f"),
-        _number(last.get("peak_memory_gib"), ".2f"),
+        _number(max(peaks, default=None), ".2f"),
     ]
 
 

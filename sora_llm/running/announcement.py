@@ -145,7 +145,9 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
         path = learned_from(load_config(run_dir / "config.yaml"), config)
     except UserError:  # of another version, or not there any more
         return
-    if path is not None:
+    if path is not None and config.data.val_datasets is not None:
+        yield f"model.adapter was trained on {path}, which this run is measured on; name dev rows that it has not seen"
+    elif path is not None:
         yield (
             f"model.adapter was trained on {path} with other rows held out: dev rows of this run may be some that it "
             "has seen; name dev rows of their own with data.val_datasets, or hold the same ones out"
