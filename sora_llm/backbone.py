@@ -488,8 +488,8 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
 
 
 def base_digest(spec: BackboneSpec) -> str | None:
-    """What tells the base's weights from others; None where they are no safetensors.  Ask for it once they are loaded:
-    files of the hub are in its cache only then.  They are read once more, in small parts.
+    """What tells the base's weights from others; None where they are no safetensors.  They are read in small
+    parts; files of the hub that are not in its cache are fetched.
 
     Raises:
         UserError: they are gone.

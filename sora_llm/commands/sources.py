@@ -275,7 +275,7 @@ def refuse_other_weights(
 ) -> None:
     """UserError if the base's files hold other weights by now than a source was trained beside; a warning where `base`,
     the value of the command's `option`, says which ones are meant."""
-    others = [source.name for source in sources if has_other_weights(source.base_digest, spec)]
+    others = beside_other_weights({source.name: source.base_digest for source in sources}, spec)
     if others and base is None:
         raise UserError(
             f"the files of {spec.name_or_path} hold other weights than {others[0]} was trained beside; restore them, "
@@ -285,9 +285,12 @@ def refuse_other_weights(
         warn_of_other_weights(others[0], spec)
 
 
-def has_other_weights(recorded: str | None, spec: BackboneSpec) -> bool:
-    """Whether the base's files are known to hold other weights than those of a `base_digest`."""
-    return recorded is not None and base_digest(spec) not in (None, recorded)
+def beside_other_weights(recorded: Mapping[str, str | None], spec: BackboneSpec) -> list[str]:
+    """The names of the adapters that are known, by their `base_digest`, to have been trained beside other weights than
+    the base's files hold; these are read once, and only where a digest is known."""
+    known = {name: digest for name, digest in recorded.items() if digest is not None}
+    now = base_digest(spec) if known else None
+    return [name for name, digest in known.items() if now not in (None, digest)]
 
 
 def warn_of_other_weights(name: str, spec: BackboneSpec) -> None:

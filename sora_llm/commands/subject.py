@@ -17,8 +17,8 @@ from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_ba
 from sora_llm.backbone import load_config as load_model_config
 from sora_llm.commands.places import find_place, trained_config
 from sora_llm.commands.sources import (
+    beside_other_weights,
     certified_spec,
-    has_other_weights,
     plain_factors,
     read_source,
     recorded_digest,
@@ -138,8 +138,8 @@ def load(subject: Subject) -> Loaded:
     model = load_backbone(subject.spec, local_device()).eval()
     if subject.adapter is None:
         return Loaded(model, None)
-    if has_other_weights(recorded_digest(subject.adapter), subject.spec):
-        warn_of_other_weights(str(subject.adapter), subject.spec)
+    for name in beside_other_weights({str(subject.adapter): recorded_digest(subject.adapter)}, subject.spec):
+        warn_of_other_weights(name, subject.spec)
     if (subject.adapter / CONFIG).is_file():
         adapted = load_adapter(model, subject.adapter)
         return Loaded(adapted, adapted.disable_adapter)
