@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
 from sora_llm import schedule
-from sora_llm.config import Config, Train
-from sora_llm.running.plan import Plan, Stage
+from sora_llm.config import Config, Output, Sora, Train
+from sora_llm.errors import UserError
+from sora_llm.running.announcement import pruning, warnings
+from sora_llm.running.plan import Plan, Stage, make_plan
+from sora_llm.topology import ALONE
 
 
 def stage(
@@ -75,3 +79,50 @@ def test_gates_travel_by_their_rate_over_the_window() -> None:
 def test_evaluations_that_patience_can_end_something_after(stages: list[Stage], eval_steps: int, expected: int) -> None:
     plan = Plan(Config(), "none", 1, tuple(stages), ())
     assert plan.most_evaluations(eval_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "when", "what"),
+    [
+        ({"sparse_lambda": 0.1}, "pruning in no step", "this run prunes nothing"),
+        (
+            {"sparse_lambda": 0.1, "lambda_schedule": "linear", "lambda_num": 2, "max_lambda": 0.2},
+            "pruning in no step",
+            "the first stage prunes nothing",
+        ),
+        ({"target_rank": 4}, "pruned by the cut alone, at step 1", "the cut alone brings the adapters to the budget"),
+        (
+            {"target_rank": 4, "threshold": "decoupled"},
+            "pruned by the cut alone, at step 1",
+            "the cut alone brings the adapters to the budget",
+        ),
+    ],
+)
+def test_a_window_of_one_step_in_which_nothing_was_learned_is_said(
+    options: dict[str, Any], when: str, what: str
+) -> None:
+    """Two steps, the first of which is the window; a third one would be pruned in."""
+    short, long = planned(2, consensus_at=0.5, **options), planned(4, consensus_at=0.5, **options)
+    assert pruning(short.stages[0]) == when and pruning(long.stages[0]) == "pruning in steps 2–2"
+    assert [what in line for line in said(short)] == [True] and said(long) == []
+
+
+def test_a_run_that_is_too_short_is_told_of_a_length_that_prunes() -> None:
+    with pytest.raises(UserError, match=r"the sparsify phase has no step: 3 steps, .*train for 7 steps"):
+        planned(3, sparse_lambda=0.1, consensus_at=0.3)
+    (told,) = planned(7, sparse_lambda=0.1, consensus_at=0.3).stages
+    assert any(map(told.is_pruning, range(7)))
+
+
+def planned(steps: int, **sora: Any) -> Plan:
+    """Of a run that learns, and prunes, from its first step on."""
+    config = Config(
+        sora=Sora(**{"r": 8, "dense_ratio": 0.0, "target_rank": None, **sora}),
+        train=Train(max_steps=steps, warmup_ratio=0.0),
+        output=Output(output_dir="run"),
+    )
+    return make_plan(config, "none", ALONE, lambda _: steps, {"layer": (16, 16)})
+
+
+def said(plan: Plan) -> list[str]:
+    return [line for line in warnings(plan, nn.Linear(1, 1)) if "the sparsify phase has no step after" in line]

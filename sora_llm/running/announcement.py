@@ -59,7 +59,9 @@ def announce(job: Job) -> None:
 def pruning(stage: Stage) -> str:
     """When gates are pruned, in words."""
     first, end = stage.weighed_at, stage.phases.sparsify_end
-    return f"pruning in steps {first + 1}–{end}" if first < end else f"pruned by the cut alone, at step {end}"
+    if first < end:
+        return f"pruning in steps {first + 1}–{end}"
+    return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
 
 
 def local_updates(job: Job, replicas: Replicas) -> str:
@@ -109,13 +111,14 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
             "there); train longer, or set train.warmup_ratio 0"
         )
-    elif any(stage.is_adaptive and stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
+    elif any(stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
         later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""
         slots = " (of raw slots; sora.consensus svd keeps more)" if sora.consensus == "slots" else ""
-        yield (
-            "the sparsify phase has no step after the first one that learns something: gates are not pruned little by "
-            f"little, and the cut alone brings the adapters to the budget{slots}; train longer{later}"
-        )
+        if plan.budgets:
+            what = f"gates are not pruned little by little, and the cut alone brings the adapters to the budget{slots}"
+        else:
+            what = f"{'the first stage' if plan.is_path else 'this run'} prunes nothing"
+        yield (f"the sparsify phase has no step after the first one that learns something: {what}; train longer{later}")
     data = plan.config.data
     yield from _of_dev_rows(data)
     if not has_conversations((*data.datasets, *(data.val_datasets or ()))):

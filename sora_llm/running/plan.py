@@ -66,7 +66,7 @@ class Stage:
     def weighed_at(self) -> int:
         """The first step that prunes, before which `adaptive` weighs the gates: the first one of the sparsify phase,
         and not before a step has learned anything.  With B = 0 every component is 0, no gate has a gradient, and a prox
-        would shrink all of them blindly.  Where that is the phase's end, the cut alone prunes."""
+        would shrink all of them blindly.  Where that is the phase's end, only the cut to a budget prunes."""
         if not (self.is_adaptive or self.starts_blank):
             return self.phases.dense_end
         return min(max(self.phases.dense_end, self.learned_at), self.phases.sparsify_end)
@@ -234,13 +234,15 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
 
 
 def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
-    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios (and
-    under `adaptive` a step between what is learned and the cut)."""
+    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios, and
+    with a step between what is learned and the cut."""
     sora, train = config.sora, config.train
+    warm = config.model.adapter is not None
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
-        stage = Stage(None, phases, schedule.warmup_steps(steps, train.warmup_ratio), train, 1.0, is_adaptive)
-        if stage.weighed_at < phases.sparsify_end and stage.can_prune(warm=config.model.adapter is not None):
+        warmup = schedule.warmup_steps(steps, train.warmup_ratio)
+        stage = Stage(None, phases, warmup, train, 1.0, is_adaptive, starts_blank=not warm)
+        if stage.weighed_at < phases.sparsify_end and stage.can_prune(warm):
             return f"train for {steps} steps"
     return "train longer"
 
