@@ -499,7 +499,7 @@ def base_digest(spec: BackboneSpec) -> str | None:
     except UserError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"the weights of {spec.name_or_path} cannot be read again: {error}") from None
+        raise UserError(f"the weights of {spec.name_or_path} cannot be read: {error}") from None
 
 
 def computes_in_float16(spec: BackboneSpec) -> bool:

@@ -89,7 +89,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutFactors:
-    """What is left of adapters and how they were cut; None where they had no gates, having been cut already.
+    """What is left of adapters; `report` says how they were cut, None where they had no gates, having been cut already.
 
     `spread` is the largest ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ over replicas that had drifted apart; None where there were none.
     """

@@ -30,6 +30,11 @@ def say(text: str, stream: TextIO | None = None) -> None:
     _write(f"{text}\n", stream or sys.stdout)
 
 
+def warn(text: str) -> None:
+    """A sentence of a command, beside what it prints."""
+    say(f"warning: {text}", sys.stderr)
+
+
 def show_progress(text: str, stream: TextIO) -> None:
     """Put a line of progress in the place of the last one, no wider than the terminal: of a line that wraps only the
     last row would be overwritten."""

@@ -17,6 +17,7 @@ from small_runs import CONFIG, Playground
 from spawn import launched, spawn
 
 from sora_llm import cli
+from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.distributed.collectives import gather_objects, is_timeout
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import processes
@@ -95,7 +96,7 @@ def test_a_run_directory_that_machines_do_not_share_is_refused(tmp_path: Path, m
 def test_nothing_goes_on_beside_another_base_in_silence(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither a resumed run nor an export; a measurement and an answer say so."""
+    """Neither a resumed run nor an export; a measurement, an answer and a warm start say so."""
     options = {**TINY, "model.name_or_path": str(base), "output.save_steps": 2, "output.save_total_limit": None}
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
     before, other = weights_digest([base / "model.safetensors"]), tmp_path / "other"
@@ -121,6 +122,20 @@ def test_nothing_goes_on_beside_another_base_in_silence(
     restored = ["--base", str(shared("models/stories260k"))]
     assert cli.main(["generate", adapter, "--prompt", "Tim", "--max-new-tokens", "1", *restored]) == 0
     assert "warning" not in capsys.readouterr().err
+    run(CONFIG, *gsm8k_overrides(other, **options, **{"model.adapter": adapter}))
+    assert f"model.adapter was trained beside other weights than {base} has" in capsys.readouterr().out
+
+
+def test_what_is_merged_was_trained_beside_what_its_sources_were(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they all were trained beside the same, whatever base it is verified on, and that is said."""
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **TINY, **{"model.name_or_path": str(base)}))
+    adapter, before = str(tmp_path / "run" / "adapter"), weights_digest([base / "model.safetensors"])
+    perturb(base)
+    out = ["--out", str(tmp_path / "out"), "--base", str(base)]
+    assert cli.main(["consensus", adapter, adapter, *out]) == 0 and "hold other weights" in capsys.readouterr().err
+    assert certificate_in(tmp_path / "out")["base_digest"] == before
 
 
 def test_weights_are_the_same_however_they_lie_in_files(tmp_path: Path) -> None:

@@ -104,11 +104,14 @@ def test_other_rows_in_the_file_that_dev_rows_were_held_out_of_are_said(lora, ro
 NUMBERS = [f"{first} and {second}" for first in ("one", "two", "three", "four") for second in ("five", "six", "seven")]
 
 
+COLUMNS = {"prompt": "q", "completion": "a"}
+
+
 def numbers_run(folder: Path, lora: Path, name: str = "run", **options: Any) -> Path:
     """A run of twelve rows of which it held four out, that has ended."""
     rows = folder / "numbers.jsonl"
     rows.write_text("".join(json.dumps({"q": f"Count to {text}", "a": text * 2}) + "\n" for text in NUMBERS))
-    dataset = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
+    dataset = {"path": str(rows), "type": "prompt_completion", "columns": COLUMNS}
     run = run_dir(folder / name, **{"data.datasets": [dataset], "data.val_set_size": 4, **options})
     shutil.copytree(lora, run / "adapter")
     (run / "status.json").write_text("{}")
@@ -152,12 +155,33 @@ def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
     said = f"warning: {all_rows} was trained on {tmp_path / 'numbers.jsonl'} too"
     assert said in warning(run, "--adapter", all_rows)
     assert said in warning(run, "--adapter", all_rows, "train.seed=7")
+    (tmp_path / "copy.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
+    elsewhere = {"path": str(tmp_path / "copy.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
+    told = f"data.datasets=[{json.dumps(elsewhere)}]"
+    assert f"{run} did not hold these rows out" in warning(run, told), "its own adapter is measured on them"
+    assert warning(run, told, "--no-adapter") == "" and warning(run, told, "--adapter", alike) == ""
+    other = numbers_run(tmp_path, lora, "other", **{"data.datasets": [elsewhere], "data.val_set_size": None})
+    assert f"warning: {other} was trained on {elsewhere['path']} too" in warning(run, told, "--adapter", other)
     seen = ["--data", tmp_path / "numbers.jsonl"]
     assert f"warning: {run} was trained on" in warning(run, *seen) and warning(run, *seen, "--no-adapter") == ""
     (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
     assert warning(run, "--data", tmp_path / "others.jsonl", "--adapter", all_rows) == ""
     quantised = numbers_run(tmp_path, lora, "quantised", **{"quantization.load_in_4bit": True})
     assert "beside the base as " in warning(run, "--adapter", quantised)
+
+
+def test_a_run_of_another_version_where_a_config_goes_hides_only_what_it_was_trained_on(lora, tmp_path, capsys):
+    run = numbers_run(tmp_path, lora)
+    own = tmp_path / "my.yaml"
+    own.write_text((run / "config.yaml").read_text())
+    expected = evaluated(capsys, own)
+    (run / "config.yaml").write_text(own.read_text() + "of_another_version: 1\n")
+    assert cli.main(["evaluate", str(own), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["adapter"] == expected["adapter"]
+    assert output.err.count("nothing says which rows") == 1 and "of_another_version" in output.err
+    assert cli.main(["generate", str(own), "--prompt", "Count", "--max-new-tokens", "2"]) == 0
+    assert "of_another_version" not in capsys.readouterr().err
 
 
 def test_what_became_of_the_rows_of_a_file_is_said(lora, rows, tmp_path, capsys):

@@ -62,6 +62,8 @@ class LoraFiles:
     factors: dict[str, tuple[Tensor, Tensor, None]]
     scaling: dict[str, float]
     targets: frozenset[str]
+    base_digest: str | None
+    """`backbone.base_digest` of the weights that it was trained beside, where a certificate says it."""
 
 
 def read_lora(folder: Path) -> LoraFiles:
@@ -100,7 +102,14 @@ def read_lora(folder: Path) -> LoraFiles:
         live = (A != 0).any(1) & (B != 0).any(0)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraFiles(config[BASE], config.get("revision"), factors, scaling, frozenset(factors) | _certified(folder))
+    return LoraFiles(
+        config[BASE],
+        config.get("revision"),
+        factors,
+        scaling,
+        targets=frozenset(factors) | _certified(folder),
+        base_digest=certificate_in(folder).get("base_digest"),
+    )
 
 
 def saved_base(folder: Path) -> str:

@@ -60,7 +60,12 @@ def _shapes_on_disk(source: SavedAdapter) -> tuple[dict[str, tuple[int, int]], l
     if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
         with contextlib.suppress(UserError):
             return *target_shapes_of(source), True
-    return shapes_of(source.factors), sorted(source.targets - source.factors.keys()), False
+    return *shapes_in_files(source), False
+
+
+def shapes_in_files(source: SavedAdapter) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{module: (I, O)} of those with factors, and the targets known to have none."""
+    return shapes_of(source.factors), sorted(source.targets - source.factors.keys())
 
 
 def target_shapes_of(

@@ -11,7 +11,6 @@ from typing import Any
 from sora_llm.arguments import Parser
 from sora_llm.backbone import (
     BackboneSpec,
-    base_digest,
     load_backbone,
     load_call,
     load_config,
@@ -31,6 +30,7 @@ from sora_llm.commands.sources import (
     refuse_other_weights,
     replica,
     shapes_in,
+    shared_digest,
     shared_tokenizer,
 )
 from sora_llm.distributed.group import local_device
@@ -176,7 +176,7 @@ def export_consensus(
         separator=shared_separator(result),
         load_options=load_call(spec, config),
         base_loading=spec.loading,
-        base_digest=base_digest(spec),
+        base_digest=shared_digest(sources, spec),
         is_base_quantised=is_quantised(config),
         story=f"Merged from {len(sources)} adapters (singular components of the mean of their products)",
         beside="verified",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 from sora_llm import backbone
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import config_parser, exit_code
-from sora_llm.commands.measuring import MeasuredRows, dev_rows, measuring, quantization_of
+from sora_llm.commands.measuring import MeasuredRows, dev_rows, holding_out, measuring, quantization_of
+from sora_llm.commands.places import trained_config
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import Config, Data, Dataset, Model
@@ -26,7 +26,7 @@ from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.held_out import learned_from
 from sora_llm.running.inputs import Inputs, check_inputs
-from sora_llm.terminal import say
+from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
 
 
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
             refuse_guessed_template(arguments.config, config, inputs)
         found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
         rows = found_rows.rows
+        if measured.is_run_s_own:
+            found_rows.warn_of_doubt()
         loaded = load(subject)
 
         def loss() -> dict[str, float]:
@@ -121,14 +123,15 @@ def fates_of(measured: MeasuredRows) -> list[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was.
-    Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`, whatever other adapter
-    is measured."""
+    """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
+    or nothing says it; `is_run_s_own` says that its own adapter is measured.  Rows, template and `tokenizer`, where it
+    lies, are those of RUN or ADAPTER, as in `generate`, whatever other adapter is measured."""
 
     subject: Subject
     config: Config
     trained: Config | None
     tokenizer: backbone.BackboneSpec
+    is_run_s_own: bool
 
 
 def find_measured(arguments: argparse.Namespace) -> Measured:
@@ -171,27 +174,43 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
             f"--chat-template is for rows that are conversations; rows of type {measured[0].type} are measured without "
             "one; leave it out"
         )
-    if subject.adapter is not None:
-        warn_of_the_adapter(arguments, config, named if other is None else other, named)
-    trained = None if named.trained is None else measuring(named.trained, subject.spec)
-    return Measured(subject, measuring(config, subject.spec), trained, tokenizer_source(named))
+    trained = trained_as(named)
+    if other is not None:
+        warn_of_seen_rows(arguments.adapter, trained_as(other), holding_out(config, trained))
+        warn_of_other_form(arguments.adapter, other, named)
+    elif subject.adapter is not None and config.data.val_datasets is not None:  # of held-out rows those that measure
+        warn_of_seen_rows(arguments.config, trained, config)
+    return Measured(
+        subject,
+        measuring(config, subject.spec),
+        None if trained is None else measuring(trained, subject.spec),
+        tokenizer_source(named),
+        is_run_s_own=other is None and subject.adapter is not None,
+    )
 
 
-def warn_of_the_adapter(arguments: argparse.Namespace, config: Config, measured: Subject, named: Subject) -> None:
-    """Say where the adapter of `measured` may have been trained on rows that it is measured on, or beside another form
-    of the base than that of RUN, which is `named`."""
-    is_own, has_files = measured is named, config.data.val_datasets is not None
-    rows = config if has_files or named.trained is None else named.trained
-    if measured.trained is not None and not (is_own and not has_files):  # its own held-out rows are kept
-        name = arguments.config if is_own else arguments.adapter
-        if (path := learned_from(measured.trained, rows)) is not None:
-            say(f"warning: {name} was trained on {path} too, so that it may have seen rows measured here", sys.stderr)
-    if not is_own and measured.is_loading_known and measured.spec.form != named.spec.form:
-        say(
-            f"warning: {arguments.adapter} was trained beside the base as {measured.spec.form}; it is measured beside "
-            f"it as {named.spec.form}",
-            sys.stderr,
-        )
+def trained_as(subject: Subject) -> Config | None:
+    """The config that its adapter was trained under; None where nothing says it, which is warned of where a run's own
+    config cannot be read."""
+    if subject.place is None:
+        return None
+    try:
+        return trained_config(subject.place)
+    except UserError as error:
+        warn(f"{error} (so that nothing says which rows {subject.place.name} was trained on)")
+        return None
+
+
+def warn_of_seen_rows(name: str, trained: Config | None, measured: Config) -> None:
+    """Say that the adapter `name` may have been `trained` on rows that the config `measured` names or holds out."""
+    if trained is not None and (path := learned_from(trained, measured)) is not None:
+        warn(f"{name} was trained on {path} too, so that it may have seen rows measured here")
+
+
+def warn_of_other_form(name: str, other: Subject, named: Subject) -> None:
+    """Say that the adapter `name` was trained beside another form of the base than it is measured on."""
+    if other.is_loading_known and other.spec.form != named.spec.form:
+        warn(f"{name} was trained beside the base as {other.spec.form}; it is measured beside it as {named.spec.form}")
 
 
 def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:

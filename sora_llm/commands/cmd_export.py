@@ -106,13 +106,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
         spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
         check_out(out, [spec.folder])
         dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
-        adapter = prepared(source, spec, arguments)
         if arguments.layout != "gguf":  # which reads no weights of the base
             refuse_other_weights([source], spec, arguments.base_model, "--base-model")
-        if arguments.layout == "gguf":
-            architecture_of(adapter.config).tensor_names(list(adapter.factors))
+        adapter = prepared(source, spec, arguments)
         provenance = provenance_of(source, spec, line, adapter)
         if arguments.layout == "gguf":
+            architecture_of(adapter.config).tensor_names(list(adapter.factors))
             outtype = arguments.outtype or "f32"
             certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
         elif arguments.layout == "merged":
@@ -307,10 +306,11 @@ def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable
     config = measuring(config, spec)
     try:
         inputs = check_inputs(config, "none")
-        rows = dev_rows(config, inputs).rows
+        measured = dev_rows(config, inputs)
     except UserError as error:
         raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
-    batch_size = config.evaluation.per_device_eval_batch_size
+    measured.warn_of_doubt()
+    batch_size, rows = config.evaluation.per_device_eval_batch_size, measured.rows
     return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device).loss
 
 

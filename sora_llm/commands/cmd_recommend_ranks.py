@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.adapter_view import spectra_of, target_shapes_of
+from sora_llm.commands.adapter_view import shapes_in_files, spectra_of, target_shapes_of
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
@@ -106,7 +106,7 @@ def all_targets(
         if arguments.base is not None:
             raise
         if arguments.target_rank is None:
-            return shapes_of(source.factors), sorted(source.targets - source.factors.keys()), False
+            return *shapes_in_files(source), False
         raise UserError(
             f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
             f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"

@@ -17,7 +17,7 @@ from sora_llm.report_page.reading import read_json
 from sora_llm.running.held_out import hold_out_alike
 from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
 from sora_llm.running.training_data import is_of_other_rows, load_data, prepare_rows
-from sora_llm.terminal import say
+from sora_llm.terminal import say, warn
 from sora_llm.topology import ALONE
 
 
@@ -62,11 +62,27 @@ def has_dev_rows(config: Config) -> bool:
 @dataclass(frozen=True)
 class MeasuredRows:
     """`report` is of the files that they come from, None where rows were held out; `missing` are rows that the run held
-    out and that are not kept under the options of the measurement."""
+    out and that are not kept under the options of the measurement; `doubt` says why the run may have been trained on
+    some that are measured, None where it was not."""
 
     rows: TokenDataset
     report: DataReport | None
     missing: int = 0
+    doubt: str | None = None
+
+    def warn_of_doubt(self) -> None:
+        """For where it is the run's own adapter that is measured."""
+        if self.doubt is not None:
+            warn(f"{self.doubt}: it may have been trained on some that it is measured on here")
+
+
+def holding_out(config: Config, trained: Config | None) -> Config:
+    """By whose config rows are held out, if any are.  Of a run that was `trained` on the data sets that `config` names,
+    those that it held out are measured, whatever seed and share are given: it was trained on the others."""
+    if config.data.val_datasets is not None or trained is None or hold_out_alike(trained, config):
+        return config
+    keeps_to_its_own = trained.data.datasets == config.data.datasets and trained.data.val_set_size is not None
+    return trained if keeps_to_its_own else config
 
 
 def dev_rows(
@@ -75,8 +91,7 @@ def dev_rows(
     """The dev rows; the training rows are read only where dev rows are held out of them.
 
     Args:
-        trained: the config of the run that is measured.  Under a `config` that would hold other rows out, those that
-            the run held out are measured all the same, as it was trained on the others.
+        trained: the config of the run that is measured; its rows are held out as `holding_out` says.
         tokenizer: where it lies, if not beside the base.
 
     Raises:
@@ -88,33 +103,29 @@ def dev_rows(
         rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
         is_own = trained is not None and hold_out_alike(trained, config)
         if is_own and is_of_other_rows(told, config, inputs, report, "dev"):
-            say(
-                f"warning: the rows of data.val_datasets are not those that {run_dir} was measured on in training",
-                sys.stderr,
-            )
+            warn(f"the rows of data.val_datasets are not those that {run_dir} was measured on in training")
         return MeasuredRows(rows, report)
     if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    splitting, its_inputs = config, inputs
-    if trained is not None and not hold_out_alike(trained, config):
-        if trained.data.datasets == config.data.datasets and trained.data.val_set_size is not None:
-            splitting, its_inputs = trained, check_inputs(trained, "none", tokenizer)
-        else:
-            _warn_of_seen_rows(f"{run_dir} did not hold these rows out")
+    splitting = holding_out(config, trained)
+    its_inputs = inputs if splitting is config else check_inputs(splitting, "none", tokenizer)
     data = load_data(splitting, its_inputs, ALONE)
     assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
-    if is_of_other_rows(told, splitting, its_inputs, data.train_report):
-        _warn_of_seen_rows(
+    doubt = None
+    if trained is not None and not hold_out_alike(trained, splitting):
+        doubt = f"{run_dir} did not hold these rows out"
+    elif is_of_other_rows(told, splitting, its_inputs, data.train_report):
+        doubt = (
             f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
         )
     if splitting is config:
-        return MeasuredRows(data.dev, None)
+        return MeasuredRows(data.dev, None, doubt=doubt)
     if (splitting.train.seed, splitting.data.val_set_size) != (config.train.seed, config.data.val_set_size):
         say(
             f"the rows that {run_dir} held out are measured, whatever data.val_set_size and train.seed are given here",
             sys.stderr,
         )
-    return _made_anew(data.dev, config, inputs)
+    return replace(_made_anew(data.dev, config, inputs), doubt=doubt)
 
 
 def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> MeasuredRows:
@@ -124,7 +135,3 @@ def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> Measur
     if not len(rows):
         raise UserError(f"none of the {len(held_out)} rows that were held out in training is kept under these options")
     return MeasuredRows(rows, None, missing=len(np.setdiff1d(held_out.origins, whole.origins)))
-
-
-def _warn_of_seen_rows(why: str) -> None:
-    say(f"warning: {why}: it may have been trained on some that it is measured on here", sys.stderr)

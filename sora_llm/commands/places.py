@@ -126,10 +126,14 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
 
 def trained_config(place: Place) -> Config | None:
     """The config that an adapter of `place` was trained under: its run's own, without what a command overrides or was
-    changed since in a file that was named."""
+    changed since in a file that was named.  None where there is no adapter, or no run here made it.
+
+    Raises:
+        UserError: the run's config is of another version.
+    """
     if place.run_dir is not None and is_run(place.run_dir):
         return find_place(place.run_dir).config
-    return place.config
+    return None if place.adapter is None else place.config
 
 
 def _overrides_key(key: str, overrides: Sequence[str]) -> bool:

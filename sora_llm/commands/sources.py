@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from sora_llm.prompt_form import exported_template, has_conversations
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
-from sora_llm.terminal import say
+from sora_llm.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def source_of(place: Place) -> SavedAdapter:
         lora.targets,
         spec=certified_spec(folder, BackboneSpec(lora.base_model, lora.revision)),
         folder=folder,
-        base_digest=recorded_digest(folder),
+        base_digest=lora.base_digest,
     )
     return source if config is None else _of_run(source, config)
 
@@ -295,11 +294,17 @@ def beside_other_weights(recorded: Mapping[str, str | None], spec: BackboneSpec)
 
 def warn_of_other_weights(name: str, spec: BackboneSpec) -> None:
     """Say that the adapter `name` meets another base than in training."""
-    say(
-        f"warning: the files of {spec.name_or_path} hold other weights than {name} was trained beside (another form of "
-        "them, or another model)",
-        sys.stderr,
+    warn(
+        f"the files of {spec.name_or_path} hold other weights than {name} was trained beside (another form of them, or "
+        "another model)"
     )
+
+
+def shared_digest(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> str | None:
+    """The `base_digest` of what was merged from several: that of their training, where all of which it is known have
+    one, or else that of the base as it is now."""
+    known = {source.base_digest for source in sources} - {None}
+    return known.pop() if len(known) == 1 else base_digest(spec)
 
 
 def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:

@@ -15,7 +15,7 @@ from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone, quiet_libraries
 from sora_llm.backbone import load_config as load_model_config
-from sora_llm.commands.places import find_place, trained_config
+from sora_llm.commands.places import Place, find_place
 from sora_llm.commands.sources import (
     beside_other_weights,
     certified_spec,
@@ -46,8 +46,8 @@ class Subject:
     is_whole: bool = False
     is_loading_known: bool = False
     """Whether `spec` says how the base was loaded: by a run's config, or by the certificate beside an adapter."""
-    trained: Config | None = None
-    """What the run was trained under: `config` without the overrides of the command."""
+    place: Place | None = None
+    """Where it was found; None of a whole model."""
 
     @property
     def certified(self) -> Path | None:
@@ -66,11 +66,11 @@ def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
     place = find_place(path, overrides)
     if place.config is not None:
         spec = backbone_spec(place.config, "none")
-        return Subject(spec, place.config, place.adapter, is_loading_known=True, trained=trained_config(place))
+        return Subject(spec, place.config, place.adapter, is_loading_known=True, place=place)
     folder = place.with_adapter()
     spec = BackboneSpec(saved_base(folder), revision=saved_revision(folder))
     as_certified = certified_spec(folder, spec)
-    return Subject(as_certified or spec, None, folder, is_loading_known=as_certified is not None)
+    return Subject(as_certified or spec, None, folder, is_loading_known=as_certified is not None, place=place)
 
 
 def _is_whole_model(folder: Path) -> bool:

@@ -322,7 +322,7 @@ def _costs(record: Record, chart: Chart | None) -> str:
         rows.append([*row, memory])
     note = (
         '<p class="quiet">Tokens/s of all processes together; peak memory of the main process: on a GPU since its '
-        "engine was made, at the start and at the cut, on a CPU since it began.</p>"
+        "engine was last made (at the start, and wherever adapters change), on a CPU since it began.</p>"
     )
     drawn = "" if chart is None else chart_svg(chart, "tokens per second over steps")
     return markup.table(heads, rows) + note + drawn

@@ -1,7 +1,7 @@
 """The parts of a run, from its config to its end; `sora_llm.train` tells the story.
 
-In the order of a run: inputs, unpack · training_data, data_words · plan · processes · job, announcement, start ·
-training, assembly · stages, loop · sparsity_controller, alarms · measures, evaluation · snapshot · rounds · ending,
-verified_export, layouts; beside them rehearsal (the dry run), rundir and run_state (its files), stop and lifeline,
-packing_proof.
+In the order of a run: inputs, unpack · training_data, data_words, held_out · plan · processes · job, announcement,
+start · training, assembly · stages, loop · sparsity_controller, alarms · measures, evaluation · snapshot · rounds ·
+ending, verified_export, layouts; beside them rehearsal (the dry run), rundir and run_state (its files), stop and
+lifeline, packing_proof.
 """

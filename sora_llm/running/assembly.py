@@ -59,7 +59,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     if start.folder is not None and start.state is not None:
         saved = read_into(model, job, start.folder, start.state)
     elif job.config.model.adapter is not None:
-        on_every(lambda: warm_start(job, model))
+        on_every(lambda: warm_start(job, model, base))
     engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
     training = Training(
         job,
@@ -80,10 +80,13 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     return training
 
 
-def warm_start(job: Job, model: nn.Module) -> None:
-    """Let the adapters begin where the saved one ended."""
-    lora = start_lora(job.config)
+def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
+    """Let the adapters begin where the saved one ended; weights, of the digest `base`, that it was not trained beside
+    are said."""
+    lora, spec = start_lora(job.config), job.inputs.backbone
     start_from(model, lora.factors, lora.scaling)
+    if None not in (base, lora.base_digest) and base != lora.base_digest:
+        say(job.world, f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has")
 
 
 def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
