@@ -16,15 +16,16 @@ from typing import Any, get_type_hints
 import yaml
 
 from sora_llm import config
+from sora_llm.config.conversion import describe
 from sora_llm.row_types import FIELDS
 
 PAGE = Path(__file__).parents[1] / "configs" / "README.md"
 
 HEAD = """# Every key of the config
 
-The YAML files here are whole runs, with the command on top; this page is the schema, `sora_llm/config.py`, as a table.
-A key that is not here stops with the nearest one that is, and one of another trainer with what to set instead; some of
-their names are [taken as ours](#names-of-other-trainers). All keys can be given on the command line, as
+The YAML files here are whole runs, with the command on top; this page is the schema, `sora_llm/config/schema.py`, as
+tables. A key that is not here stops with the nearest one that is, and one of another trainer with what to set instead;
+some of their names are [taken as ours](#names-of-other-trainers). All keys can be given on the command line, as
 `section.key=value`, the value read as YAML; lists by index: `data.datasets.0.path=…`. `--print-config` shows a config
 with every default.
 """
@@ -61,7 +62,7 @@ def table(cls: type) -> str:
         comment = comments[each.name].removeprefix("required: ").removeprefix("required")
         is_required = comments[each.name].startswith("required")
         value = "required" if is_required else f"`{shown(default)}`"
-        allowed = config._describe(hints[each.name])
+        allowed = describe(hints[each.name])
         row = (f"`{each.name}`", value, allowed, comment)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
     return "\n".join(rows)

@@ -130,7 +130,7 @@ def test_the_algorithm_imports_torch_alone(name):
     [
         (("deepspeed", "accelerate"), {"distributed.group", "distributed.engine"}),
         (("torch.distributed",), {"distributed.collectives", "distributed.group", "distributed.replicas"}),
-        (("yaml",), {"config"}),
+        (("yaml",), {"config.yaml_text"}),
         (("bitsandbytes",), {"backbone", "quantised"}),
         (("peft",), {"export", "targets"}),
         (("huggingface_hub",), {"hub"}),

@@ -1,0 +1,53 @@
+"""What a resumed run may change: where and how it runs and is logged, never what it computes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sora_llm.config.schema import Config
+from sora_llm.config.writing import differing_keys, to_dict
+
+FREE_ON_RESUME = (
+    "output.",
+    "evaluation.",
+    "distributed.",
+    "data.num_proc",
+    "data.cache_dir",
+    "quantization.bnb_4bit_quant_storage",
+)
+FIXED_ON_RESUME = (
+    "evaluation.early_stopping_patience",
+    "distributed.sync_every",
+    "distributed.replica",
+    "distributed.outer_",
+)
+BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+
+
+def resume_conflicts(
+    old: dict[str, Any], new: dict[str, Any], num_processes_old: int, num_processes_new: int
+) -> list[str]:
+    """Why a checkpoint made under the config `old` cannot be continued under `new`: the keys that differ and may not,
+    and a sentence if the rows per optimizer step changed.  Empty: it can.  Both are plain mappings of `to_dict`, `old`
+    that of an earlier version perhaps: what had no key then was as its default is."""
+    defaults = to_dict(Config())
+    old = {section: defaults.get(section, {}) | values for section, values in old.items()}
+    conflicts = [
+        key
+        for key in differing_keys(old, new)
+        if key not in BATCH_KEYS and (key.startswith(FIXED_ON_RESUME) or not key.startswith(FREE_ON_RESUME))
+    ]
+    rows_old, product_old = _rows_per_step(old, num_processes_old)
+    rows_new, product_new = _rows_per_step(new, num_processes_new)
+    if rows_old != rows_new:
+        conflicts.append(
+            f"one optimizer step took {product_old} = {rows_old} rows and would now take {product_new} = {rows_new}; "
+            "keep batch size × accumulation steps × processes the same"
+        )
+    return conflicts
+
+
+def _rows_per_step(config: dict[str, Any], num_processes: int) -> tuple[int, str]:
+    factors = [config["train"][key.partition(".")[2]] for key in BATCH_KEYS] + [num_processes]
+    return math.prod(factors), " × ".join(str(factor) for factor in factors)
