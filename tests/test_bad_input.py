@@ -68,12 +68,12 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "cut before anything is learned": (
         lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=0.25", "train.max_steps=4", "train.warmup_ratio=0.03"],
         "nothing is learned before the cut: 4 steps, cut at 1 (sora.consensus_at 0.25), and the learning "
-        "rate is 0 in the first; train for 8 steps, or set train.warmup_ratio 0",
+        "rate is 0 in the first; train for 12 steps",
     ),
     "a last step that learns nothing": (
         lambda tmp: ["sora.dense_ratio=0", "sora.consensus_at=1", "train.max_steps=1", "train.warmup_ratio=0.03"],
         "nothing is learned before the cut: 1 step, cut at 1 (sora.consensus_at 1.0), and the learning rate is 0 in "
-        "the first; train for 2 steps, or set train.warmup_ratio 0",
+        "the first; train for 3 steps",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),

@@ -58,9 +58,9 @@ def announce(job: Job) -> None:
 
 def pruning(stage: Stage) -> str:
     """When gates are pruned, in words."""
-    first, end = stage.weighed_at, stage.phases.sparsify_end
-    if first < end:
-        return f"pruning in steps {first + 1}–{end}"
+    end = stage.phases.sparsify_end
+    if stage.prunes_in_steps:
+        return f"pruning in steps {stage.weighed_at + 1}–{end}"
     return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
 
 
@@ -111,7 +111,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
             "there); train longer, or set train.warmup_ratio 0"
         )
-    elif any(stage.weighed_at == stage.phases.sparsify_end for stage in plan.stages):
+    elif not all(stage.prunes_in_steps for stage in plan.stages):
         later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""
         slots = " (of raw slots; sora.consensus svd keeps more)" if sora.consensus == "slots" else ""
         if plan.budgets:

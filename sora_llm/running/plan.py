@@ -59,7 +59,7 @@ class Stage:
     @property
     def changes(self) -> tuple[int, ...]:
         """The steps before which the adapters take another form: balanced for `adaptive`, cut by consensus."""
-        balanced = (self.weighed_at,) if self.is_adaptive and self.weighed_at < self.phases.sparsify_end else ()
+        balanced = (self.weighed_at,) if self.is_adaptive and self.prunes_in_steps else ()
         return (*balanced, self.phases.sparsify_end) if self.cuts_early else balanced
 
     @property
@@ -70,6 +70,11 @@ class Stage:
         if not (self.is_adaptive or self.starts_blank):
             return self.phases.dense_end
         return min(max(self.phases.dense_end, self.learned_at), self.phases.sparsify_end)
+
+    @property
+    def prunes_in_steps(self) -> bool:
+        """Whether there is a step that cuts gates."""
+        return self.weighed_at < self.phases.sparsify_end
 
     @property
     def learned_at(self) -> int:
@@ -223,11 +228,10 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         starts_blank = number == 0 and not warm
         stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns, starts_blank)
         if not stage.can_prune(warm):
-            at_once = ", or set train.warmup_ratio 0" if replace(stage, warmup_steps=0).can_prune(warm) else ""
             raise UserError(
                 f"nothing is learned before the cut: {so_many_steps(steps)}, cut at "
                 f"{phases.sparsify_end} (sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the "
-                f"first; {_longer(config, steps, is_adaptive)}{at_once}"
+                f"first; {_longer(config, steps, is_adaptive)}"
             )
         stages.append(stage)
     return tuple(stages)
@@ -242,7 +246,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
         warmup = schedule.warmup_steps(steps, train.warmup_ratio)
         stage = Stage(None, phases, warmup, train, 1.0, is_adaptive, starts_blank=not warm)
-        if stage.weighed_at < phases.sparsify_end and stage.can_prune(warm):
+        if stage.prunes_in_steps and stage.can_prune(warm):
             return f"train for {steps} steps"
     return "train longer"
 
