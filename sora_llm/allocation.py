@@ -1,6 +1,6 @@
 """What a rank is worth and which ranks are kept: ΔW as singular components, chosen under a budget or a tolerance.
 
-    ΔW = s · B diag(g) A = U diag(σ) Vᵀ        importance of a component: σ²        cost of a rank: c_m = I_m + O_m
+    ΔW = s · B diag(g) A = U diag(σ) Vᵀ        energy of a component: σ²        cost of a rank: c_m = I_m + O_m
 
 Shape suffixes: I in, O out, R slots, K live components.
 """
@@ -22,7 +22,7 @@ from sora_llm.errors import NotFinite, UserError
 LIVE = 1e-9  # a component is live above this share of its module's largest singular value
 ROUNDING = 1e-14  # and above this share of its slots' sizes: below is what float64 leaves of slots that cancel
 
-Importance = Mapping[str, Sequence[float] | Tensor]  # module → what each of its components or slots is worth, ≥ 0
+Energies = Mapping[str, Sequence[float] | Tensor]  # module → what each of its components or slots is worth, ≥ 0
 Kept = dict[str, list[int]]  # module → indices of what is kept, rising
 Order = list[tuple[str, int]]  # (module, index), the most worthy first
 
@@ -41,7 +41,7 @@ class Components:
     Vt: Tensor
 
     @property
-    def importance(self) -> list[float]:
+    def energies(self) -> list[float]:
         """σ² of every component: what dropping it adds to ‖error‖_F²."""
         return (self.sigma**2).tolist()
 
@@ -107,7 +107,7 @@ def balanced(parts: Components, scaling: float, rank: int | None = None) -> tupl
 
 
 def allocate(
-    importance: Importance,
+    energies: Energies,
     costs: Mapping[str, int],
     budget: int,
     min_rank: int = 0,
@@ -115,24 +115,24 @@ def allocate(
 ) -> Kept:
     """Spend `budget` parameters on the components of all modules.
 
-    They are visited by falling importance / cost (ties: the modules' order, then the index).  One that does not fit
+    They are visited by falling energy / cost (ties: the modules' order, then the index).  One that does not fit
     is passed over and the visit goes on, so the kept cost is never above the budget, and what stays unspent is less
     than the cheapest component left out.  Before the visit every module gets its `min_rank` best ones, as far as it
     has them.
 
     Args:
-        importance: what each component is worth: σ², or a slot's (s·|g|·‖a‖·‖b‖)².
+        energies: what each component is worth: σ², or a slot's (s·|g|·‖a‖·‖b‖)².
         costs: c_m = I_m + O_m, the parameters of one rank.
         caps: min(I_m, O_m).  A module pays for no more ranks than that, so slots beyond are free: kept cost =
             Σ c_m · min(#, cap_m).  Components need no caps, being never more.
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
-        NotFinite: an importance is negative or not finite.
+        NotFinite: an energy is negative or not finite.
     """
-    first, rest = _served_first(_visit(importance, costs), min_rank)
+    first, rest = _served_first(_visit(energies, costs), min_rank)
     _check_served(first, costs, caps, budget, min_rank)
-    kept: Kept = {name: [] for name in importance}
+    kept: Kept = {name: [] for name in energies}
     left = budget
     for name, index in first + rest:
         is_free = caps is not None and len(kept[name]) >= caps[name]
@@ -143,35 +143,35 @@ def allocate(
     return {name: sorted(indices) for name, indices in kept.items()}
 
 
-def within_tolerance(importance: Importance, costs: Mapping[str, int], tolerance: float, min_rank: int = 0) -> Kept:
-    """Drop the components of least importance / cost while Σ dropped σ² ≤ t² · Σ σ², both over all modules.
+def within_tolerance(energies: Energies, costs: Mapping[str, int], tolerance: float, min_rank: int = 0) -> Kept:
+    """Drop the components of least energy / cost while Σ dropped σ² ≤ t² · Σ σ², both over all modules.
 
     So the relative error ‖ΔW − kept‖_F / ‖ΔW‖_F over all modules together is at most `tolerance` (up to rounding of
     the sums); 0 is lossless.  The `min_rank` best components of every module stay.
 
     Raises:
-        NotFinite: an importance is negative or not finite.
+        NotFinite: an energy is negative or not finite.
         ValueError: `tolerance` is not in [0, 1).
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it is a relative error, 0 or more and below 1")
-    first, rest = _served_first(_visit(importance, costs), min_rank)
+    first, rest = _served_first(_visit(energies, costs), min_rank)
     rising = rest[::-1]
-    dropped = list(accumulate(float(importance[name][index]) for name, index in rising))
-    limit = tolerance**2 * math.fsum(float(importance[name][index]) for name, index in first + rest)
-    kept: Kept = {name: [] for name in importance}
+    dropped = list(accumulate(float(energies[name][index]) for name, index in rising))
+    limit = tolerance**2 * math.fsum(float(energies[name][index]) for name, index in first + rest)
+    kept: Kept = {name: [] for name in energies}
     for name, index in first + rising[bisect_right(dropped, limit) :]:
         kept[name].append(index)
     return {name: sorted(indices) for name, indices in kept.items()}
 
 
-def _visit(importance: Importance, costs: Mapping[str, int]) -> Order:
-    """Everything by falling importance / cost; ties in the order of the modules, then of the indices."""
+def _visit(energies: Energies, costs: Mapping[str, int]) -> Order:
+    """Everything by falling energy / cost; ties in the order of the modules, then of the indices."""
     worth: list[tuple[float, str, int]] = []
-    for name, values in importance.items():
+    for name, values in energies.items():
         for index, value in enumerate(map(float, values)):
             if not 0 <= value < math.inf:
-                raise NotFinite(f"{name}: component {index} has importance {value}; it must be finite and 0 or more")
+                raise NotFinite(f"{name}: component {index} has energy {value}; it must be finite and 0 or more")
             worth.append((value / costs[name], name, index))
     worth.sort(key=lambda entry: -entry[0])  # stable
     return [(name, index) for _, name, index in worth]

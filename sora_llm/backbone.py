@@ -114,21 +114,21 @@ def resolve_quant_storage(quant_storage: str, compute_dtype: str, strategy: str)
     return compute_dtype if strategy == "zero3" else "uint8"
 
 
-def load_config(spec: BackboneSpec) -> Any:
+def load_model_config(spec: BackboneSpec) -> Any:
     """The model's transformers config.
 
     Raises:
         UserError: no such folder or hub id, an unreadable config, damaged weights, not a decoder that can be loaded, or
             files that are quantised already, otherwise than `spec` says.
     """
-    config = _read_config(spec)
+    config = _read_model_config(spec)
     files = quantised_files(config)
     if files is not None:
         _refuse_other_form(spec, files)
     return config
 
 
-def _read_config(spec: BackboneSpec) -> Any:
+def _read_model_config(spec: BackboneSpec) -> Any:
     folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
@@ -174,9 +174,9 @@ def as_its_files(spec: BackboneSpec) -> BackboneSpec:
     """In the dtype that the base's files have, and quantised as they are: for a base that no run says how to load.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as `load_model_config`.
     """
-    config = _read_config(spec)
+    config = _read_model_config(spec)
     spec = replace(spec, dtype=dtype_name(config))
     files = quantised_files(config)
     if files is not None:

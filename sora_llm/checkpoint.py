@@ -152,7 +152,7 @@ def _step_of(folder: Path) -> int:
 
 def check_complete(folder: Path) -> None:
     """UserError for a folder that holds no checkpoint, or one that was not finished."""
-    if folder.is_dir() and not (folder / COMPLETE).exists():
+    if not (folder / COMPLETE).exists():
         raise UserError(f"{folder} is not a complete checkpoint: it has no {COMPLETE}, which is written last")
 
 

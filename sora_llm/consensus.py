@@ -33,7 +33,7 @@ class CutReport:
     """What a cut kept and what it cost.
 
     `ranks` are kept slots or components per module; `energy` is Σ ‖ΔW‖_F² over all modules before the cut (Σ σ²) and
-    `dropped_energy` that of what was dropped, before the result is rounded to its dtype; `kept_cost` is
+    `dropped_energy` that of what was dropped, before the result is rounded to its dtype; `kept_params` is
     Σ c_m · min(rank, I_m, O_m).  With a budget `unspent` is what is left of it, and `shortfall` what it has beyond the
     cost of everything that is alive (0 where it had to choose); None without one.
     """
@@ -41,7 +41,7 @@ class CutReport:
     ranks: dict[str, int]
     energy: float
     dropped_energy: float
-    kept_cost: int
+    kept_params: int
     unspent: int | None
     shortfall: int | None
 
@@ -62,7 +62,7 @@ def joined(reports: Sequence[CutReport]) -> CutReport:
         ranks={name: rank for report in reports for name, rank in report.ranks.items()},
         energy=sum(report.energy for report in reports),
         dropped_energy=sum(report.dropped_energy for report in reports),
-        kept_cost=sum(report.kept_cost for report in reports),
+        kept_params=sum(report.kept_params for report in reports),
         unspent=_sum_of_budgets([report.unspent for report in reports]),
         shortfall=_sum_of_budgets([report.shortfall for report in reports]),
     )
@@ -91,11 +91,11 @@ def cut_slots(
     live = {name: live_slots(A, gate) for name, (A, _, gate) in factors.items()}
     kept = live
     if budget is not None:
-        importance = {
-            name: _slot_importance(*factors[name], scaling_of(scaling, name))[live_R] for name, live_R in live.items()
+        energies = {
+            name: _slot_energies(*factors[name], scaling_of(scaling, name))[live_R] for name, live_R in live.items()
         }
         caps = {name: min(shape) for name, shape in shapes.items()}
-        chosen = allocate(importance, costs_of(shapes), budget, min_rank, caps)
+        chosen = allocate(energies, costs_of(shapes), budget, min_rank, caps)
         kept = {name: _only(live_R, chosen[name]) for name, live_R in live.items()}
     dropped = {name: live[name] & ~kept[name] for name in factors}
 
@@ -148,21 +148,21 @@ def keep_components(
     """Choose among the components of all modules and make plain factors of those kept, as `cut_svd` says."""
     if budget is not None and tolerance is not None:
         raise ValueError("a budget and a tolerance are two ways to choose: give one of them")
-    importance = {name: part.importance for name, part in parts.items()}
-    live = {name: len(values) for name, values in importance.items()}
+    energies = {name: part.energies for name, part in parts.items()}
+    live = {name: len(values) for name, values in energies.items()}
     ranks = live
     if budget is not None:
-        ranks = {name: len(kept) for name, kept in allocate(importance, costs_of(shapes), budget, min_rank).items()}
+        ranks = {name: len(kept) for name, kept in allocate(energies, costs_of(shapes), budget, min_rank).items()}
     elif tolerance is not None:
-        kept_within = within_tolerance(importance, costs_of(shapes), tolerance, min_rank)
+        kept_within = within_tolerance(energies, costs_of(shapes), tolerance, min_rank)
         ranks = {name: len(kept) for name, kept in kept_within.items()}
     cut = {}
     for name, part in parts.items():
         # σ falls, so the components kept are the first ones.
         A, B = balanced(part.first(ranks[name]), scaling_of(scaling, name))
         cut[name] = A.to(dtypes[name]), B.to(dtypes[name])
-    energy = math.fsum(value for values in importance.values() for value in values)
-    dropped = math.fsum(value for name, values in importance.items() for value in values[ranks[name] :])
+    energy = math.fsum(value for values in energies.values() for value in values)
+    dropped = math.fsum(value for name, values in energies.items() for value in values[ranks[name] :])
     return cut, _report(ranks, live, shapes, energy, dropped, budget)
 
 
@@ -180,7 +180,7 @@ def _report(
     return CutReport(ranks, energy, dropped_energy, cost, budget - cost, max(0, budget - kept_params(live, shapes)))
 
 
-def _slot_importance(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
+def _slot_energies(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
     """(s·|g|·‖a‖·‖b‖)² of every slot (R,): the energy of what it adds to ΔW, whatever the gauge."""
     size_R = scaling * A.detach().double().norm(dim=1) * B.detach().double().norm(dim=0)
     return (size_R if gate is None else size_R * gate.detach().double()) ** 2

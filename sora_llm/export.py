@@ -438,8 +438,8 @@ def _stored_params(weights: Path) -> int:
 
 
 def stored_in_words(certificate: Mapping[str, Any], shapes: Shapes, said: int) -> str:
-    """Behind the number of parameters that is `said`: how many are stored, where that is another, and what the zeros of
-    padding have to do with it; else ""."""
+    """What to write behind a number of parameters that is `said`: " (N stored …)" where the file stores another number,
+    with the reason; else ""."""
     ranks = {name: module["rank"] for name, module in certificate["modules"].items()}
     stored, ragged = certificate["stored_params"], _ragged_params(ranks, shapes)
     if stored > ragged:

@@ -16,6 +16,7 @@ from sora_llm.budget import RankBudget, importances, make_budgets
 from sora_llm.consensus import CutReport, cut_slots, cut_svd, joined
 from sora_llm.distributed.collectives import (
     broadcast_tensors,
+    is_main,
     on_every,
     on_main,
     require_agreement,
@@ -43,7 +44,6 @@ from sora_llm.inject import (
 from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.optim import IMPORTANCE_SUFFIX
 from sora_llm.sora import SoraLinear
-from sora_llm.topology import World
 from sora_llm.values import is_integer, is_number
 
 
@@ -118,7 +118,6 @@ def cut_by_consensus(
     consensus: str,
     budgets: Sequence[RankBudget] = (),
     dtype: torch.dtype = torch.float32,
-    world: World,
     device: torch.device | str,
     replicas: Replicas | None = None,
 ) -> Cut:
@@ -139,7 +138,7 @@ def cut_by_consensus(
             name: [found.cpu() for found in replicas.gather_on_main(tensor.to(device))]
             for name, tensor in masters.items()
         }
-        members = range(replicas.num) if world.is_main else []
+        members = range(replicas.num) if is_main() else []
         everyone = [{name: found[k] for name, found in gathered.items()} for k in members]
 
     def cut() -> tuple[CutReport | None, float | None]:
@@ -150,7 +149,7 @@ def cut_by_consensus(
         plain.update(found.factors)
         return found.report, found.spread
 
-    report, spread = on_main(cut, world)
+    report, spread = on_main(cut)
     masters = _cut_everywhere(model, plain, dict.fromkeys(layers, dtype), device)
     return Cut(rank_report(layers), masters, report, spread)
 
@@ -247,7 +246,6 @@ def balance(
     *,
     budgets: Sequence[RankBudget],
     dtype: torch.dtype,
-    world: World,
     device: torch.device | str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put every adapter of `model` into balanced SVD form with gates of 1 (collective).
@@ -271,7 +269,7 @@ def balance(
             flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = new_A.float(), new_B.float()
             flat[f"{name}.sigma"] = torch.nn.functional.pad(parts.sigma, (0, layer.rank - len(parts.sigma)))
 
-    on_main(decompose, world)
+    on_main(decompose)
     received = broadcast_tensors(flat, device)
     for name, layer in layers.items():
         A, B = received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)

@@ -217,8 +217,12 @@ def _add_product(
     alpha: float = 1.0,
 ) -> Tensor:
     """wide + mask ⊙ (alpha · left @ right), in the place of `wide` where its memory allows it; None is 0."""
-    if wide is not None and mask is None and wide.dtype == left.dtype and wide.is_contiguous():
-        wide.view(-1, shape[-1]).addmm_(left, right, alpha=alpha)
+    if wide is not None and wide.dtype == left.dtype and wide.is_contiguous():
+        rows = wide.view(-1, shape[-1])
+        if mask is None:
+            rows.addmm_(left, right, alpha=alpha)
+        else:
+            rows.addcmul_(_product(left, right, alpha), mask)
         return wide
     product = _product(left, right, alpha)
     product = (product if mask is None else product.mul_(mask)).view(shape)
@@ -235,7 +239,8 @@ def _kept(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
     generator.manual_seed(seed)
     words = torch.empty((x_TI.numel() + 3) // 4, dtype=torch.int64, device=x_TI.device)
     draws_TI = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x_TI.numel()].view_as(x_TI)
-    return (draws_TI >= min(round(dropout * 2**16), 2**16 - 1) - 2**15).to(x_TI.dtype)
+    dropped = min(round(dropout * 2**16), 2**16 - 1)
+    return torch.ge(draws_TI, dropped - 2**15, out=torch.empty_like(x_TI))  # a cast of booleans takes as long again
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes a second
@@ -307,12 +312,17 @@ class SoraLinear(nn.Module):
         """y = W x + b + s · B (g ⊙ (A x)) of x (…, I): (…, O), in the dtype that the base layer gives."""
         if self.lora_A is None or self.lora_B is None:
             return self.base_layer(x)
-        dropout = self.lora_dropout if self.training else 0.0
-        if dropout == 0 and self.neighbours is not None and not torch.compiler.is_compiling():
+        if self.neighbours is not None and not torch.compiler.is_compiling():
             x_to_base, u_RT = self.neighbours.down(self, x)
             return _between(self.base_layer, x, x_to_base, u_RT, self.lora_B, self.gate, self.scaling)
+        dropout = self.dropout
         seed = _draw_seed() if dropout > 0 else 0
         return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element of x now: 0 in eval mode."""
+        return self.lora_dropout if self.training else 0.0
 
     def cut(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays, and
@@ -362,7 +372,9 @@ class Neighbours:
     One product reads x once where each of them would, forward, for dA and for dx; so their backward passes are one,
     and activation checkpointing takes them together.  What was computed for a neighbour waits until it is asked with
     the very same tensor; anything else begins anew, so that layers which are called in another way are slower and not
-    wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart, as does what dropout masks.
+    wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart.
+
+    Dropout is one mask of x for all of them, also where they stay apart, so that strategies drop the same.
 
     A copy of one of the layers brings copies of the others, whom it knows.
     """
@@ -370,34 +382,47 @@ class Neighbours:
     def __init__(self, layers: Sequence[SoraLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]  # no cycle: a model ends with its last user
         self._waiting: _Waiting | None = None
+        self._seed, self._to_mask = 0, set[int]()
 
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x for the base layer, and u (R, T) of `layer`, whose dropout does nothing."""
+        """x for the base layer, and u = A drop(x) as (R, T) of `layer`."""
+        dropout, seed = layer.dropout, self._seed_for(layer)
+        by_layer = {} if x.is_inference() else self._factors(layer)  # such an x counts no changes
+        if self._waiting is not None and self._waiting.x is not x:
+            self._waiting = None  # nobody will ask for it
+        if (
+            by_layer.keys() <= {id(layer)} or id(layer) not in by_layer
+        ):  # a replica, which DataParallel makes for a pass
+            x_to_base, u_RT = _down(x, dropout, seed, layer.lora_A)  # type: ignore[arg-type]
+            return x_to_base, u_RT
         waiting, self._waiting = self._waiting, None
-        if x.is_inference() or is_partitioned(layer.lora_A):  # the former counts no changes
-            x_to_base, u_RT = _down(x, 0.0, 0, layer.lora_A)  # type: ignore[arg-type]
-            return x_to_base, u_RT
-        by_layer = self._factors(layer)
-        if id(layer) not in by_layer:  # a replica of the layer, which DataParallel makes for a pass
-            x_to_base, u_RT = _down(x, 0.0, 0, layer.lora_A)  # type: ignore[arg-type]
-            return x_to_base, u_RT
         factors = list(by_layer.values())
-        state = tuple(map(_state_of, (x, *factors)))
+        state = (dropout, seed, *map(_state_of, (x, *factors)))
         if waiting is None or not waiting.serves(layer, x, factors, state):
-            x_to_base, *parts = _down(x, 0.0, 0, *factors)
+            x_to_base, *parts = _down(x, dropout, seed, *factors)
             waiting = _Waiting(x, factors, state, x_to_base, dict(zip(by_layer, parts, strict=True)))
         u_RT = waiting.parts.pop(id(layer))
         if waiting.parts:
             self._waiting = waiting
         return waiting.x_to_base, u_RT
 
+    def _seed_for(self, layer: SoraLinear) -> int:
+        """Of its dropout mask: drawn when the first of them asks, and handed once to each of the others."""
+        if layer.dropout == 0:
+            return 0
+        if id(layer) not in self._to_mask:
+            self._seed = _draw_seed()
+            self._to_mask = {id(other) for reference in self._layers if (other := reference()) is not None}
+        self._to_mask.discard(id(layer))
+        return self._seed
+
     def _factors(self, asking: SoraLinear) -> dict[int, Tensor]:
-        """{id of a layer: its A} of those that go into one product with the A of `asking`."""
+        """{id of a layer: its A} of those that go into one product with the A of `asking`; none under ZeRO-3."""
         own: Any = asking.lora_A
         found: dict[int, Tensor] = {}
         for reference in self._layers:
             layer = reference()
-            if layer is None or layer.lora_A is None or (layer.training and layer.lora_dropout > 0):
+            if layer is None or layer.lora_A is None or layer.dropout != asking.dropout:
                 continue
             A = layer.lora_A
             if (A.dtype, A.device, A.shape[1]) == (own.dtype, own.device, own.shape[1]) and not is_partitioned(A):

@@ -75,12 +75,12 @@ def ranks_within(
         UserError: `min_rank` alone costs more than the budget.
     """
     assert budget is None or tolerance is None, "two ways to say one thing"
-    importance = {name: spectrum.sigma**2 for name, spectrum in found.items()}
+    energies = {name: spectrum.sigma**2 for name, spectrum in found.items()}
     costs = costs_of({name: spectrum.shape for name, spectrum in found.items()})
     if budget is not None:
-        kept = allocate(importance, costs, budget, min_rank)
+        kept = allocate(energies, costs, budget, min_rank)
     else:
-        kept = within_tolerance(importance, costs, tolerance or 0.0, min_rank)
+        kept = within_tolerance(energies, costs, tolerance or 0.0, min_rank)
     return {name: len(indices) for name, indices in kept.items()}
 
 

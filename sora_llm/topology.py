@@ -149,8 +149,8 @@ def resolve_strategy(
 def refuse_other_step(
     environ: Mapping[str, str], gradient_accumulation_steps: int, max_grad_norm: float | None
 ) -> None:
-    """UserError if the launcher states of a step, as accelerate does under --use_deepspeed, what the config states
-    otherwise.  Its default, 1 of either, is no statement."""
+    """UserError if the launcher, as accelerate does under --use_deepspeed, sets accumulation or clipping to another
+    value than the config; its default, 1 of either, does not count."""
     for flag, key, own in (
         ("gradient_accumulation_steps", "gradient_accumulation_steps", gradient_accumulation_steps),
         ("gradient_clipping", "max_grad_norm", max_grad_norm or 0),

@@ -179,7 +179,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         stop.at_once = False
         fingerprint = data.fingerprint(order)
         refuse_differing_runs(config, fingerprint)
-        if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world), world)):
+        if not dry_run and (finished := on_main(lambda: finished_before(plan, run_dir, world))):
             return finished
         replicas = None
         if settings.sync_every > 1:
@@ -189,9 +189,9 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         if dry_run:
             return rehearse(job)
         hold_directory(job, run_dir, stack)
-        if finished := on_main(lambda: finished_before(plan, run_dir, world), world):  # while this one waited
+        if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # while this one waited
             return finished
-        on_main(lambda: check_place(config.output.export_layout, inputs, run_dir), world)
+        on_main(lambda: check_place(config.output.export_layout, inputs, run_dir))
         return run_in(job, run_dir)
 
 
@@ -217,7 +217,7 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
                 return finish(training, result)
             next_stage(training, result.masters)
     except Preempted as request:
-        request.status = on_main(directory.preempted, job.world)
+        request.status = on_main(directory.preempted)
         directory.report(to_dict(job.config))
         raise
     except BaseException as error:
@@ -269,11 +269,10 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
             first_step=start.step,
             resumed_from=start.folder,
             is_logged=start.state is None or start.state["unlogged"] is None,
-        ),
-        job.world,
+        )
     )
-    on_main(lambda: checkpoint.set_aside(directory.path, start.step), job.world)
-    on_main(lambda: start_trackers(job, directory.path), job.world)
+    on_main(lambda: checkpoint.set_aside(directory.path, start.step))
+    on_main(lambda: start_trackers(job, directory.path))
     return training
 
 

@@ -267,7 +267,6 @@ def merged_cut(place: Place, budget: int | None) -> dict[str, Any]:
             consensus="svd",
             budgets=budgets,
             dtype=torch.float64,
-            world=place.world,
             device="cpu",
             replicas=place.replicas,
         )

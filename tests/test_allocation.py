@@ -45,7 +45,7 @@ def test_the_components_are_the_dense_svd_of_the_product(shape, dead):
     np.testing.assert_allclose(dense(found), product, rtol=0, atol=atol)
     np.testing.assert_allclose(found.U.T @ found.U, np.eye(num_live), atol=1e-13)
     np.testing.assert_allclose(found.Vt @ found.Vt.T, np.eye(num_live), atol=1e-13)
-    assert found.importance == [value**2 for value in found.sigma.tolist()]
+    assert found.energies == [value**2 for value in found.sigma.tolist()]
 
 
 def test_without_gates_all_slots_count():
@@ -89,7 +89,7 @@ def test_no_matrix_of_the_layers_size_is_formed():
     A, B = adapter((2, size, 1))[0], adapter((2, 1, size), seed=1)[1]
     found = components(A, B, None, S)
     expected = S * float(torch.linalg.matrix_norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T))
-    assert math.sqrt(sum(found.importance)) == pytest.approx(expected, rel=1e-12)
+    assert math.sqrt(sum(found.energies)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_values_of_dead_slots_do_not_matter_and_live_ones_must_be_finite():
@@ -178,25 +178,25 @@ def test_a_truncated_svd_is_the_first_components():
 
 @st.composite
 def problems(draw, equal_costs=False, with_caps=False):
-    """Small integers, so that ties happen: importance, costs, budget, min_rank that the budget allows, caps."""
+    """Small integers, so that ties happen: energies, costs, budget, min_rank that the budget allows, caps."""
     names = ["b", "a", "c", "d"][: draw(st.integers(1, 4))]
-    importance = {name: draw(st.lists(st.integers(0, 12), max_size=6)) for name in names}
+    energies = {name: draw(st.lists(st.integers(0, 12), max_size=6)) for name in names}
     one = draw(st.integers(1, 9))
     costs = {name: one if equal_costs else draw(st.integers(1, 9)) for name in names}
     caps = {name: draw(st.integers(1, 4)) for name in names} if with_caps else None
     min_rank = draw(st.integers(0, 3))
-    served = cost({name: values[:min_rank] for name, values in importance.items()}, costs, caps)
-    everything = cost(importance, costs, caps)
+    served = cost({name: values[:min_rank] for name, values in energies.items()}, costs, caps)
+    everything = cost(energies, costs, caps)
     budget = draw(st.integers(served, everything + 5))
-    return importance, costs, budget, min_rank, caps
+    return energies, costs, budget, min_rank, caps
 
 
 def cost(kept, costs, caps=None):
     return sum(costs[name] * min(len(indices), caps[name] if caps else 99) for name, indices in kept.items())
 
 
-def left_out(kept, importance):
-    return [name for name, values in importance.items() if len(kept[name]) < len(values)]
+def left_out(kept, energies):
+    return [name for name, values in energies.items() if len(kept[name]) < len(values)]
 
 
 @properties
@@ -208,12 +208,12 @@ def test_a_budget_keeps_what_the_reference_keeps(problem):
 @properties
 @given(st.one_of(problems(), problems(with_caps=True)))
 def test_a_budget_is_never_exceeded_and_what_stays_unspent_would_buy_nothing(problem):
-    importance, costs, budget, min_rank, caps = problem
+    energies, costs, budget, min_rank, caps = problem
     kept = allocate(*problem)
     unspent = budget - cost(kept, costs, caps)
     assert unspent >= 0
-    assert all(unspent < costs[name] for name in left_out(kept, importance))
-    for name, values in importance.items():
+    assert all(unspent < costs[name] for name in left_out(kept, energies))
+    for name, values in energies.items():
         assert len(kept[name]) >= min(min_rank, len(values))
         assert kept[name] == sorted(set(kept[name]))
         worst = min((values[i] for i in kept[name]), default=math.inf)
@@ -223,70 +223,70 @@ def test_a_budget_is_never_exceeded_and_what_stays_unspent_would_buy_nothing(pro
 @properties
 @given(problems(equal_costs=True))
 def test_a_budget_is_met_exactly_where_all_costs_are_equal(problem):
-    importance, costs, budget, _, _ = problem
+    energies, costs, budget, _, _ = problem
     one = next(iter(costs.values()))
-    live = sum(map(len, importance.values()))
+    live = sum(map(len, energies.values()))
     assert sum(map(len, allocate(*problem).values())) == min(live, budget // one)
 
 
 @properties
 @given(problems())
 def test_tensors_and_lists_are_allocated_alike(problem):
-    importance, *rest = problem
-    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in importance.items()}
-    assert allocate(tensors, *rest) == allocate(importance, *rest)
+    energies, *rest = problem
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in energies.items()}
+    assert allocate(tensors, *rest) == allocate(energies, *rest)
 
 
 def test_what_does_not_fit_is_passed_over_and_the_visit_goes_on():
-    importance, costs = {"large": [100.0, 90.0], "small": [4.0, 3.0]}, {"large": 10, "small": 3}
-    assert allocate(importance, costs, 17) == {"large": [0], "small": [0, 1]}
-    assert allocate(importance, costs, 9) == {"large": [], "small": [0, 1]}
+    energies, costs = {"large": [100.0, 90.0], "small": [4.0, 3.0]}, {"large": 10, "small": 3}
+    assert allocate(energies, costs, 17) == {"large": [0], "small": [0, 1]}
+    assert allocate(energies, costs, 9) == {"large": [], "small": [0, 1]}
 
 
-def test_importance_counts_per_parameter():
-    importance, costs = {"large": [10.0], "small": [4.0]}, {"large": 10, "small": 2}
-    assert allocate(importance, costs, 10) == {"large": [], "small": [0]}
+def test_energy_counts_per_parameter():
+    energies, costs = {"large": [10.0], "small": [4.0]}, {"large": 10, "small": 2}
+    assert allocate(energies, costs, 10) == {"large": [], "small": [0]}
 
 
 def test_ties_go_to_the_earlier_module_then_to_the_lower_index():
-    importance, costs = {"z": [1.0, 2.0, 2.0], "a": [2.0]}, {"z": 1, "a": 1}
-    assert allocate(importance, costs, 2) == {"z": [1, 2], "a": []}
-    assert allocate(importance, costs, 3) == {"z": [1, 2], "a": [0]}
+    energies, costs = {"z": [1.0, 2.0, 2.0], "a": [2.0]}, {"z": 1, "a": 1}
+    assert allocate(energies, costs, 2) == {"z": [1, 2], "a": []}
+    assert allocate(energies, costs, 3) == {"z": [1, 2], "a": [0]}
 
 
 def test_min_rank_is_served_before_everything_else():
-    importance, costs = {"loud": [9.0, 8.0, 7.0], "quiet": [0.1, 0.2], "dead": []}, {"loud": 2, "quiet": 2, "dead": 2}
-    assert allocate(importance, costs, 6) == {"loud": [0, 1, 2], "quiet": [], "dead": []}
-    assert allocate(importance, costs, 6, min_rank=1) == {"loud": [0, 1], "quiet": [1], "dead": []}
+    energies, costs = {"loud": [9.0, 8.0, 7.0], "quiet": [0.1, 0.2], "dead": []}, {"loud": 2, "quiet": 2, "dead": 2}
+    assert allocate(energies, costs, 6) == {"loud": [0, 1, 2], "quiet": [], "dead": []}
+    assert allocate(energies, costs, 6, min_rank=1) == {"loud": [0, 1], "quiet": [1], "dead": []}
 
 
 def test_a_min_rank_that_costs_more_than_the_budget_is_refused_with_its_cost():
-    importance, costs = {"a": [1.0, 1.0], "b": [1.0]}, {"a": 10, "b": 7}
-    assert allocate(importance, costs, 27, min_rank=2) == {"a": [0, 1], "b": [0]}
+    energies, costs = {"a": [1.0, 1.0], "b": [1.0]}, {"a": 10, "b": 7}
+    assert allocate(energies, costs, 27, min_rank=2) == {"a": [0, 1], "b": [0]}
     with pytest.raises(UserError, match="min_rank 2 keeps 27 parameters, more than the budget of 26"):
-        allocate(importance, costs, 26, min_rank=2)
+        allocate(energies, costs, 26, min_rank=2)
     with pytest.raises(UserError, match="min_rank 0 keeps 0 parameters, more than the budget of -1"):
-        allocate(importance, costs, -1)
+        allocate(energies, costs, -1)
 
 
 def test_slots_beyond_a_layers_own_rank_are_free():
-    importance, costs, caps = (
+    energies, costs, caps = (
         {"narrow": [5.0, 4.0, 3.0, 2.0], "wide": [1.0]},
         {"narrow": 6, "wide": 5},
         {"narrow": 2, "wide": 4},
     )
-    assert allocate(importance, costs, 12, caps=caps) == {"narrow": [0, 1, 2, 3], "wide": []}
-    assert allocate(importance, costs, 11, caps=caps) == {"narrow": [0], "wide": [0]}
-    assert allocate(importance, costs, 12, min_rank=3, caps={"narrow": 1, "wide": 1}) == {
+    assert allocate(energies, costs, 12, caps=caps) == {"narrow": [0, 1, 2, 3], "wide": []}
+    assert allocate(energies, costs, 11, caps=caps) == {"narrow": [0], "wide": [0]}
+    assert allocate(energies, costs, 12, min_rank=3, caps={"narrow": 1, "wide": 1}) == {
         "narrow": [0, 1, 2, 3],
         "wide": [0],
     }
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
-def test_an_importance_that_is_no_size_is_refused(bad):
+def test_an_energy_that_is_no_size_is_refused(bad):
     for choose in (lambda worth: allocate(worth, {"a": 1}, 5), lambda worth: within_tolerance(worth, {"a": 1}, 0.1)):
-        with pytest.raises(ValueError, match="a: component 1 has importance"):
+        with pytest.raises(ValueError, match="a: component 1 has energy"):
             choose({"a": [1.0, bad]})
 
 
@@ -296,17 +296,17 @@ def test_an_importance_that_is_no_size_is_refused(bad):
 @properties
 @given(problems(), st.floats(0, 0.999))
 def test_a_tolerance_drops_the_least_as_long_as_the_error_allows_it(problem, tolerance):
-    importance, costs, _, min_rank, _ = problem
-    kept = within_tolerance(importance, costs, tolerance, min_rank)
-    total = sum(map(sum, importance.values()))
+    energies, costs, _, min_rank, _ = problem
+    kept = within_tolerance(energies, costs, tolerance, min_rank)
+    total = sum(map(sum, energies.values()))
     dropped = [
         (values[i] / costs[name], values[i])
-        for name, values in importance.items()
+        for name, values in energies.items()
         for i in set(range(len(values))) - set(kept[name])
     ]
     spared = [
         (values[i] / costs[name], values[i])
-        for name, values in importance.items()
+        for name, values in energies.items()
         for i in sorted(kept[name], key=lambda i, values=values: (-values[i], i))[min_rank:]
     ]
     energy = sum(value for _, value in dropped)
@@ -315,22 +315,22 @@ def test_a_tolerance_drops_the_least_as_long_as_the_error_allows_it(problem, tol
     if spared:  # one more of the cheapest would be too much
         least = min(spared)[0]
         assert energy + max(value for worth, value in spared if worth == least) > tolerance**2 * total
-    assert all(len(kept[name]) >= min(min_rank, len(values)) for name, values in importance.items())
+    assert all(len(kept[name]) >= min(min_rank, len(values)) for name, values in energies.items())
 
 
 def test_no_tolerance_drops_nothing_but_zeros():
-    importance = {"a": [3.0, 1e-30], "b": [1.0, 0.0]}
-    assert within_tolerance(importance, {"a": 2, "b": 1}, 0.0) == {"a": [0, 1], "b": [0]}
+    energies = {"a": [3.0, 1e-30], "b": [1.0, 0.0]}
+    assert within_tolerance(energies, {"a": 2, "b": 1}, 0.0) == {"a": [0, 1], "b": [0]}
 
 
 def test_a_tolerance_is_a_relative_error_over_all_modules():
-    importance = {"a": [90.0, 4.0], "b": [5.0, 1.0]}
+    energies = {"a": [90.0, 4.0], "b": [5.0, 1.0]}
     costs = {"a": 1, "b": 1}
-    assert within_tolerance(importance, costs, 0.0999) == {"a": [0, 1], "b": [0, 1]}
-    assert within_tolerance(importance, costs, 0.1) == {"a": [0, 1], "b": [0]}
-    assert within_tolerance(importance, costs, 0.23) == {"a": [0], "b": [0]}
-    assert within_tolerance(importance, costs, 0.999) == {"a": [0], "b": []}
-    assert within_tolerance(importance, costs, 0.999, min_rank=1) == {"a": [0], "b": [0]}
+    assert within_tolerance(energies, costs, 0.0999) == {"a": [0, 1], "b": [0, 1]}
+    assert within_tolerance(energies, costs, 0.1) == {"a": [0, 1], "b": [0]}
+    assert within_tolerance(energies, costs, 0.23) == {"a": [0], "b": [0]}
+    assert within_tolerance(energies, costs, 0.999) == {"a": [0], "b": []}
+    assert within_tolerance(energies, costs, 0.999, min_rank=1) == {"a": [0], "b": [0]}
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.0, math.nan])

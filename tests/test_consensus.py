@@ -206,7 +206,7 @@ def test_a_budget_keeps_the_truncated_svds_that_the_reference_names(factors, sha
     assert report.energy == pytest.approx(total, rel=1e-12)
     assert report.dropped_energy == pytest.approx(dropped, rel=1e-10, abs=1e-14 * total)
     assert squared_error(plain_products(cut), products(factors)) == pytest.approx(dropped, rel=1e-9, abs=1e-14 * total)
-    assert report.kept_cost == kept_cost(cut, factors) == budget - report.unspent
+    assert report.kept_params == kept_cost(cut, factors) == budget - report.unspent
     assert report.shortfall == max(0, budget - live_cost)
 
 
@@ -236,7 +236,7 @@ def test_a_budget_keeps_the_slots_that_the_reference_names(factors, share, min_r
     assert report.energy == pytest.approx(total, rel=1e-12)
     assert report.dropped_energy == pytest.approx(error, rel=1e-9, abs=1e-14 * total)
     assert report.ranks == {name: len(A) for name, (A, _) in cut.items()}
-    assert report.kept_cost == kept_cost(cut, factors) == budget - report.unspent <= budget
+    assert report.kept_params == kept_cost(cut, factors) == budget - report.unspent <= budget
     assert report.shortfall == max(0, budget - live_cost)
 
 
@@ -244,7 +244,7 @@ def test_a_budget_keeps_the_slots_that_the_reference_names(factors, share, min_r
 @given(adapters())
 def test_slots_with_enough_budget_and_without_one_are_plain_pruning_bit_for_bit(factors):
     pruned, report = cut_slots(factors, S)
-    live_cost = report.kept_cost
+    live_cost = report.kept_params
     for name, (A, B, g) in factors.items():
         alive = [i for i in range(len(g)) if g[i] != 0]
         root = g[alive].abs().sqrt()
@@ -399,7 +399,7 @@ def test_cuts_of_several_groups_are_one_of_all_their_modules():
     assert whole.dropped_share == pytest.approx(error / total) and error > 0
     assert whole.relative_error == pytest.approx((error / total) ** 0.5)
     assert whole.ranks == {name: len(A) for name, (A, _) in cut.items()}
-    assert (whole.kept_cost, whole.unspent) == (kept_cost(cut, factors), 25 + 10**6 - kept_cost(cut, factors))
+    assert (whole.kept_params, whole.unspent) == (kept_cost(cut, factors), 25 + 10**6 - kept_cost(cut, factors))
     assert whole.shortfall == reports[1].shortfall > reports[0].shortfall == 0
     assert joined([cut_svd(factors, S)[1]]) == cut_svd(factors, S)[1]
 

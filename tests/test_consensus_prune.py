@@ -19,7 +19,6 @@ from sora_llm.budget import make_budgets
 from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.topology import ALONE
 
 R = 6
 IDS = torch.arange(40).reshape(2, 20) % 48
@@ -246,7 +245,7 @@ def test_the_balanced_form_is_the_same_model_with_a_slot_per_component() -> None
     logits = logits_of(model)
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     budgets = make_budgets(shapes_of(model), R, 2.0, None, {}, 0)
-    values, weighed = pipeline.balance(model, masters, budgets=budgets, dtype=torch.float32, world=ALONE, device="cpu")
+    values, weighed = pipeline.balance(model, masters, budgets=budgets, dtype=torch.float32, device="cpu")
     assert relative_error(logits_of(model), logits) < 1e-5
     found = adapter_parameters(model)
     assert values.keys() == found.keys() and all(torch.equal(values[name], found[name]) for name in found)
@@ -266,7 +265,7 @@ def test_uncut_weights_come_back_after_a_copy_was_cut() -> None:
     model = trained()
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     copied, logits = copy.deepcopy(masters), logits_of(model)
-    pipeline.cut_by_consensus(model, masters, consensus="slots", world=ALONE, device="cpu")
+    pipeline.cut_by_consensus(model, masters, consensus="slots", device="cpu")
     pipeline.restore(model, masters, torch.float32)
     assert torch.equal(logits_of(model), logits)
     found = adapter_parameters(model)

@@ -21,7 +21,6 @@ from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.distributed.collectives import gather_objects, is_timeout
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import processes
-from sora_llm.topology import World
 from sora_llm.train import run
 from sora_llm.weights_digest import weights_digest
 
@@ -84,13 +83,12 @@ def test_another_base_on_one_process_is_refused(ground: Playground, base: Path, 
 
 def test_a_run_directory_that_machines_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would train to its end, and fail there: what is exported is read back by all."""
-    world = World(num_processes=2, process_index=0, local_process_index=0)
-    processes.require_shared(tmp_path, world)
+    processes.require_shared(tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(processes, "_VISIBLE_SECONDS", 0.3)
-    monkeypatch.setattr(processes, "on_main", lambda action, world: ".what-another-machine-wrote.tmp")
+    monkeypatch.setattr(processes, "on_main", lambda action: ".what-another-machine-wrote.tmp")
     with pytest.raises(UserError, match="is not the folder that the main process writes"):
-        processes.require_shared(tmp_path, world)
+        processes.require_shared(tmp_path)
 
 
 def test_nothing_goes_on_beside_another_base_in_silence(

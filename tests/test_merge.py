@@ -121,7 +121,7 @@ def test_a_budget_keeps_the_best_low_rank_form_and_tells_its_error(given_replica
     total = merged.report.energy
     assert merged.report.dropped_energy == pytest.approx(dropped, rel=1e-9, abs=1e-14 * total)
     assert float(error @ error) == pytest.approx(dropped, rel=1e-9, abs=1e-14 * total)
-    assert merged.report.kept_cost + merged.report.unspent == budget
+    assert merged.report.kept_params + merged.report.unspent == budget
 
 
 @properties

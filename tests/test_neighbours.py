@@ -13,8 +13,9 @@ from helpers import linear4bit, randomise, relative_error, tiny_llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sora_llm import sora
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.sora import Neighbours, SoraLinear
+from sora_llm.sora import Neighbours, SoraLinear, _kept
 from sora_llm.targets import target_linears
 
 IN, OUTS, RANKS = 7, (5, 3, 4), (3, 2, 4)
@@ -42,11 +43,15 @@ def input_of(seed: int = 0) -> Tensor:
     return torch.randn(2, 6, IN, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def truth(layer: SoraLinear, x: Tensor) -> Tensor:
-    """The equation, left to autograd."""
+def truth(layer: SoraLinear, x: Tensor, seed: int | None = None) -> Tensor:
+    """The equation, left to autograd; with dropout under the mask of `seed`."""
     if layer.lora_A is None or layer.lora_B is None:
         return layer.base_layer(x)
-    u = nn.functional.linear(x, layer.lora_A)
+    kept = x
+    if seed is not None:
+        mask = _kept(x.detach().reshape(-1, x.shape[-1]), layer.lora_dropout, seed).view_as(x)
+        kept = x * mask / (1 - layer.lora_dropout)
+    u = nn.functional.linear(kept, layer.lora_A)
     h = u if layer.gate is None else u * layer.gate
     return layer.base_layer(x) + layer.scaling * nn.functional.linear(h, layer.lora_B)
 
@@ -159,29 +164,49 @@ def test_what_was_computed_without_gradients_is_not_taken_where_they_are_asked_f
         assert not k(x).requires_grad
 
 
-def test_dropout_draws_a_mask_of_its_own_for_each(qkv: tuple[SoraLinear, ...]) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_dropout_is_one_mask_of_x_for_all(
+    qkv: tuple[SoraLinear, ...], apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where ZeRO-3 keeps them apart, or strategies would not train the same."""
+    monkeypatch.setattr(sora, "is_partitioned", lambda parameter: apart)
     for layer in qkv:
         layer.lora_dropout = 0.5
     x = input_of()
-    assert downs(loss_of([layer(x) for layer in qkv])) == 3
+    leaves = [x, *trained(qkv)]
+    torch.manual_seed(3)
+    seeds = [sora._draw_seed() for _ in range(2)]
+    torch.manual_seed(3)
+    for seed in seeds:
+        found, expected = [layer(x) for layer in qkv], [truth(layer, x, seed) for layer in qkv]
+        same(found, expected)
+        assert downs(loss_of(found)) == (3 if apart else 1)
+        same(torch.autograd.grad(loss_of(found), leaves), list(torch.autograd.grad(loss_of(expected), leaves)))
+    state = torch.get_rng_state()
     for layer in qkv:
         layer.eval()
-    assert downs(loss_of([layer(x) for layer in qkv])) == 1
+    same([layer(x) for layer in qkv], [truth(layer, x) for layer in qkv])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_recomputed_activations_give_the_same_gradients(qkv: tuple[SoraLinear, ...]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputed_activations_give_the_same_gradients(qkv: tuple[SoraLinear, ...], dropout: float) -> None:
+    for layer in qkv:
+        layer.lora_dropout = dropout
     x = input_of()
 
     def block(x: Tensor) -> Tensor:
         return loss_of([layer(x) for layer in qkv])
 
     leaves = [x, *trained(qkv)]
+    torch.manual_seed(3)
     direct = torch.autograd.grad(block(x), leaves)
+    torch.manual_seed(3)
     recomputed = torch.autograd.grad(checkpoint(block, x, use_reentrant=False), leaves)
     assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
 
 
-def test_a_neighbour_with_dropout_or_another_width_goes_its_own_way(qkv: tuple[SoraLinear, ...]) -> None:
+def test_a_neighbour_with_another_dropout_or_width_goes_its_own_way(qkv: tuple[SoraLinear, ...]) -> None:
     q, k, v = qkv
     k.lora_dropout = 0.5
     x = input_of()

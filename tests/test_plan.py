@@ -24,7 +24,7 @@ def stage(
 
 
 @pytest.mark.parametrize(
-    ("steps", "weighed_at", "changes", "can_prune"),
+    ("steps", "first_pruning_step", "changes", "can_prune"),
     [
         (3, 1, (1,), False),  # the only step before the cut has the rate 0
         (4, 1, (1,), False),
@@ -35,22 +35,26 @@ def stage(
     ],
 )
 def test_gates_are_weighed_when_something_is_learned_and_the_cut_comes_once(
-    steps: int, weighed_at: int, changes: tuple[int, ...], can_prune: bool
+    steps: int, first_pruning_step: int, changes: tuple[int, ...], can_prune: bool
 ) -> None:
-    planned = stage(steps)
-    assert (planned.weighed_at, planned.changes, planned.can_prune(warm=False)) == (weighed_at, changes, can_prune)
-    assert planned.can_prune(warm=True), "an adapter that was trained before has components"
-    assert [step for step in range(steps) if planned.is_pruning(step)] == list(range(weighed_at, int(0.4 * steps)))
+    planned = stage(steps, starts_blank=True)
+    assert (planned.first_pruning_step, planned.form_changes) == (first_pruning_step, changes)
+    assert planned.can_prune == can_prune
+    assert stage(steps).can_prune, "an adapter that was trained before has components"
+    assert [step for step in range(steps) if planned.is_pruning(step)] == list(
+        range(first_pruning_step, int(0.4 * steps))
+    )
 
 
 def test_without_quantiles_gates_are_pruned_from_the_phase_s_first_step_and_cut_where_a_finetune_phase_follows() -> (
     None
 ):
     fixed = stage(20, is_adaptive=False)
-    assert (fixed.weighed_at, fixed.changes) == (2, (8,))
+    assert (fixed.first_pruning_step, fixed.form_changes) == (2, (8,))
     to_the_end = stage(20, cut=1.0)
-    assert to_the_end.changes == (2,) and not to_the_end.cuts_early and stage(1, 0, 1.0, 0).can_prune(warm=False)
-    assert not stage(1, 0, 1.0).can_prune(warm=False), "its one step has the rate 0"
+    assert to_the_end.form_changes == (2,) and not to_the_end.cuts_early
+    assert stage(1, 0, 1.0, 0, starts_blank=True).can_prune
+    assert not stage(1, 0, 1.0, starts_blank=True).can_prune, "its one step has the rate 0"
 
 
 @pytest.mark.parametrize(("warmup", "first"), [(0.0, 1), (0.03, 2), (0.3, 2)])

@@ -111,7 +111,6 @@ def test_a_tracker_that_cannot_be_started_is_a_sentence(tmp_path):
 
 def test_only_the_main_process_writes(tmp_path):
     directory = RunDirectory(tmp_path, is_main=False)
-    directory.begin(config_yaml="a: 1\n", env={}, total_steps=2)
     directory.metrics(1, "dense", {"loss": 1.0})
     directory.ranks(1, {"q": 1}, {})
     directory.status("running")

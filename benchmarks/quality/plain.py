@@ -64,7 +64,7 @@ def cut_plain(training: Training, step: int, cell: Cell, budget: int) -> None:
 
     After k of n cuts full · (budget / full)^(k/n) parameters are left.
     """
-    cuts = training.stage.changes
+    cuts = training.stage.form_changes
     if step not in cuts:
         return
     model, costs = training.engine.module, costs_of(training.engine.module)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.lora_files import WEIGHTS
-from sora_llm.backbone import BackboneSpec, load_config, quiet_libraries, skeleton
+from sora_llm.backbone import BackboneSpec, load_model_config, quiet_libraries, skeleton
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
@@ -81,7 +81,7 @@ def target_shapes_of(
         return shapes_of(source.factors), []
     quiet_libraries()
     spec = base_of([source], base, trust_remote_code)
-    bare_model = skeleton(load_config(spec), spec)
+    bare_model = skeleton(load_model_config(spec), spec)
     shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
     return shapes, sorted(shapes.keys() - source.factors.keys())
 

@@ -160,7 +160,7 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
             "alone with --no-adapter"
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
-    model_config = backbone.load_config(subject.spec)
+    model_config = backbone.load_model_config(subject.spec)
     named = replace(named, spec=subject.spec)  # the base alone is spoken to as with its adapter
     tokenizer = backbone.load_tokenizer(tokenizer_source(named))
     form = _form(arguments, named, tokenizer)

@@ -13,7 +13,7 @@ from sora_llm.backbone import (
     BackboneSpec,
     load_backbone,
     load_call,
-    load_config,
+    load_model_config,
     quiet_libraries,
     skeleton,
     tokenizer_files,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         sources = [read_source(path) for path in arguments.sources]
         spec = base_of(sources, arguments.base, arguments.trust_remote_code)
         check_out(out, [spec.folder])
-        bare_model = skeleton(load_config(spec), spec)
+        bare_model = skeleton(load_model_config(spec), spec)
         refuse_other_weights(sources, spec, arguments.base)
         sources = [source.on(bare_model) for source in sources]
         refuse_other_targets(sources, arguments.allow_missing)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
         weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
         replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
         merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
-        refuse_nothing(merged.report.kept_cost, merged.report.energy, shapes)
+        refuse_nothing(merged.report.kept_params, merged.report.energy, shapes)
         tokenizer = shared_tokenizer(sources, spec)
         result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
         result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
@@ -132,7 +132,7 @@ def described(
     return {
         "sources": parts,
         "mean_rank": mean_rank(report.ranks, shapes),
-        "kept_params": report.kept_cost,
+        "kept_params": report.kept_params,
         "merge_error": report.relative_error,
         "shortfall": report.shortfall,
         "jaccard": merged.jaccard,
@@ -165,7 +165,7 @@ def export_consensus(
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
-    config = load_config(spec)
+    config = load_model_config(spec)
     model = put_on(load_backbone(spec, local_device()), merged.factors)
     provenance = Provenance(
         base_model=spec.name_or_path,

@@ -234,7 +234,7 @@ def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
 def config_for(subject: Subject) -> Config:
     """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
     spec = subject.spec
-    text_config = backbone.load_config(spec).get_text_config()
+    text_config = backbone.load_model_config(spec).get_text_config()
     return Config(
         model=Model(dtype=spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
         quantization=quantization_of(spec),

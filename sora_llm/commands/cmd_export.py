@@ -20,7 +20,7 @@ from sora_llm.backbone import (
     BackboneSpec,
     load_backbone,
     load_call,
-    load_config,
+    load_model_config,
     quiet_libraries,
     skeleton,
     tokenizer_files,
@@ -235,7 +235,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
     Raises:
         UserError: it does not fit the base, or the size leaves nothing.
     """
-    config = load_config(spec)
+    config = load_model_config(spec)
     bare_model = skeleton(config, spec)
     source = source.on(bare_model)
     shapes = shapes_in(spec, bare_model, [source])
@@ -245,7 +245,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
-    refuse_nothing(report.kept_cost, report.energy, shapes)
+    refuse_nothing(report.kept_params, report.energy, shapes)
     return PreparedAdapter(factors, config, bare_model, report)
 
 

@@ -106,9 +106,9 @@ def _of_config(name: str, file: Path, config: Config) -> Place:
 
 
 def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
-    """With the directory where the run is now as its output_dir, and with the chat template that it has put beside its
-    adapter in place of the file that it was read from, which may be another one, or gone, by now.  Beside that of a run
-    that rendered nothing lies the base's, if any."""
+    """`place` with the directory where the run is now as its output_dir, and with the chat template that was saved
+    beside the adapter, as the file that the config names may have changed since.  Beside the adapter of a run that
+    rendered nothing lies the base's template, if any."""
     adapter, run_dir = place.adapter, place.run_dir
     if place.config is None or run_dir is None:
         return place

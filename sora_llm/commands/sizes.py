@@ -47,9 +47,9 @@ def budget_of(arguments: argparse.Namespace, shapes: Shapes) -> int | None:
     return params_of(arguments.target_rank, sum(costs_of(shapes).values()))
 
 
-def refuse_nothing(kept_cost: int, energy: float, shapes: Shapes) -> None:
+def refuse_nothing(kept_params: int, energy: float, shapes: Shapes) -> None:
     """UserError if a size left nothing of an adapter that did something; `shapes` is {module: (I, O)}."""
-    if kept_cost == 0 and energy > 0:
+    if kept_params == 0 and energy > 0:
         cheapest = min(costs_of(shapes).values())
         raise UserError(f"the size leaves nothing: the cheapest rank takes {cheapest:,} parameters; give more")
 

@@ -13,8 +13,14 @@ from torch import nn
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
-from sora_llm.backbone import BackboneSpec, as_its_files, has_tokenizer, load_backbone, quiet_libraries
-from sora_llm.backbone import load_config as load_model_config
+from sora_llm.backbone import (
+    BackboneSpec,
+    as_its_files,
+    has_tokenizer,
+    load_backbone,
+    load_model_config,
+    quiet_libraries,
+)
 from sora_llm.commands.places import Place, find_place
 from sora_llm.commands.sources import (
     beside_other_weights,

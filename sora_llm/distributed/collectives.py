@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.hashes import disagreements, tensor_hash
-from sora_llm.topology import World
 
 T = TypeVar("T")
 
@@ -24,6 +23,11 @@ ALL: tuple[tuple[int, ...], ...] = ()
 def in_process_group() -> bool:
     """Whether this process belongs to a group with others."""
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that acts for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def is_timeout(error: BaseException) -> bool:
@@ -78,11 +82,7 @@ def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "
     description = gather_objects({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})[0]
     received = {}
     for name, (shape, dtype) in description.items():
-        buffer = (
-            tensors[name].to(device).contiguous()
-            if dist.get_rank() == 0
-            else torch.empty(shape, dtype=dtype, device=device)
-        )
+        buffer = tensors[name].to(device).contiguous() if is_main() else torch.empty(shape, dtype=dtype, device=device)
         if buffer.numel():
             dist.broadcast(buffer, src=0)
         received[name] = buffer.cpu()
@@ -111,12 +111,12 @@ def require_agreement(
         )
 
 
-def on_main(action: Callable[[], T], world: World) -> T:
+def on_main(action: Callable[[], T]) -> T:
     """Run `action` on the main process and give its (small, picklable) result to all (collective).
 
     What it raises is raised on every process: a main process that failed alone would leave the others waiting.
     """
-    outcome, failure = _attempt(action) if world.is_main else (None, None)
+    outcome, failure = _attempt(action) if is_main() else (None, None)
     outcomes = gather_objects((outcome, failure))
     return _unless_failed(outcomes[0][0], [outcomes[0][1]])
 

@@ -19,7 +19,7 @@ from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
 from sora_llm.running.held_out import learned_from
 from sora_llm.running.inputs import run_of_adapter
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job
 from sora_llm.running.plan import Plan, Stage, so_many_steps
 from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
@@ -27,14 +27,12 @@ from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 def announce(job: Job) -> None:
     """Say what is about to run."""
-    plan, world = job.plan, job.world
-    memory = job.memory
+    plan, memory = job.plan, job.memory
     for line in describe_data(job.config, job.inputs, job.data, job.order):
-        say(world, line)
+        job.say(line)
     first = plan.stages[0]
     several = f"{len(plan.stages)} stages of " if plan.is_path else ""
-    say(
-        world,
+    job.say(
         f"{plan.strategy} on {job.processes}; "
         f"{several}{so_many_steps(first.total_steps)} of {job.step_size}, {pruning(first)}; "
         f"{memory.trainable_parameters:,} trainable parameters beside {memory.frozen_parameters:,} frozen ones "
@@ -42,25 +40,24 @@ def announce(job: Job) -> None:
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
     if job.replicas is not None:
-        say(world, local_updates(job, job.replicas))
+        job.say(local_updates(job, job.replicas))
     if plan.config.model.adapter is not None:
-        say(world, f"starting from the adapter {plan.config.model.adapter}")
+        job.say(f"starting from the adapter {plan.config.model.adapter}")
     for budget in plan.budgets:
         of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
-        say(
-            world,
+        job.say(
             f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
             f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
     for line in warnings(plan, job.inputs.skeleton):
-        say(world, f"warning: {line}")
+        job.say(f"warning: {line}")
 
 
 def pruning(stage: Stage) -> str:
     """When gates are pruned, in words."""
     end = stage.phases.sparsify_end
     if stage.prunes_in_steps:
-        return f"pruning in steps {stage.weighed_at + 1}–{end}"
+        return f"pruning in steps {stage.first_pruning_step + 1}–{end}"
     return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
 
 

@@ -18,7 +18,7 @@ from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
 from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.inputs import start_lora
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job
 from sora_llm.running.loop import Tally, forget_peak
 from sora_llm.running.measures import raise_alarms
 from sora_llm.running.packing_proof import prove_packing
@@ -86,7 +86,7 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
     lora, spec = start_lora(job.config), job.inputs.backbone
     start_from(model, lora.factors, lora.scaling)
     if None not in (base, lora.base_digest) and base != lora.base_digest:
-        say(job.world, f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has")
+        job.say(f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has")
 
 
 def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
@@ -143,15 +143,13 @@ def cut_adapter(
         consensus=sora.consensus,
         budgets=budgets,
         dtype=DTYPES[sora.dtype] if dtype is None else dtype,
-        world=job.world,
         device=job.accelerator.device,
         replicas=job.replicas if had_gates and not training.agrees else None,
     )
     if cut.report is not None:
         if cut.spread is not None:
-            say(job.world, f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
-        say(
-            job.world,
+            job.say(f"merging replicas of which the farthest is {cut.spread:.1%} of ΔW from their mean")
+        job.say(
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
             f"{cut.report.dropped_share:.1%} of ΔW's energy dropped",
         )

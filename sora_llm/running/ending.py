@@ -25,7 +25,6 @@ from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.job import (
     Job,
-    say,
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
 from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
@@ -81,7 +80,6 @@ def cut_and_export(training: Training) -> StageResult:
             if is_path
             else directory.path / "adapter",
             adapter_layout(config.output.export_layout),
-            world=job.world,
             provenance=provenance(training, fields),
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
@@ -98,8 +96,7 @@ def cut_and_export(training: Training) -> StageResult:
     directory.metrics(training.done, "export", fields)
     directory.ranks(training.done, ranks.ranks, training.labels)
     worst = worst_delta_error(exported.certificate)
-    say(
-        job.world,
+    job.say(
         f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept"
         f"{export.stored_in_words(exported.certificate, shapes, ranks.kept_params)}; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
@@ -143,12 +140,12 @@ def finish(training: Training, result: StageResult) -> RunResult:
     job, directory = training.job, training.directory
     adapter = directory.path / "adapter"
     if job.plan.is_path:
-        on_main(lambda: export.copy_adapter(result.exported.folder, adapter), job.world)
+        on_main(lambda: export.copy_adapter(result.exported.folder, adapter))
     directory.adapter = adapter
     leave_beside(training, result)
     directory.status("finished", phase="done")
     directory.report(to_dict(job.config), plots=True)
-    metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status), job.world)
+    metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status))
     return RunResult(adapter, metrics, status)
 
 
@@ -172,7 +169,7 @@ def leave_beside(training: Training, result: StageResult) -> None:
         except UserError as error:  # `check_layout` found nothing when the run began
             raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
 
-    say(job.world, on_main(write, job.world))
+    job.say(on_main(write))
 
 
 def memorisation(job: Job, model: nn.Module) -> float:
@@ -197,11 +194,11 @@ def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     try:
         answers = sample_answers(model, tokenizer, prompts, prompt_form(job.config, tokenizer, template).stop)
     except Exception as error:
-        say(job.world, f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
+        job.say(f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
         return
     directory.samples(answers)
     for answer in answers:
-        say(job.world, f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
+        job.say(f"> {answer['prompt']}\n  base:    {answer['base']!r}\n  adapted: {answer['adapted']!r}")
 
 
 def probe(job: Job) -> Tensor:

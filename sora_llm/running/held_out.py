@@ -9,7 +9,7 @@ from sora_llm.files import user_path
 
 
 def hold_out_alike(one: Config, other: Config) -> bool:
-    """Whether two configs hold the same rows out of the same files: the draw is among the rows that are kept."""
+    """Whether two configs hold out the same dev rows: same rows kept of the same files, and one seed."""
     return (_what_decides(one.data), one.train.seed) == (_what_decides(other.data), other.train.seed)
 
 

@@ -100,7 +100,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
             f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would "
             "be cast like a weight; leave it on auto"
         )
-    model_config = backbone.load_config(spec)
+    model_config = backbone.load_model_config(spec)
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
     skeleton = backbone.skeleton(model_config, spec)
     target_linears(skeleton, target_modules(config))

@@ -93,11 +93,10 @@ class Job:
         inputs, strategy = self.inputs, self.plan.strategy
         return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
 
-
-def say(world: World, text: str) -> None:
-    """Print a line once, however many processes there are."""
-    if world.is_main:
-        terminal.say(text)
+    def say(self, text: str) -> None:
+        """Print a line once, however many processes there are."""
+        if self.world.is_main:
+            terminal.say(text)
 
 
 def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None:
@@ -120,10 +119,10 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None
         return None
 
     has_said = False
-    while (other := on_main(holder, job.world)) is not None:
+    while (other := on_main(holder)) is not None:
         if not has_said:
-            say(job.world, f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, which {other} holds")
+            job.say(f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, which {other} holds")
             has_said = True
         job.heed_stop()
     if job.world.num_processes > 1:
-        require_shared(run_dir, job.world)
+        require_shared(run_dir)

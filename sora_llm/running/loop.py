@@ -22,8 +22,8 @@ from sora_llm.topology import World
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One process's micro-batches of a step, and what it trains on: a weight is that of supervised tokens, their
-    number, unless the data gives weights."""
+    """One process's micro-batches of a step, and their weights.  A weight is the number of supervised tokens, or the
+    sum of their loss weights where the data gives some."""
 
     micro_batches: Sequence[Mapping[str, Tensor]]
     """The arguments of `causal_loss_sum`."""

@@ -13,7 +13,7 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.collectives import gather_integers
 from sora_llm.inject import adapters
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job
 from sora_llm.running.loop import peak_memory_gib
 from sora_llm.running.training import Best, Training
 from sora_llm.schedule import DENSE, FINETUNE
@@ -52,13 +52,13 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     if evaluated and counts and training.patience.is_exhausted_by(evaluated["eval_loss"]):
         training.stage_is_done = True
         patience = job.config.evaluation.early_stopping_patience
-        say(job.world, f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
+        job.say(f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
 
 
 def raise_alarms(job: Job, sentences: list[str]) -> None:
     """Say them."""
     for sentence in sentences:
-        say(job.world, f"warning: {sentence}")
+        job.say(f"warning: {sentence}")
 
 
 def is_due(interval: int | None, done: int) -> bool:
@@ -72,7 +72,7 @@ def evaluation_due(job: Job, done: int) -> bool:
 
 
 def skipped_steps(training: Training) -> int:
-    """Of the run; with local updates by the replica that skipped most (collective)."""
+    """The steps skipped so far; with local updates the most that a replica skipped (collective)."""
     own = training.tally.skipped_steps
     if training.rounds is None:
         return own
@@ -111,8 +111,7 @@ def final_masters(training: Training) -> Mapping[str, Tensor]:
     if best is None:
         return training.engine.masters()
     if best.step != training.done:
-        say(
-            training.job.world,
+        training.job.say(
             f"the adapter is that of step {best.step}, which has the lowest dev loss of the finetune phase "
             f"({best.eval_loss:.4f})",
         )

@@ -50,20 +50,20 @@ class Stage:
             return {"learning_rate": 0.0, "gate_lr": 0.0}
         kind = self.settings.lr_scheduler_type
         factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, kind)
-        for change in self.changes:
+        for change in self.form_changes:
             if step >= change:
                 length = schedule.ramp_steps(self.total_steps - change, self.settings.warmup_ratio)
                 factor *= schedule.ramp(step - change, length)
         return {"learning_rate": factor * self.settings.learning_rate, "gate_lr": factor * self.gate_lr}
 
     @property
-    def changes(self) -> tuple[int, ...]:
+    def form_changes(self) -> tuple[int, ...]:
         """The steps before which the adapters take another form: balanced for `adaptive`, cut by consensus."""
-        balanced = (self.weighed_at,) if self.is_adaptive and self.prunes_in_steps else ()
+        balanced = (self.first_pruning_step,) if self.is_adaptive and self.prunes_in_steps else ()
         return (*balanced, self.phases.sparsify_end) if self.cuts_early else balanced
 
     @property
-    def weighed_at(self) -> int:
+    def first_pruning_step(self) -> int:
         """The first step that prunes, before which `adaptive` weighs the gates: the first one of the sparsify phase,
         and not before a step has learned anything.  With B = 0 every component is 0, no gate has a gradient, and a prox
         would shrink all of them blindly.  Where that is the phase's end, only the cut to a budget prunes."""
@@ -74,7 +74,7 @@ class Stage:
     @property
     def prunes_in_steps(self) -> bool:
         """Whether there is a step that cuts gates."""
-        return self.weighed_at < self.phases.sparsify_end
+        return self.first_pruning_step < self.phases.sparsify_end
 
     @property
     def learned_at(self) -> int:
@@ -82,19 +82,19 @@ class Stage:
         total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
         return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
 
-    def can_prune(self, warm: bool) -> bool:
-        """Whether B is not 0 any more when the adapters are cut.  A run that starts from a trained adapter (`warm`) has
-        such a B from the beginning."""
-        return warm or not self.learns or self.learned_at <= self.phases.sparsify_end
+    @property
+    def can_prune(self) -> bool:
+        """Whether B is not 0 any more when the adapters are cut."""
+        return not self.starts_blank or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
         """Whether gates are cut in `step`."""
-        return self.phases.at(step) == SPARSIFY and step >= self.weighed_at
+        return self.phases.at(step) == SPARSIFY and step >= self.first_pruning_step
 
     def round_bounds(self, step: int, sync_every: int) -> tuple[int, int]:
         """First step, and first step after, of the round of local updates that `step` belongs to."""
         own = self.phases
-        bounds = sorted({0, own.dense_end, self.weighed_at, own.sparsify_end, own.total_steps})
+        bounds = sorted({0, own.dense_end, self.first_pruning_step, own.sparsify_end, own.total_steps})
         return schedule.round_bounds(step, sync_every, bounds)
 
     @property
@@ -128,7 +128,7 @@ class Plan:
         return len(self.stages) > 1
 
     def most_evaluations(self, eval_steps: int) -> int:
-        """Of those that patience counts, and that come before a stage's last step, the most in one stage."""
+        """The most evaluations in any one stage that patience counts, without the one at the stage's last step."""
         counts, first = [], 0
         for stage in self.stages:
             begin = stage.phases.dense_end if self.is_path else stage.phases.sparsify_end
@@ -224,10 +224,9 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
             gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
-        warm = config.model.adapter is not None
-        starts_blank = number == 0 and not warm
+        starts_blank = number == 0 and config.model.adapter is None
         stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns, starts_blank)
-        if not stage.can_prune(warm):
+        if not stage.can_prune:
             raise UserError(
                 f"nothing is learned before the cut: {so_many_steps(steps)}, cut at "
                 f"{phases.sparsify_end} (sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the "
@@ -241,12 +240,12 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
     """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios, and
     with a step between what is learned and the cut."""
     sora, train = config.sora, config.train
-    warm = config.model.adapter is not None
+    starts_blank = config.model.adapter is None
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
         warmup = schedule.warmup_steps(steps, train.warmup_ratio)
-        stage = Stage(None, phases, warmup, train, 1.0, is_adaptive, starts_blank=not warm)
-        if stage.prunes_in_steps and stage.can_prune(warm):
+        stage = Stage(None, phases, warmup, train, 1.0, is_adaptive, starts_blank=starts_blank)
+        if stage.prunes_in_steps and stage.can_prune:
             return f"train for {steps} steps"
     return "train longer"
 

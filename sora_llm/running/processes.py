@@ -14,7 +14,7 @@ from typing import Any
 
 from sora_llm.config import Config, differing_keys, to_dict
 from sora_llm.distributed import group
-from sora_llm.distributed.collectives import gather_objects, on_every, on_main
+from sora_llm.distributed.collectives import gather_objects, is_main, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
 from sora_llm.running.lifeline import Lifeline
 from sora_llm.running.unpack import adapter_dtype
@@ -125,7 +125,7 @@ def refuse_differing(what: str, own: Any) -> None:
             )
 
 
-def require_shared(run_dir: Path, world: World) -> None:
+def require_shared(run_dir: Path) -> None:
     """UserError unless all processes see one directory: checkpoints and exports are read back there (collective)."""
 
     def leave_mark() -> str:
@@ -143,9 +143,9 @@ def require_shared(run_dir: Path, world: World) -> None:
                 )
             time.sleep(0.2)
 
-    mark = run_dir / on_main(leave_mark, world)
+    mark = run_dir / on_main(leave_mark)
     try:
         on_every(lambda: see(mark))
     finally:
-        if world.is_main:
+        if is_main():
             mark.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from sora_llm.errors import RunFailed
 from sora_llm.estimates.memory import memory_table
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.running.assembly import load_and_inject
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job
 from sora_llm.running.loop import peak_memory_gib, train_step
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.snapshot import save_checkpoint
@@ -26,7 +26,7 @@ def rehearsal_folder(job: Job) -> Iterator[Path]:
     """A folder that all processes see, as they will the run directory, and that is removed (collective)."""
     run_dir = user_path(job.config.output.output_dir, "output.output_dir")
     above = nearest_existing(run_dir.parent)
-    folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above), job.world)
+    folder = on_main(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=above))
     try:
         yield Path(folder)
     finally:
@@ -62,8 +62,7 @@ def rehearse(job: Job) -> RunResult:
     else:
         tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
         tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
-    say(
-        job.world,
+    job.say(
         "dry run: one step and one save worked, nothing was kept\n"
         f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
         f"  steps                 {steps} of {job.step_size}\n"

@@ -118,7 +118,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
 
 
 def lost_holder(run_dir: Path) -> str | None:
-    """ "process PID", where one of this machine held the run directory and is gone without a word; else None.
+    """The "process PID" that held the run directory, if it ran on this machine and is gone without a word; else None.
 
     Of another machine's process the lock may not tell: not every shared file system has them.
     """

@@ -1,4 +1,4 @@
-"""The run directory: who holds it, and every small file that a run writes there beside checkpoints and adapter."""
+"""The run directory: every small file that a run writes there beside checkpoints and adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", 
 class RunDirectory:
     """The main process's pen: metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
 
-    Every process has one and calls the same methods; only the main process's writes.  `step`, `phase`, `checkpoint`
+    Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint`
     and `adapter` are what the next status.json will say.
     """
 
@@ -58,14 +58,13 @@ class RunDirectory:
         resumed_from: Path | None = None,
         is_logged: bool = True,
     ) -> None:
-        """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again).
+        """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again); on the main
+        process.
 
         `is_logged`: whether the line of the step `resumed_from` was written before its checkpoint.
         """
         self.is_begun = True
         self.start_at(first_step, resumed_from)
-        if not self.is_main:
-            return
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
         with self._writing():
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote

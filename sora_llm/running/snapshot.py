@@ -38,12 +38,11 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
-        on_main(lambda: checkpoint.begin_replicas(directory.path, step), job.world)
+        on_main(lambda: checkpoint.begin_replicas(directory.path, step))
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
     directory.checkpoint = on_main(
-        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best_masters),
-        job.world,
+        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best_masters)
     )
     directory.step = step
     directory.status("running", phase=training.phase)
@@ -66,7 +65,7 @@ class Saved:
 
 
 def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
-    """UserError if this run, in `run_dir`, may not go on from the checkpoint in `folder`, whose `state` that is."""
+    """UserError if this run, in `run_dir`, cannot go on from the checkpoint `folder`, whose state.json is `state`."""
     if "stage" not in state or "skipped" not in state["tally"]:
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():

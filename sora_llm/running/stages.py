@@ -60,7 +60,7 @@ def train_stage(training: Training) -> None:
         training.stage_is_done = step_of_stage + 1 == stage.total_steps
         # Proved before the step, after which ZeRO's all-gather overwrites a copy that is corrupt.
         due = training.stage_is_done or is_due(config.distributed.check_every, done)
-        due |= step_of_stage + 1 in stage.changes or (training.patience.counts and evaluation_due(job, done))
+        due |= step_of_stage + 1 in stage.form_changes or (training.patience.counts and evaluation_due(job, done))
         if training.rounds is not None:
             training.rounds.part()
         loss_sum, outcome = train_step(
@@ -96,8 +96,9 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
     engine, controller, rounds = training.engine, training.controller, training.rounds
     sparse_lambda: float | dict[str, float] = 0.0
     fields: dict[str, Any] = {"lambda": 0.0}
+    rates = stage.rates(step)
     if stage.is_pruning(step):
-        progress, rates = stage.phases.progress(step), stage.rates(step)
+        progress = stage.phases.progress(step)
         if rounds is None:
             sparse_lambda = controller.choose(engine.gates(), progress, engine.device, gate_lr=rates["gate_lr"])
         elif not controller.is_adaptive:  # that chooses when the round ends
@@ -106,7 +107,7 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
                 controller.choose(rounds.gates, stage.phases.progress(end - 1), engine.device, num_steps=end - first)
             sparse_lambda = controller.chosen
         fields = controller.fields if rounds is None or not controller.is_adaptive else {}
-    engine.set_rates(**stage.rates(step), sparse_lambda=sparse_lambda)
+    engine.set_rates(**rates, sparse_lambda=sparse_lambda)
     return fields
 
 
@@ -127,7 +128,7 @@ def refuse_more_skipping(training: Training) -> None:
 
 
 def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) -> float:
-    """Of the step; with local updates the mean over the processes that had rows (collective)."""
+    """The gradient norm of the step; with local updates the mean over the processes that had rows (collective)."""
     if training.rounds is None:
         return outcome.grad_norm
     has_rows = float(batches.weight > 0)
@@ -173,7 +174,7 @@ def change_form(training: Training, step: int) -> None:
         RunFailed: processes disagree, or nothing is left to train.
     """
     job, engine, stage = training.job, training.engine, training.stage
-    if step not in stage.changes:
+    if step not in stage.form_changes:
         return
     training.tally.pause_clock()
     training.prove_agreement()
@@ -182,9 +183,7 @@ def change_form(training: Training, step: int) -> None:
     with engine.released(whole=False) as model:
         if step < stage.phases.sparsify_end:
             dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
-            masters, importance = pipeline.balance(
-                model, old, budgets=job.plan.budgets, dtype=dtype, world=job.world, device=device
-            )
+            masters, importance = pipeline.balance(model, old, budgets=job.plan.budgets, dtype=dtype, device=device)
         else:
             cut = cut_adapter(training, model, old)
             if cut.ranks.kept_params == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, terminal
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import UserError
@@ -17,7 +17,7 @@ from sora_llm.files import user_path
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
 from sora_llm.running.inputs import written_since
-from sora_llm.running.job import Job, say
+from sora_llm.running.job import Job
 from sora_llm.running.plan import Plan, refuse_other_config
 from sora_llm.running.snapshot import refuse_other_run
 from sora_llm.topology import World
@@ -38,7 +38,7 @@ class RunResult:
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
     """The result of the finished run in this directory, or None: also where its adapter is gone, which is then exported
-    again from the newest checkpoint.
+    again from the newest checkpoint.  For the main process.
 
     Raises:
         UserError: the directory belongs to a run of another config.
@@ -61,14 +61,13 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     adapter = run_dir / status["adapter"]
     if not adapter.is_dir():
         return None
-    say(
-        world,
-        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)",
+    terminal.say(
+        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)"
     )
     lines = read_json_lines(run_dir / "metrics.jsonl")
     metrics = lines[-1] if lines else {}
     for line in what_is_missing(plan.config.output.export_layout, run_dir, metrics):
-        say(world, line)
+        terminal.say(line)
     return RunResult(adapter, metrics, status)
 
 
@@ -98,7 +97,7 @@ def resume_point(job: Job, run_dir: Path) -> StartPoint:
     Raises:
         UserError: the checkpoint is of another config or of other data.
     """
-    return on_main(lambda: _newest_start(job, run_dir), job.world)
+    return on_main(lambda: _newest_start(job, run_dir))
 
 
 def _newest_start(job: Job, run_dir: Path) -> StartPoint:
@@ -109,16 +108,16 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     if resume == "auto":
         folder, warnings = checkpoint.newest(run_dir)
         for warning in warnings:
-            say(job.world, f"warning: passed over: {warning}")
+            job.say(f"warning: passed over: {warning}")
     else:
         folder = written_since(run_dir, resume) or user_path(resume, "output.resume")
     if folder is None:
         if warnings:
-            say(job.world, f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
+            job.say(f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
         return StartPoint()
     state = checkpoint.read_state(folder)
     refuse_other_run(job, run_dir, folder, state)
-    say(job.world, f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
+    job.say(f"resuming from {folder}: step {state['step']} of {job.plan.total_steps}")
     return StartPoint(state["step"], folder, state)
 
 

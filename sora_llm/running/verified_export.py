@@ -11,9 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sora_llm import export
-from sora_llm.distributed.collectives import gather_objects, on_main
-from sora_llm.errors import Preempted
-from sora_llm.topology import World
+from sora_llm.distributed.collectives import gather_objects, is_main, on_main
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ def export_verified(
     folder: Path,
     layout: str,
     *,
-    world: World,
     provenance: export.Provenance,
     allow_empty: bool,
     probe_ids: Tensor,
@@ -46,23 +43,20 @@ def export_verified(
     """
     temporary = Path(
         on_main(
-            lambda: str(export.write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)),
-            world,
+            lambda: str(export.write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance))
         )
     )
     try:
         with export.reloaded(model, temporary, probe_ids) as check:
             eval_loss = eval_loss_of(check.peft_model)
         before_publishing()
-    except Preempted:
-        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True), world)
-        raise
-    # Also the wait for the others: the main process is about to rename the folder that they are reading.
-    worst = export.worst_of(gather_objects(check.errors))
-    if eval_loss is not None:
-        metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
-        provenance = replace(provenance, metrics=metrics)
-    certificate = on_main(
-        lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance), world
-    )
+        # Also the wait for the others: the main process is about to rename the folder that they are reading.
+        worst = export.worst_of(gather_objects(check.errors))
+        if eval_loss is not None:
+            metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
+            provenance = replace(provenance, metrics=metrics)
+        certificate = on_main(lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance))
+    finally:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)  # of an export that was stopped, or failed
     return Exported(folder, certificate, eval_loss)
