@@ -91,7 +91,8 @@ class OuterOptimizer:
 def shrink_gates(gate: Tensor, mean: Tensor, agreed: Tensor) -> Tensor:
     """A replica's gate (R,) after the prox took the mean gate to `agreed`: shrunk in the same proportion.
 
-    So the mean over replicas is `agreed`, all have its support, and no gate changes its sign.
+    So the mean over replicas is `agreed`, none lives that is 0 in it, and no gate changes its sign.  A gate that is 0
+    already stays so, also where others brought the mean to life.
     """
     return torch.where(agreed == 0, torch.zeros_like(gate), gate * (agreed / mean))
 

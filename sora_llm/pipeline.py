@@ -125,7 +125,7 @@ def cut_by_consensus(
 
     The main process cuts, its factors are broadcast, and their hashes are compared on every process (collective).
     Adapters without gates have been cut already and stay as they are.  With `replicas` the `masters` of each are its
-    own, all of one support, and what is cut is the mean of their products; the main process holds all of them.
+    own, and what is cut is the mean of their products; the main process holds all of them.
 
     Raises:
         RunFailed: the bits that arrived differ.
@@ -199,8 +199,7 @@ def cut_factors(
     consensus: str,
     budgets: Sequence[RankBudget],
 ) -> CutFactors:
-    """Plain factors by `consensus`, group by group where there are budgets; several replicas have one support and go by
-    svd."""
+    """Plain factors by `consensus`, group by group where there are budgets; several replicas go by svd."""
     factors = replicas[0]
     if all(gate is None for _, _, gate in factors.values()):
         assert len(replicas) == 1, "replicas are merged while they have gates"
@@ -227,15 +226,17 @@ def cut_factors(
 def _merge(
     replicas: Sequence[Factors], scaling: Mapping[str, float], budget: int | None, min_rank: int
 ) -> tuple[PlainFactors, CutReport, float]:
-    """Replicas of one support as one adapter, and how far the farthest of them is from it.
+    """Replicas as one adapter, and how far the farthest of them is from it.
 
-    Without a budget every module keeps as many components as gates live: the mean of products has up to K times as
-    many, which nobody asked for.
+    Without a budget every module keeps as many components as gates live in some replica, which are those that all
+    agreed on: one that took no step in the last round has no part in what came back to life.  The mean of products
+    has up to K times as many components, which nobody asked for.
     """
     members = [WeightedAdapter(1.0, factors, scaling) for factors in replicas]
     max_ranks = None
     if budget is None:
-        max_ranks = kept_ranks({name: gate for name, (_, _, gate) in replicas[0].items() if gate is not None})
+        gates = {name: [replica[name][2] for replica in replicas] for name in replicas[0]}
+        max_ranks = kept_ranks({name: torch.stack(own).any(0) for name, own in gates.items()})  # type: ignore[arg-type]
     merged = merge(members, budget, min_rank=min_rank, scaling=scaling, max_ranks=max_ranks)
     return merged.factors, merged.report, max(report.distance or 0.0 for report in merged.replicas)
 

@@ -18,6 +18,7 @@ from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipelin
 from sora_llm.budget import make_budgets
 from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
+from sora_llm.local_updates import shrink_gates
 from sora_llm.optim import ProxAdamW, parameter_groups
 
 R = 6
@@ -228,6 +229,20 @@ def cut_with_other_algebra() -> str:
 def test_every_process_gets_the_same_bits_whatever_its_linear_algebra() -> None:
     one, other = spawn("test_consensus_prune:cut_with_other_algebra", 2, {})
     assert one == other
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_replicas_keep_the_ranks_that_they_agreed_on_in_whatever_order(first: int) -> None:
+    """One that took no step in the last round has no part in the slots that came back to life in it."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 8, generator=generator), torch.randn(6, 4, generator=generator)
+    gates = [torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.4, 0.4])]
+    mean = torch.stack(gates).mean(0)
+    agreed = mean - 0.05
+    replicas = [{"layer": (A + 0.01 * k, B, shrink_gates(gate, mean, agreed))} for k, gate in enumerate(gates)]
+    assert [int((replica["layer"][2] != 0).sum()) for replica in replicas] == [2, 4]
+    cut = pipeline.cut_factors([replicas[first], replicas[1 - first]], {"layer": 1.0}, "svd", ())
+    assert cut.report is not None and cut.report.ranks == {"layer": 4}
 
 
 def test_under_ddp_the_old_wrapper_is_refused_and_a_new_one_goes_on() -> None:

@@ -23,6 +23,8 @@ from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_templat
 from sora_llm.data.tokenize import (
     encode_prompt,
     ends_visibly,
+    joins_a_prompt_s_end,
+    opened_for_asking,
     served_template,
     special_tokens_written,
     tokenize_examples,
@@ -40,12 +42,14 @@ def byte_tokenizer(
     special: tuple[str | AddedToken, ...] = (),
     merges: tuple[tuple[str, str], ...] = (),
     trim_offsets: bool = False,
+    use_regex: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """One token per byte, but for `special` tokens and `merges` (of two characters each)."""
+    """One token per byte, but for `special` tokens and `merges` (of two characters each); with `use_regex` within the
+    words of GPT-2's pattern."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(a + b for a, b in merges)]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
     added = [token if isinstance(token, AddedToken) else AddedToken(token, special=True) for token in special]
     backend.add_special_tokens([*(AddedToken(token, special=True) for token in ("<bos>", "<eos>")), *added])
@@ -439,6 +443,42 @@ def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
     assert byte.decode(encode_prompt(byte, "Hi", None)) == "<bos>Hi"
 
 
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """Joins line breaks, and a blank with the letter behind it."""
+    return byte_tokenizer(merges=(("Ċ", "Ċ"), ("Ġ", "f"), ("Ġ", "Ġ")), use_regex=True)
+
+
+@needs_models
+@pytest.mark.parametrize("end", [":", " ", ": ", "\n", "\n\n", " \n", ":  "])
+@pytest.mark.parametrize("model", ["base5m", "stories260k", "joining"])
+def test_a_prompt_has_the_tokens_that_it_has_before_an_answer(model, end):
+    """A blank at its end is a token of its own only where nothing follows."""
+    tokenizer = joining_tokenizer() if model == "joining" else AutoTokenizer.from_pretrained(SHARED / "models" / model)
+    asked = encode_prompt(tokenizer, f"Answer{end}", None)
+    for answer in ("four", "Four", "4"):
+        ids, _ = tokens_and_weights(PromptCompletion("Answer", answer), tokenizer, "", separator=end)
+        assert ids[: len(asked)] == asked
+        assert tokenizer.decode(ids[len(asked) :]).lstrip().lower().startswith(("four", "4"))
+
+
+@needs_models
+def test_a_template_that_ends_prompts_with_blanks_asks_with_the_tokens_of_training():
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base5m")
+    ids, _ = tokens_and_weights(chat(("user", "Hi"), ("assistant", "four")), tokenizer, BLANK_FIRST)
+    asked = encode_prompt(tokenizer, "Hi", BLANK_FIRST)
+    assert ids[: len(asked)] == asked and tokenizer.convert_ids_to_tokens(asked)[-1] == ":"
+    assert joins_a_prompt_s_end(tokenizer, BLANK_FIRST) and not joins_a_prompt_s_end(tokenizer, TEMPLATES["llama-3"])
+    assert joins_a_prompt_s_end(joining_tokenizer(), TEMPLATES["llama-3"]), "of two line breaks"
+
+
+def test_what_a_template_opens_an_answer_with_for_asking_alone_is_found(byte):
+    thinking = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ PROMPT }}".replace(
+        "{{ PROMPT }}", "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+    )
+    assert opened_for_asking(byte, thinking) == "<think>"
+    assert [opened_for_asking(byte, template) for template in TEMPLATES.values()] == [""] * len(TEMPLATES)
+
+
 BLANK_FIRST = (
     "  {% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -464,7 +504,9 @@ def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, 
             add_generation_prompt=True,
             return_dict=False,
         )
-        assert ids == encode_prompt(tokenizer, question, template)
+        asked = encode_prompt(tokenizer, question, template)
+        assert ids[: len(asked)] == asked
+        assert len(ids) == len(asked) or joins_a_prompt_s_end(tokenizer, template), "which a run warns of"
     assert served_template(tokenizer, served) == served
     writes_bos = name in ("gemma", "llama-2", "llama-3", "mistral")
     assert (served == template) == (writes_bos or model == "bytes without bos")

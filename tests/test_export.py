@@ -440,11 +440,16 @@ def test_tokenizer_files_are_copied_byte_for_byte(stories, tmp_path):
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == "some/base"
 
 
-def test_the_model_card_says_what_ended_a_prompt(stories, tmp_path):
+@pytest.mark.parametrize(
+    ("separator", "how"),
+    [("\n", "it."), (": ", "':', as the blank is part of an answer's first token."), (" ", "'', as the blank is part")],
+)
+def test_the_model_card_says_what_ended_a_prompt(separator, how, stories, tmp_path):
     """Asked without the separator the adapter would go on with the question."""
-    provenance = Provenance("some/base", separator="\n")
+    provenance = Provenance("some/base", separator=separator)
     export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
-    assert "Behind every prompt stood '\\n' (a Python string)" in (tmp_path / "adapter" / "README.md").read_text()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"Behind every prompt stood {separator!r} (a Python string): end yours with {how}" in card
 
 
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):

@@ -208,8 +208,10 @@ By the rules that each engine has for scale and shapes, computed from these file
 
 def _prompt_line(provenance: Provenance, use: str) -> str:
     lines = ""
-    if provenance.separator:
-        lines += f"Behind every prompt stood {provenance.separator!r} (a Python string): end yours with it.\n"
+    if separator := provenance.separator:
+        end = separator.rstrip(" ")  # most tokenizers join a blank with the word behind it
+        how = "it" if end == separator else f"{end!r}, as the blank is part of an answer's first token"
+        lines += f"Behind every prompt stood {separator!r} (a Python string): end yours with {how}.\n"
     if provenance.chat_template is not None:
         lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
     return lines

@@ -16,7 +16,7 @@ from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
-from sora_llm.running.data_words import ending_warning
+from sora_llm.running.data_words import template_warnings
 from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
 from sora_llm.running.run_state import read_status
 from sora_llm.running.training_data import (
@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
         file = report_file(config, arguments.report)
         inputs = check_inputs(config, "none")
         found = report_on_data(config, inputs)
-        content = {**found, "warnings": ending_warning(config, inputs), "report": None if file is None else str(file)}
+        content = {
+            **found,
+            "warnings": template_warnings(config, inputs),
+            "report": None if file is None else str(file),
+        }
         if file is not None:
             _write(file, content)
         return content

@@ -77,18 +77,19 @@ def tokenize_examples(
 
 def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
     """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
-    as it is.
+    as it is; its tokens are those that it has where an answer follows.
 
     Raises:
         BadRow: the template refuses it, or it holds what is no text.
     """
     if template is not None:
         return encode_dialogue(tokenizer, [Message("user", prompt)], template)
-    return _tokenize([whole_characters(prompt, "the prompt")], tokenizer)[0].ids
+    return _ids_before_an_answer(whole_characters(prompt, "the prompt"), tokenizer)
 
 
 def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
-    """Ids that a model goes on from: the messages so far with the assistant's turn opened.
+    """Ids that a model goes on from: the messages so far with the assistant's turn opened; its tokens are those that it
+    has where an answer follows.
 
     Raises:
         BadRow: the template refuses them, or they hold what is no text.
@@ -96,7 +97,18 @@ def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) 
     for message in messages:
         whole_characters(message.content, f"the {message.role}'s message")
     text = render(as_dicts(messages), template, tokenizer.special_tokens_map, prompt=True)
-    return _tokenize([text], tokenizer)[0].ids
+    return _ids_before_an_answer(text, tokenizer)
+
+
+def _ids_before_an_answer(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text as far as they do not depend on what comes behind it.  Blanks at its end do in most
+    vocabularies: "Answer: four" has the token "▁four", and of two line breaks GPT-2's pattern joins none before a word;
+    alone they would be tokens that no row of the training had there.  A last blank is left for the model to write."""
+    if text == text.rstrip():
+        return _tokenize([text], tokenizer)[0].ids
+    one, *others = _tokenize([text + beginning for beginning in "aA1"], tokenizer)
+    num_shared = min(common_prefix_length(one.ids, other.ids) for other in others)
+    return one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
 
 
 def served_template(tokenizer: Any, template: str) -> str:
@@ -195,6 +207,24 @@ def untaught_end(tokenizer: Any, template: str) -> str | None:
         if tokenizer.decode([token]).strip():
             return None
     return None
+
+
+def joins_a_prompt_s_end(tokenizer: Any, template: str) -> bool:
+    """Whether the template ends prompts with blanks that have other tokens where an answer follows."""
+    with suppress(BadRow):
+        prompt = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
+        return _tokenize([prompt], tokenizer)[0].ids != _ids_before_an_answer(prompt, tokenizer)
+    return False
+
+
+def opened_for_asking(tokenizer: Any, template: str) -> str:
+    """What the template opens an answer with where the model is asked (thoughts, by DeepSeek-R1's), and does not write
+    before an answer that has none of it; "" where it writes the same."""
+    with suppress(BadRow):
+        asked = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
+        answered = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map)
+        return asked[common_prefix_length(asked, answered) :].strip()
+    return ""
 
 
 _ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
@@ -469,6 +499,11 @@ class _Tokens:
             first += 1  # a marker that swallows the blanks after it (Phi-3's do) stays with what is before
         last += self._begins_before(end, last)
         return slice(first + self._num_added, last + self._num_added)
+
+    def num_before(self, char: int) -> int:
+        """How many tokens end before this character begins; all, where the tokenizer does not say where they come
+        from."""
+        return len(self.ids) if self._encoding is None else self._token_at(char) + self._num_added
 
     def begin_at(self, char: int) -> bool:
         """Whether a token is known to begin with this character, so that none lies across its beginning."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sora_llm.config import Config
 from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
 from sora_llm.data.stream import StreamOrder
 from sora_llm.data.templates import DEFAULT_TEMPLATE, TEMPLATES
-from sora_llm.data.tokenize import ends_visibly, untaught_end
+from sora_llm.data.tokenize import ends_visibly, joins_a_prompt_s_end, opened_for_asking, untaught_end
 from sora_llm.prompt_form import has_conversations, template_is_named
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.training_data import TrainingData
@@ -28,7 +30,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
         lines += repetition_warning(data.train_report)
-    return lines + mixture(config, data) + assumed_template(config, inputs) + ending_warning(config, inputs)
+    return lines + mixture(config, data) + assumed_template(config, inputs) + template_warnings(config, inputs)
 
 
 def mixture(config: Config, data: TrainingData) -> list[str]:
@@ -57,10 +59,21 @@ def assumed_template(config: Config, inputs: Inputs) -> list[str]:
     ]
 
 
-def ending_warning(config: Config, inputs: Inputs) -> list[str]:
-    """A line if what is trained on does not teach a model to stop where a client notices."""
+def template_warnings(config: Config, inputs: Inputs) -> list[str]:
+    """A line for each way in which the chat template has a model answer otherwise than it was trained."""
+    if not has_conversations(config.data.datasets):
+        return []
     tokenizer, template = inputs.tokenizer, inputs.chat_template
-    if not has_conversations(config.data.datasets) or ends_visibly(tokenizer, template):
+    return [
+        *_ending_warning(tokenizer, template),
+        *_opening_warning(tokenizer, template),
+        *_blank_warning(tokenizer, template),
+    ]
+
+
+def _ending_warning(tokenizer: Any, template: str) -> list[str]:
+    """If what is trained on does not teach a model to stop where a client notices."""
+    if ends_visibly(tokenizer, template):
         return []
     if (token := untaught_end(tokenizer, template)) is not None:
         return [
@@ -70,6 +83,27 @@ def ending_warning(config: Config, inputs: Inputs) -> list[str]:
     return [
         "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for it to "
         "stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+    ]
+
+
+def _opening_warning(tokenizer: Any, template: str) -> list[str]:
+    """If the model is asked with the beginning of an answer that rows do not have."""
+    if not (opened := opened_for_asking(tokenizer, template)):
+        return []
+    return [
+        f"warning: where the model is asked the chat template opens its answer with {opened!r}, which it does not "
+        "write before an answer without thoughts: give answers theirs, or name another data.chat_template"
+    ]
+
+
+def _blank_warning(tokenizer: Any, template: str) -> list[str]:
+    """If a client that tokenises a prompt alone asks with other tokens than were trained."""
+    if not joins_a_prompt_s_end(tokenizer, template):
+        return []
+    return [
+        "warning: the chat template ends prompts with blanks that this tokenizer joins with what follows, so that "
+        "servers, which tokenise prompts alone, ask with other tokens than those trained on (the commands here do "
+        "not): let it end prompts without them"
     ]
 
 
