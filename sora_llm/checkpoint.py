@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sora_llm import run_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256, fsync, make_folder, publish, write_text_atomically
 
@@ -48,7 +49,7 @@ def save(
         RunFailed: the disk is full or read-only, or a replica's file is not to be seen; older checkpoints are
             untouched.
     """
-    folder = run_dir / "checkpoints" / f"step-{step}"
+    folder = run_dir / run_files.CHECKPOINTS / f"step-{step}"
     temporary = _temporary(run_dir, step)
     with _or_fail(run_dir, step):
         if num_replicas == 0:
@@ -78,7 +79,7 @@ def begin_replicas(run_dir: Path, step: int) -> None:
         RunFailed: as `save`.
     """
     with _or_fail(run_dir, step):
-        make_folder(run_dir / "checkpoints")
+        make_folder(run_dir / run_files.CHECKPOINTS)
         remove_leftovers(run_dir)
         _temporary(run_dir, step).mkdir()
 
@@ -105,7 +106,7 @@ def replica_file(index: int) -> str:
 
 
 def _temporary(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f".step-{step}.tmp"
+    return run_dir / run_files.CHECKPOINTS / f".step-{step}.tmp"
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -129,7 +130,7 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a process that was killed had half written, or half deleted, among the checkpoints."""
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):
+    for leftover in (run_dir / run_files.CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -140,7 +141,7 @@ def _complete(hashes: Mapping[str, str]) -> str:
 
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders that claim to be complete, newest first."""
-    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{COMPLETE}")]
+    found = [path.parent for path in (run_dir / run_files.CHECKPOINTS).glob(f"step-*/{COMPLETE}")]
     return sorted((folder for folder in found if _step_of(folder) >= 0), key=_step_of, reverse=True)
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint, hub, terminal
+from sora_llm import checkpoint, hub, run_files, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.backbone import check_attention
 from sora_llm.config import Config, from_dict, load_config, to_dict, to_yaml
@@ -324,7 +324,7 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         elif saved:
             where = f"{run_dir / saved} is complete; start the same command again to go on"
         terminal.say(f"stopped by {request}: {where}")
-    lines = read_json_lines(run_dir / "metrics.jsonl")
+    lines = read_json_lines(run_dir / run_files.METRICS)
     return RunResult(None, lines[-1] if lines else {}, status)
 
 

@@ -18,7 +18,7 @@ from runs import gsm8k_overrides
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import cli
-from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton
+from sora_llm.backbone import BackboneSpec, load_backbone, load_model_config, skeleton
 from sora_llm.estimates.memory import estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.targets import linear_layers
@@ -182,7 +182,7 @@ def test_evaluate_refuses_an_adapter_that_is_none(tmp_path, capsys):
 def test_the_estimate_is_what_the_tensors_weigh(options, tolerance):
     spec = BackboneSpec(str(shared("models/base5m")), **options)
     memory = estimate(
-        skeleton(load_config(spec), spec),
+        skeleton(load_model_config(spec), spec),
         spec,
         r=8,
         target_modules="all-linear",
@@ -214,7 +214,7 @@ def _weight_bytes(model: torch.nn.Module) -> int:
 
 def test_zero_divides_what_it_shards():
     spec = BackboneSpec(str(shared("models/base5m")), load_in_4bit=True)
-    bones = skeleton(load_config(spec), spec)
+    bones = skeleton(load_model_config(spec), spec)
 
     def of(strategy: str):
         return estimate(

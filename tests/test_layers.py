@@ -14,7 +14,7 @@ GROUPS = ("artifacts", "estimates", "running")
 """Packages whose modules have places of their own; the others have one as a whole."""
 # From the bottom up; a module imports only from the lines below its own.  `config` stands beside them all.
 LAYERS = """
-errors terminal row_types values
+errors terminal row_types values run_files
 arguments files hub running.stop running.lifeline
 extensions
 topology sora schedule factors hashes weights_digest allocation loss_scale

@@ -20,7 +20,7 @@ from sora_llm.artifacts import merged, merged_export
 from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.merged import Merge, plan_merge
 from sora_llm.artifacts.merged_export import export_merged
-from sora_llm.backbone import BackboneSpec, load_backbone, load_config, skeleton, tokenizer_files
+from sora_llm.backbone import BackboneSpec, load_backbone, load_model_config, skeleton, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter, folded_factors
 from sora_llm.inject import adapters, inject_sora
@@ -59,13 +59,13 @@ def trained(spec: BackboneSpec) -> Any:
 
 
 def planned(spec: BackboneSpec, factors: Any, dequantise: bool) -> Merge:
-    return plan_merge(factors, spec, skeleton(load_config(spec), spec), dequantise=dequantise, device="cpu")
+    return plan_merge(factors, spec, skeleton(load_model_config(spec), spec), dequantise=dequantise, device="cpu")
 
 
 def export(merge: Merge, out: Path, **options: Any) -> dict[str, Any]:
     files = tokenizer_files(merge.spec)
     provenance = Provenance(merge.spec.name_or_path, tokenizer_files=files, chat_template="{{ messages }}")
-    return export_merged(merge, load_config(merge.spec), out, provenance=provenance, **options)
+    return export_merged(merge, load_model_config(merge.spec), out, provenance=provenance, **options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

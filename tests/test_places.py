@@ -11,7 +11,7 @@ import pytest
 from peft_loras import peft_lora
 from test_generate import run_dir
 
-from sora_llm.backbone import BackboneSpec, load_config
+from sora_llm.backbone import BackboneSpec, load_model_config
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import base_of, is_one_base, read_source
 from sora_llm.commands.subject import find_subject, on_base
@@ -108,7 +108,7 @@ def test_a_base_that_comes_with_code_is_refused_with_the_word_that_runs_it(stori
     (base / "config.json").write_text(json.dumps(config | own))
     (base / "mine.py").write_text("raise SystemExit('the code ran')\n")
     with pytest.raises(UserError, match=r"comes with Python code of its own.*--trust-remote-code"):
-        load_config(BackboneSpec(str(base)))
+        load_model_config(BackboneSpec(str(base)))
 
 
 def test_bases_are_one_by_place_or_by_revision():

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import cli
-from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_config, skeleton, tokenizer_files
+from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_model_config, skeleton, tokenizer_files
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
 from sora_llm.quantised import keep_weights, read_weights_again, take_form
@@ -149,7 +149,7 @@ def test_a_run_beside_it_is_the_run_beside_the_original(
 )
 def test_another_form_than_that_of_the_files_is_a_sentence_with_the_keys_to_set(quantised, files, spec, keys):
     with pytest.raises(UserError, match=rf"quantised already, its config.json says in [48] bits.*; set {keys}, or"):
-        load_config(BackboneSpec(str(quantised(files)), **spec))
+        load_model_config(BackboneSpec(str(quantised(files)), **spec))
 
 
 def test_a_run_refuses_it_before_anything_is_written(quantised, tmp_path, ground, capsys):
@@ -162,18 +162,18 @@ def test_a_run_refuses_it_before_anything_is_written(quantised, tmp_path, ground
 def test_other_quantisers_are_refused_by_name(quantised, tmp_path):
     base = with_config(quantised("nf4"), tmp_path / "base", quant_method="gptq")
     with pytest.raises(UserError, match="is quantised by gptq"):
-        load_config(BackboneSpec(str(base), load_in_4bit=True))
+        load_model_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
 def test_4_bit_files_without_a_word_of_it_in_their_config_are_refused(quantised, tmp_path):
     base = with_config(quantised("nf4"), tmp_path / "base", without="quantization_config")
     with pytest.raises(UserError, match="holds 4-bit weights of bitsandbytes, and"):
-        load_config(BackboneSpec(str(base), load_in_4bit=True))
+        load_model_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
 def test_an_old_config_that_names_no_quantiser_is_bitsandbytes(quantised, tmp_path):
     base = with_config(quantised("nf4"), tmp_path / "base", quant_method=None)
-    load_config(BackboneSpec(str(base), load_in_4bit=True))
+    load_model_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -207,7 +207,7 @@ def test_what_is_not_quantised_is_brought_into_the_dtype_of_the_run(quantised, t
 def test_a_config_that_says_what_cannot_be_is_a_sentence(quantised, tmp_path, settings, said):
     base = with_config(quantised("nf4"), tmp_path / "base", **settings)
     with pytest.raises(UserError, match=said):
-        load_config(BackboneSpec(str(base), load_in_4bit=True))
+        load_model_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_bytes_that_do_not_fill_the_storage_are_a_sentence():
 def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files):
     kind = "fp4" if files == "fp4" else "nf4"
     spec = BackboneSpec(str(quantised(files)), **SPECS[kind])
-    model, config = load_backbone(spec, "cpu"), load_config(spec)
+    model, config = load_backbone(spec, "cpu"), load_model_config(spec)
     options = {"r": 4, "target_modules": "all-linear", "adapter_bytes_each": 4}
     memory = estimate(skeleton(config, spec), spec, **options, strategy="none", num_processes=1)
     states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
@@ -284,7 +284,7 @@ def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_the_model_card_says_how_it_is_loaded(quantised, compute_dtype):
     spec = BackboneSpec(str(quantised("nf4")), load_in_4bit=True, compute_dtype=compute_dtype)
-    call, _, afterwards = load_call(spec, load_config(spec)).partition("\n\n")
+    call, _, afterwards = load_call(spec, load_model_config(spec)).partition("\n\n")
     model = eval(f"AutoModelForCausalLM.from_pretrained(spec.name_or_path, {call})")
     assert ("compute_dtype = torch.float32" in afterwards) == (compute_dtype == "float32")
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16

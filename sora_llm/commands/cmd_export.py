@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.artifacts.card import story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
@@ -49,9 +50,9 @@ from sora_llm.inject import put_on
 from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
+from sora_llm.run_files import stage_name
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import check_inputs
-from sora_llm.running.plan import stage_name
 from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")
@@ -187,7 +188,7 @@ def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Save
     else:
         assert max_params is not None
         name = _best_within(path, stages, max_params)
-    return source_of(find_place(place.run_dir / "path" / name)), stages[name]
+    return source_of(find_place(place.run_dir / run_files.PATH / name)), stages[name]
 
 
 def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params: int) -> str:
@@ -203,7 +204,7 @@ def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params:
 
 def _exports(run_dir: Path) -> list[dict[str, Any]]:
     """The lines that a run wrote of its exports; some that somebody else added are none."""
-    lines = [line for line in read_json_lines(run_dir / "metrics.jsonl") if line.get("phase") == "export"]
+    lines = [line for line in read_json_lines(run_dir / run_files.METRICS) if line.get("phase") == "export"]
     return [line for line in lines if "stage" not in line or {"sparse_lambda", "kept_params"} <= line.keys()]
 
 

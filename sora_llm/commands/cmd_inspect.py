@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.commands import run_table
 from sora_llm.commands.common import exit_code, visible
@@ -146,7 +147,7 @@ def _sentence_of_loss(holder: str, status: Mapping[str, Any]) -> str:
 def _config(run_dir: Path) -> dict[str, Any] | None:
     """The run's config; None where it cannot be read, for example because another version wrote it."""
     try:
-        return to_dict(load_config(run_dir / "config.yaml"))
+        return to_dict(load_config(run_dir / run_files.CONFIG))
     except (UserError, OSError):
         return None
 

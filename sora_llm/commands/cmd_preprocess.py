@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.config import Config, load_config
@@ -17,7 +18,7 @@ from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
 from sora_llm.running.data_words import template_warnings
-from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.running.run_state import read_status
 from sora_llm.running.training_data import (
     TrainingData,
@@ -71,7 +72,7 @@ def report_file(config: Config, named: str | None) -> Path | None:
     if named is not None:
         return user_path(named, "--report")
     run_dir = user_path(config.output.output_dir, "output.output_dir")
-    return run_dir / DATA_REPORT if read_status(run_dir) is None else None
+    return run_dir / run_files.DATA_REPORT if read_status(run_dir) is None else None
 
 
 def report_on_data(config: Config, inputs: Inputs) -> dict[str, Any]:

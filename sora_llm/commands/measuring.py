@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sora_llm import run_files
 from sora_llm.backbone import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
@@ -15,7 +16,7 @@ from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page.reading import read_json
 from sora_llm.running.held_out import hold_out_alike
-from sora_llm.running.inputs import DATA_REPORT, Inputs, check_inputs
+from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.running.training_data import is_of_other_rows, load_data, prepare_rows
 from sora_llm.terminal import say, warn
 from sora_llm.topology import ALONE
@@ -98,7 +99,7 @@ def dev_rows(
         UserError: bad rows, or none at all.
     """
     run_dir = user_path(config.output.output_dir, "output.output_dir")
-    told = read_json(run_dir / DATA_REPORT)
+    told = read_json(run_dir / run_files.DATA_REPORT)
     if inputs.val_datasets:
         rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
         is_own = trained is not None and hold_out_alike(trained, config)

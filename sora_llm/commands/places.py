@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.config import Config, from_dict, load_config
@@ -70,13 +70,12 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         raise UserError(f"there is no {name}; name a run directory, a config, a checkpoint or a LoRA folder")
     if not folder.is_dir():
         place = _of_config(name, folder, load_config(folder, overrides))
-        return (
-            _as_trained(place, overrides) if place.run_dir == folder.parent and folder.name == "config.yaml" else place
-        )
+        is_run_s_own = place.run_dir == folder.parent and folder.name == run_files.CONFIG
+        return _as_trained(place, overrides) if is_run_s_own else place
     if (folder / CONFIG).is_file():
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
-            config = _without_consent(load_config(run_dir / "config.yaml", overrides), overrides)
+            config = _without_consent(load_config(run_dir / run_files.CONFIG, overrides), overrides)
             return _as_trained(Place(name, absolute(folder), config, run_dir), overrides)
         if overrides:
             raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
@@ -85,8 +84,8 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         if overrides:
             raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
         return Place(name, folder, _without_consent(_checkpoint_config(folder)))
-    if (folder / "config.yaml").is_file():
-        config_file = folder / "config.yaml"
+    if (folder / run_files.CONFIG).is_file():
+        config_file = folder / run_files.CONFIG
         place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
         return _as_trained(place, overrides)
     if any(folder.glob("*.gguf")):
@@ -99,9 +98,9 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
 def _of_config(name: str, file: Path, config: Config) -> Place:
     """A run by its config: the one that left the file in its directory, or else the one that goes where it says."""
     run_dir = file.parent
-    if file.name != "config.yaml" or not is_run(run_dir):
+    if file.name != run_files.CONFIG or not is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
-    adapter = run_dir / "adapter"
+    adapter = run_dir / run_files.ADAPTER
     return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
 
 
@@ -119,7 +118,7 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     beside = adapter / TEMPLATE
     if not beside.is_file() or _overrides_key("data.chat_template", overrides):
         return place
-    if not has_conversations(load_config(run_dir / "config.yaml").data.datasets):
+    if not has_conversations(load_config(run_dir / run_files.CONFIG).data.datasets):
         return place
     return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
 

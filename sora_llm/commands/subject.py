@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sora_llm import checkpoint
+from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
 from sora_llm.backbone import (
@@ -81,7 +81,7 @@ def find_subject(path: str, overrides: Sequence[str] = ()) -> Subject:
 
 def _is_whole_model(folder: Path) -> bool:
     """Whether it holds a model of transformers and nothing that `find_place` would look for."""
-    ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, "config.yaml")
+    ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, run_files.CONFIG)
     return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
 
 

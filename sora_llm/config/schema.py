@@ -45,7 +45,7 @@ class Sora:
 
     r: Count = 64  # rank of every adapter before pruning
     lora_alpha: Annotated[float, "> 0"] = 16.0  # s = lora_alpha / r
-    lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input
+    lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask for all that read the same
     target_modules: str | tuple[str, ...] = "all-linear"  # all-linear (never the output head), a suffix, or suffixes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the adapter's parameters; auto: float32
     gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"  # auto: high enough for a gate to reach 0

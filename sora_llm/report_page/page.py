@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_files
 from sora_llm.files import write_text_atomically
 from sora_llm.report_page import markup
 from sora_llm.report_page.charts import Chart, charts, tracking_error
@@ -17,8 +18,6 @@ from sora_llm.report_page.record import Record, StageRecord
 from sora_llm.report_page.style import STYLE
 from sora_llm.report_page.svg import chart_svg
 from sora_llm.report_page.untrusted import as_list, as_mapping, as_number, setting
-
-FILE, PLOTS = "report.html", "plots"
 
 _NOT_MEASURED = "Not measured: this run has no dev rows."
 _STATES = ("running", "finished", "preempted", "failed")
@@ -40,13 +39,13 @@ def write_report(run_dir: Path, config: Mapping[str, Any] | None = None, *, plot
 
 def write_page(record: Record, *, plots: bool = False) -> Path:
     """`write_report` of a run directory that has been read already."""
-    path = record.path / FILE
+    path = record.path / run_files.REPORT
     text = page(record, datetime.now(timezone.utc))
     write_text_atomically(path, text.encode("utf-8", "replace").decode())  # a string of JSON can hold half a character
     if plots:
         from sora_llm.report_page.plots import write_plots  # matplotlib takes a second to load
 
-        write_plots(record, record.path / PLOTS)
+        write_plots(record, record.path / run_files.PLOTS)
     return path
 
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sora_llm import run_files
 from sora_llm.report import read_json_lines
 from sora_llm.report_page.record import RankLine, Record, StageRecord
 from sora_llm.report_page.untrusted import as_int, as_mapping, as_number, is_step, ranks_in
 
-MARKERS = ("status.json", "metrics.jsonl", "config.yaml")
+MARKERS = (run_files.STATUS, run_files.METRICS, run_files.CONFIG)
 """A folder with none of these is no run directory."""
 
 _MAX_RANK_LINES = 300
@@ -30,25 +31,25 @@ def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Recor
     """Read a run directory; `config` is the run's resolved config where the caller has it."""
     run_dir = run_dir.resolve()
     torn: list[str] = []
-    lines = [line for line in _lines(run_dir / "metrics.jsonl", torn) if is_step(line.get("step"))]
+    lines = [line for line in _lines(run_dir / run_files.METRICS, torn) if is_step(line.get("step"))]
     rank_lines = []
-    for line in _spread_lines(run_dir / "ranks.jsonl", torn):
+    for line in _spread_lines(run_dir / run_files.RANKS, torn):
         ranks = ranks_in(line.get("ranks"))
         if is_step(line.get("step")) and ranks:
             rank_lines.append(RankLine(line["step"], ranks))
-    certificate = read_json(run_dir / "adapter" / "certificate.json")
+    certificate = read_json(run_dir / run_files.ADAPTER / "certificate.json")
     return Record(
         run_dir,
         as_mapping(config),
-        status=read_json(run_dir / "status.json"),
-        env=read_json(run_dir / "env.json"),
+        status=read_json(run_dir / run_files.STATUS),
+        env=read_json(run_dir / run_files.ENV),
         lines=lines,
         rank_lines=rank_lines,
-        data=read_json(run_dir / "data_report.json"),
+        data=read_json(run_dir / run_files.DATA_REPORT),
         certificate=certificate,
-        adapter_bytes=_size(run_dir / "adapter" / "adapter_model.safetensors"),
+        adapter_bytes=_size(run_dir / run_files.ADAPTER / "adapter_model.safetensors"),
         stages=_stages(run_dir, lines, certificate),
-        samples=_lines(run_dir / "samples.jsonl", torn),
+        samples=_lines(run_dir / run_files.SAMPLES, torn),
         torn=torn,
     )
 
@@ -133,7 +134,7 @@ def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapp
         sparse_lambda = as_number(line.get("sparse_lambda"))
         if line.get("phase") == "export" and "stage" in line and sparse_lambda is not None:
             kept = as_number(line.get("kept_params"))
-            found[f"{sparse_lambda:.6g}"] = StageRecord(
+            found[run_files.stage_name(sparse_lambda)] = StageRecord(
                 sparse_lambda,
                 stage=as_int(line["stage"]),
                 kept_params=None if kept is None else round(kept),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sora_llm import run_files
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config, Data, load_config
@@ -142,7 +143,7 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
     if run_dir is None:
         return
     try:
-        path = learned_from(load_config(run_dir / "config.yaml"), config)
+        path = learned_from(load_config(run_dir / run_files.CONFIG), config)
     except UserError:  # of another version, or not there any more
         return
     if path is not None and config.data.val_datasets is not None:

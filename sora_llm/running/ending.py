@@ -21,6 +21,7 @@ from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes
 from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
+from sora_llm.run_files import PATH, stage_name
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.job import (
@@ -28,7 +29,6 @@ from sora_llm.running.job import (
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
 from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
-from sora_llm.running.plan import stage_name
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
 from sora_llm.running.training import Training
@@ -76,7 +76,7 @@ def cut_and_export(training: Training) -> StageResult:
             fields["train_loss"] = memorisation(job, model)
         exported = verified_export.export_verified(
             model,
-            directory.path / "path" / stage_name(training.stage.sparse_lambda or 0.0)
+            directory.path / PATH / stage_name(training.stage.sparse_lambda or 0.0)
             if is_path
             else directory.path / "adapter",
             adapter_layout(config.output.export_layout),

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sora_llm import backbone, checkpoint
+from sora_llm import backbone, checkpoint, run_files
 from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG, LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec, quiet_libraries
@@ -30,10 +30,7 @@ from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, 
 from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 
-DATA_REPORT = "data_report.json"  # `data_report`, which preprocess may leave in the run directory before the run
 MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
-RUN_FILES = ("config.yaml", "env.json", "status.json", "metrics.jsonl", "ranks.jsonl", "report.html")
-RUN_FOLDERS = ("checkpoints", "adapter", "path", "plots", "trackers")
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,13 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
                 pass
     except OSError as error:
         raise UserError(f"output.output_dir {run_dir} cannot be written: {error.strerror}") from None
-    if resume == "never" and run_dir.is_dir() and any(path.name != DATA_REPORT for path in run_dir.iterdir()):
+    if resume == "never" and run_dir.is_dir() and any(path.name != run_files.DATA_REPORT for path in run_dir.iterdir()):
         raise UserError(
             f"output.output_dir {run_dir} is not empty and output.resume is never; name a new folder, or resume: auto"
         )
     _refuse_strange_contents(run_dir, data_paths)
     try:
-        refuse_other_contents(run_dir / "adapter", may_have_additions=True)  # at the end it would be too late
+        refuse_other_contents(run_dir / run_files.ADAPTER, may_have_additions=True)  # at the end it would be too late
     except UserError as error:
         raise UserError(f"output.output_dir: {error}") from None
     if resume not in ("auto", "never") and written_since(run_dir, resume) is None:
@@ -182,10 +179,10 @@ def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
             raise UserError(
                 f"output.output_dir {run_dir} is in {path}, a folder of data that is read whole; name one outside of it"
             )
-    for name in RUN_FILES:
+    for name in run_files.FILES:
         if (run_dir / name).is_dir():
             raise UserError(f"output.output_dir {run_dir}: {name} is a folder there, and a run has a file of that name")
-    for name in RUN_FOLDERS:
+    for name in run_files.FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise UserError(f"output.output_dir {run_dir}: {name} is a file there, and a run has a folder of that name")
 
@@ -206,5 +203,5 @@ def absolute(folder: Path) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has written here: a config.yaml alone may be anybody's."""
-    marks = ("status.json", f"adapter/{CERTIFICATE}")
-    return (folder / "config.yaml").is_file() and any((folder / mark).is_file() for mark in marks)
+    marks = (run_files.STATUS, f"adapter/{CERTIFICATE}")
+    return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)

@@ -11,6 +11,7 @@ from sora_llm import schedule
 from sora_llm.budget import ADAPTIVE, RankBudget, make_budgets
 from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
+from sora_llm.run_files import stage_name
 from sora_llm.running.unpack import adapter_dtype, backbone_spec
 from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.topology import World
@@ -136,11 +137,6 @@ class Plan:
             counts.append((last - 1) // eval_steps - (first + begin) // eval_steps)
             first = last
         return max(counts)
-
-
-def stage_name(sparse_lambda: float) -> str:
-    """The folder of a stage in path/, and how it is asked for."""
-    return f"{sparse_lambda:.6g}"
 
 
 def rows_in_step(config: Config, world: World) -> int:

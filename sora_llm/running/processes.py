@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_files
 from sora_llm.config import Config, differing_keys, to_dict
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import gather_objects, is_main, on_every, on_main
@@ -68,7 +69,7 @@ def process_group(
         deepspeed_config=zero_options,
         timeout_minutes=config.distributed.timeout_minutes,
         trackers=list(config.output.report_to),
-        project_dir=str(run_dir / "trackers"),
+        project_dir=str(run_dir / run_files.TRACKERS),
     )
     lifeline.connect(world.process_index, world.num_processes, gather_objects)
     try:

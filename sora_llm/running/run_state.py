@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sora_llm import run_files
 from sora_llm.errors import UserError
 from sora_llm.files import make_folder, write_text_atomically
 
@@ -21,7 +22,7 @@ LOCK_WAIT_SECONDS = 60
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """The content of status.json, None where there is none that can be read."""
     try:
-        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+        return json.loads((run_dir / run_files.STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -45,7 +46,7 @@ def write_status(
         "adapter": None if adapter is None else str(adapter.relative_to(run_dir)),
         "error": error,
     }
-    write_text_atomically(run_dir / "status.json", json.dumps(content, indent=1) + "\n")
+    write_text_atomically(run_dir / run_files.STATUS, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -104,7 +105,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         try:
             yield
         finally:
-            if (run_dir / "config.yaml").exists():
+            if (run_dir / run_files.CONFIG).exists():
                 with contextlib.suppress(OSError):  # a full disk
                     file.truncate(0)
                     if _stamp(run_dir) == stamp:  # nothing was written here: leave the file as it was found
@@ -134,6 +135,6 @@ def lost_holder(run_dir: Path) -> str | None:
 def _stamp(run_dir: Path) -> int | None:
     """When the last status was written (ns); None where there is none."""
     try:
-        return (run_dir / "status.json").stat().st_mtime_ns
+        return (run_dir / run_files.STATUS).stat().st_mtime_ns
     except OSError:
         return None

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 import sora_llm
+from sora_llm import run_files
 from sora_llm.checkpoint import remove_leftovers
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import remove_abandoned, write_text_atomically
@@ -70,16 +71,16 @@ class RunDirectory:
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
                 if leftover.is_file():
                     leftover.unlink(missing_ok=True)
-            for place in (self.path, self.path / "path"):
+            for place in (self.path, self.path / run_files.PATH):
                 remove_abandoned(place)
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
-            write_text_atomically(self.path / "config.yaml", config_yaml)
-            write_text_atomically(self.path / "env.json", _json(env))
+            write_text_atomically(self.path / run_files.CONFIG, config_yaml)
+            write_text_atomically(self.path / run_files.ENV, _json(env))
             if data_report is not None:
-                write_text_atomically(self.path / "data_report.json", _json(data_report))
+                write_text_atomically(self.path / run_files.DATA_REPORT, _json(data_report))
             # Where the step's own line is still to come, the one before may be a stage's last, which was exported.
-            self._metrics = JsonLines(self.path / "metrics.jsonl", last_step, exports_again=is_logged)
-            self._ranks = JsonLines(self.path / "ranks.jsonl", last_step, exports_again=is_logged)
+            self._metrics = JsonLines(self.path / run_files.METRICS, last_step, exports_again=is_logged)
+            self._ranks = JsonLines(self.path / run_files.RANKS, last_step, exports_again=is_logged)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
 
@@ -121,7 +122,7 @@ class RunDirectory:
         """samples.jsonl: {"prompt", "base", "adapted"} per prompt."""
         if self.is_main:
             with self._writing():
-                write_text_atomically(self.path / "samples.jsonl", "".join(_json(answer, None) for answer in answers))
+                write_text_atomically(self.path / run_files.SAMPLES, "".join(_json(answer, None) for answer in answers))
 
     def status(self, state: str, *, phase: str | None = None, error: str | None = None) -> None:
         """Replace status.json."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_llm import checkpoint, terminal
+from sora_llm import checkpoint, run_files, terminal
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import UserError
@@ -43,7 +43,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     Raises:
         UserError: the directory belongs to a run of another config.
     """
-    saved, env = run_dir / "config.yaml", run_dir / "env.json"
+    saved, env = run_dir / run_files.CONFIG, run_dir / run_files.ENV
     if not saved.exists() or not env.exists():
         return None
     if plan.config.output.resume == "never":
@@ -64,7 +64,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     terminal.say(
         f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)"
     )
-    lines = read_json_lines(run_dir / "metrics.jsonl")
+    lines = read_json_lines(run_dir / run_files.METRICS)
     metrics = lines[-1] if lines else {}
     for line in what_is_missing(plan.config.output.export_layout, run_dir, metrics):
         terminal.say(line)

@@ -1,0 +1,26 @@
+"""The names in a run directory, on which other tools rely."""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+ENV = "env.json"
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+RANKS = "ranks.jsonl"
+SAMPLES = "samples.jsonl"
+DATA_REPORT = "data_report.json"
+"""Which `preprocess` may leave before there is a run."""
+REPORT = "report.html"
+FILES = (CONFIG, ENV, STATUS, METRICS, RANKS, SAMPLES, DATA_REPORT, REPORT)
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+PATH = "path"
+PLOTS = "plots"
+TRACKERS = "trackers"
+FOLDERS = (ADAPTER, CHECKPOINTS, PATH, PLOTS, TRACKERS)
+
+
+def stage_name(sparse_lambda: float) -> str:
+    """The folder of a stage in path/, and how it is asked for."""
+    return f"{sparse_lambda:.6g}"
