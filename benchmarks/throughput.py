@@ -176,7 +176,7 @@ def loop(steps: int) -> None:
     import torch
 
     from sora_llm import train
-    from sora_llm.backbone import causal_loss_sum
+    from sora_llm.causal_loss import causal_loss_sum
     from sora_llm.running import stages
 
     torch.set_num_threads(1)

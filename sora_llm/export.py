@@ -29,6 +29,7 @@ from sora_llm.artifacts.card import (
     worst_delta_error,
 )
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
+from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, product_distance, slot_params
@@ -40,12 +41,6 @@ from sora_llm.targets import linear_layers, matches
 
 LAYOUTS = ("padded", "ragged")
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
-# Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
-MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-MIN_EFFECT = 1e-3
-# An adapter that is left out shows the base's own bits, a gain of 0.  Where an effect drowns in rounding, both sides of
-# the quotient hold the base's error and one the trained model's: a gain about 1/2 of a right adapter (seen: 0.54).
-MIN_GAIN, MAX_GAIN = 0.25, 1.5
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -235,10 +230,7 @@ class Errors:
     """How far an adapter, as PEFT loads it from disk, is from the trained one.
 
     `delta`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
-    `logits`: ‖PEFT − trained‖ / max(‖trained‖, ‖trained − base‖) over all logits of some token ids.
-    `gain`: how much of the adapter's effect on these logits PEFT reproduces, ⟨PEFT − base, trained − base⟩ /
-    ‖trained − base‖²: 1 if all, 0 if its forward leaves the adapter out, however small the effect is beside rounding;
-    None if the effect is below MIN_EFFECT of the logits.
+    `logits`, `gain`: `logit_errors` over all logits of some token ids.
     """
 
     delta: dict[str, float]
@@ -333,31 +325,6 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     return loaded
 
 
-def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, float | None]:
-    """`Errors.logits` and `Errors.gain` of logits that should be the trained ones."""
-    effect = trained - base
-    off = float((found - trained).norm() / torch.maximum(trained.norm(), effect.norm()))
-    gain = float((found - base).flatten() @ effect.flatten() / effect.norm() ** 2)
-    return off, gain if float(effect.norm() / trained.norm()) >= MIN_EFFECT else None
-
-
-def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str) -> list[str]:
-    """What is wrong with logits that are `off`, `dtype` being the coarsest that they were computed in; `who` shows the
-    adapter's effect."""
-    limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
-    problems = [] if off <= limit else [f"logits are off by {off:.2e} (allowed {limit:g})"]
-    if gain is not None and not MIN_GAIN <= gain <= MAX_GAIN:
-        problems.append(f"{who} {gain:.2f} of the adapter's effect on the logits")
-    return problems
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (B, T, V) in float32 on the CPU."""
-    device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
-
-
 def _delta_errors(peft_model: nn.Module, layers: Mapping[str, SoraLinear]) -> dict[str, float]:
     base = peft_model.get_base_model()  # type: ignore[operator]
     errors = {}
@@ -379,12 +346,6 @@ def _trained_product(layer: SoraLinear) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, layer.in_features).double(), torch.zeros(layer.out_features, 0).double()
     gate = 1.0 if layer.gate is None else layer.gate.detach().cpu().double()
     return layer.lora_A.detach().cpu().double(), layer.scaling * layer.lora_B.detach().cpu().double() * gate
-
-
-def default_probe(model: nn.Module) -> Tensor:
-    """Fixed random token ids (2, 32) within the model's vocabulary."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
 def certify_and_publish(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import token_row
 
-from sora_llm import backbone
-from sora_llm.backbone import BackboneSpec, causal_loss_sum, load_backbone, load_tokenizer
+from sora_llm import backbone, causal_loss
+from sora_llm.backbone import BackboneSpec, load_backbone, load_tokenizer
+from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.batches import collate
 from sora_llm.errors import UserError
 
@@ -53,7 +54,7 @@ def test_a_model_that_cannot_select_columns_gives_the_same_loss(stories, monkeyp
     batch = collate([[token_row([1, 5, 9, 30, 2], [0, 0, 1, 0, 1])]], 0)
     with torch.no_grad():
         selected = causal_loss_sum(model, **batch)
-        monkeypatch.setattr(backbone, "takes_columns", lambda model: False)
+        monkeypatch.setattr(causal_loss, "takes_columns", lambda model: False)
         torch.testing.assert_close(causal_loss_sum(model, **batch), selected, rtol=1e-6, atol=0)
 
 

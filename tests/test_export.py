@@ -16,6 +16,7 @@ from spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from sora_llm import export, files
+from sora_llm.artifacts import logit_check
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
 from sora_llm.errors import RunFailed, UserError
@@ -353,7 +354,7 @@ def test_logits_may_be_off_by_what_4_bit_layers_compute_in(stories, tmp_path):
     spec = BackboneSpec(str(stories), dtype="float32", load_in_4bit=True, compute_dtype="bfloat16")
     model = randomise_all(inject_sora(load_backbone(spec, "cpu"), R, LORA_ALPHA), seed=3)
     assert coarsest_dtype(model) == torch.bfloat16
-    assert export_adapter(model, tmp_path / "adapter")["logits_error"] > export.MAX_LOGITS_ERROR[torch.float32]
+    assert export_adapter(model, tmp_path / "adapter")["logits_error"] > logit_check.MAX_LOGITS_ERROR[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -374,10 +375,10 @@ def test_an_effect_that_drowns_in_rounding_is_not_taken_for_an_adapter_that_is_l
     for seed in range(20):
         torch.manual_seed(seed)
         base, trained, found = (torch.ones(1000) + 4e-3 * torch.randn(1000) for _ in range(3))
-        off, gain = export.logit_errors(found, trained, base)
-        assert not export.logit_problems(off, gain, torch.bfloat16, "it shows"), gain
-        off, gain = export.logit_errors(base, trained, base)
-        assert export.logit_problems(off, gain, torch.bfloat16, "it shows")
+        off, gain = logit_check.logit_errors(found, trained, base)
+        assert not logit_check.logit_problems(off, gain, torch.bfloat16, "it shows"), gain
+        off, gain = logit_check.logit_errors(base, trained, base)
+        assert logit_check.logit_problems(off, gain, torch.bfloat16, "it shows")
 
 
 def test_a_folder_with_something_else_in_it_is_not_replaced(stories, tmp_path):

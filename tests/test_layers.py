@@ -20,10 +20,10 @@ extensions
 topology sora schedule factors hashes weights_digest allocation loss_scale
 budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
-inject quantised
+inject quantised causal_loss
 merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
-artifacts.card
+artifacts.card artifacts.logit_check
 distributed
 backbone
 data checkpoint report export artifacts.merged running.run_state

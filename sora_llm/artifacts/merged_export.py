@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents, worst_delta_error
+from sora_llm.artifacts.logit_check import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.merged import (
     Merge,
     check_shards,
@@ -23,7 +24,6 @@ from sora_llm.artifacts.merged import (
 )
 from sora_llm.backbone import BackboneSpec, free_unused, load_backbone
 from sora_llm.errors import RunFailed
-from sora_llm.export import default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256, staging
 from sora_llm.inject import bare, put_on

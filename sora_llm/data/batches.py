@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_llm.causal_loss import IGNORED
 from sora_llm.data.dataset import TokenRow
-
-IGNORED = -100  # torch's cross-entropy skips targets with this label
 
 
 def collate(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sora_llm.backbone import causal_loss_sum
+from sora_llm.causal_loss import IGNORED, causal_loss_sum
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed.collectives import sum_over_processes
 from sora_llm.inject import (
@@ -50,7 +50,7 @@ def evaluate(
             before_batch()
             mine = by_length[start + world.process_index : start + stride : world.num_processes]
             batch = collate([[rows[row]] for row in mine])
-            supervised = batch["labels"][:, 1:] != -100
+            supervised = batch["labels"][:, 1:] != IGNORED
             num_tokens += int(supervised.sum())
             weights = batch.get("loss_weights")
             weight += float(supervised.sum() if weights is None else weights[:, 1:][supervised].double().sum())

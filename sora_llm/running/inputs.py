@@ -16,6 +16,7 @@ from sora_llm import backbone, checkpoint, run_files
 from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG, LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec, quiet_libraries
+from sora_llm.causal_loss import packs_flat
 from sora_llm.config import Config
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenRow
@@ -51,7 +52,7 @@ class Inputs:
 
     def batch(self, sequences: Sequence[Sequence[TokenRow]], packed: bool = False) -> dict[str, Tensor]:
         """A batch as `collate` makes it; packed sequences lie as the model's attention needs it."""
-        flat = packed and backbone.packs_flat(self.backbone.attn_implementation)
+        flat = packed and packs_flat(self.backbone.attn_implementation)
         return collate(sequences, self.pad_token_id, packed=packed, flat=flat)
 
 

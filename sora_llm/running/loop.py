@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_llm.backbone import causal_loss_sum
+from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.order import PackedRows, share
 from sora_llm.distributed.collectives import gather_integers, sum_over_processes

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_llm.backbone import packs_flat
+from sora_llm.causal_loss import packs_flat
 from sora_llm.data.batches import collate
 from sora_llm.errors import UserError
 

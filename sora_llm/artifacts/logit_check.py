@@ -1,0 +1,51 @@
+"""Whether a model that was read from disk answers as the trained one: logits, and the adapter's effect on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
+MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+MIN_EFFECT = 1e-3
+# An adapter that is left out shows the base's own bits, a gain of 0.  Where an effect drowns in rounding, both sides of
+# the quotient hold the base's error and one the trained model's: a gain about 1/2 of a right adapter (seen: 0.54).
+MIN_GAIN, MAX_GAIN = 0.25, 1.5
+
+
+def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, float | None]:
+    """How far the logits `found` are from those that they should be, and how much of the adapter's effect they show.
+
+    off = ‖found − trained‖ / max(‖trained‖, ‖trained − base‖)
+    gain = ⟨found − base, trained − base⟩ / ‖trained − base‖²
+
+    The gain is 1 if all of the effect is there, 0 if the adapter is left out, however small the effect is beside
+    rounding; None if the effect is below `MIN_EFFECT` of the logits.
+    """
+    effect = trained - base
+    off = float((found - trained).norm() / torch.maximum(trained.norm(), effect.norm()))
+    gain = float((found - base).flatten() @ effect.flatten() / effect.norm() ** 2)
+    return off, gain if float(effect.norm() / trained.norm()) >= MIN_EFFECT else None
+
+
+def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str) -> list[str]:
+    """What is wrong with logits that are `off`, `dtype` being the coarsest that they were computed in; `who` shows the
+    adapter's effect."""
+    limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
+    problems = [] if off <= limit else [f"logits are off by {off:.2e} (allowed {limit:g})"]
+    if gain is not None and not MIN_GAIN <= gain <= MAX_GAIN:
+        problems.append(f"{who} {gain:.2f} of the adapter's effect on the logits")
+    return problems
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) in float32 on the CPU."""
+    device = next(model.parameters()).device
+    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def default_probe(model: nn.Module) -> Tensor:
+    """Fixed random token ids (2, 32) within the model's vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,56 @@
+"""The loss of a causal language model over the tokens that are trained on, also of packed rows."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor, nn
+
+IGNORED = -100
+"""The label of tokens that are not trained on: torch's cross-entropy skips it."""
+
+
+def causal_loss_sum(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
+    """Σ weight · cross-entropy (float32) over the supervised tokens of a right-padded batch.
+
+    All are (B, T).  `labels` are `IGNORED` where a token is not trained on; that of token t is predicted at t − 1;
+    `position_ids` begin at 0 with every row of a packed batch; `loss_weights` are of the labels, 1 where left out.
+    There is no attention mask: with causal attention no real token sees the padding behind it, and transformers keeps
+    packed rows apart only where there is none.  Where the model can, logits are computed for the supervised columns
+    alone.
+    """
+    options = {} if position_ids is None else {"position_ids": position_ids}
+    targets = labels[:, 1:]
+    columns = (targets != IGNORED).any(0).nonzero().flatten()
+    if columns.numel() == 0:  # a process without rows joins with zero weight, its gradients exactly 0
+        columns = columns.new_zeros(1)
+    if takes_columns(model):
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns, **options).logits
+    else:
+        logits = model(input_ids=input_ids, use_cache=False, **options).logits[:, columns]
+    flat_logits, kept = logits.flatten(0, 1).float(), targets[:, columns].flatten()
+    if loss_weights is None:
+        return nn.functional.cross_entropy(flat_logits, kept, ignore_index=IGNORED, reduction="sum")
+    losses = nn.functional.cross_entropy(flat_logits, kept, ignore_index=IGNORED, reduction="none")
+    return (losses * loss_weights[:, 1:][:, columns].flatten()).sum()
+
+
+def packs_flat(attn_implementation: str) -> bool:
+    """Whether packed rows must lie in one sequence to be kept apart: flash attention reads the position ids of a
+    batch of one only (and lets the rows of a larger one see each other in silence)."""
+    return attn_implementation.startswith("flash")
+
+
+def takes_columns(model: nn.Module) -> bool:
+    """Whether the model's forward has `logits_to_keep` (LLaMA, Mistral, Qwen, Gemma have)."""
+    peft_base = getattr(model, "get_base_model", None)
+    inner = peft_base() if callable(peft_base) else model  # PEFT passes it on
+    while isinstance(wrapped := getattr(inner, "module", None), nn.Module):
+        inner = wrapped
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
