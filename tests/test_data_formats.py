@@ -583,7 +583,7 @@ def test_a_developer_s_message_is_a_system_message():
 
 
 def test_what_templates_read_besides_the_content_is_kept():
-    extra = {"name": "Ann", "reasoning_content": "Hm.", "thinking": "Hm?"}
+    extra = {"name": "Ann", "reasoning_content": "Hm.", "thinking": "Hm?", "reasoning": "Hm!"}
     kept = example_of(message(**extra, tool_call_id=None, other=1), "messages").messages[1]
     assert kept == Message("assistant", "Hello", extra=extra)
 

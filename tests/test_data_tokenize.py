@@ -608,9 +608,9 @@ def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
     assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
 
 
-def test_reasoning_reaches_a_template_under_either_of_its_names(byte):
-    for given in ("reasoning_content", "thinking"):
-        for read in ("reasoning_content", "thinking"):
+def test_reasoning_reaches_a_template_under_each_of_its_names(byte):
+    for given in ("reasoning_content", "thinking", "reasoning"):
+        for read in ("reasoning_content", "thinking", "reasoning"):
             template = "{% for m in messages %}" + f"({{{{ m.{read} }}}})" + "{{ m.content }}|{% endfor %}"
             example = chat(("user", "Q"), Message("assistant", "A", extra={given: "Hm"}))
             assert byte.decode(tokens_and_weights(example, byte, template)[0]) == "<bos>()Q|(Hm)A|"

@@ -28,7 +28,9 @@ _OPENAI_KEYS = (("role", "content"),)
 _SHAREGPT_KEYS = (("from", "value"), *_OPENAI_KEYS)
 _WEIGHT_KEYS = ("loss_weight", "weight", "train", "training")  # LLaMA-Factory's, OpenAI's, axolotl's for one idea
 _LARGEST_WEIGHT = 3e38  # weights are kept in float32
-_EXTRA_TEXTS = ("name", "tool_call_id", "reasoning_content", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names that an answer's thoughts have in files, transformers' aliases of one field."""
+_EXTRA_TEXTS = ("name", "tool_call_id", *REASONING)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Message:
     input: str = ""
     """Alpaca's input: the alpaca template gives it a section of its own, others see it below the content."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What else templates read of a turn: tool_calls (arguments as objects), tool_call_id, name, reasoning_content,
-    thinking."""
+    """What else templates read of a turn: tool_calls (arguments as objects), tool_call_id, name, and thoughts under one
+    of the names in `REASONING`."""
 
 
 @dataclass(frozen=True)

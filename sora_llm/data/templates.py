@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sora_llm.data.formats import Conversation, Message
+from sora_llm.data.formats import REASONING, Conversation, Message
 from sora_llm.data.readers import BadRow
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
@@ -294,8 +294,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
         as_dict["content"] = f"{message.content}\n\n{message.input}"
         as_dict |= {"instruction": message.content, "input": message.input}
     as_dict.update((key, value) for key, value in message.extra.items() if value is not None)
-    if thoughts := as_dict.get("reasoning_content") or as_dict.get("thinking"):
-        as_dict |= {"reasoning_content": thoughts, "thinking": thoughts}  # templates read the one or the other
+    if thoughts := next(filter(None, map(as_dict.get, REASONING)), None):
+        as_dict |= dict.fromkeys(REASONING, thoughts)  # templates read the one or the other
     return as_dict
 
 
@@ -431,7 +431,7 @@ def _kind(message: Message) -> _Kind:
         message.role,
         bool(content) and not content.isspace(),
         min(len(calls), 2),
-        bool(extra.get("reasoning_content") or extra.get("thinking")),
+        any(map(extra.get, REASONING)),
         message.role == "assistant" and "</think>" in content,
         bool(extra.get("tool_call_id") or any(call.get("id") for call in calls)),
     )
