@@ -219,6 +219,43 @@ def test_bad_input_is_a_sentence_before_any_weights_are_loaded(arguments, said, 
     assert said in error and "Traceback" not in error
 
 
+DIALOGUE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+WITHOUT_SYSTEM = """{%- for m in messages if m.role != 'system' -%}
+{{ m.role + ': ' + m.content.split('</think>')[-1] + '\n' }}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--system", "Be brief.", "--prompt", "Hi"], "--system cannot be said"),
+        (["chat", "--system", "Be brief."], "--system cannot be said"),
+        (["generate", "--prompts-file", "{folder}/p.jsonl"], "p.jsonl:1 cannot be asked"),
+    ],
+)
+def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_weights_are_loaded(
+    arguments, said, lora, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sora_llm.commands.subject.load_backbone", lambda *_, **__: pytest.fail("weights were loaded"))
+    (tmp_path / "form.jinja").write_text(WITHOUT_SYSTEM)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": DIALOGUE}) + "\n")
+    command, *others = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
+    assert cli.main([command, str(lora), "--chat-template", str(tmp_path / "form.jinja"), *others]) == 2
+    assert f"{said}: the chat template leaves out the text of system messages" in capsys.readouterr().err
+
+
+def test_a_dialogue_goes_on_though_the_template_drops_the_thoughts_of_earlier_answers(lora, tmp_path, capsys):
+    (tmp_path / "form.jinja").write_text(WITHOUT_SYSTEM)
+    thoughts = {"role": "assistant", "content": "<think>Hm.</think>Ho", "reasoning": "Hm."}
+    for name, earlier in (("with", thoughts), ("without", {"role": "assistant", "content": "Ho"})):
+        row = {"messages": [DIALOGUE[1], earlier, DIALOGUE[1]]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = (tmp_path / "with.jsonl", tmp_path / "without.jsonl")
+    form = ["--chat-template", tmp_path / "form.jinja"]
+    found = [generate(capsys, lora, *form, "--prompts-file", file)["answers"][0]["answer"] for file in files]
+    assert found[0] == found[1]
+
+
 # ----------------------------------------------------------------------------------------------------- how it ends
 
 

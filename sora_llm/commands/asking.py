@@ -16,9 +16,9 @@ from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
-from sora_llm.data.formats import Message
+from sora_llm.data.formats import REASONING, Conversation, Message
 from sora_llm.data.readers import BadRow
-from sora_llm.data.templates import TEMPLATES, resolve_template
+from sora_llm.data.templates import TEMPLATES, check_has_place, resolve_template
 from sora_llm.data.tokenize import encode_dialogue, encode_prompt
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
@@ -89,12 +89,14 @@ class Interview:
         """The tokens to go on from; without a template those of the last message alone.
 
         Raises:
-            UserError: the template refuses the messages, or they fill all positions of the model.
+            UserError: the template refuses the messages or leaves out what they say, or they fill all positions of
+                the model.
         """
         try:
             if self.form.template is None:
                 ids = encode_prompt(self.tokenizer, messages[-1].content + self.form.separator, None)
             else:
+                check_has_place(Conversation(tuple(map(_without_thoughts, messages))), self.form.template)
                 ids = encode_dialogue(self.tokenizer, messages, self.form.template)
         except BadRow as refused:
             raise UserError(str(refused)) from None
@@ -103,6 +105,14 @@ class Interview:
         if self.max_positions is not None and len(ids) >= self.max_positions:
             raise UserError(f"its {len(ids):,} tokens leave no room in the model's {self.max_positions:,} positions")
         return ids
+
+
+def _without_thoughts(message: Message) -> Message:
+    """An answer as templates write it further up in a dialogue: many drop its thoughts there, on purpose."""
+    if message.role != "assistant":
+        return message
+    extra = {key: value for key, value in message.extra.items() if key not in REASONING}
+    return replace(message, content=message.content.rpartition("</think>")[2], extra=extra)
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,13 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return Interview(subject, tokenizer, form, positions)
+    interview = Interview(subject, tokenizer, form, positions)
+    if arguments.system is not None:
+        try:
+            interview.ids([Message("system", arguments.system), Message("user", "?")])
+        except UserError as error:
+            raise UserError(f"--system cannot be said: {error}") from None
+    return interview
 
 
 def load_asked(interview: Interview, sampling: Sampling, seed: int) -> Asked:

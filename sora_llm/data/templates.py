@@ -530,6 +530,4 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
 
 
 _NO_PLACE = "the chat template has no place for {}: choose one that has, such as chatml"
-_LEAVES_OUT = (
-    "the chat template leaves out {}, {}: choose one that writes it, such as chatml, or take it out of the data"
-)
+_LEAVES_OUT = "the chat template leaves out {}, {}: choose one that writes it, such as chatml, or leave it out"
