@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ from conftest import shared
 from runs import gsm8k_overrides
 
 from sora_llm.config import load_config
+from sora_llm.config.schema import Dataset
 from sora_llm.errors import UserError
+from sora_llm.running.held_out import share_rows
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
@@ -183,15 +186,31 @@ def test_a_mixture_says_the_shares_of_its_data_sets(small, tmp_path, capsys):
 
 
 def test_dev_rows_that_say_nothing_and_settings_that_change_nothing_are_warned_of(small, tmp_path, capsys):
-    dev = {**small[0], "separator": "\n"}
+    file = Path(small[0]["path"])
+    dev = {**small[0], "path": f"{file.parent}/./{file.name[:-1]}?", "split": "train", "separator": "\n"}
     options = {**QUICK, "data.datasets": small, "data.val_datasets": [dev], "data.chat_template": "chatml"}
     options |= {"data.train_on_last_turn_only": True}
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"warning: the rows of data.val_datasets {dev['path']} are trained on too" in said
+    assert f"warning: rows of data.val_datasets {dev['path']} are trained on too" in said
     assert "has the separator '\\n' behind prompts, what is trained on has ''" in said
     for key in ("chat_template", "train_on_last_turn_only"):
         assert f"warning: data.{key} is for conversations, and no data set is made of them" in said
+
+
+def test_data_sets_share_rows_where_they_share_a_file_however_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a.jsonl", "data/b.jsonl", "other/a.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text('{"text": "a"}\n')
+    Path("link.jsonl").symlink_to("data/a.jsonl")
+    same = [str(tmp_path / "data/a.jsonl"), "./data/a.jsonl", "data", "data/*.jsonl", "link.jsonl"]
+    for one, other in itertools.product(same, repeat=2):
+        assert share_rows(Dataset(one), Dataset(other, split="train"))
+    for other in ("data/b.jsonl", "other", "data/gone.jsonl", "nothing/*.jsonl", "owner/name"):
+        assert not share_rows(Dataset("data/a.jsonl"), Dataset(other))
+    assert share_rows(Dataset("owner/name"), Dataset("owner/name", split="train"))
+    assert not share_rows(Dataset("owner/name"), Dataset("owner/name", split="test"))
 
 
 def test_the_instances_of_an_instruction_are_not_parted(tmp_path):

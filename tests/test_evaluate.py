@@ -155,6 +155,9 @@ def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
     said = f"warning: {all_rows} was trained on {tmp_path / 'numbers.jsonl'} too"
     assert said in warning(run, "--adapter", all_rows)
     assert said in warning(run, "--adapter", all_rows, "train.seed=7")
+    pattern = {"path": str(tmp_path / "number?.jsonl"), "split": "train", "type": "prompt_completion"}
+    found = warning(run, "--adapter", all_rows, f"data.datasets=[{json.dumps({**pattern, 'columns': COLUMNS})}]")
+    assert f"warning: {all_rows} was trained on {pattern['path']} too" in found
     (tmp_path / "copy.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
     elsewhere = {"path": str(tmp_path / "copy.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
     told = f"data.datasets=[{json.dumps(elsewhere)}]"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sora_llm.config import Config, Data, Dataset
-from sora_llm.files import user_path
+from sora_llm.data.local_files import is_local, local_files
+from sora_llm.errors import UserError
 
 
 def hold_out_alike(one: Config, other: Config) -> bool:
@@ -31,10 +32,22 @@ def learned_from(trained: Config, measured: Config) -> str | None:
     data = measured.data
     if data.val_datasets is None and (data.val_set_size is None or hold_out_alike(trained, measured)):
         return None
-    seen = {_identity(dataset) for dataset in trained.data.datasets}
-    return next((one.path for one in data.val_datasets or data.datasets if _identity(one) in seen), None)
+    seen = trained.data.datasets
+    dev = data.val_datasets or data.datasets
+    return next((one.path for one in dev if any(share_rows(one, other) for other in seen)), None)
 
 
-def _identity(dataset: Dataset) -> tuple[str, str | None]:
-    path = user_path(dataset.path, "path")
-    return str(path.resolve()) if path.exists() else dataset.path, dataset.split
+def share_rows(one: Dataset, other: Dataset) -> bool:
+    """Whether two data sets have a file in common, however each names it, or are the same split of the hub's."""
+    return bool(_origins(one) & _origins(other))
+
+
+def _origins(dataset: Dataset) -> set[tuple[str, str]]:
+    """The files, or the data set of the hub, and the split."""
+    split = dataset.split or "train"
+    if not is_local(dataset.path):
+        return {(dataset.path, split)}
+    try:
+        return {(str(file.resolve()), split) for file in local_files(dataset.path, dataset.type)}
+    except (UserError, OSError):  # an older run's, and not there any more
+        return {(dataset.path, split)}
