@@ -671,6 +671,17 @@ def test_sharegpt_s_calls_and_observations_become_openai_s(call_role, result_rol
     assert example_of(row, "sharegpt") == expected
 
 
+@pytest.mark.parametrize("type_", ["alpaca", "messages", "sharegpt", "self_instruct"])
+def test_a_system_and_a_tools_column_are_read_whatever_the_type_of_conversation(type_):
+    row = {**ALPACA, **CHAT, "conversations": CHAT["messages"], "instances": [{"input": "1 2", "output": "3"}]}
+    plain = example_of(row, type_)
+    for empty in (None, "", []):
+        assert example_of({**row, "system": empty or "", "tools": empty}, type_) == plain
+    system = Message("system", "Be brief.")
+    expected = Conversation((system, *plain.messages), (TOOL,))
+    assert example_of({**row, "system": "Be brief.", "tools": [TOOL]}, type_) == expected
+
+
 @pytest.mark.parametrize("type_", ["messages", "sharegpt"])
 @pytest.mark.parametrize(
     ("tools", "expected"),

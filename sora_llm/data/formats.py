@@ -90,7 +90,7 @@ def _alpaca(row: Row, spec: DatasetSpec) -> list[Example]:
     instruction = _filled_text(row, spec.column("instruction"))
     answer = _filled_text(row, spec.column("output"))
     asked = _question_and_answer(instruction, _text(row, spec.column("input"), optional=True), answer)
-    return [Conversation(_with_system(row, (*_history(row), *asked.messages), "the instruction"))]
+    return [Conversation(_with_system(row, (*_history(row), *asked.messages), "the instruction"), _tools(row))]
 
 
 def _history(row: Row) -> Iterator[Message]:
@@ -124,7 +124,8 @@ def _self_instruct(row: Row, spec: DatasetSpec) -> list[Example]:
         place = f"{column}[{i}]"
         _check_object(instance, place)
         answer = _filled_text(instance, "output", f"{place}.")
-        examples.append(_question_and_answer(instruction, _text(instance, "input", f"{place}.", optional=True), answer))
+        asked = _question_and_answer(instruction, _text(instance, "input", f"{place}.", optional=True), answer)
+        examples.append(Conversation(_with_system(row, asked.messages, "the instruction"), _tools(row)))
     return examples
 
 
