@@ -16,7 +16,7 @@ import pytest
 
 from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text, to_examples
 from sora_llm.data.readers import BadRow
-from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_digest
+from sora_llm.data.sources import DatasetSpec, check_paths, load_function, read_rows, source_digest
 from sora_llm.errors import UserError
 
 SHARED = Path(os.environ.get("SORA_TEST_DATA") or Path(__file__).parents[2] / "shared")
@@ -844,7 +844,18 @@ def test_the_digest_changes_with_the_source_of_the_custom_function(custom_module
     assert source_digest(spec) == first
     with Path(f"{custom_module}.py").open("a") as module:
         module.write("# changed\n")
+    with refused(rf"rows.jsonl: .*{custom_module}.py has changed since function '{custom_module}:chat' was loaded"):
+        source_digest(spec)
+    in_a_new_process(custom_module)
     assert source_digest(spec) != first
+
+
+def test_another_function_of_a_module_that_has_changed_is_not_taken_for_the_new_one(custom_module):
+    source_digest(DatasetSpec("rows.jsonl", "custom", function=f"{custom_module}:chat"))
+    with Path(f"{custom_module}.py").open("a") as module:
+        module.write("# changed\n")
+    with refused("has changed since"):
+        source_digest(DatasetSpec("rows.jsonl", "custom", function=f"{custom_module}:with_tools"))
 
 
 def test_the_digest_changes_with_the_source_of_a_function_that_is_named_where_it_is_imported(tmp_path, monkeypatch):
@@ -857,7 +868,17 @@ def test_the_digest_changes_with_the_source_of_a_function_that_is_named_where_it
     write(tmp_path / "rows.jsonl", "{}")
     first = source_digest(spec)
     Path(package, "impl.py").write_text("def chat(row):\n    return [1]\n")
+    with refused("impl.py has changed since"):
+        source_digest(spec)
+    in_a_new_process(package, f"{package}.impl")
     assert source_digest(spec) != first
+
+
+def in_a_new_process(*modules: str) -> None:
+    """Forget what was imported, as a new process has."""
+    load_function.cache_clear()
+    for module in modules:
+        del sys.modules[module]
 
 
 def test_a_spec_can_be_sent_to_another_process_and_written_as_json():

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sora_llm.data.local_files import check_file, is_local, local_files
@@ -77,16 +78,19 @@ def check_paths(specs: Sequence[DatasetSpec]) -> None:
 def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_sha256) -> str:
     """A hash of what the rows are made of: the bytes of the files, or the fingerprint of a hub data set (one that is
     streamed has none), and the sources of the module that a custom function is named in and of the one that defines
-    it (not of others that these import)."""
+    it (not of others that these import).
+
+    Raises `UserError` if one of these modules is another now than when the function was loaded."""
     digest = hashlib.sha256()
     if spec.function is not None:
-        function: Any = inspect.unwrap(load_function(spec.function))
-        while isinstance(function, partial):
-            function = inspect.unwrap(function.func)
-        defined_in = str(getattr(function, "__module__", None))
-        for module in dict.fromkeys((spec.function.partition(":")[0], defined_in)):
-            source = getattr(sys.modules.get(module), "__file__", None)  # modules in C have none
-            digest.update(f"function:{source and file_sha256(Path(source))}\n".encode())
+        for module in _modules_of(spec.function, load_function(spec.function)):
+            source = _source_when_loaded(module)
+            if source != _source_of(module):  # the old code goes on running, under the new one's key
+                raise UserError(
+                    f"data set {spec.path}: {module.__file__} has changed since function {spec.function!r} was loaded "
+                    "from it; start this program again, so that it runs what is there now"
+                )
+            digest.update(f"function:{source}\n".encode())
     if not is_local(spec.path):
         digest.update(_load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)._fingerprint.encode())
         return digest.hexdigest()
@@ -157,7 +161,30 @@ def load_function(name: str) -> Callable[[Row], Any]:
     function: Callable[[Row], Any] = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"function {name!r}: {function_name} of {place} is {type_in_words(function)}, not a function")
+    for of_function in _modules_of(name, function):
+        _source_when_loaded(of_function)
     return function
+
+
+def _modules_of(name: str, function: Any) -> list[ModuleType]:
+    """The module that a function is named in and the one that defines it."""
+    function = inspect.unwrap(function)
+    while isinstance(function, partial):
+        function = inspect.unwrap(function.func)
+    names = dict.fromkeys((name.partition(":")[0], str(getattr(function, "__module__", None))))
+    return [sys.modules[module] for module in names if module in sys.modules]
+
+
+@functools.cache
+def _source_when_loaded(module: ModuleType) -> str | None:
+    """`_source_of` at the first call."""
+    return _source_of(module)
+
+
+def _source_of(module: ModuleType) -> str | None:
+    """The digest of a module's file, None where it has none: those in C, or in an archive."""
+    file = getattr(module, "__file__", None)
+    return file_sha256(Path(file)) if file and Path(file).is_file() else None
 
 
 # ----- rows -----------------------------------------------------------------------------------------------------------
