@@ -787,3 +787,20 @@ def test_settings_of_a_tokenizer_that_change_ids_are_another_key(tmp_path, byte)
     other = byte_tokenizer()
     other.split_special_tokens = True
     assert prepare.prepare(Tokenizing((spec,), other, ""), cache_dir=tmp_path)[1].cache_folder != before
+
+
+def test_a_file_that_changes_between_hashing_and_reading_is_refused_and_not_kept(tmp_path, byte, monkeypatch):
+    rows = Path(write(tmp_path / "a.jsonl", json_lines(*TEXTS)))
+    work = Tokenizing((DatasetSpec(str(rows), "completion"),), byte, "")
+    read_rows = prepare.read_rows
+
+    def grown(spec: DatasetSpec) -> Any:
+        rows.write_text(json_lines(*TEXTS, *TEXTS))
+        return read_rows(spec)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a.jsonl has changed while it was read"):
+        patched.setattr(prepare, "read_rows", grown)
+        prepare.prepare(work, cache_dir=tmp_path / "cache")
+    rows.write_text(json_lines(*TEXTS))
+    tokens, report = prepare.prepare(work, cache_dir=tmp_path / "cache")
+    assert len(tokens) == len(TEXTS) and not report.from_cache

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
@@ -70,15 +70,23 @@ def prepare(
         cache_dir: default `default_cache_dir()`.
         wait_first: seconds for which this process lets others become the writer.
 
-    Raises `UserError`: files, columns; a row too long where that is an error, too many bad rows, a data set without a
-    supervised token.  Raises `RunFailed` if a process that tokenises is killed.
+    Raises `UserError`: files, also one that changes meanwhile, columns; a row too long where that is an error, too many
+    bad rows, a data set without a supervised token.  Raises `RunFailed` if a process that tokenises is killed.
     """
     if num_proc is not None and num_proc < 1:
         raise UserError(f"data.num_proc is {num_proc}; it is a number of processes, at least 1")
     check_paths(work.specs)
     cache = user_path(str(cache_dir), "data.cache_dir") if cache_dir is not None else default_cache_dir()
-    folder = cache / _key(work, cache / "digests")
-    was_there = fill_once(folder, lambda temporary: _fill(temporary, work, num_proc), wait_first)
+    sources = _sources(work.specs, cache / "digests")
+    folder = cache / _key(work, sources)
+
+    def fill(temporary: Path) -> None:
+        _fill(temporary, work, num_proc)
+        for spec, before, after in zip(work.specs, sources, _sources(work.specs, cache / "digests"), strict=True):
+            if after != before:  # these tokens are of neither
+                raise UserError(f"data set {spec.path} has changed while it was read; start again once it is complete")
+
+    was_there = fill_once(folder, fill, wait_first)
     report = DataReport.load(folder, from_cache=was_there)
     refuse_unusable(report, max_bad_row_fraction)
     return TokenDataset.load(folder), report
@@ -100,13 +108,18 @@ def default_cache_dir() -> Path:
     return caches() / "sora_llm" / "data"
 
 
-def _key(work: Tokenizing, digests: Path) -> str:
+def _sources(specs: Sequence[DatasetSpec], digests: Path) -> list[str]:
+    """What each data set is made of now, as a hash; those of large files are remembered in the folder `digests`."""
+    return [source_digest(spec, partial(remembered_sha256, memory=digests)) for spec in specs]
+
+
+def _key(work: Tokenizing, sources: Sequence[str]) -> str:
     """Name of the cache folder: a hash of everything that can change a token."""
     options = {item.name: getattr(work, item.name) for item in fields(work) if item.name not in ("specs", "tokenizer")}
     parts = {
         **options,
         "specs": [_what_changes_tokens(spec) for spec in work.specs],
-        "sources": [source_digest(spec, partial(remembered_sha256, memory=digests)) for spec in work.specs],
+        "sources": sources,
         "tokenizer": _tokenizer_digest(work.tokenizer),
         "format": _FORMAT_VERSION,
         "versions": [version("transformers"), version("tokenizers")],
