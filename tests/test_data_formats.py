@@ -139,6 +139,19 @@ def test_what_a_hub_repository_has_beside_its_rows_is_not_read(tmp_path):
     assert [row for _, row in rows_of(str(tmp_path))] == ROWS
 
 
+@pytest.mark.parametrize("pattern", ["", "*.jsonl*"])
+def test_a_file_is_read_once_however_often_a_folder_has_it(tmp_path, pattern):
+    path = str(tmp_path / pattern)
+    for name, row in (("a.jsonl", ROWS[0]), ("b.jsonl", ROWS[1])):
+        write(tmp_path / name, json_lines(row))
+    (tmp_path / "c.jsonl").symlink_to("a.jsonl")
+    assert rows_of(path) == [(f"{tmp_path / 'a.jsonl'}:1", ROWS[0]), (f"{tmp_path / 'b.jsonl'}:1", ROWS[1])]
+    write(tmp_path / "b.jsonl.gz", json_lines(ROWS[1]))
+    with refused(r"b.jsonl and .*b.jsonl.gz, which hold the same rows: name one of the two"):
+        rows_of(path)
+    assert len(rows_of(str(tmp_path / "b.jsonl.gz"))) == 1
+
+
 @pytest.mark.parametrize("names", [("train.jsonl", "gsm8k_test.jsonl"), ("train/0.jsonl", "validation/0.jsonl")])
 def test_a_folder_of_several_splits_is_not_all_trained_on(tmp_path, names):
     for name in names:

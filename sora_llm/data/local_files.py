@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sora_llm.data.readers import READERS, kind_of
@@ -48,10 +48,11 @@ def _is_glob(path: str) -> bool:
 
 
 def local_files(name: str, type_: str) -> list[Path]:
-    """The files behind the path of a data set, sorted; each of a kind that can be read.
+    """The files behind the path of a data set, sorted; each of a kind that can be read, and none twice, as where a
+    folder has a link to another of its files.
 
     Raises:
-        UserError: none is, or a folder is of several data sets: splits of one.
+        UserError: none is, a folder is of several data sets (splits of one), or a file lies there packed and unpacked.
     """
     path = user_path(name, "the path of a data set")
     if _is_glob(name):
@@ -63,9 +64,23 @@ def local_files(name: str, type_: str) -> list[Path]:
         files = _folder_files(path, type_)
     else:
         files = [path]
+    once: dict[Path, Path] = {}
     for file in files:
         _check_kind(file, type_)
-    return files
+        once.setdefault(file.resolve(), file)
+    _refuse_packed_copies(name, once.values())
+    return list(once.values())
+
+
+def _refuse_packed_copies(name: str, files: Collection[Path]) -> None:
+    """UserError if one of the files lies beside its .gz."""
+    names = {str(file) for file in files}
+    for file in sorted(names):
+        if f"{file}.gz" in names:
+            raise UserError(
+                f"data set {name} has {file} and {file}.gz, which hold the same rows: name one of the two, or move the "
+                "other away"
+            )
 
 
 def _folder_files(folder: Path, type_: str) -> list[Path]:
