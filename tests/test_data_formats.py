@@ -85,6 +85,7 @@ ROWS = [{"text": "one"}, {"text": "two\nlines"}, {"text": "zwölf"}]
         ("a.json", json_lines(*ROWS), [":1", ":2", ":3"]),
         ("a.csv", 'text\none\n"two\nlines"\nzwölf\n', [":2", ":3", ":5"]),
         ("a.csv", '\ufefftext\r\none\r\n"two\nlines"\r\nzwölf\r\n', [":2", ":3", ":5"]),
+        ("a.csv", 'text\r\none\r\n"two\r\nlines"\r\nzwölf\r\n', [":2", ":3", ":5"]),
         ("a.txt", "one\n\n \n\ntwo\nlines\n\nzwölf", [":1", ":5", ":8"]),
     ],
 )

@@ -224,7 +224,7 @@ def _csv_row(header: list[str], fields: list[str] | BadRow) -> RowOrBad:
         return fields
     if len(fields) != len(header):
         return BadRow(f"the row has {'more' if len(fields) > len(header) else 'fewer'} fields than the header")
-    return dict(zip(header, fields, strict=True))
+    return dict(zip(header, map(_unix_lines, fields), strict=True))
 
 
 def _read_parquet(file: Path) -> Placed:
@@ -285,8 +285,12 @@ def _read_text(file: Path) -> Placed:
 
 
 def _text_row(lines: list[tuple[int, str]]) -> RowOrBad:
-    text = "".join(line for _, line in lines).replace("\r\n", "\n").rstrip("\r\n")  # a model need not learn \\r
+    text = _unix_lines("".join(line for _, line in lines)).rstrip("\r\n")
     return _not_utf8(text, lines[0][0]) or {"text": text}
+
+
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n")  # a model need not learn \\r
 
 
 READERS: dict[str, Callable[[Path], Placed]] = {
