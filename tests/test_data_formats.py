@@ -611,7 +611,7 @@ QUESTION, ANSWER = Message("user", "Rain?"), Message("assistant", "No.")
 
 
 def calling(*calls: dict) -> Message:
-    return Message("assistant", "", extra={"tool_calls": list(calls)})
+    return Message("assistant", "", extra={"tool_calls": list(calls)}, has_content=False)
 
 
 def openai_row(call: dict, result: dict, **row: object) -> dict:
@@ -657,7 +657,7 @@ def test_openai_s_tool_calls_get_their_arguments_as_objects():
     [
         {"tool_calls": [CALL]},
         {"tool_calls": json.dumps([CALL])},
-        {"tool_calls": [CALL["function"]], "content": ""},
+        {"tool_calls": [CALL["function"]], "content": None},
         {"tool_calls": [CALL], "function_call": None},
         {"function_call": {"name": "weather", "arguments": '{"city": "Ulm"}'}, "tool_calls": []},
     ],

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sora_llm.data import templates
-from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text
+from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec, read_rows
 from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
@@ -936,6 +936,25 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(byte, template, p
         else:
             found = render(dicts, template, byte.special_tokens_map, tools=example.tools, prompt=prompt)
             assert found == expected
+
+
+BRANCHING = """{%- for m in messages -%}
+{{ m.role + ':' + (m.content if 'content' in m else '(none)') }}
+{%- for c in m.tool_calls or [] %}{{ '<' + c.function.name + c.function.arguments | tojson + '>' }}{% endfor %}{{ '|' }}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize(("content", "said"), [({"content": None}, "(none)"), ({}, "(none)"), ({"content": ""}, "")])
+def test_a_null_content_beside_calls_is_left_out_as_transformers_leaves_it_out(byte, content, said):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call(1)], **content}]
+    (example,) = to_examples({"messages": turns}, DatasetSpec("a.jsonl", "messages"))
+    text = render(as_dicts(example.messages), BRANCHING, byte.special_tokens_map)
+    assert text == byte.apply_chat_template(turns, chat_template=BRANCHING, tokenize=False)
+    assert f"assistant:{said}<" in text
+    assert len(answers(example, byte, BRANCHING)) == 1
+    for name in ("chatml", "llama-3", "mistral"):  # of these chatml fails at a message without content
+        empty = chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}))
+        assert tokens_and_weights(example, byte, TEMPLATES[name]) == tokens_and_weights(empty, byte, TEMPLATES[name])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ class Message:
     """system, user, assistant or tool."""
     content: str
     """Empty where an assistant only calls tools."""
+    has_content: bool = field(default=True, kw_only=True)
+    """False where a row has no content, or null, beside calls: templates can tell that from an empty one."""
     weight: float | None = None
     """What the row says about training on this turn: 0 never, 1 as usual, any number >= 0 scales its loss; None
     leaves it to the options."""
@@ -284,7 +286,8 @@ def _message(turn: Any, place: str, keys: tuple[tuple[str, str], ...], roles: Ma
         raise BadRow(f"{place}.{content_key}, an assistant's turn, is empty")
     if calls:
         extra["tool_calls"] = calls
-    return Message(roles[role], text, _weight(turn, place), extra=extra)
+    has_content = content is not None or not calls
+    return Message(roles[role], text, _weight(turn, place), extra=extra, has_content=has_content)
 
 
 def _content(content: Any, place: str) -> str:

@@ -284,12 +284,14 @@ def _own_template(tokenizer: Any) -> str | None:
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them.  Alpaca's input is part of the content, and there by itself for the one
-    template that has a section for it."""
+    template that has a section for it; a content that is null is left out, as `apply_chat_template` leaves it out."""
     return [_as_dict(message) for message in messages]
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    as_dict: dict[str, Any] = {"role": message.role, "content": message.content}
+    as_dict: dict[str, Any] = {"role": message.role}
+    if message.has_content:
+        as_dict["content"] = message.content
     if message.input:
         as_dict["content"] = f"{message.content}\n\n{message.input}"
         as_dict |= {"instruction": message.content, "input": message.input}
@@ -339,6 +341,8 @@ def _render(
     tools: Sequence[dict[str, Any]],
     **options: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
+    if any("content" not in message for message in messages) and _needs_content(template):
+        messages = [{"content": "", **message} for message in messages]
     try:
         # What apply_chat_template calls, which costs a fifth more.  It compiles each template once.
         rendered: Any = render_jinja_template(
@@ -376,6 +380,18 @@ def _num_lines_before(template: str) -> int:
 
 
 @functools.lru_cache(maxsize=8)
+def _needs_content(template: str) -> bool:
+    """Whether the template fails at a call without content.  Many do, that write an empty one as it should be."""
+    call = _sample(_Kind("assistant", False, False, 1, False, False, True))
+    dialogue = as_dicts([Message("user", "?"), call])
+    try:
+        render_jinja_template([dialogue], chat_template=_on_one_day(template), **_NAMES_OF_TOKENS)
+    except Exception:  # as in _render
+        return True
+    return False
+
+
+@functools.lru_cache(maxsize=8)
 def has_markers(template: str) -> bool:
     """Whether the template marks by itself what the assistant writes, with {% generation %}."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
@@ -392,7 +408,7 @@ def ends_answers_visibly(template: str) -> bool:
         return True
 
 
-_NAMES_OF_TOKENS = {name: f"<{name}>" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+_NAMES_OF_TOKENS: dict[str, Any] = {name: f"<{name}>" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
 
 
 # ----- what a template passes over in silence -------------------------------------------------------------------------
@@ -402,6 +418,7 @@ class _Kind(NamedTuple):
     """What a message uses of what a template may have no place for."""
 
     role: str
+    has_content: bool
     has_text: bool
     num_calls: int
     """2 stands for several."""
@@ -429,6 +446,7 @@ def _kind(message: Message) -> _Kind:
     calls = extra.get("tool_calls") or ()
     return _Kind(
         message.role,
+        message.has_content,
         bool(content) and not content.isspace(),
         min(len(calls), 2),
         any(map(extra.get, REASONING)),
@@ -526,7 +544,7 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
         extra["tool_call_id"] = call_id["id"]
     if kind.has_reasoning:
         extra["reasoning_content"] = says("reasoning")
-    return Message(kind.role, text, extra=extra)
+    return Message(kind.role, text, extra=extra, has_content=kind.has_content)
 
 
 _NO_PLACE = "the chat template has no place for {}: choose one that has, such as chatml"

@@ -381,7 +381,7 @@ class _Drafting:
         start = min(start, content_at)
         if ends_answers_visibly(self.template):
             end = start + len(text[start:end].rstrip())
-        if end <= start and (messages[i]["content"].strip() or messages[i].get("tool_calls")):
+        if end <= start and (messages[i].get("content", "").strip() or messages[i].get("tool_calls")):
             raise BadRow(f"the chat template writes nothing in the place of messages[{i}] ({messages[i]['role']})")
         return start, max(start, end)
 
@@ -408,7 +408,7 @@ class _Drafting:
         answers: it would be learned without them.
         """
         message = messages[i]
-        if message.get("reasoning_content") or "</think>" in message["content"]:
+        if message.get("reasoning_content") or "</think>" in message.get("content", ""):
             raise BadRow(_WRITTEN_DIFFERENTLY)
         first, last = self._place_of(i, messages, text, rendered)
         first_alone, last_alone = self._place_of(i, messages[: i + 1], alone, rendered)
@@ -458,7 +458,7 @@ _REPLACEMENTS = ("Lorem ipsum", "Dolor sit.")
 def _saying(words: str, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with other words for its text and for the names of its calls."""
     other = dict(message)
-    if message["content"].strip():
+    if message.get("content", "").strip():
         other["content"] = words
     if calls := message.get("tool_calls"):
         other["tool_calls"] = [{**call, "function": {**call["function"], "name": words}} for call in calls]
