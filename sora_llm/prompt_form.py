@@ -9,7 +9,7 @@ from typing import Any
 
 from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset
-from sora_llm.data.templates import resolve_template
+from sora_llm.data.templates import TEMPLATES, resolve_template
 from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
 from sora_llm.generation import Stop
 from sora_llm.row_types import WITHOUT_TEMPLATE
@@ -23,6 +23,11 @@ def has_conversations(datasets: Sequence[Dataset]) -> bool:
 def template_is_named(config: Config, tokenizer: Any) -> bool:
     """Whether the config or the tokenizer says which chat template rows are rendered with."""
     return config.data.chat_template is not None or bool(tokenizer.chat_template)
+
+
+def names_template_file(config: Config) -> bool:
+    """Whether rows are rendered with a jinja file that the config names, and that may be another by tomorrow."""
+    return config.data.chat_template not in (None, *TEMPLATES) and has_conversations(config.data.datasets)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 CONFIG = "config.yaml"
 ENV = "env.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""As the run read it, where its config names a file."""
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 RANKS = "ranks.jsonl"
@@ -11,7 +13,7 @@ SAMPLES = "samples.jsonl"
 DATA_REPORT = "data_report.json"
 """Which `preprocess` may leave before there is a run."""
 REPORT = "report.html"
-FILES = (CONFIG, ENV, STATUS, METRICS, RANKS, SAMPLES, DATA_REPORT, REPORT)
+FILES = (CONFIG, ENV, CHAT_TEMPLATE, STATUS, METRICS, RANKS, SAMPLES, DATA_REPORT, REPORT)
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"

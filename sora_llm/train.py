@@ -25,6 +25,7 @@ from sora_llm.distributed.collectives import in_process_group, is_timeout, on_ev
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import reaching_for_paths, user_path
+from sora_llm.prompt_form import names_template_file
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
 from sora_llm.running.announcement import announce
@@ -264,6 +265,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         lambda: directory.begin(
             config_yaml=to_yaml(replace(job.config, output=replace(job.config.output, resume="auto"))),
             env=env,
+            chat_template=job.inputs.chat_template if names_template_file(job.config) else None,
             data_report=None if job.data.train is None else data_report(job.config, job.inputs, job.data),
             total_steps=job.plan.total_steps,
             first_step=start.step,

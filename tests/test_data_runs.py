@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import shared
 from runs import gsm8k_overrides
 
+from sora_llm import cli
 from sora_llm.config import load_config
 from sora_llm.config.schema import Dataset
+from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.running.held_out import share_rows
 from sora_llm.running.inputs import check_inputs
@@ -211,6 +214,31 @@ def test_data_sets_share_rows_where_they_share_a_file_however_it_is_named(tmp_pa
         assert not share_rows(Dataset("data/a.jsonl"), Dataset(other))
     assert share_rows(Dataset("owner/name"), Dataset("owner/name", split="train"))
     assert not share_rows(Dataset("owner/name"), Dataset("owner/name", split="test"))
+
+
+def test_a_checkpoint_and_a_run_without_an_adapter_are_asked_with_the_template_that_the_run_kept(tmp_path, capsys):
+    rows, template, directory = tmp_path / "rows.jsonl", tmp_path / "mine.jinja", tmp_path / "run"
+    rows.write_text("\n".join(json.dumps({"instruction": f"Say {i}", "output": f"{i}"}) for i in range(8)))
+    template.write_text(TEMPLATES["vicuna"])
+    options = {**QUICK, "data.datasets": [{"path": str(rows), "type": "alpaca"}], "data.val_set_size": 2}
+    options |= {"data.chat_template": str(template), "output.save_steps": 1}
+    assert main([CONFIG, *gsm8k_overrides(directory, **options), f"data.cache_dir={tmp_path / 'cache'}"]) == 0
+    assert (directory / "chat_template.jinja").read_text() == TEMPLATES["vicuna"]
+    shutil.rmtree(directory / "adapter")
+
+    def losses() -> list[dict[str, float]]:
+        found = []
+        for arguments in ([directory / "checkpoints" / "step-1"], [directory, "--no-adapter"]):
+            capsys.readouterr()
+            assert cli.main(["evaluate", *map(str, arguments), "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        return found
+
+    before = losses()
+    template.write_text(TEMPLATES["chatml"])
+    assert losses() == before
+    template.unlink()
+    assert losses() == before
 
 
 def test_the_instances_of_an_instruction_are_not_parted(tmp_path):

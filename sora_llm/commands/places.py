@@ -10,10 +10,9 @@ from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.config import Config, from_dict, load_config
-from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
-from sora_llm.prompt_form import has_conversations
+from sora_llm.prompt_form import names_template_file
 from sora_llm.running.inputs import absolute, is_run, run_of_adapter
 
 
@@ -83,7 +82,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
     if (folder / checkpoint.STATE).is_file() or (folder / checkpoint.COMPLETE).is_file():
         if overrides:
             raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
-        return Place(name, folder, _without_consent(_checkpoint_config(folder)))
+        config, run_dir = _without_consent(_checkpoint_config(folder)), absolute(folder).parent.parent
+        if is_run(run_dir) and names_template_file(config):
+            config = _with_kept_template(config, run_dir)
+        return Place(name, folder, config)
     if (folder / run_files.CONFIG).is_file():
         config_file = folder / run_files.CONFIG
         place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
@@ -105,22 +107,24 @@ def _of_config(name: str, file: Path, config: Config) -> Place:
 
 
 def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
-    """`place` with the directory where the run is now as its output_dir, and with the chat template that was saved
-    beside the adapter, as the file that the config names may have changed since.  Beside the adapter of a run that
-    rendered nothing lies the base's template, if any."""
-    adapter, run_dir = place.adapter, place.run_dir
+    """`place` with the directory where the run is now as its output_dir, and with the chat template that was kept in
+    it or, by older runs, beside the adapter."""
+    run_dir = place.run_dir
     if place.config is None or run_dir is None:
         return place
     config = replace(place.config, output=replace(place.config.output, output_dir=str(run_dir)))
-    place = replace(place, config=config)
-    if adapter is None or config.data.chat_template in (None, *TEMPLATES):
-        return place
-    beside = adapter / TEMPLATE
-    if not beside.is_file() or _overrides_key("data.chat_template", overrides):
-        return place
-    if not has_conversations(load_config(run_dir / run_files.CONFIG).data.datasets):
-        return place
-    return replace(place, config=replace(config, data=replace(config.data, chat_template=str(beside))))
+    # Beside the adapter of a run that rendered nothing lies the base's template, if any.
+    named = names_template_file(load_config(run_dir / run_files.CONFIG))
+    if named and not _overrides_key("data.chat_template", overrides):
+        config = _with_kept_template(config, run_dir, run_dir if place.adapter is None else place.adapter)
+    return replace(place, config=config)
+
+
+def _with_kept_template(config: Config, *folders: Path) -> Config:
+    """With the chat template that lies in the first of the folders that has one: the file that the config names may
+    have changed since."""
+    kept = next((file for folder in folders if (file := folder / TEMPLATE).is_file()), None)
+    return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
 
 
 def trained_config(place: Place) -> Config | None:

@@ -53,6 +53,7 @@ class RunDirectory:
         *,
         config_yaml: str,
         env: Mapping[str, Any],
+        chat_template: str | None = None,
         data_report: Mapping[str, Any] | None = None,
         total_steps: int,
         first_step: int = 0,
@@ -62,6 +63,7 @@ class RunDirectory:
         """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again); on the main
         process.
 
+        `chat_template`: of a file, kept because that may change; checkpoints are asked with it.
         `is_logged`: whether the line of the step `resumed_from` was written before its checkpoint.
         """
         self.is_begun = True
@@ -76,6 +78,8 @@ class RunDirectory:
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
             write_text_atomically(self.path / run_files.CONFIG, config_yaml)
             write_text_atomically(self.path / run_files.ENV, _json(env))
+            if chat_template is not None:
+                write_text_atomically(self.path / run_files.CHAT_TEMPLATE, chat_template)
             if data_report is not None:
                 write_text_atomically(self.path / run_files.DATA_REPORT, _json(data_report))
             # Where the step's own line is still to come, the one before may be a stage's last, which was exported.
