@@ -367,7 +367,6 @@ def certify_and_publish(
     problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
     problems += logit_problems(errors.logits, errors.gain, coarsest_dtype(model), "PEFT's forward shows")
     if problems:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {
         **provenance.in_certificate(),

@@ -228,17 +228,22 @@ def _merge(
 ) -> tuple[PlainFactors, CutReport, float]:
     """Replicas as one adapter, and how far the farthest of them is from it.
 
-    Without a budget every module keeps as many components as gates live in some replica, which are those that all
-    agreed on: one that took no step in the last round has no part in what came back to life.  The mean of products
-    has up to K times as many components, which nobody asked for.
+    Without a budget every module keeps as many components as it has gates that live in some replica: one that took
+    no step in the last round has no part in what came back to life there.  The mean of products has up to K times as
+    many components, which nobody asked for.
     """
     members = [WeightedAdapter(1.0, factors, scaling) for factors in replicas]
     max_ranks = None
     if budget is None:
-        gates = {name: [replica[name][2] for replica in replicas] for name in replicas[0]}
-        max_ranks = kept_ranks({name: torch.stack(own).any(0) for name, own in gates.items()})  # type: ignore[arg-type]
+        max_ranks = kept_ranks({name: torch.stack(_gates_of(name, replicas)).any(0) for name in replicas[0]})
     merged = merge(members, budget, min_rank=min_rank, scaling=scaling, max_ranks=max_ranks)
     return merged.factors, merged.report, max(report.distance or 0.0 for report in merged.replicas)
+
+
+def _gates_of(name: str, replicas: Sequence[Factors]) -> list[Tensor]:
+    gates = [gate for replica in replicas if (gate := replica[name][2]) is not None]
+    assert len(gates) == len(replicas), "replicas are merged while they have gates"
+    return gates
 
 
 def balance(

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sora_llm.values import is_integer, is_number
 
@@ -374,7 +375,8 @@ class Neighbours:
     the very same tensor; anything else begins anew, so that layers which are called in another way are slower and not
     wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart.
 
-    Dropout is one mask of x for all of them, also where they stay apart, so that strategies drop the same.
+    Dropout is one mask of x for all of them, also where they stay apart, so that strategies drop the same (but under
+    torch.compile, and in the replicas of DataParallel, where each has its own).
 
     A copy of one of the layers brings copies of the others, whom it knows.
     """
@@ -383,16 +385,16 @@ class Neighbours:
         self._layers = [weakref.ref(layer) for layer in layers]  # no cycle: a model ends with its last user
         self._waiting: _Waiting | None = None
         self._seed, self._to_mask = 0, set[int]()
+        self._masked: StorageWeakRef | None = None
 
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and u = A drop(x) as (R, T) of `layer`."""
-        dropout, seed = layer.dropout, self._seed_for(layer)
-        by_layer = {} if x.is_inference() else self._factors(layer)  # such an x counts no changes
+        dropout, seed = layer.dropout, self._seed_for(layer, x)
+        # An x of inference mode counts no changes; only to look at another layer's A makes ZeRO-3 gather it.
+        by_layer = {} if x.is_inference() or is_partitioned(layer.lora_A) else self._factors(layer)
         if self._waiting is not None and self._waiting.x is not x:
             self._waiting = None  # nobody will ask for it
-        if (
-            by_layer.keys() <= {id(layer)} or id(layer) not in by_layer
-        ):  # a replica, which DataParallel makes for a pass
+        if id(layer) not in by_layer or len(by_layer) == 1:  # alone, or a replica that DataParallel makes for a pass
             x_to_base, u_RT = _down(x, dropout, seed, layer.lora_A)  # type: ignore[arg-type]
             return x_to_base, u_RT
         waiting, self._waiting = self._waiting, None
@@ -406,18 +408,22 @@ class Neighbours:
             self._waiting = waiting
         return waiting.x_to_base, u_RT
 
-    def _seed_for(self, layer: SoraLinear) -> int:
-        """Of its dropout mask: drawn when the first of them asks, and handed once to each of the others."""
+    def _seed_for(self, layer: SoraLinear, x: Tensor) -> int:
+        """The seed of its dropout mask: drawn when the first of them asks about an x, and handed once to each of the
+        others that ask about it.  ZeRO-3 gives each of them a tensor of its own, in the same memory."""
         if layer.dropout == 0:
             return 0
-        if id(layer) not in self._to_mask:
-            self._seed = _draw_seed()
-            self._to_mask = {id(other) for reference in self._layers if (other := reference()) is not None}
+        memory = StorageWeakRef(x.untyped_storage())
+        if id(layer) not in self._to_mask or memory != self._masked:
+            ids = {id(other) for reference in self._layers if (other := reference()) is not None}
+            if id(layer) not in ids:
+                return _draw_seed()
+            self._seed, self._masked, self._to_mask = _draw_seed(), memory, ids
         self._to_mask.discard(id(layer))
         return self._seed
 
     def _factors(self, asking: SoraLinear) -> dict[int, Tensor]:
-        """{id of a layer: its A} of those that go into one product with the A of `asking`; none under ZeRO-3."""
+        """{id of a layer: its A} of those that go into one product with the A of `asking`."""
         own: Any = asking.lora_A
         found: dict[int, Tensor] = {}
         for reference in self._layers:

@@ -99,6 +99,11 @@ def test_other_rows_in_the_file_that_dev_rows_were_held_out_of_are_said(lora, ro
     changed.write_text(rows.read_text() * 5)
     moved = directory.rename(tmp_path / "moved")
     assert cli.main(["evaluate", str(moved)]) == 0 and f"{said} {moved} was trained on" in capsys.readouterr().err
+    (moved / "status.json").write_text("{}")
+    alike = Path(shutil.copytree(moved, tmp_path / "alike"))
+    for options, is_said in ((["--adapter", str(alike)], True), (["--no-adapter"], False)):
+        assert cli.main(["evaluate", str(moved), *options]) == 0
+        assert (said in capsys.readouterr().err) == is_said, options
 
 
 NUMBERS = [f"{first} and {second}" for first in ("one", "two", "three", "four") for second in ("five", "six", "seven")]

@@ -24,6 +24,7 @@ from sora_llm.export import Provenance, export_adapter
 from sora_llm.files import file_sha256, staging_folder
 from sora_llm.inject import adapters, bare, cut_adapters, inject_sora
 from sora_llm.quantised import coarsest_dtype
+from sora_llm.running.verified_export import export_verified
 from sora_llm.sora import keep_live_slots
 
 R, LORA_ALPHA = 6, 9.0  # s = 1.5
@@ -287,6 +288,26 @@ def damage_config(**changes):
     return tampered
 
 
+def nothing_to_measure(model):
+    raise RunFailed("the loss is nan")
+
+
+def test_a_run_s_export_that_fails_leaves_nothing(stories, tmp_path):
+    model = trained_model("float32", stories)
+    probe = torch.arange(6)[None]
+    with pytest.raises(RunFailed, match="the loss is nan"):
+        export_verified(
+            model,
+            tmp_path / "adapter",
+            "padded",
+            provenance=Provenance("some/base"),
+            allow_empty=False,
+            probe_ids=probe,
+            eval_loss_of=nothing_to_measure,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("what", "damage"),
     [
@@ -443,14 +464,14 @@ def test_tokenizer_files_are_copied_byte_for_byte(stories, tmp_path):
 
 @pytest.mark.parametrize(
     ("separator", "how"),
-    [("\n", "it."), (": ", "':', as the blank is part of an answer's first token."), (" ", "'', as the blank is part")],
+    [("\n", "with it."), (": ", "with ':', as the last blank begins"), (" ", "without it, as the last blank begins")],
 )
 def test_the_model_card_says_what_ended_a_prompt(separator, how, stories, tmp_path):
     """Asked without the separator the adapter would go on with the question."""
     provenance = Provenance("some/base", separator=separator)
     export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert f"Behind every prompt stood {separator!r} (a Python string): end yours with {how}" in card
+    assert f"Behind every prompt stood {separator!r} (a Python string): end yours {how}" in card
 
 
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):

@@ -164,12 +164,23 @@ def test_what_was_computed_without_gradients_is_not_taken_where_they_are_asked_f
         assert not k(x).requires_grad
 
 
+def keep_apart(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """As ZeRO-3 does, which gathers the A of a neighbour when it is only looked at."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a neighbour's A was looked at")
+
+    if apart:
+        monkeypatch.setattr(sora, "is_partitioned", lambda parameter: True)
+        monkeypatch.setattr(Neighbours, "_factors", refuse)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_dropout_is_one_mask_of_x_for_all(
     qkv: tuple[SoraLinear, ...], apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where ZeRO-3 keeps them apart, or strategies would not train the same."""
-    monkeypatch.setattr(sora, "is_partitioned", lambda parameter: apart)
+    keep_apart(monkeypatch, apart)
     for layer in qkv:
         layer.lora_dropout = 0.5
     x = input_of()
@@ -189,14 +200,21 @@ def test_dropout_is_one_mask_of_x_for_all(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_recomputed_activations_give_the_same_gradients(qkv: tuple[SoraLinear, ...], dropout: float) -> None:
+def test_recomputed_activations_give_the_same_gradients(
+    qkv: tuple[SoraLinear, ...], dropout: float, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after one of them was asked alone, whose mask the others never took."""
+    keep_apart(monkeypatch, apart)
     for layer in qkv:
         layer.lora_dropout = dropout
+    qkv[1](input_of(1))
     x = input_of()
 
     def block(x: Tensor) -> Tensor:
-        return loss_of([layer(x) for layer in qkv])
+        read = x * 1
+        return loss_of([layer(read) for layer in qkv])
 
     leaves = [x, *trained(qkv)]
     torch.manual_seed(3)

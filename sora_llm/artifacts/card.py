@@ -209,9 +209,10 @@ By the rules that each engine has for scale and shapes, computed from these file
 def _prompt_line(provenance: Provenance, use: str) -> str:
     lines = ""
     if separator := provenance.separator:
-        end = separator.rstrip(" ")  # most tokenizers join a blank with the word behind it
-        how = "it" if end == separator else f"{end!r}, as the blank is part of an answer's first token"
-        lines += f"Behind every prompt stood {separator!r} (a Python string): end yours with {how}.\n"
+        how = "with it"
+        if (end := separator.removesuffix(" ")) != separator:  # most tokenizers join a blank with the word behind it
+            how = f"{f'with {end!r}' if end else 'without it'}, as the last blank begins the answer's first word"
+        lines += f"Behind every prompt stood {separator!r} (a Python string): end yours {how}.\n"
     if provenance.chat_template is not None:
         lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
     return lines

@@ -108,7 +108,7 @@ def read_lora(folder: Path) -> LoraFiles:
         factors,
         scaling,
         targets=frozenset(factors) | _certified(folder),
-        base_digest=certificate_in(folder).get("base_digest"),
+        base_digest=certified_digest(folder),
     )
 
 
@@ -226,6 +226,12 @@ def certificate_in(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return certificate if isinstance(certificate, dict) else {}
+
+
+def certified_digest(folder: Path) -> str | None:
+    """The `backbone.base_digest` of the weights that a folder's certificate says it was trained beside."""
+    digest = certificate_in(folder).get("base_digest")
+    return digest if isinstance(digest, str) else None
 
 
 def _certified(folder: Path) -> frozenset[str]:

@@ -24,7 +24,7 @@ from sora_llm.prompt_form import has_conversations, recorded_separator, template
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.held_out import learned_from
+from sora_llm.running.held_out import hold_out_alike, learned_from
 from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
             refuse_guessed_template(arguments.config, config, inputs)
         found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
         rows = found_rows.rows
-        if measured.is_run_s_own:
+        if measured.held_out_alike:
             found_rows.warn_of_doubt()
         loaded = load(subject)
 
@@ -124,14 +124,15 @@ def fates_of(measured: MeasuredRows) -> list[str]:
 @dataclass(frozen=True)
 class Measured:
     """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
-    or nothing says it; `is_run_s_own` says that its own adapter is measured.  Rows, template and `tokenizer`, where it
+    or nothing says it; `held_out_alike` says that the adapter that is measured is its own, or was trained with the same
+    rows held out.  Rows, template and `tokenizer`, where it
     lies, are those of RUN or ADAPTER, as in `generate`, whatever other adapter is measured."""
 
     subject: Subject
     config: Config
     trained: Config | None
     tokenizer: backbone.BackboneSpec
-    is_run_s_own: bool
+    held_out_alike: bool
 
 
 def find_measured(arguments: argparse.Namespace) -> Measured:
@@ -174,10 +175,12 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
             f"--chat-template is for rows that are conversations; rows of type {measured[0].type} are measured without "
             "one; leave it out"
         )
-    trained = trained_as(named)
+    trained, held_out_alike = trained_as(named), subject.adapter is not None
     if other is not None:
-        warn_of_seen_rows(arguments.adapter, trained_as(other), holding_out(config, trained))
+        other_trained, splitting = trained_as(other), holding_out(config, trained)
+        warn_of_seen_rows(arguments.adapter, other_trained, splitting)
         warn_of_other_form(arguments.adapter, other, named)
+        held_out_alike = other_trained is not None and hold_out_alike(other_trained, splitting)
     elif subject.adapter is not None and config.data.val_datasets is not None:  # of held-out rows those that measure
         warn_of_seen_rows(arguments.config, trained, config)
     return Measured(
@@ -185,7 +188,7 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
         measuring(config, subject.spec),
         None if trained is None else measuring(trained, subject.spec),
         tokenizer_source(named),
-        is_run_s_own=other is None and subject.adapter is not None,
+        held_out_alike=held_out_alike,
     )
 
 
@@ -197,7 +200,7 @@ def trained_as(subject: Subject) -> Config | None:
     try:
         return trained_config(subject.place)
     except UserError as error:
-        warn(f"{error} (so that nothing says which rows {subject.place.name} was trained on)")
+        warn(f"{str(error).rstrip('.')} (so that nothing says which rows {subject.place.name} was trained on)")
         return None
 
 

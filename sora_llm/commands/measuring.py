@@ -72,9 +72,9 @@ class MeasuredRows:
     doubt: str | None = None
 
     def warn_of_doubt(self) -> None:
-        """For where it is the run's own adapter that is measured."""
+        """For where the adapter that is measured is the run's own, or was trained as it was."""
         if self.doubt is not None:
-            warn(f"{self.doubt}: it may have been trained on some that it is measured on here")
+            warn(f"{self.doubt}: the adapter may have been trained on some that it is measured on here")
 
 
 def holding_out(config: Config, trained: Config | None) -> Config:

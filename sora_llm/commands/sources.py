@@ -11,7 +11,7 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, certificate_in, is_same_base, read_lora
+from sora_llm.artifacts.lora_files import CONFIG, certificate_in, certified_digest, is_same_base, read_lora
 from sora_llm.backbone import (
     BackboneSpec,
     as_its_files,
@@ -158,7 +158,7 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
 def recorded_digest(folder: Path) -> str | None:
     """The `base_digest` that a checkpoint, or the certificate beside a LoRA, has; None where none says it."""
     if (folder / CONFIG).is_file():
-        return certificate_in(folder).get("base_digest")
+        return certified_digest(folder)
     return checkpoint.read_state(folder).get("base")
 
 

@@ -108,7 +108,8 @@ def _ids_before_an_answer(text: str, tokenizer: Any) -> list[int]:
         return _tokenize([text], tokenizer)[0].ids
     one, *others = _tokenize([text + beginning for beginning in "aA1"], tokenizer)
     num_shared = min(common_prefix_length(one.ids, other.ids) for other in others)
-    return one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
+    ids = one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
+    return ids or _tokenize([text], tokenizer)[0].ids  # a blank alone, and no BOS before it
 
 
 def served_template(tokenizer: Any, template: str) -> str:

@@ -86,7 +86,10 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
     lora, spec = start_lora(job.config), job.inputs.backbone
     start_from(model, lora.factors, lora.scaling)
     if None not in (base, lora.base_digest) and base != lora.base_digest:
-        job.say(f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has")
+        job.say(
+            f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has (another form of "
+            "them, or another model): it begins as another function than it was"
+        )
 
 
 def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:

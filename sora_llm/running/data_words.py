@@ -92,7 +92,8 @@ def _opening_warning(tokenizer: Any, template: str) -> list[str]:
         return []
     return [
         f"warning: where the model is asked the chat template opens its answer with {opened!r}, which it does not "
-        "write before an answer without thoughts: give answers theirs, or name another data.chat_template"
+        "write before an answer that has no such beginning (thoughts, by most such templates): give answers theirs, or "
+        "name another data.chat_template"
     ]
 
 

@@ -21,7 +21,7 @@ from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes
 from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
-from sora_llm.run_files import PATH, stage_name
+from sora_llm.run_files import ADAPTER, PATH, stage_name
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.job import (
@@ -78,7 +78,7 @@ def cut_and_export(training: Training) -> StageResult:
             model,
             directory.path / PATH / stage_name(training.stage.sparse_lambda or 0.0)
             if is_path
-            else directory.path / "adapter",
+            else directory.path / ADAPTER,
             adapter_layout(config.output.export_layout),
             provenance=provenance(training, fields),
             allow_empty=config.output.allow_empty_adapter,
@@ -138,7 +138,7 @@ def start_of(config: Config) -> str:
 def finish(training: Training, result: StageResult) -> RunResult:
     """The last stage's adapter is the run's (collective)."""
     job, directory = training.job, training.directory
-    adapter = directory.path / "adapter"
+    adapter = directory.path / ADAPTER
     if job.plan.is_path:
         on_main(lambda: export.copy_adapter(result.exported.folder, adapter))
     directory.adapter = adapter

@@ -111,7 +111,7 @@ def start_lora(config: Config) -> LoraFiles:
     folder = user_path(config.model.adapter, "model.adapter")
     if not folder.is_dir():
         raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
-    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and (folder / run_files.ADAPTER / CONFIG).is_file():
         raise UserError(f"model.adapter: {config.model.adapter} is a run; its LoRA is {folder / 'adapter'}: name that")
     return read_lora(folder)
 
@@ -191,9 +191,9 @@ def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
 def run_of_adapter(folder: Path) -> Path | None:
     """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
     whole = absolute(folder)
-    is_stage = whole.parent.name == "path"
+    is_stage = whole.parent.name == run_files.PATH
     run_dir = whole.parent.parent if is_stage else whole.parent
-    is_adapter = (is_stage or whole.name == "adapter") and (whole / CONFIG).is_file()
+    is_adapter = (is_stage or whole.name == run_files.ADAPTER) and (whole / CONFIG).is_file()
     return run_dir if is_adapter and is_run(run_dir) else None
 
 
@@ -204,5 +204,5 @@ def absolute(folder: Path) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has written here: a config.yaml alone may be anybody's."""
-    marks = (run_files.STATUS, f"adapter/{CERTIFICATE}")
+    marks = (run_files.STATUS, f"{run_files.ADAPTER}/{CERTIFICATE}")
     return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)

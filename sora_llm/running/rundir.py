@@ -34,8 +34,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", 
 class RunDirectory:
     """The main process's pen: metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
 
-    Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint`
-    and `adapter` are what the next status.json will say.
+    Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint` and `adapter` are what the
+    next status.json will say.
     """
 
     def __init__(self, path: Path, *, is_main: bool, tracker: Any = None):
