@@ -83,6 +83,7 @@ def test_a_module_that_has_less_than_it_was_meant_to(params: int, min_rank: int,
 
 def test_a_budget_that_could_not_be_used_up() -> None:
     assert "120 parameters less" in Alarms([budget()], FULL).of_cut({"a": 19, "b": 19}, 120)[0]
+    assert Alarms([budget()], FULL).of_cut({"a": 19, "b": 19}, min(COSTS.values()) - 1) == [], "no rank costs so little"
 
 
 def test_a_loss_that_jumps_when_the_adapters_are_cut() -> None:

@@ -97,7 +97,8 @@ class Alarms:
     def of_cut(self, ranks: Mapping[str, int], shortfall: int | None) -> list[str]:
         """The alarms that what consensus kept raises."""
         found = {}
-        if shortfall:
+        one_rank = min((cost for budget in self._budgets for cost in budget.costs.values()), default=0)
+        if shortfall and shortfall >= one_rank:  # with less nothing more could have been kept
             found["shortfall"] = (
                 f"the budget could not be used up: all that was alive costs {shortfall:,} parameters less; lower "
                 "sora.gate_lr or lengthen the dense phase"
