@@ -17,7 +17,7 @@ from sora_llm.config import load_config
 from sora_llm.config.schema import Dataset
 from sora_llm.data.templates import TEMPLATES
 from sora_llm.errors import UserError
-from sora_llm.running.held_out import share_rows
+from sora_llm.running.held_out import sharing_rows
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
@@ -209,11 +209,11 @@ def test_data_sets_share_rows_where_they_share_a_file_however_it_is_named(tmp_pa
     Path("link.jsonl").symlink_to("data/a.jsonl")
     same = [str(tmp_path / "data/a.jsonl"), "./data/a.jsonl", "data", "data/*.jsonl", "link.jsonl"]
     for one, other in itertools.product(same, repeat=2):
-        assert share_rows(Dataset(one), Dataset(other, split="train"))
+        assert sharing_rows([Dataset(one)], [Dataset(other, split="train")])
     for other in ("data/b.jsonl", "other", "data/gone.jsonl", "nothing/*.jsonl", "owner/name"):
-        assert not share_rows(Dataset("data/a.jsonl"), Dataset(other))
-    assert share_rows(Dataset("owner/name"), Dataset("owner/name", split="train"))
-    assert not share_rows(Dataset("owner/name"), Dataset("owner/name", split="test"))
+        assert not sharing_rows([Dataset("data/a.jsonl")], [Dataset(other)])
+    assert sharing_rows([Dataset("owner/name")], [Dataset("owner/name", split="train")])
+    assert not sharing_rows([Dataset("owner/name")], [Dataset("owner/name", split="test")])
 
 
 def test_a_checkpoint_and_a_run_without_an_adapter_are_asked_with_the_template_that_the_run_kept(tmp_path, capsys):

@@ -125,8 +125,8 @@ def fates_of(measured: MeasuredRows) -> list[str]:
 class Measured:
     """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
     or nothing says it; `held_out_alike` says that the adapter that is measured is its own, or was trained with the same
-    rows held out.  Rows, template and `tokenizer`, where it
-    lies, are those of RUN or ADAPTER, as in `generate`, whatever other adapter is measured."""
+    rows held out.  Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`,
+    whatever other adapter is measured."""
 
     subject: Subject
     config: Config

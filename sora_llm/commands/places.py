@@ -84,7 +84,7 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
             raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
         config, run_dir = _without_consent(_checkpoint_config(folder)), absolute(folder).parent.parent
         if is_run(run_dir) and names_template_file(config):
-            config = _with_kept_template(config, run_dir)
+            config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
         return Place(name, folder, config)
     if (folder / run_files.CONFIG).is_file():
         config_file = folder / run_files.CONFIG
@@ -113,17 +113,18 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     if place.config is None or run_dir is None:
         return place
     config = replace(place.config, output=replace(place.config.output, output_dir=str(run_dir)))
+    trained = load_config(run_dir / run_files.CONFIG) if overrides else place.config
     # Beside the adapter of a run that rendered nothing lies the base's template, if any.
-    named = names_template_file(load_config(run_dir / run_files.CONFIG))
-    if named and not _overrides_key("data.chat_template", overrides):
-        config = _with_kept_template(config, run_dir, run_dir if place.adapter is None else place.adapter)
+    if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):
+        beside = [] if place.adapter is None else [place.adapter / TEMPLATE]
+        config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
     return replace(place, config=config)
 
 
-def _with_kept_template(config: Config, *folders: Path) -> Config:
-    """With the chat template that lies in the first of the folders that has one: the file that the config names may
-    have changed since."""
-    kept = next((file for folder in folders if (file := folder / TEMPLATE).is_file()), None)
+def _with_kept_template(config: Config, *files: Path) -> Config:
+    """With the first of the files that is there as its chat template: the one that the config names may have changed
+    since."""
+    kept = next((file for file in files if file.is_file()), None)
     return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
 
 

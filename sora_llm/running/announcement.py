@@ -18,7 +18,7 @@ from sora_llm.hub import LOGIN, has_token
 from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
-from sora_llm.running.held_out import learned_from, share_rows
+from sora_llm.running.held_out import learned_from, sharing_rows
 from sora_llm.running.inputs import run_of_adapter
 from sora_llm.running.job import Job
 from sora_llm.running.plan import Plan, Stage, so_many_steps
@@ -157,8 +157,9 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
 
 def _of_dev_rows(data: Data) -> Iterator[str]:
     """Sentences about dev rows that are trained on too, or written otherwise than the training rows."""
+    trained_on_too = sharing_rows(data.val_datasets or (), data.datasets)
     for dev in data.val_datasets or ():
-        if any(share_rows(one, dev) for one in data.datasets):
+        if dev in trained_on_too:
             yield f"rows of data.val_datasets {dev.path} are trained on too; their loss says nothing of others"
         separators = {one.separator for one in data.datasets if one.type == dev.type == "prompt_completion"}
         if separators and dev.separator not in separators:

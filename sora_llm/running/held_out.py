@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sora_llm.config import Config, Data, Dataset
@@ -32,14 +33,15 @@ def learned_from(trained: Config, measured: Config) -> str | None:
     data = measured.data
     if data.val_datasets is None and (data.val_set_size is None or hold_out_alike(trained, measured)):
         return None
-    seen = trained.data.datasets
-    dev = data.val_datasets or data.datasets
-    return next((one.path for one in dev if any(share_rows(one, other) for other in seen)), None)
+    shared = sharing_rows(data.val_datasets or data.datasets, trained.data.datasets)
+    return shared[0].path if shared else None
 
 
-def share_rows(one: Dataset, other: Dataset) -> bool:
-    """Whether two data sets have a file in common, however each names it, or are the same split of the hub's."""
-    return bool(_origins(one) & _origins(other))
+def sharing_rows(datasets: Sequence[Dataset], others: Sequence[Dataset]) -> list[Dataset]:
+    """Those of `datasets` that have a file in common with one of the others, however each names it, or are the same
+    split of the hub's."""
+    origins = set().union(*map(_origins, others))
+    return [dataset for dataset in datasets if _origins(dataset) & origins]
 
 
 def _origins(dataset: Dataset) -> set[tuple[str, str]]:
