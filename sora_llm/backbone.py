@@ -274,7 +274,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 def dtype_name(config: Any) -> str:
     """The dtype of a model's files, as its transformers config says; bfloat16 where it does not."""
-    dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = _name_of(getattr(config, "dtype", None))
     return dtype if dtype in ("float16", "float32") else "bfloat16"
 
 
@@ -347,6 +347,31 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
+
+
+def spec_of(model: Any) -> BackboneSpec | None:
+    """How a model of transformers that somebody loaded is held, as its layers say; None where that is in no form that
+    can be loaded here, or in several."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    dtype = _name_of(model.get_input_embeddings().weight.dtype)
+    eight = any(isinstance(layer, Linear8bitLt) for layer in model.modules())
+    four: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    weights = [(layer.weight, _name_of(layer.compute_dtype or dtype)) for layer in four]
+    forms = {(weight.quant_type, weight.compress_statistics, compute) for weight, compute in weights}
+    is_known = bool(forms) or eight or settings_in(model.config) is None
+    if dtype not in ("bfloat16", "float16", "float32") or len(forms) + eight > 1 or not is_known:
+        return None
+    spec = BackboneSpec(str(getattr(model, "name_or_path", "")), dtype=dtype, load_in_8bit=eight)
+    for quant_type, double_quant, compute_dtype in forms:
+        spec = replace(
+            spec, load_in_4bit=True, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+        )
+    return spec
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def free_unused() -> None:

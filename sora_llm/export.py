@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sora_llm.artifacts.card import (
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.lora_files import WEIGHTS
+from sora_llm.backbone import load_call, spec_of
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, product_distance, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
@@ -72,7 +73,8 @@ def export_adapter(
 
     `layout` is "padded" (every target module at one rank, for engines that read PEFT folders) or "ragged" (own ranks,
     pruned modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
-    folder appears complete or not at all; an older export of the same name is replaced.
+    folder appears complete or not at all; an older export of the same name is replaced.  How the base was loaded is
+    read off the model where `provenance` does not say it.
 
     Returns: the certificate.
     Raises:
@@ -85,7 +87,7 @@ def export_adapter(
         raise UserError(f"{folder} is where this process works, and an export replaces its folder: name one of its own")
     model = unwrapped(model)
     _check_model(model)
-    provenance = provenance or Provenance(base_model=str(getattr(model, "name_or_path", "")))
+    provenance = _as_loaded(provenance or Provenance(base_model=str(getattr(model, "name_or_path", ""))), model)
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
         with reloaded(model, temporary, default_probe(model) if probe_ids is None else probe_ids) as check:
@@ -117,6 +119,20 @@ def _check_model(model: nn.Module) -> None:
             f"{others[0]} is trained too, and an exported LoRA would leave it out ({len(others)} tensors outside the "
             "adapters ask for gradients); freeze it if it is as it was in the base"
         )
+
+
+def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
+    """With how the base was loaded, as the model itself says it, unless the caller did."""
+    spec = spec_of(model) if provenance.base_loading is None else None
+    if spec is None:
+        return provenance
+    has_quantised_files = bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False))
+    return replace(
+        provenance,
+        base_loading=spec.loading,
+        load_options=provenance.load_options or load_call(spec, model.config if has_quantised_files else None),
+        is_base_quantised=provenance.is_base_quantised or has_quantised_files,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- writing

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from sora_llm import export, files
 from sora_llm.artifacts import logit_check
 from sora_llm.artifacts.lora_files import read_lora
-from sora_llm.backbone import BackboneSpec, load_backbone, tokenizer_files
+from sora_llm.backbone import BackboneSpec, load_backbone, load_call, tokenizer_files
+from sora_llm.commands.subject import find_subject
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.files import file_sha256, staging_folder
@@ -232,7 +233,7 @@ def test_the_certificate_says_what_was_checked_and_which_file(stories, tmp_path,
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert certificate.keys() == {
         *("passed", "layout", "modules", "stored_params", "logits_error", "peft_version", "sha256"),
-        *("consumers", "files"),
+        *("consumers", "files", "base_loading"),
     }
     assert certificate["passed"] is True and certificate["layout"] == layout
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
@@ -486,6 +487,49 @@ def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
     assert "train.jsonl" in card and "dev loss: 1.2500" in card
     for name, layer in adapters(model).items():
         assert f"| {name} | {int((layer.gate != 0).sum())} |" in card
+
+
+@pytest.mark.parametrize(
+    ("form", "loaded"),
+    [
+        ({"dtype": torch.float32}, {"dtype": "float32"}),
+        ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}),
+        (
+            {
+                "dtype": torch.float32,
+                "quantization_config": BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float16
+                ),
+            },
+            {
+                "dtype": "float32",
+                "load_in_4bit": True,
+                "quant_type": "fp4",
+                "double_quant": False,
+                "compute_dtype": "float16",
+            },
+        ),
+        (
+            {"dtype": torch.bfloat16, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+            {"dtype": "bfloat16", "load_in_8bit": True},
+        ),
+    ],
+    ids=["float32", "bfloat16", "fp4", "8-bit"],
+)
+def test_how_somebody_loaded_the_base_is_kept_for_the_commands_and_the_card(form, loaded, stories, tmp_path):
+    """Else they would take the form of its files, and measure another base than the adapter was trained beside."""
+    spec = BackboneSpec(str(stories), **loaded)
+    model = AutoModelForCausalLM.from_pretrained(str(stories), device_map={"": "cpu"}, **form)
+    export_adapter(randomise_all(inject_sora(model, R, LORA_ALPHA), 0, size=0.1), tmp_path / "adapter")
+    found = find_subject(str(tmp_path / "adapter"))
+    assert found.is_loading_known and found.spec.loading == spec.loading
+    assert load_call(spec, None) in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_base_in_a_form_that_no_run_loads_is_not_said_to_be_in_another(stories, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float64)
+    certificate = export_adapter(inject_sora(model, R, LORA_ALPHA), tmp_path / "adapter", allow_empty=True)
+    assert certificate["passed"] and "base_loading" not in certificate
 
 
 def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp_path):
