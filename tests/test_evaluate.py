@@ -178,6 +178,42 @@ def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
     assert "beside the base as " in warning(run, "--adapter", quantised)
 
 
+def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too(lora, tmp_path, capsys):
+    """The adapter that a run started from, the one that that started from, and what was exported or merged of them."""
+    run = numbers_run(tmp_path, lora)
+    data = {"path": str(tmp_path / "numbers.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
+    others = {**data, "path": str(tmp_path / "others.jsonl")}
+    (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
+
+    def warning(place: Path, *options: object) -> bool:
+        assert cli.main(["evaluate", str(place), *map(str, options)]) == 0
+        return f"warning: {place} was trained on {data['path']} too" in capsys.readouterr().err
+
+    alike = numbers_run(tmp_path, lora, "alike", **{"model.adapter": str(run / "adapter")})
+    assert not warning(alike), "the same rows were held out both times"
+    again = numbers_run(tmp_path, lora, "again", **{"model.adapter": str(run / "adapter"), "train.seed": 7})
+    assert warning(again) and not warning(again, "--no-adapter")
+    options = {"model.adapter": str(alike / "adapter"), "data.datasets": [others], "data.val_set_size": None}
+    grandchild = numbers_run(tmp_path, lora, "grandchild", **options)
+    measured = ("--data", data["path"])
+    assert warning(grandchild, *measured)
+    for layout in ("ragged", "merged"):
+        out = tmp_path / layout
+        assert cli.main(["export", str(grandchild), "--out", str(out), "--layout", layout]) == 0
+        named = [{"path": one["path"], "type": one["type"]} for one in (others, data)]
+        assert json.loads((out / "certificate.json").read_text())["data"] == named
+        assert f"* {others['path']}\n* {data['path']}\n" in (out / "README.md").read_text()
+    shutil.rmtree(grandchild)
+    for place in ("ragged", "merged"):
+        more = ("--type", "prompt_completion", "--column", "prompt=q", "--column", "completion=a")
+        assert warning(tmp_path / place, *measured, *more), place
+        (tmp_path / "copy.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
+        assert not warning(tmp_path / place, "--data", tmp_path / "copy.jsonl", *more), place
+    run_config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(run_config.replace("adapter: null", f"adapter: {alike / 'adapter'}"))
+    assert not warning(alike), "each started from what the other one is now"
+
+
 def test_a_run_of_another_version_where_a_config_goes_hides_only_what_it_was_trained_on(lora, tmp_path, capsys):
     run = numbers_run(tmp_path, lora)
     own = tmp_path / "my.yaml"

@@ -477,7 +477,9 @@ def test_the_model_card_says_what_ended_a_prompt(separator, how, stories, tmp_pa
 
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
     model = trained_model("float32", stories)
-    provenance = Provenance("some/base", revision="v2", data=["train.jsonl"], metrics={"dev loss": 1.25})
+    provenance = Provenance(
+        "some/base", revision="v2", data=[{"path": "train.jsonl", "type": "alpaca"}], metrics={"dev loss": 1.25}
+    )
     export_adapter(model, tmp_path / "adapter", provenance=provenance)
     card = (tmp_path / "adapter" / "README.md").read_text()
     header = card.split("---")[1]

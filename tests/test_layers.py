@@ -31,8 +31,8 @@ report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
 generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
 prompt_form
-running.inputs running.held_out
-running.training_data running.layouts
+running.inputs
+running.training_data running.held_out running.layouts
 running.data_words running.plan running.processes
 running.job
 running.training running.announcement

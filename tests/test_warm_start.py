@@ -39,6 +39,9 @@ def test_a_run_starts_at_the_loss_where_the_other_ended(
     adapter = Path(shutil.copytree(before / "adapter", tmp_path / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/other-base"}))
+    certificate = json.loads((adapter / "certificate.json").read_text())
+    own, earlier = certificate["data"], [{"path": "earlier/rows", "type": "alpaca", "split": "test"}]
+    (adapter / "certificate.json").write_text(json.dumps(certificate | {"data": earlier}))
     options: dict[str, Any] = {"model.adapter": str(adapter), "distributed.strategy": strategy}
     children = ground.start(name, num_processes, **options)
     assert [child.wait() for child in children] == [0] * num_processes, children[0].output
@@ -47,6 +50,8 @@ def test_a_run_starts_at_the_loss_where_the_other_ended(
     assert metrics[0]["step"] == 0 and metrics[0]["eval_loss"] == pytest.approx(ended["eval_loss_exported"], rel=1e-5)
     assert abs(lines(before, "metrics.jsonl")[0]["eval_loss"] - metrics[0]["eval_loss"]) > 1e-3, "it had learned"
     assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"]
+    taught = json.loads((ground.run_dir(name) / "adapter" / "certificate.json").read_text())["data"]
+    assert own and taught == own + earlier, "what it was trained on, before and now"
 
 
 def test_dev_rows_that_the_saved_adapter_may_have_seen_are_said(

@@ -35,7 +35,9 @@ class Provenance:
     base_model: str = ""
     revision: str | None = None
     """Of the base; None for the default branch, and for a local folder."""
-    data: Sequence[str] = ()
+    data: Sequence[Mapping[str, Any]] = ()
+    """What it was trained on, that of the adapter that it started from included: path, type and, where it is not
+    "train", split of each data set."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
@@ -63,7 +65,7 @@ class Provenance:
     def in_certificate(self) -> dict[str, Any]:
         """What the certificate says beside the self-check."""
         names = ("separator", "base_loading", "base_digest")
-        said = {name: getattr(self, name) for name in names}
+        said = {name: getattr(self, name) for name in names} | {"data": list(self.data) or None}
         return {**self.notes, **{name: value for name, value in said.items() if value is not None}}
 
 
@@ -140,7 +142,8 @@ def model_card(
     """
     base = provenance.base_model or "the base model"
     metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
-    data = "".join(f"* {path}\n" for path in provenance.data)
+    names = (one["path"] + (f", split {one['split']}" if "split" in one else "") for one in provenance.data)
+    data = "".join(f"* {name}\n" for name in names)
     table = "\n".join(f"| {name} | {rank} |" for name, rank in ranks.items())
     library = "peft" if in_python else "gguf" if verdicts else "transformers"
     return f"""---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sora_llm.prompt_form import has_conversations, recorded_separator, template
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.held_out import hold_out_alike, learned_from
+from sora_llm.running.held_out import Lesson, hold_out_alike, learned_from, lessons_in, lessons_of
 from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
@@ -176,13 +176,15 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
             "one; leave it out"
         )
     trained, held_out_alike = trained_as(named), subject.adapter is not None
+    splitting = holding_out(config, trained)
     if other is not None:
-        other_trained, splitting = trained_as(other), holding_out(config, trained)
-        warn_of_seen_rows(arguments.adapter, other_trained, splitting)
+        other_trained = trained_as(other)
+        warn_of_seen_rows(arguments.adapter, lessons_behind(other, other_trained), splitting)
         warn_of_other_form(arguments.adapter, other, named)
         held_out_alike = other_trained is not None and hold_out_alike(other_trained, splitting)
-    elif subject.adapter is not None and config.data.val_datasets is not None:  # of held-out rows those that measure
-        warn_of_seen_rows(arguments.config, trained, config)
+    elif config.data.val_datasets is not None or trained is None or hold_out_alike(trained, splitting):
+        warn_of_seen_rows(arguments.config, lessons_behind(subject, trained), splitting)
+    # else `dev_rows` says that its rows are not those that were held out
     return Measured(
         subject,
         measuring(config, subject.spec),
@@ -204,9 +206,18 @@ def trained_as(subject: Subject) -> Config | None:
         return None
 
 
-def warn_of_seen_rows(name: str, trained: Config | None, measured: Config) -> None:
-    """Say that the adapter `name` may have been `trained` on rows that the config `measured` names or holds out."""
-    if trained is not None and (path := learned_from(trained, measured)) is not None:
+def lessons_behind(subject: Subject, trained: Config | None) -> Iterator[Lesson]:
+    """What the adapter that is measured was trained on, or the one that was merged into the model: under `trained`,
+    where that is known."""
+    folder = subject.certified
+    if folder is None:
+        return iter(())
+    return lessons_in(folder) if trained is None else lessons_of(trained)
+
+
+def warn_of_seen_rows(name: str, lessons: Iterator[Lesson], measured: Config) -> None:
+    """Say that `name` may have been trained on rows that the config `measured` names or holds out."""
+    if (path := learned_from(lessons, measured)) is not None:
         warn(f"{name} was trained on {path} too, so that it may have seen rows measured here")
 
 

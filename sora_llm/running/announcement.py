@@ -7,19 +7,16 @@ from pathlib import Path
 
 from torch import nn
 
-from sora_llm import run_files
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
-from sora_llm.config import Config, Data, load_config
+from sora_llm.config import Config, Data
 from sora_llm.distributed.replicas import Replicas
-from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
 from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
-from sora_llm.running.held_out import learned_from, sharing_rows
-from sora_llm.running.inputs import run_of_adapter
+from sora_llm.running.held_out import learned_from, lessons_in, sharing_rows
 from sora_llm.running.job import Job
 from sora_llm.running.plan import Plan, Stage, so_many_steps
 from sora_llm.running.unpack import target_modules
@@ -139,19 +136,13 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
 
 def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
     """A sentence about dev rows on which the adapter that the run starts from may have been trained."""
-    run_dir = run_of_adapter(adapter)
-    if run_dir is None:
-        return
-    try:
-        path = learned_from(load_config(run_dir / run_files.CONFIG), config)
-    except UserError:  # of another version, or not there any more
-        return
+    path = learned_from(lessons_in(adapter), config)
     if path is not None and config.data.val_datasets is not None:
         yield f"model.adapter was trained on {path}, which this run is measured on; name dev rows that it has not seen"
     elif path is not None:
         yield (
-            f"model.adapter was trained on {path} with other rows held out: dev rows of this run may be some that it "
-            "has seen; name dev rows of their own with data.val_datasets, or hold the same ones out"
+            f"model.adapter was trained on {path}, and nothing says that with the same rows held out: dev rows of this "
+            "run may be some that it has seen; name dev rows of their own with data.val_datasets, or hold the same out"
         )
 
 

@@ -24,6 +24,7 @@ from sora_llm.quantised import is_quantised
 from sora_llm.run_files import ADAPTER, PATH, stage_name
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
+from sora_llm.running.held_out import for_certificate, lessons_of
 from sora_llm.running.job import (
     Job,
 )
@@ -115,7 +116,7 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
     return Provenance(
         base_model=config.model.name_or_path,
         revision=config.model.revision,
-        data=[dataset.path for dataset in config.data.datasets],
+        data=for_certificate(lessons_of(config)),
         metrics={name: loss for name, loss in losses.items() if loss is not None},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
