@@ -214,6 +214,18 @@ def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too
     assert not warning(alike), "each started from what the other one is now"
 
 
+def test_the_separator_is_known_of_an_exported_adapter_whatever_its_first_data_set_was(lora, rows, tmp_path, capsys):
+    own = {"path": str(rows), "type": "prompt_completion", "columns": COLUMNS, "separator": " =>"}
+    text = {"path": str(tmp_path / "text.jsonl"), "type": "completion"}
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Once upon a time"}) + "\n")
+    run = numbers_run(tmp_path, lora, **{"data.datasets": [text, own], "data.val_set_size": None})
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    expected = evaluated(capsys, lora, "--data", rows, *FORM, "--separator", " =>")
+    assert evaluated(capsys, tmp_path / "out", "--data", rows, *FORM)["adapter"] == expected["adapter"]
+    assert evaluated(capsys, lora, "--data", rows, *FORM)["adapter"] != expected["adapter"]
+
+
 def test_a_run_of_another_version_where_a_config_goes_hides_only_what_it_was_trained_on(lora, tmp_path, capsys):
     run = numbers_run(tmp_path, lora)
     own = tmp_path / "my.yaml"

@@ -36,8 +36,8 @@ class Provenance:
     revision: str | None = None
     """Of the base; None for the default branch, and for a local folder."""
     data: Sequence[Mapping[str, Any]] = ()
-    """What it was trained on, that of the adapter that it started from included: path, type and, where it is not
-    "train", split of each data set."""
+    """What it was trained on, that of the adapter that it started from included: path, type and, where they are said,
+    split and separator of each data set."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None

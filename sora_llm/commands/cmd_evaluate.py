@@ -24,7 +24,7 @@ from sora_llm.prompt_form import has_conversations, recorded_separator, template
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.held_out import Lesson, hold_out_alike, learned_from, lessons_in, lessons_of
+from sora_llm.running.held_out import Lesson, hold_out_alike, learned_from, lessons_in, lessons_of, taught_separator
 from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
@@ -161,7 +161,7 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
     if arguments.chat_template is not None:
         config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
-        dataset = other_dataset(arguments, config.data.datasets, recorded_separator(None, named.certified))
+        dataset = other_dataset(arguments, config.data.datasets, certified_separator(named))
         config = replace(config, data=replace(config.data, val_datasets=(dataset,), val_set_size=None))
     elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
         raise UserError(
@@ -266,6 +266,13 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
             f"these rows need a chat template and none comes with {name}, so nothing says how it was spoken to; name "
             f"one with --chat-template ({', '.join(TEMPLATES)} or a jinja file)"
         )
+
+
+def certified_separator(subject: Subject) -> str | None:
+    """What stood behind the prompts of prompt_completion rows, by the certificate of what is measured."""
+    folder = subject.certified
+    taught = None if folder is None else taught_separator(lessons_in(folder))
+    return recorded_separator(None, folder) if taught is None else taught
 
 
 def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorded: str | None) -> Dataset:

@@ -78,22 +78,31 @@ def _certified(folder: Path) -> list[Dataset]:
     said = certificate_in(folder).get("data")
     entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
     return [
-        Dataset(path=entry["path"], type=entry["type"], split=entry.get("split"))
+        Dataset(path=entry["path"], type=entry["type"], split=entry.get("split"), separator=entry.get("separator", ""))
         for entry in entries
         if isinstance(entry.get("path"), str)
         and entry.get("type") in FIELDS
         and isinstance(entry.get("split"), str | None)
+        and isinstance(entry.get("separator", ""), str)
     ]
 
 
 def for_certificate(lessons: Iterator[Lesson]) -> list[Mapping[str, Any]]:
     """Their data sets, as a certificate names them, each once."""
-    entries = [
-        {"path": dataset.path, "type": dataset.type} | ({"split": dataset.split} if dataset.split else {})
-        for lesson in lessons
-        for dataset in lesson.datasets
-    ]
+    entries = [_entry(dataset) for lesson in lessons for dataset in lesson.datasets]
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
+
+
+def _entry(dataset: Dataset) -> dict[str, str]:
+    more = {"split": dataset.split, "separator": dataset.separator}
+    return {"path": dataset.path, "type": dataset.type} | {name: value for name, value in more.items() if value}
+
+
+def taught_separator(lessons: Iterator[Lesson]) -> str | None:
+    """What stood behind the prompts of all prompt_completion rows; None where there were none, or several."""
+    datasets = [dataset for lesson in lessons for dataset in lesson.datasets]
+    found = {dataset.separator for dataset in datasets if dataset.type == "prompt_completion"}
+    return found.pop() if len(found) == 1 else None
 
 
 def learned_from(lessons: Iterator[Lesson], measured: Config) -> str | None:
