@@ -259,7 +259,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
         on_every(lambda: job.order.seek(position))
     training = load_and_inject(job, directory, start)
     assert training.engine.zero_stage == zero_stage
-    env["adapter_params"] = training.full_params
+    env |= {"adapter_params": training.full_params, "total_steps": job.plan.total_steps}
     job.heed_stop()
     on_main(
         lambda: directory.begin(

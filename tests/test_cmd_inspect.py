@@ -74,6 +74,19 @@ def test_a_dev_loss_that_was_measured_once_is_no_progress(tmp_path, capsys):
     assert "before training; not measured since" in (run.path / "report.html").read_text()
 
 
+def test_a_run_that_its_patience_ended_tells_of_what_was_planned_and_which_adapter_it_took(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run").train()
+    env = json.loads((run.path / "env.json").read_text())
+    run.json("env.json", env | {"total_steps": 250})
+    run.finish(best_step=80)
+    shown = inspected(capsys, run.path)
+    assert re.search(r"^step +100 of 250, phase done$", shown, re.M)
+    assert re.search(r"^adapter +adapter \(of step 80, the best dev loss, ", shown, re.M)
+    found = json.loads(inspected(capsys, run.path, "--json"))
+    assert (found["step"], found["total_steps"], found["best_step"]) == (100, 250, 80)
+    assert "100 of 250" in (run.path / "report.html").read_text(encoding="utf-8")
+
+
 def test_plots_are_drawn_on_request(tmp_path, capsys):
     run = MadeUpRun(tmp_path / "run", 1, 20, 5).train()
     run.finish()
@@ -127,8 +140,12 @@ def test_a_run_that_was_killed_is_not_called_running(tmp_path, capsys):
         finally:
             holder.kill()
     said = f"process {holder.pid}, which ran it, was killed; the same command goes on from step 0"
-    assert f"! {said}\n" in inspected(capsys, run.path)
-    assert json.loads(inspected(capsys, run.path, "--json"))["error"] == said
+    shown = inspected(capsys, run.path)
+    assert shown.startswith(f"{run.path}: failed\n") and f"! {said}\n" in shown
+    found = json.loads(inspected(capsys, run.path, "--json"))
+    assert (found["state"], found["error"]) == ("failed", said)
+    table = inspected(capsys, run.path, run.path)
+    assert "failed" in table and "running" not in table
     assert said in (run.path / "report.html").read_text(encoding="utf-8")
     (run.path / ".lock").write_text(f"process {holder.pid} on another-machine", encoding="utf-8")
     assert "no alarms" in inspected(capsys, run.path), "whose locks may not be seen here"

@@ -7,7 +7,7 @@ from reference import lr_factor_reference, reference_run, use_float64_norms
 
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
-from sora_llm.inject import adapters, inject_sora
+from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.running.loop import StepBatches, train_step
 from sora_llm.topology import World
@@ -60,6 +60,25 @@ def library_run(model, dtype, threshold, batches):
         losses.append(loss_sum.item() / tokens)
         norms.append(outcome.grad_norm)
     return losses, norms, start, adapters(model)
+
+
+def test_the_norm_and_the_clipping_of_bfloat16_gradients_are_not_rounded_to_bfloat16():
+    model = inject_sora(tiny_llama(), r=R, lora_alpha=LORA_ALPHA, dtype=torch.bfloat16)
+    optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-3))
+    engine = Engine(make_accelerator("none", World(1, 0, 0)), model, optimizer, "none", MAX_NORM)
+    generator, clipped = torch.Generator().manual_seed(0), []
+    optimizer.register_step_pre_hook(
+        lambda *_: clipped.extend(p.grad.clone() for p in adapter_parameters(model).values())
+    )
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+    gradients = [parameter.grad.clone() for parameter in adapter_parameters(model).values()]
+    norm = float(torch.cat([gradient.double().flatten() for gradient in gradients]).norm())
+    assert abs(float(torch.tensor(norm).bfloat16()) - norm) > 1e-4 * norm, "bfloat16 would show"
+    found = engine.step().grad_norm
+    assert found == pytest.approx(norm, rel=1e-6)
+    factor = MAX_NORM / (found + 1e-6)
+    assert [(gradient.float() * factor).bfloat16().tolist() for gradient in gradients] == [g.tolist() for g in clipped]
 
 
 def float64_reference(model, start, threshold, batches):

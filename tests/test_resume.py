@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, delta_weights, in
 
 from sora_llm import checkpoint, cli
 from sora_llm.errors import UserError
-from sora_llm.running import run_state
+from sora_llm.running import run_state, stages
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -264,6 +265,24 @@ def test_a_run_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
         for later in range(step + 1, STEPS + 1):
             name = Path("checkpoints", f"step-{later}", "adapter.safetensors")
             assert (run_dir / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_the_status_of_a_resumed_run_is_that_of_the_steps_it_takes(
+    undisturbed: dict[int, Path], ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said "prepare" until the next line was logged, which may be an hour later."""
+    run_dir, found = interrupt(undisturbed[1], tmp_path / "run", DENSE_STEPS + 2), []
+    take = stages.train_step
+
+    def looking(*arguments: Any, **options: Any) -> Any:
+        status = json.loads((run_dir / "status.json").read_text())
+        found.append((status["state"], status["step"], status["phase"]))
+        return take(*arguments, **options)
+
+    monkeypatch.setattr(stages, "train_step", looking)
+    run(CONFIG, *overrides(ground.folder, run_dir, **{"output.save_steps": 1, "output.logging_steps": 100}))
+    assert found[0] == ("running", DENSE_STEPS + 2, "sparsify")
+    assert json.loads((run_dir / "env.json").read_text())["total_steps"] == STEPS
 
 
 @pytest.fixture(scope="module")

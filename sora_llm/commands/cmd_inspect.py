@@ -134,7 +134,8 @@ def _record(run_dir: Path) -> Record:
     record = read_record(run_dir, _config(run_dir))
     holder = lost_holder(run_dir) if record.state == "running" else None
     if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
-        record = replace(record, status={**record.status, "error": _sentence_of_loss(holder, record.status)})
+        error = _sentence_of_loss(holder, record.status)
+        record = replace(record, status={**record.status, "state": "failed", "error": error})
     return record
 
 
@@ -213,7 +214,9 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "checkpoint", content["checkpoint"] or ""
     if content["adapter"]:
         size, stored = content["adapter_bytes"], content["stored_params"]
-        parts = [] if size is None else [f"{size:,} bytes"]
+        best = content["best_step"]
+        parts = [f"of step {best:,}, the best dev loss"] if best is not None and best < content["step"] else []
+        parts += [] if size is None else [f"{size:,} bytes"]
         if stored is not None and stored > (content["kept_params"] or stored):
             has_padding = len(set(content["ranks"].values())) > 1 and content["self_check"]["layout"] == "padded"
             parts.append(f"{stored:,} numbers{', padded with zeros to one rank' if has_padding else ''}")

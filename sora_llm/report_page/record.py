@@ -123,18 +123,24 @@ class Record:
 
     @cached_property
     def total_steps(self) -> int | None:
-        """As far as the config says: None for a run of epochs, until it has finished."""
-        if self.state == "finished":
-            return self.step
+        """Of all stages, if none of them ends early: None for an older run of epochs, until it has finished."""
+        planned = self._planned_steps
+        return self.step if planned is None and self.state == "finished" else planned
+
+    @property
+    def _planned_steps(self) -> int | None:
+        said = as_int(self.env.get("total_steps"))
         per_stage = as_int(setting(self.config, "train", "max_steps"))
-        num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
-        return None if per_stage is None else per_stage * num_stages
+        return per_stage * self._num_stages if said is None and per_stage is not None else said
+
+    @property
+    def _num_stages(self) -> int:
+        return as_int(setting(self.config, "sora", "lambda_num")) or 1
 
     @cached_property
     def is_path(self) -> bool:
         """Whether the run trains a sparsity path."""
-        num_stages = as_int(setting(self.config, "sora", "lambda_num")) or 1
-        return bool(self.stages) or num_stages > 1 or any("stage" in line for line in self.lines)
+        return bool(self.stages) or self._num_stages > 1 or any("stage" in line for line in self.lines)
 
     def series(self, key: str) -> list[Point]:
         """(step, value) of the lines that have a number there."""
@@ -201,7 +207,7 @@ class Record:
         consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
         if dense_ratio is None or consensus_at is None:
             return None
-        num_steps = as_int(setting(self.config, "train", "max_steps"))
+        num_steps = None if self._planned_steps is None else self._planned_steps // self._num_stages
         if num_steps is None and not self.is_path and not self._may_have_ended_early(consensus_at):
             num_steps = self.total_steps
         return None if num_steps is None else phases(num_steps, dense_ratio, consensus_at)
@@ -311,6 +317,7 @@ def summary(record: Record) -> dict[str, Any]:
         "best_lambda": None if best is None else best.sparse_lambda,
         "checkpoint": record.status.get("checkpoint"),
         "adapter": record.status.get("adapter"),
+        "best_step": as_int(record.last("best_step")),
         "adapter_bytes": record.adapter_bytes,
         "stored_params": as_int(record.certificate.get("stored_params")),
         "self_check": None

@@ -38,6 +38,7 @@ def train_stage(training: Training) -> None:
     """
     job, tally, stage = training.job, training.tally, training.stage
     config, world = job.config, job.world
+    training.directory.status("running", phase=training.phase)
     if training.done == 0 and job.data.dev is not None:
         ranks = current_ranks(training).fields
         training.alarms.start_loss = loss = measure(training)
