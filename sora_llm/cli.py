@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sora_llm.commands import COMMANDS, JOURNEY
-from sora_llm.errors import UserError
-from sora_llm.terminal import take_any_text
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.terminal import print_result, take_any_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,13 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
+        is_shown = print_result(usage())
+        return RunFailed.exit_code if not is_shown else 0 if arguments else UserError.exit_code
     if arguments[0] == "--version":
         from sora_llm import __version__
 
-        print(f"sora-llm {__version__}")
-        return 0
+        return 0 if print_result(f"sora-llm {__version__}") else RunFailed.exit_code
     name, *rest = arguments
     if name not in COMMANDS:
         meant = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -47,8 +47,10 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
             if matches(name, [suffix]):
                 raise UserError(f"target module {suffix!r} is {name}, {reason}")
         known = sorted({name.rpartition(".")[2] for name in linears})
+        several = f"; several are a list: [{', '.join(suffix.replace(',', ' ').split())}]" if "," in suffix else ""
         raise UserError(
             f"target module {suffix!r} matches no linear layer of {type(model).__name__}; it has {', '.join(known)}"
+            f"{several}"
         )
     return {name: linear for name, linear in linears.items() if matches(name, suffixes)}
 

@@ -35,6 +35,20 @@ def warn(text: str) -> None:
     say(f"warning: {text}", sys.stderr)
 
 
+def print_result(text: str) -> bool:
+    """Print what a command was asked for, and say on stderr why that cannot be done; returns whether it was, or nobody
+    reads on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        stop_printing(sys.stdout)
+    except OSError as error:
+        print(f"sora_llm: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        stop_printing(sys.stdout)
+        return False
+    return True
+
+
 def show_progress(text: str, stream: TextIO) -> None:
     """Put a line of progress in the place of the last one, no wider than the terminal: of a line that wraps only the
     last row would be overwritten."""

@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
             parser.error(f"unrecognized arguments: {' '.join(unknown)}; overrides have no dashes: train.max_steps=5")
         if arguments.print_config:
             config = load_config(arguments.config, arguments.overrides)
-            if is_main:
-                print(to_yaml(config), end="")
+            if is_main and not terminal.print_result(to_yaml(config).rstrip("\n")):
+                return RunFailed.exit_code
         else:
             result = run(arguments.config, *arguments.overrides, dry_run=arguments.dry_run)
             if result.status["state"] == "preempted":

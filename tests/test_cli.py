@@ -114,6 +114,15 @@ def test_a_result_that_cannot_be_printed_is_a_sentence(tmp_path, capfd):
     assert "cannot be printed: No space left on device" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["export", "--help"], ["train", CONFIG, "--print-config"]]
+)
+def test_no_page_ends_in_a_traceback_where_it_cannot_be_printed(arguments):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "sora_llm", *arguments], stdout=full, stderr=-1, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be printed" in done.stderr
+
+
 def test_an_unknown_command_is_bad_input(capsys):
     assert cli.main(["trian"]) == cli.main(["xyz"]) == 2
     error = capsys.readouterr().err

@@ -94,6 +94,11 @@ def test_suffixes_choose_and_keep_the_models_order():
     assert list(adapters(model)) == [f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)]
 
 
+def test_names_in_one_text_are_told_to_be_a_list():
+    with pytest.raises(UserError, match=r"several are a list: \[q_proj, v_proj\]"):
+        inject_sora(tiny_llama(), target_modules="q_proj, v_proj")
+
+
 @pytest.mark.parametrize("suffix", ["query", "proj", "_proj", "lm_head", "layers", "q_proj.weight"])
 def test_a_suffix_that_matches_no_linear_is_refused_with_those_that_exist(suffix):
     model = tiny_llama()

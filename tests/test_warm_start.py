@@ -76,6 +76,8 @@ def test_what_does_not_fit_is_a_sentence_before_the_model_is_loaded(
     refusals = {
         "there is no folder": {"model.adapter": str(tmp_path / "nowhere")},
         "holds no adapter_config.json": {"model.adapter": str(tmp_path)},
+        "is a checkpoint; make a LoRA of it": {"model.adapter": str(adapter.parent / "checkpoints/step-2")},
+        "is a whole model; name it as model.name_or_path": {"model.adapter": str(shared("models/base5m"))},
         "is a run; its LoRA is": {"model.adapter": str(adapter.parent)},
         "more than sora.r": {"model.adapter": str(adapter), "sora.r": rank - 1},
         "add it to sora.target_modules": {"model.adapter": str(adapter), "sora.target_modules": ["q_proj"]},

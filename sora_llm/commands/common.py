@@ -10,7 +10,7 @@ from typing import Any
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
-from sora_llm.terminal import stop_printing
+from sora_llm.terminal import print_result, stop_printing
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
@@ -37,16 +37,7 @@ def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Cal
         stop_printing(sys.stdout)
         return 0
     text = json.dumps(result, indent=1) if as_json else as_text(result)
-    try:
-        if text:
-            print(text, flush=True)
-    except BrokenPipeError:
-        stop_printing(sys.stdout)
-    except OSError as error:
-        print(f"sora_llm: the result cannot be printed: {error.strerror}", file=sys.stderr)
-        stop_printing(sys.stdout)
-        return RunFailed.exit_code
-    return 0
+    return 0 if not text or print_result(text) else RunFailed.exit_code
 
 
 def visible(text: str) -> str:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.config import differing_keys, flattened
+from sora_llm.report_page.untrusted import setting
 
 MISSING = "-"
+NO_DEV_ROWS = ("data.sample_packing", "data.num_proc", "data.cache_dir", "data.max_bad_row_fraction")
+"""Settings of the data that change no dev row."""
 
 
 def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
@@ -20,11 +23,25 @@ def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
     known = [dict(config) for config in configs if config is not None]
     keys = dict.fromkeys(key for other in known[1:] for key in differing_keys(known[0], other))
     flat = [{} if config is None else flattened(dict(config)) for config in configs]
+    settings = {key: [one.get(key) for one in flat] for key in keys if key != "output.output_dir"}
+    settings = {key: values for key, values in settings.items() if any(value is not None for value in values)}
     return {
         "runs": [dict(summary) for summary in summaries],
         "without_config": [number for number, config in enumerate(configs, 1) if config is None],
-        "settings": {key: [one.get(key) for one in flat] for key in keys if key != "output.output_dir"},
+        "settings": settings,
+        "of_other_dev_rows": [key for key in settings if _decides_dev_rows(key, known)],
     }
+
+
+def _decides_dev_rows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether runs that differ in a setting are measured on other rows, or on other tokens of them."""
+    if not key.startswith("data.") or key.startswith(NO_DEV_ROWS):
+        return key == "train.seed" and any(_holds_out(config) for config in configs)
+    return not key.startswith("data.datasets.") or any(_holds_out(config) for config in configs)
+
+
+def _holds_out(config: Mapping[str, Any]) -> bool:
+    return setting(config, "data", "val_set_size") is not None
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -44,6 +61,8 @@ def as_text(content: Mapping[str, Any]) -> str:
         lines += ["", *_aligned(settings, left=1)]
     elif not unread:
         lines += ["", "no setting differs"]
+    if content["of_other_dev_rows"] and sum(run["eval_loss"] is not None for run in content["runs"]) > 1:
+        lines += ["", f"dev losses are not of the same rows: {', '.join(content['of_other_dev_rows'])}"]
     lines += [f"the config of run {number} cannot be read: its settings are not compared" for number in unread]
     return "\n".join(lines)
 

@@ -239,7 +239,8 @@ def _budget(record: Record, drawn: Mapping[str, Chart]) -> str:
     if "budget" in drawn:
         parts += ["<h3>Budget</h3>", _budget_words(record), chart_svg(drawn["budget"], "kept parameters and budget")]
     if "lambda" in drawn:
-        parts += ["<h3>λ</h3>" if parts else "", chart_svg(drawn["lambda"], "λ over steps")]
+        names = " and ".join(panel.y_label for panel in drawn["lambda"].panels)
+        parts += [f"<h3>{names}</h3>" if parts else "", chart_svg(drawn["lambda"], f"{names} over steps")]
     if "rates" in drawn:
         parts += ["<h3>Learning rates</h3>", chart_svg(drawn["rates"], "learning rates over steps")]
     return "".join(parts) or markup.missing("Nothing is logged yet.")
@@ -256,8 +257,8 @@ def _budget_words(record: Record) -> str:
     if error:
         worst = max(error, key=lambda point: abs(point[1]))
         said.append(
-            f"The mean rank differed from the schedule by {error[-1][1]:+.2f} at the end of it and by {worst[1]:+.2f} "
-            f"at most, at step {worst[0]:,.0f}."
+            f"The mean rank differed from the schedule by {error[-1][1]:+.2f} at step {error[-1][0]:,.0f}, the last "
+            f"that has both, and by {worst[1]:+.2f} at most, at step {worst[0]:,.0f}."
         )
     return f"<p>{' '.join(said)}</p>"
 

@@ -111,9 +111,24 @@ def start_lora(config: Config) -> LoraFiles:
     folder = user_path(config.model.adapter, "model.adapter")
     if not folder.is_dir():
         raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
-    if not (folder / CONFIG).is_file() and (folder / run_files.ADAPTER / CONFIG).is_file():
-        raise UserError(f"model.adapter: {config.model.adapter} is a run; its LoRA is {folder / 'adapter'}: name that")
+    if not (folder / CONFIG).is_file() and (other := _other_than_lora(folder)) is not None:
+        raise UserError(f"model.adapter: {config.model.adapter} {other}")
     return read_lora(folder)
+
+
+def _other_than_lora(folder: Path) -> str | None:
+    """What a folder without a LoRA is instead, and what to do; None where that is not known."""
+    if (folder / run_files.ADAPTER / CONFIG).is_file():
+        return f"is a run; its LoRA is {folder / run_files.ADAPTER}: name that"
+    if is_run(folder):
+        return "is a run that has no adapter yet; let it finish, or export one of its checkpoints"
+    if (folder / checkpoint.STATE).is_file():
+        return f"is a checkpoint; make a LoRA of it first: sora-llm export {folder} --out FOLDER"
+    if any(folder.glob("*.gguf")):
+        return "holds an adapter for llama.cpp, which is only written here; name what it was made from"
+    if (folder / "config.json").is_file():
+        return "is a whole model; name it as model.name_or_path"
+    return None
 
 
 def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> None:
