@@ -163,6 +163,13 @@ def test_what_is_no_run_directory_is_bad_input(tmp_path, capsys, name, said):
     assert not (tmp_path / "empty" / "report.html").exists()
 
 
+@pytest.mark.parametrize(("file", "kind"), [("config.json", "a whole model"), ("a.gguf", "an adapter for llama.cpp")])
+def test_what_was_exported_for_others_is_named(tmp_path, capsys, file, kind):
+    (tmp_path / file).write_text("{}")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert f"holds {kind}; name a run, a checkpoint or a LoRA" in capsys.readouterr().err
+
+
 def test_it_loads_no_torch(tmp_path):
     run = MadeUpRun(tmp_path / "run").train()
     run.finish()
