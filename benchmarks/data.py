@@ -30,9 +30,10 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import Conversation, PromptCompletion, to_examples
 from sora_llm.data.sources import DatasetSpec
-from sora_llm.data.templates import TEMPLATES, as_dicts, render
+from sora_llm.data.templates import as_dicts, render
 from sora_llm.data.tokenize import tokenize_examples
 
 SHARED = Path(os.environ.get("SORA_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared"))

@@ -9,8 +9,9 @@ from typing import Any
 
 from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset
-from sora_llm.data.templates import TEMPLATES, resolve_template
-from sora_llm.data.tokenize import answer_end, encode_prompt, served_template
+from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.prompts import answer_end, encode_prompt, served_template
+from sora_llm.data.templates import resolve_template
 from sora_llm.generation import Stop
 from sora_llm.row_types import WITHOUT_TEMPLATE
 

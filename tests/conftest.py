@@ -12,6 +12,7 @@ from spawn import EXTENSIONS
 
 if TYPE_CHECKING:
     from small_runs import Playground
+    from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SORA_TEST_DATA", ROOT.parent / "shared")).resolve()
@@ -41,6 +42,14 @@ def stories() -> Path:
 def base5m() -> Path:
     """The base5m checkpoint."""
     return shared("models/base5m")
+
+
+@pytest.fixture(scope="session")
+def byte() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per byte."""
+    from conversations import byte_tokenizer
+
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import SHARED
+from conversations import ADD, TOOL_TEXTS, WithoutOffsets, call, needs_models
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_data_tokenize import ADD, TOOL_TEXTS, WithoutOffsets, call, needs_models
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import Conversation, Message, PromptCompletion
-from sora_llm.data.templates import TEMPLATES, as_dicts
+from sora_llm.data.templates import as_dicts
 from sora_llm.data.tokenize import tokenize_examples
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

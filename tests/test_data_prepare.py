@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import shared
+from conversations import byte_tokenizer
 from test_data_cache import FORK, start, until
 from test_data_formats import ALPACA, json_lines, write
-from test_data_tokenize import byte_tokenizer
 from transformers import AutoTokenizer
 
 from sora_llm.data import cache, chunks, pool, prepare, progress

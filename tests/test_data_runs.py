@@ -15,7 +15,7 @@ from runs import gsm8k_overrides
 from sora_llm import cli
 from sora_llm.config import load_config
 from sora_llm.config.schema import Dataset
-from sora_llm.data.templates import TEMPLATES
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.running.held_out import sharing_rows
 from sora_llm.running.inputs import check_inputs

@@ -5,104 +5,41 @@ tests/test_data_masks.py looks for exceptions among random conversations.
 
 import itertools
 from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from conftest import SHARED
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from conversations import (
+    ADD,
+    CLOSING_EOS,
+    MARKED,
+    THINKING,
+    TOOL_TEXTS,
+    TWO_TURNS,
+    WITH_SYSTEM,
+    WITH_TOOLS,
+    WithoutOffsets,
+    answers,
+    byte_tokenizer,
+    call,
+    chat,
+    needs_data,
+    needs_models,
+    tokens_and_weights,
+    weighted_texts,
+)
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from sora_llm.data import templates
-from sora_llm.data.formats import Conversation, Message, PromptCompletion, Text, to_examples
+from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.formats import Message, PromptCompletion, Text
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec, read_rows
-from sora_llm.data.templates import TEMPLATES, as_dicts, render, resolve_template
-from sora_llm.data.tokenize import (
-    encode_prompt,
-    ends_visibly,
-    joins_a_prompt_s_end,
-    opened_for_asking,
-    served_template,
-    special_tokens_written,
-    tokenize_examples,
-    untaught_end,
-)
-from sora_llm.errors import UserError
-
-needs_models = pytest.mark.skipif(not (SHARED / "models").is_dir(), reason=f"no test models in {SHARED}")
-needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason=f"no test data in {SHARED}")
-
-
-def byte_tokenizer(
-    *,
-    adds_bos: bool = True,
-    special: tuple[str | AddedToken, ...] = (),
-    merges: tuple[tuple[str, str], ...] = (),
-    trim_offsets: bool = False,
-    use_regex: bool = False,
-) -> PreTrainedTokenizerFast:
-    """One token per byte, but for `special` tokens and `merges` (of two characters each); with `use_regex` within the
-    words of GPT-2's pattern."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*letters, *(a + b for a, b in merges)]
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    backend.decoder = decoders.ByteLevel()
-    added = [token if isinstance(token, AddedToken) else AddedToken(token, special=True) for token in special]
-    backend.add_special_tokens([*(AddedToken(token, special=True) for token in ("<bos>", "<eos>")), *added])
-    trims = [processors.ByteLevel(trim_offsets=True)] if trim_offsets else []
-    if adds_bos:
-        bos = backend.token_to_id("<bos>")
-        backend.post_processor = processors.Sequence(
-            [*trims, processors.TemplateProcessing("<bos> $A", None, [("<bos>", bos)])]
-        )
-    elif trims:
-        backend.post_processor = trims[0]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
-def byte() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
+from sora_llm.data.tokenize import special_tokens_written, tokenize_examples
 
 
 @pytest.fixture(scope="module")
 def base5m():
     return AutoTokenizer.from_pretrained(SHARED / "models" / "base5m")
-
-
-def chat(*turns: tuple[str, str] | Message, tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
-    return Conversation(tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns), tools)
-
-
-TWO_TURNS = chat(("user", "Hi"), ("assistant", "Hello!"), ("user", "Two?"), ("assistant", "Yes."))
-WITH_SYSTEM = chat(("system", "Be brief."), *TWO_TURNS.messages)
-
-
-def tokens_and_weights(example, tokenizer, template: str, **options) -> tuple[list[int], list[float]]:
-    """Of one example; raises the `BadRow` that it gives."""
-    (row,) = tokenize_examples([example], tokenizer, template, **options)
-    if isinstance(row, BadRow):
-        raise row
-    ids, weights = row
-    assert ids.dtype.name == "int32" and weights.dtype.name == "float32" and ids.shape == weights.shape
-    return ids.tolist(), weights.tolist()
-
-
-def weighted_texts(tokenizer, ids: list[int], weights: list[float]) -> list[tuple[float, str]]:
-    """Of each run of tokens with one weight above 0, the weight and the text."""
-    runs = itertools.groupby(range(len(ids)), key=lambda i: weights[i])
-    return [(weight, tokenizer.decode([ids[i] for i in run])) for weight, run in runs if weight]
-
-
-def answers(example, tokenizer, template: str, **options: object) -> list[str]:
-    """The texts that are supervised, all with weight 1."""
-    found = weighted_texts(tokenizer, *tokens_and_weights(example, tokenizer, template, **options))
-    assert {weight for weight, _ in found} <= {1.0}
-    return [text for _, text in found]
 
 
 # ----- golden sequences, checked by reading: tokens with weight 1 stand in brackets, those with 0.5 as 0.5[...] -------
@@ -203,55 +140,6 @@ def test_alpaca_s_input_gives_the_golden_sequence(base5m):
     assert sequence == GOLDEN_ALPACA_INPUT.split()
 
 
-RENDERED = {
-    "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello!<eos>"
-    "\n\n### Instruction:\nTwo?\n\n### Response:\nYes.<eos>",
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!"
-    "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n",
-    "gemma": "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
-    "<start_of_turn>user\nTwo?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n",
-    "llama-2": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello! <eos>[INST] Two? [/INST] Yes. <eos>",
-    "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
-    "mistral": "[INST] Be brief.\n\nHi[/INST] Hello!<eos>[INST] Two?[/INST] Yes.<eos>",
-    "vicuna": "Be brief. USER: Hi ASSISTANT: Hello!<eos>USER: Two? ASSISTANT: Yes.<eos>",
-}
-WITHOUT_SYSTEM = {
-    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\nHi",
-    "chatml": "<|im_start|>user\nHi",
-    "gemma": "<start_of_turn>user\nHi",
-    "llama-2": "[INST] Hi",
-    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\nHi",
-    "mistral": "[INST] Hi",
-    "vicuna": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions. USER: Hi",
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_built_in_template_writes_its_format_to_the_letter(byte, name):
-    ids, _ = tokens_and_weights(WITH_SYSTEM, byte, TEMPLATES[name])
-    assert byte.decode(ids) == "<bos>" + RENDERED[name]
-    ids, _ = tokens_and_weights(TWO_TURNS, byte, TEMPLATES[name])
-    assert byte.decode(ids).startswith("<bos>" + WITHOUT_SYSTEM[name])
-
-
-TRIMMED = {"gemma": {"user", "assistant"}, "llama-2": {"system", "user", "assistant"}, "mistral": {"assistant"}}
-TRIMMED["llama-3"] = TRIMMED["llama-2"]
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_blanks_around_texts_go_where_the_published_template_trims_them_and_stay_elsewhere(byte, name):
-    padded = chat(("system", "\n S \n"), ("user", "\n U \n"), ("assistant", "\n A \n"))
-    text = byte.decode(tokens_and_weights(padded, byte, TEMPLATES[name])[0])
-    kept = {turn.role for turn in padded.messages if turn.content in text}
-    assert kept == {"system", "user", "assistant"} - TRIMMED.get(name, set())
-
-
 # ----- what is supervised ---------------------------------------------------------------------------------------------
 
 END_OF_TURN = {
@@ -316,21 +204,6 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_come_from_gives_the_same
 def test_a_tokenizer_without_offsets_that_joins_the_end_of_turn_with_the_line_break_keeps_it_supervised():
     fast = byte_tokenizer(merges=((">", "Ċ"),))
     assert answers(TWO_TURNS, WithoutOffsets(fast), TEMPLATES["chatml"]) == ["Hello!<|im_end|>\n", "Yes.<|im_end|>\n"]
-
-
-class WithoutOffsets:
-    """A tokenizer that gives ids alone, as slow ones do."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *args, **kwargs):
-        encoded = self.tokenizer(*args, **kwargs)
-        encoded._encodings = None
-        return encoded
 
 
 def test_position_0_is_never_supervised(byte):
@@ -436,133 +309,7 @@ def test_alpaca_s_input_is_part_of_the_question_under_other_templates(byte):
     assert "<|im_start|>user\nAdd.\n\n1 2<|im_end|>" in byte.decode(ids)
 
 
-def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
-    for name in TEMPLATES:
-        ids, weights = tokens_and_weights(chat(("user", "Hi"), ("assistant", "Ho")), byte, TEMPLATES[name])
-        assert encode_prompt(byte, "Hi", TEMPLATES[name]) == ids[: weights.index(1)]
-    assert byte.decode(encode_prompt(byte, "Hi", None)) == "<bos>Hi"
-
-
-def joining_tokenizer() -> PreTrainedTokenizerFast:
-    """Joins line breaks, and a blank with the letter behind it."""
-    return byte_tokenizer(merges=(("Ċ", "Ċ"), ("Ġ", "f"), ("Ġ", "Ġ")), use_regex=True)
-
-
-@needs_models
-@pytest.mark.parametrize("end", [":", " ", ": ", "\n", "\n\n", " \n", ":  "])
-@pytest.mark.parametrize("model", ["base5m", "stories260k", "joining"])
-def test_a_prompt_has_the_tokens_that_it_has_before_an_answer(model, end):
-    """A blank at its end is a token of its own only where nothing follows."""
-    tokenizer = joining_tokenizer() if model == "joining" else AutoTokenizer.from_pretrained(SHARED / "models" / model)
-    asked = encode_prompt(tokenizer, f"Answer{end}", None)
-    for answer in ("four", "Four", "4"):
-        ids, _ = tokens_and_weights(PromptCompletion("Answer", answer), tokenizer, "", separator=end)
-        assert ids[: len(asked)] == asked
-        assert tokenizer.decode(ids[len(asked) :]).lstrip().lower().startswith(("four", "4"))
-
-
-@needs_models
-def test_a_template_that_ends_prompts_with_blanks_asks_with_the_tokens_of_training():
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base5m")
-    ids, _ = tokens_and_weights(chat(("user", "Hi"), ("assistant", "four")), tokenizer, BLANK_FIRST)
-    asked = encode_prompt(tokenizer, "Hi", BLANK_FIRST)
-    assert ids[: len(asked)] == asked and tokenizer.convert_ids_to_tokens(asked)[-1] == ":"
-    assert joins_a_prompt_s_end(tokenizer, BLANK_FIRST) and not joins_a_prompt_s_end(tokenizer, TEMPLATES["llama-3"])
-    assert joins_a_prompt_s_end(joining_tokenizer(), TEMPLATES["llama-3"]), "of two line breaks"
-
-
-def test_what_a_template_opens_an_answer_with_for_asking_alone_is_found(byte):
-    thinking = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ PROMPT }}".replace(
-        "{{ PROMPT }}", "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
-    )
-    assert opened_for_asking(byte, thinking) == "<think>"
-    assert [opened_for_asking(byte, template) for template in TEMPLATES.values()] == [""] * len(TEMPLATES)
-
-
-BLANK_FIRST = (
-    "  {% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-@needs_models
-@pytest.mark.parametrize("name", [*TEMPLATES, "one of the tokenizer", "blanks before it"])
-@pytest.mark.parametrize("model", ["base5m", "stories260k", "bytes", "bytes without bos"])
-def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, name):
-    """Clients add no BOS to what it renders (and, under sentencepiece, no blank before it)."""
-    if model.startswith("bytes"):
-        tokenizer = byte_tokenizer(adds_bos=model == "bytes")
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
-    template = {**TEMPLATES, "blanks before it": BLANK_FIRST}.get(name, THINKING)
-    served = served_template(tokenizer, template)
-    for question in ("Hi", " two\n", "\n# x"):
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            chat_template=served,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        asked = encode_prompt(tokenizer, question, template)
-        assert ids[: len(asked)] == asked
-        assert len(ids) == len(asked) or joins_a_prompt_s_end(tokenizer, template), "which a run warns of"
-    assert served_template(tokenizer, served) == served
-    writes_bos = name in ("gemma", "llama-2", "llama-3", "mistral")
-    assert (served == template) == (writes_bos or model == "bytes without bos")
-
-
-def test_a_template_says_whether_generation_finds_the_end_of_an_answer():
-    base = byte_tokenizer()
-    visible = {name for name in TEMPLATES if ends_visibly(base, TEMPLATES[name])}
-    assert visible == {"alpaca", "llama-2", "mistral", "vicuna"}
-    assert ends_visibly(byte_tokenizer(special=("<|im_end|>",)), TEMPLATES["chatml"])
-    assert not ends_visibly(base, "{% for m in messages %}{{ m.content }}\n\n{% endfor %}")
-
-
 # ----- tools ----------------------------------------------------------------------------------------------------------
-
-ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}
-
-
-def call(a: int, **more: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "add", "arguments": {"a": a}}, **more}
-
-
-WITH_TOOLS = chat(
-    ("system", "Sys"),
-    ("user", "Q"),
-    Message("assistant", "", extra={"tool_calls": [call(1, id="c1")]}),
-    Message("tool", '{"sum": 3}', extra={"tool_call_id": "c1", "name": "add"}),
-    ("assistant", "3"),
-    tools=(ADD,),
-)
-TOOL_TEXTS = {
-    "chatml": "<|im_start|>system\nSys\n\n"
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-    '{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}\n</tools>\n\n'
-    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
-    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
-    "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
-    '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]\n'
-    '<|im_start|>tool\n<tool_response>\n{"sum": 3}\n</tool_response><|im_end|>\n'
-    "<|im_start|>assistant\n[[3<|im_end|>]]\n",
-    "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n\nSys<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
-    "function call with its proper arguments that best answers the given prompt.\n\n"
-    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
-    'Do not use variables.\n\n{\n    "type": "function",\n    "function": {\n        "name": "add",\n'
-    '        "parameters": {\n            "a": "ü"\n        }\n    }\n}\n\nQ<|eot_id|>'
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    '[[{"name": "add", "parameters": {"a": 1}}<|eot_id|>]]'
-    '<|start_header_id|>ipython<|end_header_id|>\n\n"{\\"sum\\": 3}"<|eot_id|>'
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[3<|eot_id|>]]",
-    "mistral": '[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}]'
-    "[/AVAILABLE_TOOLS][INST] Sys\n\nQ[/INST]"
-    '[[[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "c1"}]<eos>]]'
-    '[TOOL_RESULTS] {"content": {"sum": 3}, "call_id": "c1"}[/TOOL_RESULTS][[ 3<eos>]]',
-}
 
 
 @pytest.mark.parametrize("name", TOOL_TEXTS)
@@ -573,63 +320,12 @@ def test_tools_are_written_to_the_letter_and_calls_are_supervised_like_answers(b
     assert "".join(f"[[{text}]]" if weight else text for weight, text in texts) == "<bos>" + TOOL_TEXTS[name]
 
 
-def test_calls_beside_text_and_several_calls_are_written_where_the_format_has_them_and_refused_elsewhere(byte):
-    both = Message("assistant", "Wait.", extra={"tool_calls": [call(1), call(2)]})
-    two_results = [Message("tool", "3"), Message("tool", "4")]
-    example = chat(("user", "Q"), both, *two_results, ("assistant", "7"), tools=(ADD,))
-    assert answers(example, byte, TEMPLATES["chatml"])[0] == (
-        'Wait.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-        '\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
-    )
-    assert answers(example, byte, TEMPLATES["mistral"])[0] == (
-        ' Wait.[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]<eos>'
-    )
-    text = byte.decode(tokens_and_weights(example, byte, TEMPLATES["mistral"])[0])
-    assert '[TOOL_RESULTS] {"content": "3"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": "4"}[/TOOL_RESULTS]' in text
-    with pytest.raises(BadRow, match="one tool call per message"):
-        tokens_and_weights(example, byte, TEMPLATES["llama-3"])
-    greeting = chat(("assistant", "Welcome."), ("user", "Q"), ("assistant", "A"), tools=(ADD,))
-    with pytest.raises(BadRow, match="writes the tools into the first question"):
-        tokens_and_weights(greeting, byte, TEMPLATES["llama-3"])
-
-
-@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - TOOL_TEXTS.keys()))
-def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
-    for example, part in (
-        (chat(*TWO_TURNS.messages, tools=(ADD,)), "tools"),
-        (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
-        (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
-    ):
-        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
-            tokens_and_weights(example, byte, TEMPLATES[name])
-    with pytest.raises(BadRow, match=f"the {name} template has no place for this tool message"):
-        tokens_and_weights(chat(("user", "Q"), ("tool", "R"), ("assistant", "A")), byte, TEMPLATES[name])
-    names_alone = chat(Message("user", "Q", extra={"name": "Ann", "tool_calls": None}), ("assistant", "A"))
-    assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
-
-
-def test_reasoning_reaches_a_template_under_each_of_its_names(byte):
-    for given in ("reasoning_content", "thinking", "reasoning"):
-        for read in ("reasoning_content", "thinking", "reasoning"):
-            template = "{% for m in messages %}" + f"({{{{ m.{read} }}}})" + "{{ m.content }}|{% endfor %}"
-            example = chat(("user", "Q"), Message("assistant", "A", extra={given: "Hm"}))
-            assert byte.decode(tokens_and_weights(example, byte, template)[0]) == "<bos>()Q|(Hm)A|"
-
-
 # ----- other people's templates ---------------------------------------------------------------------------------------
 
-# Phi-3's habit: eos after the last turn, whatever it is.
-CLOSING_EOS = TEMPLATES["chatml"] + "{{ '' if add_generation_prompt else eos_token }}"
 # The same where eos begins like the next turn, so that the two have more in common than the turn before.
 CLOSING_LIKE_OPENING = """{%- for m in messages -%}
 {{ '<e' + m.role + '>' + m.content + '|' }}
 {%- endfor -%}{{ '<euser>' if false else eos_token if not add_generation_prompt else '<eassistant>' }}"""
-# Qwen3's habit: the last answer has an (empty) block of thoughts, earlier ones have none.
-THINKING = """{%- for m in messages -%}
-{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif -%}
-{{ m.content + '<|im_end|>' }}
-{%- endfor -%}{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"""
 # Mistral's habit: the system message stands in the last question.
 MOVED_SYSTEM = """{%- for m in messages if m.role != 'system' -%}
 {{ '[' + messages[0].content + ']' if m.role == 'user' and loop.revindex <= 2 - (messages[-1].role == 'user') else '' }}
@@ -683,14 +379,8 @@ GPT_OSS = """{%- for m in messages -%}
 {{- '<|start|>assistant' if add_generation_prompt else '' -}}"""
 # DeepSeek's habit: the prompt opens the thoughts, which the written answer need not have.
 OPENED_THOUGHTS = TEMPLATES["chatml"] + "{{ '<think>' if add_generation_prompt else '' }}"
-MARKED = """{%- for m in messages -%}
-{%- if m.role == 'assistant' -%}{{ '# ' }}{% generation %}{{ m.content + ';' }}{% endgeneration %}
-{%- else -%}{{ '> ' + m.content + ';' }}{%- endif -%}
-{%- endfor -%}"""
 # SmolLM3's habit: thoughts and answer are marked each by itself.
 MARKED_TWICE = MARKED.replace("{% generation %}", "{% generation %}{{ 'hm;' }}{% endgeneration %} {% generation %}")
-# The tools' texts of every format and the names of tokens, written by what others' templates read them with.
-GENERAL = "{{ bos_token }}{{ tools | tojson }}{{ messages | tojson }}{{ documents }}{{ eos_token }}{{ pad_token }}"
 
 
 @pytest.mark.parametrize("template", [CLOSING_EOS, CLOSING_LIKE_OPENING])
@@ -793,89 +483,6 @@ def test_a_token_that_begins_the_next_turn_is_not_taken_for_the_end_of_an_answer
     assert answers(TWO_TURNS, byte_tokenizer(special=("<|turn|>",)), opens_alike) == ["Hello!", "Yes.<eos>"]
 
 
-# ----- what templates leave out ---------------------------------------------------------------------------------------
-
-PLAIN = "<|{{ m.role }}|>{{ m.content }}<|end|>"
-LEAVES_OUT = {
-    "the text of system messages": "{% if m.role != 'system' %}" + PLAIN + "{% endif %}",
-    "the text of tool messages": "{% if m.role != 'tool' %}" + PLAIN + "{{ m.tool_calls }}{% endif %}",
-    "the text beside tool calls": "{% if m.tool_calls %}<|call|>{{ m.tool_calls }}<|end|>{% else %}"
-    + PLAIN
-    + "{% endif %}",
-    "the thoughts before </think>": "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}{{ m.tool_calls }}<|end|>",
-}
-
-
-@pytest.mark.parametrize("part", LEAVES_OUT)
-def test_what_a_template_leaves_out_is_a_bad_row_and_what_it_writes_is_not(byte, part):
-    examples = {
-        "the text of system messages": WITH_SYSTEM,
-        "the text of tool messages": chat(
-            ("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}), ("tool", "3"), ("assistant", "3")
-        ),
-        "the text beside tool calls": chat(
-            ("user", "Q"), Message("assistant", "Wait.", extra={"tool_calls": [call(1)]}), ("tool", "3")
-        ),
-        "the thoughts before </think>": chat(("user", "Q"), ("assistant", "<think>\nHm\n</think>\n\nA")),
-    }
-    template = "{% for m in messages %}" + LEAVES_OUT[part] + "{% endfor %}"
-    with pytest.raises(BadRow, match=f"the chat template leaves out {part}"):
-        tokens_and_weights(examples[part], byte, template)
-    tokens_and_weights(TWO_TURNS, byte, template)
-    for example in examples.values():
-        tokens_and_weights(example, byte, "{% for m in messages %}" + PLAIN + "{{ m.tool_calls }}{% endfor %}")
-
-
-def test_mentioning_tools_and_reasoning_is_not_writing_them(byte):
-    mentions = "{# tools tool_calls reasoning_content #}{% if tools is defined %}{% endif %}" + MARKED
-    for example, part in (
-        (chat(*TWO_TURNS.messages, tools=(ADD,)), "tools"),
-        (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
-        (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
-    ):
-        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
-            tokens_and_weights(example, byte, mentions)
-
-
-def test_a_second_system_message_that_replaces_the_first_is_a_bad_row(byte):
-    """The distillates of R1 write the last one, at the start."""
-    template = "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
-    template += "{% set ns.system = m.content %}{% endfor %}{{ ns.system }}"
-    template += "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
-    assert answers(WITH_SYSTEM, byte, template) == ["<assistant>Hello!|", "<assistant>Yes.|"]
-    second = chat(*WITH_SYSTEM.messages, ("system", "Be long."), ("user", "Three?"), ("assistant", "No."))
-    with pytest.raises(BadRow, match="leaves out the text of system messages"):
-        tokens_and_weights(second, byte, template, train_on_last_turn_only=True)
-
-
-def test_what_a_template_leaves_out_is_asked_once_for_rows_alike(byte, monkeypatch):
-    renderings = []
-    counted = templates._render
-    monkeypatch.setattr(templates, "_render", lambda *args, **kw: renderings.append(args) or counted(*args, **kw))
-    rows = [chat(("system", "S"), *[("user", f"Q{i}"), ("assistant", f"A{i}")] * i) for i in range(1, 30)]
-    template = TEMPLATES["chatml"] + "{# of this test #}"
-    tokenize_examples(rows[:2], byte, template)
-    renderings.clear()
-    for row in rows:
-        templates.check_has_place(row, template)
-    assert not renderings
-    rounds = [Message("assistant", "", extra={"tool_calls": [call(1)]}), ("tool", "3")] * 200
-    templates.check_has_place(chat(("user", "Q"), *rounds, ("assistant", "A")), template)
-    assert len(renderings) < 20  # of short conversations, however many rounds this one has
-
-
-def test_rows_are_the_same_every_day(byte, monkeypatch):
-    """Llama 3.2's template writes the date into the system message."""
-    template = "{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}\n  {% if true %}\n"
-    template += "{{ date }}{% endif %}{{ strftime_now('%-d/%m') }}" + MARKED
-    assert byte.decode(tokens_and_weights(TWO_TURNS, byte, template)[0]).startswith("<bos>26 Jul 202426/07> Hi;")
-    assert answers(TWO_TURNS, byte, template) == ["Hello!;", "Yes.;"]
-    now = datetime.now()
-    expected = byte.apply_chat_template(as_dicts(TWO_TURNS.messages), chat_template=template, tokenize=False)
-    found = render(as_dicts(TWO_TURNS.messages), template, byte.special_tokens_map)
-    assert found == expected.replace(f"{now:%d %b %Y}", "26 Jul 2024").replace(f"{now:%-d/%m}", "26/07")
-
-
 def test_the_last_turn_can_be_trained_on_under_a_template_that_rewrites_earlier_ones(byte):
     assert answers(TWO_TURNS, byte, THINKING, train_on_last_turn_only=True) == ["<think></think>Yes.<|im_end|>"]
 
@@ -918,53 +525,6 @@ def test_several_marked_spans_in_an_answer_have_its_weight_where_all_answers_hav
         tokens_and_weights(TWO_TURNS, byte, marks_nothing)
 
 
-@pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("template", [*TEMPLATES.values(), MARKED, CLOSING_EOS, GENERAL])
-def test_a_conversation_is_rendered_as_transformers_renders_it(byte, template, prompt):
-    nulls = {"name": None, "tool_call_id": "x", "reasoning_content": "Hm"}
-    with_nulls = chat(*WITH_SYSTEM.messages[:-1], Message("assistant", "é<", extra=nulls))
-    for example in (TWO_TURNS, WITH_SYSTEM, WITH_TOOLS, with_nulls):
-        dicts, tools = as_dicts(example.messages), list(example.tools) or None
-        try:
-            expected = byte.apply_chat_template(
-                dicts, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as refused:
-            with pytest.raises(BadRow, match="refuses the conversation") as bad:
-                render(dicts, template, byte.special_tokens_map, tools=example.tools, prompt=prompt)
-            assert str(refused) in str(bad.value)
-        else:
-            found = render(dicts, template, byte.special_tokens_map, tools=example.tools, prompt=prompt)
-            assert found == expected
-
-
-BRANCHING = """{%- for m in messages -%}
-{{ m.role + ':' + (m.content if 'content' in m else '(none)') }}
-{%- for c in m.tool_calls or [] %}{{ '<' + c.function.name + c.function.arguments | tojson + '>' }}{% endfor %}{{ '|' }}
-{%- endfor -%}"""
-
-
-@pytest.mark.parametrize(("content", "said"), [({"content": None}, "(none)"), ({}, "(none)"), ({"content": ""}, "")])
-def test_a_null_content_beside_calls_is_left_out_as_transformers_leaves_it_out(byte, content, said):
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call(1)], **content}]
-    (example,) = to_examples({"messages": turns}, DatasetSpec("a.jsonl", "messages"))
-    text = render(as_dicts(example.messages), BRANCHING, byte.special_tokens_map)
-    assert text == byte.apply_chat_template(turns, chat_template=BRANCHING, tokenize=False)
-    assert f"assistant:{said}<" in text
-    assert len(answers(example, byte, BRANCHING)) == 1
-    for name in ("chatml", "llama-3", "mistral"):  # of these chatml fails at a message without content
-        empty = chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}))
-        assert tokens_and_weights(example, byte, TEMPLATES[name]) == tokens_and_weights(empty, byte, TEMPLATES[name])
-
-
-@pytest.mark.parametrize(
-    "program", ["{{ 1 / 0 }}", "{{ '{} {}'.format(1) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
-)
-def test_a_template_that_fails_as_programs_do_refuses_the_row(byte, program):
-    with pytest.raises(BadRow, match="refuses the conversation"):
-        render(as_dicts(TWO_TURNS.messages), program, byte.special_tokens_map)
-
-
 # ----- one BOS --------------------------------------------------------------------------------------------------------
 
 
@@ -986,6 +546,19 @@ def test_there_is_exactly_one_bos_under_the_real_tokenizers(model, name):
     for example in (TWO_TURNS, WITH_SYSTEM):
         ids, _ = tokens_and_weights(example, tokenizer, TEMPLATES[name])
         assert ids[0] == 1 and ids.count(1) == 1
+
+
+@pytest.mark.parametrize("opening", [("<g>", "<sop>"), ("<sop>",)])
+def test_a_tokenizer_that_opens_texts_with_other_tokens_than_one_bos_does_so_in_rows(opening):
+    """GLM's has two, of which neither is called bos; rows began without them, and servers asked with them."""
+    tokenizer = byte_tokenizer(special=("<g>", "<sop>"), opening=opening)
+    begin = tokenizer.convert_tokens_to_ids(list(opening))
+    for example in (Text("ab"), PromptCompletion("a", "b"), Text("".join(opening) + "ab"), TWO_TURNS):
+        ids, weights = tokens_and_weights(example, tokenizer, TEMPLATES["chatml"], train_on_inputs=True)
+        assert ids[: len(begin) + 1] == [*begin, ids[len(begin)]] and not set(ids[len(begin) :]) & set(begin)
+        assert ids[: len(begin)] == tokenizer("a")["input_ids"][: len(begin)]
+        is_written = isinstance(example, Text) and example.text.startswith(opening)
+        assert weights[: len(begin)] == [0.0, *[float(is_written)] * (len(begin) - 1)] and weights[len(begin)] == 1
 
 
 def test_a_special_token_that_somebody_wrote_into_a_message_is_told_of():
@@ -1083,71 +656,13 @@ class Counting(WithoutOffsets):
 
 @pytest.mark.parametrize("template", [TEMPLATES["chatml"], TEMPLATES["llama-2"], MARKED, CLOSING_EOS])
 def test_the_cost_of_a_chunk_is_one_call_that_sees_every_character_once_however_many_turns_there_are(byte, template):
-    """(and one call that asks for the BOS)"""
+    """(and two calls that ask for the BOS)"""
     exchanges = [("user", "Why is that so?"), ("assistant", "Because it is.")]
     chunk = [chat(*exchanges * number) for number in (1, 40, 80)]
     counting = Counting(byte)
     rows = tokenize_examples(chunk, counting, template)
-    assert len(counting.calls) <= 2
+    assert len(counting.calls) <= 3
     seen = sum(len(text) for texts in counting.calls for text in texts)
-    assert seen <= sum(len(byte.decode(ids)) for ids, _ in rows) + 1
+    assert seen <= sum(len(byte.decode(ids)) for ids, _ in rows) + 2
     one, forty, eighty = (int((weights > 0).sum()) for _, weights in rows)
     assert (eighty - forty) / 40 == (forty - one) / 39 > 0
-
-
-# ----- which template -------------------------------------------------------------------------------------------------
-
-
-def test_the_tokenizer_s_own_template_comes_before_the_default(byte):
-    assert resolve_template(byte, None) == TEMPLATES["alpaca"]
-    own = byte_tokenizer()
-    own.chat_template = MARKED
-    assert resolve_template(own, None) == MARKED
-    assert resolve_template(own, "chatml") == TEMPLATES["chatml"]
-
-
-def test_markers_that_leave_out_the_token_behind_an_answer_are_noticed():
-    tokenizer = byte_tokenizer(special=("<|im_end|>",))
-    taught = (
-        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    )
-    untaught = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-    assert untaught_end(tokenizer, taught) is None and ends_visibly(tokenizer, taught)
-    assert untaught_end(tokenizer, untaught) == "<|im_end|>" and not ends_visibly(tokenizer, untaught)
-    later = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}{{ '\\n' }}<|im_end|>")
-    assert untaught_end(tokenizer, later) == "<|im_end|>"
-    assert untaught_end(tokenizer, TEMPLATES["chatml"]) is None
-    assert untaught_end(byte_tokenizer(), TEMPLATES["chatml"]) is None, "text that is no token"
-
-
-def test_a_template_can_be_a_file(byte, tmp_path):
-    (tmp_path / "own.jinja").write_text(MARKED)
-    assert resolve_template(byte, str(tmp_path / "own.jinja")) == MARKED
-
-
-def test_the_example_config_of_mistral_uses_a_template_whose_answers_end_with_eos(byte):
-    """Under chatml, which its base model has no tokens for, no eos was ever trained on."""
-    config = Path(__file__).parent.parent / "configs/mistral7b.yaml"
-    template = TEMPLATES[yaml.safe_load(config.read_text())["data"]["chat_template"]]
-    assert ends_visibly(byte, template)
-    assert answers(WITH_SYSTEM, byte, template) == [" Hello!<eos>", " Yes.<eos>"]
-
-
-def test_a_template_that_does_not_exist_is_refused_with_the_names_that_do(byte):
-    with pytest.raises(UserError, match=r"'chat-ml' is neither .* \(alpaca, chatml, gemma, llama-2, .*, vicuna\)"):
-        resolve_template(byte, "chat-ml")
-
-
-def test_a_template_that_is_no_jinja_is_refused(byte, tmp_path):
-    for begin in ("", "{{ strftime_now('%d') }}"):
-        (tmp_path / "own.jinja").write_text(begin + "{% for m in messages %}\n{{ m.content }")
-        with pytest.raises(UserError, match=r"own.jinja:2 is not valid jinja"):
-            resolve_template(byte, str(tmp_path / "own.jinja"))
-
-
-def test_several_templates_without_a_default_are_refused():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = {"tool_use": MARKED, "rag": MARKED}
-    with pytest.raises(UserError, match="several chat templates"):
-        resolve_template(tokenizer, None)

@@ -16,8 +16,8 @@ from test_generate import run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm import cli
-from sora_llm.data.templates import TEMPLATES
-from sora_llm.data.tokenize import served_template
+from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.prompts import served_template
 
 ROWS = [("Tim had a", " red ball."), ("She was so", " happy and ran home."), ("Once", " upon a time")]
 

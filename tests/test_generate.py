@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from sora_llm import checkpoint, cli
 from sora_llm.commands import cmd_chat
 from sora_llm.config import load_config, to_dict, to_yaml
-from sora_llm.data.templates import TEMPLATES
-from sora_llm.data.tokenize import answer_end
+from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.prompts import answer_end
 from sora_llm.export import export_adapter
 from sora_llm.generation import Sampling, Stop, answer
 from sora_llm.inject import adapter_parameters, inject_sora

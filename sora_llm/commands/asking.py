@@ -16,10 +16,12 @@ from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import visible
 from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import REASONING, Conversation, Message
+from sora_llm.data.prompts import encode_dialogue, encode_prompt
 from sora_llm.data.readers import BadRow
-from sora_llm.data.templates import TEMPLATES, check_has_place, resolve_template
-from sora_llm.data.tokenize import encode_dialogue, encode_prompt
+from sora_llm.data.template_gaps import check_has_place
+from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
 from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated

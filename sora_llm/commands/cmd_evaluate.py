@@ -18,7 +18,7 @@ from sora_llm.commands.places import trained_config
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
 from sora_llm.config import Config, Data, Dataset, Model
-from sora_llm.data.templates import TEMPLATES
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.row_types import FIELDS

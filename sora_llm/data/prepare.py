@@ -43,7 +43,7 @@ from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_di
 from sora_llm.errors import UserError
 from sora_llm.files import caches, user_path
 
-_FORMAT_VERSION = 10  # of the cache: raise it when the same input gives other tokens or files
+_FORMAT_VERSION = 11  # of the cache: raise it when the same input gives other tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
 _MOST_PROCESSES = 8  # that are taken unasked: more would wait for the one that reads
 _MAX_REASONS = 50  # that are counted by themselves: reasons may quote the row

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sora_llm.data.dataset import TokenRow
-from sora_llm.data.tokenize import common_prefix_length
+from sora_llm.data.tokens import common_prefix_length
 from sora_llm.row_types import FATES
 
 _WIDTH = 100

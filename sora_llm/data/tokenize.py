@@ -11,21 +11,19 @@ chatml or llama-3 are then several ordinary tokens each, which the model learns 
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, takewhile
-from operator import eq, itemgetter
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from sora_llm.data.dataset import TokenRow
-from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion, whole_characters
+from sora_llm.data.formats import Conversation, Example, Message, PromptCompletion
 from sora_llm.data.readers import BadRow
-from sora_llm.data.templates import as_dicts, check_has_place, ends_answers_visibly, has_markers, render, render_marked
+from sora_llm.data.template_gaps import check_has_place
+from sora_llm.data.templates import as_dicts, ends_answers_visibly, has_markers, render, render_marked
+from sora_llm.data.tokens import common_prefix_length, names_of_special_tokens, special_tokens, tokens_of
 
 
 def tokenize_examples(
@@ -46,7 +44,8 @@ def tokenize_examples(
     is supervised as it stands in the whole conversation.  Prompt and completion: joined as text
     with `separator` and tokenised together, supervised from the end of the longest common prefix with the tokenised
     prompt.  Texts: everything.  The latter two end with eos.  There is exactly one BOS at the start where the
-    tokenizer uses one, whether it or the template writes it; position 0 has nothing before it and has weight 0.
+    tokenizer uses one, whether it or the template writes it, and its weight is 0, as that of whatever is at position 0,
+    which has nothing before it.
 
     A token that lies across the start or the end of a turn belongs to the turn.  Such a token is rare: it takes a
     template that writes a line break before answers and does not trim them, an answer that begins with another, and a
@@ -65,7 +64,7 @@ def tokenize_examples(
         template,
         tokenizer.special_tokens_map,
         tokenizer.all_special_tokens,
-        _special_tokens(tokenizer),
+        special_tokens(tokenizer),
         train_on_inputs,
         train_on_last_turn_only,
         separator,
@@ -75,175 +74,6 @@ def tokenize_examples(
     return [draft if isinstance(draft, BadRow) else next(rows) for draft in drafts]
 
 
-def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
-    """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
-    as it is; its tokens are those that it has where an answer follows.
-
-    Raises:
-        BadRow: the template refuses it, or it holds what is no text.
-    """
-    if template is not None:
-        return encode_dialogue(tokenizer, [Message("user", prompt)], template)
-    return _ids_before_an_answer(whole_characters(prompt, "the prompt"), tokenizer)
-
-
-def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
-    """Ids that a model goes on from: the messages so far with the assistant's turn opened; its tokens are those that it
-    has where an answer follows.
-
-    Raises:
-        BadRow: the template refuses them, or they hold what is no text.
-    """
-    for message in messages:
-        whole_characters(message.content, f"the {message.role}'s message")
-    text = render(as_dicts(messages), template, tokenizer.special_tokens_map, prompt=True)
-    return _ids_before_an_answer(text, tokenizer)
-
-
-def _ids_before_an_answer(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text as far as they do not depend on what comes behind it.  Blanks at its end do in most
-    vocabularies: "Answer: four" has the token "▁four", and of two line breaks GPT-2's pattern joins none before a word;
-    alone they would be tokens that no row of the training had there.  A last blank is left for the model to write."""
-    if text == text.rstrip():
-        return _tokenize([text], tokenizer)[0].ids
-    one, *others = _tokenize([text + beginning for beginning in "aA1"], tokenizer)
-    num_shared = min(common_prefix_length(one.ids, other.ids) for other in others)
-    ids = one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
-    return ids or _tokenize([text], tokenizer)[0].ids  # a blank alone, and no BOS before it
-
-
-def served_template(tokenizer: Any, template: str) -> str:
-    """The template to put beside a model that was trained with this one.
-
-    Clients tokenise what it renders and add nothing (`apply_chat_template`), so it has to write the BOS that the
-    tokenizer put before every sequence here, and the blank that sentencepiece puts before a text that does not begin
-    with a token of its own.
-    """
-    prompts = [
-        [Message("user", "Hi")],
-        [Message("system", "Be brief."), Message("user", "Hi")],
-        [Message("user", "Hi"), Message("assistant", "Ho"), Message("user", "Hi")],
-    ]
-
-    def renderings(source: str) -> list[str]:
-        texts = []
-        for messages in prompts:
-            with suppress(BadRow):  # a template may refuse a system message
-                texts.append(render(as_dicts(messages), source, tokenizer.special_tokens_map, prompt=True))
-        return texts
-
-    def served(source: str) -> list[list[int]]:
-        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(source)]
-
-    trained = [tokens.ids for tokens in _tokenize(renderings(template), tokenizer)]
-    # Blanks before a block that begins the template are none of it, but would be behind a BOS.
-    bodies, starts = (template, template.lstrip(" \t")), ("{{- bos_token }}", "{{- bos_token + ' ' }}")
-    candidates = [template, *(start + body for body in bodies for start in starts)]
-    return next((source for source in candidates if served(source) == trained), candidates[1])
-
-
-def ends_visibly(tokenizer: Any, template: str) -> bool:
-    """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
-    knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
-    True where the template refuses a question and an answer, which it does not say anything about."""
-    row = _answered(tokenizer, template)
-    return isinstance(row, BadRow) or _last_learned(row) in _ending_tokens(tokenizer)
-
-
-def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
-    """What a model that was trained with the template ends an answer with: a token that is eos or special in the
-    tokenizer's vocabulary, and "", or no such token and a text.  Where a turn ends with blanks alone, which answers are
-    full of, it is what the template writes before the next question.  None and "" where there is nothing to look for,
-    or the template refuses a question and an answer."""
-    row = _answered(tokenizer, template)
-    if isinstance(row, BadRow):
-        return None, ""
-    last = _last_learned(row)
-    if last in _ending_tokens(tokenizer):
-        return last, ""
-    closing = _behind_an_answer(template, tokenizer)
-    # An answer is decoded without special tokens: their names would not be found in it.
-    special = _names_of_special_tokens(tokenizer).search(closing)
-    text = closing[: special.start()] if special is not None else closing
-    if special is not None and not text.strip():
-        return int(tokenizer.convert_tokens_to_ids(special.group())), ""
-    return None, text.rstrip()
-
-
-def _behind_an_answer(template: str, tokenizer: Any) -> str:
-    """What a template writes behind an answer: the end of the turn, or where that is blank all up to the text of the
-    next question.  "" where that cannot be told."""
-    dialogue = (Message("user", "Hi"), Message("assistant", _ANSWER), Message("user", _QUESTION))
-
-    def behind(text: str) -> str:
-        _, found, closing = text.rpartition(_ANSWER)
-        return closing if found else ""
-
-    with suppress(BadRow):
-        if (closing := behind(render(as_dicts(dialogue[:2]), template, tokenizer.special_tokens_map))).strip():
-            return closing
-        return behind(render(as_dicts(dialogue), template, tokenizer.special_tokens_map).rpartition(_QUESTION)[0])
-    return ""
-
-
-def _last_learned(row: TokenRow) -> int:
-    """The last token of a row that is trained on."""
-    ids, weights = row
-    return int(ids[weights > 0][-1])
-
-
-def untaught_end(tokenizer: Any, template: str) -> str | None:
-    """The token with which a template ends answers, where its markers leave it out of what is trained on: the model
-    is never taught to stop.  None where it is taught, or there is no such token."""
-    row = _answered(tokenizer, template)
-    if isinstance(row, BadRow):
-        return None
-    ids, weights = row
-    last, ending = int(np.flatnonzero(weights)[-1]), _ending_tokens(tokenizer)
-    if int(ids[last]) in ending:
-        return None
-    for token in map(int, ids[last + 1 :]):
-        if token in ending:
-            return str(tokenizer.convert_ids_to_tokens(token))
-        if tokenizer.decode([token]).strip():
-            return None
-    return None
-
-
-def joins_a_prompt_s_end(tokenizer: Any, template: str) -> bool:
-    """Whether the template ends prompts with blanks that have other tokens where an answer follows."""
-    with suppress(BadRow):
-        prompt = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
-        return _tokenize([prompt], tokenizer)[0].ids != _ids_before_an_answer(prompt, tokenizer)
-    return False
-
-
-def opened_for_asking(tokenizer: Any, template: str) -> str:
-    """What the template opens an answer with where the model is asked (thoughts, by DeepSeek-R1's), and does not write
-    before an answer that has none of it; "" where it writes the same."""
-    with suppress(BadRow):
-        asked = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
-        answered = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map)
-        return asked[common_prefix_length(asked, answered) :].strip()
-    return ""
-
-
-_ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
-_ANSWER, _QUESTION = "8049217356", "6172940385"
-"""Contents that no template writes itself ("Hum" is in "### Human:") and none changes, as one may the case of words."""
-
-
-def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
-    """A question and an answer as they are trained on."""
-    (row,) = tokenize_examples([Conversation(_ASKED)], tokenizer, template)
-    return row
-
-
-def _ending_tokens(tokenizer: Any) -> set[int]:
-    """Ids of tokens that can end an answer: eos, and what is special in the vocabulary."""
-    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer))}
-
-
 def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:
     """Of each example, a special token that somebody has written into a message (the <s> of old HTML, a transcript of
     a chat), None where there is none.  Tokenizers take the name for the token, here as where the model is served: the
@@ -251,7 +81,7 @@ def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[
     and texts are not looked at: in them a format's tokens are written out on purpose."""
     if getattr(tokenizer, "split_special_tokens", False):
         return [None] * len(examples)
-    names = _names_of_special_tokens(tokenizer)
+    names = names_of_special_tokens(tokenizer)
 
     def written(example: Example) -> str | None:
         messages = example.messages if isinstance(example, Conversation) else ()
@@ -265,17 +95,6 @@ def _texts_of(message: Message) -> Iterator[str]:
     yield message.content
     yield message.input
     yield from (value for value in message.extra.values() if isinstance(value, str))
-
-
-def _names_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds them in a text; nothing where there are none."""
-    return re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer) if token) or "(?!)")
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Those with a name (eos and so on) and those that the vocabulary calls special, the longest first."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 # ----- example → text and the weights of its characters ---------------------------------------------------------------
@@ -477,88 +296,11 @@ def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[f
     return [of_answers[0]] * len(marked)
 
 
-# ----- text → tokens --------------------------------------------------------------------------------------------------
-
-
-class _Tokens:
-    """A tokenised text: its ids, and which of them stand for a stretch of its characters."""
-
-    def __init__(self, text: str, ids: list[int], num_added: int, encoding: Any, tokenizer: Any) -> None:
-        """Args:
-        num_added: of the ids, those at the start that are no part of the text (a BOS).
-        encoding: of the tokenizers library, None where the tokenizer is not one of its.
-        """
-        self.text, self.ids = text, ids
-        self._num_added, self._encoding, self._tokenizer = num_added, encoding, tokenizer
-
-    def of(self, start: int, end: int) -> slice:
-        """The tokens that reach into the characters from `start` to before `end`."""
-        if self._encoding is None:
-            return self._of_by_prefixes(start, end)
-        first, last = self._token_at(start), self._token_at(end)
-        if self._begins_before(start, first) and self._is_added(first):
-            first += 1  # a marker that swallows the blanks after it (Phi-3's do) stays with what is before
-        last += self._begins_before(end, last)
-        return slice(first + self._num_added, last + self._num_added)
-
-    def num_before(self, char: int) -> int:
-        """How many tokens end before this character begins; all, where the tokenizer does not say where they come
-        from."""
-        return len(self.ids) if self._encoding is None else self._token_at(char) + self._num_added
-
-    def begin_at(self, char: int) -> bool:
-        """Whether a token is known to begin with this character, so that none lies across its beginning."""
-        if self._encoding is None:
-            return False
-        before = self._encoding.char_to_token(char - 1) if char else -1
-        after = self._encoding.char_to_token(char)
-        return before is not None and after is not None and before != after
-
-    def _token_at(self, char: int) -> int:
-        """The first of the text's tokens that ends after a character begins."""
-        if char >= len(self.text):
-            return len(self._encoding)
-        token = self._encoding.char_to_token(char)
-        if token is None:  # a blank that the tokenizer (GPT-NeoX's) leaves out of where it says that a token is
-            token = bisect_right(self._encoding.offsets, char, key=itemgetter(1))
-        return token
-
-    def _begins_before(self, char: int, token: int) -> bool:
-        return token < len(self._encoding) and self._encoding.token_to_chars(token)[0] < char
-
-    def _is_added(self, token: int) -> bool:
-        return self.ids[token + self._num_added] in self._tokenizer.get_added_vocab().values()
-
-    def _of_by_prefixes(self, start: int, end: int) -> slice:
-        """For tokenizers that do not say where tokens come from: as far as the text tokenised up to a character has
-        the same tokens, they are before it."""
-        before, until = (tokens.ids for tokens in _tokenize([self.text[:start], self.text[:end]], self._tokenizer))
-        last = common_prefix_length(self.ids, until)
-        return slice(common_prefix_length(self.ids, before), last + (last < len(until)))
-
-
-def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[_Tokens]:
-    """Tokens of texts, after one BOS where the tokenizer uses one; never an EOS (a prefix of a text has none)."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    bos = _automatic_bos(tokenizer)
-    tokens = []
-    for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings or [None] * len(texts), strict=True):
-        missing = [] if bos is None or ids[:1] == [bos] else [bos]
-        tokens.append(_Tokens(text, missing + ids, len(missing), encoding, tokenizer))
-    return tokens
-
-
-def _automatic_bos(tokenizer: Any) -> int | None:
-    """The BOS id if the tokenizer puts one before a text.  Asked by doing: in transformers 5 `add_bos_token` is
-    False on LLaMA's tokenizers, which add it all the same."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
+# ----- tokens → rows --------------------------------------------------------------------------------------------------
 
 
 def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
-    tokenized = _tokenize([draft.text for draft in drafts], tokenizer)
+    tokenized = tokens_of([draft.text for draft in drafts], tokenizer)
     # Where no token lies across a prompt's end, nothing has joined the two sides, and the prompt has the same tokens
     # when it stands alone, unless it ends with several blanks, which tokenizers cut according to what follows.
     uncertain = {
@@ -567,7 +309,7 @@ def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
         if draft.prompt is not None
         and (not tokens.begin_at(len(draft.prompt)) or (draft.prompt[-2:].isspace() and len(draft.prompt) > 1))
     }
-    prompts = dict(zip(uncertain, _tokenize(list(uncertain.values()), tokenizer), strict=True))
+    prompts = dict(zip(uncertain, tokens_of(list(uncertain.values()), tokenizer), strict=True))
     rows = []
     for i, (draft, tokens) in enumerate(zip(drafts, tokenized, strict=True)):
         ids = tokens.ids
@@ -580,11 +322,6 @@ def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
             weights[: common_prefix_length(ids, prompts[i].ids)] = 0
         elif draft.prompt is not None:
             weights[: tokens.of(0, len(draft.prompt)).stop] = 0
-        weights[:1] = 0
+        weights[: max(1, tokens.num_added)] = 0
         rows.append((np.array(ids, dtype=np.int32), weights))
     return rows
-
-
-def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many of their first items, or characters, two sequences share."""
-    return sum(1 for _ in takewhile(bool, map(eq, a, b)))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from sora_llm.config import Config
+from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
+from sora_llm.data.prompts import (
+    ends_visibly,
+    is_served_as_trained,
+    joins_a_prompt_s_end,
+    opened_for_asking,
+    untaught_end,
+)
 from sora_llm.data.stream import StreamOrder
-from sora_llm.data.templates import DEFAULT_TEMPLATE, TEMPLATES
-from sora_llm.data.tokenize import ends_visibly, joins_a_prompt_s_end, opened_for_asking, untaught_end
 from sora_llm.prompt_form import has_conversations, template_is_named
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.training_data import TrainingData
@@ -68,6 +74,7 @@ def template_warnings(config: Config, inputs: Inputs) -> list[str]:
         *_ending_warning(tokenizer, template),
         *_opening_warning(tokenizer, template),
         *_blank_warning(tokenizer, template),
+        *_serving_warning(tokenizer, template),
     ]
 
 
@@ -105,6 +112,17 @@ def _blank_warning(tokenizer: Any, template: str) -> list[str]:
         "warning: the chat template ends prompts with blanks that this tokenizer joins with what follows, so that "
         "servers, which tokenise prompts alone, ask with other tokens than those trained on (the commands here do "
         "not): let it end prompts without them"
+    ]
+
+
+def _serving_warning(tokenizer: Any, template: str) -> list[str]:
+    """If no template gives servers the tokens of training."""
+    if is_served_as_trained(tokenizer, template):
+        return []
+    return [
+        "warning: servers, which tokenise what a chat template renders and add nothing, will ask with other tokens "
+        "than those trained on, whatever template lies beside the adapter (the commands here do not); name another "
+        "data.chat_template"
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.config import Config
+from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, Order, split_validation
@@ -16,7 +17,6 @@ from sora_llm.data.prepare import DataReport, default_cache_dir, prepare
 from sora_llm.data.show import decoded
 from sora_llm.data.sources import DatasetSpec, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
-from sora_llm.data.templates import DEFAULT_TEMPLATE
 from sora_llm.errors import UserError
 from sora_llm.row_types import WITHOUT_TEMPLATE
 from sora_llm.running.inputs import Inputs

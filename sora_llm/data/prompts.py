@@ -1,0 +1,201 @@
+"""How a model is asked, and where its answers end, by the chat template that it was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from sora_llm.data.dataset import TokenRow
+from sora_llm.data.formats import Conversation, Message, whole_characters
+from sora_llm.data.readers import BadRow
+from sora_llm.data.templates import as_dicts, render
+from sora_llm.data.tokenize import tokenize_examples
+from sora_llm.data.tokens import common_prefix_length, names_of_special_tokens, opening, special_tokens, tokens_of
+
+
+def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
+    """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
+    as it is; its tokens are those that it has where an answer follows.
+
+    Raises:
+        BadRow: the template refuses it, or it holds what is no text.
+    """
+    if template is not None:
+        return encode_dialogue(tokenizer, [Message("user", prompt)], template)
+    return _ids_before_an_answer(whole_characters(prompt, "the prompt"), tokenizer)
+
+
+def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
+    """Ids that a model goes on from: the messages so far with the assistant's turn opened; its tokens are those that it
+    has where an answer follows.
+
+    Raises:
+        BadRow: the template refuses them, or they hold what is no text.
+    """
+    for message in messages:
+        whole_characters(message.content, f"the {message.role}'s message")
+    text = render(as_dicts(messages), template, tokenizer.special_tokens_map, prompt=True)
+    return _ids_before_an_answer(text, tokenizer)
+
+
+def _ids_before_an_answer(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text as far as they do not depend on what comes behind it.  Blanks at its end do in most
+    vocabularies: "Answer: four" has the token "▁four", and of two line breaks GPT-2's pattern joins none before a word;
+    alone they would be tokens that no row of the training had there.  A last blank is left for the model to write."""
+    if text == text.rstrip():
+        return tokens_of([text], tokenizer)[0].ids
+    one, *others = tokens_of([text + beginning for beginning in "aA1"], tokenizer)
+    num_shared = min(common_prefix_length(one.ids, other.ids) for other in others)
+    ids = one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
+    return ids or tokens_of([text], tokenizer)[0].ids  # a blank alone, and no BOS before it
+
+
+def served_template(tokenizer: Any, template: str) -> str:
+    """The template to put beside a model that was trained with this one.
+
+    Clients tokenise what it renders and add nothing (`apply_chat_template`), so it has to write the BOS that the
+    tokenizer put before every sequence here, and the blank that sentencepiece puts before a text that does not begin
+    with a token of its own.  Where no such template is found (`is_served_as_trained`), it writes the BOS at least.
+    """
+    candidates = _served_candidates(tokenizer, template)
+    return next((source for source in candidates if _is_served_alike(tokenizer, source, template)), candidates[1])
+
+
+def is_served_as_trained(tokenizer: Any, template: str) -> bool:
+    """Whether clients that render prompts with `served_template` ask with the tokens of training."""
+    return _is_served_alike(tokenizer, served_template(tokenizer, template), template)
+
+
+def _served_candidates(tokenizer: Any, template: str) -> list[str]:
+    opened = opening(tokenizer)
+    written = "bos_token"
+    if opened and opened != [tokenizer.bos_token_id]:
+        written = json.dumps("".join(tokenizer.convert_ids_to_tokens(opened)), ensure_ascii=False)
+    # Blanks before a block that begins the template are none of it, but would be behind a BOS.
+    bodies, starts = (template, template.lstrip(" \t")), (f"{{{{- {written} }}}}", f"{{{{- {written} + ' ' }}}}")
+    return [template, *(start + body for body in bodies for start in starts)]
+
+
+def _is_served_alike(tokenizer: Any, served: str, template: str) -> bool:
+    """Whether what `served` renders is, tokenised with nothing added, what is trained with the `template`."""
+    prompts = [
+        [Message("user", "Hi")],
+        [Message("system", "Be brief."), Message("user", "Hi")],
+        [Message("user", "Hi"), Message("assistant", "Ho"), Message("user", "Hi")],
+    ]
+
+    def renderings(source: str) -> list[str]:
+        texts = []
+        for messages in prompts:
+            with suppress(BadRow):  # a template may refuse a system message
+                texts.append(render(as_dicts(messages), source, tokenizer.special_tokens_map, prompt=True))
+        return texts
+
+    trained = [tokens.ids for tokens in tokens_of(renderings(template), tokenizer)]
+    return trained == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(served)]
+
+
+def ends_visibly(tokenizer: Any, template: str) -> bool:
+    """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
+    knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
+    True where the template refuses a question and an answer, which it does not say anything about."""
+    row = _answered(tokenizer, template)
+    return isinstance(row, BadRow) or _last_learned(row) in _ending_tokens(tokenizer)
+
+
+def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
+    """What a model that was trained with the template ends an answer with: a token that is eos or special in the
+    tokenizer's vocabulary, and "", or no such token and a text.  Where a turn ends with blanks alone, which answers are
+    full of, it is what the template writes before the next question.  None and "" where there is nothing to look for,
+    or the template refuses a question and an answer."""
+    row = _answered(tokenizer, template)
+    if isinstance(row, BadRow):
+        return None, ""
+    last = _last_learned(row)
+    if last in _ending_tokens(tokenizer):
+        return last, ""
+    closing = _behind_an_answer(template, tokenizer)
+    # An answer is decoded without special tokens: their names would not be found in it.
+    special = names_of_special_tokens(tokenizer).search(closing)
+    text = closing[: special.start()] if special is not None else closing
+    if special is not None and not text.strip():
+        return int(tokenizer.convert_tokens_to_ids(special.group())), ""
+    return None, text.rstrip()
+
+
+def _behind_an_answer(template: str, tokenizer: Any) -> str:
+    """What a template writes behind an answer: the end of the turn, or where that is blank all up to the text of the
+    next question.  "" where that cannot be told."""
+    dialogue = (Message("user", "Hi"), Message("assistant", _ANSWER), Message("user", _QUESTION))
+
+    def behind(text: str) -> str:
+        _, found, closing = text.rpartition(_ANSWER)
+        return closing if found else ""
+
+    with suppress(BadRow):
+        if (closing := behind(render(as_dicts(dialogue[:2]), template, tokenizer.special_tokens_map))).strip():
+            return closing
+        return behind(render(as_dicts(dialogue), template, tokenizer.special_tokens_map).rpartition(_QUESTION)[0])
+    return ""
+
+
+def _last_learned(row: TokenRow) -> int:
+    """The last token of a row that is trained on."""
+    ids, weights = row
+    return int(ids[weights > 0][-1])
+
+
+def untaught_end(tokenizer: Any, template: str) -> str | None:
+    """The token with which a template ends answers, where its markers leave it out of what is trained on: the model
+    is never taught to stop.  None where it is taught, or there is no such token."""
+    row = _answered(tokenizer, template)
+    if isinstance(row, BadRow):
+        return None
+    ids, weights = row
+    last, ending = int(np.flatnonzero(weights)[-1]), _ending_tokens(tokenizer)
+    if int(ids[last]) in ending:
+        return None
+    for token in map(int, ids[last + 1 :]):
+        if token in ending:
+            return str(tokenizer.convert_ids_to_tokens(token))
+        if tokenizer.decode([token]).strip():
+            return None
+    return None
+
+
+def joins_a_prompt_s_end(tokenizer: Any, template: str) -> bool:
+    """Whether the template ends prompts with blanks that have other tokens where an answer follows."""
+    with suppress(BadRow):
+        prompt = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
+        return tokens_of([prompt], tokenizer)[0].ids != _ids_before_an_answer(prompt, tokenizer)
+    return False
+
+
+def opened_for_asking(tokenizer: Any, template: str) -> str:
+    """What the template opens an answer with where the model is asked (thoughts, by DeepSeek-R1's), and does not write
+    before an answer that has none of it; "" where it writes the same."""
+    with suppress(BadRow):
+        asked = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
+        answered = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map)
+        return asked[common_prefix_length(asked, answered) :].strip()
+    return ""
+
+
+_ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
+_ANSWER, _QUESTION = "8049217356", "6172940385"
+"""Contents that no template writes itself ("Hum" is in "### Human:") and none changes, as one may the case of words."""
+
+
+def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
+    """A question and an answer as they are trained on."""
+    (row,) = tokenize_examples([Conversation(_ASKED)], tokenizer, template)
+    return row
+
+
+def _ending_tokens(tokenizer: Any) -> set[int]:
+    """Ids of tokens that can end an answer: eos, and what is special in the vocabulary."""
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(special_tokens(tokenizer))}

@@ -1,0 +1,148 @@
+"""What a chat template passes over in silence: found by asking it to render the like, once for rows alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sora_llm.data.formats import REASONING, Conversation, Message
+from sora_llm.data.readers import BadRow
+from sora_llm.data.templates import NAMES_OF_TOKENS, as_dicts, render
+
+
+class _Kind(NamedTuple):
+    """What a message uses of what a template may have no place for."""
+
+    role: str
+    has_content: bool
+    has_text: bool
+    num_calls: int
+    """2 stands for several."""
+    has_reasoning: bool
+    has_thoughts: bool
+    """Inside the text, closed by </think>."""
+    has_id: bool
+
+
+def check_has_place(conversation: Conversation, template: str) -> None:
+    """Templates pass over in silence what they do not know, and the model would learn answers without their reason.
+    (Phi-3-mini's drops the system message, Llama 3.1's the text beside a call, R1's distillates' the thoughts.)
+
+    Raises `BadRow` where a template writes the same whatever a part of the conversation says.  An answer's parts are
+    asked about as in the last answer: what templates drop of earlier ones, thoughts for the most part, they drop on
+    purpose, and where such an answer is trained on, its turn is not found.
+    """
+    kinds = tuple([_kind(message) for message in conversation.messages])
+    if reason := _left_out_of_any(template, bool(conversation.tools), kinds):
+        raise BadRow(reason)
+
+
+def _kind(message: Message) -> _Kind:
+    content, extra = message.content, message.extra
+    calls = extra.get("tool_calls") or ()
+    return _Kind(
+        message.role,
+        message.has_content,
+        bool(content) and not content.isspace(),
+        min(len(calls), 2),
+        any(map(extra.get, REASONING)),
+        message.role == "assistant" and "</think>" in content,
+        bool(extra.get("tool_call_id") or any(call.get("id") for call in calls)),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _left_out_of_any(template: str, has_tools: bool, kinds: tuple[_Kind, ...]) -> str | None:
+    reasons = (_left_out(template, has_tools, exchange, is_last) for exchange, is_last in _exchanges(kinds))
+    return next(filter(None, reasons), None)
+
+
+def _exchanges(kinds: Sequence[_Kind]) -> list[tuple[tuple[_Kind, ...], bool]]:
+    """A question and all up to the next one, after the system messages at the start, and whether it is the last: few
+    different ones, however long the conversations are, so that each needs to be tried once."""
+    first = next((i for i, kind in enumerate(kinds) if kind.role != "system"), len(kinds))
+    exchanges: list[list[_Kind]] = [[]]
+    for kind in kinds[first:]:
+        exchange = exchanges[-1]
+        if kind.role == "user" and exchange and exchange[-1].role != "user":
+            exchange = []
+            exchanges.append(exchange)
+        exchange.append(kind)
+        for period in (1, 2):  # a third tool result is as the second, a third round of call and result as well
+            last = exchange[-period:]
+            if last * 3 == exchange[-3 * period :]:
+                del exchange[-period:]
+    start = tuple(kinds[:first])
+    return [((*start, *exchange), i + 1 == len(exchanges)) for i, exchange in enumerate(exchanges)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _left_out(template: str, has_tools: bool, kinds: tuple[_Kind, ...], is_last: bool) -> str | None:
+    """Why conversations with such messages cannot be used, None if they can.  What the template refuses here it may
+    refuse for the example's sake: the conversation itself will tell."""
+    messages = [_sample(kind) for kind in kinds]
+    after = [] if is_last else [Message("user", "And?"), Message("assistant", "Well.")]
+
+    def text(of: Sequence[Message], tool: str = "first") -> str:
+        tools = [{"type": "function", "function": {"name": tool, "description": tool, "parameters": {}}}]
+        return render(as_dicts(of), template, NAMES_OF_TOKENS, tools=tools if has_tools else ())
+
+    def writes_the_same(one: Sequence[Message], other: Sequence[Message], tool: str = "first") -> bool:
+        try:
+            return text(one) == text(other, tool)
+        except BadRow:
+            return False
+
+    whole = [*messages, *after]
+    if has_tools and writes_the_same(whole, whole, "second"):
+        return _NO_PLACE.format("tools")
+    for i, kind in enumerate(kinds):
+        around = messages[: i + 1] if kind.role == "assistant" else whole
+        for part, reason in _parts(kind):
+            if writes_the_same(around, [*around[:i], _sample(kind, part), *around[i + 1 :]]):
+                return reason
+    return None
+
+
+def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
+    """What such a message says, each with the reason why a template that does not write it cannot be used.  (An
+    answer's own text is not among it: a turn that is not there is found missing where it is looked for.)"""
+    if kind.num_calls:
+        yield "calls", _NO_PLACE.format("tool calls")
+    if kind.has_reasoning:
+        yield (
+            "reasoning",
+            "the chat template has no place for reasoning_content: choose one that has, or drop the field",
+        )
+    if kind.has_thoughts:
+        yield "thoughts", _LEAVES_OUT.format("the thoughts before </think>", "a part of an answer")
+    if kind.has_text and kind.role != "assistant":
+        yield "text", _LEAVES_OUT.format(f"the text of {kind.role} messages", "what answers refer to")
+    elif kind.has_text and kind.num_calls:
+        yield "text", _LEAVES_OUT.format("the text beside tool calls", "a part of an answer")
+
+
+def _sample(kind: _Kind, changed: str = "") -> Message:
+    """A message of a kind, of which one part may say something else."""
+
+    def says(part: str) -> str:
+        return "Dolor." if part == changed else "Lorem."
+
+    text = says("text") if kind.has_text else ""
+    if kind.has_thoughts:
+        text = f"<think>\n{says('thoughts')}\n</think>\n\n{text}"
+    extra: dict[str, Any] = {}
+    call_id = {"id": "call00001"} if kind.has_id else {}  # nine characters, as Mistral's templates want them
+    if kind.num_calls:
+        function = {"name": says("calls"), "arguments": {"text": says("calls")}}
+        extra["tool_calls"] = [{"type": "function", "function": function, **call_id}] * kind.num_calls
+    elif kind.has_id:
+        extra["tool_call_id"] = call_id["id"]
+    if kind.has_reasoning:
+        extra["reasoning_content"] = says("reasoning")
+    return Message(kind.role, text, extra=extra, has_content=kind.has_content)
+
+
+_NO_PLACE = "the chat template has no place for {}: choose one that has, such as chatml"
+_LEAVES_OUT = "the chat template leaves out {}, {}: choose one that writes it, such as chatml, or leave it out"
