@@ -147,6 +147,16 @@ def test_a_run_is_asked_as_it_was_trained(stories, lora, tmp_path, capsys):
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": dialogue}))
     (found,) = generate(capsys, run, "--prompts-file", tmp_path / "asked.jsonl")["answers"]
     assert found == {"messages": dialogue, "answer": expected["answer"], "finish_reason": "length"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": PROMPT, "input": "", "output": "x"}))
+    (found,) = generate(capsys, run, "--prompts-file", tmp_path / "rows.jsonl")["answers"]
+    assert found == {"instruction": PROMPT, "answer": expected["answer"], "finish_reason": "length"}
+    asked = {"instruction": PROMPT, "input": "Tim"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(asked))
+    preamble = preamble.replace("a task.", "a task, paired with an input that provides further context.")
+    written = f"{preamble}\n\n### Instruction:\n{PROMPT}\n\n### Input:\nTim\n\n### Response:\n"
+    (expected,) = generate(capsys, lora, "--raw", "--prompt", written)["answers"]
+    (found,) = generate(capsys, run, "--prompts-file", tmp_path / "rows.jsonl")["answers"]
+    assert found == {**asked, "answer": expected["answer"], "finish_reason": "length"}
     plain = run_dir(tmp_path / "plain", **{"data.datasets": [_completion(tmp_path)]})
     shutil.copytree(lora, plain / "adapter")
     (expected,) = generate(capsys, lora, "--raw", "--prompt", "Tim had\n")["answers"]
@@ -242,6 +252,21 @@ def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_
     command, *others = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
     assert cli.main([command, str(lora), "--chat-template", str(tmp_path / "form.jinja"), *others]) == 2
     assert f"{said}: the chat template leaves out the text of system messages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "Add.", "input": "1 2"}, "has an input beside its instruction, which needs a chat template"),
+        ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "offers tools"),
+        ({"instruction": 3}, "p.jsonl:1: instruction"),
+        ({"question": "?"}, "is none of "),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_a_sentence(row, said, lora, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert cli.main(["generate", str(lora), "--raw", "--prompts-file", str(tmp_path / "p.jsonl")]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_dialogue_goes_on_though_the_template_drops_the_thoughts_of_earlier_answers(lora, tmp_path, capsys):

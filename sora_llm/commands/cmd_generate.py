@@ -44,7 +44,8 @@ def make_parser(prog: str) -> Parser:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help='.txt: a prompt per line; .jsonl: {"prompt": …} or {"messages": […]} per line',
+        help='.txt: a prompt per line; .jsonl: {"prompt": …}, {"messages": […]} or {"instruction": …, "input": …} per '
+        "line, as in a file of training rows",
     )
     parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapted one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -152,18 +153,27 @@ def _of_row(line: str, place: str) -> Prompt:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return of_text(row["prompt"], place)
+    if isinstance(row, dict) and "instruction" in row:  # whatever its answer would be
+        said = {name: row[name] for name in ("instruction", "input") if row.get(name)}
+        return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
     if not isinstance(row, dict) or "messages" not in row:
-        raise UserError(f'{place} is neither {{"prompt": "…"}} nor {{"messages": […]}}')
+        raise UserError(f'{place} is none of {{"prompt": "…"}}, {{"messages": […]}} and {{"instruction": "…"}}')
+    conversation = _conversation(row, "messages", place)
+    if conversation.messages[-1].role not in ("user", "tool"):
+        raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")
+    return Prompt(conversation.messages, {"messages": row["messages"]}, place)
+
+
+def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:
+    """A row of a data set as its turns."""
     try:
-        (conversation,) = to_examples(row, DatasetSpec(place, "messages"))
+        (conversation,) = to_examples(row, DatasetSpec(place, type_))
     except BadRow as bad:
         raise UserError(f"{place}: {bad}") from None
     assert isinstance(conversation, Conversation)
-    if conversation.messages[-1].role not in ("user", "tool"):
-        raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")
     if conversation.tools:
         raise UserError(f"{place} offers tools, which cannot be called here; take them out")
-    return Prompt(conversation.messages, {"messages": row["messages"]}, place)
+    return conversation
 
 
 # --------------------------------------------------------------------------------------------------------- answers
@@ -175,8 +185,9 @@ def ids_of(interview: Interview, prompt: Prompt) -> list[int]:
     Raises:
         UserError: it cannot be asked.
     """
-    if interview.form.template is None and len(prompt.messages) > 1:
-        raise UserError(f"{prompt.place} is a dialogue, which needs a chat template; see --chat-template")
+    if interview.form.template is None and (len(prompt.messages) > 1 or prompt.messages[-1].input):
+        kind = "is a dialogue" if len(prompt.messages) > 1 else "has an input beside its instruction"
+        raise UserError(f"{prompt.place} {kind}, which needs a chat template; see --chat-template")
     try:
         return interview.ids(prompt.messages)
     except UserError as error:
