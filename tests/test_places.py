@@ -48,6 +48,35 @@ def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, t
         assert source.base == subject.spec.name_or_path == "/some/base"
 
 
+def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_path, monkeypatch):
+    """Its base was looked for on the hub, under the name of a local folder."""
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    (start / "models").mkdir(parents=True)
+    (elsewhere / "data").mkdir(parents=True)
+    (start / "models" / "base").symlink_to(stories)
+    for name in ("a.jsonl", "b.jsonl"):
+        (start / name).write_text("{}\n")
+    paths = [{"path": path, "type": "completion"} for path in ("a.jsonl", "[ab].jsonl", "owner/name")]
+    options = {"model.name_or_path": "models/base", "data.datasets": paths, "model.adapter": "nowhere"}
+    run = run_dir(start / "outputs/run", **options)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), "outputs/run"))
+    monkeypatch.chdir(start)
+    there = find_place("outputs/run").config
+    assert there is not None and there.model.name_or_path == "models/base"
+    monkeypatch.chdir(elsewhere)
+    found = find_place(start / "outputs/run").config
+    assert found is not None and found.model.name_or_path == str(start / "models/base")
+    assert found.model.adapter == "nowhere", "which is not there either"
+    expected = [str(start / "a.jsonl"), str(start / "[ab].jsonl"), "owner/name"]
+    assert [dataset.path for dataset in found.data.datasets] == expected
+    (elsewhere / "a.jsonl").write_text("{}\n")
+    found = find_place(start / "outputs/run").config
+    assert found is not None and found.data.datasets[0].path == "a.jsonl", "what is here is meant"
+    moved = (start / "outputs/run").rename(tmp_path / "moved")
+    found = find_place(moved).config
+    assert found is not None and found.model.name_or_path == "models/base", "nothing says where it was started"
+
+
 def test_an_adapter_s_certificate_says_how_its_base_was_loaded(tmp_path, stories):
     """So that it is asked and exported again beside the numbers that it was trained beside; no certificate, no word."""
     folder = peft_lora(Path("/some/base"), tmp_path / "lora", 1, r=2)

@@ -13,7 +13,7 @@ from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.prompt_form import names_template_file
-from sora_llm.running.inputs import absolute, is_run, run_of_adapter
+from sora_llm.running.inputs import absolute, is_run, run_of_adapter, seen_from_here
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         if overrides:
             raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
         config, run_dir = _without_consent(_checkpoint_config(folder)), absolute(folder).parent.parent
-        if is_run(run_dir) and names_template_file(config):
-            config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
+        if is_run(run_dir):
+            config = seen_from_here(config, run_dir)
+            if names_template_file(config):
+                config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
         return Place(name, folder, config)
     if (folder / run_files.CONFIG).is_file():
         config_file = folder / run_files.CONFIG
@@ -112,7 +114,8 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     run_dir = place.run_dir
     if place.config is None or run_dir is None:
         return place
-    config = replace(place.config, output=replace(place.config.output, output_dir=str(run_dir)))
+    config = seen_from_here(place.config, run_dir)
+    config = replace(config, output=replace(config.output, output_dir=str(run_dir)))
     trained = load_config(run_dir / run_files.CONFIG) if overrides else place.config
     # Beside the adapter of a run that rendered nothing lies the base's template, if any.
     if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):

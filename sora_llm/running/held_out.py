@@ -14,7 +14,7 @@ from sora_llm.data.local_files import is_local, local_files
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.row_types import FIELDS
-from sora_llm.running.inputs import run_of_adapter
+from sora_llm.running.inputs import run_of_adapter, seen_from_here
 
 
 def hold_out_alike(one: Config, other: Config) -> bool:
@@ -68,7 +68,7 @@ def _run_config(folder: Path) -> Config | None:
     """The config of the run whose adapter a folder is; None where it is none, or was written by another version."""
     run_dir = run_of_adapter(folder)
     try:
-        return None if run_dir is None else load_config(run_dir / run_files.CONFIG)
+        return None if run_dir is None else seen_from_here(load_config(run_dir / run_files.CONFIG), run_dir)
     except UserError:
         return None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG, LoraFiles, read_lora
 from sora_llm.backbone import BackboneSpec, quiet_libraries
 from sora_llm.causal_loss import packs_flat
-from sora_llm.config import Config
+from sora_llm.config import Config, Dataset
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.readers import BadRow
@@ -215,6 +216,37 @@ def run_of_adapter(folder: Path) -> Path | None:
 def absolute(folder: Path) -> Path:
     """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
     return Path(os.path.abspath(folder))  # noqa: PTH100
+
+
+def seen_from_here(config: Config, run_dir: Path) -> Config:
+    """A run's config, in which local paths that are not there from here, but from where the run was started, lead
+    there.  That place is known where the run wrote to a relative output.output_dir: its directory's path without it."""
+    written, whole = user_path(config.output.output_dir, "output.output_dir"), absolute(run_dir)
+    start = Path(*whole.parts[: -len(written.parts)])
+    if written.is_absolute() or start / written != whole or start == Path.cwd():
+        return config
+
+    def found(path: str) -> str:
+        there = start / Path(path).expanduser()
+        return str(there) if not _leads_somewhere(Path(path).expanduser()) and _leads_somewhere(there) else path
+
+    def those(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
+        return tuple(replace(dataset, path=found(dataset.path)) for dataset in datasets)
+
+    model, data = config.model, config.data
+    adapter = None if model.adapter is None else found(model.adapter)
+    template = None if data.chat_template is None else found(data.chat_template)
+    dev = None if data.val_datasets is None else those(data.val_datasets)
+    return replace(
+        config,
+        model=replace(model, name_or_path=found(model.name_or_path), adapter=adapter),
+        data=replace(data, datasets=those(data.datasets), val_datasets=dev, chat_template=template),
+    )
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Whether there is something at a path, or something that matches it as a pattern."""
+    return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # noqa: PTH207 - any pattern
 
 
 def is_run(folder: Path) -> bool:
