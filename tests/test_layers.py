@@ -129,7 +129,7 @@ def test_the_algorithm_imports_torch_alone(name):
 @pytest.mark.parametrize(
     ("libraries", "homes"),
     [
-        (("deepspeed", "accelerate"), {"distributed.group", "distributed.engine"}),
+        (("deepspeed", "accelerate"), {"distributed.group", "distributed.engine", "distributed.zero"}),
         (("torch.distributed",), {"distributed.collectives", "distributed.group", "distributed.replicas"}),
         (("yaml",), {"config.yaml_text"}),
         (("bitsandbytes",), {"backbone", "quantised"}),

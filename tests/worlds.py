@@ -303,8 +303,8 @@ def layout(engine: Engine) -> dict[str, Any]:
     return {
         "stage": engine.model.zero_optimization_stage(),
         "stage_of_config": engine.model.config["zero_optimization"]["stage"],
-        "sharding_optimizer": type(engine._zero).__name__,
-        "partitions_gradients": bool(getattr(engine._zero, "partition_gradients", True)),
+        "sharding_optimizer": type(engine._zero.sharding).__name__,
+        "partitions_gradients": bool(getattr(engine._zero.sharding, "partition_gradients", True)),
         "held": held,
         "resident": sum(p.numel() for p in engine.module.parameters()),
     }
@@ -543,7 +543,7 @@ def first_in_shard(engine: Engine, group: int) -> tuple[str, int]:
     names = {id(p): name for name, p in adapter_parameters(engine.module).items()}
     start = engine.accelerator.process_index * engine.master_shards()[group].numel()
     offset = 0
-    for p in engine._zero.bit16_groups[group]:
+    for p in engine._zero.sharding.bit16_groups[group]:
         if offset >= start:
             return names[id(p)], offset - start
         offset += p.numel()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sora_llm.distributed.collectives import ALL, gather_objects, in_process_group, require_agreement
 from sora_llm.distributed.replicas import Replicas, within
+from sora_llm.distributed.zero import ZeroShards, gathered
 from sora_llm.errors import RunFailed
 from sora_llm.hashes import fingerprints
 from sora_llm.inject import adapter_parameters, adapters
@@ -58,7 +59,7 @@ class Engine:
         self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
         self.module, self.optimizer, self.replicas = model, optimizer, replicas
         self._has_importance = self.is_spent = False
-        self._zero: Any = None
+        self._zero: ZeroShards | None = None
         self._adapter_parameters = adapter_parameters(model)
         self.loss_scale = LossScale(is_needed=False) if loss_scale is None else loss_scale
         self._unscaling: list[Any] = []
@@ -70,12 +71,12 @@ class Engine:
             self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         else:  # gradients stay inside the replica, and accelerate only knows the whole world
             self.model, prepared_optimizer = within(replicas, model), accelerator.prepare(optimizer)
+        inner = prepared_optimizer.optimizer
         if self.is_zero:
-            self._zero = prepared_optimizer.optimizer  # DeepSpeed's sharding optimizer around ours
-            inner = self._zero.optimizer
+            sharding, inner = inner, inner.optimizer  # DeepSpeed's sharding optimizer is around ours
+            parameters, is_stage_3 = self._adapter_parameters, strategy == "zero3"
+            self._zero = ZeroShards(accelerator, sharding, optimizer, parameters, is_stage_3=is_stage_3)
             assert self.model.zero_optimization_stage() == ZERO_STAGES[strategy]
-        else:
-            inner = prepared_optimizer.optimizer
         assert inner is optimizer, f"the optimizer was replaced by {type(inner).__name__}: the prox would be gone"
         self._assert_gates_untouched(gates_before)
 
@@ -118,10 +119,9 @@ class Engine:
 
     def step(self) -> StepOutcome:
         """Clip, step, prox, zero the gradients; if the global gradient norm is not finite only the last of these."""
-        if self.is_zero:
+        if self._zero is not None:
             self.model.step()
-            norm = float(self.model.get_global_grad_norm())
-            return StepOutcome(norm, skipped=bool(self._zero.overflow))
+            return StepOutcome(float(self.model.get_global_grad_norm()), skipped=self._zero.is_skipped)
         norm = self._clip()
         finite = norm not in (float("inf"), float("-inf")) and norm == norm
         if finite:
@@ -186,11 +186,9 @@ class Engine:
         """The float32 value of every adapter tensor, by "<module>.lora_A|lora_B|gate", on the CPU (collective)."""
         if self.is_spent:
             return {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(self.module).items()}
-        if not self.is_zero:
-            return {name: value.cpu().clone() for name, value in self.values().items()}
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: safe_get_full_fp32_param(p).float().cpu().clone() for name, p in self._adapter_parameters.items()}
+        if self._zero is not None:
+            return self._zero.masters()
+        return {name: value.cpu().clone() for name, value in self.values().items()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
         """The optimizer's tensors of every adapter tensor as "<tensor>.exp_avg", ".exp_avg_sq" and, of gates under
@@ -199,8 +197,8 @@ class Engine:
         if not any(MOMENTS[0] in state for state in self.optimizer.state.values()):
             return {}, 0
         found = {}
-        if self.is_zero:
-            self._link_optimizer_state()
+        if self._zero is not None:
+            self._zero.link()
         for name, p in self._adapter_parameters.items():
             deferred = (TAU_SUM,) if TAU_SUM in self.optimizer.state.get(p, {}) else ()
             for key in (*self._state_of(name), *deferred):
@@ -211,12 +209,10 @@ class Engine:
         return (*MOMENTS, IMPORTANCE) if self._has_importance and name.endswith(".gate") else MOMENTS
 
     def _read_state(self, p: nn.Parameter, key: str) -> Tensor:
-        if not self.is_zero:
-            state: Tensor = self.optimizer.state[p][key].detach()
-            return state
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(p, key).float()
+        if self._zero is not None:
+            return self._zero.state(p, key)
+        state: Tensor = self.optimizer.state[p][key].detach()
+        return state
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -232,8 +228,16 @@ class Engine:
         model's copies old until the next step.  What `state` lacks is zero, as in a fresh optimizer.
         """
         self._has_importance = any(name.endswith(f".{IMPORTANCE}") for name in state)
-        if self.is_zero:
-            self._load_zero(masters, state, num_steps)
+        if self._zero is not None:
+            for name, p in self._adapter_parameters.items():
+                self._zero.write(p, masters[name])
+            if state:
+                keys_of_gates = (*MOMENTS, IMPORTANCE) if self._has_importance else MOMENTS
+                self._zero.begin_state(num_steps, MOMENTS, keys_of_gates)
+            for name, p in self._adapter_parameters.items():
+                for key in self._state_of(name):
+                    if f"{name}.{key}" in state:
+                        self._zero.write(p, state[f"{name}.{key}"], key)
             return
         with torch.no_grad():
             for name, p in self._adapter_parameters.items():
@@ -248,70 +252,14 @@ class Engine:
                     own[TAU_SUM] = state[f"{name}.{TAU_SUM}"].to(p.device).clone()
                 self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
 
-    def _load_zero(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
-        for name, p in self._adapter_parameters.items():
-            self._write_zero(p, masters[name])
-        if not state:
-            return
-        for shard, has_gates in zip(self.master_shards(), self._shards_of_gates(), strict=True):
-            keys = (*MOMENTS, IMPORTANCE) if self._has_importance and has_gates else MOMENTS
-            self.optimizer.state[shard] = {
-                "step": torch.tensor(float(num_steps)),
-                **{key: torch.zeros_like(shard) for key in keys},
-            }
-        self._link_optimizer_state()
-        for name, p in self._adapter_parameters.items():
-            for key in self._state_of(name):
-                if f"{name}.{key}" in state:
-                    self._write_zero(p, state[f"{name}.{key}"], key)
-
-    def _write_zero(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Give this process its part of the float32 value of `p`, or of what the optimizer has of it under `key`."""
-        from deepspeed import utils
-
-        value, of_key = value.to(self.device), () if key is None else (key,)
-        if self.strategy == "zero3":
-            # DeepSpeed 0.19.8's safe_set_full_* reads past the end of a size that the processes do not divide.
-            size = p.ds_tensor.numel()  # type: ignore[attr-defined]  # ceil(size / number of processes)
-            process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
-            # Shards are those of all processes: anything else (MiCS) would be zeros here.
-            assert 0 <= size * num_processes - value.numel() < num_processes, (size, num_processes, value.shape)
-            whole = nn.functional.pad(value.flatten(), (0, size * num_processes - value.numel()))
-            own = whole[process * size : (process + 1) * size]
-            write = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
-            write(p, own, *of_key)
-        else:
-            write = utils.safe_set_full_fp32_param if key is None else utils.safe_set_full_optimizer_state
-            write(p, value, *of_key)
-
-    def _shards_of_gates(self) -> list[bool]:
-        """Which of `master_shards` hold gates."""
-        names = [group["name"] for group in self.optimizer.param_groups]
-        groups = list(range(len(names)))
-        if self.strategy == "zero3":
-            groups = [self._zero.sub_group_to_group_id[index] for index in range(len(self.master_shards()))]
-        return [names[group] == GATES for group in groups]
+    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Context in which ZeRO-3's partitioned parameters are whole."""
+        return gathered(parameters) if self.strategy == "zero3" else contextlib.nullcontext()
 
     def master_shards(self) -> list[Tensor]:
         """This process's flat float32 shards under ZeRO, one per group (ZeRO-3: per sub-group)."""
-        if self.strategy == "zero3":
-            return list(self._zero.fp32_partitioned_groups_flat)
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def _link_optimizer_state(self) -> None:
-        # DeepSpeed 0.19.8 links the fragments of ZeRO-1/2 once, after the first group's step, so the moments of later
-        # groups (the gates) are not found; linking again is harmless.
-        if self.strategy != "zero3":
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Context in which ZeRO-3's partitioned parameters are whole."""
-        if self.strategy != "zero3" or not parameters:
-            return contextlib.nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        return GatheredParameters(parameters)
+        assert self._zero is not None
+        return self._zero.flat()
 
     # --------------------------------------------------------------------------------------------------- agreement
 
@@ -338,35 +286,13 @@ class Engine:
                 if key in state
             }
             require_agreement(fingerprints(moments), "the optimizer state", members)
-        if self.is_zero:
-            self._prove_masters()
-
-    def _prove_masters(self) -> None:
-        process = self.accelerator.process_index
-        problems = []
-        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            copy = self._zero.parallel_partitioned_bit16_groups[index][process]
-            if not torch.equal(master.detach().to(copy.dtype), copy.detach()):
-                problems.append(f"group {index} of process {process}: {self._names_in_shard(index, master, copy)}")
-        found = [problem for per_process in gather_objects(problems) for problem in per_process]
-        if found:
-            raise RunFailed(
-                f"a master shard is not what the model holds ({'; '.join(found[:3])}); nothing was written: restart "
-                "from the last checkpoint"
-            )
-
-    def _names_in_shard(self, index: int, master: Tensor, copy: Tensor) -> str:
-        """The adapter tensors of group `index` in whose range master and copy differ, on this process."""
-        differs = (master.detach().to(copy.dtype) != copy.detach()).nonzero().flatten()
-        start = self.accelerator.process_index * master.numel()
-        names, offset = [], 0
-        by_parameter = {id(p): name for name, p in self._adapter_parameters.items()}
-        for p in self._zero.bit16_groups[index]:
-            low, high = offset - start, offset + p.numel() - start
-            if bool(((differs >= low) & (differs < high)).any()):
-                names.append(by_parameter.get(id(p), "?"))
-            offset += p.numel()
-        return ", ".join(names[:3]) or "padding"
+        if self._zero is not None:
+            found = [one for per_process in gather_objects(self._zero.other_than_the_model()) for one in per_process]
+            if found:
+                raise RunFailed(
+                    f"a master shard is not what the model holds ({'; '.join(found[:3])}); nothing was written: "
+                    "restart from the last checkpoint"
+                )
 
     def _assert_gates_untouched(self, before: dict[str, Tensor]) -> None:
         after = self.gates()
@@ -398,17 +324,8 @@ class Engine:
         if self.strategy == "zero3":
             keep_weights(self.module)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.is_zero:
-            # What DeepSpeed 0.19.8 leaves behind.  On the root two hooks that hold the engine; on every module ZeRO-3's
-            # backward functions, which the next engine would keep: the old one would gather its parameters in backward.
-            self.model.module_forward_pre_hook.remove()
-            self.model.module_forward_post_hook.remove()
-            self.model.destroy()
-            for part in self.module.modules():
-                for attribute in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
-                    part.__dict__.pop(attribute, None)
-            self.accelerator.deepspeed_engine_wrapped = None
-            vars(self._zero).clear()  # closures on frozen parameters hold it, and it holds masters and buffers
+        if self._zero is not None:
+            self._zero.leave(self.model, self.module)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["params"] = []
