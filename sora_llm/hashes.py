@@ -20,7 +20,7 @@ def tensor_hash(*tensors: Tensor) -> str:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of each tensor its dtype, its shape and 64 bits of its bytes, computed where it lies: for checks while training.
+    """Dtype, shape and 64 bits of the bytes of each tensor, computed where it lies: for checks while training.
 
     The bytes, as 64-bit words x, become Σ w_i m(x_i) mod 2⁶⁴ with fixed odd weights w and a mixing bijection m, so that
     one wrong word always changes it, and wrong words that have a pattern do not cancel.  Made against faults, not

@@ -47,7 +47,7 @@ class QuantisedFiles:
 
 
 def quantised_files(config: Any) -> QuantisedFiles | None:
-    """Of a base's transformers config, as it was read; None for a base that is not quantised.
+    """What the transformers config of a base, as it was read, says of its files; None where they are not quantised.
 
     Raises:
         UserError: it is quantised by something else than bitsandbytes, or in a way that cannot be loaded.

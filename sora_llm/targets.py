@@ -115,8 +115,8 @@ def _is_bypassed(model: nn.Module, name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _source_of(kind: type) -> str:
-    """Of a module's class and of those that it inherits from, as far as it can be had.  Python parses a whole file for
-    each, tens of milliseconds."""
+    """The source of a module's class and of those that it inherits from, as far as it can be had.  Python parses a
+    whole file for each, tens of milliseconds."""
     sources = []
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with contextlib.suppress(OSError, TypeError):

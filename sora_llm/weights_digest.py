@@ -12,8 +12,9 @@ SAMPLE_BYTES = 4096
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """Of the tensors in some safetensors files, however they are spread over them: names, dtypes, shapes and samples of
-    their bytes.  Of a base of 7 B parameters these are 4 MB; weights that were trained on differ in nearly all places.
+    """A hash of the names, dtypes, shapes and samples of the bytes of the tensors in some safetensors files, however
+    they are spread over them.  Of a base of 7 B parameters these are 4 MB; weights that were trained on differ in
+    nearly all places.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is none of safetensors.

@@ -87,7 +87,7 @@ def target_shapes_of(
 
 
 def spectra_of(source: SavedAdapter) -> dict[str, Spectrum]:
-    """Of every module in the files.
+    """The spectrum of every module in the files.
 
     Raises:
         UserError: values that are not finite.

@@ -33,7 +33,7 @@ class Origin:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """Of "section.name"."""
+    """The value at "section.name"."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 

@@ -94,7 +94,7 @@ def _sora_problems(config: Config, origin: Origin) -> Iterator[str]:
 
 
 def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]:
-    """Of a sparsity path, which is a stage per λ, and of what only goes with one."""
+    """What is wrong with a sparsity path, which is a stage per λ, or with settings that only go with one."""
     sora = config.sora
     patience = config.evaluation.early_stopping_patience
     if sora.lambda_num == 1:

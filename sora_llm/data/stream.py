@@ -155,7 +155,7 @@ class StreamOrder:
 
     @property
     def digest(self) -> str:
-        """Of the present window's rows: equal digests are equal data, as far as it has been read."""
+        """The digest of the present window's rows: equal ones are equal data, as far as it has been read."""
         return self._present().digest
 
     @property

@@ -75,10 +75,10 @@ def tokenize_examples(
 
 
 def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:
-    """Of each example, a special token that somebody has written into a message (the <s> of old HTML, a transcript of
-    a chat), None where there is none.  Tokenizers take the name for the token, here as where the model is served: the
-    row has a second BOS, or an end of turn within an answer, and the model learns to stop there.  Prompts, completions
-    and texts are not looked at: in them a format's tokens are written out on purpose."""
+    """A special token that somebody has written into a message of each example (the <s> of old HTML, a transcript of a
+    chat), None where there is none.  Tokenizers take the name for the token, here as where the model is served: the row
+    has a second BOS, or an end of turn within an answer, and the model learns to stop there.  Prompts, completions and
+    texts are not looked at: in them a format's tokens are written out on purpose."""
     if getattr(tokenizer, "split_special_tokens", False):
         return [None] * len(examples)
     names = names_of_special_tokens(tokenizer)
@@ -220,9 +220,9 @@ class _Drafting:
     def _rewritten(
         self, i: int, messages: Sequence[Mapping[str, Any]], text: str, alone: str, rendered: Callable[..., str]
     ) -> tuple[int, int]:
-        """Of an answer that is written differently as the last one (`alone`: the conversation up to it) and in the
-        whole, where in the whole its own text begins and the turn ends: its text stands where renderings of other
-        texts differ, and what follows there is what follows in `alone`.
+        """Where in the whole conversation the own text of an answer begins and its turn ends, of one that is written
+        differently as the last (`alone`: the conversation up to it): its text stands where renderings of other texts
+        differ, and what follows there is what follows in `alone`.
 
         Raises `BadRow` if the two do not say the same, or the answer has thoughts, which templates drop of earlier
         answers: it would be learned without them.

@@ -43,14 +43,15 @@ class Lesson:
 
 
 def lessons_of(config: Config) -> Iterator[Lesson]:
-    """Of an adapter that was trained under a config: its own, and those of the adapters that it started from."""
+    """The lessons of an adapter that was trained under a config: its own, and those of the adapters that it started
+    from."""
     yield Lesson(config.data.datasets, config)
     if config.model.adapter is not None:
         yield from lessons_in(user_path(config.model.adapter, "model.adapter"))
 
 
 def lessons_in(folder: Path) -> Iterator[Lesson]:
-    """Of the LoRA in a folder, as far as the run that it lies in tells, or else its certificate."""
+    """The lessons of the LoRA in a folder, as far as the run that it lies in tells them, or else its certificate."""
     visited: set[Path] = set()  # a folder that was trained anew may start from what had started from it
     while folder not in visited:
         visited.add(folder)

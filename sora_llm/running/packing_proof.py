@@ -30,7 +30,7 @@ def prove_packing(
     other = torch.randint(num_ids, (11,), generator=generator).numpy()
 
     def logits(packed: Sequence[Any], isolated: bool = True) -> Tensor:
-        """Of the last rows of a sequence (T, V), which stands beside another one where a batch can have several."""
+        """The logits (T, V) of a sequence's last rows; it stands beside another one where a batch can have several."""
         sequence = [(ids, np.zeros(len(ids), dtype=np.float32)) for ids in packed]
         flat = packs_flat(attn_implementation)
         batch = collate([sequence] if flat else [sequence, sequence[1:]], 0, packed=isolated, flat=flat)

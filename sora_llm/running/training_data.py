@@ -54,8 +54,8 @@ class TrainingData:
 
 
 def differing_parts(one: Mapping[str, int | str], other: Mapping[str, int | str]) -> str:
-    """Of two fingerprints, in words: "rows of data.datasets (24 now, 25 then) are"; "" where they are the same.  What
-    only one of them has, which another version made, is not compared."""
+    """In what two fingerprints differ, in words: "rows of data.datasets (24 now, 25 then) are"; "" where they do not.
+    What only one of them has, which another version made, is not compared."""
     odd = [key for key in one.keys() & other.keys() if one[key] != other[key]]
     if not odd:
         return ""
