@@ -141,7 +141,8 @@ def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
 def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: bool, provenance: Provenance) -> Path:
     """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
     if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+        others = "; gguf and merged are made of what is exported: sora-llm export FOLDER --layout … --out …"
+        raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}{others}")
     refuse_other_contents(folder)
     factors = folded_factors(model)
     if all(A.shape[0] == 0 for A, _ in factors.values()) and not allow_empty:
