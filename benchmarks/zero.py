@@ -21,7 +21,8 @@ from step import SHAPES, circumstances, make_backbone
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sora_llm import ProxAdamW, inject_sora, parameter_groups
-from sora_llm.backbone import DTYPES, enable_checkpointing, resolve_quant_storage
+from sora_llm.backbone import enable_checkpointing
+from sora_llm.base_spec import DTYPES, resolve_quant_storage
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import end, make_accelerator
 from sora_llm.running.loop import StepBatches, forget_peak, peak_memory_gib, train_step

@@ -4,12 +4,10 @@ bitsandbytes."""
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,97 +18,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from sora_llm.base_files import has_tokenizer, tokenizer_files
+from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.errors import UserError, first_line
-from sora_llm.files import user_path
 from sora_llm.inject import forbid_cpu_repack
 from sora_llm.quantised import QuantisedFiles, holds_packed, is_quantised, quantised_files, settings_in, take_form
-from sora_llm.weights_digest import weights_digest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 SENTENCEPIECE_PROBES = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
     "def f(x):\n    return x ** 2  # naïve 数学 🙂",
     "How many dollars is $1,234.56 + 7%?\n\n### Response:\n",
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """What to load and how; dtypes by name.  `quant_storage` is resolved ("uint8", "bfloat16", …), never "auto"."""
-
-    name_or_path: str
-    revision: str | None = None
-    dtype: str = "bfloat16"
-    attn_implementation: str = "sdpa"
-    trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    quant_type: str = "nf4"
-    double_quant: bool = True
-    compute_dtype: str = "bfloat16"
-    quant_storage: str = "uint8"
-
-    @property
-    def folder(self) -> Path:
-        """The local folder, which exists unless this is a hub id."""
-        return user_path(self.name_or_path, "model.name_or_path")
-
-    @property
-    def is_quantised(self) -> bool:
-        return self.load_in_4bit or self.load_in_8bit
-
-    @property
-    def form(self) -> str:
-        """How the weights are held, in words: "NF4, computing in bfloat16", "8-bit", "float32"."""
-        if self.load_in_4bit:
-            return f"{self.quant_type.upper()}, computing in {self.compute_dtype}"
-        return "8-bit" if self.load_in_8bit else self.dtype
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """How the weights are loaded, for a certificate: by the names of our config."""
-        return {name: getattr(self, field) for name, field in _LOADING.items()}
-
-    def loaded_as(self, loading: Any) -> BackboneSpec | None:
-        """This base, loaded as a certificate says; None for what is no `loading`."""
-        if not isinstance(loading, dict) or loading.keys() != _LOADING.keys():
-            return None
-        spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})
-        flags = (spec.load_in_4bit, spec.load_in_8bit, spec.double_quant)
-        is_known = {spec.dtype, spec.compute_dtype} <= DTYPES.keys() and spec.quant_type in ("nf4", "fp4")
-        return spec if is_known and all(isinstance(flag, bool) for flag in flags) else None
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-_LOADING = {
-    "dtype": "dtype",
-    "load_in_4bit": "load_in_4bit",
-    "load_in_8bit": "load_in_8bit",
-    "bnb_4bit_quant_type": "quant_type",
-    "bnb_4bit_use_double_quant": "double_quant",
-    "bnb_4bit_compute_dtype": "compute_dtype",
-}
-
-
-def resolve_quant_storage(quant_storage: str, compute_dtype: str, strategy: str) -> str:
-    """`auto`: the compute dtype under ZeRO-3 (which shards only storage of one dtype on GPUs), else uint8."""
-    if quant_storage != "auto":
-        return quant_storage
-    return compute_dtype if strategy == "zero3" else "uint8"
 
 
 def load_model_config(spec: BackboneSpec) -> Any:
@@ -403,86 +321,6 @@ def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_storage=DTYPES[spec.quant_storage],
         )
     return BitsAndBytesConfig(load_in_8bit=True) if spec.load_in_8bit else None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer can be loaded from a local folder: its vocabulary is there, not only a template."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def tokenizer_files_in(folder: Path) -> list[Path]:
-    """The files of the tokenizer that lies in a local folder."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-
-
-def tokenizer_files(spec: BackboneSpec) -> list[Path]:
-    """The files of the base's tokenizer, as they are (`save_pretrained` would not write tokenizer.model)."""
-    return base_files(spec, TOKENIZER_FILES)
-
-
-def base_files(spec: BackboneSpec, names: Sequence[str]) -> list[Path]:
-    """The files of these names that the base has: in its folder, or in the hub's cache."""
-    if spec.folder.is_dir():
-        return [spec.folder / name for name in names if (spec.folder / name).is_file()]
-    from transformers.utils import cached_file
-
-    found = (
-        cached_file(
-            spec.name_or_path,
-            name,
-            revision=spec.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in names
-    )
-    return [Path(path) for path in found if path is not None]
-
-
-def weight_files(spec: BackboneSpec) -> list[Path]:
-    """The base's weights in safetensors, one file or its shards.
-
-    Raises:
-        UserError: there are none, or not all of them.
-    """
-    index = base_files(spec, [INDEX])
-    if not index:
-        single = base_files(spec, [SINGLE])
-        if not single:
-            raise UserError(
-                f"{spec.name_or_path} has no weights in safetensors ({SINGLE}); pickles (*.bin) are not read: load and "
-                "save it with transformers, and name that folder"
-            )
-        return single
-    try:
-        names = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index[0]} is damaged: {error}") from None
-    shards = base_files(spec, names)
-    if len(shards) < len(names):
-        missing = next(name for name in names if name not in [path.name for path in shards])
-        raise UserError(f"{spec.name_or_path} lacks {missing}, which its {INDEX} names")
-    return shards
-
-
-def base_digest(spec: BackboneSpec) -> str | None:
-    """What tells the base's weights from others; None where they are no safetensors.  They are read in small
-    parts; files of the hub that are not in its cache are fetched.
-
-    Raises:
-        UserError: they are gone.
-    """
-    try:
-        return weights_digest(weight_files(spec))
-    except UserError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the weights of {spec.name_or_path} cannot be read: {error}") from None
-
-
-def computes_in_float16(spec: BackboneSpec) -> bool:
-    """Whether gradients pass through float16 on their way to the adapters."""
-    return spec.dtype == "float16" or (spec.load_in_4bit and spec.compute_dtype == "float16")
 
 
 def load_call(spec: BackboneSpec, config: Any) -> str:

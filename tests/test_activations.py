@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
-from sora_llm.backbone import BackboneSpec, load_backbone
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.estimates.activations import sizes_of
 from sora_llm.estimates.memory import BatchShape, estimate, memory_table

@@ -9,7 +9,8 @@ import torch
 from helpers import token_row
 
 from sora_llm import backbone, causal_loss
-from sora_llm.backbone import BackboneSpec, load_backbone, load_tokenizer
+from sora_llm.backbone import load_backbone, load_tokenizer
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.batches import collate
 from sora_llm.errors import UserError

@@ -18,7 +18,8 @@ from runs import gsm8k_overrides
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import cli
-from sora_llm.backbone import BackboneSpec, load_backbone, load_model_config, skeleton
+from sora_llm.backbone import load_backbone, load_model_config, skeleton
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.estimates.memory import estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.targets import linear_layers

@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from sora_llm import export, files
 from sora_llm.artifacts import logit_check
 from sora_llm.artifacts.lora_files import read_lora
-from sora_llm.backbone import BackboneSpec, load_backbone, load_call, tokenizer_files
+from sora_llm.backbone import load_backbone, load_call
+from sora_llm.base_files import tokenizer_files
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.subject import find_subject
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter

@@ -25,6 +25,8 @@ merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card artifacts.logit_check
 distributed
+base_spec
+base_files
 backbone
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from sora_llm.artifacts.gguf_lora import Architecture, factors_in, read_gguf
 from sora_llm.artifacts.lora_files import read_lora
-from sora_llm.backbone import BackboneSpec, dequantised
+from sora_llm.backbone import dequantised
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.cmd_inspect import main as inspect
 from sora_llm.running.start import what_is_missing
 from sora_llm.train import main

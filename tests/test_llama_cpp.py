@@ -15,7 +15,8 @@ from llama_base import write_base
 
 from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.gguf_export import export_gguf
-from sora_llm.backbone import BackboneSpec, load_backbone
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.export import folded_factors
 from sora_llm.inject import bare, inject_sora
 

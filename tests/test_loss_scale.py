@@ -13,7 +13,8 @@ from helpers import randomise_all
 from small_runs import CONFIG, Playground, interrupt, lines, overrides, result
 from torch import Tensor
 
-from sora_llm.backbone import BackboneSpec, computes_in_float16, load_backbone
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import BackboneSpec, computes_in_float16
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.files import file_sha256

@@ -20,7 +20,9 @@ from sora_llm.artifacts import merged, merged_export
 from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.merged import Merge, plan_merge
 from sora_llm.artifacts.merged_export import export_merged
-from sora_llm.backbone import BackboneSpec, load_backbone, load_model_config, skeleton, tokenizer_files
+from sora_llm.backbone import load_backbone, load_model_config, skeleton
+from sora_llm.base_files import tokenizer_files
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter, folded_factors
 from sora_llm.inject import adapters, inject_sora

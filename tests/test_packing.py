@@ -12,7 +12,8 @@ from helpers import randomise_all, relative_error, tiny_llama
 from transformers import AutoTokenizer
 from worlds import PRECISIONS
 
-from sora_llm.backbone import BackboneSpec, load_backbone
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset

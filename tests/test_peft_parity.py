@@ -7,7 +7,8 @@ import torch
 from helpers import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sora_llm.backbone import BackboneSpec, load_backbone, pad_token_id
+from sora_llm.backbone import load_backbone, pad_token_id
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.data.batches import collate
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.prepare import prepare

@@ -11,7 +11,8 @@ import pytest
 from peft_loras import peft_lora
 from test_generate import run_dir
 
-from sora_llm.backbone import BackboneSpec, load_model_config
+from sora_llm.backbone import load_model_config
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.places import find_place
 from sora_llm.commands.sources import base_of, is_one_base, read_source
 from sora_llm.commands.subject import find_subject, on_base

@@ -21,7 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import cli
-from sora_llm.backbone import BackboneSpec, load_backbone, load_call, load_model_config, skeleton, tokenizer_files
+from sora_llm.backbone import load_backbone, load_call, load_model_config, skeleton
+from sora_llm.base_files import tokenizer_files
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
 from sora_llm.quantised import keep_weights, read_weights_again, take_form

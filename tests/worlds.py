@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sora_llm import train
-from sora_llm.backbone import DTYPES, BackboneSpec, computes_in_float16, load_backbone, resolve_quant_storage
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import DTYPES, BackboneSpec, computes_in_float16, resolve_quant_storage
 from sora_llm.data.batches import collate
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, share

@@ -41,7 +41,8 @@ from protocol import (
     dataset,
 )
 
-from sora_llm.backbone import DTYPES, load_backbone, load_tokenizer
+from sora_llm.backbone import load_backbone, load_tokenizer
+from sora_llm.base_spec import DTYPES
 from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset

@@ -48,7 +48,7 @@ class Provenance:
     base_loading: Mapping[str, Any] | None = None
     """The same for the certificate, by the names of our config."""
     base_digest: str | None = None
-    """Of the base's weights, for the certificate: `backbone.base_digest`."""
+    """Of the base's weights, for the certificate: `base_files.base_digest`."""
     story: str = TRAINED
     """How it was made: the beginning of a sentence."""
     is_base_quantised: bool = False

@@ -63,7 +63,7 @@ class LoraFiles:
     scaling: dict[str, float]
     targets: frozenset[str]
     base_digest: str | None
-    """`backbone.base_digest` of the weights that it was trained beside, where a certificate says it."""
+    """`base_files.base_digest` of the weights that it was trained beside, where a certificate says it."""
 
 
 def read_lora(folder: Path) -> LoraFiles:
@@ -229,7 +229,7 @@ def certificate_in(folder: Path) -> dict[str, Any]:
 
 
 def certified_digest(folder: Path) -> str | None:
-    """The `backbone.base_digest` of the weights that a folder's certificate says it was trained beside."""
+    """The `base_files.base_digest` of the weights that a folder's certificate says it was trained beside."""
     digest = certificate_in(folder).get("base_digest")
     return digest if isinstance(digest, str) else None
 

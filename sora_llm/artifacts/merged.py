@@ -21,15 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sora_llm.artifacts.card import TEMPLATE, Provenance
-from sora_llm.backbone import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    BackboneSpec,
-    base_files,
-    dequantised,
-    weight_files,
-)
+from sora_llm.backbone import dequantised
+from sora_llm.base_files import INDEX, SINGLE, base_files, weight_files
+from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.errors import UserError
 from sora_llm.factors import PlainFactors
 from sora_llm.files import nearest_existing

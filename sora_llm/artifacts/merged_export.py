@@ -22,7 +22,8 @@ from sora_llm.artifacts.merged import (
     write_shards,
     write_small_files,
 )
-from sora_llm.backbone import BackboneSpec, free_unused, load_backbone
+from sora_llm.backbone import free_unused, load_backbone
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import RunFailed
 from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256, staging

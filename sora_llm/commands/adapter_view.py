@@ -10,7 +10,8 @@ from typing import Any
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.lora_files import WEIGHTS
-from sora_llm.backbone import BackboneSpec, load_model_config, quiet_libraries, skeleton
+from sora_llm.backbone import load_model_config, quiet_libraries, skeleton
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in

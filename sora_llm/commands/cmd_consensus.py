@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.backbone import (
-    BackboneSpec,
-    load_backbone,
-    load_call,
-    load_model_config,
-    quiet_libraries,
-    skeleton,
-    tokenizer_files,
-)
+from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
+from sora_llm.base_files import tokenizer_files
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (

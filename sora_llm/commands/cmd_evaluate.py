@@ -12,6 +12,7 @@ from typing import Any
 
 from sora_llm import backbone
 from sora_llm.arguments import Parser
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.commands.measuring import MeasuredRows, dev_rows, holding_out, measuring, quantization_of
 from sora_llm.commands.places import trained_config
@@ -131,7 +132,7 @@ class Measured:
     subject: Subject
     config: Config
     trained: Config | None
-    tokenizer: backbone.BackboneSpec
+    tokenizer: BackboneSpec
     held_out_alike: bool
 
 

@@ -17,15 +17,9 @@ from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
 from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
-from sora_llm.backbone import (
-    BackboneSpec,
-    load_backbone,
-    load_call,
-    load_model_config,
-    quiet_libraries,
-    skeleton,
-    tokenizer_files,
-)
+from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
+from sora_llm.base_files import tokenizer_files
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import exit_code
 from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
 from sora_llm.commands.places import find_place, trained_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sora_llm import run_files
-from sora_llm.backbone import BackboneSpec
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.prepare import DataReport

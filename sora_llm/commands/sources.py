@@ -12,14 +12,9 @@ from torch import nn
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, certificate_in, certified_digest, is_same_base, read_lora
-from sora_llm.backbone import (
-    BackboneSpec,
-    as_its_files,
-    base_digest,
-    has_tokenizer,
-    load_tokenizer,
-    tokenizer_files_in,
-)
+from sora_llm.backbone import as_its_files, load_tokenizer
+from sora_llm.base_files import base_digest, has_tokenizer, tokenizer_files_in
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.places import Place, find_place
 from sora_llm.config import Config
 from sora_llm.errors import UserError

@@ -13,14 +13,9 @@ from torch import nn
 from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
-from sora_llm.backbone import (
-    BackboneSpec,
-    as_its_files,
-    has_tokenizer,
-    load_backbone,
-    load_model_config,
-    quiet_libraries,
-)
+from sora_llm.backbone import as_its_files, load_backbone, load_model_config, quiet_libraries
+from sora_llm.base_files import has_tokenizer
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.places import Place, find_place
 from sora_llm.commands.sources import (
     beside_other_weights,

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sora_llm.backbone import BackboneSpec, load_backbone, quiet_libraries
+from sora_llm.backbone import load_backbone, quiet_libraries
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.commands.cmd_doctor import NOT_BUILT
 from sora_llm.distributed.collectives import any_process, sum_over_processes

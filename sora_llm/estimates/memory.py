@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm.backbone import DTYPES, BackboneSpec
+from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.estimates.activations import PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears

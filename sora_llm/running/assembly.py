@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import pipeline
-from sora_llm.backbone import DTYPES, base_digest, computes_in_float16, load_backbone
+from sora_llm.backbone import load_backbone
+from sora_llm.base_files import base_digest
+from sora_llm.base_spec import DTYPES, computes_in_float16
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
 from sora_llm.inject import adapters, inject_sora, start_from

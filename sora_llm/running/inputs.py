@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sora_llm import backbone, checkpoint, run_files
+from sora_llm import backbone, base_files, checkpoint, run_files
 from sora_llm.artifacts.card import refuse_other_contents
 from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG, LoraFiles, read_lora
-from sora_llm.backbone import BackboneSpec, quiet_libraries
+from sora_llm.backbone import quiet_libraries
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import packs_flat
 from sora_llm.config import Config, Dataset
 from sora_llm.data.batches import collate
@@ -32,7 +33,7 @@ from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, 
 from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 
-MODEL_FILES = (backbone.SINGLE, backbone.INDEX, "config.json")
+MODEL_FILES = (base_files.SINGLE, base_files.INDEX, "config.json")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec |
         check_start(start_lora(config).factors, target_shapes(config, skeleton), config.sora.r)
     tokenizer = backbone.load_tokenizer(tokenizer_source or spec)
     template = resolve_template(tokenizer, config.data.chat_template)
-    inputs = Inputs(spec, skeleton, tokenizer, backbone.tokenizer_files(spec), template, datasets, val_datasets)
+    inputs = Inputs(spec, skeleton, tokenizer, base_files.tokenizer_files(spec), template, datasets, val_datasets)
     for prompt in config.evaluation.sample_prompts:
         try:
             prompt_ids(config, tokenizer, template, prompt)

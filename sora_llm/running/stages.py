@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm import pipeline
-from sora_llm.backbone import DTYPES
+from sora_llm.base_spec import DTYPES
 from sora_llm.distributed.collectives import gather_integers, sum_over_processes
 from sora_llm.distributed.engine import StepOutcome
 from sora_llm.errors import Preempted, RunFailed

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sora_llm import backbone
-from sora_llm.backbone import DTYPES, BackboneSpec
+from sora_llm.base_spec import DTYPES, BackboneSpec, resolve_quant_storage
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
 from sora_llm.estimates.activations import sizes_of
@@ -44,7 +43,7 @@ def backbone_spec(config: Config, strategy: str) -> BackboneSpec:
         quant_type=quantization.bnb_4bit_quant_type,
         double_quant=quantization.bnb_4bit_use_double_quant,
         compute_dtype=quantization.bnb_4bit_compute_dtype,
-        quant_storage=backbone.resolve_quant_storage(
+        quant_storage=resolve_quant_storage(
             quantization.bnb_4bit_quant_storage, quantization.bnb_4bit_compute_dtype, strategy
         ),
     )

@@ -1,0 +1,86 @@
+"""Which base is loaded, and in which form, in words and as certificates say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_llm.files import user_path
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What to load and how; dtypes by name.  `quant_storage` is resolved ("uint8", "bfloat16", …), never "auto"."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "bfloat16"
+    quant_storage: str = "uint8"
+
+    @property
+    def folder(self) -> Path:
+        """The local folder, which exists unless this is a hub id."""
+        return user_path(self.name_or_path, "model.name_or_path")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def form(self) -> str:
+        """How the weights are held, in words: "NF4, computing in bfloat16", "8-bit", "float32"."""
+        if self.load_in_4bit:
+            return f"{self.quant_type.upper()}, computing in {self.compute_dtype}"
+        return "8-bit" if self.load_in_8bit else self.dtype
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the weights are loaded, for a certificate: by the names of our config."""
+        return {name: getattr(self, field) for name, field in _LOADING.items()}
+
+    def loaded_as(self, loading: Any) -> BackboneSpec | None:
+        """This base, loaded as a certificate says; None for what is no `loading`."""
+        if not isinstance(loading, dict) or loading.keys() != _LOADING.keys():
+            return None
+        spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})
+        flags = (spec.load_in_4bit, spec.load_in_8bit, spec.double_quant)
+        is_known = {spec.dtype, spec.compute_dtype} <= DTYPES.keys() and spec.quant_type in ("nf4", "fp4")
+        return spec if is_known and all(isinstance(flag, bool) for flag in flags) else None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+_LOADING = {
+    "dtype": "dtype",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "bnb_4bit_quant_type": "quant_type",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+}
+
+
+def resolve_quant_storage(quant_storage: str, compute_dtype: str, strategy: str) -> str:
+    """`auto`: the compute dtype under ZeRO-3 (which shards only storage of one dtype on GPUs), else uint8."""
+    if quant_storage != "auto":
+        return quant_storage
+    return compute_dtype if strategy == "zero3" else "uint8"
+
+
+def computes_in_float16(spec: BackboneSpec) -> bool:
+    """Whether gradients pass through float16 on their way to the adapters."""
+    return spec.dtype == "float16" or (spec.load_in_4bit and spec.compute_dtype == "float16")
