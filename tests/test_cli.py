@@ -252,3 +252,18 @@ def test_zero3_leaves_so_many_weights_whole_and_not_more():
     assert two.gathered_bytes == eight.gathered_bytes == 2 * 10**9
     assert eight.weight_bytes < two.weight_bytes / 3
     assert "gathered, at most     1.86 GiB per process" in memory_table(two)
+    embeddings = bones.get_input_embeddings().weight.numel() * 2
+    for live, expected in ((3 * 10**8, 6 * 10**8), (0, embeddings)):
+        assert estimate(bones, spec, num_processes=2, live_elements=live, **options).gathered_bytes == expected, live
+
+
+def test_the_estimate_reads_what_the_deepspeed_config_says_of_weights_that_stay_whole(tmp_path, capsys):
+    overrides = [*gsm8k_overrides(tmp_path / "run"), "distributed.strategy=zero3"]
+    file = tmp_path / "zero.json"
+    found = []
+    for section in ({}, {"stage3_max_live_parameters": "auto"}, {"stage3_max_reuse_distance": 1e3}):
+        file.write_text(json.dumps({"zero_optimization": section}))
+        run = [*overrides, f"distributed.deepspeed_config={file}", "--num-processes", "4", "--json"]
+        assert cli.main(["estimate", CONFIG, *run]) == 0
+        found.append(json.loads(capsys.readouterr().out)["gathered_bytes"])
+    assert found[0] == found[1] > found[2] > 0

@@ -50,6 +50,7 @@ def estimate(
     strategy: str,
     num_processes: int,
     batch: BatchShape | None = None,
+    live_elements: int = LIVE_ELEMENTS,
 ) -> MemoryEstimate:
     """Memory of weights, adapters, gradients, optimizer state and, of a `batch`, activations per process, from the
     model's shapes alone.
@@ -59,7 +60,8 @@ def estimate(
     unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
     with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
     weights and adapters in stage 3, but for the constants of 4-bit weights).  In a step of stage 3 the weights that are
-    computed with, soon again or soon are whole: at most `LIVE_ELEMENTS`, which 4-bit weights count in their storage.
+    computed with, soon again or soon are whole: at most `live_elements`, which 4-bit weights count in their storage,
+    but in any case the largest tensor.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
@@ -82,7 +84,10 @@ def estimate(
     own_bytes, gathered_bytes = share(tensor_bytes, 3), 0
     if zero == 3:
         storage = DTYPES[spec.quant_storage if spec.load_in_4bit else spec.dtype]
-        gathered_bytes = min(tensor_bytes - own_bytes, LIVE_ELEMENTS * storage.itemsize)
+        divisor = 2 if spec.load_in_4bit else 1
+        sizes = {id(linear.weight): linear.weight.numel() // divisor for linear in quantised.values()}
+        largest = max(sizes.get(id(p), p.numel() * DTYPES[spec.dtype].itemsize) for p in skeleton.parameters())
+        gathered_bytes = min(tensor_bytes - own_bytes, max(largest, live_elements * storage.itemsize))
     return MemoryEstimate(
         trainable_parameters=num_trainable,
         frozen_parameters=num_frozen,

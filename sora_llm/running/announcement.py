@@ -99,7 +99,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     if patience is not None and interval is not None and (most := plan.most_evaluations(interval)) <= patience:
         yield (
             f"evaluation.early_stopping_patience {patience} can end nothing early: with eval_steps {interval} no more "
-            f"than {most} evaluations count before the last step; lower one of them"
+            f"than {most} evaluations count before the last step; lower one of them (the best adapter is taken anyway)"
         )
     if plan.stages[0].learned_at > plan.stages[0].total_steps:
         yield (

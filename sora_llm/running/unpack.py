@@ -8,10 +8,11 @@ from sora_llm.base_spec import DTYPES, BackboneSpec, resolve_quant_storage
 from sora_llm.config import Config, Dataset
 from sora_llm.data.sources import DatasetSpec
 from sora_llm.estimates.activations import sizes_of
-from sora_llm.estimates.memory import BatchShape, MemoryEstimate, estimate
+from sora_llm.estimates.memory import LIVE_ELEMENTS, BatchShape, MemoryEstimate, estimate
 from sora_llm.estimates.step_time import Work
 from sora_llm.inject import layer_shapes
 from sora_llm.targets import ALL_LINEAR, linear_layers, target_linears
+from sora_llm.topology import read_deepspeed_config
 
 
 def dataset_spec(dataset: Dataset) -> DatasetSpec:
@@ -85,7 +86,17 @@ def estimate_memory(
             config.data.sample_packing,
             config.train.gradient_checkpointing,
         ),
+        live_elements=_live_elements(config),
     )
+
+
+def _live_elements(config: Config) -> int:
+    """How many elements of frozen weights ZeRO-3 leaves whole, as the run's DeepSpeed config says."""
+    file = config.distributed.deepspeed_config
+    section = None if file is None else read_deepspeed_config(file).get("zero_optimization")
+    said = section if isinstance(section, dict) else {}
+    limits = [said.get(f"stage3_max_{name}") for name in ("live_parameters", "reuse_distance")]
+    return int(min(limit if isinstance(limit, int | float) else LIVE_ELEMENTS for limit in limits))
 
 
 def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work | None:
