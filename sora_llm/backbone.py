@@ -274,11 +274,15 @@ def spec_of(model: Any) -> BackboneSpec | None:
 
     dtype = _name_of(model.get_input_embeddings().weight.dtype)
     eight = any(isinstance(layer, Linear8bitLt) for layer in model.modules())
+    head = model.get_output_embeddings()
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    plain = {_name_of(m.weight.dtype) for m in linears if not isinstance(m, Linear4bit | Linear8bitLt)}
     four: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     weights = [(layer.weight, _name_of(layer.compute_dtype or dtype)) for layer in four]
     forms = {(weight.quant_type, weight.compress_statistics, compute) for weight, compute in weights}
     is_known = bool(forms) or eight or settings_in(model.config) is None
-    if dtype not in ("bfloat16", "float16", "float32") or len(forms) + eight > 1 or not is_known:
+    is_one = len(forms) + eight + bool(plain) <= 1 and plain <= {dtype}
+    if dtype not in ("bfloat16", "float16", "float32") or not is_one or not is_known:
         return None
     spec = BackboneSpec(str(getattr(model, "name_or_path", "")), dtype=dtype, load_in_8bit=eight)
     for quant_type, double_quant, compute_dtype in forms:

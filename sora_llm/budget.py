@@ -223,7 +223,8 @@ def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int], min_rank
 def quantile_threshold(
     values: Mapping[str, Tensor], budget: RankBudget, wanted: float, within_reach: Mapping[str, Tensor] | None = None
 ) -> float:
-    """τ such that the slots with value > τ cost `wanted`, or less than one component more.
+    """τ such that the slots with value > τ cost `wanted`, or less than one component more; slots of equal values stay
+    or go together, and stay where some have to.
 
     `values` is {module: (R,)}, |g| · importance of each slot.  Where all live slots together cost less than `wanted`,
     none of them is cut.  Where they cost less than the budget itself, τ lets dead slots come back: `within_reach`
@@ -242,7 +243,11 @@ def quantile_threshold(
     num_kept = int(torch.searchsorted(spent, torch.tensor(math.ceil(wanted), dtype=spent.dtype))) + 1
     if num_kept >= num_live:
         return weakest_alive / 2 if num_live else _NOTHING
-    return float(sorted_values[num_kept])
+    weakest_kept, strongest_cut = sorted_values[num_kept - 1 : num_kept + 1].tolist()
+    if weakest_kept > strongest_cut:
+        return float(strongest_cut)
+    weaker = sorted_values[sorted_values < weakest_kept]
+    return (weakest_kept + (float(weaker[0]) if len(weaker) else 0.0)) / 2
 
 
 def _flat(values: Mapping[str, Tensor], budget: RankBudget) -> tuple[Tensor, Tensor]:

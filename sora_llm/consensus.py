@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sora_llm.allocation import Components, allocate, balanced, components, within_tolerance
+from sora_llm.errors import NotFinite
 from sora_llm.factors import (
     Factors,
     PlainFactors,
@@ -85,15 +86,18 @@ def cut_slots(
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
-        NotFinite: with a budget, a live value is not finite.
+        NotFinite: a live value is not finite.
     """
     shapes = shapes_of(factors)
     live = {name: live_slots(A, gate) for name, (A, _, gate) in factors.items()}
     kept = live
+    energies = {
+        name: _slot_energies(*factors[name], scaling_of(scaling, name))[live_R] for name, live_R in live.items()
+    }
+    for name, energies_R in energies.items():
+        if not bool(energies_R.isfinite().all()):
+            raise NotFinite(f"{name} has slots that are not finite")
     if budget is not None:
-        energies = {
-            name: _slot_energies(*factors[name], scaling_of(scaling, name))[live_R] for name, live_R in live.items()
-        }
         caps = {name: min(shape) for name, shape in shapes.items()}
         chosen = allocate(energies, costs_of(shapes), budget, min_rank, caps)
         kept = {name: _only(live_R, chosen[name]) for name, live_R in live.items()}

@@ -123,14 +123,14 @@ def _check_model(model: nn.Module) -> None:
 
 def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
     """With how the base was loaded, as the model itself says it, unless the caller did."""
-    spec = spec_of(model) if provenance.base_loading is None else None
+    spec = None if provenance.base_loading is not None or provenance.load_options else spec_of(model)
     if spec is None:
         return provenance
     has_quantised_files = bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False))
     return replace(
         provenance,
         base_loading=spec.loading,
-        load_options=provenance.load_options or load_call(spec, model.config if has_quantised_files else None),
+        load_options=load_call(spec, model.config if has_quantised_files else None),
         is_base_quantised=provenance.is_base_quantised or has_quantised_files,
     )
 

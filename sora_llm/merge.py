@@ -30,6 +30,8 @@ from sora_llm.factors import (
 )
 from sora_llm.hashes import tensor_hash
 
+MOST_WEIGHT = 1e300
+
 
 @dataclass(frozen=True)
 class WeightedAdapter:
@@ -175,8 +177,11 @@ def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors) -> d
 
 def _collapse(replicas: Sequence[WeightedAdapter]) -> _Distinct:
     for replica in replicas:
-        if not 0 <= replica.weight < math.inf:
-            raise UserError(f"a replica has weight {replica.weight}; weights are finite numbers of 0 or more")
+        if not 0 <= replica.weight <= MOST_WEIGHT:
+            raise UserError(
+                f"a replica has weight {replica.weight}; weights are finite numbers of 0 or more (at most "
+                f"{MOST_WEIGHT:g}: they have a sum)"
+            )
     hashes = [_replica_hash(replica) if replica.weight > 0 else None for replica in replicas]
     order = sorted({value for value in hashes if value is not None})
     if not order:

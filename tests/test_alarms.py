@@ -49,6 +49,15 @@ def test_gates_that_all_die_or_none() -> None:
     assert said(Alarms([budget()], FULL), kept_params=FULL, budget_params=500, threshold=0.1) == "", "the quantile does"
 
 
+def test_a_budget_of_modules_in_which_nothing_was_learned_is_told_of_before_it_is_pruned_whole() -> None:
+    blank = RankBudget("blank", {"c": 10, "d": 10}, {"c": 50, "d": 50}, 500)
+    alarms = Alarms([budget(), blank], FULL)
+    assert alarms.of_components({"a": True, "b": False, "c": False, "d": True}) == []
+    (found,) = alarms.of_components({"a": True, "b": False, "c": False, "d": False})
+    assert found.startswith("nothing was learned in c, d before the sparsify phase") and "'blank'" in found
+    assert alarms.take() == [found]
+
+
 def test_a_controller_at_its_bound_that_does_not_get_there() -> None:
     alarms = Alarms([budget()], FULL)
     behind = {"lambda": 1.0, "target_mean_rank": 20.0}

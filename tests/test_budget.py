@@ -148,7 +148,7 @@ def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
     }
     everything = torch.cat(list(values.values()))
     if len(everything.unique()) < len(everything):
-        return  # equal values fall together
+        return  # equal values stay together
     budget = RankBudget("all", costs, dict.fromkeys(costs, r), params=min(costs.values()))
     wanted = data.draw(st.floats(budget.params, budget.full))
     threshold = quantile_threshold(values, budget, wanted)
@@ -157,6 +157,18 @@ def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
     assert kept >= math.ceil(wanted) or kept == budget.full
     weakest = min((float(values[n][values[n] > threshold].min()), costs[n]) for n in costs if alive[n])
     assert kept - weakest[1] < wanted, "without the weakest of them it would be too little"
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "kept"),
+    [([3, 2, 2, 1], 20, 3), ([3, 2, 2, 0], 20, 3), ([2, 2, 2, 2], 20, 4), ([3, 2, 1, 1], 20, 2)],
+)
+def test_slots_of_equal_values_stay_together_rather_than_leave_less_than_the_budget(values, wanted, kept):
+    """Consensus cuts from above; what a tie cuts below the budget is lost."""
+    slots = {f"m{index}": torch.tensor([float(value)]) for index, value in enumerate(values)}
+    budget = RankBudget("all", dict.fromkeys(slots, 10), dict.fromkeys(slots, 1), params=20)
+    threshold = quantile_threshold(slots, budget, wanted)
+    assert sum(int(value > threshold) for (value,) in slots.values()) == kept
 
 
 def test_below_what_is_wanted_nobody_else_dies_and_below_the_budget_those_come_back_that_are_missing():

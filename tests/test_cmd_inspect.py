@@ -221,13 +221,21 @@ def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_sett
     assert content["of_other_dev_rows"] == [] and not any("not of the same rows" in line for line in shown)
     for run, overrides in zip(runs, (["data.val_set_size=9"], ["data.val_set_size=8", "train.seed=7"]), strict=True):
         (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
-    said = "dev losses are not of the same rows: data.val_set_size, train.seed"
+    said = "dev losses are not of the same rows or tokens: data.val_set_size, train.seed"
     assert said in inspected(capsys, *(run.path for run in runs)).splitlines()
     for run, number in zip(runs, (1, 2), strict=True):
         dev = ["data.val_set_size=null", "data.val_datasets=[{path: dev.jsonl}]"]
         rest = [f"train.seed={number}", f"data.datasets.0.path={number}.jsonl", f"data.num_proc={number}"]
-        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", [*dev, *rest])))
-    assert "not of the same rows" not in inspected(capsys, *(run.path for run in runs)), "they have a file of their own"
+        more = ["data.datasets=[{path: a.jsonl}, {path: b.jsonl}]"] * (number - 1)
+        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", [*dev, *rest, *more])))
+    shown = inspected(capsys, *(run.path for run in runs))
+    assert "not of the same rows" not in shown, "they have a file of their own"
+    assert "data.datasets.1.path" in shown and "data.datasets.1.split" not in shown, "neither says one"
+    for run, number in zip(runs, (1, 2), strict=True):
+        overrides = ["data.val_set_size=9", f"model.name_or_path=base/{number}", "data.datasets.0.weight=1"]
+        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
+    said = "dev losses are not of the same rows or tokens: model.name_or_path"
+    assert said in inspected(capsys, *(run.path for run in runs)).splitlines()
     (runs[1].path / "config.yaml").write_text("of: another version")
     shown = inspected(capsys, *(run.path for run in runs))
     assert "no setting differs" not in shown and "the config of run 2 cannot be read" in shown

@@ -382,8 +382,12 @@ def test_a_module_that_is_not_finite_is_named():
     factors["second"][1][0, 0] = float("nan")
     with pytest.raises(ValueError, match="second"):
         cut_svd(factors, S)
-    with pytest.raises(ValueError, match="second"):
-        cut_slots(factors, S, 100)
+    for budget in (100, None):
+        with pytest.raises(ValueError, match="second"):
+            cut_slots(factors, S, budget)
+    A, B, _ = factors["second"]
+    dead = {**factors, "second": (A, B, torch.zeros(len(A)))}
+    assert cut_slots(dead, S)[1].ranks["second"] == 0, "what is dead may hold anything"
 
 
 def test_cuts_of_several_groups_are_one_of_all_their_modules():

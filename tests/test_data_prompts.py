@@ -1,10 +1,13 @@
 """How a model is asked is how it was trained, and what ends its answers is found: by whatever chat template."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import SHARED
 from conversations import THINKING, byte_tokenizer, chat, needs_models, tokens_and_weights
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sora_llm.config import Config, Data, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import PromptCompletion
 from sora_llm.data.prompts import (
@@ -16,6 +19,7 @@ from sora_llm.data.prompts import (
     served_template,
     untaught_end,
 )
+from sora_llm.running.data_words import template_warnings
 
 
 def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
@@ -106,6 +110,35 @@ def test_a_template_that_no_server_can_ask_with_as_trained_is_known():
     joins_its_opening = byte_tokenizer(opening=("x",), merges=(("x", "<"),))
     assert not is_served_as_trained(joins_its_opening, TEMPLATES["chatml"])
     assert is_served_as_trained(joins_its_opening, TEMPLATES["vicuna"])
+
+
+THINKS_FIRST = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"),
+    [
+        (TEMPLATES["alpaca"], {}, None),
+        (TEMPLATES["chatml"], {}, "answers end with text that is no token of this tokenizer's own"),
+        (
+            TEMPLATES["vicuna"],
+            {"opening": ("x",), "merges": (("x", "A"),)},
+            "servers, which tokenise what a chat template",
+        ),
+        (THINKS_FIRST, {}, "the chat template opens its answer with '<think>'"),
+        (TEMPLATES["alpaca"], {"merges": (("Ċ", "a"),)}, "the chat template ends prompts with blanks"),
+    ],
+)
+def test_a_run_is_warned_of_what_a_template_does_to_those_who_ask(template, options, said):
+    config = Config(data=Data(datasets=(Dataset(path="a.jsonl", type="alpaca"),)))
+    inputs = SimpleNamespace(tokenizer=byte_tokenizer(**options), chat_template=template)
+    found = template_warnings(config, inputs)
+    assert [said in line for line in found] == ([] if said is None else [True])
+    plain = Config(data=Data(datasets=(Dataset(path="a.jsonl", type="completion"),)))
+    assert template_warnings(plain, inputs) == [], "nothing is rendered"
 
 
 def test_a_template_says_whether_generation_finds_the_end_of_an_answer():

@@ -553,6 +553,8 @@ def test_a_tokenizer_that_opens_texts_with_other_tokens_than_one_bos_does_so_in_
     """GLM's has two, of which neither is called bos; rows began without them, and servers asked with them."""
     tokenizer = byte_tokenizer(special=("<g>", "<sop>"), opening=opening)
     begin = tokenizer.convert_tokens_to_ids(list(opening))
+    ids, _ = tokens_and_weights(Text("<g>ab"), tokenizer, "")
+    assert ids[: len(begin) + 1] == [*begin, tokenizer.convert_tokens_to_ids("<g>")], "which is not all of an opening"
     for example in (Text("ab"), PromptCompletion("a", "b"), Text("".join(opening) + "ab"), TWO_TURNS):
         ids, weights = tokens_and_weights(example, tokenizer, TEMPLATES["chatml"], train_on_inputs=True)
         assert ids[: len(begin) + 1] == [*begin, ids[len(begin)]] and not set(ids[len(begin) :]) & set(begin)

@@ -214,6 +214,100 @@ def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too
     assert not warning(alike), "each started from what the other one is now"
 
 
+def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_base_counts_too(lora, tmp_path, capsys):
+    run = numbers_run(tmp_path, lora)
+    data = {"path": str(tmp_path / "numbers.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
+    others = {**data, "path": str(tmp_path / "others.jsonl")}
+    (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
+    form = ("--type", "prompt_completion", "--column", "prompt=q", "--column", "completion=a")
+
+    def warning(place: Path, *options: object) -> bool:
+        assert cli.main(["evaluate", str(place), *map(str, options)]) == 0
+        return "numbers.jsonl too, so that it may have seen" in capsys.readouterr().err
+
+    options = {"model.adapter": str(run / "adapter"), "data.datasets": [others], "data.val_set_size": None}
+    child = numbers_run(tmp_path, lora, "child", **options)
+    assert cli.main(["export", str(child), "--out", str(tmp_path / "out")]) == 0
+    shutil.rmtree(child / "adapter")
+    shutil.copytree(tmp_path / "out", child / "adapter")
+    shutil.rmtree(run)
+    assert warning(child, "--data", data["path"]), "by its own certificate"
+    alike = numbers_run(tmp_path, lora, "alike")
+    shutil.rmtree(alike / "adapter")
+    shutil.copytree(child / "adapter", alike / "adapter")
+    own = json.loads((alike / "adapter" / "certificate.json").read_text())
+    own["data"] = [one for one in own["data"] if "numbers" in one["path"]]
+    (alike / "adapter" / "certificate.json").write_text(json.dumps(own))
+    assert not warning(alike), "of its own data set it held these rows out"
+    merged = tmp_path / "merged"
+    assert cli.main(["export", str(alike), "--out", str(merged), "--layout", "merged"]) == 0
+    beside = numbers_run(tmp_path, lora, "beside", **{"model.name_or_path": str(merged), "data.datasets": [others]})
+    assert warning(beside, "--data", data["path"]) and warning(merged, "--data", data["path"], *form)
+    assert not warning(beside)
+
+
+def test_a_chat_template_that_each_run_kept_is_one_if_it_says_the_same(lora, tmp_path, capsys):
+    (tmp_path / "form.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": text, "output": text}) + "\n" for text in NUMBERS))
+    options = {
+        "data.datasets": [{"path": str(rows), "type": "alpaca"}],
+        "data.chat_template": str(tmp_path / "form.jinja"),
+    }
+    one = numbers_run(tmp_path, lora, "one", **options)
+    two = numbers_run(tmp_path, lora, "two", **options, **{"model.adapter": str(one / "adapter")})
+    for run in (one, two):
+        shutil.copyfile(tmp_path / "form.jinja", run / "chat_template.jinja")
+
+    def warning(*arguments: object) -> str:
+        assert cli.main(["evaluate", *map(str, arguments)]) == 0
+        return capsys.readouterr().err
+
+    assert warning(two) == "" and warning(one, "--adapter", two) == ""
+    (one / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}")
+    assert "may have seen" in warning(two), "other rows may have been too long under it"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"path": "/**/*.jsonl", "type": ["alpaca"]}],
+        [{"path": "\ud800.jsonl", "type": "alpaca"}],
+        [{"path": "a\0b.jsonl", "type": "alpaca"}, {"path": "a\n# b", "type": "alpaca"}],
+        [{"path": "a" * 5000, "type": "alpaca"}],
+        [{"path": "~nobody/x.jsonl", "type": "alpaca"}],
+        [{"path": "x.jsonl", "type": "alpaca", "split": 3}, {"path": "x.jsonl", "type": "alpaca", "separator": 3}],
+        [None, 3, {"path": 3, "type": "alpaca"}, {"type": "alpaca"}, {"path": "x"}, {"path": "x", "type": "y"}],
+        {"path": "x"},
+    ],
+)
+def test_a_certificate_that_claims_nonsense_is_not_listened_to(data, lora, rows, tmp_path, capsys):
+    adapter = Path(shutil.copytree(lora, tmp_path / "lora"))
+    (adapter / "certificate.json").write_text(json.dumps({"data": data}))
+    assert cli.main(["evaluate", str(adapter), "--data", str(rows), *FORM]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("claim", "is_meant"),
+    [
+        ("{folder}", True),
+        ("{folder}/rows.jsonl", True),
+        ("{folder}/*.jsonl", True),
+        ("/**/*.jsonl", True),
+        ("/etc", False),
+    ],
+)
+def test_a_claim_is_compared_and_never_looked_for(claim, is_meant, lora, rows, tmp_path, capsys, monkeypatch):
+    adapter = Path(shutil.copytree(lora, tmp_path / "lora"))
+    named = {"path": claim.format(folder=rows.parent), "type": "alpaca"}
+    (adapter / "certificate.json").write_text(json.dumps({"data": [named]}))
+    listed: list[str] = []
+    monkeypatch.setattr("glob.glob", lambda pattern, **_: listed.append(pattern) or [])
+    assert cli.main(["evaluate", str(adapter), "--data", str(rows), *FORM]) == 0
+    assert ("may have seen rows" in capsys.readouterr().err) == is_meant and not listed
+
+
 def test_the_separator_is_known_of_an_exported_adapter_whatever_its_first_data_set_was(lora, rows, tmp_path, capsys):
     own = {"path": str(rows), "type": "prompt_completion", "columns": COLUMNS, "separator": " =>"}
     text = {"path": str(tmp_path / "text.jsonl"), "type": "completion"}

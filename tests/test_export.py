@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
-from sora_llm import export, files
+from sora_llm import backbone, export, files
 from sora_llm.artifacts import logit_check
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import load_backbone, load_call
@@ -530,10 +530,37 @@ def test_how_somebody_loaded_the_base_is_kept_for_the_commands_and_the_card(form
     assert load_call(spec, None) in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_a_base_in_a_form_that_no_run_loads_is_not_said_to_be_in_another(stories, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float64)
-    certificate = export_adapter(inject_sora(model, R, LORA_ALPHA), tmp_path / "adapter", allow_empty=True)
-    assert certificate["passed"] and "base_loading" not in certificate
+def mixed(stories, form):
+    if form == "float64":
+        return AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float64)
+    if form == "of another quantiser":
+        model = AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float32)
+        model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+        return model
+    skipped = ["lm_head", *(["up_proj"] if form == "in part 4-bit" else [])]
+    quantised = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    options = {"quantization_config": quantised} if "4-bit" in form else {}
+    model = AutoModelForCausalLM.from_pretrained(str(stories), dtype=torch.float32, device_map={"": "cpu"}, **options)
+    if form == "two 4-bit forms":
+        model.model.layers[0].mlp.up_proj.compute_dtype = torch.bfloat16
+    if form == "linears in bfloat16":
+        for layer in model.model.layers:
+            layer.mlp.to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize(
+    "form", ["float64", "of another quantiser", "in part 4-bit", "two 4-bit forms", "linears in bfloat16"]
+)
+def test_a_base_in_a_form_that_no_run_loads_is_not_said_to_be_in_another(stories, form):
+    model = mixed(stories, form)
+    assert backbone.spec_of(model) is None and backbone.spec_of(inject_sora(model, R, LORA_ALPHA)) is None
+
+
+def test_what_a_caller_says_of_the_base_s_loading_stands(stories, tmp_path):
+    provenance = Provenance("some/base", load_options="dtype=torch.float16")
+    certificate = export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
+    assert "base_loading" not in certificate and "torch.float32" not in (tmp_path / "adapter/README.md").read_text()
 
 
 def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp_path):

@@ -261,6 +261,8 @@ def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_
         ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "offers tools"),
         ({"instruction": 3}, "p.jsonl:1: instruction"),
         ({"question": "?"}, "is none of "),
+        ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]}, "is none of "),
+        ({"instruction": "Add.", "messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_a_sentence(row, said, lora, tmp_path, capsys):

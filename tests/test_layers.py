@@ -34,7 +34,8 @@ pipeline estimates.memory running.evaluation running.packing_proof running.verif
 generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
 prompt_form
 running.inputs
-running.training_data running.held_out running.layouts
+running.training_data running.lessons running.layouts
+running.held_out
 running.data_words running.plan running.processes
 running.job
 running.training running.announcement
@@ -111,7 +112,18 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 
 
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
-    before = ["unpack", "inputs", "held_out", "training_data", "data_words", "plan", "processes", "job", "announcement"]
+    before = [
+        "unpack",
+        "inputs",
+        "lessons",
+        "held_out",
+        "training_data",
+        "data_words",
+        "plan",
+        "processes",
+        "job",
+        "announcement",
+    ]
     allowed = {
         "config",
         "train",

@@ -26,6 +26,8 @@ from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
+from sora_llm.export import export_adapter
+from sora_llm.inject import inject_sora
 from sora_llm.quantised import keep_weights, read_weights_again, take_form
 from sora_llm.targets import target_linears
 from sora_llm.train import main
@@ -87,6 +89,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def test_an_adapter_of_somebody_s_own_loop_beside_files_that_are_quantised_says_so(quantised, tmp_path):
+    base = quantised("nf4")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
+    certificate = export_adapter(inject_sora(model, 2), tmp_path / "adapter", allow_empty=True)
+    assert certificate["base_loading"]["load_in_4bit"] and certificate["base_loading"]["bnb_4bit_use_double_quant"]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "BitsAndBytesConfig" not in card, "the files say it"
+    assert "ORIGINAL is the unquantised model" in card, "for llama.cpp's converter"
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])

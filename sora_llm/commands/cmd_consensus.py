@@ -36,7 +36,7 @@ from sora_llm.inject import put_on
 from sora_llm.merge import Merged, merge, merge_errors
 from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
-from sora_llm.running.held_out import for_certificate
+from sora_llm.running.lessons import for_certificate
 
 
 def make_parser(prog: str) -> Parser:

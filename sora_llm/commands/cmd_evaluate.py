@@ -25,8 +25,9 @@ from sora_llm.prompt_form import has_conversations, recorded_separator, template
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_words import fates
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.held_out import Lesson, hold_out_alike, learned_from, lessons_in, lessons_of, taught_separator
+from sora_llm.running.held_out import hold_out_alike, learned_from
 from sora_llm.running.inputs import Inputs, check_inputs
+from sora_llm.running.lessons import Lesson, lessons_in, lessons_of, taught_separator
 from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
 
@@ -181,6 +182,8 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
     if other is not None:
         other_trained = trained_as(other)
         warn_of_seen_rows(arguments.adapter, lessons_behind(other, other_trained), splitting)
+        if named.is_whole:
+            warn_of_seen_rows(arguments.config, lessons_behind(named, trained), splitting)
         warn_of_other_form(arguments.adapter, other, named)
         held_out_alike = other_trained is not None and hold_out_alike(other_trained, splitting)
     elif config.data.val_datasets is not None or trained is None or hold_out_alike(trained, splitting):
@@ -213,7 +216,7 @@ def lessons_behind(subject: Subject, trained: Config | None) -> Iterator[Lesson]
     folder = subject.certified
     if folder is None:
         return iter(())
-    return lessons_in(folder) if trained is None else lessons_of(trained)
+    return lessons_in(folder) if trained is None else lessons_of(trained, folder)
 
 
 def warn_of_seen_rows(name: str, lessons: Iterator[Lesson], measured: Config) -> None:
@@ -270,7 +273,8 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
 
 
 def certified_separator(subject: Subject) -> str | None:
-    """What stood behind the prompts of prompt_completion rows, by the certificate of what is measured."""
+    """What stood behind the prompts of prompt_completion rows that an adapter from elsewhere, or one that was merged
+    into a model, was trained on; None where nothing says it."""
     folder = subject.certified
     taught = None if folder is None else taught_separator(lessons_in(folder))
     return recorded_separator(None, folder) if taught is None else taught

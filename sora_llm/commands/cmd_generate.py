@@ -153,11 +153,11 @@ def _of_row(line: str, place: str) -> Prompt:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return of_text(row["prompt"], place)
-    if isinstance(row, dict) and "instruction" in row:  # whatever its answer would be
-        said = {name: row[name] for name in ("instruction", "input") if row.get(name)}
-        return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
-    if not isinstance(row, dict) or "messages" not in row:
+    if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} is none of {{"prompt": "…"}}, {{"messages": […]}} and {{"instruction": "…"}}')
+    if "messages" not in row:  # an alpaca row, whatever its answer would be
+        said = {name: row[name] for name in ("system", "history", "instruction", "input") if row.get(name)}
+        return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
     conversation = _conversation(row, "messages", place)
     if conversation.messages[-1].role not in ("user", "tool"):
         raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")

@@ -35,9 +35,11 @@ def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
 
 def _decides_dev_rows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether runs that differ in a setting are measured on other rows, or on other tokens of them."""
-    if not key.startswith("data.") or key.startswith(NO_DEV_ROWS):
-        return key == "train.seed" and any(_holds_out(config) for config in configs)
-    return not key.startswith("data.datasets.") or any(_holds_out(config) for config in configs)
+    if key in ("model.name_or_path", "model.revision"):  # another base may have another tokenizer
+        return True
+    if key == "train.seed" or key.startswith("data.datasets."):
+        return not key.endswith(".weight") and any(_holds_out(config) for config in configs)
+    return key.startswith("data.") and not key.startswith(NO_DEV_ROWS)
 
 
 def _holds_out(config: Mapping[str, Any]) -> bool:
@@ -62,7 +64,7 @@ def as_text(content: Mapping[str, Any]) -> str:
     elif not unread:
         lines += ["", "no setting differs"]
     if content["of_other_dev_rows"] and sum(run["eval_loss"] is not None for run in content["runs"]) > 1:
-        lines += ["", f"dev losses are not of the same rows: {', '.join(content['of_other_dev_rows'])}"]
+        lines += ["", f"dev losses are not of the same rows or tokens: {', '.join(content['of_other_dev_rows'])}"]
     lines += [f"the config of run {number} cannot be read: its settings are not compared" for number in unread]
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from sora_llm.factors import (
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_form import exported_template, has_conversations
-from sora_llm.running.held_out import Lesson, lessons_in, lessons_of
+from sora_llm.running.lessons import Lesson, lessons_in, lessons_of
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
@@ -124,7 +124,7 @@ def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
         base=config.model.name_or_path,
         revision=config.model.revision,
         spec=backbone_spec(config, "none"),
-        lessons=tuple(lessons_of(config)),
+        lessons=tuple(lessons_of(config, source.folder)),
         config=config,
     )
 

@@ -36,7 +36,7 @@ NO_EQUIVALENT = {
     "adapter": "leave it out; what is trained are always SoRA adapters, beside a 4-bit base by "
     "quantization.load_in_4bit (model.adapter names a saved one to start from)",
     "finetuning_type": "leave it out; what is trained are always SoRA adapters",
-    "stage": "leave it out; training is always supervised",
+    "stage": "leave it out; training is always supervised, and ZeRO's stage is distributed.strategy",
     "rl": "leave it out; training is always supervised",
     "model_type": "leave it out; the base's config.json says it",
     "tokenizer_type": "leave it out; the base's files say it",

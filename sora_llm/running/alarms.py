@@ -94,6 +94,18 @@ class Alarms:
             )
         return found
 
+    def of_components(self, has_learned: Mapping[str, bool]) -> list[str]:
+        """The alarms that the modules' ΔW raise before the sparsify phase: whether each {module} is other than 0."""
+        found = {}
+        for budget in self._budgets:
+            if not any(has_learned[name] for name in budget.costs):
+                found[f"blank {budget.name}"] = (
+                    f"nothing was learned in {_listed(budget.costs)} before the sparsify phase: all that shares the "
+                    f"budget {budget.name!r} is pruned whole and cannot come back; look whether gradients reach it, or "
+                    "lengthen the dense phase"
+                )
+        return self._new(found)
+
     def of_cut(self, ranks: Mapping[str, int], shortfall: int | None) -> list[str]:
         """The alarms that what consensus kept raises."""
         found = {}

@@ -16,8 +16,9 @@ from sora_llm.hub import LOGIN, has_token
 from sora_llm.local_updates import round_bytes, transfer_seconds
 from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
-from sora_llm.running.held_out import learned_from, lessons_in, sharing_rows
+from sora_llm.running.held_out import learned_from, sharing_rows
 from sora_llm.running.job import Job
+from sora_llm.running.lessons import lessons_in
 from sora_llm.running.plan import Plan, Stage, so_many_steps
 from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights

@@ -24,11 +24,11 @@ from sora_llm.quantised import is_quantised
 from sora_llm.run_files import ADAPTER, PATH, stage_name
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
-from sora_llm.running.held_out import for_certificate, lessons_of
 from sora_llm.running.job import (
     Job,
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
+from sora_llm.running.lessons import for_certificate, lessons_of
 from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult

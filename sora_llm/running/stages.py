@@ -21,6 +21,7 @@ from sora_llm.running.measures import (
     is_due,
     log_step,
     measure,
+    raise_alarms,
 )
 from sora_llm.running.rounds import Gates
 from sora_llm.running.snapshot import save_checkpoint
@@ -185,6 +186,8 @@ def change_form(training: Training, step: int) -> None:
         if step < stage.phases.sparsify_end:
             dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
             masters, importance = pipeline.balance(model, old, budgets=job.plan.budgets, dtype=dtype, device=device)
+            has_learned = {name: bool(values.any()) for name, values in importance_by_module(importance).items()}
+            raise_alarms(job, training.alarms.of_components(has_learned))
         else:
             cut = cut_adapter(training, model, old)
             if cut.ranks.kept_params == 0:
