@@ -3,6 +3,7 @@ bitsandbytes."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
@@ -294,6 +295,18 @@ def spec_of(model: Any) -> BackboneSpec | None:
 
 def _name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def module_names(model: nn.Module) -> set[str] | None:
+    """The names of the modules of a fresh model of the same class and config; None for a class that wants more than a
+    config to be made."""
+    config = copy.deepcopy(model.config)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            fresh = type(model)(config)
+    except Exception:  # whatever its author wrote
+        return None
+    return {name for name, _ in fresh.named_modules()}
 
 
 def free_unused() -> None:

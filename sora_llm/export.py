@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import shutil
 import warnings
@@ -29,13 +30,22 @@ from sora_llm.artifacts.card import (
     worst_delta_error,
 )
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
-from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, default_probe, logit_errors, logit_problems, logits_of
+from sora_llm.artifacts.logit_check import (
+    MAX_GAIN,
+    MIN_GAIN,
+    check_probe,
+    coarser,
+    default_probe,
+    logit_errors,
+    logit_problems,
+    logits_of,
+)
 from sora_llm.artifacts.lora_files import WEIGHTS
-from sora_llm.backbone import load_call, spec_of
+from sora_llm.backbone import load_call, module_names, spec_of
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, product_distance, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, layer_shapes, unwrapped
+from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, is_sharded, layer_shapes, unwrapped
 from sora_llm.quantised import coarsest_dtype
 from sora_llm.sora import SoraLinear, fold
 from sora_llm.targets import linear_layers, matches
@@ -78,19 +88,26 @@ def export_adapter(
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, no adapters, a model that is no causal language model or in which more than the
-            adapters is trained, or a `folder` that holds something else than an export.
+        UserError: unknown layout, no adapters, a model that is no causal language model, in which more than the
+            adapters is trained or modules have other names than in the base, or a `folder` that holds something else
+            than an export.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"{folder!r} is no path: name the folder to write the adapter to")
     folder = user_path(str(folder), "the folder").resolve()
     if Path.cwd().is_relative_to(folder):
         raise UserError(f"{folder} is where this process works, and an export replaces its folder: name one of its own")
     model = unwrapped(model)
     _check_model(model)
+    probe_ids = default_probe(model) if probe_ids is None else probe_ids
+    check_probe(model, probe_ids)
+    if not allow_empty and not any(_has_learned(layer) for layer in adapters(model).values()):
+        warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
     provenance = _as_loaded(provenance or Provenance(base_model=str(getattr(model, "name_or_path", ""))), model)
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
-        with reloaded(model, temporary, default_probe(model) if probe_ids is None else probe_ids) as check:
+        with reloaded(model, temporary, probe_ids) as check:
             pass
         return certify_and_publish(model, temporary, folder, layout, check.errors, provenance)
     finally:
@@ -98,9 +115,14 @@ def export_adapter(
 
 
 def _check_model(model: nn.Module) -> None:
-    """UserError for a model of which a LoRA of a causal language model would not be all that was trained."""
-    if not adapters(model):
+    """UserError for a model of which a LoRA of a causal language model would not be all that was trained, or would not
+    be found."""
+    layers = adapters(model)
+    if not layers:
         raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
+    for name, layer in layers.items():
+        if layer.lora_A is not None and (is_sharded(layer.lora_A) or layer.lora_A.ndim != 2):
+            raise UserError(f"the adapter of {name} is sharded: gather it first (FSDP.summon_full_params)")
     for needed in ("get_input_embeddings", "prepare_inputs_for_generation"):
         if not callable(getattr(model, needed, None)):
             raise UserError(
@@ -112,6 +134,13 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder and a decoder; what is exported here are adapters of causal "
             "language models"
         )
+    known = module_names(model)
+    if known is not None and (odd := next((name for name in layers if name not in known), None)) is not None:
+        raise UserError(
+            f"{odd} is no module of a {type(model).__name__} as it is loaded, so that nobody would find its adapter: a "
+            "wrapper stands in its path (torch.compile of a layer gives it another name, layer.compile() does not), or "
+            "a layer was added; take it away before the export"
+        )
     branches = {id(parameter) for parameter in adapter_parameters(model).values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in branches]
     if others:
@@ -119,6 +148,11 @@ def _check_model(model: nn.Module) -> None:
             f"{others[0]} is trained too, and an exported LoRA would leave it out ({len(others)} tensors outside the "
             "adapters ask for gradients); freeze it if it is as it was in the base"
         )
+
+
+def _has_learned(layer: SoraLinear) -> bool:
+    """Whether its ΔW may be other than 0."""
+    return layer.lora_B is not None and bool(layer.lora_B.any())
 
 
 def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
@@ -247,12 +281,14 @@ class Errors:
     """How far an adapter, as PEFT loads it from disk, is from the trained one.
 
     `delta`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
-    `logits`, `gain`: `logit_errors` over all logits of some token ids.
+    `logits`, `gain`: `logit_errors` over all logits of some token ids; `dtype` is the coarsest that they were computed
+    in.
     """
 
     delta: dict[str, float]
     logits: float
     gain: float | None
+    dtype: torch.dtype
 
 
 def worst_of(errors: Sequence[Errors]) -> Errors:
@@ -266,6 +302,7 @@ def worst_of(errors: Sequence[Errors]) -> Errors:
         delta={name: worst([e.delta[name] for e in errors]) for name in errors[0].delta},
         logits=worst([e.logits for e in errors]),
         gain=max(gains, key=lambda gain: max(MIN_GAIN - gain, gain - MAX_GAIN)) if gains else None,
+        dtype=coarser(*(e.dtype for e in errors)),
     )
 
 
@@ -284,8 +321,8 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
     `probe_ids` (B, T) are the tokens that logits are compared on.
     """
     layers = adapters(model)
-    with evaluating(model):
-        trained = logits_of(model, probe_ids)
+    with evaluating(model), _hooks_kept(model):
+        trained, dtype = _logits_and_dtype(model, layers, probe_ids)
         with bare(model):
             base = logits_of(model, probe_ids)
             _refuse_not_finite(base, trained)
@@ -298,9 +335,44 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
             try:
                 logits = logits_of(peft_model, probe_ids)
                 off, gain = logit_errors(logits, trained, base)
-                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain))
+                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain, dtype))
             finally:
                 peft_model.unload()
+
+
+def _logits_and_dtype(
+    model: nn.Module, layers: Mapping[str, SoraLinear], probe_ids: Tensor
+) -> tuple[Tensor, torch.dtype]:
+    """Logits of the trained model, and the coarsest dtype that it computed them in: under autocast, which accelerate
+    puts into a model's forward and leaves there, another one than its weights have."""
+    seen: list[torch.dtype] = []
+    watched = next(iter(layers.values()))
+    hook = watched.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    try:
+        logits = logits_of(model, probe_ids)
+    finally:
+        hook.remove()
+    return logits, coarser(coarsest_dtype(model), *seen)
+
+
+@contextlib.contextmanager
+def _hooks_kept(model: nn.Module) -> Iterator[None]:
+    """The forward hooks of all modules as they are now, afterwards: under checkpointing PEFT adds one that lets what
+    embeddings give ask for gradients, each time that it takes a model, and transformers would remove the last alone."""
+    hooks = {module: module._forward_hooks.copy() for module in model.modules()}
+    names = ("_require_grads_hook", "_require_grads_hooks")
+    handles = {name: vars(model)[name] for name in names if name in vars(model)}
+    lists = {name: list(handle) for name, handle in handles.items() if isinstance(handle, list)}
+    try:
+        yield
+    finally:
+        for module, own in hooks.items():
+            if module._forward_hooks.keys() != own.keys():
+                module._forward_hooks.clear()
+                module._forward_hooks.update(own)
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(handles | lists)
 
 
 def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:
@@ -382,7 +454,7 @@ def certify_and_publish(
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
     problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
-    problems += logit_problems(errors.logits, errors.gain, coarsest_dtype(model), "PEFT's forward shows")
+    problems += logit_problems(errors.logits, errors.gain, errors.dtype, "PEFT's forward shows")
     if problems:
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {

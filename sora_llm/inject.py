@@ -16,6 +16,12 @@ NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What layers that read one x are called in transformers' decoders, below one parent."""
 OF_ZERO = ("ds_id", "_hp_mapping")
 """Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
+WRAPPERS = {
+    "_orig_mod": "torch.compile; compile layers in place: layer.compile()",
+    "_checkpoint_wrapped_module": "torch's checkpoint_wrapper; use model.gradient_checkpointing_enable()",
+    "_fsdp_wrapped_module": "FSDP; wrap the model after inject_sora",
+}
+"""By what a wrapper of a part of a model calls the module inside: whose it is, and what to do instead."""
 
 
 def inject_sora(
@@ -40,10 +46,15 @@ def inject_sora(
 
     Returns: the same model.
     Raises:
-        UserError: no such target modules, a model that DistributedDataParallel has wrapped or that has adapters of
-            another library, or one layer in two places.
+        UserError: no such target modules, a model that DistributedDataParallel or FSDP has wrapped, that is offloaded
+            in part or has adapters of another library, or one layer in two places.
         ValueError: adapters are already there, or r, lora_alpha, lora_dropout or dtype cannot be.
+
+    Adapters of any model with linear layers can be trained; `export_adapter` writes those of causal language models of
+    transformers alone.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"inject_sora takes a model of torch, not {model!r}")
     refuse_new_parameters(model, "inject_sora")
     inner = unwrapped(model)
     if adapters(inner):
@@ -52,6 +63,7 @@ def inject_sora(
         raise UserError("the model has adapters of another library: inject_sora takes the base model without them")
     targets = target_linears(inner, target_modules)
     _refuse_shared(inner, targets)
+    _refuse_wrapped_or_offloaded(targets)
     layers = {name: SoraLinear(linear, r, lora_alpha, lora_dropout, dtype) for name, linear in targets.items()}
     inner.requires_grad_(False)
     forbid_cpu_repack(inner)
@@ -91,10 +103,35 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
             f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "
             "wrap that anew afterwards"
         )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
+        map(is_sharded, model.parameters())
+    ):
+        raise UserError(
+            f"{who} makes new parameters, and FSDP shards the present ones; train under DDP, or with sora_llm.train "
+            "under ZeRO, which takes a model out of its engine"
+        )
     if any(hasattr(parameter, mark) for parameter in adapter_parameters(model).values() for mark in OF_ZERO):
         raise UserError(
             f"{who} makes new parameters, and DeepSpeed's ZeRO holds the present ones; sora_llm.train takes a model "
             "out of its engine and makes another one, which a loop of your own cannot"
+        )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether fully_shard has left this process a part of it alone (a DTensor)."""
+    return hasattr(parameter, "placements")
+
+
+def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:
+    """UserError for targets that the base knows by other names, or some of whose weights are not in memory."""
+    for name in targets:
+        for wrapper in WRAPPERS.keys() & set(name.split(".")):
+            raise UserError(f"{name} is inside a wrapper, so that its name is not the base's: of {WRAPPERS[wrapper]}")
+    absent = [name for name, linear in targets.items() if linear.weight.is_meta]
+    if 0 < len(absent) < len(targets):
+        raise UserError(
+            f"the weight of {absent[0]} is offloaded ({len(absent)} of {len(targets)} target modules): load the base "
+            "whole, in 4 bits if it has to be smaller"
         )
 
 

@@ -104,6 +104,10 @@ class ProxAdamW(torch.optim.AdamW):
         not have any more; before anything is changed."""
         for group in self.param_groups:
             _check_group(group)
+            if any(hasattr(param, "placements") for param in group["params"]):
+                raise ValueError(
+                    "parameters are sharded by fully_shard, and the prox is not for such: use DDP, or ZeRO"
+                )
             if any(getattr(param, "was_cut", False) for param in group["params"]):
                 raise RuntimeError(
                     "this optimizer holds the parameters from before the adapters were cut and would train nothing: "
@@ -245,8 +249,8 @@ def parameter_groups(
     Returns: groups of "name" "factors" and "gates", for ProxAdamW.  After cutting there are no gates, and the first
     group alone.  The order of parameters is that of the model's modules, the same on every process.
     Raises:
-        ValueError: the model has no SoRA adapters, every rank of them was cut, or budgets that do not name every gated
-            module once.
+        ValueError: the model has no SoRA adapters, every rank of them was cut or all are frozen, or budgets that do not
+            name every gated module once.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
     factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]
@@ -254,6 +258,11 @@ def parameter_groups(
         raise ValueError("the model has no SoRA adapters: call inject_sora(model) first")
     if not factors:
         raise ValueError("every rank of the adapters was cut: there is nothing left to train")
+    if not any(factor.requires_grad for factor in factors):
+        raise ValueError(
+            "the adapters are frozen, so that nothing would be trained: what freezes a base (such as "
+            "prepare_model_for_kbit_training) belongs before inject_sora"
+        )
     groups: list[dict[str, Any]] = [
         {"name": FACTORS, "params": factors, "lr": learning_rate, "weight_decay": weight_decay}
     ]

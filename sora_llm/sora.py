@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as _of_all_modules
 
 from sora_llm.values import is_integer, is_number
 
@@ -96,7 +97,8 @@ def _between(
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
     y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
-    if getattr(base_layer, "_forward_hooks", None) and not is_partitioned(getattr(base_layer, "weight", None)):
+    hooks = getattr(base_layer, "_forward_hooks", None) or _of_all_modules._global_forward_hooks
+    if hooks and not is_partitioned(getattr(base_layer, "weight", None)):
         y = y.clone()  # a hook may have kept it; those of ZeRO-3, which are on every module, do not
     with _in_own_dtypes(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
@@ -289,16 +291,16 @@ class SoraLinear(nn.Module):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype!r}; adapters are floating-point numbers, such as torch.float32")
         r = int(r)
-        self.base_layer: nn.Linear = base_layer.requires_grad_(False)
         self.in_features, self.out_features, self.rank = base_layer.in_features, base_layer.out_features, r
         self.scaling, self.lora_dropout = lora_alpha / r, lora_dropout
         device = base_layer.weight.device
-        # Drawn on the CPU whatever the device, so that a seed means the same adapter everywhere.
-        lora_A = torch.empty(r, self.in_features)
+        # Drawn on the CPU in float32, whatever the device and the dtype: a seed means the same adapter everywhere.
+        lora_A = torch.empty(r, self.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         self.lora_A = nn.Parameter(lora_A.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
         self.gate = nn.Parameter(torch.ones(r, device=device, dtype=dtype))
+        self.base_layer: nn.Linear = base_layer.requires_grad_(False)
 
     @property
     def weight(self) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on{why}")
     if target_modules == ALL_LINEAR:
         return linears
+    is_list = isinstance(target_modules, Collection) and all(isinstance(suffix, str) for suffix in target_modules)
+    if not is_list:
+        raise UserError(f"target_modules is {target_modules!r}; it is {ALL_LINEAR} or suffixes like q_proj")
     suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not suffixes:
         raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")

@@ -119,6 +119,10 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
         UserError: bad input; nothing was written, but where streamed rows turned out to be bad later on.
         RunFailed: a run that could not go on; status.json says so too.
     """
+    if not isinstance(config, str | os.PathLike | Mapping) or not all(isinstance(text, str) for text in overrides):
+        raise UserError(
+            'run takes a YAML file or a mapping of sections, and overrides as text: run(config, "train.max_steps=3")'
+        )
     if isinstance(config, Mapping):
         loaded = from_dict(dict(config), "the config that was given", overrides)
     else:

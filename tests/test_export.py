@@ -10,6 +10,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import randomise_all, relative_error, tiny_llama
 from safetensors.torch import load_file
 from spawn import spawn
@@ -449,6 +451,97 @@ def test_a_fully_pruned_adapter_is_explained_unless_it_is_allowed(stories, tmp_p
     base = load_backbone(spec_of("float32", stories), "cpu")
     expected = logits(base)
     assert torch.equal(logits(in_peft("float32", stories, tmp_path / "adapter")), expected)
+
+
+# ----- loops of other people's ----------------------------------------------------------------------------------------
+
+
+class Around(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments, **options):
+        return self.inner(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "one's own"])
+def test_an_adapter_under_another_name_than_the_base_has_is_refused(stories, tmp_path, wrap):
+    """PEFT finds nothing of it there and says nothing, while the check on this very model passes."""
+    model = trained_model("float32", stories)
+    for layer in model.model.layers:
+        layer.mlp = torch.compile(layer.mlp, backend="eager") if wrap == "compiled" else Around(layer.mlp)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.\w+\.\w+_proj is no module of a LlamaForCausalLM"):
+        export_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["a context", "accelerate"])
+def test_a_right_adapter_passes_under_autocast_on_a_float32_base(stories, tmp_path, how):
+    """Trainer and TRL leave bf16 autocast in the model's forward; the check compared as if all were float32."""
+    model = trained_model("float32", stories)
+    if how == "accelerate":
+        model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        assert logits(model).dtype == torch.float32 and "_original_forward" in vars(model)
+        certificate = export_adapter(model, tmp_path / "adapter")
+        AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            certificate = export_adapter(model, tmp_path / "adapter")
+    assert 1e-4 < certificate["logits_error"] < 5e-2, "which is bfloat16's"
+
+
+def test_a_wrong_adapter_does_not_pass_under_autocast(stories, tmp_path, monkeypatch):
+    factors = export.folded_factors
+
+    def spoiled(model):
+        return {name: (A, B * 1.5) for name, (A, B) in factors(model).items()}
+
+    monkeypatch.setattr(export, "folded_factors", spoiled)
+    with pytest.raises(RunFailed, match=r"is off by 5\.00e-01"), torch.autocast("cpu", torch.bfloat16):
+        export_adapter(trained_model("float32", stories), tmp_path / "adapter")
+
+
+def test_an_export_in_the_middle_of_training_leaves_no_hook_behind(stories, tmp_path):
+    model = trained_model("float32", stories)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    embeddings = model.get_input_embeddings()
+    if not embeddings._forward_hooks:  # some versions of transformers have put it there
+        model.enable_input_require_grads()
+    before, state = list(embeddings._forward_hooks.items()), set(vars(model))
+    for _ in range(2):
+        export_adapter(model, tmp_path / "adapter")
+    assert list(embeddings._forward_hooks.items()) == before and set(vars(model)) == state
+    model.disable_input_require_grads()
+    assert not embeddings._forward_hooks
+
+
+def test_an_adapter_that_has_learned_nothing_is_warned_of(stories, tmp_path):
+    model = inject_sora(load_backbone(spec_of("float32", stories), "cpu"), R)
+    with pytest.warns(UserWarning, match="nothing was learned yet: every ΔW is 0"):
+        assert export_adapter(model, tmp_path / "adapter")["passed"]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[1, 2]],
+        torch.arange(3),
+        torch.zeros(1, 3),
+        torch.tensor([[512]]),
+        torch.tensor([[-1]]),
+        torch.zeros(1, 0).long(),
+    ],
+)
+def test_what_are_no_token_ids_is_a_sentence(stories, tmp_path, ids):
+    with pytest.raises(UserError, match=r"probe_ids are token ids \(B, T\) from 0 to 511"):
+        export_adapter(trained_model("float32", stories), tmp_path / "adapter", probe_ids=ids)
+
+
+@pytest.mark.parametrize("folder", [None, 3])
+def test_a_folder_that_is_no_path_is_refused(stories, folder):
+    with pytest.raises(UserError, match="is no path"):
+        export_adapter(trained_model("float32", stories), folder)
 
 
 # ----- the folder -----------------------------------------------------------------------------------------------------

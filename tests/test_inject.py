@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import linear4bit, randomise_all, tiny_llama
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sora_llm.errors import UserError
@@ -199,3 +200,60 @@ def test_a_compiled_model_is_injected_under_the_names_of_the_base():
     compiled = torch.compile(inner)
     assert inject_sora(compiled, r=2) is compiled
     assert list(adapters(inner)) == list(target_linears(tiny_llama()))
+
+
+# ----- what others have done to a model before ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda layer: torch.compile(layer, backend="eager"), "torch.compile"),
+        (checkpoint_wrapper, "checkpoint_wrapper"),
+    ],
+    ids=["compiled", "checkpointed"],
+)
+def test_a_wrapped_part_of_a_model_is_refused_by_what_wraps_it(wrap, said):
+    """Its modules have names that nobody who loads the base would find."""
+    model = tiny_llama()
+    model.model.layers[1] = wrap(model.model.layers[1])
+    with pytest.raises(UserError, match=rf"model\.layers\.1\.\S+ is inside a wrapper.*{said}"):
+        inject_sora(model)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_that_is_offloaded_in_part_is_refused():
+    model = tiny_llama()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(UserError, match=r"the weight of model\.layers\.1\.mlp\.gate_proj is offloaded \(3 of 14"):
+        inject_sora(model)
+    inject_sora(tiny_llama().to("meta"))  # a skeleton has no weights at all
+
+
+@pytest.mark.parametrize("bad", [None, 3, [3], ["q_proj", None]])
+def test_targets_that_are_no_text_are_a_sentence(bad):
+    with pytest.raises(UserError, match=r"target_modules is .*; it is all-linear or suffixes"):
+        inject_sora(tiny_llama(), target_modules=bad)
+
+
+def test_what_is_no_model_is_a_sentence():
+    with pytest.raises(UserError, match="takes a model of torch, not 'llama'"):
+        inject_sora("llama")
+
+
+def test_a_seed_means_the_same_adapter_under_any_default_dtype_and_device():
+    def drawn():
+        torch.manual_seed(0)
+        return next(iter(adapters(inject_sora(model, r=2)).values())).lora_A
+
+    model = tiny_llama()
+    expected = drawn().clone()
+    for setting in (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_device("meta")):
+        model = tiny_llama()
+        setting()
+        try:
+            found = drawn()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert torch.equal(found, expected)

@@ -376,6 +376,16 @@ def test_a_step_that_a_gradient_scaler_skips_cuts_nothing():
         assert is_cut == (value == 0.0)
 
 
+def test_adapters_that_somebody_froze_are_refused():
+    """prepare_model_for_kbit_training freezes whatever it is given; nothing was trained, and nobody said so."""
+    model = inject_sora(tiny_llama(), r=2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"the adapters are frozen.*belongs before inject_sora"):
+        parameter_groups(model, 1e-3, 1e-3)
+    first = next(iter(adapters(model).values()))
+    first.lora_B.requires_grad_()
+    parameter_groups(model, 1e-3, 1e-3)
+
+
 def test_hooks_of_a_step_run_once_and_see_the_step_whole():
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch puts its hooks around the class of whoever is made
     gate = parameters()[1]

@@ -449,6 +449,19 @@ def test_a_hook_on_the_base_layer_keeps_what_the_base_layer_answered(size):
     assert layer.lora_A.grad is not None
 
 
+def test_a_hook_on_every_module_keeps_what_the_base_layer_answered_too():
+    base = nn.Linear(6, 5)
+    layer, kept = randomise(SoraLinear(base, 4, 8), 0, size=0.3), {}
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: kept.update({module: output}))
+    try:
+        x_TI = torch.randn(3, 6)
+        y_TO = layer(x_TI)
+    finally:
+        hook.remove()
+    assert torch.equal(kept[base], nn.functional.linear(x_TI, base.weight, base.bias))
+    assert torch.equal(kept[layer], y_TO) and not torch.equal(kept[base], y_TO)
+
+
 def test_a_layer_cut_to_rank_0_has_no_branch_and_is_its_base_layer():
     layer = layer_of(dead=R)
     layer.cut(*keep_live_slots(layer.lora_A, layer.lora_B, layer.gate))

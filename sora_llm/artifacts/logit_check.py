@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sora_llm.errors import UserError
+
 # Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 MIN_EFFECT = 1e-3
@@ -43,6 +45,19 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits (B, T, V) in float32 on the CPU."""
     device = next(model.parameters()).device
     return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The coarsest of them."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def check_probe(model: nn.Module, ids: object) -> None:
+    """UserError for what are no token ids (B, T) of a model."""
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0 and not ids.is_floating_point()
+    if not is_ids or int(ids.min()) < 0 or int(ids.max()) >= size:  # type: ignore[attr-defined]
+        raise UserError(f"probe_ids are token ids (B, T) from 0 to {size - 1}, as one tensor of integers")
 
 
 def default_probe(model: nn.Module) -> Tensor:
