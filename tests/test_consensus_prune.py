@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from helpers import dense_delta, randomise_all, relative_error, tiny_llama
 from spawn import spawn
 from torch import nn
 
-from sora_llm import RunFailed, UserError, consensus_prune, inject_sora, pipeline
+from sora_llm import RunFailed, UserError, consensus_prune, export_adapter, inject_sora, pipeline
 from sora_llm.budget import make_budgets
 from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters
@@ -173,6 +174,54 @@ def cut_inside_ddp() -> dict[str, str]:
     wrapped.clear()  # reducers hang at the exit of a process whose group is gone
     torch.distributed.destroy_process_group()
     return report
+
+
+def inside_fsdp(version: int, folder: str) -> dict[str, str]:
+    """What is said of a model that FSDP shards, and whether what it trains can be exported once it is gathered."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    model = trained()
+    kept = torch.cat([p.detach().flatten() for p in adapter_parameters(model).values()]).clone()
+    if version == 1:
+        wrapped: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        wrapped = fully_shard(model)
+
+    def said(action: Callable[[], Any]) -> str:
+        try:
+            action()
+        except (UserError, ValueError) as error:
+            return str(error)
+        return "nothing"
+
+    optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2, 0.5))
+    wrapped(input_ids=IDS).logits.sum().backward()
+    report = {
+        "cut": said(lambda: consensus_prune(wrapped, target_rank=2)),
+        "injected": said(lambda: inject_sora(wrapped)),
+        "exported": said(lambda: export_adapter(model, folder)),
+        "step": said(optimizer.step) if version == 2 else "nothing",
+    }
+    if version == 1:
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            now = torch.cat([p.detach().flatten() for p in adapter_parameters(model).values()])
+            assert torch.equal(now, kept)
+            report["gathered"] = said(lambda: export_adapter(model, f"{folder}-{torch.distributed.get_rank()}"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return report
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_model_that_fsdp_shards_is_refused_with_a_sentence_and_exported_once_it_is_whole(
+    version: int, tmp_path: Path
+) -> None:
+    for report in spawn("test_consensus_prune:inside_fsdp", 2, {"version": version, "folder": str(tmp_path / "out")}):
+        assert "FSDP shards the present ones" in report["cut"] and "FSDP shards" in report["injected"], report
+        assert "is sharded: gather it first" in report["exported"]
+        assert report.get("gathered", "nothing") == "nothing"
+        assert version == 1 or "are sharded by fully_shard" in report["step"]
 
 
 def cut_inside_zero(stage: int) -> str:
