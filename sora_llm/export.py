@@ -1,24 +1,23 @@
-"""A plain, verified LoRA on disk: padded or ragged layout, self-check by PEFT, certificate, model card.
+"""A plain, verified LoRA on disk: padded or ragged layout, certificate, model card.
 
 The gate and the scale s are folded into the factors, so the right scale is 1 in every engine whatever its rule.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sora_llm.artifacts.card import (
@@ -31,27 +30,20 @@ from sora_llm.artifacts.card import (
 )
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
 from sora_llm.artifacts.logit_check import (
-    MAX_GAIN,
-    MIN_GAIN,
     check_probe,
-    coarser,
     default_probe,
-    logit_errors,
-    logit_problems,
-    logits_of,
 )
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.backbone import load_call, module_names, spec_of
-from sora_llm.errors import RunFailed, UserError, first_line
-from sora_llm.factors import PlainFactors, Shapes, empty_factors, product_distance, slot_params
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, evaluating, is_sharded, layer_shapes, unwrapped
-from sora_llm.quantised import coarsest_dtype
+from sora_llm.inject import adapter_parameters, adapters, bare, is_sharded, layer_shapes, unwrapped
+from sora_llm.peft_check import Errors, reloaded
 from sora_llm.sora import SoraLinear, fold
 from sora_llm.targets import linear_layers, matches
 
 LAYOUTS = ("padded", "ragged")
-MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
 
 
 def folded_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -273,168 +265,7 @@ def copy_adapter(source: Path, folder: Path) -> None:
         raise RunFailed(f"the adapter {source} could not be copied to {folder}: {error}") from error
 
 
-# -------------------------------------------------------------------------------------------------------- checking
-
-
-@dataclass(frozen=True)
-class Errors:
-    """How far an adapter, as PEFT loads it from disk, is from the trained one.
-
-    `delta`: by module, ‖ΔW − ΔW_PEFT‖ / ‖ΔW‖ in float64, PEFT's own scale included.
-    `logits`, `gain`: `logit_errors` over all logits of some token ids; `dtype` is the coarsest that they were computed
-    in.
-    """
-
-    delta: dict[str, float]
-    logits: float
-    gain: float | None
-    dtype: torch.dtype
-
-
-def worst_of(errors: Sequence[Errors]) -> Errors:
-    """What the least favourable of several processes saw (each reloads and compares for itself)."""
-
-    def worst(values: Sequence[float]) -> float:
-        return next((value for value in values if value != value), max(values))  # NaN is the worst
-
-    gains = [e.gain for e in errors if e.gain is not None]
-    return Errors(
-        delta={name: worst([e.delta[name] for e in errors]) for name in errors[0].delta},
-        logits=worst([e.logits for e in errors]),
-        gain=max(gains, key=lambda gain: max(MIN_GAIN - gain, gain - MAX_GAIN)) if gains else None,
-        dtype=coarser(*(e.dtype for e in errors)),
-    )
-
-
-@dataclass(frozen=True)
-class Reloaded:
-    """A finished adapter as PEFT loads it from disk, on the base that it was trained on."""
-
-    peft_model: nn.Module
-    errors: Errors
-
-
-@contextlib.contextmanager
-def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Reloaded]:
-    """The adapter in `folder` on the base inside `model`, whose own adapters step aside meanwhile.
-
-    `probe_ids` (B, T) are the tokens that logits are compared on.
-    """
-    layers = adapters(model)
-    with evaluating(model), _hooks_kept(model):
-        trained, dtype = _logits_and_dtype(model, layers, probe_ids)
-        with bare(model):
-            base = logits_of(model, probe_ids)
-            _refuse_not_finite(base, trained)
-            try:
-                peft_model = load_adapter(model, folder)
-            except UserError as error:
-                raise RunFailed(
-                    f"the exported adapter is not the trained one: {error}; nothing was exported"
-                ) from error
-            try:
-                logits = logits_of(peft_model, probe_ids)
-                off, gain = logit_errors(logits, trained, base)
-                yield Reloaded(peft_model, Errors(_delta_errors(peft_model, layers), off, gain, dtype))
-            finally:
-                peft_model.unload()
-
-
-def _logits_and_dtype(
-    model: nn.Module, layers: Mapping[str, SoraLinear], probe_ids: Tensor
-) -> tuple[Tensor, torch.dtype]:
-    """Logits of the trained model, and the coarsest dtype that it computed them in: under autocast, which accelerate
-    puts into a model's forward and leaves there, another one than its weights have."""
-    seen: list[torch.dtype] = []
-    watched = next(iter(layers.values()))
-    hook = watched.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-    try:
-        logits = logits_of(model, probe_ids)
-    finally:
-        hook.remove()
-    return logits, coarser(coarsest_dtype(model), *seen)
-
-
-@contextlib.contextmanager
-def _hooks_kept(model: nn.Module) -> Iterator[None]:
-    """The forward hooks of all modules as they are now, afterwards: under checkpointing PEFT adds one that lets what
-    embeddings give ask for gradients, each time that it takes a model, and transformers would remove the last alone."""
-    hooks = {module: module._forward_hooks.copy() for module in model.modules()}
-    names = ("_require_grads_hook", "_require_grads_hooks")
-    handles = {name: vars(model)[name] for name in names if name in vars(model)}
-    lists = {name: list(handle) for name, handle in handles.items() if isinstance(handle, list)}
-    try:
-        yield
-    finally:
-        for module, own in hooks.items():
-            if module._forward_hooks.keys() != own.keys():
-                module._forward_hooks.clear()
-                module._forward_hooks.update(own)
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(handles | lists)
-
-
-def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:
-    """RunFailed for logits that nothing can be compared with."""
-    if not bool(base.isfinite().all()):
-        raise RunFailed("the base's own logits are not finite, so that no adapter can be checked; nothing was exported")
-    if not bool(trained.isfinite().all()):
-        raise RunFailed(
-            "the adapted model's logits are not finite: the adapter has diverged; nothing was exported: lower the "
-            "learning rate"
-        )
-
-
-def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """A plain base model with the PEFT adapter of `folder` on it, in eval mode.
-
-    Raises:
-        UserError: the adapter does not fit this base (PEFT itself drops tensors without a module silently).
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    device = next(model.parameters()).device
-    # PEFT draws its initial factors from the global generator; a loop that exports in the middle must not notice.
-    devices = [device] if device.type == "cuda" else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
-        warnings.simplefilter("ignore")
-        if not (folder / WEIGHTS).is_file():  # PEFT would unpickle another file
-            raise UserError(f"{folder} holds no {WEIGHTS}; adapters are read from safetensors alone")
-        try:
-            names = set(load_file(folder / WEIGHTS))
-            loaded = PeftModel.from_pretrained(model, str(folder), torch_device=str(device)).eval()
-        except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the adapter {folder} does not fit this base: {first_line(error)}") from error
-    missing = names - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    if missing:
-        raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")
-    return loaded
-
-
-def _delta_errors(peft_model: nn.Module, layers: Mapping[str, SoraLinear]) -> dict[str, float]:
-    base = peft_model.get_base_model()  # type: ignore[operator]
-    errors = {}
-    for name, trained in layers.items():
-        A, B = _trained_product(trained)
-        layer = base.get_submodule(name)
-        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
-            peft_A = layer.lora_A["default"].weight.detach().cpu()
-            peft_B = layer.lora_B["default"].weight.detach().cpu().double() * layer.scaling["default"]
-        else:
-            peft_A, peft_B = A.new_zeros(0, A.shape[1]), B.new_zeros(B.shape[0], 0)
-        errors[name] = product_distance(A, B, peft_A, peft_B)
-    return errors
-
-
-def _trained_product(layer: SoraLinear) -> tuple[Tensor, Tensor]:
-    """ΔW = B A of a layer as it is trained, in float64: A (R, I) and s · B diag(g) (O, R)."""
-    if layer.lora_A is None or layer.lora_B is None:
-        return torch.zeros(0, layer.in_features).double(), torch.zeros(layer.out_features, 0).double()
-    gate = 1.0 if layer.gate is None else layer.gate.detach().cpu().double()
-    return layer.lora_A.detach().cpu().double(), layer.scaling * layer.lora_B.detach().cpu().double() * gate
+# -------------------------------------------------------------------------------------------------------- publishing
 
 
 def certify_and_publish(
@@ -453,9 +284,7 @@ def certify_and_publish(
     import peft
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
-    problems = [f"ΔW of {name} is off by {e:.2e}" for name, e in errors.delta.items() if not e <= MAX_DELTA_ERROR]
-    problems += logit_problems(errors.logits, errors.gain, errors.dtype, "PEFT's forward shows")
-    if problems:
+    if problems := errors.problems:
         raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
     certificate = {
         **provenance.in_certificate(),

@@ -17,11 +17,10 @@ NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 OF_ZERO = ("ds_id", "_hp_mapping")
 """Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
 WRAPPERS = {
-    "_orig_mod": "torch.compile; compile layers in place: layer.compile()",
-    "_checkpoint_wrapped_module": "torch's checkpoint_wrapper; use model.gradient_checkpointing_enable()",
-    "_fsdp_wrapped_module": "FSDP; wrap the model after inject_sora",
+    "_orig_mod": ("torch.compile", "compile layers in place, layer.compile()"),
+    "_checkpoint_wrapped_module": ("checkpoint_wrapper", "use model.gradient_checkpointing_enable()"),
 }
-"""By what a wrapper of a part of a model calls the module inside: whose it is, and what to do instead."""
+"""By what a wrapper of a part of a model calls the module inside: its name, and what to do instead."""
 
 
 def inject_sora(
@@ -125,8 +124,9 @@ def is_sharded(parameter: Tensor) -> bool:
 def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:
     """UserError for targets that the base knows by other names, or some of whose weights are not in memory."""
     for name in targets:
-        for wrapper in WRAPPERS.keys() & set(name.split(".")):
-            raise UserError(f"{name} is inside a wrapper, so that its name is not the base's: of {WRAPPERS[wrapper]}")
+        for inner in WRAPPERS.keys() & set(name.split(".")):
+            wrapper, instead = WRAPPERS[inner]
+            raise UserError(f"{name} is inside a {wrapper}, under a name that is not the base's; {instead}")
     absent = [name for name, linear in targets.items() if linear.weight.is_meta]
     if 0 < len(absent) < len(targets):
         raise UserError(

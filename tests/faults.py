@@ -38,7 +38,7 @@ PLACES = {
     "save": "sora_llm.checkpoint:save_file",
     "rename": "sora_llm.checkpoint:publish",
     "cut": "sora_llm.pipeline:cut_by_consensus",
-    "reload": "sora_llm.export:load_adapter",
+    "reload": "sora_llm.peft_check:load_adapter",
     "publish": "sora_llm.export:certify_and_publish",
 }
 END = "end"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
-from sora_llm import backbone, export, files
+from sora_llm import backbone, export, files, peft_check
 from sora_llm.artifacts import logit_check
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import load_backbone, load_call
@@ -345,12 +345,12 @@ def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_
 def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, tmp_path, monkeypatch):
     """The model that PEFT sees may differ elsewhere, where no ΔW shows it."""
     model = trained_model("float32", stories)
-    real = export.logits_of
+    real = peft_check.logits_of
 
     def skewed(of_model, ids):
         return real(of_model, ids) * (1.01 if type(of_model).__name__.startswith("Peft") else 1.0)
 
-    monkeypatch.setattr(export, "logits_of", skewed)
+    monkeypatch.setattr(peft_check, "logits_of", skewed)
     with pytest.raises(RunFailed, match="logits are off by"):
         export_adapter(model, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
@@ -361,17 +361,17 @@ def test_a_forward_that_leaves_the_adapter_out_is_noticed_even_if_its_effect_is_
     model = trained_model("bfloat16", stories)
     for layer in adapters(model).values():
         layer.lora_B.data.mul_(0.02)
-    real = export.load_adapter
+    real = peft_check.load_adapter
 
     def inactive(base, folder):
         loaded = real(base, folder)
         loaded.disable_adapter_layers()
         return loaded
 
-    monkeypatch.setattr(export, "load_adapter", inactive)
+    monkeypatch.setattr(peft_check, "load_adapter", inactive)
     with pytest.raises(RunFailed, match=r"PEFT's forward shows -?0\.00 of the adapter's effect"):
         export_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr(export, "load_adapter", real)
+    monkeypatch.setattr(peft_check, "load_adapter", real)
     export_adapter(model, tmp_path / "adapter")
 
 
@@ -726,7 +726,7 @@ def test_a_failed_export_leaves_the_model_training_too(stories, tmp_path, monkey
     def broken(peft_model, layers):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(export, "_delta_errors", broken)
+    monkeypatch.setattr(peft_check, "_delta_errors", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         export_adapter(model, tmp_path / "adapter")
     assert adapters(model) == layers and model.training and not hasattr(model, "peft_config")

@@ -28,6 +28,7 @@ distributed
 base_spec
 base_files
 backbone
+peft_check
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
@@ -147,7 +148,7 @@ def test_the_algorithm_imports_torch_alone(name):
         (("torch.distributed",), {"distributed.collectives", "distributed.group", "distributed.replicas"}),
         (("yaml",), {"config.yaml_text"}),
         (("bitsandbytes",), {"backbone", "quantised"}),
-        (("peft",), {"export", "targets"}),
+        (("peft",), {"export", "peft_check", "targets"}),
         (("huggingface_hub",), {"hub"}),
         (("gguf",), {"artifacts.gguf_lora"}),
         (("matplotlib",), {"report_page.plots"}),

@@ -29,9 +29,9 @@ from sora_llm.commands.sources import (
 from sora_llm.config import Config
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
-from sora_llm.export import load_adapter
 from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
+from sora_llm.peft_check import load_adapter
 from sora_llm.running.unpack import backbone_spec
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sora_llm import export
 from sora_llm.distributed.collectives import gather_objects, is_main, on_main
+from sora_llm.peft_check import reloaded, worst_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def export_verified(
         )
     )
     try:
-        with export.reloaded(model, temporary, probe_ids) as check:
+        with reloaded(model, temporary, probe_ids) as check:
             eval_loss = eval_loss_of(check.peft_model)
         before_publishing()
         # Also the wait for the others: the main process is about to rename the folder that they are reading.
-        worst = export.worst_of(gather_objects(check.errors))
+        worst = worst_of(gather_objects(check.errors))
         if eval_loss is not None:
             metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
             provenance = replace(provenance, metrics=metrics)
