@@ -77,6 +77,9 @@ def test_adapters_of_every_kind_become_the_mean_of_their_products(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [peft_lora(base, tmp_path / kind, seed, **options) for seed, (kind, options) in enumerate(KINDS.items())]
+    taught = [{"path": f"{name}.jsonl", "type": "alpaca"} for name in ("one", "two", "three")]
+    for folder, data in zip(folders, (taught[:2], taught[1:]), strict=False):
+        (folder / "certificate.json").write_text(json.dumps({"data": data}))
     weights = [1.0, 2.0, 0.5, 1.5]
     result = consensus(capsys, *folders, "--weights", *weights, "--out", tmp_path / "merged")
     found, each = deltas(tmp_path / "merged"), [deltas(folder) for folder in folders]
@@ -87,6 +90,7 @@ def test_adapters_of_every_kind_become_the_mean_of_their_products(
     assert result["merge_error"] == 0.0 and result["certificate"]["passed"]
     certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
     assert certificate["merge"]["modules"] == result["modules"] and len(certificate["merge"]["sources"]) == 4
+    assert certificate["data"] == taught, "of all that were merged, each once"
     assert "Who kept what" in (tmp_path / "merged" / "README.md").read_text()
 
 
