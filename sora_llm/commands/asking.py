@@ -15,7 +15,16 @@ from sora_llm import backbone
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import visible
-from sora_llm.commands.subject import Loaded, Subject, find_subject, load, on_base, template_beside, tokenizer_source
+from sora_llm.commands.subject import (
+    Loaded,
+    Subject,
+    add_base_arguments,
+    find_subject,
+    load,
+    on_base,
+    template_beside,
+    tokenizer_source,
+)
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import REASONING, Conversation, Message
 from sora_llm.data.prompts import encode_dialogue, encode_prompt
@@ -34,8 +43,7 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
         "place", metavar="RUN|ADAPTER|CONFIG|MODEL", help="run, checkpoint, LoRA, config or a whole model"
     )
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="of the run's config, as for train")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
-    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
+    add_base_arguments(parser)
     parser.add_argument("--no-adapter", action="store_true", help="ask the base alone")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
@@ -59,7 +67,6 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
         help=f"draw from the likeliest tokens that hold this share; default {sampling.top_p:g}",
     )
     number.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default 0")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     return parser
 
 

@@ -17,7 +17,15 @@ from sora_llm.commands.common import config_parser, exit_code
 from sora_llm.commands.measuring import MeasuredRows, dev_rows, holding_out, measuring, quantization_of
 from sora_llm.commands.places import trained_config
 from sora_llm.commands.sources import base_name, is_one_base
-from sora_llm.commands.subject import Subject, find_subject, load, on_base, template_beside, tokenizer_source
+from sora_llm.commands.subject import (
+    Subject,
+    add_base_arguments,
+    find_subject,
+    load,
+    on_base,
+    template_beside,
+    tokenizer_source,
+)
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import RunFailed, UserError
@@ -47,8 +55,7 @@ def make_parser(prog: str) -> Parser:
         help="another adapter of the same base than the run's own",
     )
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
-    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
+    add_base_arguments(parser)
     parser.add_argument("--data", metavar="FILE", help="another data set: a file, a folder, a glob or a hub id")
     parser.add_argument("--type", choices=tuple(FIELDS), help="of --data; default: as the run's first data set")
     parser.add_argument("--column", action="append", metavar="OURS=THEIRS", help="of --data, where names differ")
@@ -60,7 +67,6 @@ def make_parser(prog: str) -> Parser:
     )
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     return parser
 
 

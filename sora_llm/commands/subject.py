@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -78,6 +79,13 @@ def _is_whole_model(folder: Path) -> bool:
     """Whether it holds a model of transformers and nothing that `find_place` would look for."""
     ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, run_files.CONFIG)
     return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """--base, --load-in-4bit and --trust-remote-code, as `on_base` takes them."""
+    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
 
 def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> Subject:
