@@ -300,10 +300,9 @@ def _name_of(dtype: Any) -> str:
 def module_names(model: nn.Module) -> set[str] | None:
     """The names of the modules of a fresh model of the same class and config; None for a class that wants more than a
     config to be made."""
-    config = copy.deepcopy(model.config)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            fresh = type(model)(config)
+            fresh = type(model)(copy.deepcopy(model.config))
     except Exception:  # whatever its author wrote
         return None
     return {name for name, _ in fresh.named_modules()}
