@@ -94,11 +94,11 @@ def export_adapter(
     _check_model(model)
     probe_ids = default_probe(model) if probe_ids is None else probe_ids
     check_probe(model, probe_ids)
-    if not allow_empty and not any(_has_learned(layer) for layer in adapters(model).values()):
-        warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
     provenance = _as_loaded(provenance or Provenance(base_model=str(getattr(model, "name_or_path", ""))), model)
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
+        if not allow_empty and not any(_has_learned(layer) for layer in adapters(model).values()):
+            warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
         with reloaded(model, temporary, probe_ids) as check:
             pass
         return certify_and_publish(model, temporary, folder, layout, check.errors, provenance)
