@@ -40,7 +40,7 @@ from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, bare, is_sharded, layer_shapes, unwrapped
 from sora_llm.peft_check import Errors, reloaded
-from sora_llm.sora import SoraLinear, fold
+from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, matches
 
 LAYOUTS = ("padded", "ragged")
@@ -97,7 +97,8 @@ def export_adapter(
     provenance = _as_loaded(provenance or Provenance(base_model=str(getattr(model, "name_or_path", ""))), model)
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
-        if not allow_empty and not any(_has_learned(layer) for layer in adapters(model).values()):
+        branches = [layer.lora_B for layer in adapters(model).values() if layer.lora_B is not None]
+        if branches and not allow_empty and not any(bool(lora_B.any()) for lora_B in branches):
             warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
         with reloaded(model, temporary, probe_ids) as check:
             pass
@@ -140,11 +141,6 @@ def _check_model(model: nn.Module) -> None:
             f"{others[0]} is trained too, and an exported LoRA would leave it out ({len(others)} tensors outside the "
             "adapters ask for gradients); freeze it if it is as it was in the base"
         )
-
-
-def _has_learned(layer: SoraLinear) -> bool:
-    """Whether its ΔW may be other than 0."""
-    return layer.lora_B is not None and bool(layer.lora_B.any())
 
 
 def _as_loaded(provenance: Provenance, model: Any) -> Provenance:

@@ -258,7 +258,7 @@ def parameter_groups(
         raise ValueError("the model has no SoRA adapters: call inject_sora(model) first")
     if not factors:
         raise ValueError("every rank of the adapters was cut: there is nothing left to train")
-    if not any(factor.requires_grad for factor in factors):
+    if not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters(recurse=False)):
         raise ValueError(
             "the adapters are frozen, so that nothing would be trained: what freezes a base (such as "
             "prepare_model_for_kbit_training) belongs before inject_sora"

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, coarser, logit_errors, logit_problems, logits_of
+from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import product_distance
 from sora_llm.inject import adapters, bare, evaluating
-from sora_llm.quantised import coarsest_dtype
+from sora_llm.quantised import coarser, coarsest_dtype
 from sora_llm.sora import SoraLinear
 
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7

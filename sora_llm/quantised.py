@@ -179,6 +179,11 @@ def coarsest_dtype(model: nn.Module) -> torch.dtype:
             dtypes.append(torch.bfloat16)
         elif isinstance(module, Linear4bit) and module.compute_dtype is not None:
             dtypes.append(module.compute_dtype)
+    return coarser(*dtypes)
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The coarsest of them."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 

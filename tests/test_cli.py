@@ -258,10 +258,11 @@ def test_zero3_leaves_so_many_weights_whole_and_not_more():
 
 
 def test_the_estimate_reads_what_the_deepspeed_config_says_of_weights_that_stay_whole(tmp_path, capsys):
+    """max_live_parameters bounds what is fetched ahead alone."""
     overrides = [*gsm8k_overrides(tmp_path / "run"), "distributed.strategy=zero3"]
     file = tmp_path / "zero.json"
     found = []
-    for section in ({}, {"stage3_max_live_parameters": "auto"}, {"stage3_max_reuse_distance": 1e3}):
+    for section in ({}, {"stage3_max_live_parameters": 1e3}, {"stage3_max_reuse_distance": 1e3}):
         file.write_text(json.dumps({"zero_optimization": section}))
         run = [*overrides, f"distributed.deepspeed_config={file}", "--num-processes", "4", "--json"]
         assert cli.main(["estimate", CONFIG, *run]) == 0

@@ -214,7 +214,9 @@ def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too
     assert not warning(alike), "each started from what the other one is now"
 
 
-def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_base_counts_too(lora, tmp_path, capsys):
+def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_base_counts_too(
+    stories, lora, tmp_path, capsys
+):
     run = numbers_run(tmp_path, lora)
     data = {"path": str(tmp_path / "numbers.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
     others = {**data, "path": str(tmp_path / "others.jsonl")}
@@ -239,11 +241,23 @@ def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_b
     own["data"] = [one for one in own["data"] if "numbers" in one["path"]]
     (alike / "adapter" / "certificate.json").write_text(json.dumps(own))
     assert not warning(alike), "of its own data set it held these rows out"
+    later = numbers_run(tmp_path, lora, "later", **{**options, "model.adapter": str(alike / "adapter")})
+    claims = [{"path": one["path"], "type": one["type"]} for one in (others, data)]
+    (later / "adapter" / "certificate.json").write_text(json.dumps({"data": claims}))
+    again = numbers_run(tmp_path, lora, "again", **{"model.adapter": str(later / "adapter")})
+    assert not warning(alike, "--adapter", later) and not warning(again), "it is known that each held these rows out"
+    weighted = numbers_run(tmp_path, lora, "weighted", **{"data.datasets": [{**data, "weight": 1.0}]})
+    assert not warning(alike, "--adapter", weighted), "a weight decides how often a row is trained on"
+    elsewhere = numbers_run(tmp_path, lora, "elsewhere", **{"model.name_or_path": "~nobody/base"})
+    assert not warning(elsewhere, "--base", stories), "a home that is nobody's here"
     merged = tmp_path / "merged"
     assert cli.main(["export", str(alike), "--out", str(merged), "--layout", "merged"]) == 0
     beside = numbers_run(tmp_path, lora, "beside", **{"model.name_or_path": str(merged), "data.datasets": [others]})
     assert warning(beside, "--data", data["path"]) and warning(merged, "--data", data["path"], *form)
-    assert not warning(beside)
+    assert cli.main(["evaluate", str(beside)]) == 0 and "may have seen" not in capsys.readouterr().err
+    assert cli.main(["export", str(beside), "--out", str(tmp_path / "beside-out")]) == 0
+    taught = json.loads((tmp_path / "beside-out" / "certificate.json").read_text())["data"]
+    assert [one["path"] for one in taught] == [others["path"], data["path"]], "its base's too"
 
 
 def test_a_chat_template_that_each_run_kept_is_one_if_it_says_the_same(lora, tmp_path, capsys):
@@ -276,16 +290,22 @@ def test_a_chat_template_that_each_run_kept_is_one_if_it_says_the_same(lora, tmp
         [{"path": "a\0b.jsonl", "type": "alpaca"}, {"path": "a\n# b", "type": "alpaca"}],
         [{"path": "a" * 5000, "type": "alpaca"}],
         [{"path": "~nobody/x.jsonl", "type": "alpaca"}],
-        [{"path": "x.jsonl", "type": "alpaca", "split": 3}, {"path": "x.jsonl", "type": "alpaca", "separator": 3}],
+        [{"path": "{rows}", "type": "alpaca", "split": 3}],
+        [{"path": "{rows}", "type": "prompt_completion", "separator": 3}],
         [None, 3, {"path": 3, "type": "alpaca"}, {"type": "alpaca"}, {"path": "x"}, {"path": "x", "type": "y"}],
         {"path": "x"},
     ],
 )
 def test_a_certificate_that_claims_nonsense_is_not_listened_to(data, lora, rows, tmp_path, capsys):
     adapter = Path(shutil.copytree(lora, tmp_path / "lora"))
-    (adapter / "certificate.json").write_text(json.dumps({"data": data}))
+    (adapter / "certificate.json").write_text(json.dumps({"data": data}).replace("{rows}", str(rows)))
     assert cli.main(["evaluate", str(adapter), "--data", str(rows), *FORM]) == 0
     assert "warning" not in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert cli.main(["export", str(adapter), "--out", str(out)]) == 0
+    passed_on = json.loads((out / "certificate.json").read_text()).get("data", [])
+    assert all(one["path"].isprintable() and one["type"] == "alpaca" for one in passed_on), "what is text alone"
+    assert "# b" not in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

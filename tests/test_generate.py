@@ -260,6 +260,7 @@ def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_
         ({"instruction": "Add.", "input": "1 2"}, "has an input beside its instruction, which needs a chat template"),
         ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "offers tools"),
         ({"instruction": 3}, "p.jsonl:1: instruction"),
+        ({"instruction": 3, "messages": None}, "p.jsonl:1: instruction"),
         ({"question": "?"}, "is none of "),
         ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]}, "is none of "),
         ({"instruction": "Add.", "messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant"),

@@ -58,7 +58,9 @@ def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_
     for name in ("a.jsonl", "b.jsonl"):
         (start / name).write_text("{}\n")
     paths = [{"path": path, "type": "completion"} for path in ("a.jsonl", "[ab].jsonl", "owner/name")]
-    options = {"model.name_or_path": "models/base", "data.datasets": paths, "model.adapter": "nowhere"}
+    (start / "mistral").mkdir()  # which the name of a built-in template is not
+    options = {"model.name_or_path": "models/base", "data.datasets": paths, "model.adapter": "~nobody/nowhere"}
+    options["data.chat_template"] = "mistral"
     run = run_dir(start / "outputs/run", **options)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), "outputs/run"))
     monkeypatch.chdir(start)
@@ -67,7 +69,8 @@ def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_
     monkeypatch.chdir(elsewhere)
     found = find_place(start / "outputs/run").config
     assert found is not None and found.model.name_or_path == str(start / "models/base")
-    assert found.model.adapter == "nowhere", "which is not there either"
+    assert found.model.adapter == "~nobody/nowhere", "which is not there either"
+    assert found.data.chat_template == "mistral"
     expected = [str(start / "a.jsonl"), str(start / "[ab].jsonl"), "owner/name"]
     assert [dataset.path for dataset in found.data.datasets] == expected
     (elsewhere / "a.jsonl").write_text("{}\n")

@@ -47,11 +47,6 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
 
 
-def coarser(*dtypes: torch.dtype) -> torch.dtype:
-    """The coarsest of them."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def check_probe(model: nn.Module, ids: object) -> None:
     """UserError for what are no token ids (B, T) of a model."""
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -36,7 +36,7 @@ from sora_llm.inject import put_on
 from sora_llm.merge import Merged, merge, merge_errors
 from sora_llm.prompt_form import recorded_separator
 from sora_llm.quantised import is_quantised
-from sora_llm.running.lessons import for_certificate
+from sora_llm.running.lessons import once
 
 
 def make_parser(prog: str) -> Parser:
@@ -165,7 +165,7 @@ def export_consensus(
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
-        data=for_certificate(lesson for source in sources for lesson in source.lessons),
+        data=once([entry for source in sources for entry in source.data]),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
         separator=shared_separator(result),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,16 +216,16 @@ def trained_as(subject: Subject) -> Config | None:
         return None
 
 
-def lessons_behind(subject: Subject, trained: Config | None) -> Iterator[Lesson]:
+def lessons_behind(subject: Subject, trained: Config | None) -> list[Lesson]:
     """What the adapter that is measured was trained on, or the one that was merged into the model: under `trained`,
     where that is known."""
     folder = subject.certified
     if folder is None:
-        return iter(())
+        return []
     return lessons_in(folder) if trained is None else lessons_of(trained, folder)
 
 
-def warn_of_seen_rows(name: str, lessons: Iterator[Lesson], measured: Config) -> None:
+def warn_of_seen_rows(name: str, lessons: Sequence[Lesson], measured: Config) -> None:
     """Say that `name` may have been trained on rows that the config `measured` names or holds out."""
     if (path := learned_from(lessons, measured)) is not None:
         warn(f"{name} was trained on {path} too, so that it may have seen rows measured here")

@@ -47,7 +47,6 @@ from sora_llm.report import read_json_lines
 from sora_llm.run_files import stage_name
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import check_inputs
-from sora_llm.running.lessons import for_certificate
 from sora_llm.topology import ALONE
 
 BASES = ("dequantized", "original")
@@ -259,7 +258,7 @@ def provenance_of(
     return Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
-        data=for_certificate(source.lessons),
+        data=source.data,
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,

@@ -155,7 +155,7 @@ def _of_row(line: str, place: str) -> Prompt:
         return of_text(row["prompt"], place)
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} is none of {{"prompt": "…"}}, {{"messages": […]}} and {{"instruction": "…"}}')
-    if "messages" not in row:  # an alpaca row, whatever its answer would be
+    if row.get("messages") is None:  # an alpaca row, whatever its answer would be
         said = {name: row[name] for name in ("system", "history", "instruction", "input") if row.get(name)}
         return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
     conversation = _conversation(row, "messages", place)

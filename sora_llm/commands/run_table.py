@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_llm.config import differing_keys, flattened
+from sora_llm.config import CHANGES_NO_ROW, differing_keys, flattened
 from sora_llm.report_page.untrusted import setting
 
 MISSING = "-"
-NO_DEV_ROWS = ("data.sample_packing", "data.num_proc", "data.cache_dir", "data.max_bad_row_fraction")
-"""Settings of the data that change no dev row."""
 
 
 def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
@@ -35,11 +33,9 @@ def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
 
 def _decides_dev_rows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether runs that differ in a setting are measured on other rows, or on other tokens of them."""
-    if key in ("model.name_or_path", "model.revision"):  # another base may have another tokenizer
-        return True
     if key == "train.seed" or key.startswith("data.datasets."):
         return not key.endswith(".weight") and any(_holds_out(config) for config in configs)
-    return key.startswith("data.") and not key.startswith(NO_DEV_ROWS)
+    return key.startswith("data.") and key.removeprefix("data.") not in CHANGES_NO_ROW
 
 
 def _holds_out(config: Mapping[str, Any]) -> bool:
@@ -65,6 +61,8 @@ def as_text(content: Mapping[str, Any]) -> str:
         lines += ["", "no setting differs"]
     if content["of_other_dev_rows"] and sum(run["eval_loss"] is not None for run in content["runs"]) > 1:
         lines += ["", f"dev losses are not of the same rows or tokens: {', '.join(content['of_other_dev_rows'])}"]
+    if not {"model.name_or_path", "model.revision"}.isdisjoint(content["settings"]):
+        lines += ["", "losses of other bases are of other tokens, if these have other tokenizers"]
     lines += [f"the config of run {number} cannot be read: its settings are not compared" for number in unread]
     return "\n".join(lines)
 

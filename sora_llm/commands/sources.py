@@ -30,7 +30,7 @@ from sora_llm.factors import (
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_form import exported_template, has_conversations
-from sora_llm.running.lessons import Lesson, lessons_in, lessons_of
+from sora_llm.running.lessons import for_certificate
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
@@ -54,7 +54,8 @@ class SavedAdapter:
     targets: frozenset[str]
     selector: str | list[str] | None = None
     spec: BackboneSpec | None = None
-    lessons: tuple[Lesson, ...] = ()
+    data: Sequence[Mapping[str, str]] = ()
+    """What it was trained on, as a certificate says it."""
     folder: Path | None = None
     config: Config | None = None
     base_digest: str | None = None
@@ -109,7 +110,7 @@ def source_of(place: Place) -> SavedAdapter:
         folder=folder,
         base_digest=lora.base_digest,
     )
-    return replace(source, lessons=tuple(lessons_in(folder))) if config is None else _of_run(source, config)
+    return replace(source, data=for_certificate(None, folder)) if config is None else _of_run(source, config)
 
 
 def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
@@ -124,7 +125,7 @@ def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
         base=config.model.name_or_path,
         revision=config.model.revision,
         spec=backbone_spec(config, "none"),
-        lessons=tuple(lessons_of(config, source.folder)),
+        data=for_certificate(config, source.folder),
         config=config,
     )
 

@@ -17,6 +17,7 @@ from sora_llm.config.names import ALIASES as ALIASES
 from sora_llm.config.names import OLD_NAMES as OLD_NAMES
 from sora_llm.config.reading import from_dict as from_dict
 from sora_llm.config.reading import load_config as load_config
+from sora_llm.config.resuming import CHANGES_NO_ROW as CHANGES_NO_ROW
 from sora_llm.config.resuming import resume_conflicts as resume_conflicts
 from sora_llm.config.schema import Config as Config
 from sora_llm.config.schema import Data as Data

@@ -8,6 +8,8 @@ from typing import Any
 from sora_llm.config.schema import Config
 from sora_llm.config.writing import differing_keys, to_dict
 
+CHANGES_NO_ROW = ("sample_packing", "max_bad_row_fraction", "num_proc", "cache_dir")
+"""Keys of data that change neither rows nor which of them are held out; nor does the weight of a data set."""
 FREE_ON_RESUME = (
     "output.",
     "evaluation.",

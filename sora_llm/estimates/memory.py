@@ -15,7 +15,7 @@ from sora_llm.targets import linear_layers, target_linears
 
 LIVE_ELEMENTS = 10**9
 """Of frozen weights, those that ZeRO-3 may leave whole on a process, whatever the number of processes: DeepSpeed's
-defaults (0.19) of stage3_max_live_parameters and stage3_max_reuse_distance."""
+default (0.19) of stage3_max_reuse_distance."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sora_llm.prompt_form import has_conversations
 from sora_llm.running.data_words import describe_data
 from sora_llm.running.held_out import learned_from, sharing_rows
 from sora_llm.running.job import Job
-from sora_llm.running.lessons import lessons_in
+from sora_llm.running.lessons import lesson_of_base, lessons_in
 from sora_llm.running.plan import Plan, Stage, so_many_steps
 from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
@@ -117,6 +117,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
         yield (f"the sparsify phase has no step after the first one that learns something: {what}; train longer{later}")
     data = plan.config.data
     yield from _of_dev_rows(data)
+    yield from _of_rows_seen_by_the_base(plan.config)
     if not has_conversations((*data.datasets, *(data.val_datasets or ()))):
         for key, is_set in (
             ("chat_template", data.chat_template is not None),
@@ -144,6 +145,15 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
         yield (
             f"model.adapter was trained on {path}, and nothing says that with the same rows held out: dev rows of this "
             "run may be some that it has seen; name dev rows of their own with data.val_datasets, or hold the same out"
+        )
+
+
+def _of_rows_seen_by_the_base(config: Config) -> Iterator[str]:
+    """A sentence about dev rows on which an adapter may have been trained that was merged into the base."""
+    if (path := learned_from([lesson_of_base(config)], config)) is not None:
+        yield (
+            f"model.name_or_path has an adapter merged into it that was trained on {path}: dev rows of this run may be "
+            "some that it has seen; name others with data.val_datasets"
         )
 
 

@@ -28,7 +28,7 @@ from sora_llm.running.job import (
     Job,
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
-from sora_llm.running.lessons import for_certificate, lessons_of
+from sora_llm.running.lessons import for_certificate
 from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
@@ -116,7 +116,7 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
     return Provenance(
         base_model=config.model.name_or_path,
         revision=config.model.revision,
-        data=for_certificate(lessons_of(config)),
+        data=for_certificate(config),
         metrics={name: loss for name, loss in losses.items() if loss is not None},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),

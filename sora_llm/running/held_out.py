@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from sora_llm.config import Config, Data, Dataset
+from sora_llm.config import CHANGES_NO_ROW, Config, Data, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.local_files import is_local, local_files
 from sora_llm.errors import UserError
-from sora_llm.files import user_path
 from sora_llm.running.lessons import Lesson
 
 
@@ -22,21 +22,15 @@ def hold_out_alike(one: Config, other: Config) -> bool:
 
 def _what_decides(data: Data) -> Data:
     """Without the options that change no row, and with the text of a chat template that is a file."""
-    usual, template = Data(), data.chat_template
+    usual, template = {name: getattr(Data(), name) for name in CHANGES_NO_ROW}, data.chat_template
     if template is not None and template not in TEMPLATES:
-        file = user_path(template, "data.chat_template")
+        file = Path(template)
         try:
-            template = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # of an older run, and not there any more
+            template = file.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, RuntimeError):  # of an older run, and not there any more
             template = str(file)
-    return replace(
-        data,
-        chat_template=template,
-        sample_packing=usual.sample_packing,
-        max_bad_row_fraction=usual.max_bad_row_fraction,
-        num_proc=usual.num_proc,
-        cache_dir=usual.cache_dir,
-    )
+    datasets = tuple(replace(dataset, weight=None) for dataset in data.datasets)
+    return replace(data, chat_template=template, datasets=datasets, **usual)
 
 
 def learned_from(lessons: Iterable[Lesson], measured: Config) -> str | None:

@@ -21,6 +21,7 @@ from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import packs_flat
 from sora_llm.config import Config, Dataset
 from sora_llm.data.batches import collate
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec, check_paths
@@ -228,15 +229,16 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
         return config
 
     def found(path: str) -> str:
-        there = start / Path(path).expanduser()
-        return str(there) if not _leads_somewhere(Path(path).expanduser()) and _leads_somewhere(there) else path
+        here = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for a home that is nobody's
+        there = str(start / here)
+        return there if not _leads_somewhere(here) and _leads_somewhere(there) else path
 
     def those(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
         return tuple(replace(dataset, path=found(dataset.path)) for dataset in datasets)
 
     model, data = config.model, config.data
     adapter = None if model.adapter is None else found(model.adapter)
-    template = None if data.chat_template is None else found(data.chat_template)
+    template = data.chat_template if data.chat_template in (None, *TEMPLATES) else found(str(data.chat_template))
     dev = None if data.val_datasets is None else those(data.val_datasets)
     return replace(
         config,
@@ -245,9 +247,9 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
     )
 
 
-def _leads_somewhere(path: Path) -> bool:
+def _leads_somewhere(path: str) -> bool:
     """Whether there is something at a path, or something that matches it as a pattern."""
-    return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # noqa: PTH207 - any pattern
+    return Path(path).exists() or next(glob.iglob(path, recursive=True), None) is not None  # noqa: PTH207 - any pattern
 
 
 def is_run(folder: Path) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sora_llm import run_files
 from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.errors import UserError
-from sora_llm.files import user_path
 from sora_llm.prompt_form import names_template_file
 from sora_llm.row_types import FIELDS
 from sora_llm.running.inputs import run_of_adapter, seen_from_here
@@ -26,30 +25,35 @@ class Lesson:
     config: Config | None = None
 
 
-def lessons_of(config: Config, folder: Path | None = None, visited: frozenset[Path] = frozenset()) -> Iterator[Lesson]:
+def lessons_of(config: Config, folder: Path | None = None, visited: frozenset[Path] = frozenset()) -> list[Lesson]:
     """The lessons of an adapter that was trained under a config and, where a `folder` is given, lies there: its own,
     those of an adapter that was merged into its base and of the one that it started from, as far as they are still
-    there, and those that its own certificate claims beside."""
-    yield Lesson(config.data.datasets, config)
-    yield Lesson(_claims(user_path(config.model.name_or_path, "model.name_or_path")))
+    there, and what its own certificate claims beside what is known of them."""
+    found = [Lesson(config.data.datasets, config), lesson_of_base(config)]
     if config.model.adapter is not None:
-        yield from lessons_in(user_path(config.model.adapter, "model.adapter"), visited)
-    if folder is not None:
-        own = config.data.datasets
-        others = [claim for claim in _claims(folder) if not any(_is_same(claim, dataset) for dataset in own)]
-        yield Lesson(others)
+        found += lessons_in(_folder(config.model.adapter), visited)
+    known = [dataset for lesson in found if lesson.config is not None for dataset in lesson.datasets]
+    claims = [] if folder is None else _claims(folder)
+    return [*found, Lesson([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
 
 
-def lessons_in(folder: Path, visited: frozenset[Path] = frozenset()) -> Iterator[Lesson]:
+def lesson_of_base(config: Config) -> Lesson:
+    """What an adapter that was merged into a run's base was trained on."""
+    return Lesson(_claims(_folder(config.model.name_or_path)))
+
+
+def _folder(path: str) -> Path:
+    """The folder that a run's config names, also where the home that it means is nobody's here."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for such a home
+
+
+def lessons_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[Lesson]:
     """The lessons of what lies in a folder, a LoRA or a model with one merged into it.  A LoRA that was trained anew
     may start from what had started from it: folders that are `visited` have none."""
     if folder in visited:
-        return
+        return []
     config = _run_config(folder)
-    if config is None:
-        yield Lesson(_claims(folder))
-    else:
-        yield from lessons_of(config, folder, visited | {folder})
+    return [Lesson(_claims(folder))] if config is None else lessons_of(config, folder, visited | {folder})
 
 
 def _run_config(folder: Path) -> Config | None:
@@ -85,14 +89,22 @@ def _claims(folder: Path) -> list[Dataset]:
 
 
 def _is_same(claim: Dataset, own: Dataset) -> bool:
-    """Whether a run's certificate means its own data set, which may be seen from another folder by now."""
-    rest = replace(own, path=claim.path)
-    return _entry(rest) == _entry(claim) and (own.path == claim.path or own.path.endswith(f"/{claim.path}"))
+    """Whether a certificate means a data set of a run, which may be seen from another folder by now."""
+    rest, written = replace(own, path=claim.path), os.path.normpath(claim.path)
+    return _entry(rest) == _entry(claim) and (own.path == claim.path or own.path.endswith(f"/{written}"))
 
 
-def for_certificate(lessons: Iterable[Lesson]) -> list[Mapping[str, Any]]:
-    """Their data sets as a certificate names them, paths as they were written, each once."""
-    entries = [_entry(dataset) for lesson in lessons for dataset in lesson.datasets]
+def for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
+    """What the certificate of an adapter says that it was trained on: what the one in its folder says, if that does,
+    else by its lessons, under a config or in the folder; paths as they were written."""
+    if folder is not None and (claims := _claims(folder)):
+        return once([_entry(claim) for claim in claims])
+    lessons = lessons_of(config) if config is not None else []
+    return once([_entry(dataset) for lesson in lessons for dataset in lesson.datasets])
+
+
+def once(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Each of them once, in their order."""
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 

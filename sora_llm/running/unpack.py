@@ -91,12 +91,13 @@ def estimate_memory(
 
 
 def _live_elements(config: Config) -> int:
-    """How many elements of frozen weights ZeRO-3 leaves whole, as the run's DeepSpeed config says."""
+    """How many elements of frozen weights ZeRO-3 leaves whole from one use to the next, as the run's DeepSpeed config
+    says; stage3_max_live_parameters bounds what it fetches ahead, and not these."""
     file = config.distributed.deepspeed_config
     section = None if file is None else read_deepspeed_config(file).get("zero_optimization")
     said = section if isinstance(section, dict) else {}
-    limits = [said.get(f"stage3_max_{name}") for name in ("live_parameters", "reuse_distance")]
-    return int(min(limit if isinstance(limit, int | float) else LIVE_ELEMENTS for limit in limits))
+    limit = said.get("stage3_max_reuse_distance")
+    return int(limit) if isinstance(limit, int | float) else LIVE_ELEMENTS
 
 
 def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work | None:
