@@ -96,7 +96,7 @@ def _is_same(claim: Dataset, own: Dataset) -> bool:
 
 def for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
     """What the certificate of an adapter says that it was trained on: what the one in its folder says, if that does,
-    else by its lessons, under a config or in the folder; paths as they were written."""
+    else the lessons of a run's config; paths as they were written."""
     if folder is not None and (claims := _claims(folder)):
         return once([_entry(claim) for claim in claims])
     lessons = lessons_of(config) if config is not None else []
