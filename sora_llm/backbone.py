@@ -273,24 +273,31 @@ def spec_of(model: Any) -> BackboneSpec | None:
     can be loaded here, or in several."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    dtype = _name_of(model.get_input_embeddings().weight.dtype)
-    eight = any(isinstance(layer, Linear8bitLt) for layer in model.modules())
-    head = model.get_output_embeddings()
-    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-    plain = {_name_of(m.weight.dtype) for m in linears if not isinstance(m, Linear4bit | Linear8bitLt)}
-    four: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
-    weights = [(layer.weight, _name_of(layer.compute_dtype or dtype)) for layer in four]
-    forms = {(weight.quant_type, weight.compress_statistics, compute) for weight, compute in weights}
-    is_known = bool(forms) or eight or settings_in(model.config) is None
-    is_one = len(forms) + eight + bool(plain) <= 1 and plain <= {dtype}
-    if dtype not in ("bfloat16", "float16", "float32") or not is_one or not is_known:
-        return None
-    spec = BackboneSpec(str(getattr(model, "name_or_path", "")), dtype=dtype, load_in_8bit=eight)
-    for quant_type, double_quant, compute_dtype in forms:
-        spec = replace(
-            spec, load_in_4bit=True, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
-        )
-    return spec
+    dtype, head = _name_of(model.get_input_embeddings().weight.dtype), model.get_output_embeddings()
+    whole = BackboneSpec(str(getattr(model, "name_or_path", "")), dtype=dtype)
+
+    def as_held(layer: Any) -> BackboneSpec:
+        if isinstance(layer, Linear4bit):
+            weight: Any = layer.weight
+            return replace(
+                whole,
+                load_in_4bit=True,
+                quant_type=weight.quant_type,
+                double_quant=weight.compress_statistics,
+                compute_dtype=_name_of(layer.compute_dtype or dtype),
+            )
+        if isinstance(layer, Linear8bitLt):
+            return replace(whole, load_in_8bit=True)
+        return replace(whole, dtype=_name_of(layer.weight.dtype))
+
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    # A head that is not quantised says nothing: it is left as it was beside quantised layers.
+    said = [layer for layer in linears if layer is not head or isinstance(layer, Linear4bit | Linear8bitLt)]
+    forms = {as_held(layer) for layer in said} or {whole}
+    form = forms.pop()
+    is_known = form.is_quantised or settings_in(model.config) is None
+    is_loadable = form.dtype == dtype and dtype in ("bfloat16", "float16", "float32")
+    return form if not forms and is_known and is_loadable else None
 
 
 def _name_of(dtype: Any) -> str:

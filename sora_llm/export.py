@@ -38,9 +38,9 @@ from sora_llm.backbone import load_call, module_names, spec_of
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, is_sharded, layer_shapes, unwrapped
+from sora_llm.inject import adapter_parameters, adapters, bare, layer_shapes, unwrapped
 from sora_llm.peft_check import Errors, reloaded
-from sora_llm.sora import fold
+from sora_llm.sora import fold, is_sharded
 from sora_llm.targets import linear_layers, matches
 
 LAYOUTS = ("padded", "ragged")

@@ -172,6 +172,11 @@ def user_path(text: str, key: str) -> Path:
         raise UserError(f"{key} is {text!r}: {error}") from None
 
 
+def expanded(text: str) -> str:
+    """A path with its ~ expanded, and as it is where that home is nobody's here: of a run that somebody else made."""
+    return os.path.expanduser(text)  # noqa: PTH111 - pathlib raises for such a home
+
+
 def caches() -> Path:
     """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches; UserError without a home."""
     try:

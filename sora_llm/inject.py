@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
-from sora_llm.sora import Neighbours, SoraLinear
+from sora_llm.sora import Neighbours, SoraLinear, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -114,11 +114,6 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
             f"{who} makes new parameters, and DeepSpeed's ZeRO holds the present ones; sora_llm.train takes a model "
             "out of its engine and makes another one, which a loop of your own cannot"
         )
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether fully_shard has left this process a part of it alone (a DTensor)."""
-    return hasattr(parameter, "placements")
 
 
 def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:

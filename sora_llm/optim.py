@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm.sora import SoraLinear, hard_threshold, soft_threshold
+from sora_llm.sora import SoraLinear, hard_threshold, is_sharded, soft_threshold
 from sora_llm.values import is_number
 
 THRESHOLDS = ("decoupled", "proxgen", "constant", "adaptive")
@@ -104,7 +104,7 @@ class ProxAdamW(torch.optim.AdamW):
         not have any more; before anything is changed."""
         for group in self.param_groups:
             _check_group(group)
-            if any(hasattr(param, "placements") for param in group["params"]):
+            if any(map(is_sharded, group["params"])):
                 raise ValueError(
                     "parameters are sharded by fully_shard, and the prox is not for such: use DDP, or ZeRO"
                 )

@@ -117,7 +117,6 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
     hooks = {module: module._forward_hooks.copy() for module in model.modules()}
     names = ("_require_grads_hook", "_require_grads_hooks")
     handles = {name: vars(model)[name] for name in names if name in vars(model)}
-    lists = {name: list(handle) for name, handle in handles.items() if isinstance(handle, list)}
     try:
         yield
     finally:
@@ -127,7 +126,7 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
                 module._forward_hooks.update(own)
         for name in names:
             vars(model).pop(name, None)
-        vars(model).update(handles | lists)
+        vars(model).update(handles)
 
 
 def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:

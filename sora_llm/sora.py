@@ -109,6 +109,11 @@ def is_partitioned(parameter: object) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_sharded(parameter: object) -> bool:
+    """Whether fully_shard has left this process a part of a parameter alone (a DTensor)."""
+    return hasattr(parameter, "placements")
+
+
 def _down(x: Tensor, dropout: float, seed: int, *factors: Tensor) -> tuple[Tensor, ...]:
     """x for the base layer, and u = A drop(x) as (R, T) for each A."""
     with _in_own_dtypes(x):

@@ -150,18 +150,20 @@ def test_a_compiled_model_is_cut_like_the_one_inside() -> None:
     assert all(torch.equal(inside[name], parameter) for name, parameter in adapter_parameters(model).items())
 
 
+def said(action: Callable[[], Any]) -> str:
+    """What an action is refused with."""
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:  # UserError among them
+        return str(error)
+    return "nothing"
+
+
 def cut_inside_ddp() -> dict[str, str]:
     """What a process sees that goes on with the wrapper that it had before the cut, and with a new one."""
     torch.distributed.init_process_group("gloo")
     model = trained()
     wrapped = {"old": nn.parallel.DistributedDataParallel(model)}
-
-    def said(action: Callable[[], Any]) -> str:
-        try:
-            action()
-        except (UserError, RuntimeError) as error:
-            return str(error)
-        return "nothing"
 
     report = {"handed over": said(lambda: consensus_prune(wrapped["old"], target_rank=2))}
     report["compiled"] = said(lambda: consensus_prune(torch.compile(wrapped["old"]), target_rank=2))
@@ -187,13 +189,6 @@ def inside_fsdp(version: int, folder: str) -> dict[str, str]:
         wrapped: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     else:
         wrapped = fully_shard(model)
-
-    def said(action: Callable[[], Any]) -> str:
-        try:
-            action()
-        except (UserError, ValueError) as error:
-            return str(error)
-        return "nothing"
 
     optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2, 0.5))
     wrapped(input_ids=IDS).logits.sum().backward()

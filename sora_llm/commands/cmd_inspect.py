@@ -86,8 +86,9 @@ def folder_of(name: str) -> Path:
 def refuse_other_folder(folder: Path) -> None:
     """UserError unless a folder is a run directory."""
     if not is_run_directory(folder):
-        if (folder / "config.json").is_file() or any(folder.glob("*.gguf")):
-            kind = "a whole model" if (folder / "config.json").is_file() else "an adapter for llama.cpp"
+        is_model = (folder / "config.json").is_file()
+        if is_model or any(folder.glob("*.gguf")):
+            kind = "a whole model" if is_model else "an adapter for llama.cpp"
             told = "its README.md and certificate.json tell of it; " if (folder / "certificate.json").is_file() else ""
             raise UserError(f"{folder} holds {kind}; {told}name a run, a checkpoint or a LoRA")
         raise UserError(

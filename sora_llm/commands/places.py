@@ -13,7 +13,14 @@ from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.prompt_form import names_template_file
-from sora_llm.running.inputs import absolute, is_run, run_of_adapter, seen_from_here
+from sora_llm.running.inputs import (
+    FOR_LLAMA_CPP,
+    absolute,
+    is_run,
+    run_of_adapter,
+    seen_from_here,
+    with_kept_template,
+)
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,14 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         if is_run(run_dir):
             config = seen_from_here(config, run_dir)
             if names_template_file(config):
-                config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
+                config = with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
         return Place(name, folder, config)
     if (folder / run_files.CONFIG).is_file():
         config_file = folder / run_files.CONFIG
         place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
         return _as_trained(place, overrides)
     if any(folder.glob("*.gguf")):
-        raise UserError(
-            f"{name} holds an adapter for llama.cpp, which is only written here; name what it was made from"
-        )
+        raise UserError(f"{name} {FOR_LLAMA_CPP}")
     raise UserError(f"{name} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
 
 
@@ -120,15 +125,8 @@ def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
     # Beside the adapter of a run that rendered nothing lies the base's template, if any.
     if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):
         beside = [] if place.adapter is None else [place.adapter / TEMPLATE]
-        config = _with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
+        config = with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
     return replace(place, config=config)
-
-
-def _with_kept_template(config: Config, *files: Path) -> Config:
-    """With the first of the files that is there as its chat template: the one that the config names may have changed
-    since."""
-    kept = next((file for file in files if file.is_file()), None)
-    return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
 
 
 def trained_config(place: Place) -> Config | None:

@@ -62,12 +62,12 @@ def served_template(tokenizer: Any, template: str) -> str:
     with a token of its own.  Where no such template is found (`is_served_as_trained`), it writes the BOS at least.
     """
     candidates = _served_candidates(tokenizer, template)
-    return next((source for source in candidates if _is_served_alike(tokenizer, source, template)), candidates[1])
+    return _first_served_alike(candidates, tokenizer, template) or candidates[1]
 
 
 def is_served_as_trained(tokenizer: Any, template: str) -> bool:
     """Whether clients that render prompts with `served_template` ask with the tokens of training."""
-    return _is_served_alike(tokenizer, served_template(tokenizer, template), template)
+    return _first_served_alike(_served_candidates(tokenizer, template), tokenizer, template) is not None
 
 
 def _served_candidates(tokenizer: Any, template: str) -> list[str]:
@@ -80,8 +80,8 @@ def _served_candidates(tokenizer: Any, template: str) -> list[str]:
     return [template, *(start + body for body in bodies for start in starts)]
 
 
-def _is_served_alike(tokenizer: Any, served: str, template: str) -> bool:
-    """Whether what `served` renders is, tokenised with nothing added, what is trained with the `template`."""
+def _first_served_alike(candidates: Sequence[str], tokenizer: Any, template: str) -> str | None:
+    """The first of them whose prompts are, tokenised with nothing added, what is trained with the `template`."""
     prompts = [
         [Message("user", "Hi")],
         [Message("system", "Be brief."), Message("user", "Hi")],
@@ -95,8 +95,11 @@ def _is_served_alike(tokenizer: Any, served: str, template: str) -> bool:
                 texts.append(render(as_dicts(messages), source, tokenizer.special_tokens_map, prompt=True))
         return texts
 
+    def served(source: str) -> list[list[int]]:
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(source)]
+
     trained = [tokens.ids for tokens in tokens_of(renderings(template), tokenizer)]
-    return trained == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in renderings(served)]
+    return next((source for source in candidates if served(source) == trained), None)
 
 
 def ends_visibly(tokenizer: Any, template: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,7 @@ from sora_llm.config import CHANGES_NO_ROW, Config, Data, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.local_files import is_local, local_files
 from sora_llm.errors import UserError
+from sora_llm.files import expanded
 from sora_llm.running.lessons import Lesson
 
 
@@ -24,11 +26,8 @@ def _what_decides(data: Data) -> Data:
     """Without the options that change no row, and with the text of a chat template that is a file."""
     usual, template = {name: getattr(Data(), name) for name in CHANGES_NO_ROW}, data.chat_template
     if template is not None and template not in TEMPLATES:
-        file = Path(template)
-        try:
-            template = file.expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, RuntimeError):  # of an older run, and not there any more
-            template = str(file)
+        with suppress(OSError, UnicodeDecodeError):  # of an older run, and not there any more
+            template = Path(expanded(template)).read_text(encoding="utf-8")
     datasets = tuple(replace(dataset, weight=None) for dataset in data.datasets)
     return replace(data, chat_template=template, datasets=datasets, **usual)
 
@@ -77,6 +76,6 @@ def _may_mean(claim: Dataset, dataset: Dataset) -> bool:
         return False
     if claim.path == dataset.path or not is_local(dataset.path):
         return claim.path == dataset.path
-    named = os.path.realpath(os.path.expanduser(claim.path))  # noqa: PTH111 - pathlib raises for users that are none
+    named = os.path.realpath(expanded(claim.path))
     files = [file for file, _ in _origins(dataset)]
     return any(file == named or file.startswith(f"{named}/") or fnmatchcase(file, named) for file in files)

@@ -27,13 +27,14 @@ from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
-from sora_llm.files import nearest_existing, user_path
+from sora_llm.files import expanded, nearest_existing, user_path
 from sora_llm.inject import check_start
 from sora_llm.prompt_form import prompt_ids
 from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 
+FOR_LLAMA_CPP = "holds an adapter for llama.cpp, which is only written here; name what it was made from"
 MODEL_FILES = (base_files.SINGLE, base_files.INDEX, "config.json")
 
 
@@ -128,7 +129,7 @@ def _other_than_lora(folder: Path) -> str | None:
     if (folder / checkpoint.STATE).is_file():
         return f"is a checkpoint; make a LoRA of it first: sora-llm export {folder} --out FOLDER"
     if any(folder.glob("*.gguf")):
-        return "holds an adapter for llama.cpp, which is only written here; name what it was made from"
+        return FOR_LLAMA_CPP
     if (folder / "config.json").is_file():
         return "is a whole model; name it as model.name_or_path"
     return None
@@ -229,7 +230,7 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
         return config
 
     def found(path: str) -> str:
-        here = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for a home that is nobody's
+        here = expanded(path)
         there = str(start / here)
         return there if not _leads_somewhere(here) and _leads_somewhere(there) else path
 
@@ -245,6 +246,13 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
         model=replace(model, name_or_path=found(model.name_or_path), adapter=adapter),
         data=replace(data, datasets=those(data.datasets), val_datasets=dev, chat_template=template),
     )
+
+
+def with_kept_template(config: Config, *files: Path) -> Config:
+    """With the first of the files that is there as its chat template: the one that the config names may have changed
+    since."""
+    kept = next((file for file in files if file.is_file()), None)
+    return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
 
 
 def _leads_somewhere(path: str) -> bool:

@@ -11,9 +11,10 @@ from sora_llm import run_files
 from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.errors import UserError
+from sora_llm.files import expanded
 from sora_llm.prompt_form import names_template_file
 from sora_llm.row_types import FIELDS
-from sora_llm.running.inputs import run_of_adapter, seen_from_here
+from sora_llm.running.inputs import run_of_adapter, seen_from_here, with_kept_template
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def lessons_of(config: Config, folder: Path | None = None, visited: frozenset[Pa
     there, and what its own certificate claims beside what is known of them."""
     found = [Lesson(config.data.datasets, config), lesson_of_base(config)]
     if config.model.adapter is not None:
-        found += lessons_in(_folder(config.model.adapter), visited)
+        found += lessons_in(Path(expanded(config.model.adapter)), visited)
     known = [dataset for lesson in found if lesson.config is not None for dataset in lesson.datasets]
     claims = [] if folder is None else _claims(folder)
     return [*found, Lesson([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
@@ -39,12 +40,7 @@ def lessons_of(config: Config, folder: Path | None = None, visited: frozenset[Pa
 
 def lesson_of_base(config: Config) -> Lesson:
     """What an adapter that was merged into a run's base was trained on."""
-    return Lesson(_claims(_folder(config.model.name_or_path)))
-
-
-def _folder(path: str) -> Path:
-    """The folder that a run's config names, also where the home that it means is nobody's here."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for such a home
+    return Lesson(_claims(Path(expanded(config.model.name_or_path))))
 
 
 def lessons_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[Lesson]:
@@ -66,10 +62,7 @@ def _run_config(folder: Path) -> Config | None:
         config = seen_from_here(load_config(run_dir / run_files.CONFIG), run_dir)
     except UserError:
         return None
-    kept = run_dir / run_files.CHAT_TEMPLATE
-    if names_template_file(config) and kept.is_file():
-        return replace(config, data=replace(config.data, chat_template=str(kept)))
-    return config
+    return with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE) if names_template_file(config) else config
 
 
 def _claims(folder: Path) -> list[Dataset]:

@@ -186,8 +186,6 @@ def change_form(training: Training, step: int) -> None:
         if step < stage.phases.sparsify_end:
             dtype, device = DTYPES[job.config.sora.dtype], job.accelerator.device
             masters, importance = pipeline.balance(model, old, budgets=job.plan.budgets, dtype=dtype, device=device)
-            has_learned = {name: bool(values.any()) for name, values in importance_by_module(importance).items()}
-            raise_alarms(job, training.alarms.of_components(has_learned))
         else:
             cut = cut_adapter(training, model, old)
             if cut.ranks.kept_params == 0:
@@ -200,7 +198,10 @@ def change_form(training: Training, step: int) -> None:
             masters = cut.masters
     del old
     renew_engine(training, model, masters, importance)
-    training.controller.importance = importance_by_module(importance)
+    training.controller.importance = by_module = importance_by_module(importance)
+    if by_module:
+        has_learned = {name: bool(values.any()) for name, values in by_module.items()}
+        raise_alarms(job, training.alarms.of_components(has_learned))
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
