@@ -205,18 +205,20 @@ def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_s
     return min(LAMBDA_MAX, max(LAMBDA_MIN, sparse_lambda * math.exp(exponent)))
 
 
-def importances(sigmas: Mapping[str, Tensor], costs: Mapping[str, int], min_rank: int = 0) -> dict[str, Tensor]:
+def importances(sigmas: Mapping[str, Tensor], budget: RankBudget) -> dict[str, Tensor]:
     """σ_i/√c_m of every slot {module: (R,)}, in units of their median over all slots that are not 0.
 
-    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0.  The `min_rank` largest of
+    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0, and so has one that alone
+    costs more than the budget, which otherwise could end with nothing that fits into it.  The `min_rank` largest of
     each module's falling `sigmas` are spared.
     """
-    found = {name: sigmas[name].double() / math.sqrt(cost) for name, cost in costs.items()}
+    most = max(budget.params, min(budget.costs.values()))  # under a budget of nothing, which the cut will serve
+    found = {name: sigmas[name].double() / math.sqrt(cost) * (cost <= most) for name, cost in budget.costs.items()}
     live = torch.cat([values[values > 0] for values in found.values()])
     median = float(live.median()) if len(live) else 1.0
     found = {name: values / median for name, values in found.items()}
     for values in found.values():
-        values[:min_rank][values[:min_rank] > 0] = SPARED
+        values[: budget.min_rank][values[: budget.min_rank] > 0] = SPARED
     return found
 
 

@@ -283,7 +283,7 @@ def balance(
     weights: dict[str, Tensor] = {}
     for budget in budgets:
         sigmas = {name: received[f"{name}.sigma"] for name in budget.costs}
-        weights |= importances(sigmas, budget.costs, budget.min_rank)
+        weights |= importances(sigmas, budget)
     if not any(bool(values.any()) for values in weights.values()):
         raise RunFailed(
             "nothing was learned before the sparsify phase: every ΔW is 0, and pruning would be blind; raise "

@@ -130,11 +130,19 @@ def test_the_feedback_raises_lambda_while_too_much_is_kept_and_stays_within_its_
 
 
 def test_importance_is_the_singular_value_per_root_of_its_cost_in_units_of_the_median():
-    found = importances({"a": torch.tensor([4.0, 2.0, 0.0]), "b": torch.tensor([3.0])}, {"a": 4, "b": 9})
-    assert found["a"].tolist() == [2.0, 1.0, 0.0] and found["b"].tolist() == [1.0], "the median is 1"
-    assert importances({"a": torch.zeros(2)}, {"a": 4})["a"].tolist() == [0.0, 0.0]
-    spared = importances({"a": torch.tensor([4.0, 2.0, 0.0]), "b": torch.zeros(1)}, {"a": 4, "b": 9}, min_rank=1)
-    assert spared["a"].tolist() == [SPARED, 1.0, 0.0] and spared["b"].tolist() == [0.0], "what is there is spared"
+    def found(sigmas: dict[str, list[float]], params: int = 100, min_rank: int = 0) -> dict[str, list[float]]:
+        costs = {name: {"a": 4, "b": 9}[name] for name in sigmas}
+        budget = RankBudget("all", costs, dict.fromkeys(costs, 3), params, min_rank)
+        tensors = {name: torch.tensor(values) for name, values in sigmas.items()}
+        return {name: values.tolist() for name, values in importances(tensors, budget).items()}
+
+    some = {"a": [4.0, 2.0, 0.0], "b": [3.0]}
+    assert found(some) == {"a": [2.0, 1.0, 0.0], "b": [1.0]}, "the median is 1"
+    assert found({"a": [0.0, 0.0]}) == {"a": [0.0, 0.0]}
+    spared = found({"a": [4.0, 2.0, 0.0], "b": [0.0]}, min_rank=1)
+    assert spared == {"a": [SPARED, 1.0, 0.0], "b": [0.0]}, "what is there is spared"
+    assert found(some, params=8)["b"] == [0.0], "a component that alone is more than the budget is for nobody"
+    assert any(found(some, params=0)["a"]), "where nothing may stay there is still something to weigh"
 
 
 @given(data=st.data())
