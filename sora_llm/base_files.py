@@ -63,15 +63,14 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
     Raises:
         UserError: there are none, or not all of them.
     """
-    index = base_files(spec, [INDEX])
-    if not index:
-        single = base_files(spec, [SINGLE])
-        if not single:
-            raise UserError(
-                f"{spec.name_or_path} has no weights in safetensors ({SINGLE}); pickles (*.bin) are not read: load and "
-                "save it with transformers, and name that folder"
-            )
+    single, index = base_files(spec, [SINGLE]), base_files(spec, [INDEX])
+    if single:  # what transformers loads, also where an index is left of an earlier form
         return single
+    if not index:
+        raise UserError(
+            f"{spec.name_or_path} has no weights in safetensors ({SINGLE}); pickles (*.bin) are not read: load and "
+            "save it with transformers, and name that folder"
+        )
     try:
         names = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,11 +87,11 @@ def base_digest(spec: BackboneSpec) -> str | None:
     parts; files of the hub that are not in its cache are fetched.
 
     Raises:
-        UserError: they are gone.
+        UserError: some of them are missing, or cannot be read.
     """
+    if not base_files(spec, [SINGLE, INDEX]):
+        return None
     try:
         return weights_digest(weight_files(spec))
-    except UserError:
-        return None
     except (OSError, ValueError) as error:
         raise UserError(f"the weights of {spec.name_or_path} cannot be read: {error}") from None

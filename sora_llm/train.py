@@ -196,7 +196,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         hold_directory(job, run_dir, stack)
         if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # while this one waited
             return finished
-        on_main(lambda: check_place(config.output.export_layout, inputs, run_dir))
+        on_main(lambda: check_place(plan, inputs, run_dir))
         return run_in(job, run_dir)
 
 

@@ -240,9 +240,15 @@ def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_sett
     (runs[1].path / "config.yaml").write_text("of: another version")
     shown = inspected(capsys, *(run.path for run in runs))
     assert "no setting differs" not in shown and "the config of run 2 cannot be read" in shown
+    somebodys = tmp_path / "somebodys"
+    somebodys.mkdir()
+    (somebodys / "config.yaml").write_text("a: 1")
+    (somebodys / "report.html").write_text("of somebody's")
     for arguments, said in (
+        ([somebodys], "is not a run directory"),
         ([runs[0].path, tmp_path], "is not a run directory"),
         ([*(run.path for run in runs), "--plots"], "name it alone"),
     ):
         assert cli.main(["inspect", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err
+    assert (somebodys / "report.html").read_text() == "of somebody's"

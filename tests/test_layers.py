@@ -35,10 +35,10 @@ pipeline estimates.memory running.evaluation running.packing_proof running.verif
 generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
 prompt_form
 running.inputs
-running.training_data running.lessons running.layouts
+running.training_data running.lessons
 running.held_out
 running.data_words running.plan running.processes
-running.job
+running.job running.layouts
 running.training running.announcement
 running.snapshot running.measures
 running.start

@@ -21,7 +21,7 @@ from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.merged import Merge, plan_merge
 from sora_llm.artifacts.merged_export import export_merged
 from sora_llm.backbone import load_backbone, load_model_config, skeleton
-from sora_llm.base_files import tokenizer_files
+from sora_llm.base_files import base_digest, tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter, folded_factors
@@ -256,6 +256,21 @@ def test_a_base_without_safetensors_or_with_other_names_is_a_sentence(base: Path
     for folder, said in ((short, "lacks model-00001"), (torn, "is damaged")):
         with pytest.raises(UserError, match=said):
             merged.weight_files(BackboneSpec(str(folder)))
+
+
+def test_an_index_that_is_left_beside_a_whole_file_is_not_read(base: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(base, tmp_path / "whole"))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in whole.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    assert (whole / "model.safetensors.index.json").is_file()
+    assert merged.weight_files(BackboneSpec(str(whole))) == [whole / "model.safetensors"], "as transformers loads it"
+    assert base_digest(BackboneSpec(str(whole))) is not None
+    (whole / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model-00001"):
+        base_digest(BackboneSpec(str(whole)))
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_loaded(

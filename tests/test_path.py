@@ -123,6 +123,15 @@ def test_a_later_stage_is_not_gone_on_with_in_another_directory(
         run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATH, **elsewhere))
 
 
+def test_a_folder_that_no_stage_may_replace_is_said_before_training(ground: Playground, tmp_path: Path) -> None:
+    mine = tmp_path / "run/path" / f"{LAMBDAS[1]:.6g}"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"path/0\.5 exists and holds no export"):
+        run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATH))
+    assert (mine / "notes.txt").read_text() == "mine" and not (tmp_path / "run/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
 def test_several_processes_walk_the_same_path(strategy: str, straight: Path, ground: Playground) -> None:
     name = f"path {strategy}"

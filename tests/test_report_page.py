@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from run_dirs import FULL_RANK, MadeUpRun, data_report
 
 from sora_llm.report_page import read_record, write_report
-from sora_llm.report_page.charts import Chart, Panel, Series, colour_of, is_dark, smooth, thin, tick_labels, ticks
+from sora_llm.report_page.charts import (
+    Chart,
+    Panel,
+    Series,
+    colour_of,
+    is_dark,
+    lambda_chart,
+    smooth,
+    thin,
+    tick_labels,
+    ticks,
+)
 from sora_llm.report_page.grids import grids_of, split_name
 from sora_llm.report_page.reading import _MAX_RANK_LINES
 from sora_llm.report_page.svg import chart_svg
@@ -190,6 +201,21 @@ def test_a_budget_is_tracked(tmp_path):
     assert "λ and τ over steps" in (run.path / "report.html").read_text(encoding="utf-8")
     for label in ("what the schedule wants", "threshold τ", "mean rank − schedule"):
         assert label in page.text
+
+
+@pytest.mark.parametrize(("key", "symbol"), [("thresholds", "τ"), ("lambdas", "λ")])
+def test_every_one_of_several_budgets_has_its_line(key, symbol, tmp_path):
+    run = MadeUpRun(tmp_path / "run", has_budget=True).train()
+    for line in run.metrics:
+        if (threshold := line.pop("threshold", None)) is not None:
+            line |= {key: {"self_attn": threshold, "all": 2 * threshold}}
+            line.pop("lambda", None)
+        elif line["step"]:
+            line["lambda"] = 0.0
+    panels = lambda_chart(read_record(run.finish())).panels
+    assert [panel.y_label for panel in panels] == [symbol], "and none of the phases without pruning alone"
+    assert [series.label for series in panels[0].series] == [f"{symbol} of self_attn", f"{symbol} of all"]
+    assert all(max(value for _, value in series.points) > 0 for series in panels[0].series)
 
 
 def test_a_path_shows_its_stages_and_the_best_one(tmp_path):

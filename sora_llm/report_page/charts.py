@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -146,14 +146,23 @@ def rank_chart(record: Record) -> Chart:
 
 
 def lambda_chart(record: Record) -> Chart:
-    """λ and, where it is adaptive, the threshold τ."""
+    """λ and, where it is adaptive, the threshold τ; of every budget where there are several."""
     lambdas, threshold = record.series("lambda"), record.series("threshold")
+    of_budgets, thresholds = record.named_series("lambdas"), record.named_series("thresholds")
     panels = []
-    if not threshold or any(value for _, value in lambdas):
+    if of_budgets:
+        panels.append(Panel("λ", _by_budget("λ", of_budgets), 130, from_zero=True))
+    elif not (threshold or thresholds) or any(value for _, value in lambdas):
         panels.append(Panel("λ", [Series("λ", thin(lambdas), 0)], 130, from_zero=True))
     if threshold:
         panels.append(Panel("τ", [Series("threshold τ", thin(threshold), 1)], 130, from_zero=True))
+    if thresholds:
+        panels.append(Panel("τ", _by_budget("τ", thresholds), 130, from_zero=True))
     return Chart("lambda", "step", panels, record.spans)
+
+
+def _by_budget(symbol: str, found: Mapping[str, Sequence[Point]]) -> list[Series]:
+    return [Series(f"{symbol} of {name}", thin(points), i) for i, (name, points) in enumerate(found.items())]
 
 
 def rate_chart(record: Record) -> Chart:

@@ -14,8 +14,8 @@ from sora_llm.report import read_json_lines
 from sora_llm.report_page.record import RankLine, Record, StageRecord
 from sora_llm.report_page.untrusted import as_int, as_mapping, as_number, is_step, ranks_in
 
-MARKERS = (run_files.STATUS, run_files.METRICS, run_files.CONFIG)
-"""A folder with none of these is no run directory."""
+MARKERS = (run_files.STATUS, run_files.METRICS)
+"""A folder with none of these is no run directory: a config.yaml alone may be anybody's, and a report beside it."""
 
 _MAX_RANK_LINES = 300
 _MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read whole; 224 modules take 10 KB a line

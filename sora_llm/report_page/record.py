@@ -147,6 +147,15 @@ class Record:
         found = ((line["step"], as_number(line.get(key))) for line in self.lines)
         return [(step, value) for step, value in found if value is not None]
 
+    def named_series(self, key: str) -> dict[str, list[Point]]:
+        """{name: (step, value)} of the lines that have numbers by name there, such as one of every budget."""
+        found: dict[str, list[Point]] = {}
+        for line in self.lines:
+            for name, value in as_mapping(line.get(key)).items():
+                if (number := as_number(value)) is not None:
+                    found.setdefault(name, []).append((line["step"], number))
+        return found
+
     def first(self, key: str) -> float | None:
         """The first value of a field."""
         points = self.series(key)

@@ -21,7 +21,7 @@ from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes
 from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
 from sora_llm.quantised import is_quantised
-from sora_llm.run_files import ADAPTER, PATH, stage_name
+from sora_llm.run_files import ADAPTER
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.job import (
@@ -77,9 +77,7 @@ def cut_and_export(training: Training) -> StageResult:
             fields["train_loss"] = memorisation(job, model)
         exported = verified_export.export_verified(
             model,
-            directory.path / PATH / stage_name(training.stage.sparse_lambda or 0.0)
-            if is_path
-            else directory.path / ADAPTER,
+            directory.path / job.plan.folder_of(training.stage),
             adapter_layout(config.output.export_layout),
             provenance=provenance(training, fields),
             allow_empty=config.output.allow_empty_adapter,

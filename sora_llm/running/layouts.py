@@ -16,7 +16,9 @@ from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS
 from sora_llm.factors import PlainFactors
+from sora_llm.run_files import ADAPTER
 from sora_llm.running.inputs import Inputs
+from sora_llm.running.plan import Plan
 
 
 def adapter_layout(layout: str) -> str:
@@ -45,11 +47,14 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         raise UserError(f"output.export_layout {layout}: {error}") from None
 
 
-def check_place(layout: str, inputs: Inputs, run_dir: Path) -> None:
+def check_place(plan: Plan, inputs: Inputs, run_dir: Path) -> None:
     """UserError where the exports of a run that is about to train would replace what somebody put into older ones, or
-    the disk has no room for `layout`, as it is now."""
-    for folder in {"adapter", layout if layout in ("gguf", "merged") else "adapter"}:
+    the disk has no room for its layout, as it is now."""
+    layout = plan.config.output.export_layout
+    for folder in [ADAPTER, *([] if layout in LAYOUTS else [layout])]:
         refuse_other_contents(run_dir / folder)
+    for stage in plan.stages:  # those of earlier stages stay, with whatever was put into them
+        refuse_other_contents(run_dir / plan.folder_of(stage), may_have_additions=True)
     if layout != "merged":
         return
     try:

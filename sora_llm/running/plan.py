@@ -11,7 +11,7 @@ from sora_llm import schedule
 from sora_llm.budget import ADAPTIVE, RankBudget, make_budgets
 from sora_llm.config import Config, Train, resume_conflicts, to_dict
 from sora_llm.errors import UserError
-from sora_llm.run_files import stage_name
+from sora_llm.run_files import ADAPTER, PATH, stage_name
 from sora_llm.running.unpack import adapter_dtype, backbone_spec
 from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.topology import World
@@ -127,6 +127,10 @@ class Plan:
     @property
     def is_path(self) -> bool:
         return len(self.stages) > 1
+
+    def folder_of(self, stage: Stage) -> str:
+        """Where the adapter of a stage is exported, in the run directory."""
+        return f"{PATH}/{stage_name(stage.sparse_lambda or 0.0)}" if self.is_path else ADAPTER
 
     def most_evaluations(self, eval_steps: int) -> int:
         """The most evaluations in any one stage that patience counts, without the one at the stage's last step."""
