@@ -86,7 +86,7 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
 
 
 @dataclass(frozen=True)
-class Interview:
+class Prompter:
     """All but the weights: whom to ask, its tokenizer, how it was spoken to in training, how many tokens it takes."""
 
     subject: Subject
@@ -125,10 +125,10 @@ def _without_thoughts(message: Message) -> Message:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Responder:
     """The model itself, on its device."""
 
-    interview: Interview
+    prompter: Prompter
     loaded: Loaded
     sampling: Sampling
 
@@ -141,30 +141,29 @@ class Asked:
         is_interrupted: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """To `ids`, within the model's positions."""
-        sampling, limit = self.sampling, self.interview.max_positions
+        sampling, limit = self.sampling, self.prompter.max_positions
         if limit is not None:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)))
-        without = self.loaded.without_adapter
-        with contextlib.nullcontext() if with_adapter or without is None else without():
+        with contextlib.nullcontext() if with_adapter else self.loaded.as_base():
             return answer(
                 self.loaded.model,
-                self.interview.tokenizer,
+                self.prompter.tokenizer,
                 ids,
                 sampling,
-                self.interview.form.stop,
+                self.prompter.form.stop,
                 on_text=on_text,
                 is_interrupted=is_interrupted,
             )
 
     def why_cut(self, ids: Sequence[int]) -> str:
         """What to say of an answer to `ids` that did not come to its end."""
-        limit = self.interview.max_positions
+        limit = self.prompter.max_positions
         if limit is not None and len(ids) + self.sampling.max_new_tokens >= limit:
             return f"that answer was cut where it filled the model's {limit:,} positions"
         return "that answer was cut at the limit of tokens; --max-new-tokens sets it"
 
 
-def open_interview(arguments: argparse.Namespace) -> Interview:
+def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
     """Everything that can be checked before the weights are loaded.
 
     Raises:
@@ -186,20 +185,20 @@ def open_interview(arguments: argparse.Namespace) -> Interview:
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    interview = Interview(subject, tokenizer, form, positions)
+    prompter = Prompter(subject, tokenizer, form, positions)
     if arguments.system is not None:
         try:
-            interview.ids([Message("system", arguments.system), Message("user", "?")])
+            prompter.ids([Message("system", arguments.system), Message("user", "?")])
         except UserError as error:
             raise UserError(f"--system cannot be said: {error}") from None
-    return interview
+    return prompter
 
 
-def load_asked(interview: Interview, sampling: Sampling, seed: int) -> Asked:
-    """An interview with its model loaded."""
-    asked = Asked(interview, load(interview.subject), sampling)
+def load_responder(prompter: Prompter, sampling: Sampling, seed: int) -> Responder:
+    """A prompter with its model loaded."""
+    responder = Responder(prompter, load(prompter.subject), sampling)
     torch.manual_seed(seed)
-    return asked
+    return responder
 
 
 def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> PromptForm:

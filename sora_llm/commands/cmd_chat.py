@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -10,16 +11,17 @@ from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands.asking import (
-    Asked,
+    Responder,
     asking_parser,
-    load_asked,
+    load_responder,
     notice,
-    open_interview,
+    prepare_prompter,
     sampling_of,
     show,
     title,
 )
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import run_command
+from sora_llm.commands.subject import given_for_keys
 from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
@@ -41,26 +43,27 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
     arguments = make_parser(prog).parse_intermixed_args(argv)
+    return run_command(lambda: talk(arguments), False, lambda _: "", given_for_keys(arguments))
 
-    def command() -> dict[str, Any]:
-        sampling = sampling_of(arguments, DEFAULT)
-        interview = open_interview(arguments)
-        notice(title(interview.subject))
-        asked = load_asked(interview, sampling, arguments.seed or 0)
-        notice(HELP)
-        if interview.form.template is None:
-            notice("no chat template was used in training: every line is a prompt of its own")
-        Chat(asked, arguments.system).run()
-        return {}
 
-    return exit_code(command, False, lambda _: "")
+def talk(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A dialogue at the terminal, to its end; UserError where there is nothing to ask."""
+    sampling = sampling_of(arguments, DEFAULT)
+    prompter = prepare_prompter(arguments)
+    notice(title(prompter.subject))
+    responder = load_responder(prompter, sampling, arguments.seed or 0)
+    notice(HELP)
+    if prompter.form.template is None:
+        notice("no chat template was used in training: every line is a prompt of its own")
+    Chat(responder, arguments.system).run()
+    return {}
 
 
 class Chat:
     """A dialogue: the messages so far, and whether the adapter takes part."""
 
-    def __init__(self, asked: Asked, system: str | None):
-        self.asked, self.with_adapter = asked, True
+    def __init__(self, responder: Responder, system: str | None):
+        self.responder, self.with_adapter = responder, True
         self._start = [] if system is None else [Message("system", system)]
         self.messages = list(self._start)
 
@@ -82,7 +85,7 @@ class Chat:
             case ["/reset"]:
                 self.messages = list(self._start)
                 notice("the dialogue is forgotten")
-            case ["/adapter", ("on" | "off") as state] if self.asked.loaded.without_adapter is not None:
+            case ["/adapter", ("on" | "off") as state] if self.responder.loaded.without_adapter is not None:
                 self.with_adapter = state == "on"
                 notice("the adapter answers" if self.with_adapter else "the base answers, without the adapter")
             case ["/adapter", "on" | "off"]:
@@ -94,17 +97,19 @@ class Chat:
         """A user's message; its answer is printed while it is made, and remembered also if it was stopped."""
         messages = [*self.messages, Message("user", line)]
         try:
-            ids = self.asked.interview.ids(messages)
+            ids = self.responder.prompter.ids(messages)
         except UserError as error:
             notice(f"that cannot be asked: {error}" + ("; /reset forgets the dialogue" if self.messages else ""))
             return
         with _interruptible() as is_interrupted:
-            said = self.asked.answer(ids, with_adapter=self.with_adapter, on_text=show, is_interrupted=is_interrupted)
+            said = self.responder.answer(
+                ids, with_adapter=self.with_adapter, on_text=show, is_interrupted=is_interrupted
+            )
         print(flush=True)
         if is_interrupted():
             notice("stopped")
         elif not said.is_whole:
-            notice(self.asked.why_cut(ids))
+            notice(self.responder.why_cut(ids))
         self.messages = [*messages, Message("assistant", said.text)]
 
 
@@ -125,15 +130,15 @@ def _read_line() -> str | None:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Within it Ctrl-C does nothing but be remembered; a second one interrupts as always."""
-    asked: list[int] = []
+    interrupts: list[int] = []
 
     def remember(number: int, _frame: Any) -> None:
-        if asked:
+        if interrupts:
             raise KeyboardInterrupt
-        asked.append(number)
+        interrupts.append(number)
 
     before = signal.signal(signal.SIGINT, remember)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(interrupts)
     finally:
         signal.signal(signal.SIGINT, before)

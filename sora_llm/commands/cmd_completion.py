@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands import COMMANDS
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import run_command
 
 SHELLS = ("bash", "zsh", "fish")
 PATHS = ("config", "place", "places", "source", "sources")
@@ -29,11 +28,8 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm completion") -> int:
     arguments = make_parser(prog).parse_args(argv)
-
-    def command() -> dict[str, Any]:
-        return {"script": script(COMMANDS, arguments.shell)}
-
-    return exit_code(command, False, lambda result: str(result["script"]).rstrip())
+    found = {"script": script(COMMANDS, arguments.shell)}
+    return run_command(lambda: found, False, lambda result: str(result["script"]).rstrip())
 
 
 def script(commands: Mapping[str, tuple[str, str]], shell: str) -> str:

@@ -12,7 +12,7 @@ from sora_llm.arguments import Parser
 from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import run_command
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
     SavedAdapter,
@@ -62,36 +62,43 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
     arguments = make_parser(prog).parse_args(argv)
+    options = {} if arguments.base is None else {"model.name_or_path": "--base"}
+    return run_command(lambda: consensus_of(arguments), arguments.json, as_text, options)
 
-    def command() -> dict[str, Any]:
-        check_numbers(arguments)
-        folders = [user_path(text, "SOURCE") for text in arguments.sources]
-        out = user_path(str(arguments.out), "--out").absolute()
-        check_out(out, folders)
-        quiet_libraries()
-        sources = [read_source(path) for path in arguments.sources]
-        spec = base_of(sources, arguments.base, arguments.trust_remote_code)
-        check_out(out, [spec.folder])
-        bare_model = skeleton(load_model_config(spec), spec)
-        refuse_other_weights(sources, spec, arguments.base)
-        sources = [source.on(bare_model) for source in sources]
-        refuse_other_targets(sources, arguments.allow_missing)
-        shapes = shapes_in(spec, bare_model, sources)
-        largest = max(arguments.weights or [1.0])
-        weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
-        replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
-        merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
-        refuse_nothing(merged.report.kept_params, merged.report.energy, shapes)
-        tokenizer = shared_tokenizer(sources, spec)
-        result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
-        result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
-        result |= {"separators": separators_of(sources)}
-        result |= {"base_form": spec.form, "of_other_base_forms": of_other_forms(sources, spec)}
-        certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
-        del certificate["merge"]  # said already
-        return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
-    return exit_code(command, arguments.json, as_text)
+def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Merge the sources, write what comes of it, and say so.
+
+    Raises:
+        UserError: sources that are not of one kind, a size that cannot be, or a folder that is taken.
+        RunFailed: what was read back is not what was to be written; nothing is left.
+    """
+    check_numbers(arguments)
+    folders = [user_path(text, "SOURCE") for text in arguments.sources]
+    out = user_path(str(arguments.out), "--out").absolute()
+    check_out(out, folders)
+    quiet_libraries()
+    sources = [read_source(path) for path in arguments.sources]
+    spec = base_of(sources, arguments.base, arguments.trust_remote_code)
+    check_out(out, [spec.folder])
+    bare_model = skeleton(load_model_config(spec), spec)
+    refuse_other_weights(sources, spec, arguments.base)
+    sources = [source.on(bare_model) for source in sources]
+    refuse_other_targets(sources, arguments.allow_missing)
+    shapes = shapes_in(spec, bare_model, sources)
+    largest = max(arguments.weights or [1.0])
+    weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
+    replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
+    merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
+    refuse_nothing(merged.report.kept_params, merged.report.energy, shapes)
+    tokenizer = shared_tokenizer(sources, spec)
+    result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
+    result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
+    result |= {"separators": separators_of(sources)}
+    result |= {"base_form": spec.form, "of_other_base_forms": of_other_forms(sources, spec)}
+    certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
+    del certificate["merge"]  # said already
+    return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
 
 # ----------------------------------------------------------------------------------------------------------- checks

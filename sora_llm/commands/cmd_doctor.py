@@ -23,7 +23,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import run_command
 from sora_llm.errors import UserError
 from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
 from sora_llm.files import caches, nearest_existing
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
         ready = all(finding.state != FAILED for finding in findings)
         return {"ready": ready, "findings": [asdict(finding) for finding in findings]}
 
-    code = exit_code(command, arguments.json, lambda _: f"\n{verdict(findings)}")
+    code = run_command(command, arguments.json, lambda _: f"\n{verdict(findings)}")
     return code or int(any(finding.state == FAILED for finding in findings))
 
 

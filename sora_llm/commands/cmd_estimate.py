@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.common import config_parser, exit_code
+from sora_llm.commands.common import config_parser, run_command
 from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import MemoryEstimate, memory_table
@@ -50,27 +51,32 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
     arguments = make_parser(prog).parse_intermixed_args(argv)
+    return run_command(lambda: estimated(arguments), arguments.json, as_text)
 
-    def command() -> dict[str, Any]:
-        if arguments.num_processes < 1:
-            raise UserError(f"--num-processes is {arguments.num_processes}; it must be at least 1")
-        machines = machines_of(vars(arguments))
-        config = load_config(arguments.config, arguments.overrides)
-        world = World(arguments.num_processes, 0, 0)
-        settings = config.distributed
-        if settings.strategy == "none" and world.num_processes > 1:
-            raise UserError(
-                "distributed.strategy is none, which is for one process (config.yaml of a run has the resolved name); "
-                f"for --num-processes {world.num_processes} add distributed.strategy=auto, or another one"
-            )
-        strategy = resolve_strategy(settings.strategy, world, {}, config.model.dtype, sync_every=settings.sync_every)
-        spec, skeleton = check_backbone(config, strategy)
-        memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
-        work = step_work(config, spec, skeleton)
-        step = None if work is None else told(work, strategy, world.num_processes, machines)
-        return {"strategy": strategy, "num_processes": world.num_processes, **asdict(memory), "step": step}
 
-    return exit_code(command, arguments.json, text)
+def estimated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Memory in bytes and the time of a step in seconds, of one process.
+
+    Raises:
+        UserError: a config or numbers that cannot be.
+    """
+    if arguments.num_processes < 1:
+        raise UserError(f"--num-processes is {arguments.num_processes}; it must be at least 1")
+    machines = machines_of(vars(arguments))
+    config = load_config(arguments.config, arguments.overrides)
+    world = World(arguments.num_processes, 0, 0)
+    settings = config.distributed
+    if settings.strategy == "none" and world.num_processes > 1:
+        raise UserError(
+            "distributed.strategy is none, which is for one process (config.yaml of a run has the resolved name); "
+            f"for --num-processes {world.num_processes} add distributed.strategy=auto, or another one"
+        )
+    strategy = resolve_strategy(settings.strategy, world, {}, config.model.dtype, sync_every=settings.sync_every)
+    spec, skeleton = check_backbone(config, strategy)
+    memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
+    work = step_work(config, spec, skeleton)
+    step = None if work is None else step_as_json(work, strategy, world.num_processes, machines)
+    return {"strategy": strategy, "num_processes": world.num_processes, **asdict(memory), "step": step}
 
 
 def machines_of(options: Mapping[str, Any]) -> Machines:
@@ -89,13 +95,14 @@ def machines_of(options: Mapping[str, Any]) -> Machines:
     return Machines(**found)
 
 
-def told(work: Work, strategy: str, num_processes: int, machines: Machines) -> dict[str, Any]:
-    """The time of a step as it is printed."""
+def step_as_json(work: Work, strategy: str, num_processes: int, machines: Machines) -> dict[str, Any]:
+    """The time of a step in seconds, its parts, and what was assumed."""
     step = step_time(work, strategy, num_processes, machines)
     return {**asdict(step), "seconds": step.seconds, "tokens": work.tokens, "assumed": asdict(machines)}
 
 
-def text(result: Mapping[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result in lines for a person."""
     about = ("strategy", "num_processes", "step")
     memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
     step, processes = result["step"], result["num_processes"]

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sora_llm import backbone
 from sora_llm.arguments import Parser
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import config_parser, exit_code
-from sora_llm.commands.measuring import MeasuredRows, dev_rows, holding_out, measuring, quantization_of
+from sora_llm.commands.common import config_parser, run_command
+from sora_llm.commands.measuring import DevRows, config_for_measuring, dev_rows, quantization_of, splitting_config
 from sora_llm.commands.places import trained_config
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import (
     Subject,
     add_base_arguments,
     find_subject,
+    given_for_keys,
     load,
     on_base,
     template_beside,
@@ -28,6 +30,7 @@ from sora_llm.commands.subject import (
 )
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.prompt_form import has_conversations, recorded_separator, template_is_named
 from sora_llm.row_types import FIELDS
@@ -72,65 +75,74 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:
     arguments = make_parser(prog).parse_intermixed_args(argv)
-
-    def command() -> dict[str, Any]:
-        measured = find_measured(arguments)
-        subject, config = measured.subject, measured.config
-        inputs = check_inputs(config, "none", measured.tokenizer)
-        if subject.config is None:
-            refuse_guessed_template(arguments.config, config, inputs)
-        found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
-        rows = found_rows.rows
-        if measured.held_out_alike:
-            found_rows.warn_of_doubt()
-        loaded = load(subject)
-
-        def loss() -> dict[str, float]:
-            found = evaluate(
-                loaded.model,
-                rows,
-                inputs.batch,
-                batch_size=config.evaluation.per_device_eval_batch_size,
-                world=ALONE,
-                device=next(loaded.model.parameters()).device,
-            )
-            if not math.isfinite(found.loss):
-                raise RunFailed(
-                    f"the loss is {found.loss}: base or adapter have values that are not finite, or too large for "
-                    "their dtype"
-                )
-            return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
-
-        result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
-        result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": fates_of(found_rows)}
-        with loaded.without_adapter() if loaded.without_adapter is not None else contextlib.nullcontext():
-            result["model" if subject.is_whole and subject.adapter is None else "base"] = loss()
-        if subject.adapter is not None:
-            result["adapter"] = loss()
-        return result
-
-    def text(result: dict[str, Any]) -> str:
-        lines = [
-            f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
-            f"{result['supervised_tokens']:,} supervised tokens"
-        ]
-        lines += [f"of the rows of the files: {'; '.join(said)}"] if (said := result["not_as_written"]) else []
-        for name in ("model", "base", "adapter"):
-            if name in result:
-                lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")
-        return "\n".join(lines)
-
-    return exit_code(command, arguments.json, text)
+    return run_command(lambda: evaluated(arguments), arguments.json, as_text, given_for_keys(arguments))
 
 
-def fates_of(measured: MeasuredRows) -> list[str]:
+def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loss and perplexity of the base, of its adapter where there is one, and over which rows.
+
+    Raises:
+        UserError: nothing to measure, or nothing to measure it on.
+        RunFailed: a loss that is not finite.
+    """
+    measured = plan_measurement(arguments)
+    subject, config = measured.subject, measured.config
+    inputs = check_inputs(config, "none", measured.tokenizer)
+    if subject.config is None:
+        refuse_guessed_template(arguments.config, config, inputs)
+    found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
+    rows = found_rows.rows
+    if measured.held_out_alike:
+        found_rows.warn_of_doubt()
+    loaded = load(subject)
+    result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
+    result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": fates_of(found_rows)}
+    with loaded.as_base():
+        is_alone = subject.is_whole and subject.adapter is None
+        result["model" if is_alone else "base"] = loss_of(loaded.model, rows, inputs, config)
+    if subject.adapter is not None:
+        result["adapter"] = loss_of(loaded.model, rows, inputs, config)
+    return result
+
+
+def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
+    """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed where it is not finite."""
+    found = evaluate(
+        model,
+        rows,
+        inputs.batch,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+        world=ALONE,
+        device=next(model.parameters()).device,
+    )
+    if not math.isfinite(found.loss):
+        raise RunFailed(
+            f"the loss is {found.loss}: base or adapter have values that are not finite, or too large for their dtype"
+        )
+    return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The result in lines for a person."""
+    lines = [
+        f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
+        f"{result['supervised_tokens']:,} supervised tokens"
+    ]
+    lines += [f"of the rows of the files: {'; '.join(said)}"] if (said := result["not_as_written"]) else []
+    for name in ("model", "base", "adapter"):
+        if name in result:
+            lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")
+    return "\n".join(lines)
+
+
+def fates_of(measured: DevRows) -> list[str]:
     """What became of the rows that are not measured, or not as they are written; phrases."""
     left_out = [f"left out {measured.missing:,} that were held out"] if measured.missing else []
     return left_out if measured.report is None else fates(measured.report)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
     or nothing says it; `held_out_alike` says that the adapter that is measured is its own, or was trained with the same
     rows held out.  Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`,
@@ -143,7 +155,7 @@ class Measured:
     held_out_alike: bool
 
 
-def find_measured(arguments: argparse.Namespace) -> Measured:
+def plan_measurement(arguments: argparse.Namespace) -> Measurement:
     """What the command line names.
 
     Raises:
@@ -184,7 +196,7 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
             "one; leave it out"
         )
     trained, held_out_alike = trained_as(named), subject.adapter is not None
-    splitting = holding_out(config, trained)
+    splitting = splitting_config(config, trained)
     if other is not None:
         other_trained = trained_as(other)
         warn_of_seen_rows(arguments.adapter, lessons_behind(other, other_trained), splitting)
@@ -195,10 +207,10 @@ def find_measured(arguments: argparse.Namespace) -> Measured:
     elif config.data.val_datasets is not None or trained is None or hold_out_alike(trained, splitting):
         warn_of_seen_rows(arguments.config, lessons_behind(subject, trained), splitting)
     # else `dev_rows` says that its rows are not those that were held out
-    return Measured(
+    return Measurement(
         subject,
-        measuring(config, subject.spec),
-        None if trained is None else measuring(trained, subject.spec),
+        config_for_measuring(config, subject.spec),
+        None if trained is None else config_for_measuring(trained, subject.spec),
         tokenizer_source(named),
         held_out_alike=held_out_alike,
     )

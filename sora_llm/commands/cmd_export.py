@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sora_llm import run_files
@@ -20,8 +21,8 @@ from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import exit_code
-from sora_llm.commands.measuring import dev_rows, has_dev_rows, measuring
+from sora_llm.commands.common import run_command
+from sora_llm.commands.measuring import config_for_measuring, dev_rows, has_dev_rows
 from sora_llm.commands.places import find_place, trained_config
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
@@ -89,40 +90,44 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
     arguments = make_parser(prog).parse_args(argv)
+    options = {} if arguments.base_model is None else {"model.name_or_path": "--base-model"}
+    return run_command(lambda: exported(arguments), arguments.json, as_text, options)
 
-    def command() -> dict[str, Any]:
-        check_size(arguments)
-        check_options(arguments)
-        source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
-        out = user_path(str(arguments.out), "--out").absolute()
-        place = Path(arguments.source).expanduser()
-        check_out(out, [place, source.folder or place])
-        quiet_libraries()
-        spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
-        check_out(out, [spec.folder])
-        dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
-        if arguments.layout != "gguf":  # which reads no weights of the base
-            refuse_other_weights([source], spec, arguments.base_model, "--base-model")
-        adapter = prepared(source, spec, arguments)
-        provenance = provenance_of(source, spec, line, adapter)
-        if arguments.layout == "gguf":
-            architecture_of(adapter.config).tensor_names(list(adapter.factors))
-            outtype = arguments.outtype or "f32"
-            certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
-        elif arguments.layout == "merged":
-            device = local_device()
-            merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
-            dev_loss_of = (
-                None
-                if arguments.skip_dev_loss
-                else dev_loss(trained_config(find_place(arguments.source)), spec, device)
-            )
-            certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=dev_loss_of)
-        else:
-            certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)
-        return described(arguments, line, adapter, certificate)
 
-    return exit_code(command, arguments.json, as_text)
+def exported(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the adapter that SOURCE names, and say what was written.
+
+    Raises:
+        UserError: a source, a size or a layout that cannot be, or a folder that is taken.
+        RunFailed: what was read back is not what was to be written; nothing is left.
+    """
+    check_size(arguments)
+    check_options(arguments)
+    source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
+    out = user_path(str(arguments.out), "--out").absolute()
+    place = Path(arguments.source).expanduser()
+    check_out(out, [place, source.folder or place])
+    quiet_libraries()
+    spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
+    check_out(out, [spec.folder])
+    dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
+    if arguments.layout != "gguf":  # which reads no weights of the base
+        refuse_other_weights([source], spec, arguments.base_model, "--base-model")
+    adapter = prepared(source, spec, arguments)
+    provenance = provenance_of(source, spec, line, adapter)
+    if arguments.layout == "gguf":
+        architecture_of(adapter.config).tensor_names(list(adapter.factors))
+        outtype = arguments.outtype or "f32"
+        certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
+    elif arguments.layout == "merged":
+        device = local_device()
+        merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
+        config = None if arguments.skip_dev_loss else trained_config(find_place(arguments.source))
+        measure = None if config is None else dev_loss_measure(config, spec, device)
+        certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=measure)
+    else:
+        certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)
+    return described(arguments, line, adapter, certificate)
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -294,11 +299,13 @@ def export_on_base(
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
 
-def dev_loss(config: Config | None, spec: BackboneSpec, device: Any) -> Callable[[nn.Module], float] | None:
+def dev_loss_measure(
+    config: Config | None, spec: BackboneSpec, device: torch.device
+) -> Callable[[nn.Module], float] | None:
     """How to measure a model on the dev rows of the run; None where it has none."""
     if config is None or not has_dev_rows(config):
         return None
-    config = measuring(config, spec)
+    config = config_for_measuring(config, spec)
     try:
         inputs = check_inputs(config, "none")
         measured = dev_rows(config, inputs)

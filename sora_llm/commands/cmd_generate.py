@@ -12,16 +12,17 @@ from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands.asking import (
-    Asked,
-    Interview,
+    Prompter,
+    Responder,
     asking_parser,
-    load_asked,
+    load_responder,
     notice,
-    open_interview,
+    prepare_prompter,
     sampling_of,
     show,
 )
-from sora_llm.commands.common import exit_code, visible
+from sora_llm.commands.common import run_command, visible
+from sora_llm.commands.subject import given_for_keys
 from sora_llm.data.formats import Conversation, Message, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec
@@ -54,29 +55,34 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
     arguments = make_parser(prog).parse_intermixed_args(argv)
+    return run_command(lambda: answered(arguments), arguments.json, lambda _: "", given_for_keys(arguments))
 
-    def command() -> dict[str, Any]:
-        if arguments.compare and arguments.no_adapter:
-            raise UserError("--compare needs the adapter that --no-adapter leaves out; give one of the two")
-        sampling = sampling_of(arguments, DEFAULT)
-        prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
-        interview = open_interview(arguments)
-        if arguments.compare and interview.subject.is_whole:
-            raise UserError(f"--compare needs an adapter, and {arguments.place} is a whole model; leave it out")
-        ids = [ids_of(interview, prompt) for prompt in prompts]
-        asked = load_asked(interview, sampling, arguments.seed or 0)
-        answers = [
-            answers_to(asked, prompt, tokens, arguments, is_alone=len(prompts) == 1)
-            for prompt, tokens in zip(prompts, ids, strict=True)
-        ]
-        adapter = interview.subject.adapter
-        return {
-            "base_model": interview.subject.spec.name_or_path,
-            "adapter": None if adapter is None else str(adapter),
-            "answers": answers,
-        }
 
-    return exit_code(command, arguments.json, lambda _: "")
+def answered(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The answers to all prompts; without --json they are printed as they come.
+
+    Raises:
+        UserError: no prompts, or nothing there to ask.
+    """
+    if arguments.compare and arguments.no_adapter:
+        raise UserError("--compare needs the adapter that --no-adapter leaves out; give one of the two")
+    sampling = sampling_of(arguments, DEFAULT)
+    prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
+    prompter = prepare_prompter(arguments)
+    if arguments.compare and prompter.subject.is_whole:
+        raise UserError(f"--compare needs an adapter, and {arguments.place} is a whole model; leave it out")
+    ids = [ids_of(prompter, prompt) for prompt in prompts]
+    responder = load_responder(prompter, sampling, arguments.seed or 0)
+    answers = [
+        answers_to(responder, prompt, tokens, arguments, is_alone=len(prompts) == 1)
+        for prompt, tokens in zip(prompts, ids, strict=True)
+    ]
+    adapter = prompter.subject.adapter
+    return {
+        "base_model": prompter.subject.spec.name_or_path,
+        "adapter": None if adapter is None else str(adapter),
+        "answers": answers,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- prompts
@@ -179,23 +185,23 @@ def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-def ids_of(interview: Interview, prompt: Prompt) -> list[int]:
+def ids_of(prompter: Prompter, prompt: Prompt) -> list[int]:
     """Its tokens.
 
     Raises:
         UserError: it cannot be asked.
     """
-    if interview.form.template is None and (len(prompt.messages) > 1 or prompt.messages[-1].input):
+    if prompter.form.template is None and (len(prompt.messages) > 1 or prompt.messages[-1].input):
         kind = "is a dialogue" if len(prompt.messages) > 1 else "has an input beside its instruction"
         raise UserError(f"{prompt.place} {kind}, which needs a chat template; see --chat-template")
     try:
-        return interview.ids(prompt.messages)
+        return prompter.ids(prompt.messages)
     except UserError as error:
         raise UserError(f"{prompt.place} cannot be asked: {error}") from None
 
 
 def answers_to(
-    asked: Asked, prompt: Prompt, ids: Sequence[int], arguments: argparse.Namespace, is_alone: bool
+    responder: Responder, prompt: Prompt, ids: Sequence[int], arguments: argparse.Namespace, is_alone: bool
 ) -> dict[str, Any]:
     """The prompt and its answers, printed while they are made unless JSON is wanted, and what ended them: "stop" (the
     model) or "length"."""
@@ -206,12 +212,12 @@ def answers_to(
     for name in ("base", "adapted") if arguments.compare else ("answer",):
         if is_shown and arguments.compare:
             print(f"{name}: ", end="", flush=True)
-        said = asked.answer(ids, with_adapter=name != "base", on_text=show if is_shown else None)
+        said = responder.answer(ids, with_adapter=name != "base", on_text=show if is_shown else None)
         result[name], reasons[name] = said.text, "stop" if said.is_whole else "length"
         if is_shown:
             print(flush=True)
             if not said.is_whole:
-                notice(asked.why_cut(ids))
+                notice(responder.why_cut(ids))
     if is_shown and not is_alone:
         print()
     result["finish_reason"] = reasons if arguments.compare else reasons["answer"]

@@ -14,7 +14,7 @@ from typing import Any
 from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.commands import run_table
-from sora_llm.commands.common import exit_code, visible
+from sora_llm.commands.common import run_command, visible
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
@@ -56,21 +56,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
             return as_text(content, width)
         return adapter_view().as_text(content, width, arguments.modules)
 
-    def command() -> dict[str, Any]:
-        if len(arguments.places) > 1:
-            return _of_runs(arguments)
-        folder = folder_of(arguments.places[0])
-        if any((folder / name).is_file() for name in ADAPTER_MARKERS):
-            if arguments.plots:
-                raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
-            content: dict[str, Any] = adapter_view().view(folder)
-            return content
-        refuse_other_folder(folder)
-        if arguments.modules:
-            raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
-        return _of_run(folder, arguments)
+    return run_command(lambda: inspected(arguments), arguments.json, text)
 
-    return exit_code(command, arguments.json, text)
+
+def inspected(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is to be told of a run, of several or of an adapter; UserError for a place that is neither."""
+    if len(arguments.places) > 1:
+        return _of_runs(arguments)
+    folder = folder_of(arguments.places[0])
+    if any((folder / name).is_file() for name in ADAPTER_MARKERS):
+        if arguments.plots:
+            raise UserError(f"{folder} is not a run directory; --plots draws those of runs")
+        content: dict[str, Any] = adapter_view().view(folder)
+        return content
+    refuse_other_folder(folder)
+    if arguments.modules:
+        raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
+    return _of_run(folder, arguments)
 
 
 def folder_of(name: str) -> Path:

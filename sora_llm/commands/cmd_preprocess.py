@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from sora_llm import run_files
 from sora_llm.arguments import Parser
-from sora_llm.commands.common import config_parser, exit_code
+from sora_llm.commands.common import config_parser, run_command
 from sora_llm.config import Config, load_config
 from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
@@ -48,23 +49,24 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -> int:
     arguments = make_parser(prog).parse_intermixed_args(argv)
-
-    def command() -> dict[str, Any]:
-        config = load_config(arguments.config, arguments.overrides)
-        file = report_file(config, arguments.report)
-        inputs = check_inputs(config, "none")
-        found = report_on_data(config, inputs)
-        content = {
-            **found,
-            "warnings": template_warnings(config, inputs),
-            "report": None if file is None else str(file),
-        }
-        if file is not None:
-            _write(file, content)
-        return content
-
     colour = arguments.color or (is_terminal(sys.stdout) and "NO_COLOR" not in os.environ)
-    return exit_code(command, arguments.json, lambda content: as_text(content, colour))
+    return run_command(lambda: prepared(arguments), arguments.json, lambda content: as_text(content, colour))
+
+
+def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fill the cache, and write the report of it; UserError for a config or data that cannot be."""
+    config = load_config(arguments.config, arguments.overrides)
+    file = report_file(config, arguments.report)
+    inputs = check_inputs(config, "none")
+    found = report_on_data(config, inputs)
+    content = {
+        **found,
+        "warnings": template_warnings(config, inputs),
+        "report": None if file is None else str(file),
+    }
+    if file is not None:
+        _write(file, content)
+    return content
 
 
 def report_file(config: Config, named: str | None) -> Path | None:

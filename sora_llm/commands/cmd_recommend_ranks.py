@@ -10,7 +10,7 @@ from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands.adapter_view import shapes_in_files, spectra_of, target_shapes_of
-from sora_llm.commands.common import exit_code
+from sora_llm.commands.common import run_command
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
@@ -48,15 +48,17 @@ def make_parser(prog: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-ranks") -> int:
     arguments = make_parser(prog).parse_args(argv)
-
-    def command() -> dict[str, Any]:
-        check_size(arguments)
-        if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
-            raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
-        return recommended(read_source(arguments.place), arguments)
-
     as_text = python_snippet if arguments.format == "python" else axolotl_snippet
-    return exit_code(command, arguments.json, as_text)
+    options = {} if arguments.base is None else {"model.name_or_path": "--base"}
+    return run_command(lambda: recommended(find_source(arguments), arguments), arguments.json, as_text, options)
+
+
+def find_source(arguments: argparse.Namespace) -> SavedAdapter:
+    """The adapter that is asked about; UserError where there is none, or for options that cannot be."""
+    check_size(arguments)
+    if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
+        raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
+    return read_source(arguments.place)
 
 
 def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str, Any]:

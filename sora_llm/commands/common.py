@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sora_llm.arguments import OVERRIDES, Parser
@@ -22,13 +22,22 @@ def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what:
     return parser
 
 
-def exit_code(command: Callable[[], dict[str, Any]], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> int:
-    """Run a command and print its result: 0, 1 (failed), 2 (bad input; a sentence) or 130 (Ctrl-C)."""
+def run_command(
+    command: Callable[[], dict[str, Any]],
+    as_json: bool,
+    as_text: Callable[[dict[str, Any]], str],
+    options: Mapping[str, str] | None = None,
+) -> int:
+    """Run a command and print its result; returns the exit code: 0, 1 (failed), 2 (bad input; a sentence) or 130
+    (Ctrl-C).  A sentence about a key of the config names the option that took its place: `options` {key: option}."""
     try:
         with reaching_for_paths():
             result = command()
     except (UserError, RunFailed) as error:
-        print(f"sora_llm: {error}", file=sys.stderr)
+        sentence = str(error)
+        for key, option in (options or {}).items():
+            sentence = sentence.replace(key, option)
+        print(f"sora_llm: {sentence}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("sora_llm: interrupted", file=sys.stderr)

@@ -22,7 +22,7 @@ from sora_llm.terminal import say, warn
 from sora_llm.topology import ALONE
 
 
-def measuring(config: Config, spec: BackboneSpec) -> Config:
+def config_for_measuring(config: Config, spec: BackboneSpec) -> Config:
     """A run's config to measure it by, on the base that `spec` names: what only training needs may be gone, which are
     the training files too where dev rows have files of their own."""
     model = replace(
@@ -61,7 +61,7 @@ def has_dev_rows(config: Config) -> bool:
 
 
 @dataclass(frozen=True)
-class MeasuredRows:
+class DevRows:
     """`report` is of the files that they come from, None where rows were held out; `missing` are rows that the run held
     out and that are not kept under the options of the measurement; `doubt` says why the run may have been trained on
     some that are measured, None where it was not."""
@@ -77,7 +77,7 @@ class MeasuredRows:
             warn(f"{self.doubt}: the adapter may have been trained on some that it is measured on here")
 
 
-def holding_out(config: Config, trained: Config | None) -> Config:
+def splitting_config(config: Config, trained: Config | None) -> Config:
     """By whose config rows are held out, if any are.  Of a run that was `trained` on the data sets that `config` names,
     those that it held out are measured, whatever seed and share are given: it was trained on the others."""
     if config.data.val_datasets is not None or trained is None or hold_out_alike(trained, config):
@@ -88,11 +88,11 @@ def holding_out(config: Config, trained: Config | None) -> Config:
 
 def dev_rows(
     config: Config, inputs: Inputs, trained: Config | None = None, tokenizer: BackboneSpec | None = None
-) -> MeasuredRows:
+) -> DevRows:
     """The dev rows; the training rows are read only where dev rows are held out of them.
 
     Args:
-        trained: the config of the run that is measured; its rows are held out as `holding_out` says.
+        trained: the config of the run that is measured; its rows are held out as `splitting_config` says.
         tokenizer: where it lies, if not beside the base.
 
     Raises:
@@ -105,10 +105,10 @@ def dev_rows(
         is_own = trained is not None and hold_out_alike(trained, config)
         if is_own and is_of_other_rows(told, config, inputs, report, "dev"):
             warn(f"the rows of data.val_datasets are not those that {run_dir} was measured on in training")
-        return MeasuredRows(rows, report)
+        return DevRows(rows, report)
     if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
-    splitting = holding_out(config, trained)
+    splitting = splitting_config(config, trained)
     its_inputs = inputs if splitting is config else check_inputs(splitting, "none", tokenizer)
     data = load_data(splitting, its_inputs, ALONE)
     assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
@@ -120,7 +120,7 @@ def dev_rows(
             f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
         )
     if splitting is config:
-        return MeasuredRows(data.dev, None, doubt=doubt)
+        return DevRows(data.dev, None, doubt=doubt)
     if (splitting.train.seed, splitting.data.val_set_size) != (config.train.seed, config.data.val_set_size):
         say(
             f"the rows that {run_dir} held out are measured, whatever data.val_set_size and train.seed are given here",
@@ -129,10 +129,10 @@ def dev_rows(
     return replace(_made_anew(data.dev, config, inputs), doubt=doubt)
 
 
-def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> MeasuredRows:
+def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> DevRows:
     """The rows that were `held_out` of the training files, under the options of `config`."""
     whole, _ = prepare_rows(config, inputs, inputs.datasets, ALONE)
     rows = whole.select(np.flatnonzero(np.isin(whole.origins, held_out.origins)))
     if not len(rows):
         raise UserError(f"none of the {len(held_out)} rows that were held out in training is kept under these options")
-    return MeasuredRows(rows, None, missing=len(np.setdiff1d(held_out.origins, whole.origins)))
+    return DevRows(rows, None, missing=len(np.setdiff1d(held_out.origins, whole.origins)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -88,6 +89,16 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
 
+def given_for_keys(arguments: argparse.Namespace) -> dict[str, str]:
+    """{key of the config: the option that was given for it}, for sentences about the key."""
+    options = {"model.name_or_path": "base", "data.chat_template": "chat_template"}
+    return {
+        key: f"--{name.replace('_', '-')}"
+        for key, name in options.items()
+        if getattr(arguments, name, None) is not None
+    }
+
+
 def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> Subject:
     """With another place for the base, and how to load it where no run says so; its config is read and checked.
 
@@ -132,10 +143,14 @@ def template_beside(subject: Subject) -> str | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode; within `without_adapter()` it is the base."""
+    """A model in eval mode; `without_adapter` makes the context in which it is the base, None where it is that."""
 
     model: nn.Module
     without_adapter: Callable[[], AbstractContextManager[object]] | None
+
+    def as_base(self) -> AbstractContextManager[object]:
+        """The context in which the model is the base alone."""
+        return contextlib.nullcontext() if self.without_adapter is None else self.without_adapter()
 
 
 def load(subject: Subject) -> Loaded:
