@@ -45,6 +45,11 @@ ALONE = World(num_processes=1, process_index=0, local_process_index=0)
 """Of a command that is one process by itself, whatever the environment says."""
 
 
+def is_main_process(environ: Mapping[str, str]) -> bool:
+    """Whether this is process 0, by what the launcher said, be it right or wrong."""
+    return environ.get("RANK", "0") == "0"
+
+
 def launched_world(environ: Mapping[str, str]) -> World:
     """Read WORLD_SIZE, RANK and LOCAL_RANK (torchrun, accelerate); one process where they are missing.
 

@@ -34,8 +34,7 @@ from sora_llm.running.ending import cut_and_export, finish
 from sora_llm.running.inputs import check_inputs, check_output
 from sora_llm.running.job import Job, hold_directory
 from sora_llm.running.layouts import check_layout, check_place
-from sora_llm.running.lifeline import Lifeline
-from sora_llm.running.lifeline import say as say_last
+from sora_llm.running.lifeline import Lifeline, say_last
 from sora_llm.running.plan import make_plan, rows_in_step
 from sora_llm.running.processes import (
     deepspeed_options,
@@ -51,7 +50,14 @@ from sora_llm.running.stop import StopRequest, ignore_signals
 from sora_llm.running.training import Training
 from sora_llm.running.training_data import data_report, load_data, training_order
 from sora_llm.running.unpack import target_shapes
-from sora_llm.topology import ZERO_STAGES, launched_world, refuse_lone_process, refuse_other_step, resolve_strategy
+from sora_llm.topology import (
+    ZERO_STAGES,
+    is_main_process,
+    launched_world,
+    refuse_lone_process,
+    refuse_other_step,
+    resolve_strategy,
+)
 
 EXIT_FINISHED = 0
 
@@ -71,7 +77,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.train") -> int:
     """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
     parser = make_parser(prog)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process(os.environ)
     terminal.take_any_text()
     try:
         arguments, unknown = parser.parse_known_intermixed_args(argv)
@@ -130,7 +136,7 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
     run_dir = user_path(loaded.output.output_dir, "output.output_dir")
     stop = StopRequest(
         run_dir,
-        is_main=os.environ.get("RANK", "0") == "0",
+        is_main=is_main_process(os.environ),
         others_wait=in_process_group,
         look_for_file=not dry_run,
         leave=lambda request: leave_preempted(run_dir, stop, request, dry_run),
@@ -212,7 +218,7 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
     directory.start_at(start.step, start.folder)
-    job.lifeline.on_loss = lambda loss: tell_loss(directory, loss)
+    job.lifeline.on_lost_process = lambda sentence: tell_of_lost_process(directory, sentence)
     try:
         training = begin(job, directory, start)
         while True:
@@ -226,29 +232,36 @@ def run_in(job: Job, run_dir: Path) -> RunResult:
         directory.report(to_dict(job.config))
         raise
     except BaseException as error:
-        loss = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_loss()
-        if loss is not None:
-            if job.world.is_main:  # which says what it raises
-                directory.record_loss(loss)
-            else:
-                tell_loss(directory, loss)
-            raise RunFailed(f"{loss}; start the same command again to go on from the newest checkpoint") from error
-        failure: BaseException = error
-        if is_timeout(error):
-            failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)
-        if directory.is_begun or not isinstance(error, UserError):
-            with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
-                directory.status("failed", error=str(failure) or type(failure).__name__)
-            directory.report(to_dict(job.config))
+        failure = note_failure(job, directory, error)
         if failure is not error:
             raise failure from error
         raise
 
 
-def tell_loss(directory: RunDirectory, loss: str) -> None:
-    """Let one of the processes that are left say who was lost, in the status and on the terminal."""
-    if directory.record_loss(loss):
-        say_last(loss)
+def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> BaseException:
+    """Say in the status and in the report that the run failed.  Returns what to raise: the error, or what is behind it,
+    a process that died or that did not come."""
+    lost = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_lost_process()
+    if lost is not None:
+        if job.world.is_main:  # which says what it raises
+            directory.record_lost_process(lost)
+        else:
+            tell_of_lost_process(directory, lost)
+        return RunFailed(f"{lost}; start the same command again to go on from the newest checkpoint")
+    failure = error
+    if is_timeout(error):
+        failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)
+    if directory.is_begun or not isinstance(error, UserError):
+        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
+            directory.status("failed", error=str(failure) or type(failure).__name__)
+        directory.report(to_dict(job.config))
+    return failure
+
+
+def tell_of_lost_process(directory: RunDirectory, sentence: str) -> None:
+    """Let one of the processes that are left say who died, in the status and on the terminal."""
+    if directory.record_lost_process(sentence):
+        say_last(sentence)
 
 
 def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:

@@ -34,6 +34,7 @@ report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
 generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
 prompt_form
+running.run_folders
 running.inputs
 running.training_data running.lessons
 running.held_out
@@ -115,6 +116,7 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
     before = [
         "unpack",
+        "run_folders",
         "inputs",
         "lessons",
         "held_out",

@@ -150,5 +150,5 @@ def test_a_loss_is_told_also_where_the_lock_of_the_dead_is_freed_a_little_later(
     with contextlib.ExitStack() as dying:
         dying.enter_context(run_lock(tmp_path))
         threading.Timer(0.5, dying.pop_all().close).start()
-        assert survivor.record_loss("process 0 died")
+        assert survivor.record_lost_process("process 0 died")
     assert read_status(tmp_path)["error"] == "process 0 died"

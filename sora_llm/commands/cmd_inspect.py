@@ -141,12 +141,12 @@ def _record(run_dir: Path) -> Record:
     record = read_record(run_dir, _config(run_dir))
     holder = lost_holder(run_dir) if record.state == "running" else None
     if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
-        error = _sentence_of_loss(holder, record.status)
+        error = _killed_sentence(holder, record.status)
         record = replace(record, status={**record.status, "state": "failed", "error": error})
     return record
 
 
-def _sentence_of_loss(holder: str, status: Mapping[str, Any]) -> str:
+def _killed_sentence(holder: str, status: Mapping[str, Any]) -> str:
     """What to say of a run that calls itself running and is not."""
     whence = "its newest checkpoint" if status.get("checkpoint") else "step 0"
     return f"{holder}, which ran it, was killed; the same command goes on from {whence}"

@@ -13,8 +13,8 @@ from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.prompt_form import names_template_file
-from sora_llm.running.inputs import (
-    FOR_LLAMA_CPP,
+from sora_llm.running.inputs import FOR_LLAMA_CPP
+from sora_llm.running.run_folders import (
     absolute,
     is_run,
     run_of_adapter,

@@ -12,7 +12,7 @@ from sora_llm.budget import params_of
 from sora_llm.errors import UserError
 from sora_llm.factors import Shapes, costs_of
 from sora_llm.files import nearest_existing
-from sora_llm.running.inputs import run_of_adapter
+from sora_llm.running.run_folders import run_of_adapter
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from sora_llm.errors import UserError
 from sora_llm.files import expanded
 from sora_llm.prompt_form import names_template_file
 from sora_llm.row_types import FIELDS
-from sora_llm.running.inputs import run_of_adapter, seen_from_here, with_kept_template
+from sora_llm.running.run_folders import run_of_adapter, seen_from_here, with_kept_template
 
 
 @dataclass(frozen=True)

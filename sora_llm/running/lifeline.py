@@ -27,8 +27,8 @@ GRACE_SECONDS = 8.0
 """For the main thread to end by itself, with its own error, after another process was lost."""
 LAUNCHER_GRACE_SECONDS = 3.0
 """For the signal that has ended the launcher to arrive here too."""
-LOSS_SECONDS = 2.0
-"""For the loss behind an error of a collective to be noticed."""
+NOTICE_SECONDS = 2.0
+"""For a death that is behind an error of a collective to be noticed."""
 
 _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
@@ -36,8 +36,8 @@ _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECIS
 class Lifeline:
     """Watches the launcher, and from `connect` on the other processes, in a thread.
 
-    `loss` says who was lost, None while all live.  A process that is merely stopped or slow is no loss.  A process that
-    has not ended by itself `GRACE_SECONDS` after a loss is ended; what it says last is for `on_loss`.
+    `lost_process` says who died, None while all live; who is merely stopped or slow has not.  A process that has not
+    ended by itself `GRACE_SECONDS` later is ended; what it says last is for `on_lost_process`.
     """
 
     def __init__(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
@@ -47,8 +47,8 @@ class Lifeline:
         """
         self._is_stopping = is_stopping
         self._orphaned_at: float | None = None
-        self.loss: str | None = None
-        self.on_loss: Callable[[str], None] = lambda sentence: say(sentence)
+        self.lost_process: str | None = None
+        self.on_lost_process: Callable[[str], None] = lambda sentence: say_last(sentence)
         self._name = f"a process on {socket.gethostname()}"
         self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
         self._closing = threading.Event()
@@ -77,7 +77,7 @@ class Lifeline:
             self._thread.start()
 
     def close(self, failure: str | None = None) -> None:
-        """Say goodbye: what happens to this process afterwards is no loss.  With `failure` it is one, and the others
+        """Say goodbye: what happens to this process afterwards is no death.  With `failure` it is one, and the others
         are told."""
         self._closing.set()
         if self._thread.is_alive():
@@ -88,11 +88,11 @@ class Lifeline:
                 peer.sendall(b"bye\n" if failure is None else f"lost {self._own(failure)}\n".encode())
             peer.close()
 
-    def wait_for_loss(self) -> str | None:
-        """Who was lost, if anybody is found to be within LOSS_SECONDS: errors of collectives come a little sooner."""
+    def wait_for_lost_process(self) -> str | None:
+        """Who was lost, if anybody is found to be within NOTICE_SECONDS: errors of collectives come a little sooner."""
         if self._thread.is_alive():
-            self._lost.wait(LOSS_SECONDS)
-        return self.loss
+            self._lost.wait(NOTICE_SECONDS)
+        return self.lost_process
 
     # ----- the thread -------------------------------------------------------------------------------------------------
 
@@ -102,10 +102,10 @@ class Lifeline:
                 sentence = _heard(key.fileobj, name=key.data)  # type: ignore[arg-type]
                 self._selector.unregister(key.fileobj)
                 if sentence is not None:
-                    self._lose(sentence)
+                    self._give_up(sentence)
                     return
             if self._has_outlived_launcher():
-                self._lose(f"the launcher of {self._name} died")
+                self._give_up(f"the launcher of {self._name} died")
                 return
 
     def _has_outlived_launcher(self) -> bool:
@@ -115,8 +115,8 @@ class Lifeline:
         self._orphaned_at = self._orphaned_at or time.monotonic()
         return not self._is_stopping() and time.monotonic() - self._orphaned_at > LAUNCHER_GRACE_SECONDS
 
-    def _lose(self, sentence: str) -> None:
-        self.loss = sentence
+    def _give_up(self, sentence: str) -> None:
+        self.lost_process = sentence
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.sendall(f"lost {sentence}\n".encode())
@@ -126,7 +126,7 @@ class Lifeline:
             if self._closing.wait(POLL_SECONDS):
                 return
         try:
-            self.on_loss(sentence)
+            self.on_lost_process(sentence)
         finally:
             os._exit(1)
 
@@ -134,7 +134,7 @@ class Lifeline:
         return f"{self._name} failed: {' '.join(failure.split())[:1000]}"
 
 
-def say(sentence: str) -> None:
+def say_last(sentence: str) -> None:
     """Print a last sentence, without a word to stdout: a thread may hold that which waits for ever."""
     end = "\n" if terminal.is_progress_open() else ""
     print(f"{end}sora_llm: {sentence}", file=sys.stderr, flush=True)

@@ -166,7 +166,7 @@ class RunDirectory:
         self.status("preempted")
         return self.last_status
 
-    def record_loss(self, sentence: str) -> bool:
+    def record_lost_process(self, sentence: str) -> bool:
         """The status of a run of which a process, or the launcher, was lost; returns whether this process wrote it.
 
         Normally the main process writes it; if that one died, whoever first finds its lock free and no final status.

@@ -16,9 +16,9 @@ from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
-from sora_llm.running.inputs import written_since
 from sora_llm.running.job import Job
 from sora_llm.running.plan import Plan, refuse_other_config
+from sora_llm.running.run_folders import written_since
 from sora_llm.running.snapshot import refuse_other_run
 from sora_llm.topology import World
 

@@ -1,0 +1,84 @@
+"""Which folders are runs', and their configs as they are seen from here."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sora_llm import checkpoint, run_files
+from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
+from sora_llm.config import Config, Dataset
+from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.files import expanded, user_path
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has written here: a config.yaml alone may be anybody's."""
+    marks = (run_files.STATUS, f"{run_files.ADAPTER}/{CERTIFICATE}")
+    return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)
+
+
+def run_of_adapter(folder: Path) -> Path | None:
+    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
+    whole = absolute(folder)
+    is_stage = whole.parent.name == run_files.PATH
+    run_dir = whole.parent.parent if is_stage else whole.parent
+    is_adapter = (is_stage or whole.name == run_files.ADAPTER) and (whole / CONFIG).is_file()
+    return run_dir if is_adapter and is_run(run_dir) else None
+
+
+def absolute(folder: Path) -> Path:
+    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100
+
+
+def seen_from_here(config: Config, run_dir: Path) -> Config:
+    """A run's config, in which local paths that are not there from here, but from where the run was started, lead
+    there.  That place is known where the run wrote to a relative output.output_dir: its directory's path without it."""
+    written, whole = user_path(config.output.output_dir, "output.output_dir"), absolute(run_dir)
+    start = Path(*whole.parts[: -len(written.parts)])
+    if written.is_absolute() or start / written != whole or start == Path.cwd():
+        return config
+
+    def found(path: str) -> str:
+        here = expanded(path)
+        there = str(start / here)
+        return there if not _leads_somewhere(here) and _leads_somewhere(there) else path
+
+    def those(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
+        return tuple(replace(dataset, path=found(dataset.path)) for dataset in datasets)
+
+    model, data = config.model, config.data
+    adapter = None if model.adapter is None else found(model.adapter)
+    template = data.chat_template if data.chat_template in (None, *TEMPLATES) else found(str(data.chat_template))
+    dev = None if data.val_datasets is None else those(data.val_datasets)
+    return replace(
+        config,
+        model=replace(model, name_or_path=found(model.name_or_path), adapter=adapter),
+        data=replace(data, datasets=those(data.datasets), val_datasets=dev, chat_template=template),
+    )
+
+
+def with_kept_template(config: Config, *files: Path) -> Config:
+    """With the first of the files that is there as its chat template: the one that the config names may have changed
+    since."""
+    kept = next((file for file in files if file.is_file()), None)
+    return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
+
+
+def _leads_somewhere(path: str) -> bool:
+    """Whether there is something at a path, or something that matches it as a pattern."""
+    return Path(path).exists() or next(glob.iglob(path, recursive=True), None) is not None  # noqa: PTH207 - any pattern
+
+
+def written_since(run_dir: Path, resume: str) -> Path | None:
+    """The newest checkpoint of a run that went back to the checkpoint `resume` and on from there: a job that is put
+    into the queue again has the arguments that it had.  None where there is none; `resume` may be gone by then."""
+    folder, _ = checkpoint.newest(run_dir)
+    if folder is None:
+        return None
+    said = checkpoint.read_state(folder).get("config", {}).get("output", {}).get("resume")
+    return folder if said == resume else None
