@@ -239,7 +239,7 @@ def dev_loss(folder: Path, factors: Plain) -> float:
     assert rows is not None
     device = local_device()
     model = put_on(load_backbone(inputs.backbone, device), factors)
-    return evaluate(model, rows, inputs.batch, batch_size=8, world=ALONE, device=device).loss
+    return evaluate(model, rows, inputs.batch, batch_size=8, world=ALONE, device=device)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -197,9 +197,14 @@ def dtype_name(config: Any) -> str:
     return dtype if dtype in ("float16", "float32") else "bfloat16"
 
 
+def max_positions(config: Any) -> int | None:
+    """The most tokens that the model of a transformers config takes; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_sequence_len(config: Any, sequence_len: int, name_or_path: str) -> None:
     """UserError if rows of `sequence_len` tokens do not fit into the model's positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is not None and sequence_len > positions:
         raise UserError(
             f"data.sequence_len is {sequence_len} but {name_or_path} has {positions} positions; set data.sequence_len "

@@ -28,7 +28,8 @@ from sora_llm import run_files
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256, fsync, make_folder, publish, write_text_atomically
 
-TENSORS, BEST, STATE, COMPLETE = "adapter.safetensors", "best.safetensors", "state.json", "COMPLETE"
+TENSORS, BEST, COMPLETE = "adapter.safetensors", "best.safetensors", "COMPLETE"
+STATE = run_files.CHECKPOINT_STATE
 
 
 def save(

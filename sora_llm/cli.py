@@ -9,7 +9,7 @@ from importlib import import_module
 
 from sora_llm.commands import COMMANDS, JOURNEY
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.terminal import print_result, take_any_text
+from sora_llm.terminal import complain, print_result, take_any_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
     except UserError as error:  # of its command line
-        print(f"sora_llm: {error}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     return command
 

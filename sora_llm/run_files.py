@@ -15,6 +15,10 @@ DATA_REPORT = "data_report.json"
 REPORT = "report.html"
 FILES = (CONFIG, ENV, CHAT_TEMPLATE, STATUS, METRICS, RANKS, SAMPLES, DATA_REPORT, REPORT)
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
+"""Of an exported LoRA, in a run directory or not."""
+CHECKPOINT_STATE = "state.json"
+
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PATH = "path"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TextIO, TypeGuard
 
 _open_on: TextIO | None = None
@@ -35,6 +36,22 @@ def warn(text: str) -> None:
     say(f"warning: {text}", sys.stderr)
 
 
+def complain(text: str) -> None:
+    """A sentence for whoever started a command, under its name, on stderr."""
+    say(f"sora_llm: {text}", sys.stderr)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int, gap: str = "  ") -> list[str]:
+    """Lines of columns of one width each: the first `left` of them flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return gap.join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in cells)
+
+    return [line(row) for row in rows]
+
+
 def print_result(text: str) -> bool:
     """Print what a command was asked for, and say on stderr why that cannot be done; returns whether it was, or nobody
     reads on."""
@@ -43,7 +60,7 @@ def print_result(text: str) -> bool:
     except BrokenPipeError:
         stop_printing(sys.stdout)
     except OSError as error:
-        print(f"sora_llm: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        complain(f"the result cannot be printed: {error.strerror}")
         stop_printing(sys.stdout)
         return False
     return True

@@ -96,11 +96,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
         if not is_main and not in_process_group():  # in it, errors are agreed and the main process's too
             let_main_speak()
         if is_main or not in_process_group():
-            terminal.say(f"sora_llm: {error}", sys.stderr)
+            terminal.complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         if is_main:
-            terminal.say("sora_llm: interrupted", sys.stderr)
+            terminal.complain("interrupted")
         return EXIT_INTERRUPTED
     return EXIT_FINISHED
 

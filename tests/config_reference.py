@@ -79,7 +79,7 @@ def page() -> str:
             rows = [f"| `{kind}` | {', '.join(f'`{name}`' for name in names)} |" for kind, names in FIELDS.items()]
             parts.append("\n".join(["| type | fields that `columns` maps |", "|---|---|", *rows, ""]))
     parts.append("## Names of other trainers\n\nTaken as ours, in the same section:\n")
-    names = [f"| {', '.join(f'`{name}`' for name in old)} | `{key}` |" for key, old in config.OLD_NAMES.items()]
+    names = [f"| {', '.join(f'`{name}`' for name in old)} | `{key}` |" for key, old in config.NAMES_ELSEWHERE.items()]
     parts.append("\n".join(["| written | taken as |", "|---|---|", *names, ""]))
     return "\n".join(parts)
 

@@ -181,8 +181,7 @@ class Place:
 
     def evaluate(self, engine: Engine) -> float:
         pad = functools.partial(collate, pad_id=0)
-        result = evaluate(engine.model, self.rows, pad, batch_size=4, world=self.world, device=engine.device)
-        return result.loss
+        return evaluate(engine.model, self.rows, pad, batch_size=4, world=self.world, device=engine.device)
 
 
 def state_of(engine: Engine) -> dict[str, Any]:

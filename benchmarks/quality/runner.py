@@ -184,7 +184,7 @@ class Runner:
 
     def _loss(self, rows: TokenDataset) -> float:
         device = self.accelerator.device
-        return evaluate(self.model, rows, self.inputs.batch, batch_size=EVAL_BATCH, world=ALONE, device=device).loss
+        return evaluate(self.model, rows, self.inputs.batch, batch_size=EVAL_BATCH, world=ALONE, device=device)
 
     @functools.cache  # noqa: B019  # a runner lives as long as its process
     def _base_loss(self, rows: str) -> float:

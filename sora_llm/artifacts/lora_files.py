@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sora_llm import run_files
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256
 
-CONFIG, WEIGHTS, CERTIFICATE = "adapter_config.json", "adapter_model.safetensors", "certificate.json"
+CONFIG, WEIGHTS, CERTIFICATE = run_files.ADAPTER_CONFIG, run_files.ADAPTER_WEIGHTS, run_files.CERTIFICATE
 BASE = "base_model_name_or_path"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
 OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base

@@ -18,6 +18,7 @@ from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes
 from sora_llm.errors import NotFinite, UserError
 from sora_llm.factors import kept_params, mean_rank, shapes_of
 from sora_llm.spectrum import Spectrum, ranks_within, spectra
+from sora_llm.terminal import aligned
 
 SHARES = (1, 2, 4, 8, 16, 32)
 ENERGIES = (0.9, 0.99, 0.999)
@@ -155,8 +156,4 @@ def _spectrum_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[s
         cells.append(f"{max((m['sigma'][0] for m in modules if m['sigma']), default=0.0):.3g}")
         shares = (fmean(m["energy_of_first"].get(str(count), 1.0) for m in modules) for count in counts)
         rows.append([name, *cells, *(f"{share:.1%}" for share in shares)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return aligned(rows, left=1)

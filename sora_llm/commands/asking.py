@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sora_llm import backbone
+from sora_llm import backbone, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import visible
@@ -184,7 +183,7 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
     form = _form(arguments, named, tokenizer)
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = backbone.max_positions(model_config)
     prompter = Prompter(subject, tokenizer, form, positions)
     if arguments.system is not None:
         try:
@@ -221,7 +220,7 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
 
 def notice(text: str) -> None:
     """Print a line for the person at the terminal, on stderr: answers are on stdout."""
-    print(f"sora_llm: {text}", file=sys.stderr, flush=True)
+    terminal.complain(text)
 
 
 def show(text: str) -> None:

@@ -107,7 +107,7 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
     """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed where it is not finite."""
-    found = evaluate(
+    loss = evaluate(
         model,
         rows,
         inputs.batch,
@@ -115,11 +115,11 @@ def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config
         world=ALONE,
         device=next(model.parameters()).device,
     )
-    if not math.isfinite(found.loss):
+    if not math.isfinite(loss):
         raise RunFailed(
-            f"the loss is {found.loss}: base or adapter have values that are not finite, or too large for their dtype"
+            f"the loss is {loss}: base or adapter have values that are not finite, or too large for their dtype"
         )
-    return {"loss": found.loss, "perplexity": math.exp(min(found.loss, 700.0))}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -270,13 +270,13 @@ def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
 def config_for(subject: Subject) -> Config:
     """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
     spec = subject.spec
-    text_config = backbone.load_model_config(spec).get_text_config()
+    positions = backbone.max_positions(backbone.load_model_config(spec))
     return Config(
         model=Model(dtype=spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
         quantization=quantization_of(spec),
         data=Data(
             chat_template=template_beside(subject),
-            sequence_len=min(2048, getattr(text_config, "max_position_embeddings", None) or 2048),
+            sequence_len=min(2048, positions or 2048),
         ),
     )
 

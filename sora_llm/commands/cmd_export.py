@@ -313,7 +313,7 @@ def dev_loss_measure(
         raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
     measured.warn_of_doubt()
     batch_size, rows = config.evaluation.per_device_eval_batch_size, measured.rows
-    return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device).loss
+    return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------- result

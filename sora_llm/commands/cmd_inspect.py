@@ -71,7 +71,7 @@ def inspected(arguments: argparse.Namespace) -> dict[str, Any]:
         return content
     refuse_other_folder(folder)
     if arguments.modules:
-        raise UserError(f"{folder} is a run; --modules is of adapters: {folder / 'adapter'}")
+        raise UserError(f"{folder} is a run; --modules is of adapters: {folder / run_files.ADAPTER}")
     return _of_run(folder, arguments)
 
 
@@ -91,7 +91,8 @@ def refuse_other_folder(folder: Path) -> None:
         is_model = (folder / "config.json").is_file()
         if is_model or any(folder.glob("*.gguf")):
             kind = "a whole model" if is_model else "an adapter for llama.cpp"
-            told = "its README.md and certificate.json tell of it; " if (folder / "certificate.json").is_file() else ""
+            is_told = (folder / run_files.CERTIFICATE).is_file()
+            told = f"its README.md and {run_files.CERTIFICATE} tell of it; " if is_told else ""
             raise UserError(f"{folder} holds {kind}; {told}name a run, a checkpoint or a LoRA")
         raise UserError(
             f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
@@ -106,7 +107,7 @@ def run_of_config(name: str) -> Path:
     return run_dir
 
 
-ADAPTER_MARKERS = ("adapter_config.json", "state.json")
+ADAPTER_MARKERS = (run_files.ADAPTER_CONFIG, run_files.CHECKPOINT_STATE)
 
 
 def adapter_view() -> Any:

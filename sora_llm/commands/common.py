@@ -10,7 +10,7 @@ from typing import Any
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import reaching_for_paths
-from sora_llm.terminal import print_result, stop_printing
+from sora_llm.terminal import complain, print_result, stop_printing
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
@@ -37,10 +37,10 @@ def run_command(
         sentence = str(error)
         for key, option in (options or {}).items():
             sentence = sentence.replace(key, option)
-        print(f"sora_llm: {sentence}", file=sys.stderr)
+        complain(sentence)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sora_llm: interrupted", file=sys.stderr)
+        complain("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         stop_printing(sys.stdout)

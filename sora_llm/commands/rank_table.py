@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sora_llm.report_page.grids import Grid, grids_of, short_names
+from sora_llm.terminal import aligned
 
 _TALL = 24  # layers; more of them stand beside each other where the terminal is wide enough
 
@@ -28,8 +29,7 @@ def _grid_lines(grid: Grid, ranks: Mapping[str, int]) -> list[str]:
     for layer in grid.layers:
         found = [grid.cells.get((layer, projection)) for projection in grid.projections]
         rows.append([str(layer), *("" if name is None else str(ranks[name] or "-") for name in found)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return aligned(rows, left=0, gap=" ")
 
 
 def _beside(lines: Sequence[str], width: int) -> list[str]:

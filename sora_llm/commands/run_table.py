@@ -9,6 +9,7 @@ from typing import Any
 
 from sora_llm.config import CHANGES_NO_ROW, differing_keys, flattened
 from sora_llm.report_page.untrusted import setting
+from sora_llm.terminal import aligned
 
 MISSING = "-"
 
@@ -53,10 +54,10 @@ def as_text(content: Mapping[str, Any]) -> str:
     ]
     settings = [["setting", *(str(number) for number in range(1, len(names) + 1))]]
     settings += [[key, *map(_value, values)] for key, values in content["settings"].items()]
-    lines = _aligned(results, left=3)
+    lines = [line.rstrip() for line in aligned(results, left=3)]
     unread = content["without_config"]
     if content["settings"]:
-        lines += ["", *_aligned(settings, left=1)]
+        lines += ["", *(line.rstrip() for line in aligned(settings, left=1))]
     elif not unread:
         lines += ["", "no setting differs"]
     if content["of_other_dev_rows"] and sum(run["eval_loss"] is not None for run in content["runs"]) > 1:
@@ -101,14 +102,3 @@ def _value(value: Any) -> str:
     if value is None:
         return MISSING
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Columns of one width each: the first `left` of them flush left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-
-    return [line(row).rstrip() for row in rows]

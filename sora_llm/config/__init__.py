@@ -14,7 +14,7 @@ the `Config` into plain arguments.
 """
 
 from sora_llm.config.names import ALIASES as ALIASES
-from sora_llm.config.names import OLD_NAMES as OLD_NAMES
+from sora_llm.config.names import NAMES_ELSEWHERE as NAMES_ELSEWHERE
 from sora_llm.config.reading import from_dict as from_dict
 from sora_llm.config.reading import load_config as load_config
 from sora_llm.config.resuming import CHANGES_NO_ROW as CHANGES_NO_ROW

@@ -1,7 +1,7 @@
 """Names that people know from elsewhere, and what to write here."""
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
-OLD_NAMES: dict[str, tuple[str, ...]] = {
+NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "model.name_or_path": ("base_model", "model_name_or_path", "pretrained_model_name_or_path", "model_id"),
     "model.dtype": ("torch_dtype",),
     "model.attn_implementation": ("attention", "attn_impl", "_attn_implementation"),
@@ -29,7 +29,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
     "evaluation.per_device_eval_batch_size": ("eval_batch_size",),
     "output.resume": ("resume_from_checkpoint",),
 }
-ALIASES = {f"{key.partition('.')[0]}.{name}": key for key, names in OLD_NAMES.items() for name in names}
+ALIASES = {f"{key.partition('.')[0]}.{name}": key for key, names in NAMES_ELSEWHERE.items() for name in names}
 
 # Names from elsewhere that have no key here, wherever they are written: what to do instead.
 NO_EQUIVALENT = {

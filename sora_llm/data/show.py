@@ -13,6 +13,7 @@ import numpy as np
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.tokens import common_prefix_length
 from sora_llm.row_types import FATES
+from sora_llm.terminal import aligned
 
 _WIDTH = 100
 _PATH_WIDTH = 40
@@ -93,15 +94,7 @@ def _dataset_lines(section: Section) -> list[str]:
         rows.append([_short_path(dataset["path"]), dataset["type"], *_numbers(dataset, columns)])
     if len(section["datasets"]) > 1:
         rows.append(["all", "", *_numbers(section, columns)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  " + "  ".join(cells))
-    return lines
+    return [f"  {line}" for line in aligned(rows, left=2)]
 
 
 def _numbers(counts: Section, columns: Sequence[tuple[str, str]]) -> list[str]:
@@ -138,7 +131,7 @@ def _loss_lines(section: Section) -> list[str]:
         location, token = section["first_special_written"]
         lines.append(
             f"  special     {section['special_written']:,} with a special token written in a message, the first "
-            f"{location} with {visible(token)}"
+            f"{location} with {with_marks(token)}"
         )
     return lines
 
@@ -174,10 +167,10 @@ def _bad_row_lines(section: Section) -> list[str]:
         return []
     shown = "" if total == len(listed) else f", the first {len(listed)}"
     lines = [f"  malformed   {total:,} of {section['rows_read']:,} rows{shown}:"]
-    lines += [f"    {location}: {visible(reason, line_break=' ')}" for location, reason in listed]
+    lines += [f"    {location}: {with_marks(reason, line_break=' ')}" for location, reason in listed]
     if total > len(listed):
         counts = "; ".join(f"{count:,} × {reason}" for reason, count in list(section["bad_reasons"].items())[:5])
-        lines.append(f"    most often: {visible(counts, line_break=' ')}")
+        lines.append(f"    most often: {with_marks(counts, line_break=' ')}")
     return lines
 
 
@@ -192,7 +185,7 @@ def _sample_lines(sample: Mapping[str, Any], section: Section, colour: bool) -> 
         f"{sample['supervised_tokens']:,} trained on"
     )
     budget = max(200, _SAMPLE_CHARACTERS // max(1, len(sample["segments"])))
-    segments = [(visible(_shortened(text, budget)), weight) for text, weight in sample["segments"]]
+    segments = [(with_marks(_shortened(text, budget)), weight) for text, weight in sample["segments"]]
     return [f"  ┌ {title}", *(f"  │ {line}" for line in _wrapped(segments, colour)), "  └"]
 
 
@@ -221,12 +214,12 @@ def _shortened(text: str, budget: int) -> str:
     return f"{text[: budget * 2 // 3]} […{left_out:,} characters…] {text[-(budget // 3) :]}"
 
 
-def visible(text: str, line_break: str = "↵\n") -> str:
+def with_marks(text: str, line_break: str = "↵\n") -> str:
     """Text with its control and other invisible characters shown, so that it cannot command a terminal."""
-    return "".join(_visible(character, line_break) for character in text)
+    return "".join(_mark(character, line_break) for character in text)
 
 
-def _visible(character: str, line_break: str) -> str:
+def _mark(character: str, line_break: str) -> str:
     if character == "\n":
         return line_break
     if character == "\t":

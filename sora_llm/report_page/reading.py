@@ -37,7 +37,7 @@ def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Recor
         ranks = ranks_in(line.get("ranks"))
         if is_step(line.get("step")) and ranks:
             rank_lines.append(RankLine(line["step"], ranks))
-    certificate = read_json(run_dir / run_files.ADAPTER / "certificate.json")
+    certificate = read_json(run_dir / run_files.ADAPTER / run_files.CERTIFICATE)
     return Record(
         run_dir,
         as_mapping(config),
@@ -47,7 +47,7 @@ def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Recor
         rank_lines=rank_lines,
         data=read_json(run_dir / run_files.DATA_REPORT),
         certificate=certificate,
-        adapter_bytes=_size(run_dir / run_files.ADAPTER / "adapter_model.safetensors"),
+        adapter_bytes=_size(run_dir / run_files.ADAPTER / run_files.ADAPTER_WEIGHTS),
         stages=_stages(run_dir, lines, certificate),
         samples=_lines(run_dir / run_files.SAMPLES, torn),
         torn=torn,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -33,13 +33,13 @@ def announce(job: Job) -> None:
     several = f"{len(plan.stages)} stages of " if plan.is_path else ""
     job.say(
         f"{plan.strategy} on {job.processes}; "
-        f"{several}{so_many_steps(first.total_steps)} of {job.step_size}, {pruning(first)}; "
+        f"{several}{so_many_steps(first.total_steps)} of {job.step_size}, {pruning_in_words(first)}; "
         f"{memory.trainable_parameters:,} trainable parameters beside {memory.frozen_parameters:,} frozen ones "
         f"({job.inputs.backbone.form}); gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
     if job.replicas is not None:
-        job.say(local_updates(job, job.replicas))
+        job.say(local_updates_in_words(job, job.replicas))
     if plan.config.model.adapter is not None:
         job.say(f"starting from the adapter {plan.config.model.adapter}")
     for budget in plan.budgets:
@@ -52,7 +52,7 @@ def announce(job: Job) -> None:
         job.say(f"warning: {line}")
 
 
-def pruning(stage: Stage) -> str:
+def pruning_in_words(stage: Stage) -> str:
     """When gates are pruned, in words."""
     end = stage.phases.sparsify_end
     if stage.prunes_in_steps:
@@ -60,7 +60,7 @@ def pruning(stage: Stage) -> str:
     return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
 
 
-def local_updates(job: Job, replicas: Replicas) -> str:
+def local_updates_in_words(job: Job, replicas: Replicas) -> str:
     """A line about local updates: who takes local steps, and what a round costs."""
     settings = job.config.distributed
     num_bytes = round_bytes(job.memory.trainable_parameters, replicas.num)
@@ -75,16 +75,30 @@ def local_updates(job: Job, replicas: Replicas) -> str:
 
 def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     """Sentences about settings that are allowed and hardly meant."""
-    sora, model = plan.config.sora, plan.config.model
-    if model.adapter is not None:
-        folder = user_path(model.adapter, "model.adapter")
-        saved = saved_base(folder)
-        if saved and not is_same_base(saved, model.name_or_path):
-            yield f"model.adapter is of the base {saved}, this run of {model.name_or_path}; are these one model?"
-        yield from _of_rows_seen_before(plan.config, folder)
-    if plan.config.output.push_to_hub and not has_token():
+    config = plan.config
+    if config.model.adapter is not None:
+        yield from _of_start(config, user_path(config.model.adapter, "model.adapter"))
+    if config.output.push_to_hub and not has_token():
         yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
-    targets = target_modules(plan.config)
+    yield from _of_modules_without_adapter(target_modules(config), skeleton)
+    yield from _of_budgets_and_patience(plan)
+    yield from _of_steps_that_prune(plan)
+    yield from _of_dev_rows(config.data)
+    yield from _of_rows_seen_by_the_base(config)
+    yield from _of_conversations(config.data)
+    yield from _of_thresholds(plan)
+
+
+def _of_start(config: Config, adapter: Path) -> Iterator[str]:
+    """Sentences about the adapter that the run starts from."""
+    saved = saved_base(adapter)
+    if saved and not is_same_base(saved, config.model.name_or_path):
+        yield f"model.adapter is of the base {saved}, this run of {config.model.name_or_path}; are these one model?"
+    yield from _of_rows_seen_before(config, adapter)
+
+
+def _of_modules_without_adapter(targets: str | Sequence[str], skeleton: nn.Module) -> Iterator[str]:
+    """Sentences about weights that are asked for, and where no adapter can be."""
     if targets == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
         yield f"no adapter is put on {', '.join(stacked)}, which are in no linear layer"
     without: dict[str, dict[str, None]] = {}  # {reason: last names}
@@ -93,6 +107,11 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             without.setdefault(reason, {})[name.rpartition(".")[2]] = None
     for reason, names in without.items():
         yield f"no adapter is put on {', '.join(names)}, {reason}"
+
+
+def _of_budgets_and_patience(plan: Plan) -> Iterator[str]:
+    """Sentences about settings that decide nothing beside others."""
+    sora = plan.config.sora
     has_target = sora.target_rank is not None or sora.target_params is not None
     if sora.budgets and has_target and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
         yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
@@ -102,6 +121,11 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             f"evaluation.early_stopping_patience {patience} can end nothing early: with eval_steps {interval} no more "
             f"than {most} evaluations count before the last step; lower one of them (the best adapter is taken anyway)"
         )
+
+
+def _of_steps_that_prune(plan: Plan) -> Iterator[str]:
+    """A sentence about a schedule in which nothing is learned, or nothing pruned step by step."""
+    sora = plan.config.sora
     if plan.stages[0].learned_at > plan.stages[0].total_steps:
         yield (
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
@@ -114,17 +138,24 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
             what = f"gates are not pruned little by little, and the cut alone brings the adapters to the budget{slots}"
         else:
             what = f"{'the first stage' if plan.is_path else 'this run'} prunes nothing"
-        yield (f"the sparsify phase has no step after the first one that learns something: {what}; train longer{later}")
-    data = plan.config.data
-    yield from _of_dev_rows(data)
-    yield from _of_rows_seen_by_the_base(plan.config)
-    if not has_conversations((*data.datasets, *(data.val_datasets or ()))):
-        for key, is_set in (
-            ("chat_template", data.chat_template is not None),
-            ("train_on_last_turn_only", data.train_on_last_turn_only),
-        ):
-            if is_set:
-                yield f"data.{key} is for conversations, and no data set is made of them: it changes nothing here"
+        yield f"the sparsify phase has no step after the first one that learns something: {what}; train longer{later}"
+
+
+def _of_conversations(data: Data) -> Iterator[str]:
+    """Sentences about options of conversations where there are none."""
+    if has_conversations((*data.datasets, *(data.val_datasets or ()))):
+        return
+    for key, is_set in (
+        ("chat_template", data.chat_template is not None),
+        ("train_on_last_turn_only", data.train_on_last_turn_only),
+    ):
+        if is_set:
+            yield f"data.{key} is for conversations, and no data set is made of them: it changes nothing here"
+
+
+def _of_thresholds(plan: Plan) -> Iterator[str]:
+    """Sentences about a λ that can prune nothing, or nothing else than everything."""
+    sora = plan.config.sora
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
         yield (
@@ -133,7 +164,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
         )
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
     if sora.threshold == "decoupled" and highest >= 1:
-        yield (f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient")
+        yield f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient"
 
 
 def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:

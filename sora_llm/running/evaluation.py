@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,8 @@ from torch import Tensor, nn
 from sora_llm.causal_loss import IGNORED, causal_loss_sum
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed.collectives import sum_over_processes
-from sora_llm.inject import (
-    evaluating,
-)
+from sora_llm.inject import evaluating
 from sora_llm.topology import World
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`loss` = Σ cross-entropy / Σ supervised tokens over the whole data set, both weighted where the data is."""
-
-    loss: float
-    supervised_tokens: int
 
 
 def evaluate(
@@ -34,8 +23,9 @@ def evaluate(
     world: World,
     device: torch.device | str,
     before_batch: Callable[[], None] = lambda: None,
-) -> EvalResult:
-    """The loss of `model` over all rows, shared out over the processes (collective).
+) -> float:
+    """Σ cross-entropy / Σ supervised tokens of `model` over all rows, in nats, both weighted where the data is
+    (collective).
 
     `collate` makes a batch (the arguments of `causal_loss_sum`) of some rows, unpacked; of none it makes a batch
     without supervised tokens.  Rows of like length go together; every process runs the same number of batches (under
@@ -44,16 +34,15 @@ def evaluate(
     """
     by_length = sorted(range(len(rows)), key=lambda row: (-int(rows.lengths[row]), row))
     stride = batch_size * world.num_processes
-    loss_sum, weight, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0.0, 0
+    loss_sum, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
     with evaluating(model), torch.no_grad():
         for start in range(0, len(by_length), stride):
             before_batch()
             mine = by_length[start + world.process_index : start + stride : world.num_processes]
             batch = collate([[rows[row]] for row in mine])
             supervised = batch["labels"][:, 1:] != IGNORED
-            num_tokens += int(supervised.sum())
             weights = batch.get("loss_weights")
             weight += float(supervised.sum() if weights is None else weights[:, 1:][supervised].double().sum())
             loss_sum += causal_loss_sum(model, **{name: part.to(device) for name, part in batch.items()}).double()
-    total, total_weight, tokens = sum_over_processes(loss_sum, weight, num_tokens, device=device)
-    return EvalResult(total / total_weight, int(tokens))
+    total, total_weight = sum_over_processes(loss_sum, weight, device=device)
+    return total / total_weight

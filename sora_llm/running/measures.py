@@ -120,7 +120,7 @@ def final_masters(training: Training) -> Mapping[str, Tensor]:
 
 def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
     """The loss of `model` over all `rows` (collective)."""
-    result = evaluate(
+    return evaluate(
         model,
         rows,
         job.inputs.batch,
@@ -129,7 +129,6 @@ def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
         device=job.accelerator.device,
         before_batch=job.heed_stop,
     )
-    return result.loss
 
 
 def current_ranks(training: Training) -> pipeline.RankReport:
