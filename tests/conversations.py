@@ -144,3 +144,8 @@ MARKED = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}{{ '# ' }}{% generation %}{{ m.content + ';' }}{% endgeneration %}
 {%- else -%}{{ '> ' + m.content + ';' }}{%- endif -%}
 {%- endfor -%}"""
+
+HEADINGS = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)

@@ -111,3 +111,8 @@ def random_factors(seed: int, modules: dict[str, tuple[int, int, int]], dead: fl
         gate = randn(rank) * (torch.rand(rank, generator=generator) >= dead)
         factors[name] = (randn(rank, num_in), randn(num_out, rank), gate * float(torch.exp(randn(1))))
     return factors
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Float64 draws of that shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

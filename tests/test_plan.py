@@ -10,7 +10,7 @@ from torch import nn
 from sora_llm import schedule
 from sora_llm.config import Config, Output, Sora, Train
 from sora_llm.errors import UserError
-from sora_llm.running.announcement import pruning, warnings
+from sora_llm.running.announcement import pruning_in_words, warnings
 from sora_llm.running.plan import Plan, Stage, make_plan
 from sora_llm.topology import ALONE
 
@@ -107,7 +107,7 @@ def test_a_window_of_one_step_in_which_nothing_was_learned_is_said(
 ) -> None:
     """Two steps, the first of which is the window; a third one would be pruned in."""
     short, long = planned(2, consensus_at=0.5, **options), planned(4, consensus_at=0.5, **options)
-    assert pruning(short.stages[0]) == when and pruning(long.stages[0]) == "pruning in steps 2–2"
+    assert pruning_in_words(short.stages[0]) == when and pruning_in_words(long.stages[0]) == "pruning in steps 2–2"
     assert [what in line for line in said(short)] == [True] and said(long) == []
 
 
