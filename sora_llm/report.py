@@ -85,7 +85,7 @@ class Progress:
         done = line["step"] - self.first_step
         if done > 0 and line["step"] < self.total_steps:  # early in the line, which a narrow terminal cuts
             left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         for key, label, form in (
             ("loss", "loss", ".4f"),
             ("eval_loss", "eval loss", ".4f"),
@@ -104,7 +104,8 @@ class Progress:
             say(text, self.stream)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, if any, minutes and seconds: 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

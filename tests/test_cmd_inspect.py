@@ -12,6 +12,7 @@ from run_dirs import MadeUpRun
 
 from sora_llm import cli
 from sora_llm.config import load_config, to_yaml
+from sora_llm.report_page import read_record, write_page
 
 
 def inspected(capsys, *arguments: object) -> str:
@@ -31,6 +32,7 @@ def test_a_finished_run_is_told_in_short(tmp_path, capsys):
         f"16.00 → {last['mean_rank']:.2f}" in shown and f"{last['kept_params']:,} of {run.full:,} parameters" in shown
     )
     assert re.search(r"^finetune +40 steps, 1,\d{3} tokens/s, peak 4.10 GiB$", shown, re.M)
+    assert re.search(r"^time +0:40 in steps$", shown, re.M), "100 of 0.4 s"
     assert re.search(r"^self-check +passed, ΔW to 1.4e-15, logits to 5.6e-03$", shown, re.M)
     assert "no alarms" in shown and shown.rstrip().endswith(str(run.path / "report.html"))
     ranks = run.rank_lines[-1]["ranks"]
@@ -38,6 +40,20 @@ def test_a_finished_run_is_told_in_short(tmp_path, capsys):
         cells = [str(rank or "-") for name, rank in ranks.items() if f".{layer}." in name]
         assert re.search(rf"^ +{layer} +{' +'.join(cells)}$", shown, re.M)
     assert (run.path / "report.html").exists() and not (run.path / "plots").exists()
+
+
+def test_a_run_in_its_steps_says_how_long_they_took_and_what_is_left(tmp_path, capsys):
+    run = MadeUpRun(tmp_path / "run", steps=20_000, every=1_000).train(until=0.25)
+    run.json("env.json", {"total_steps": 20_000})
+    run.write("running", phase="dense")
+    record = read_record(run.path)
+    assert (record.seconds_in_steps, record.seconds_left) == (pytest.approx(2_000), pytest.approx(6_000))
+    assert "33:20 in steps, about 1:40:00 left, without" in write_page(record).read_text()
+    for line in run.metrics:
+        line.pop("step_seconds", None)
+    run.write("running", phase="dense")
+    record = read_record(run.path)
+    assert record.seconds_in_steps is None and "in steps" not in write_page(record).read_text()
 
 
 def test_tall_models_stand_in_blocks_where_there_is_room(tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
+from sora_llm.report import duration
 from sora_llm.report_page import read_record, write_page
 from sora_llm.report_page.reading import MARKERS, is_run_directory
 from sora_llm.report_page.record import Record, summary
@@ -193,6 +194,9 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     total = f" of {content['total_steps']:,}" if content["total_steps"] is not None else ""
     phase = f", phase {content['phase']}" if content["phase"] else ""
     yield "step", f"{content['step']:,}{total}{phase}"
+    if content["seconds_in_steps"] is not None:
+        left = "" if content["seconds_left"] is None else f", about {duration(content['seconds_left'])} left"
+        yield "time", f"{duration(content['seconds_in_steps'])} in steps{left}"
     yield "train loss", _number(content["loss"], ".4f")
     if content["eval_loss"] is None:
         yield "dev loss", "not measured"

@@ -9,6 +9,7 @@ from typing import Any
 
 from sora_llm import run_files
 from sora_llm.files import write_text_atomically
+from sora_llm.report import duration
 from sora_llm.report_page import markup
 from sora_llm.report_page.charts import Chart, charts, tracking_error
 from sora_llm.report_page.data_section import data_section
@@ -321,11 +322,19 @@ def _costs(record: Record, chart: Chart | None) -> str:
             row.append("–" if cost.median_step_seconds is None else f"{cost.median_step_seconds:.3g} s")
         rows.append([*row, memory])
     note = (
-        '<p class="quiet">Tokens/s of all processes together; peak memory of the main process: on a GPU since its '
-        "engine was last made (at the start, and wherever adapters change), on a CPU since it began.</p>"
+        f'<p class="quiet">{_time(record)}Tokens/s of all processes together; peak memory of the main process: on a '
+        "GPU since its engine was last made (at the start, and wherever adapters change), on a CPU since it began.</p>"
     )
     drawn = "" if chart is None else chart_svg(chart, "tokens per second over steps")
     return markup.table(heads, rows) + note + drawn
+
+
+def _time(record: Record) -> str:
+    """What the steps took, and what is left of them; "" where no line says it."""
+    if record.seconds_in_steps is None:
+        return ""
+    left = "" if record.seconds_left is None else f", about {duration(record.seconds_left)} left"
+    return f"{duration(record.seconds_in_steps)} in steps{left}, without evaluations and saves. "
 
 
 # ----- adapter, samples, environment ----------------------------------------------------------------------------------

@@ -262,6 +262,24 @@ class Record:
                     found.setdefault(sentence, []).append(line["step"])
         return [Alarm(sentence, steps[0], steps[-1], len(steps)) for sentence, steps in found.items()]
 
+    @cached_property
+    def seconds_in_steps(self) -> float | None:
+        """What the logged steps took, without evaluations, checkpoints and changes of the adapters; None where no line
+        says it."""
+        before, total = 0, 0.0
+        for line in self.lines:
+            total += (as_number(line.get("step_seconds")) or 0.0) * max(0, line["step"] - before)
+            before = max(before, line["step"])
+        return total or None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of the steps at the speed of the last logged ones; None of a run that is not running."""
+        seconds = self.last("step_seconds")
+        if self.state != "running" or self.total_steps is None or seconds is None:
+            return None
+        return max(0, self.total_steps - self.step) * seconds
+
     @property
     def ranks(self) -> Mapping[str, int]:
         """The newest ranks: of ranks.jsonl, else of the certificate."""
@@ -320,6 +338,8 @@ def summary(record: Record) -> dict[str, Any]:
         "kept_params": record.last("kept_params"),
         "all_params": record.all_params,
         "skipped_steps": as_int(record.last("skipped_steps")) or 0,
+        "seconds_in_steps": record.seconds_in_steps,
+        "seconds_left": record.seconds_left,
         "ranks": dict(record.ranks),
         "phases": [vars(cost) for cost in record.phase_costs],
         "path": [vars(stage) for stage in record.stages],
