@@ -61,6 +61,7 @@ class BackboneSpec:
 
     @property
     def source(self) -> dict[str, Any]:
+        """The arguments of every `from_pretrained` of this base."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 

@@ -67,7 +67,7 @@ def product_energy(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) ->
 
 
 def live_slots(A: Tensor, gate: Tensor | None) -> Tensor:
-    """(R,) of bool."""
+    """Which slots have a gate that is not 0, (R,) of bool; all of ungated factors."""
     return torch.ones(A.shape[0], dtype=torch.bool, device=A.device) if gate is None else gate.detach() != 0
 
 
@@ -87,5 +87,5 @@ def costs_of(shapes: Shapes) -> dict[str, int]:
 
 
 def scaling_of(scaling: Scaling, name: str) -> float:
-    """The s of one module."""
+    """s of one module, where `scaling` is one number for all or one for each."""
     return scaling[name] if isinstance(scaling, Mapping) else scaling

@@ -38,6 +38,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that writes."""
         return self.process_index == 0
 
 

@@ -160,7 +160,13 @@ def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
 
 
 def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
-    """Check, prepare and run."""
+    """Check the input, prepare the data, and run (collective from the process group on).
+
+    Raises:
+        UserError: bad input, before the run directory is touched where possible.
+        RunFailed: a run that could not go on.
+        Preempted: a request to stop.
+    """
     world = launched_world(os.environ)
     refuse_lone_process(os.environ)
     settings = config.distributed

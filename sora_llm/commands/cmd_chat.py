@@ -42,6 +42,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
     return run_command(lambda: talk(arguments), False, lambda _: "", given_for_keys(arguments))
 
@@ -80,7 +81,7 @@ class Chat:
                 self.say(line)
 
     def obey(self, line: str) -> None:
-        """A command."""
+        """Do what a line that begins with / says."""
         match line.split():
             case ["/reset"]:
                 self.messages = list(self._start)

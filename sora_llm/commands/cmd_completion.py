@@ -27,6 +27,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm completion") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     found = {"script": script(COMMANDS, arguments.shell)}
     return run_command(lambda: found, False, lambda result: str(result["script"]).rstrip())

@@ -61,6 +61,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     options = {} if arguments.base is None else {"model.name_or_path": "--base"}
     return run_command(lambda: consensus_of(arguments), arguments.json, as_text, options)

@@ -58,6 +58,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> int:
+    """The command; returns its exit code."""
     parser = make_parser(prog)
     arguments = parser.parse_args(argv)
     if not arguments.time_limit > 0:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """The last line."""
+    """Whether this machine is ready, in one line."""
     failed = [finding.name for finding in findings if finding.state == FAILED]
     if failed:
         return f"not ready: {', '.join(failed)}"

@@ -50,6 +50,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
     return run_command(lambda: estimated(arguments), arguments.json, as_text)
 

@@ -89,6 +89,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     options = {} if arguments.base_model is None else {"model.name_or_path": "--base-model"}
     return run_command(lambda: exported(arguments), arguments.json, as_text, options)

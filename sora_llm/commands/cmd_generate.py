@@ -54,6 +54,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
     return run_command(lambda: answered(arguments), arguments.json, lambda _: "", given_for_keys(arguments))
 

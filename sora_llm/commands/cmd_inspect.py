@@ -47,6 +47,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     width = shutil.get_terminal_size((100, 24)).columns
 

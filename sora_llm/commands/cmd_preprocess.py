@@ -48,6 +48,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
     colour = arguments.color or (is_terminal(sys.stdout) and "NO_COLOR" not in os.environ)
     return run_command(lambda: prepared(arguments), arguments.json, lambda content: as_text(content, colour))

@@ -47,6 +47,7 @@ def make_parser(prog: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-ranks") -> int:
+    """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     as_text = python_snippet if arguments.format == "python" else axolotl_snippet
     options = {} if arguments.base is None else {"model.name_or_path": "--base"}

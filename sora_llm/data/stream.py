@@ -124,7 +124,7 @@ class StreamOrder:
         raise UserError("data.datasets are streamed: set train.max_steps, and train.num_train_epochs to null")
 
     def epochs_of(self, steps: int) -> None:
-        """Nobody knows."""
+        """None: nobody knows how many rows a stream has."""
 
     def position(self) -> dict[str, Any]:
         """Where the next step begins, as JSON holds it."""

@@ -264,7 +264,8 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- agreement
 
     def prove_agreement(self) -> None:
-        """Compare what this strategy replicates; call it between steps, before the next one heals a copy.
+        """Compare what this strategy replicates; call it between steps, before the next all-gather overwrites a copy
+        that is corrupt.
 
         DDP: parameters and moments (with replicas: within each of them).  ZeRO-1/2: the model copies, and each
         process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3 keeps no replica: nothing can

@@ -76,14 +76,14 @@ def train_step(
     num_processes: int,
     before_step: Callable[[], None] | None = None,
 ) -> tuple[Tensor, StepOutcome]:
-    """Forward and backward over this process's micro-batches, then the step.
+    """Forward and backward over this process's micro-batches, then the optimizer's step.
 
     The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all micro-batches
     and of the `num_processes` whose gradients engines average, hence the factor.  A non-finite loss makes this
     process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together, after it
     was taken again with every lower loss scale that there is.  A replica that the last step of an epoch left without
-    rows stands still.  `before_step` is called between the two, once, also on a replica that stands still: there the
-    copies of the step before are still what every process computed with.
+    rows stands still.  `before_step` is called once between the last backward pass and the step, also on a replica that
+    stands still: there the copies of the step before are still what every process computed with.
 
     Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
     """

@@ -105,6 +105,7 @@ class Stage:
 
     @property
     def gate_travel(self) -> float:
+        """How far a gate without a signal can move in the sparsify phase; it starts at 1."""
         window = schedule.window_sum(self.phases, self.warmup_steps, self.settings.lr_scheduler_type)
         return self.gate_lr * window
 
@@ -126,6 +127,7 @@ class Plan:
 
     @property
     def is_path(self) -> bool:
+        """Whether the run trains a sparsity path, stages of rising λ."""
         return len(self.stages) > 1
 
     def folder_of(self, stage: Stage) -> str:

@@ -113,7 +113,7 @@ def prepare_rows(
 
 
 def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> Tokenizing:
-    """How rows become tokens."""
+    """The config's way from the rows of `specs` to tokens, as `prepare` takes it."""
     data = config.data
     return Tokenizing(
         tuple(specs),
