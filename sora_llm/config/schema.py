@@ -149,7 +149,8 @@ class Evaluation:
     eval_steps: Count | None = None  # optimizer steps between evaluations; null: before and after training only
     per_device_eval_batch_size: Count = 8  # rows of a process in a forward pass without gradients
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
-    early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage
+    early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage;
+    # but on a path the adapter is then the best one's, also where the number is never reached
 
 
 @dataclass(frozen=True)
