@@ -336,6 +336,8 @@ def consensus_prune(
     if any(layer.gate is None for layer in layers.values()):
         raise UserError("the model's adapters have no gates any more: they were cut already")
     has_budget = target_rank is not None or target_params is not None
+    if target_params is not None and not is_integer(target_params):
+        raise UserError(f"target_params is {target_params!r}; it is a whole number of parameters")
     for name, value in (("target_rank", target_rank), ("target_params", target_params)):
         if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise UserError(f"{name} is {value!r}; it must be a number above 0")

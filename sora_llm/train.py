@@ -329,21 +329,26 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
 def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
     """What is left to do after a request to stop, once its checkpoint is complete: say so, remove the STOP file.
 
-    A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.
+    A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.  Where
+    another run is in the directory, status and file are left to that.
     """
-    status = request.status
+    status, in_use = request.status, False
     is_main = launched_world(os.environ).is_main
     if status is None:
         status = {"state": "preempted", "checkpoint": None}
         if is_main and not dry_run:
-            # Another run may be in there, or the disk be full.
-            with contextlib.suppress(UserError, OSError), run_state.run_lock(run_dir, 0):
-                status = note_preempted(run_dir)
+            try:
+                with contextlib.suppress(OSError), run_state.run_lock(run_dir, 0):
+                    status = note_preempted(run_dir)
+            except run_state.DirectoryInUse:
+                in_use = True
+            except UserError:  # it cannot be written
+                pass
     if is_main:
-        if not dry_run:
+        if not dry_run and not in_use:
             stop.remove_file()
         saved = status["checkpoint"]
-        where = "nothing to save"
+        where = f"nothing to save; another run is in {run_dir}" if in_use else "nothing to save"
         if status.get("phase") == "done":
             where = f"{run_dir} was finished before, its adapter is {run_dir / status['adapter']}"
         elif saved:

@@ -115,6 +115,7 @@ def test_min_rank_is_kept_where_anything_lives() -> None:
         ({"target_rank": "2"}, "target_rank is '2'; it must be a number above 0"),
         ({"target_rank": True}, "target_rank is True; it must be a number above 0"),
         ({"target_params": 0}, "target_params is 0; it must be a number above 0"),
+        ({"target_params": 100.5}, "target_params is 100.5; it is a whole number"),
         ({"target_rank": 2, "min_rank": -1}, "min_rank is -1; it must be an integer from 0"),
         ({"target_rank": 0.01}, "^target_rank is .* nothing would be left"),
     ],

@@ -185,6 +185,20 @@ def test_a_stop_file_that_is_there_at_the_start_ends_the_run_at_once(
     assert ground.codes(name) == [0] and result(run_dir) == result(undisturbed[1])
 
 
+def test_a_stop_file_is_left_to_the_run_that_holds_the_directory(ground: Playground) -> None:
+    """A second start of the same command, which waits for the first run to end, would swallow its request."""
+    name = "stopped while another runs"
+    run_dir = ground.run_dir(name)
+    with run_state.run_lock(run_dir, 0):
+        run_state.write_status(run_dir, "running", step=3, phase="sparsify")
+        (run_dir / "STOP").touch()
+        assert ground.codes(name) == [PREEMPTED]
+        assert (run_dir / "STOP").exists() and status(run_dir)["state"] == "running"
+        run_state.write_status(run_dir, "preempted", step=3, phase="sparsify")
+    assert ground.codes(name) == [PREEMPTED] and not (run_dir / "STOP").exists()
+    assert (status(run_dir)["step"], status(run_dir)["phase"]) == (3, "sparsify"), "it is where it was stopped before"
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_waits_for_others_who_never_come_can_be_stopped(ground: Playground, process: int) -> None:
     """It waits inside torch, where Python's handlers of signals do not run: half an hour if it were for torch."""

@@ -190,9 +190,10 @@ def change_form(training: Training, step: int) -> None:
             cut = cut_adapter(training, model, old)
             if cut.ranks.kept_params == 0:
                 if not job.config.output.allow_empty_adapter:
+                    remedy = "raise the budget" if job.plan.budgets else "lower sora.sparse_lambda"
                     raise RunFailed(
-                        f"consensus after step {training.done} left no rank to train; prune less (sora.sparse_lambda "
-                        "or the budget), or set output.allow_empty_adapter"
+                        f"consensus after step {training.done} left no rank to train; {remedy}, or set "
+                        "output.allow_empty_adapter"
                     )
                 return
             masters = cut.masters

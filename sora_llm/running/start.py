@@ -122,10 +122,14 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
 
 
 def note_preempted(run_dir: Path) -> dict[str, Any]:
-    """The status of a run that was stopped before it began; a finished one stays finished."""
+    """The status of a run that was stopped before it began; a finished one stays finished, and one that was stopped
+    further on says how far."""
     before = run_state.read_status(run_dir)
-    found, _ = checkpoint.newest(run_dir)
     if before is not None and before.get("state") == "finished":
         return {**before, "state": "preempted"}
+    found, _ = checkpoint.newest(run_dir)
+    newest = None if found is None else str(found.relative_to(run_dir))
+    if before is not None and (before.get("state"), before.get("checkpoint")) == ("preempted", newest):
+        return before
     step = 0 if found is None else checkpoint.read_state(found)["step"]
     return run_state.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
