@@ -14,6 +14,8 @@ from sora_llm.files import caches
 
 STALE_LOCK_SECONDS = 1800
 """A lock that is older is of a build that was killed."""
+NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
+"""How the failure of such a trial begins."""
 OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # of ZeRO on a CPU, which takes a minute to compile
 
 

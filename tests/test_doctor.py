@@ -18,6 +18,7 @@ from sora_llm import cli
 from sora_llm.commands import cmd_doctor, trials
 from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, Finding
 from sora_llm.data.prepare import default_cache_dir
+from sora_llm.extensions import NOT_BUILT
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -146,7 +147,7 @@ def test_a_user_without_a_home_is_a_finding(monkeypatch):
 
 
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
-    states, said = {"zero2": FAILED}, [f"{cmd_doctor.NOT_BUILT}: c++: not found"]
+    states, said = {"zero2": FAILED}, [f"{NOT_BUILT}: c++: not found"]
     monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), said[0]))
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 0
@@ -186,7 +187,7 @@ def test_the_trial_knows_a_failed_build_from_other_failures(monkeypatch, error, 
     monkeypatch.setattr(trials, "make_accelerator", fails)
     with pytest.raises(Exception) as raised:
         trials.zero2()
-    assert str(raised.value).startswith(cmd_doctor.NOT_BUILT) == (why is not None)
+    assert str(raised.value).startswith(NOT_BUILT) == (why is not None)
     assert (why or error) in str(raised.value)
 
 

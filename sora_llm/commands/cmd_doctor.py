@@ -25,12 +25,24 @@ from packaging.requirements import Requirement
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import run_command
 from sora_llm.errors import UserError
-from sora_llm.extensions import STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
+from sora_llm.extensions import NOT_BUILT, STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
 from sora_llm.files import caches, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+REMEDIES = {
+    "group": "processes of this machine must reach each other at 127.0.0.1: look at firewalls and at NCCL_ and GLOO_ "
+    "variables, or train with one process",
+    "nf4": "install the versions of constraints.txt, or train with quantization.load_in_4bit: false",
+    "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
+    "zero2": "mend what is said above it, or train with distributed.strategy: ddp",
+}
+"""What to do where a trial fails, by its name."""
+BETWEEN_TWO = ("group", "zero2")
+"""The trials that two processes make."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +122,6 @@ def examine(time_limit: float) -> Iterator[Finding]:
     for name, remedy in REMEDIES.items():
         tried = trial(name, time_limit, remedy)
         yield without_compiler(tried, compiles) if name == "zero2" and compiles.state != OK else tried
-
-
-REMEDIES = {
-    "group": "processes of this machine must reach each other at 127.0.0.1: look at firewalls and at NCCL_ and GLOO_ "
-    "variables, or train with one process",
-    "nf4": "install the versions of constraints.txt, or train with quantization.load_in_4bit: false",
-    "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
-    "zero2": "mend what is said above it, or train with distributed.strategy: ddp",
-}
-
-
-NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
-"""How that failure of the trial begins."""
 
 
 def without_compiler(found: Finding, compiles: Finding) -> Finding:
@@ -248,9 +247,6 @@ def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.com
         if code != 0:
             return Finding(name, FAILED, _last_line(text) or f"ended with exit code {code}", remedy)
     return Finding(name, OK, json.loads(_last_line(texts[0]))["said"])
-
-
-BETWEEN_TWO = ("group", "zero2")
 
 
 def _start(command: Sequence[str], index: int, count: int, port: int, output: Path) -> subprocess.Popen[bytes]:

@@ -20,12 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_llm.backbone import load_backbone, quiet_libraries
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
-from sora_llm.commands.cmd_doctor import NOT_BUILT
 from sora_llm.distributed.collectives import any_process, sum_over_processes
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import local_device, make_accelerator
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.extensions import OPERATOR
+from sora_llm.extensions import NOT_BUILT, OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.running.packing_proof import prove_packing

@@ -154,15 +154,7 @@ class Tokenizing:
         out whole."""
         source, rows = chunk
         spec = self.specs[source]
-        reasons: dict[int, BadRow] = {}
-        examples: list[tuple[int, Example]] = []
-        for i, (_, row) in enumerate(rows):
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                examples += [(i, example) for example in to_examples(row, spec)]
-            except BadRow as reason:
-                reasons[i] = reason
+        examples, reasons = _examples_of(rows, spec)
         tokenized = tokenize_examples(
             [example for _, example in examples],
             self.tokenizer,
@@ -218,6 +210,22 @@ class Tokenizing:
         if self.excess_length == "split" and spec.type == "completion":
             return "split"
         return "truncated" if self.excess_length == "truncate" else "too_long"
+
+
+def _examples_of(
+    rows: Sequence[tuple[str, RowOrBad]], spec: DatasetSpec
+) -> tuple[list[tuple[int, Example]], dict[int, BadRow]]:
+    """(place of the row, example) of the rows that are good, and why the others are not, by their place."""
+    examples: list[tuple[int, Example]] = []
+    reasons: dict[int, BadRow] = {}
+    for i, (_, row) in enumerate(rows):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            examples += [(i, example) for example in to_examples(row, spec)]
+        except BadRow as reason:
+            reasons[i] = reason
+    return examples, reasons
 
 
 def _cut(ids: np.ndarray, weights: np.ndarray, length: int, fate: str) -> list[TokenRow]:

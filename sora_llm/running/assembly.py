@@ -22,7 +22,7 @@ from sora_llm.running.alarms import Alarms, Patience
 from sora_llm.running.inputs import start_lora
 from sora_llm.running.job import Job
 from sora_llm.running.loop import Tally, forget_peak
-from sora_llm.running.measures import raise_alarms
+from sora_llm.running.measures import say_alarms
 from sora_llm.running.packing_proof import prove_packing
 from sora_llm.running.processes import refuse_differing
 from sora_llm.running.rounds import Rounds
@@ -158,5 +158,5 @@ def cut_adapter(
             f"consensus ({sora.consensus}): mean rank {cut.ranks.mean_rank:.2f}, {cut.ranks.kept_params:,} parameters, "
             f"{cut.report.dropped_share:.1%} of ΔW's energy dropped",
         )
-        raise_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.report.shortfall))
+        say_alarms(job, training.alarms.of_cut(cut.ranks.ranks, cut.report.shortfall))
     return cut

@@ -29,7 +29,7 @@ from sora_llm.running.job import (
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
 from sora_llm.running.lessons import for_certificate
-from sora_llm.running.measures import dev_loss, final_masters, loss_over, raise_alarms
+from sora_llm.running.measures import dev_loss, final_masters, loss_over, say_alarms
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
 from sora_llm.running.training import Training
@@ -71,7 +71,7 @@ def cut_and_export(training: Training) -> StageResult:
         if job.data.dev is not None:
             fields["eval_loss"] = dev_loss(job, model)
         found = training.alarms.of_result(fields.get("eval_loss"), start_of(config), training.stage_number)
-        raise_alarms(job, found)
+        say_alarms(job, found)
         fields["alarms"] = training.alarms.take() or None
         if is_path and job.data.train is not None:
             fields["train_loss"] = memorisation(job, model)

@@ -43,7 +43,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
     is_between = training.rounds is not None and training.rounds.is_open
     progress = stage.phases.progress(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
-    raise_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, progress))
+    say_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, progress))
     fields["alarms"] = training.alarms.take() or None
     training.directory.metrics(done, phase, fields)
     if phase != DENSE:
@@ -55,8 +55,8 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         job.say(f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
 
 
-def raise_alarms(job: Job, sentences: list[str]) -> None:
-    """Say them."""
+def say_alarms(job: Job, sentences: list[str]) -> None:
+    """Warn of what the numbers of a step, a cut or a result say."""
     for sentence in sentences:
         job.say(f"warning: {sentence}")
 

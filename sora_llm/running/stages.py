@@ -21,7 +21,7 @@ from sora_llm.running.measures import (
     is_due,
     log_step,
     measure,
-    raise_alarms,
+    say_alarms,
 )
 from sora_llm.running.rounds import Gates
 from sora_llm.running.snapshot import save_checkpoint
@@ -202,7 +202,7 @@ def change_form(training: Training, step: int) -> None:
     training.controller.importance = by_module = importance_by_module(importance)
     if by_module:
         has_learned = {name: bool(values.any()) for name, values in by_module.items()}
-        raise_alarms(job, training.alarms.of_components(has_learned))
+        say_alarms(job, training.alarms.of_components(has_learned))
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
