@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from sora_llm import cli
 from sora_llm.config import load_config
 from sora_llm.data import prepare
-from sora_llm.data.show import decoded, table, visible
+from sora_llm.data.show import decoded, table, with_marks
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
@@ -235,7 +235,7 @@ def test_long_lines_are_wrapped_and_long_texts_are_cut_in_their_middle():
 
 
 def test_control_and_invisible_characters_are_made_visible():
-    assert visible("a\tb\x00\x1b\x7f\u200b\u202e\U000e0001é🙂 ") == "a⇥b␀␛\\u007f\\u200b\\u202e\\U000e0001é🙂 "
+    assert with_marks("a\tb\x00\x1b\x7f\u200b\u202e\U000e0001é🙂 ") == "a⇥b␀␛\\u007f\\u200b\\u202e\\U000e0001é🙂 "
 
 
 def test_the_colour_flag_reaches_the_table(overrides, tmp_path, capsys):
