@@ -16,8 +16,12 @@ from sora_llm.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file `path`, applies `section.key=value` overrides in order, and checks everything that can be
-    checked without looking at any other file.  Raises `UserError` for the first thing that is wrong."""
+    """Read the YAML file `path`, apply `section.key=value` overrides in order, and check everything that can be checked
+    without looking at any other file.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
     return _of_tree(_read_file(Path(path)), str(path), overrides)
 
 

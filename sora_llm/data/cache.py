@@ -181,7 +181,8 @@ def remembered_sha256(file: Path, memory: Path) -> str:
     The memory goes by the file's real path, size, and times of its last change (mtime, and ctime, which nobody can
     set back): a change of the content that leaves all of them as they were is the one thing not seen.
 
-    Raises `OSError` if the file cannot be read; a memory that cannot be written is done without.
+    Raises:
+        OSError: the file cannot be read; a memory that cannot be written is done without.
     """
     before = file.stat()
     if before.st_size < _REMEMBERED_BYTES:

@@ -138,7 +138,7 @@ class Tokenizing:
     """Of rows with the same tokens and weights only the first is kept."""
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for options that make no sense."""
+        """UserError for options that make no sense."""
         if self.train_on_inputs and self.train_on_last_turn_only:
             raise UserError("data.train_on_inputs and data.train_on_last_turn_only exclude each other: set one of them")
         if self.sequence_len < 2:

@@ -53,7 +53,7 @@ class TokenDataset:
 
     @classmethod
     def load(cls, folder: Path) -> TokenDataset:
-        """Opens what a `TokenWriter` has written.  Raises `UserError` if files are missing or cut short."""
+        """What a `TokenWriter` has written; UserError where files are missing or cut short."""
         try:
             lengths = np.load(folder / "lengths.npy")
             table = np.load(folder / "table.npy")
@@ -113,7 +113,7 @@ class TokenWriter:
         self._table.frombytes(np.stack(columns, axis=1, dtype=np.float64).tobytes())
 
     def close(self) -> None:
-        """Finishes the files."""
+        """Finish the files."""
         self._tokens.close()
         self._weights.close()
         np.save(self.folder / "lengths.npy", np.frombuffer(self._lengths, dtype=np.int64))

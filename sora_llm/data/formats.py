@@ -84,7 +84,10 @@ Example = Conversation | PromptCompletion | Text
 
 def to_examples(row: Row, spec: DatasetSpec) -> list[Example]:
     """What a row says, independent of its format: one example, or several where the type holds several in a row.
-    Raises `BadRow` with the reason where it says nothing usable."""
+
+    Raises:
+        BadRow: it says nothing usable; with the reason.
+    """
     return _BUILDERS[spec.type](row, spec)
 
 

@@ -264,7 +264,8 @@ def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> t
     Args:
         val_set_size: below 1 a fraction of the rows (at least one row), else a number of rows.
 
-    Raises `UserError` where it is no such number or leaves nothing to train on.
+    Raises:
+        UserError: `val_set_size` is no such number, or leaves nothing to train on.
     """
     is_fraction = 0 < val_set_size < 1
     if not is_fraction and (val_set_size < 1 or val_set_size != int(val_set_size)):

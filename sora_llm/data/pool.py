@@ -30,7 +30,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: 
     Few items are under way at any time, so that memory does not grow with their number.  `function` reaches the
     workers without being pickled.  Closing the generator ends them.
 
-    Raises `RunFailed` if a worker is killed.
+    Raises:
+        RunFailed: a worker was killed.
     """
     if num_processes == 1:
         yield from map(function, items)

@@ -70,8 +70,10 @@ def prepare(
         cache_dir: default `default_cache_dir()`.
         wait_first: seconds for which this process lets others become the writer.
 
-    Raises `UserError`: files, also one that changes meanwhile, columns; a row too long where that is an error, too many
-    bad rows, a data set without a supervised token.  Raises `RunFailed` if a process that tokenises is killed.
+    Raises:
+        UserError: files, also one that changes meanwhile, columns; a row too long where that is an error, too many bad
+            rows, a data set without a supervised token.
+        RunFailed: a process that tokenises was killed.
     """
     if num_proc is not None and num_proc < 1:
         raise UserError(f"data.num_proc is {num_proc}; it is a number of processes, at least 1")

@@ -102,7 +102,7 @@ class DataReport(Counts):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataReport:
-        """What `to_json` gave.  Raises `KeyError` or `TypeError` if it is something else."""
+        """What `to_json` gave; KeyError or TypeError where it is something else."""
         content = {item.name: value[item.name] for item in fields(cls)}
         names = [item.name for item in fields(DatasetReport)]
         too_long, special = content["first_too_long"], content["first_special_written"]
@@ -124,7 +124,7 @@ class DataReport(Counts):
 
     @classmethod
     def load(cls, folder: Path, *, from_cache: bool) -> DataReport:
-        """Reads what `save` has written.  Raises `UserError` if it is damaged."""
+        """What `save` has written; UserError where it is damaged."""
         try:
             report = cls.from_json(json.loads((folder / _FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError):
@@ -136,8 +136,8 @@ class DataReport(Counts):
 
 
 def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
-    """Raises `UserError` where no run should start: a row is too long and none may be, more than
-    `max_bad_row_fraction` of the rows read are malformed, or a data set has nothing to train on."""
+    """UserError where no run should start: a row is too long and none may be, more than `max_bad_row_fraction` of the
+    rows read are malformed, or a data set has nothing to train on."""
     if report.excess_length == "error" and report.first_too_long is not None:
         raise too_long(*report.first_too_long, report.sequence_len)
     if report.num_bad_rows > max_bad_row_fraction * report.rows_read:

@@ -64,8 +64,12 @@ class DatasetSpec:
 
 
 def check_paths(specs: Sequence[DatasetSpec]) -> None:
-    """Find what is wrong with the data sets without reading them: types, columns, functions that cannot be imported,
-    files missing, empty, unreadable or of an unknown kind.  Raises `UserError`.  Hub ids are not looked up."""
+    """Find what is wrong with the data sets without reading them; hub ids are not looked up.
+
+    Raises:
+        UserError: types, columns, functions that cannot be imported, files missing, empty, unreadable or of an unknown
+            kind.
+    """
     if not specs:
         raise UserError("data.datasets is empty: name at least one data set")
     for spec in specs:
@@ -80,7 +84,9 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
     streamed has none), and the sources of the module that a custom function is named in and of the one that defines
     it (not of others that these import).
 
-    Raises `UserError` if one of these modules is another now than when the function was loaded."""
+    Raises:
+        UserError: one of these modules is another now than when the function was loaded.
+    """
     digest = hashlib.sha256()
     if spec.function is not None:
         for module in _modules_of(spec.function, load_function(spec.function)):
@@ -140,7 +146,8 @@ def load_function(name: str) -> Callable[[Row], Any]:
     """The function that a data set of type custom names as "module:function".  Modules are also found in the current
     folder, which a console script does not have on its path.
 
-    Raises `UserError`: no such form, the module cannot be imported, it has no such function.
+    Raises:
+        UserError: no such form, the module cannot be imported, it has no such function.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -197,8 +204,9 @@ def read_rows(spec: DatasetSpec, skip: int = 0) -> Iterator[tuple[str, RowOrBad]
         skip: leave out so many rows, bad ones included, and give the rest the same locations.  They are counted, not
             parsed.
 
-    Raises `UserError` for a file (or hub data set) that cannot be read or holds no rows, and for a column that none
-    of its first rows has: that is a mistake in the config, not in a row.
+    Raises:
+        UserError: a file (or hub data set) that cannot be read or holds no rows, or a column that none of its first
+            rows has: that is a mistake in the config, not in a row.
     """
     _check_settings(spec)
     if not is_local(spec.path):

@@ -105,7 +105,11 @@ class StreamOrder:
 
     def step(self, step: int) -> list[PackedRows]:
         """What optimizer step `step` takes.  Steps are asked for one after the other; the last one may be asked for
-        again.  Raises `UserError`: rows that cannot be read, too many bad ones, none to train on."""
+        again.
+
+        Raises:
+            UserError: rows that cannot be read, too many bad ones, none to train on.
+        """
         if step == self._next_step - 1:
             return self._last
         assert step == self._next_step, f"step {step} of a stream whose next step is {self._next_step}"
@@ -137,7 +141,7 @@ class StreamOrder:
         }
 
     def seek(self, position: Mapping[str, Any] | None) -> None:
-        """Go to a `position`.  Raises `UserError` if its window holds other rows now."""
+        """Go to a `position`; UserError where its window holds other rows now."""
         assert position is not None
         self._restart(Cursor.from_json(position["cursor"]), position["step"])
         if self._next_window().digest != position["digest"]:
@@ -226,8 +230,8 @@ class WindowTokenizer:
         self._max_bad_row_fraction = max_bad_row_fraction
 
     def __call__(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
-        """Raises `UserError`: too many bad rows, a row too long where that is an error, nothing to train on in one of
-        the data sets."""
+        """UserError for too many bad rows, a row too long where that is an error, or nothing to train on in one of the
+        data sets."""
         with self._one_at_a_time:
             return self._tokenise(items, before)
 

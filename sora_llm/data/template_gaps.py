@@ -26,12 +26,15 @@ class _Kind(NamedTuple):
 
 
 def check_has_place(conversation: Conversation, template: str) -> None:
-    """Templates pass over in silence what they do not know, and the model would learn answers without their reason.
-    (Phi-3-mini's drops the system message, Llama 3.1's the text beside a call, R1's distillates' the thoughts.)
+    """Refuse a conversation that a template writes the same whatever a part of it says.
 
-    Raises `BadRow` where a template writes the same whatever a part of the conversation says.  An answer's parts are
-    asked about as in the last answer: what templates drop of earlier ones, thoughts for the most part, they drop on
-    purpose, and where such an answer is trained on, its turn is not found.
+    Templates pass over in silence what they do not know, and the model would learn answers without their reason.
+    (Phi-3-mini's drops the system message, Llama 3.1's the text beside a call, R1's distillates' the thoughts.)
+    An answer's parts are asked about as in the last answer: what templates drop of earlier ones, thoughts for the most
+    part, they drop on purpose, and where such an answer is trained on, its turn is not found.
+
+    Raises:
+        BadRow: it does; with the part.
     """
     kinds = tuple([_kind(message) for message in conversation.messages])
     if reason := _left_out_of_any(template, bool(conversation.tools), kinds):

@@ -27,7 +27,8 @@ def resolve_template(tokenizer: Any, name: str | None) -> str:
         name: a built-in (`TEMPLATES`), the path of a jinja file, or None for the tokenizer's own template and, where
             it has none, `DEFAULT_TEMPLATE`.
 
-    Raises `UserError` for an unknown name and for a template that is not valid jinja.
+    Raises:
+        UserError: an unknown name, or a template that is not valid jinja.
     """
     source = _template_source(tokenizer, name)
     try:
@@ -109,7 +110,8 @@ def render(
         special_tokens: `tokenizer.special_tokens_map`, what templates call bos_token, eos_token and so on.
         prompt: end where the assistant's next turn begins.
 
-    Raises `BadRow` if the template refuses the conversation.
+    Raises:
+        BadRow: the template refuses the conversation.
     """
     return _render(messages, template, special_tokens, tools, add_generation_prompt=prompt)[0]
 

@@ -224,8 +224,9 @@ class _Drafting:
         differently as the last (`alone`: the conversation up to it): its text stands where renderings of other texts
         differ, and what follows there is what follows in `alone`.
 
-        Raises `BadRow` if the two do not say the same, or the answer has thoughts, which templates drop of earlier
-        answers: it would be learned without them.
+        Raises:
+            BadRow: the two do not say the same, or the answer has thoughts, which templates drop of earlier answers: it
+                would be learned without them.
         """
         message = messages[i]
         if message.get("reasoning_content") or "</think>" in message.get("content", ""):

@@ -34,7 +34,7 @@ _GRID, _QUIET = "#d8d8d8", "#5c6672"
 
 
 def write_plots(record: Record, folder: Path) -> list[Path]:
-    """Draw what there is data for; each file appears complete or not at all.  Raises `OSError`."""
+    """Draw what there is data for; each file appears complete or not at all; OSError where one cannot be written."""
     folder.mkdir(exist_ok=True)
     written = []
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a $ in a module's name is a $
