@@ -37,14 +37,11 @@ def save(
     step: int,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    keep: int | None = None,
     num_replicas: int = 0,
     best: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write checkpoints/step-N beside its place, complete, and rename it there.
-
-    Then all but this one and the newest `keep` − 1 others are dropped.  Call it on one process; where replicas differ
-    after `begin_replicas` and each one's `save_replica`.
+    """Write checkpoints/step-N beside its place, complete, and rename it there.  Call it on one process; where replicas
+    differ after `begin_replicas` and each one's `save_replica`.
 
     Raises:
         RunFailed: the disk is full or read-only, or a replica's file is not to be seen; older checkpoints are
@@ -65,12 +62,17 @@ def save(
         hashes = {name: file_sha256(temporary / name) for name in names}
         write_text_atomically(temporary / COMPLETE, _complete(hashes))
         publish(temporary, folder)
-    if keep is not None:
-        others = [other for other in _folders(run_dir) if other != folder]
-        for old in others[keep - 1 :]:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")), ignore_errors=True)
     return folder
+
+
+def drop_older(folder: Path, keep: int | None) -> None:
+    """Drop all checkpoints of a run but this one and the newest `keep` − 1 others; None keeps them all."""
+    if keep is None:
+        return
+    others = [other for other in _folders(folder.parent.parent) if other != folder]
+    for old in others[keep - 1 :]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")), ignore_errors=True)
 
 
 def begin_replicas(run_dir: Path, step: int) -> None:

@@ -26,6 +26,8 @@ _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 """What they say of a path that is somebody else's, or that cannot be one."""
 
 _ATTEMPTS = 20
+_OWN_TOKENS: set[str] = set()
+"""Of the staging folders of this process."""
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -95,22 +97,30 @@ def staging_folder(folder: Path) -> Path:
     """`staging` for those who remove it themselves.  Each process has its own; what one left there when it was killed
     is gone."""
     remove_abandoned(folder.parent, folder.name)
-    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    token = secrets.token_hex(4)
+    _OWN_TOKENS.add(token)
+    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}-{token}.tmp")
 
 
 def remove_abandoned(place: Path, name: str = "*") -> None:
     """Remove the staging folders in `place`, of all folders or of the one of that `name`, whose process is gone: of
-    this machine, or of another one that has not touched them for a day."""
+    this machine, or of any that has not touched them for a day."""
     pattern = name if name == "*" else glob.escape(name)
     for leftover in place.glob(f".{pattern}.*-*-*.tmp"):
         if not leftover.is_dir():
             continue
-        machine, process, _ = leftover.name.rsplit("-", 2)
+        machine, process, token = leftover.name.removesuffix(".tmp").rsplit("-", 2)
         is_ours = machine.endswith(f".{socket.gethostname()}") and process.isdecimal()
         with contextlib.suppress(PermissionError):  # somebody else's
-            age = time.time() - last_change(leftover)
-            if not psutil.pid_exists(int(process)) if is_ours else age > _ABANDONED_SECONDS:
+            is_gone = is_ours and not _lives(int(process), token)
+            if is_gone or time.time() - last_change(leftover) > _ABANDONED_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _lives(process: int, token: str) -> bool:
+    """Whether the process that made a folder lives.  In a container, started again, the next one often has its number
+    and its host's name, and not its tokens."""
+    return token in _OWN_TOKENS if process == os.getpid() else psutil.pid_exists(process)
 
 
 def last_change(folder: Path) -> float:

@@ -43,6 +43,7 @@ from sora_llm.running.processes import (
     waited_in_vain,
 )
 from sora_llm.running.rehearsal import rehearse
+from sora_llm.running.run_state import RunLock
 from sora_llm.running.rundir import RunDirectory, environment
 from sora_llm.running.stages import next_stage, train_stage
 from sora_llm.running.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
@@ -205,24 +206,24 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         announce(job)
         if dry_run:
             return rehearse(job)
-        hold_directory(job, run_dir, stack)
+        lock = hold_directory(job, run_dir, stack)
         if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # while this one waited
             return finished
         on_main(lambda: check_place(plan, inputs, run_dir))
-        return run_in(job, run_dir)
+        return run_in(job, run_dir, lock)
 
 
 # -------------------------------------------------------------------------------------------------------- the run
 
 
-def run_in(job: Job, run_dir: Path) -> RunResult:
-    """Train, cut and export into `run_dir`, which the main process holds.
+def run_in(job: Job, run_dir: Path, lock: RunLock | None) -> RunResult:
+    """Train, cut and export into `run_dir`, of which the main process holds the `lock`.
 
     An exception leaves the status "failed", a request to stop a checkpoint and the status "preempted".
     """
     job.heed_stop()
     start = resume_point(job, run_dir)
-    directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log)
+    directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log, lock=lock)
     directory.start_at(start.step, start.folder)
     job.lifeline.on_lost_process = lambda sentence: tell_of_lost_process(directory, sentence)
     try:
@@ -257,7 +258,7 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
     failure = error
     if is_timeout(error):
         failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)
-    if directory.is_begun or not isinstance(error, UserError):
+    if (directory.is_begun or not isinstance(error, UserError)) and not directory.is_finished:
         with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
             directory.status("failed", error=str(failure) or type(failure).__name__)
         directory.report(to_dict(job.config))
@@ -284,6 +285,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     assert training.engine.zero_stage == zero_stage
     env |= {"adapter_params": training.full_params, "total_steps": job.plan.total_steps}
     job.heed_stop()
+    on_main(lambda: checkpoint.set_aside(directory.path, start.step))  # before their lines are dropped
     on_main(
         lambda: directory.begin(
             config_yaml=to_yaml(replace(job.config, output=replace(job.config.output, resume="auto"))),
@@ -296,7 +298,6 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
             is_logged=start.state is None or start.state["unlogged"] is None,
         )
     )
-    on_main(lambda: checkpoint.set_aside(directory.path, start.step))
     on_main(lambda: start_trackers(job, directory.path))
     return training
 

@@ -32,8 +32,10 @@ TENSORS = {
 STATE = {"phase": "sparsify", "config": {"sora": {"r": 4}}, "tally": {"loss_sum": 0.1 + 0.2}, "text": "λ ≤ 1"}
 
 
-def saved(tmp_path, step=7, **options):
-    return checkpoint.save(tmp_path, step, TENSORS, STATE, **options)
+def saved(tmp_path, step=7, keep=None, **options):
+    folder = checkpoint.save(tmp_path, step, TENSORS, STATE, **options)
+    checkpoint.drop_older(folder, keep)
+    return folder
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

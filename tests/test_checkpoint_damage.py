@@ -174,7 +174,7 @@ def test_a_crash_before_any_fsync_and_rename_leaves_a_whole_checkpoint(tmp_path:
         # Only where a step is saved again there is a moment in which neither has the name, but both are on the disk.
         names = {path.name for path in (run_dir / "checkpoints").iterdir()}
         assert found is not None or (step == 1 and ".step-1.tmp" in names and any(".old" in name for name in names))
-        checkpoint.save(run_dir, 3, TENSORS, STATE, keep=1)
+        checkpoint.drop_older(checkpoint.save(run_dir, 3, TENSORS, STATE), 1)
         assert checkpoints(run_dir) == ["step-3"]  # nothing half-made is left lying about
     assert operations > 8 and found is not None and found.name == f"step-{step}"
     assert checkpoint.read_tensors(found).keys() == TENSORS.keys()
@@ -195,7 +195,7 @@ def _save_and_die(run_dir: Path, step: int, operations: int) -> None:
 
     os.fsync = counted(os.fsync)
     Path.rename, Path.replace = map(counted, (Path.rename, Path.replace))  # type: ignore[assignment]
-    checkpoint.save(run_dir, step, TENSORS, STATE, keep=2)
+    checkpoint.drop_older(checkpoint.save(run_dir, step, TENSORS, STATE), 2)
     os._exit(0)
 
 

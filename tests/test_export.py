@@ -217,11 +217,14 @@ def test_processes_that_export_to_one_place_at_once_do_not_disturb_each_other(st
     dead = subprocess.Popen(["true"])
     dead.wait()
     prefix = f".adapter.{socket.gethostname()}"
-    left = [tmp_path / f"{prefix}-{dead.pid}-1.tmp", tmp_path / f"{prefix}-{os.getpid()}-1.tmp"]
-    for folder in left:
+    of_the_dead = tmp_path / f"{prefix}-{dead.pid}-1.tmp"
+    of_the_container_before = tmp_path / f"{prefix}-{os.getpid()}-1.tmp"  # which had this process's number
+    of_a_neighbour, own = tmp_path / f"{prefix}-{os.getppid()}-1.tmp", places.pop()
+    for folder in (of_the_dead, of_the_container_before, of_a_neighbour, own):
         folder.mkdir()
     staging_folder(tmp_path / "adapter")
-    assert [folder.exists() for folder in left] == [False, True]
+    assert not of_the_dead.exists() and not of_the_container_before.exists()
+    assert of_a_neighbour.exists() and own.exists()
 
 
 def gradients(model, mode=True):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, ranks.jsonl and the progress line."""
+"""metrics.jsonl, ranks.jsonl, status.json and the progress line, and what becomes of them when something dies."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from sora_llm import checkpoint
 from sora_llm.config import load_config
 from sora_llm.errors import RunFailed
 from sora_llm.report import JsonLines, Progress, read_json_lines
+from sora_llm.running import processes, rundir, snapshot
 from sora_llm.running.run_state import read_status, run_lock
 from sora_llm.running.rundir import RunDirectory, environment
 from sora_llm.terminal import say
+from sora_llm.topology import World
 from sora_llm.train import start_trackers
 
 
@@ -152,3 +156,84 @@ def test_a_loss_is_told_also_where_the_lock_of_the_dead_is_freed_a_little_later(
         threading.Timer(0.5, dying.pop_all().close).start()
         assert survivor.record_lost_process("process 0 died")
     assert read_status(tmp_path)["error"] == "process 0 died"
+
+
+def test_a_directory_that_was_replaced_is_not_written_any_more(tmp_path):
+    """By a run that goes on where another one has begun meanwhile, it would hand out its adapter as the other's."""
+    mine, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with run_lock(mine) as lock:
+        directory = RunDirectory(mine, is_main=True, lock=lock)
+        directory.begin(config_yaml="a: 1\n", env={}, total_steps=3)
+        directory.metrics(1, "dense", {"loss": 1.0})
+        mine.rename(elsewhere)
+        with run_lock(mine) as other:
+            for write in (
+                lambda: directory.metrics(2, "dense", {"loss": 1.0}),
+                lambda: directory.status("finished"),
+                directory.require_held,
+            ):
+                with pytest.raises(RunFailed, match="was moved or deleted while this run was writing it"):
+                    write()
+            assert [path.name for path in mine.iterdir()] == [".lock"] and other.is_held()
+    assert read_status(elsewhere)["step"] == 1
+
+
+def test_the_number_of_processes_never_lies_beside_the_config_of_another_one(tmp_path, monkeypatch):
+    """Of a run that went on elsewhere and died between the two files no launch could have gone on."""
+    RunDirectory(tmp_path, is_main=True).begin(config_yaml="a: 1\n", env={"num_processes": 1}, total_steps=3)
+    real = rundir.write_text_atomically
+
+    def full(path, text):
+        if path.name == "env.json":
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(rundir, "write_text_atomically", full)
+    with pytest.raises(RunFailed, match="make room and start the same command again"):
+        RunDirectory(tmp_path, is_main=True).begin(config_yaml="a: 2\n", env={"num_processes": 2}, total_steps=3)
+    assert not (tmp_path / "env.json").exists()
+
+
+def test_a_finished_run_stays_finished_whoever_dies_afterwards(tmp_path):
+    directory = RunDirectory(tmp_path, is_main=True)
+    directory.begin(config_yaml="a: 1\n", env={}, total_steps=3)
+    directory.status("finished", phase="done")
+    assert directory.is_finished and not directory.record_lost_process("process 1 died")
+    assert read_status(tmp_path)["state"] == "finished"
+
+
+def test_the_status_never_names_a_checkpoint_that_was_dropped(tmp_path, monkeypatch):
+    """Also where the process dies just then."""
+    named = []
+    monkeypatch.setattr(checkpoint, "drop_older", lambda folder, _: named.append((folder, read_status(tmp_path))))
+    training = SimpleNamespace(
+        job=SimpleNamespace(config=load_config("configs/llama7b.yaml"), world=None),
+        directory=RunDirectory(tmp_path, is_main=True),
+        rounds=None,
+        done=4,
+        phase="dense",
+        tally=SimpleNamespace(pause_clock=lambda: None),
+        engine=SimpleNamespace(optimizer_state=lambda: ({}, 4), masters=lambda: {"x": torch.ones(2)}),
+        best=None,
+    )
+    monkeypatch.setattr(snapshot, "state_of", lambda *_: {})
+    snapshot.save_checkpoint(training)
+    ((folder, status),) = named
+    assert folder == tmp_path / "checkpoints/step-4" and status["checkpoint"] == "checkpoints/step-4"
+
+
+def test_a_process_that_dies_before_the_run_begins_is_named(tmp_path, monkeypatch):
+    closed = []
+    lifeline = SimpleNamespace(
+        connect=lambda *_: None,
+        close=lambda failure=None: closed.append(failure),
+        wait_for_lost_process=lambda: "process 1 on vm died",
+    )
+    monkeypatch.setattr(processes.group, "make_accelerator", lambda *_, **__: None)
+    config, world = load_config("configs/llama7b.yaml"), World(num_processes=2, process_index=0, local_process_index=0)
+    with (
+        pytest.raises(RunFailed, match="process 1 on vm died; start the same command again"),
+        processes.process_group(config, "ddp", world, tmp_path, None, lifeline),
+    ):
+        raise RuntimeError("Connection closed by peer")
+    assert len(closed) == 1

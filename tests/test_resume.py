@@ -21,6 +21,7 @@ from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, delta_weights, in
 from sora_llm import checkpoint, cli
 from sora_llm.errors import UserError
 from sora_llm.running import run_state, stages
+from sora_llm.running.rundir import RunDirectory
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -48,6 +49,20 @@ def test_a_checkpoint_of_another_config_is_refused_even_without_the_files_beside
     with pytest.raises(UserError, match=r"sora\.lora_alpha"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"sora.lora_alpha": 99}))
     assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_who_dies_while_it_goes_back_to_an_older_checkpoint_has_lost_no_line(finished, tmp_path, monkeypatch):
+    """Later checkpoints are set aside before the lines of their steps are dropped, or the next start would find the
+    ones without the others."""
+    directory = _copy(finished, tmp_path / "run")
+    (directory / "status.json").unlink()
+    shutil.rmtree(directory / "adapter")
+    lines = (directory / "metrics.jsonl").read_text()
+    monkeypatch.setattr(RunDirectory, "begin", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"output.resume": str(directory / "checkpoints/step-2")}))
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["abandoned-step-4", "step-2"]
+    assert (directory / "metrics.jsonl").read_text() == lines
 
 
 def test_a_checkpoint_of_other_data_is_refused(finished, tmp_path):

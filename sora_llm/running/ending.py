@@ -83,7 +83,7 @@ def cut_and_export(training: Training) -> StageResult:
             allow_empty=config.output.allow_empty_adapter,
             probe_ids=probe(job),
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
-            before_publishing=job.heed_stop,
+            before_publishing=lambda: before_publishing(training),
         )
         is_written_beside = config.output.export_layout not in export.LAYOUTS
         shapes = layer_shapes(adapters(model))
@@ -101,6 +101,12 @@ def cut_and_export(training: Training) -> StageResult:
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )
     return StageResult(exported, goes_on_from, factors)
+
+
+def before_publishing(training: Training) -> None:
+    """Stop where that is asked for, and where the run's directory is not its own any more (collective)."""
+    training.job.heed_stop()
+    on_main(training.directory.require_held)
 
 
 def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:

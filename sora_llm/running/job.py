@@ -22,6 +22,7 @@ from sora_llm.running.lifeline import Lifeline
 from sora_llm.running.loop import StepBatches, step_batches
 from sora_llm.running.plan import Plan
 from sora_llm.running.processes import require_shared
+from sora_llm.running.run_state import RunLock
 from sora_llm.running.stop import StopRequest
 from sora_llm.running.training_data import TrainingData
 from sora_llm.running.unpack import estimate_memory
@@ -99,19 +100,21 @@ class Job:
             terminal.say(text)
 
 
-def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None:
+def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> RunLock | None:
     """Let the main process hold the run directory until the end of `stack` (collective).
 
+    Returns: its lock, None on the other processes.
     Raises:
         UserError: another run keeps it too long, or it cannot be written.
         Preempted: this run was asked to stop while it waited.
     """
     deadline = time.monotonic() + run_state.LOCK_WAIT_SECONDS
+    held: list[RunLock] = []
 
     def holder() -> str | None:
         """Who else holds it; None once this run does."""
         try:
-            stack.enter_context(run_state.run_lock(run_dir, wait_seconds=1))
+            held.append(stack.enter_context(run_state.run_lock(run_dir, wait_seconds=1)))
         except run_state.DirectoryInUse as error:
             if time.monotonic() > deadline:
                 raise
@@ -126,3 +129,4 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> None
         job.heed_stop()
     if job.world.num_processes > 1:
         require_shared(run_dir)
+    return held[0] if held else None

@@ -79,7 +79,10 @@ def process_group(
         group.end(accelerator, environ)
         raise
     except BaseException as error:
+        lost = None if isinstance(error, UserError | RunFailed) else lifeline.wait_for_lost_process()
         lifeline.close(failure=str(error) or type(error).__name__)
+        if lost is not None:  # before the run had begun, or it would have been said there
+            raise RunFailed(f"{lost}; start the same command again") from error
         # The others may be in a collective that this process will never join: leave the group to its end with us.
         if world.num_processes == 1:
             group.end(accelerator, environ)

@@ -9,11 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sora_llm import run_files
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import make_folder, write_text_atomically
 
 LOCK_WAIT_SECONDS = 60
@@ -63,8 +64,31 @@ class DirectoryInUse(UserError):
         return UserError, (str(self),)  # on its way to other processes
 
 
+@dataclass(frozen=True)
+class RunLock:
+    """The run directory that a process holds: its lock by name, and as it was opened."""
+
+    path: Path
+    descriptor: int
+
+    def is_held(self) -> bool:
+        """Whether the directory of that name is still the one that is held."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
+        except FileNotFoundError:
+            return False
+
+    def require_held(self) -> None:
+        """RunFailed where the directory was moved, deleted or replaced: what has its name now is somebody else's."""
+        if not self.is_held():
+            raise RunFailed(
+                f"{self.path.parent} was moved or deleted while this run was writing it, and what has that name now is "
+                "not touched; start the same command again where its checkpoints are"
+            )
+
+
 @contextlib.contextmanager
-def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]:
+def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLock]:
     """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
 
     `wait_seconds` defaults to LOCK_WAIT_SECONDS.
@@ -84,9 +108,8 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
                 continue  # its last holder, who left no trace, was just removing it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                        break  # otherwise its last holder removed the file that was waited for
+                if (lock := RunLock(path, file.fileno())).is_held():
+                    break  # otherwise its last holder removed the file that was waited for
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     with file:
@@ -103,9 +126,11 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[None]
         raise UserError(f"output.output_dir {run_dir} cannot be written or locked: {error.strerror}") from None
     with file:
         try:
-            yield
+            yield lock
         finally:
-            if (run_dir / run_files.CONFIG).exists():
+            if not lock.is_held():
+                pass
+            elif (run_dir / run_files.CONFIG).exists():
                 with contextlib.suppress(OSError):  # a full disk
                     file.truncate(0)
                     if _stamp(run_dir) == stamp:  # nothing was written here: leave the file as it was found

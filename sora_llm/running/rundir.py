@@ -22,7 +22,7 @@ from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.files import remove_abandoned, write_text_atomically
 from sora_llm.report import JsonLines, Progress
 from sora_llm.report_page import write_report
-from sora_llm.running.run_state import read_status, run_lock, write_status
+from sora_llm.running.run_state import RunLock, read_status, run_lock, write_status
 from sora_llm.terminal import say
 
 _DYING_SECONDS = 2.0
@@ -38,8 +38,8 @@ class RunDirectory:
     next status.json will say.
     """
 
-    def __init__(self, path: Path, *, is_main: bool, tracker: Any = None):
-        self.path, self.is_main, self._tracker = path, is_main, tracker
+    def __init__(self, path: Path, *, is_main: bool, tracker: Any = None, lock: RunLock | None = None):
+        self.path, self.is_main, self._tracker, self._lock = path, is_main, tracker, lock
         self.step, self.phase = 0, "prepare"
         self.checkpoint: Path | None = None
         self.adapter: Path | None = None
@@ -76,6 +76,9 @@ class RunDirectory:
             for place in (self.path, self.path / run_files.PATH):
                 remove_abandoned(place)
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
+            (self.path / run_files.ENV).unlink(
+                missing_ok=True
+            )  # never beside the config of another number of processes
             write_text_atomically(self.path / run_files.CONFIG, config_yaml)
             write_text_atomically(self.path / run_files.ENV, _json(env))
             if chat_template is not None:
@@ -87,6 +90,16 @@ class RunDirectory:
             self._ranks = JsonLines(self.path / run_files.RANKS, last_step, exports_again=is_logged)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
+
+    def require_held(self) -> None:
+        """RunFailed where the directory is not the one any more that the run began in; on the main process."""
+        if self._lock is not None:
+            self._lock.require_held()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's last word is that it has finished: nothing that happens afterwards changes that."""
+        return self.last_status.get("state") == "finished"
 
     def start_at(self, step: int, resumed_from: Path | None) -> None:
         """Say from now on that the run is at `step`, and that its checkpoint is the one it goes on from."""
@@ -172,6 +185,8 @@ class RunDirectory:
         Normally the main process writes it; if that one died, whoever first finds its lock free and no final status.
         """
         with contextlib.suppress(UserError, RunFailed, OSError):  # a disk that fails too must not keep this one alive
+            if self.is_finished:
+                return False
             if self.is_main:
                 self.status("failed", error=sentence)
                 return True
@@ -184,6 +199,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        self.require_held()
         try:
             yield
         except OSError as error:

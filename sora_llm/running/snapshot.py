@@ -33,19 +33,25 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     moments, optimizer_steps = training.engine.optimizer_state()
     tensors = {**training.engine.masters(), **moments}
     state = state_of(training, optimizer_steps, unlogged)
-    keep, num_replicas = job.config.output.save_total_limit, 0
+    num_replicas = 0
     best_masters = None if training.best is None else training.best.masters
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
+        on_main(directory.require_held)
         on_main(lambda: checkpoint.begin_replicas(directory.path, step))
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
-    directory.checkpoint = on_main(
-        lambda: checkpoint.save(directory.path, step, tensors, state, keep, num_replicas, best_masters)
-    )
-    directory.step = step
-    directory.status("running", phase=training.phase)
+
+    def save() -> Path:
+        directory.require_held()
+        folder = checkpoint.save(directory.path, step, tensors, state, num_replicas, best_masters)
+        directory.checkpoint, directory.step = folder, step
+        directory.status("running", phase=training.phase)  # which names it before the one that was named is dropped
+        checkpoint.drop_older(folder, job.config.output.save_total_limit)
+        return folder
+
+    directory.checkpoint, directory.step, directory.phase = on_main(save), step, training.phase
     directory.report(to_dict(job.config))
 
 
