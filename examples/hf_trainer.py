@@ -73,6 +73,7 @@ class AdapterCheckpoints:
 
     model: Any
     args: TrainingArguments
+    state: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -82,6 +83,9 @@ class AdapterCheckpoints:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:  # of load_best_model_at_end
+        load_adapter(self.model, self.state.best_model_checkpoint)
 
 
 class SoraTrainer(AdapterCheckpoints, Trainer):

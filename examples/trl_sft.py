@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     accept_adapters(model)
 
     _, cut = sparse_phase(args)
-    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args)
+    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args, seed=args.seed)
     go_on(trainer)
     consensus_prune(model, target_rank=args.target_rank)
-    trainer = make_trainer(model, train_rows, args.out / "finetune", args.steps - cut, args)
+    trainer = make_trainer(model, train_rows, args.out / "finetune", args.steps - cut, args, seed=args.seed + 1)
     go_on(trainer)
     if trainer.is_world_process_zero():
         common.export_and_reload(model, common.token_rows(dev_rows, args), args)
@@ -47,8 +47,13 @@ class SoraSFTTrainer(AdapterCheckpoints, SFTTrainer):
     """SFTTrainer with checkpoints of the adapter alone."""
 
 
-def make_trainer(model: Any, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args) -> SoraSFTTrainer:
-    """A phase.  The loss covers the completions, as TRL does with rows of prompt and completion."""
+def make_trainer(
+    model: Any, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args, seed: int
+) -> SoraSFTTrainer:
+    """A phase; its `seed` is that of the order of rows, which a second phase would repeat from the first row on.
+
+    The loss covers the completions, as TRL does with rows of prompt and completion.
+    """
     options = SFTConfig(
         output_dir=str(folder),
         max_length=args.sequence_len,
@@ -59,7 +64,7 @@ def make_trainer(model: Any, rows: Sequence[dict[str, str]], folder: Path, num_s
         max_grad_norm=1.0,
         logging_steps=10,
         save_steps=max(1, num_steps // 2),
-        seed=args.seed,
+        seed=seed,
         report_to=[],
         bf16=False,  # no autocast: the base has its dtype, the adapter its own
         gradient_checkpointing=False,

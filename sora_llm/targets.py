@@ -34,6 +34,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     linears = {name: linear for name, linear in found.items() if name not in without}
     if not linears:
         why = "".join(f": no adapter is put on {name}, {reason}" for name, reason in list(without.items())[:1])
+        if not why and any(type(module).__name__ == "Conv1D" for module in model.modules()):
+            why = ": its projections are transformers' Conv1D (as in GPT-2), which takes none"
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on{why}")
     if target_modules == ALL_LINEAR:
         return linears

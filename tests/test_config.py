@@ -600,5 +600,14 @@ def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
     assert first == "4 keys are not keys of the config:"
     assert lines[0] == f"  base_model in {file}: did you mean model.name_or_path?"
     assert [line.split()[0] for line in lines] == ["base_model", "lora_r", "val_set_size", "train.neftune_noise_alpha"]
+    datasets = "[{path: a, ds_type: json}, {field_output: b}]"
+    file.write_text(f"lora_model_dir: y\nlora_rank: 8\ndata: {{datasets: {datasets}}}\n")
+    with pytest.raises(UserError) as raised:
+        load_config(file)
+    keys = ["lora_model_dir", "lora_rank", "data.datasets.0.ds_type", "data.datasets.1.field_output"]
+    lines = str(raised.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == keys
+    assert "did you mean model.adapter?" in lines[0] and "did you mean sora.r?" in lines[1]
+    assert "set columns: {output: …}" in lines[3]
     with pytest.raises(UserError, match=r"not of the form section\.key=value; set model\.dtype: bfloat16"):
         load_config(file, ["bf16=true"])

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import shared
 from helpers import dense_delta, relative_error, tiny_llama
 from peft_loras import KINDS, deltas, peft_lora, ranks_of
+from safetensors.torch import load_file, save_file
 from small_runs import Playground, lines
 
 from sora_llm.artifacts.lora_files import read_lora
@@ -28,6 +30,21 @@ def test_adapters_begin_with_the_product_of_the_saved_one(tmp_path: Path, kind: 
         rank = ranks_of(lora)[name]
         assert bool((layer.gate == 1).all()) and not bool(layer.lora_B[:, rank:].any())
         assert bool(layer.lora_A[rank:].any()), "slots that are left can still learn"
+
+
+def test_a_lora_that_has_learned_nothing_yet_gives_its_first_factor(tmp_path: Path) -> None:
+    """As those that are initialised by data: B is 0, and what there is of them is in A."""
+    folder = peft_lora(tmp_path / "base", tmp_path / "lora", 1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    blank = {key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()}
+    save_file(blank, folder / "adapter_model.safetensors")
+    assert not any(ranks_of(read_lora(folder)).values()), "to all others its slots add nothing"
+    lora = read_lora(folder, keep_blank=True)
+    model = inject_sora(tiny_llama(), r=8, lora_alpha=4)
+    start_from(model, lora.factors, lora.scaling)
+    for name, (A, _, _) in lora.factors.items():
+        layer = adapters(model)[name]
+        assert len(A) and torch.equal(layer.lora_A[: len(A)], A) and not bool(layer.lora_B.any()), name
 
 
 @pytest.mark.parametrize(("num_processes", "strategy"), [(1, "none"), (2, "zero2")])

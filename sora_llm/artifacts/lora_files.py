@@ -54,7 +54,7 @@ OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin t
 class LoraFiles:
     """A saved LoRA: {module: (A (R, I), B (O, R), None)} in float32, and the scale of each module's product.
 
-    Slots of zeros, which only pad, are left out.  `targets` are all modules that it was made for, also those pruned
+    Slots that add nothing are left out.  `targets` are all modules that it was made for, also those pruned
     and left out of the files, as far as a certificate tells.
     """
 
@@ -67,8 +67,9 @@ class LoraFiles:
     """`base_files.base_digest` of the weights that it was trained beside, where a certificate says it."""
 
 
-def read_lora(folder: Path) -> LoraFiles:
-    """The LoRA in `folder`.
+def read_lora(folder: Path, *, keep_blank: bool = False) -> LoraFiles:
+    """The LoRA in `folder`.  With `keep_blank` also the slots that add nothing yet and can learn: those of one zero
+    factor, as every LoRA has them before its first step.
 
     Raises:
         UserError: no LoRA in safetensors, one that is more than plain LoRA on linear layers, or files that contradict
@@ -100,7 +101,8 @@ def read_lora(folder: Path) -> LoraFiles:
         if A.shape[0] != rank:
             raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
         alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
-        live = (A != 0).any(1) & (B != 0).any(0)
+        has_A, has_B = (A != 0).any(1), (B != 0).any(0)
+        live = (has_A | has_B) if keep_blank else (has_A & has_B)
         factors[name] = (A[live], B[:, live], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraFiles(

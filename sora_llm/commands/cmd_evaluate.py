@@ -312,6 +312,8 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
         described = Dataset(path=arguments.data, type=arguments.type, separator=next(separators, beside))
     if arguments.separator is not None and described.type != "prompt_completion":
         raise UserError(f"--separator goes with --type prompt_completion only, not {described.type}; leave it out")
+    if "\\n" in (arguments.separator or ""):
+        warn(r"--separator holds a backslash and an n, which is no line break; in bash that is $'\n'")
     columns: dict[str, str] = {}
     for text in arguments.column or ():
         ours, equals, theirs = text.partition("=")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from sora_llm.config.names import ALIASES, NO_EQUIVALENT, SPELLINGS
 from sora_llm.config.origin import Origin, names_of, show
-from sora_llm.config.schema import Config
+from sora_llm.config.schema import Config, Dataset
 from sora_llm.errors import UserError
 
 T = TypeVar("T")
@@ -49,13 +49,21 @@ def section_of(cls: type[T], tree: Any, key: str, origin: Origin) -> T:
 
 
 def refuse_unknown(tree: dict[str, Any], origin: Origin) -> None:
-    """UserError that names every key of the sections that is not ours: a config for another trainer has many."""
+    """UserError that names every key of the sections and of the data sets that is not ours: a config for another
+    trainer has many."""
     sections = get_type_hints(Config)
-    unknown = [(str(name), str(name), Config) for name in tree if name not in sections]
+    unknown: list[tuple[str, str, type]] = [(str(name), str(name), Config) for name in tree if name not in sections]
     for section, cls in sections.items():
         if isinstance(body := tree.get(section), dict):
             known = get_type_hints(cls)
             unknown += [(f"{section}.{name}", str(name), cls) for name in body if name not in known]
+    if isinstance(data := tree.get("data"), dict):
+        known = get_type_hints(Dataset)
+        for key in ("datasets", "val_datasets"):
+            entries = data.get(key)
+            for i, entry in enumerate(entries if isinstance(entries, list) else []):
+                names = [name for name in entry if name not in known] if isinstance(entry, dict) else []
+                unknown += [(f"data.{key}.{i}.{name}", str(name), Dataset) for name in names]
     if len(unknown) == 1:
         raise UserError(_unknown(*unknown[0], origin))
     if unknown:

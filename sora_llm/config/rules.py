@@ -31,7 +31,8 @@ def check_required(config: Config, origin: Origin) -> None:
 def _check_one_of(config: Config, origin: Origin, keys: tuple[str, ...], none_is_fine: bool = False) -> None:
     stated = [key for key in keys if value_of(config, key) is not None]
     if not stated and not none_is_fine:
-        raise UserError(f"None of {', '.join(keys)} is set in {origin.file}; set exactly one of them.")
+        example = " (sora.target_rank: 8 keeps a mean rank of 8)" if "sora.target_rank" in keys else ""
+        raise UserError(f"None of {', '.join(keys)} is set in {origin.file}; set exactly one of them{example}.")
     if len(stated) > 1:
         in_file = [key for key in stated if origin.of(key) != "on the command line"] or stated[1:]
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -50,8 +51,10 @@ def _template_source(tokenizer: Any, name: str | None) -> str:
         return TEMPLATES[name]
     file = user_path(name, "data.chat_template")
     if not file.is_file():
+        nearest = difflib.get_close_matches(name, TEMPLATES, n=1)
         raise UserError(
             f"data.chat_template {name!r} is neither a built-in template ({', '.join(TEMPLATES)}) nor a jinja file"
+            + (f"; did you mean {nearest[0]}?" if nearest else "")
         )
     try:
         return file.read_text(encoding="utf-8")

@@ -107,9 +107,12 @@ def loss_chart(record: Record) -> Chart:
     raw, dev, exported = (record.series(key) for key in ("loss", "eval_loss", "eval_loss_exported"))
     series = []
     if len(raw) >= 60:
-        series += [Series("train loss as logged", thin(raw), 0, "faint"), Series("smoothed", thin(smooth(raw)), 0)]
+        series += [
+            Series("train loss, mean since the last point", thin(raw), 0, "faint"),
+            Series("smoothed", thin(smooth(raw)), 0),
+        ]
     elif raw:
-        series.append(Series("train loss", raw, 0, "linked"))
+        series.append(Series("train loss, mean since the last point", raw, 0, "linked"))
     if dev:
         series.append(Series("dev loss", thin(dev), 1, "linked"))
     if exported:

@@ -70,6 +70,7 @@ class Alarms:
             and kept == self._full_params
             and line.get("budget_params", 0) < self._full_params
             and not is_by_quantile
+            and line.get("lambda") != 0  # which is asked to prune nothing
         ):
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
             found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"

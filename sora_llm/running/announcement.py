@@ -154,10 +154,10 @@ def _of_conversations(data: Data) -> Iterator[str]:
 
 
 def _of_thresholds(plan: Plan) -> Iterator[str]:
-    """Sentences about a λ that can prune nothing, or nothing else than everything."""
+    """Sentences about a λ that can prune nothing though it is asked to, or nothing else than everything."""
     sora = plan.config.sora
     travel = min(stage.gate_travel for stage in plan.stages)
-    if travel < 1 and sora.threshold in ("decoupled", "proxgen"):
+    if travel < 1 and sora.threshold in ("decoupled", "proxgen") and sora.sparse_lambda != 0:
         yield (
             f"gates can travel {travel:.2f} in this run and none can get from 1 to 0; train longer, or raise "
             "sora.gate_lr"
