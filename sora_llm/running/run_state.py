@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -75,8 +76,10 @@ class RunLock:
         """Whether the directory of that name is still the one that is held."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last where another machine removed it
+                return False
+            raise
 
     def require_held(self) -> None:
         """RunFailed where the directory was moved, deleted or replaced: what has its name now is somebody else's."""

@@ -199,8 +199,8 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        self.require_held()
         try:
+            self.require_held()
             yield
         except OSError as error:
             raise RunFailed(
