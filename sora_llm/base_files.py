@@ -63,9 +63,9 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
     Raises:
         UserError: there are none, or not all of them.
     """
-    single, index = base_files(spec, [SINGLE]), base_files(spec, [INDEX])
-    if single:  # what transformers loads, also where an index is left of an earlier form
+    if single := base_files(spec, [SINGLE]):  # what transformers loads, also where an index is left of an earlier form
         return single
+    index = base_files(spec, [INDEX])
     if not index:
         raise UserError(
             f"{spec.name_or_path} has no weights in safetensors ({SINGLE}); pickles (*.bin) are not read: load and "

@@ -112,15 +112,17 @@ def remove_abandoned(place: Path, name: str = "*") -> None:
         machine, process, token = leftover.name.removesuffix(".tmp").rsplit("-", 2)
         is_ours = machine.endswith(f".{socket.gethostname()}") and process.isdecimal()
         with contextlib.suppress(PermissionError):  # somebody else's
-            is_gone = is_ours and not _lives(int(process), token)
+            is_gone = is_ours and not _lives(leftover, int(process), token)
             if is_gone or time.time() - last_change(leftover) > _ABANDONED_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _lives(process: int, token: str) -> bool:
-    """Whether the process that made a folder lives.  In a container, started again, the next one often has its number
-    and its host's name, and not its tokens."""
-    return token in _OWN_TOKENS if process == os.getpid() else psutil.pid_exists(process)
+def _lives(folder: Path, process: int, token: str) -> bool:
+    """Whether the process that made the folder lives.  In a container that is started again the next one often has its
+    number and its host's name; one beside it, which has them too, may have begun later than this process."""
+    if process != os.getpid() or token in _OWN_TOKENS:
+        return psutil.pid_exists(process)
+    return last_change(folder) >= psutil.Process().create_time()
 
 
 def last_change(folder: Path) -> float:

@@ -61,6 +61,7 @@ from sora_llm.topology import (
 )
 
 EXIT_FINISHED = 0
+AGAIN = "start the same command again to go on from the newest checkpoint"
 
 
 def make_parser(prog: str) -> Parser:
@@ -254,7 +255,8 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
             directory.record_lost_process(lost)
         else:
             tell_of_lost_process(directory, lost)
-        return RunFailed(f"{lost}; start the same command again to go on from the newest checkpoint")
+        go_on = "the run had finished before" if directory.is_finished else AGAIN
+        return RunFailed(f"{lost}; {go_on}")
     failure = error
     if is_timeout(error):
         failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)

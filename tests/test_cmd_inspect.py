@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from run_dirs import MadeUpRun
@@ -49,6 +50,8 @@ def test_a_run_in_its_steps_says_how_long_they_took_and_what_is_left(tmp_path, c
     record = read_record(run.path)
     assert (record.seconds_in_steps, record.seconds_left) == (pytest.approx(2_000), pytest.approx(6_000))
     assert "33:20 in steps, about 1:40:00 left, without" in write_page(record).read_text()
+    elsewhere = replace(record, lines=record.lines[3:], config={"output": {"logging_steps": 1_000}})
+    assert elsewhere.seconds_in_steps == pytest.approx(1_200), "the lines of 3,000 to 5,000, one of which is the first"
     for line in run.metrics:
         line.pop("step_seconds", None)
     run.write("running", phase="dense")

@@ -222,7 +222,11 @@ def test_processes_that_export_to_one_place_at_once_do_not_disturb_each_other(st
     of_a_neighbour, own = tmp_path / f"{prefix}-{os.getppid()}-1.tmp", places.pop()
     for folder in (of_the_dead, of_the_container_before, of_a_neighbour, own):
         folder.mkdir()
+        os.utime(folder, (1e9, 1e9) if folder == of_the_container_before else None)
+    of_the_container_beside = tmp_path / f"{prefix}-{os.getpid()}-2.tmp"  # which began later than this process
+    of_the_container_beside.mkdir()
     staging_folder(tmp_path / "adapter")
+    assert of_the_container_beside.exists()
     assert not of_the_dead.exists() and not of_the_container_before.exists()
     assert of_a_neighbour.exists() and own.exists()
 

@@ -172,8 +172,9 @@ def test_a_directory_that_was_replaced_is_not_written_any_more(tmp_path):
                 lambda: directory.status("finished"),
                 directory.require_held,
             ):
-                with pytest.raises(RunFailed, match="was moved or deleted while this run was writing it"):
+                with pytest.raises(RunFailed, match="is not the file any more that this run holds"):
                     write()
+            directory.report({})
             assert [path.name for path in mine.iterdir()] == [".lock"] and other.is_held()
     assert read_status(elsewhere)["step"] == 1
 
@@ -222,18 +223,23 @@ def test_the_status_never_names_a_checkpoint_that_was_dropped(tmp_path, monkeypa
     assert folder == tmp_path / "checkpoints/step-4" and status["checkpoint"] == "checkpoints/step-4"
 
 
-def test_a_process_that_dies_before_the_run_begins_is_named(tmp_path, monkeypatch):
-    closed = []
+@pytest.mark.parametrize("process_index", [0, 1, 2])
+def test_a_process_that_dies_before_the_run_begins_is_named(process_index, tmp_path, monkeypatch, capsys):
+    """By the next one where the main process dies, which speaks for all."""
+    closed, dead = [], 1 if process_index == 0 else 0
     lifeline = SimpleNamespace(
         connect=lambda *_: None,
         close=lambda failure=None: closed.append(failure),
-        wait_for_lost_process=lambda: "process 1 on vm died",
+        wait_for_lost_process=lambda: f"process {dead} on vm died",
     )
     monkeypatch.setattr(processes.group, "make_accelerator", lambda *_, **__: None)
-    config, world = load_config("configs/llama7b.yaml"), World(num_processes=2, process_index=0, local_process_index=0)
+    config, world = (
+        load_config("configs/llama7b.yaml"),
+        World(num_processes=3, process_index=process_index, local_process_index=0),
+    )
     with (
-        pytest.raises(RunFailed, match="process 1 on vm died; start the same command again"),
+        pytest.raises(RunFailed, match=f"process {dead} on vm died; start the same command again"),
         processes.process_group(config, "ddp", world, tmp_path, None, lifeline),
     ):
         raise RuntimeError("Connection closed by peer")
-    assert len(closed) == 1
+    assert len(closed) == 1 and ("process 0 on vm died" in capsys.readouterr().err) == (process_index == 1)

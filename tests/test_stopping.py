@@ -195,7 +195,9 @@ def test_a_stop_file_is_left_to_the_run_that_holds_the_directory(ground: Playgro
         assert ground.codes(name) == [PREEMPTED]
         assert (run_dir / "STOP").exists() and status(run_dir)["state"] == "running"
         run_state.write_status(run_dir, "preempted", step=3, phase="sparsify")
+    before = (run_dir / "status.json").stat().st_ino
     assert ground.codes(name) == [PREEMPTED] and not (run_dir / "STOP").exists()
+    assert (run_dir / "status.json").stat().st_ino != before, "a job script looks for a status that is new"
     assert (status(run_dir)["step"], status(run_dir)["phase"]) == (3, "sparsify"), "it is where it was stopped before"
 
 

@@ -39,7 +39,8 @@ def test_a_lora_that_has_learned_nothing_yet_gives_its_first_factor(tmp_path: Pa
     blank = {key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()}
     save_file(blank, folder / "adapter_model.safetensors")
     assert not any(ranks_of(read_lora(folder)).values()), "to all others its slots add nothing"
-    lora = read_lora(folder, keep_blank=True)
+    assert set(ranks_of(read_lora(folder, blank_up_to=2)).values()) == {2}, "as far as there is room"
+    lora = read_lora(folder, blank_up_to=8)
     model = inject_sora(tiny_llama(), r=8, lora_alpha=4)
     start_from(model, lora.factors, lora.scaling)
     for name, (A, _, _) in lora.factors.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,9 +68,11 @@ class LoraFiles:
     """`base_files.base_digest` of the weights that it was trained beside, where a certificate says it."""
 
 
-def read_lora(folder: Path, *, keep_blank: bool = False) -> LoraFiles:
-    """The LoRA in `folder`.  With `keep_blank` also the slots that add nothing yet and can learn: those of one zero
-    factor, as every LoRA has them before its first step.
+def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
+    """The LoRA in `folder`.
+
+    Slots that add nothing yet and can learn, of one zero factor, as every LoRA has them before its first step, are kept
+    behind the others as far as a module has not more than `blank_up_to` slots with them.
 
     Raises:
         UserError: no LoRA in safetensors, one that is more than plain LoRA on linear layers, or files that contradict
@@ -102,8 +105,9 @@ def read_lora(folder: Path, *, keep_blank: bool = False) -> LoraFiles:
             raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
         alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         has_A, has_B = (A != 0).any(1), (B != 0).any(0)
-        live = (has_A | has_B) if keep_blank else (has_A & has_B)
-        factors[name] = (A[live], B[:, live], None)
+        live, blank = (mask.nonzero()[:, 0] for mask in (has_A & has_B, has_A ^ has_B))
+        kept = torch.cat([live, blank[: max(0, blank_up_to - len(live))]])
+        factors[name] = (A[kept], B[:, kept], None)
         scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraFiles(
         config[BASE],

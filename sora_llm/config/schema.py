@@ -150,7 +150,7 @@ class Evaluation:
     per_device_eval_batch_size: Count = 8  # rows of a process in a forward pass without gradients
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
     early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage;
-    # but on a path the adapter is then the best one's, also where the number is never reached
+    # whenever finetune ends the adapter is the best one's, also where the number is never reached (on a path the last)
 
 
 @dataclass(frozen=True)

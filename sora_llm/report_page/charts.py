@@ -165,7 +165,9 @@ def lambda_chart(record: Record) -> Chart:
 
 
 def _by_budget(symbol: str, found: Mapping[str, Sequence[Point]]) -> list[Series]:
-    return [Series(f"{symbol} of {name}", thin(points), i) for i, (name, points) in enumerate(found.items())]
+    return [
+        Series(f"{symbol} of {name}", thin(points), i % len(COLOURS)) for i, (name, points) in enumerate(found.items())
+    ]
 
 
 def rate_chart(record: Record) -> Chart:

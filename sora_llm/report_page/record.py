@@ -266,7 +266,10 @@ class Record:
     def seconds_in_steps(self) -> float | None:
         """What the logged steps took, without evaluations, checkpoints and changes of the adapters; None where no line
         says it."""
-        before, total = 0, 0.0
+        # A run that began at the checkpoint of another directory has no line of the steps before.
+        interval = as_int(setting(self.config, "output", "logging_steps"))
+        first = self.lines[0]["step"] if self.lines else 0
+        before, total = first if interval is None else max(0, first - interval), 0.0
         for line in self.lines:
             total += (as_number(line.get("step_seconds")) or 0.0) * max(0, line["step"] - before)
             before = max(before, line["step"])

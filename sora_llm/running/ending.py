@@ -145,6 +145,7 @@ def finish(training: Training, result: StageResult) -> RunResult:
     job, directory = training.job, training.directory
     adapter = directory.path / ADAPTER
     if job.plan.is_path:
+        on_main(directory.require_held)
         on_main(lambda: export.copy_adapter(result.exported.folder, adapter))
     directory.adapter = adapter
     leave_beside(training, result)
@@ -166,6 +167,7 @@ def leave_beside(training: Training, result: StageResult) -> None:
 
     def write() -> str:
         assert factors is not None, "they are the main process's"
+        training.directory.require_held()
         run_dir, device = training.directory.path, job.accelerator.device
         try:
             return export_beside(

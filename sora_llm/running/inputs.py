@@ -116,7 +116,7 @@ def start_lora(config: Config) -> LoraFiles:
         raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
     if not (folder / CONFIG).is_file() and (other := _other_than_lora(folder)) is not None:
         raise UserError(f"model.adapter: {config.model.adapter} {other}")
-    return read_lora(folder, keep_blank=True)
+    return read_lora(folder, blank_up_to=config.sora.r)
 
 
 def _other_than_lora(folder: Path) -> str | None:

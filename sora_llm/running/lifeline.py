@@ -77,8 +77,8 @@ class Lifeline:
             self._thread.start()
 
     def close(self, failure: str | None = None) -> None:
-        """Say goodbye: what happens to this process afterwards is no death.  With `failure` it is one, and the others
-        are told."""
+        """Say goodbye: what becomes of this process afterwards is nobody's concern.  With `failure` the others are told
+        that it has failed."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -17,7 +17,7 @@ from sora_llm.config import Config, differing_keys, to_dict
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import gather_objects, is_main, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.running.lifeline import Lifeline
+from sora_llm.running.lifeline import Lifeline, say_last
 from sora_llm.running.unpack import adapter_dtype
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
 
@@ -82,6 +82,8 @@ def process_group(
         lost = None if isinstance(error, UserError | RunFailed) else lifeline.wait_for_lost_process()
         lifeline.close(failure=str(error) or type(error).__name__)
         if lost is not None:  # before the run had begun, or it would have been said there
+            if world.process_index == 1 and lost.startswith("process 0 "):  # which would speak for all
+                say_last(lost)
             raise RunFailed(f"{lost}; start the same command again") from error
         # The others may be in a collective that this process will never join: leave the group to its end with us.
         if world.num_processes == 1:

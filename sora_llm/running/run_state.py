@@ -67,13 +67,13 @@ class DirectoryInUse(UserError):
 
 @dataclass(frozen=True)
 class RunLock:
-    """The run directory that a process holds: its lock by name, and as it was opened."""
+    """The lock of a run directory by its name, and as the process that holds it has opened it."""
 
     path: Path
     descriptor: int
 
     def is_held(self) -> bool:
-        """Whether the directory of that name is still the one that is held."""
+        """Whether the file of that name is still the one that is held."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
         except OSError as error:
@@ -85,8 +85,9 @@ class RunLock:
         """RunFailed where the directory was moved, deleted or replaced: what has its name now is somebody else's."""
         if not self.is_held():
             raise RunFailed(
-                f"{self.path.parent} was moved or deleted while this run was writing it, and what has that name now is "
-                "not touched; start the same command again where its checkpoints are"
+                f"{self.path} is not the file any more that this run holds: the directory was moved, deleted or "
+                "replaced (or its lock removed) while this run was writing it, and what has that name now is not "
+                "touched; start the same command again where its checkpoints are"
             )
 
 
@@ -131,7 +132,10 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLo
         try:
             yield lock
         finally:
-            if not lock.is_held():
+            is_held = False
+            with contextlib.suppress(OSError):  # it cannot be told: leave it as it is
+                is_held = lock.is_held()
+            if not is_held:
                 pass
             elif (run_dir / run_files.CONFIG).exists():
                 with contextlib.suppress(OSError):  # a full disk

@@ -76,9 +76,8 @@ class RunDirectory:
             for place in (self.path, self.path / run_files.PATH):
                 remove_abandoned(place)
             remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
-            (self.path / run_files.ENV).unlink(
-                missing_ok=True
-            )  # never beside the config of another number of processes
+            # Never beside the config of another number of processes, wherever this one dies.
+            (self.path / run_files.ENV).unlink(missing_ok=True)
             write_text_atomically(self.path / run_files.CONFIG, config_yaml)
             write_text_atomically(self.path / run_files.ENV, _json(env))
             if chat_template is not None:
@@ -165,7 +164,7 @@ class RunDirectory:
 
         Call it after the status it is to show.  Whatever goes wrong here costs the page, not the run.
         """
-        if not self.is_main or not self.is_begun:
+        if not self.is_main or not self.is_begun or (self._lock is not None and not self._lock.is_held()):
             return
         try:
             write_report(self.path, config, plots=plots)

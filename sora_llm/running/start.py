@@ -130,6 +130,8 @@ def note_preempted(run_dir: Path) -> dict[str, Any]:
     found, _ = checkpoint.newest(run_dir)
     newest = None if found is None else str(found.relative_to(run_dir))
     if before is not None and (before.get("state"), before.get("checkpoint")) == ("preempted", newest):
-        return before
+        # Written all the same: who waits for the end of this start looks for a status that is new.
+        step, phase = before["step"], before["phase"]
+        return run_state.write_status(run_dir, "preempted", step=step, phase=phase, checkpoint=found)
     step = 0 if found is None else checkpoint.read_state(found)["step"]
     return run_state.write_status(run_dir, "preempted", step=step, phase="prepare", checkpoint=found)
