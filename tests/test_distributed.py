@@ -386,6 +386,7 @@ ACCELERATE = ["accelerate.commands.launch"]
 SHORT_RUN = ("train.max_steps=3", "evaluation.eval_steps=null", "data.val_set_size=null")
 
 
+@pytest.mark.matrix  # where runs are launched in every way; test_train.py launches one
 def test_the_shipped_cpu_topology_runs_zero2_on_two_processes(run_config: Path, tmp_path: Path) -> None:
     code, output = launched(run_config, tmp_path, [*ACCELERATE, "--config_file", "launch/cpu.yaml"], *SHORT_RUN)
     assert code == 0, output
