@@ -20,8 +20,7 @@ from sora_llm.commands.asking import (
     show,
     title,
 )
-from sora_llm.commands.common import run_command
-from sora_llm.commands.subject import given_for_keys
+from sora_llm.commands.common import given_for_keys, run_command
 from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling

@@ -12,7 +12,7 @@ from sora_llm.arguments import Parser
 from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import run_command
+from sora_llm.commands.common import given_for_keys, run_command
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
 from sora_llm.commands.sources import (
     SavedAdapter,
@@ -63,8 +63,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
-    options = {} if arguments.base is None else {"model.name_or_path": "--base"}
-    return run_command(lambda: consensus_of(arguments), arguments.json, as_text, options)
+    return run_command(lambda: consensus_of(arguments), arguments.json, as_text, given_for_keys(arguments))
 
 
 def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:

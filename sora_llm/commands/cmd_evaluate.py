@@ -14,7 +14,7 @@ from torch import nn
 from sora_llm import backbone
 from sora_llm.arguments import Parser
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import config_parser, run_command
+from sora_llm.commands.common import config_parser, given_for_keys, run_command
 from sora_llm.commands.measuring import DevRows, config_for_measuring, dev_rows, quantization_of, splitting_config
 from sora_llm.commands.places import trained_config
 from sora_llm.commands.sources import base_name, is_one_base
@@ -22,7 +22,6 @@ from sora_llm.commands.subject import (
     Subject,
     add_base_arguments,
     find_subject,
-    given_for_keys,
     load,
     on_base,
     template_beside,

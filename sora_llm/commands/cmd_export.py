@@ -21,7 +21,7 @@ from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import run_command
+from sora_llm.commands.common import given_for_keys, run_command
 from sora_llm.commands.measuring import config_for_measuring, dev_rows, has_dev_rows
 from sora_llm.commands.places import find_place, trained_config
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
@@ -91,7 +91,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
-    options = {} if arguments.base_model is None else {"model.name_or_path": "--base-model"}
+    options = given_for_keys(arguments, base="base_model")
     return run_command(lambda: exported(arguments), arguments.json, as_text, options)
 
 
@@ -123,8 +123,9 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.layout == "merged":
         device = local_device()
         merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
-        config = None if arguments.skip_dev_loss else trained_config(find_place(arguments.source))
-        measure = None if config is None else dev_loss_measure(config, spec, device)
+        measure = None
+        if not arguments.skip_dev_loss:
+            measure = dev_loss_measure(trained_config(find_place(arguments.source)), spec, device)
         certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=measure)
     else:
         certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)

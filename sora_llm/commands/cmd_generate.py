@@ -21,8 +21,7 @@ from sora_llm.commands.asking import (
     sampling_of,
     show,
 )
-from sora_llm.commands.common import run_command, visible
-from sora_llm.commands.subject import given_for_keys
+from sora_llm.commands.common import given_for_keys, run_command, visible
 from sora_llm.data.formats import Conversation, Message, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec

@@ -10,7 +10,7 @@ from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands.adapter_view import shapes_in_files, spectra_of, target_shapes_of
-from sora_llm.commands.common import run_command
+from sora_llm.commands.common import given_for_keys, run_command
 from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     as_text = python_snippet if arguments.format == "python" else axolotl_snippet
-    options = {} if arguments.base is None else {"model.name_or_path": "--base"}
+    options = given_for_keys(arguments)
     return run_command(lambda: recommended(find_source(arguments), arguments), arguments.json, as_text, options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,17 @@ def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what:
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="as for train")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def given_for_keys(arguments: Namespace, base: str = "base") -> dict[str, str]:
+    """{key of the config: the option that was given for it}, for sentences about the key; `base` is the argument that
+    names the base model."""
+    options = {"model.name_or_path": base, "data.chat_template": "chat_template"}
+    return {
+        key: f"--{name.replace('_', '-')}"
+        for key, name in options.items()
+        if getattr(arguments, name, None) is not None
+    }
 
 
 def run_command(

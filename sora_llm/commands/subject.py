@@ -89,16 +89,6 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
 
-def given_for_keys(arguments: argparse.Namespace) -> dict[str, str]:
-    """{key of the config: the option that was given for it}, for sentences about the key."""
-    options = {"model.name_or_path": "base", "data.chat_template": "chat_template"}
-    return {
-        key: f"--{name.replace('_', '-')}"
-        for key, name in options.items()
-        if getattr(arguments, name, None) is not None
-    }
-
-
 def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> Subject:
     """With another place for the base, and how to load it where no run says so; its config is read and checked.
 

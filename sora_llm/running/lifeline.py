@@ -53,6 +53,7 @@ class Lifeline:
         self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
         self._closing = threading.Event()
         self._lost = threading.Event()
+        self._has_waited = False
         self._peers: dict[socket.socket, int] = {}
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
@@ -89,8 +90,10 @@ class Lifeline:
             peer.close()
 
     def wait_for_lost_process(self) -> str | None:
-        """Who was lost, if anybody is found to be within NOTICE_SECONDS: errors of collectives come a little sooner."""
-        if self._thread.is_alive():
+        """Who was lost, if anybody is found to be within NOTICE_SECONDS: errors of collectives come a little sooner.
+        One error on its way out may ask more than once, and is waited for once."""
+        if self._thread.is_alive() and not self._has_waited:
+            self._has_waited = True
             self._lost.wait(NOTICE_SECONDS)
         return self.lost_process
 

@@ -132,21 +132,16 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLo
         try:
             yield lock
         finally:
-            is_held = False
-            with contextlib.suppress(OSError):  # it cannot be told: leave it as it is
-                is_held = lock.is_held()
-            if not is_held:
-                pass
-            elif (run_dir / run_files.CONFIG).exists():
-                with contextlib.suppress(OSError):  # a full disk
+            with contextlib.suppress(OSError):  # a disk that is full, or gone
+                is_begun = (run_dir / run_files.CONFIG).exists()
+                if lock.is_held() and is_begun:
                     file.truncate(0)
                     if _stamp(run_dir) == stamp:  # nothing was written here: leave the file as it was found
                         file.write(before)
                         os.utime(file.fileno(), ns=(dated.st_atime_ns, dated.st_mtime_ns))
-            else:  # nothing was begun here: leave no trace
-                path.unlink(missing_ok=True)
-                if is_new:
-                    with contextlib.suppress(OSError):
+                elif lock.is_held():  # nothing was begun here: leave no trace
+                    path.unlink(missing_ok=True)
+                    if is_new:
                         run_dir.rmdir()
 
 

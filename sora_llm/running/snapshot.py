@@ -38,8 +38,12 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
     if rounds is not None:
         own, index, num_replicas = tensors, rounds.replicas.index, rounds.replicas.num
         tensors = rounds.tensors()
-        on_main(directory.require_held)
-        on_main(lambda: checkpoint.begin_replicas(directory.path, step))
+
+        def begin() -> None:
+            directory.require_held()
+            checkpoint.begin_replicas(directory.path, step)
+
+        on_main(begin)
         is_lead = rounds.replicas.is_lead
         on_every(lambda: checkpoint.save_replica(directory.path, step, index, own) if is_lead else None)
 
