@@ -47,9 +47,9 @@ def phases(total_steps: int, dense_ratio: float, consensus_at: float) -> Phases:
     return Phases(dense_end, sparsify_end, total_steps)
 
 
-def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    """ceil(warmup_ratio · total_steps), the ratio taken as the decimal that was written."""
-    return math.ceil(Fraction(str(warmup_ratio)) * total_steps)
+def warmup_steps(total_steps: int, warmup_ratio: Fraction) -> int:
+    """ceil(warmup_ratio · total_steps)."""
+    return math.ceil(warmup_ratio * total_steps)
 
 
 def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
@@ -69,9 +69,9 @@ def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
     raise ValueError(f"lr_scheduler_type {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
 
 
-def ramp_steps(remaining_steps: int, warmup_ratio: float) -> int:
+def ramp_steps(remaining_steps: int, warmup_ratio: Fraction) -> int:
     """Steps of the ramp after the adapters were changed: max(1, round(warmup_ratio · remaining steps))."""
-    return max(1, round(Fraction(str(warmup_ratio)) * remaining_steps))
+    return max(1, round(warmup_ratio * remaining_steps))
 
 
 def ramp(steps_since: int, length: int) -> float:

@@ -295,7 +295,6 @@ BAD_OVERRIDES = [
     ("evaluation.evaluation_strategy=steps", "set evaluation.eval_steps"),
     ("train.evaluation_strategy=steps", "set evaluation.eval_steps"),
     ("train.group_by_length=true", "leave it out; without data.sample_packing rows of like length go together"),
-    ("train.warmup_steps=10", "set train.warmup_ratio"),
     ("train.optim=adamw_8bit", "the optimizer is always AdamW"),
     # overrides that cannot be read
     ("max_steps=3", "write for example train.max_steps=3"),
@@ -384,6 +383,7 @@ def test_a_bad_value_ends_in_a_sentence_that_says_what_to_do(load, override, fra
             ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true", "distributed.strategy=zero3"],
             "under distributed.strategy zero3 gives wrong losses",
         ),
+        (["train.warmup_steps=5", "train.warmup_ratio=0.1"], "both say how long the warm-up is; leave one out"),
         (["data.train_on_inputs=true", "data.train_on_last_turn_only=true"], "contradict each other"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def stage(
 ) -> Stage:
     settings = Train(warmup_ratio=warmup, lr_scheduler_type=kind)  # type: ignore[arg-type]
     options: dict[str, Any] = {"gate_lr": 0.01, "is_adaptive": True, **others}
-    return Stage(None, schedule.phases(steps, dense, cut), schedule.warmup_steps(steps, warmup), settings, **options)
+    return Stage(None, schedule.phases(steps, dense, cut), Fraction(str(warmup)), settings, **options)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +119,29 @@ def test_a_run_that_is_too_short_is_told_of_a_length_that_prunes() -> None:
     assert any(map(told.is_pruning, range(7)))
 
 
-def planned(steps: int, **sora: Any) -> Plan:
-    """Of a run that learns, and prunes, from its first step on."""
+def test_a_warm_up_is_a_share_of_the_steps_or_a_number_of_them() -> None:
+    in_float = 0.07 * 100  # 7.000000000000001
+    assert in_float > 7 and warmed_up(100, warmup_ratio=0.07).warmup_steps == 7, "the ratio is the decimal as written"
+    by_ratio, by_number = warmed_up(100, warmup_ratio=0.2), warmed_up(100, warmup_steps=20)
+    assert by_ratio.warmup_steps == by_number.warmup_steps == 20
+    rates = [[stage.rates(step) for step in range(100)] for stage in (by_ratio, by_number)]
+    assert rates[0] == rates[1], "ramps after a change take the same share of what is left"
+    assert warmed_up(100, warmup_steps=0).rates(0)["learning_rate"] == Train().learning_rate
+    with pytest.raises(UserError, match=r"train\.warmup_steps 101 are more than the 100 steps of training"):
+        warmed_up(100, warmup_steps=101)
+
+
+def warmed_up(steps: int, **train: Any) -> Stage:
+    """The only stage of a run to a budget."""
+    (only,) = planned(steps, target_rank=4, consensus_at=0.4, train=Train(max_steps=steps, **train)).stages
+    return only
+
+
+def planned(steps: int, train: Train | None = None, **sora: Any) -> Plan:
+    """Of a run that learns, unless `train` says otherwise, and prunes from its first step on."""
     config = Config(
         sora=Sora(**{"r": 8, "dense_ratio": 0.0, "target_rank": None, **sora}),
-        train=Train(max_steps=steps, warmup_ratio=0.0),
+        train=train or Train(max_steps=steps, warmup_ratio=0.0),
         output=Output(output_dir="run"),
     )
     return make_plan(config, "none", ALONE, lambda _: steps, {"layer": (16, 16)})

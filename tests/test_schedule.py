@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -60,15 +61,14 @@ def test_the_progress_through_the_sparsify_window_ends_at_one():
 
 @pytest.mark.parametrize(("remaining", "ratio", "length"), [(100, 0.03, 3), (60, 0.03, 2), (10, 0.03, 1), (10, 0.0, 1)])
 def test_a_ramp_takes_the_rounded_share_of_what_is_left_and_at_least_a_step(remaining, ratio, length):
-    assert ramp_steps(remaining, ratio) == length
+    assert ramp_steps(remaining, Fraction(str(ratio))) == length
     factors = [ramp(step, length) for step in range(length + 2)]
     assert factors == pytest.approx([(step + 1) / (length + 1) for step in range(length)] + [1.0, 1.0])
 
 
-# in floats 0.07 · 100 is 7.000000000000001 and 0.1 · 30 is 3.0000000000000004
 @pytest.mark.parametrize(("total", "ratio", "steps"), [(100, 0.07, 7), (101, 0.03, 4), (50, 0.0, 0), (30, 0.1, 3)])
 def test_warm_up_steps_are_rounded_up(total, ratio, steps):
-    assert warmup_steps(total, ratio) == steps
+    assert warmup_steps(total, Fraction(str(ratio))) == steps
 
 
 def test_the_window_sum_counts_the_sparsify_steps_alone():

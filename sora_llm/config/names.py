@@ -69,7 +69,6 @@ NO_EQUIVALENT = {
     "save_strategy": "set output.save_steps",
     "logging_strategy": "set output.logging_steps",
     "group_by_length": "leave it out; without data.sample_packing rows of like length go together anyway",
-    "warmup_steps": "set train.warmup_ratio, the share of the steps",
     "optim": "leave it out; the optimizer is always AdamW with the proximal step",
     "optimizer": "leave it out; the optimizer is always AdamW with the proximal step",
     "bf16": "set model.dtype: bfloat16, or leave it out where it is false",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sora_llm.config.origin import Origin, value_of
-from sora_llm.config.schema import Config, Data, Dataset
+from sora_llm.config.schema import Config, Data, Dataset, Train
 from sora_llm.errors import UserError
 from sora_llm.row_types import FIELDS
 
@@ -51,6 +51,7 @@ def check_combinations(config: Config, origin: Origin) -> None:
     """UserError for the first pair of settings that cannot be together."""
     problems = [
         *_sora_problems(config, origin),
+        *_train_problems(config, origin),
         *_replica_problems(config, origin),
         *_backbone_problems(config, origin),
         *_evaluation_problems(config, origin),
@@ -120,6 +121,13 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
         yield f"{state('consensus_at')} must be 1.0 in a sparsity path: each stage goes on from uncut weights."
     if not sora.retrain and sora.threshold != "constant":
         yield f"{state('retrain')} needs sora.threshold constant: the others' threshold is lr · λ, and lr would be 0."
+
+
+def _train_problems(config: Config, origin: Origin) -> Iterator[str]:
+    train = config.train
+    if train.warmup_steps is not None and train.warmup_ratio != Train().warmup_ratio:
+        steps, ratio = (origin.state(config, f"train.{name}") for name in ("warmup_steps", "warmup_ratio"))
+        yield f"{steps} and {ratio} both say how long the warm-up is; leave one out, or set train.warmup_steps to null."
 
 
 def _replica_problems(config: Config, origin: Origin) -> Iterator[str]:

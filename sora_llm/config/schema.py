@@ -117,7 +117,10 @@ class Train:
     learning_rate: Annotated[float, "> 0"] = 2e-4  # peak, of A and B
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     # transformers' formulas; one schedule for all phases, with a ramp after each change of the adapters
-    warmup_ratio: Annotated[float, ">= 0", "<= 1"] = 0.03  # share of the steps
+    warmup_ratio: Annotated[float, ">= 0", "<= 1"] = (
+        0.03  # share of the steps, and of those that are left after a change
+    )
+    warmup_steps: Annotated[int, ">= 0"] | None = None  # instead of warmup_ratio: optimizer steps (of each stage)
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of A and B, never of the gates
     adam_beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # decay of AdamW's mean of gradients
     adam_beta2: Annotated[float, ">= 0", "< 1"] = 0.999  # decay of AdamW's mean of squared gradients

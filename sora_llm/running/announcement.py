@@ -129,7 +129,7 @@ def _of_steps_that_prune(plan: Plan) -> Iterator[str]:
     if plan.stages[0].learned_at > plan.stages[0].total_steps:
         yield (
             f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
-            "there); train longer, or set train.warmup_ratio 0"
+            "there); train longer, or without a warm-up"
         )
     elif not all(stage.prunes_in_steps for stage in plan.stages):
         later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""

@@ -33,7 +33,7 @@ class Stage:
 
     sparse_lambda: float | None
     phases: Phases
-    warmup_steps: int
+    warmup_ratio: Fraction
     settings: Train
     gate_lr: float
     is_adaptive: bool
@@ -44,6 +44,11 @@ class Stage:
     def total_steps(self) -> int:
         return self.phases.total_steps
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the learning rate is at its peak."""
+        return schedule.warmup_steps(self.total_steps, self.warmup_ratio)
+
     def rates(self, step: int) -> dict[str, float]:
         """Learning rates of optimizer step `step`: the stage's one schedule, ramped up again wherever the adapters
         were changed and the optimizer started afresh."""
@@ -53,7 +58,7 @@ class Stage:
         factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, kind)
         for change in self.form_changes:
             if step >= change:
-                length = schedule.ramp_steps(self.total_steps - change, self.settings.warmup_ratio)
+                length = schedule.ramp_steps(self.total_steps - change, self.warmup_ratio)
                 factor *= schedule.ramp(step - change, length)
         return {"learning_rate": factor * self.settings.learning_rate, "gate_lr": factor * self.gate_lr}
 
@@ -201,7 +206,9 @@ def make_plan(
 def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
     """A stage per λ, each of so many steps; only the first one begins with dense ones."""
     sora, train = config.sora, config.train
-    warmup = schedule.warmup_steps(steps, train.warmup_ratio)
+    if train.warmup_steps is not None and train.warmup_steps > steps:
+        raise UserError(f"train.warmup_steps {train.warmup_steps} are more than the {so_many_steps(steps)} of training")
+    warmup = _warmup_ratio(train, steps)
     lambdas: list[float | None] = [sora.sparse_lambda]
     if sora.lambda_num > 1:
         assert sora.sparse_lambda is not None and sora.max_lambda is not None
@@ -223,7 +230,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
             )
         gate_lr = sora.gate_lr
         if gate_lr == "auto":
-            travel = schedule.window_sum(phases, warmup, train.lr_scheduler_type)
+            travel = schedule.window_sum(phases, schedule.warmup_steps(steps, warmup), train.lr_scheduler_type)
             gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
         starts_blank = number == 0 and config.model.adapter is None
@@ -238,6 +245,13 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def _warmup_ratio(train: Train, steps: int) -> Fraction:
+    """The share of so many steps in which the learning rate rises, as it was written (0.29 is 29/100)."""
+    if train.warmup_steps is not None:
+        return Fraction(train.warmup_steps, steps)
+    return Fraction(str(train.warmup_ratio))
+
+
 def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
     """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios, and
     with a step between what is learned and the cut."""
@@ -245,8 +259,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
     starts_blank = config.model.adapter is None
     for steps in range(too_few + 1, too_few + MOST_TRIED):
         phases = schedule.phases(steps, sora.dense_ratio, sora.consensus_at)
-        warmup = schedule.warmup_steps(steps, train.warmup_ratio)
-        stage = Stage(None, phases, warmup, train, 1.0, is_adaptive, starts_blank=starts_blank)
+        stage = Stage(None, phases, _warmup_ratio(train, steps), train, 1.0, is_adaptive, starts_blank=starts_blank)
         if stage.prunes_in_steps and stage.can_prune:
             return f"train for {steps} steps"
     return "train longer"
