@@ -203,6 +203,18 @@ def put_on(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn
     return model
 
 
+@contextlib.contextmanager
+def adapted(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
+    """A bare model with plain factors on it, as `put_on` puts them, in eval mode, for the duration."""
+    put_on(model, factors).eval()
+    layers = adapters(model)
+    try:
+        yield model
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
+
+
 def start_from(
     model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], scaling: Mapping[str, float]
 ) -> None:

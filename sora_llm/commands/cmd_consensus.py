@@ -89,7 +89,12 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     largest = max(arguments.weights or [1.0])
     weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
     replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
-    merged = merge(replicas, budget_of(arguments, shapes), arguments.tolerance, arguments.min_rank)
+    merged = merge(
+        replicas,
+        budget_of(arguments.target_rank, arguments.target_params, shapes),
+        arguments.tolerance,
+        arguments.min_rank,
+    )
     refuse_nothing(merged.report.kept_params, merged.report.energy, shapes)
     tokenizer = shared_tokenizer(sources, spec)
     result = described(sources, merged, merge_errors(replicas, merged.factors), weights)

@@ -17,13 +17,15 @@ from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import config_parser, given_for_keys, run_command
 from sora_llm.commands.measuring import DevRows, config_for_measuring, dev_rows, quantization_of, splitting_config
 from sora_llm.commands.places import trained_config
+from sora_llm.commands.size_curve import add_size_list, curve_as_text, cut_losses, sizes_in
 from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.commands.subject import (
     Subject,
     add_base_arguments,
     find_subject,
-    load,
+    load_base,
     on_base,
+    put_adapter,
     template_beside,
     tokenizer_source,
 )
@@ -69,6 +71,7 @@ def make_parser(prog: str) -> Parser:
     )
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
+    add_size_list(parser)
     return parser
 
 
@@ -85,7 +88,10 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: nothing to measure, or nothing to measure it on.
         RunFailed: a loss that is not finite.
     """
+    sizes = sizes_in(arguments)
     measured = plan_measurement(arguments)
+    if sizes and measured.subject.adapter is None:
+        raise UserError("--target-rank and --target-params measure an adapter cut to a size, and there is none here")
     subject, config = measured.subject, measured.config
     inputs = check_inputs(config, "none", measured.tokenizer)
     if subject.config is None:
@@ -94,15 +100,16 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = found_rows.rows
     if measured.held_out_alike:
         found_rows.warn_of_doubt()
-    loaded = load(subject)
+    model = load_base(subject)
     result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
     result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": fates_of(found_rows)}
-    with loaded.as_base():
-        is_alone = subject.is_whole and subject.adapter is None
-        result["model" if is_alone else "base"] = loss_of(loaded.model, rows, inputs, config)
-    if subject.adapter is not None:
-        result["adapter"] = loss_of(loaded.model, rows, inputs, config)
-    return result
+    is_alone = subject.is_whole and subject.adapter is None
+    result["model" if is_alone else "base"] = loss_of(model, rows, inputs, config)
+    if subject.adapter is None:
+        return result
+    cuts = cut_losses(model, subject, sizes, lambda cut: loss_of(cut, rows, inputs, config)) if sizes else {}
+    result["adapter"] = loss_of(put_adapter(model, subject).model, rows, inputs, config)
+    return result | cuts
 
 
 def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
@@ -129,6 +136,8 @@ def as_text(result: dict[str, Any]) -> str:
         f"{result['supervised_tokens']:,} supervised tokens"
     ]
     lines += [f"of the rows of the files: {'; '.join(said)}"] if (said := result["not_as_written"]) else []
+    if "cuts" in result:
+        return "\n".join([*lines, *curve_as_text(result)])
     for name in ("model", "base", "adapter"):
         if name in result:
             lines.append(f"{name:<8} loss {result[name]['loss']:.4f}  perplexity {result[name]['perplexity']:.2f}")

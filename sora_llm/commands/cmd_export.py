@@ -242,7 +242,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
     source = source.on(bare_model)
     shapes = shapes_in(spec, bare_model, [source])
     factors = plain_factors(source, shapes)
-    budget, tolerance = budget_of(arguments, shapes), arguments.tolerance
+    budget, tolerance = budget_of(arguments.target_rank, arguments.target_params, shapes), arguments.tolerance
     if budget is None and tolerance is None:
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}

@@ -71,7 +71,7 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
     found = spectra_of(source)
     own_shapes = shapes_of(source.factors)
     shapes, pruned, is_whole = all_targets(source, arguments)
-    budget = budget_of(arguments, shapes)
+    budget = budget_of(arguments.target_rank, arguments.target_params, shapes)
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
     kept = kept_params(ranks, own_shapes)

@@ -26,10 +26,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_size(arguments: argparse.Namespace) -> None:
     """UserError for numbers that cannot be, before a file is read."""
-    if arguments.target_rank is not None and not 0 < arguments.target_rank < math.inf:
-        raise UserError(f"--target-rank is {arguments.target_rank:g}; it is a mean rank above 0")
-    if arguments.target_params is not None and arguments.target_params < 1:
-        raise UserError(f"--target-params is {arguments.target_params}; it is a number of parameters above 0")
+    check_budget(arguments.target_rank, arguments.target_params)
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
     has_budget = arguments.target_rank is not None or arguments.target_params is not None
@@ -39,12 +36,17 @@ def check_size(arguments: argparse.Namespace) -> None:
         )
 
 
-def budget_of(arguments: argparse.Namespace, shapes: Shapes) -> int | None:
+def check_budget(target_rank: float | None, target_params: int | None) -> None:
+    """UserError for a mean rank or a number of parameters that cannot be."""
+    if target_rank is not None and not 0 < target_rank < math.inf:
+        raise UserError(f"--target-rank is {target_rank:g}; it is a mean rank above 0")
+    if target_params is not None and target_params < 1:
+        raise UserError(f"--target-params is {target_params}; it is a number of parameters above 0")
+
+
+def budget_of(target_rank: float | None, target_params: int | None, shapes: Shapes) -> int | None:
     """The parameters that may be kept of modules of these `shapes` {module: (I, O)}; None without a budget."""
-    if arguments.target_rank is None:
-        budget: int | None = arguments.target_params
-        return budget
-    return params_of(arguments.target_rank, sum(costs_of(shapes).values()))
+    return target_params if target_rank is None else params_of(target_rank, sum(costs_of(shapes).values()))
 
 
 def refuse_nothing(kept_params: int, energy: float, shapes: Shapes) -> None:

@@ -31,6 +31,7 @@ from sora_llm.commands.sources import (
 from sora_llm.config import Config
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
+from sora_llm.factors import PlainFactors
 from sora_llm.files import user_path
 from sora_llm.inject import bare, put_on
 from sora_llm.peft_check import load_adapter
@@ -149,7 +150,20 @@ def load(subject: Subject) -> Loaded:
     Raises:
         UserError: weights that cannot be loaded, or an adapter of another base.
     """
-    model = load_backbone(subject.spec, local_device()).eval()
+    return put_adapter(load_base(subject), subject)
+
+
+def load_base(subject: Subject) -> nn.Module:
+    """The base alone, in eval mode, on this machine's device; UserError for weights that cannot be loaded."""
+    return load_backbone(subject.spec, local_device()).eval()
+
+
+def put_adapter(model: nn.Module, subject: Subject) -> Loaded:
+    """The adapter, if there is one, on the base `model`, in place; weights that it was not trained beside are said.
+
+    Raises:
+        UserError: an adapter of another base.
+    """
     if subject.adapter is None:
         return Loaded(model, None)
     for name in beside_other_weights({str(subject.adapter): recorded_digest(subject.adapter)}, subject.spec):
@@ -157,6 +171,15 @@ def load(subject: Subject) -> Loaded:
     if (subject.adapter / CONFIG).is_file():
         adapted = load_adapter(model, subject.adapter)
         return Loaded(adapted, adapted.disable_adapter)
+    return Loaded(put_on(model, factors_on(model, subject)).eval(), partial(bare, model))
+
+
+def factors_on(model: nn.Module, subject: Subject) -> PlainFactors:
+    """The adapter as plain factors of scale 1 of every target that it has on the base `model`.
+
+    Raises:
+        UserError: an adapter of another base.
+    """
+    assert subject.adapter is not None
     source = read_source(subject.adapter).on(model)
-    factors = plain_factors(source, shapes_in(subject.spec, model, [source]))
-    return Loaded(put_on(model, factors).eval(), partial(bare, model))
+    return plain_factors(source, shapes_in(subject.spec, model, [source]))

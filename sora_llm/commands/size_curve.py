@@ -1,0 +1,109 @@
+"""What an adapter would lose by being smaller: its loss, cut to each of several sizes without training on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sora_llm.commands.sizes import budget_of, check_budget, refuse_nothing
+from sora_llm.commands.subject import Subject, factors_on
+from sora_llm.consensus import cut_svd
+from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
+from sora_llm.inject import adapted
+from sora_llm.terminal import aligned
+
+
+@dataclass(frozen=True)
+class Size:
+    """A budget, as a mean rank or as a number of parameters."""
+
+    target_rank: float | None = None
+    target_params: int | None = None
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The one that is given, by its option's name."""
+        if self.target_rank is not None:
+            return {"target_rank": self.target_rank}
+        assert self.target_params is not None
+        return {"target_params": self.target_params}
+
+
+def add_size_list(parser: argparse.ArgumentParser) -> None:
+    """--target-rank or --target-params, each of one or more sizes."""
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--target-rank",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="measure the adapter cut to each of these mean ranks as well (weighted by I + O; nothing is written)",
+    )
+    sizes.add_argument("--target-params", type=int, nargs="+", metavar="N", help="the same, by numbers of parameters")
+
+
+def sizes_in(arguments: argparse.Namespace) -> list[Size]:
+    """The sizes that a command line asks for, from the largest down; UserError for numbers that cannot be."""
+    sizes = [Size(target_rank=rank) for rank in sorted(set(arguments.target_rank or ()), reverse=True)]
+    sizes += [Size(target_params=params) for params in sorted(set(arguments.target_params or ()), reverse=True)]
+    for size in sizes:
+        check_budget(size.target_rank, size.target_params)
+    return sizes
+
+
+def cut_losses(
+    model: nn.Module, subject: Subject, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
+) -> dict[str, Any]:
+    """The size of the adapter of `subject`, and what `loss_of` says of it cut to each of `sizes`.
+
+    A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
+
+    Args:
+        model: the bare base, which it is again afterwards.
+
+    Raises:
+        UserError: an adapter of another base, or a size below one rank.
+    """
+    whole = factors_on(model, subject)
+    shapes = shapes_of(whole)
+    gateless = {name: (A, B, None) for name, (A, B) in whole.items()}
+    cuts = [cut_svd(gateless, 1.0, budget_of(size.target_rank, size.target_params, shapes)) for size in sizes]
+    for _, report in cuts:
+        refuse_nothing(report.kept_params, report.energy, shapes)
+    lines = []
+    for size, (factors, report) in zip(sizes, cuts, strict=True):
+        with adapted(model, factors):
+            losses = loss_of(model)
+        lines.append({**size.as_dict(), **_size_of(factors), "relative_error": report.relative_error, **losses})
+    return {**_size_of(whole), "cuts": lines}
+
+
+def _size_of(factors: PlainFactors) -> dict[str, Any]:
+    ranks, shapes = {name: A.shape[0] for name, (A, _) in factors.items()}, shapes_of(factors)
+    return {"mean_rank": mean_rank(ranks, shapes), "kept_params": kept_params(ranks, shapes)}
+
+
+def curve_as_text(result: Mapping[str, Any]) -> list[str]:
+    """The losses of base, adapter and its cuts, of what `evaluate` found, in lines for a person."""
+    rows = [("", "mean rank", "parameters", "error of ΔW", "loss", "perplexity")]
+    whole = {key: result[key] for key in ("mean_rank", "kept_params")}
+    lines = [("base", result["base"]), ("adapter", whole | result["adapter"])]
+    for cut in result["cuts"]:
+        size = f"rank {cut['target_rank']:g}" if "target_rank" in cut else f"{cut['target_params']:,}"
+        lines.append((f"cut to {size}", cut))
+    for name, measured in lines:
+        rank, params, error = (measured.get(key) for key in ("mean_rank", "kept_params", "relative_error"))
+        rows.append(
+            (
+                name,
+                "" if rank is None else f"{rank:.2f}",
+                "" if params is None else f"{params:,}",
+                "" if error is None else f"{error:.1%}",
+                f"{measured['loss']:.4f}",
+                f"{measured['perplexity']:.2f}",
+            )
+        )
+    return [line.rstrip() for line in aligned(rows, left=1)]
