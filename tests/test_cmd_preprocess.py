@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
+from data_files import json_lines, write
 from runs import gsm8k_overrides
-from test_data_formats import json_lines, write
 from transformers import AutoTokenizer
 
 from sora_llm import cli

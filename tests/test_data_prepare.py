@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from conftest import shared
 from conversations import byte_tokenizer
+from data_files import ALPACA, json_lines, write
 from test_data_cache import FORK, start, until
-from test_data_formats import ALPACA, json_lines, write
 from transformers import AutoTokenizer
 
 from sora_llm.data import cache, chunks, pool, prepare, progress
