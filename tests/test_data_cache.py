@@ -1,147 +1,126 @@
-"""One writer for a folder of the cache, and hashes of files that are remembered."""
+"""The cache of prepared data: what is prepared once and what anew, what is refused; remembered hashes of files."""
 
-import errno
-import fcntl
-import multiprocessing
 import os
-import signal
-import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conversations import byte_tokenizer
+from data_files import json_lines, write
+from preparing import TEXTS, refuse, run, texts
+from preparing import fills as fills
+from preparing import prepared as prepared
 
-from sora_llm.data import cache
-from sora_llm.data.cache import fill_once, remembered_sha256
-from sora_llm.errors import RunFailed, UserError
-
-FORK = multiprocessing.get_context("fork")
-
-
-def start(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
-    """Run a function in a process of its own."""
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        time.sleep(0.01)
+from sora_llm.data import cache, prepare
+from sora_llm.data.cache import remembered_sha256
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.dataset import TokenDataset
+from sora_llm.data.prepare import default_cache_dir
+from sora_llm.data.sources import DatasetSpec
+from sora_llm.errors import UserError
 
 
-def _refuse(*arguments: object, **options: object) -> None:
-    raise PermissionError(errno.EACCES, "Permission denied")
+def test_the_same_is_prepared_once(prepared, fills):
+    first, report = prepared(*TEXTS)
+    second, report_again = prepared(*TEXTS)
+    assert len(fills) == 1 and report_again == report
+    assert (report.from_cache, report_again.from_cache) == (False, True)
+    assert all((first[i][0] == second[i][0]).all() for i in range(10))
+    assert (TokenDataset.load(Path(report.cache_folder))[3][0] == first[3][0]).all()
 
 
-def _no_locks(*arguments: object) -> None:
-    raise OSError(errno.ENOLCK, "No locks available")
+def test_whatever_changes_the_tokens_prepares_anew_and_nothing_else(prepared, fills, tmp_path, byte):
+    prepared(*TEXTS)
+    prepared(*TEXTS[:-1], {"text": "jjx"})
+    prepared(*TEXTS, sequence_len=100)
+    prepared(*TEXTS, train_on_inputs=True)
+    prepared(*TEXTS, chat_template="chatml")
+    prepared(*TEXTS, drop_duplicates=True)
+    spec = texts(tmp_path, *TEXTS)
+    for tokenizer in (byte_tokenizer(adds_bos=False), byte_tokenizer(merges=(("a", "a"),))):
+        run([spec], tokenizer, cache_dir=tmp_path / "cache")
+    assert len(fills) == 8
+    prepared(*TEXTS, num_proc=2, max_bad_row_fraction=0.5, wait_first=1.0)
+    weighted = DatasetSpec(spec.path, spec.type, weight=2.0)
+    run([weighted], byte, cache_dir=tmp_path / "cache")
+    assert len(fills) == 8, "processes, the bound on bad rows and weights in a mixture change no token"
 
 
-def test_the_slower_of_two_writers_without_locks_takes_what_the_faster_has_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", _no_locks)
-
-    def overtaken(temporary: Path) -> None:
-        (temporary / "content").write_text("slow")
-        fill_once(tmp_path / "key", lambda folder: (folder / "content").write_text("fast"))
-
-    fill_once(tmp_path / "key", overtaken)
-    assert (tmp_path / "key" / "content").read_text() == "fast"
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+def test_settings_of_a_tokenizer_that_change_ids_are_another_key(tmp_path, byte):
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", json_lines(*TEXTS)), "completion")
+    before = prepare.prepare(Tokenizing((spec,), byte, ""), cache_dir=tmp_path)[1].cache_folder
+    other = byte_tokenizer()
+    other.split_special_tokens = True
+    assert prepare.prepare(Tokenizing((spec,), other, ""), cache_dir=tmp_path)[1].cache_folder != before
 
 
-def _fill_slowly(folder: Path) -> None:
-    (folder / "content").write_text("first")
-    time.sleep(1)
+def test_cached_data_is_still_checked_for_bad_rows(prepared):
+    rows = {"text": "a"}, {"text": ""}
+    prepared(*rows, max_bad_row_fraction=0.5)
+    with pytest.raises(UserError, match="1 of 2 rows"):
+        prepared(*rows, max_bad_row_fraction=0.1)
 
 
-def test_a_process_that_waits_first_lets_another_write_and_does_not_wait_for_what_is_there(tmp_path):
-    first = start(lambda: time.sleep(0.5) or fill_once(tmp_path / "key", _fill_slowly))
-    assert fill_once(tmp_path / "key", _refuse, wait_first=30.0)
-    first.join(timeout=30)
-    assert (tmp_path / "key" / "content").read_text() == "first"
-    started = time.monotonic()
-    assert fill_once(tmp_path / "key", _refuse, wait_first=30.0) and time.monotonic() - started < 5
-    assert not fill_once(tmp_path / "other", lambda folder: None, wait_first=0.5), "nobody came: it writes"
+@pytest.mark.parametrize("file", ["tokens.bin", "weights.bin", "lengths.npy", "table.npy", "report.json"])
+def test_a_damaged_cache_is_named_and_not_trained_on(prepared, tmp_path, file):
+    prepared(*TEXTS)
+    damaged = next((tmp_path / "cache").glob(f"*/{file}"))
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"is damaged: delete this folder"):
+        prepared(*TEXTS)
 
 
-def _fail_slowly(folder: Path) -> None:
-    time.sleep(1)
-    raise RunFailed("a process was killed")
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path, byte):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*: set data.cache_dir"):
+        run([texts(tmp_path, *TEXTS)], byte, cache_dir=tmp_path / "file")
 
 
-def test_who_waits_fails_as_the_writer_does(tmp_path):
-    first = start(fill_once, tmp_path / "key", _fail_slowly)
-    until(lambda: (tmp_path / "key.lock").exists())
-    with pytest.raises(RunFailed, match="a process was killed"):
-        fill_once(tmp_path / "key", _refuse)
-    first.join(timeout=30)
+def test_a_finished_cache_is_read_where_nothing_can_be_written(prepared, monkeypatch):
+    prepared(*TEXTS)
+    monkeypatch.setattr(cache, "_wait_or_write", refuse)
+    assert len(prepared(*TEXTS)[0]) == 10
 
 
-def test_others_may_read_what_one_has_written(tmp_path):
-    fill_once(tmp_path / "key", lambda folder: None)
-    (tmp_path / "usual").mkdir()
-    assert (tmp_path / "key").stat().st_mode == (tmp_path / "usual").stat().st_mode
+def test_a_file_that_changes_between_hashing_and_reading_is_refused_and_not_kept(tmp_path, byte, monkeypatch):
+    rows = Path(write(tmp_path / "a.jsonl", json_lines(*TEXTS)))
+    work = Tokenizing((DatasetSpec(str(rows), "completion"),), byte, "")
+    read_rows = prepare.read_rows
+
+    def grown(spec: DatasetSpec) -> Any:
+        rows.write_text(json_lines(*TEXTS, *TEXTS))
+        return read_rows(spec)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a.jsonl has changed while it was read"):
+        patched.setattr(prepare, "read_rows", grown)
+        prepare.prepare(work, cache_dir=tmp_path / "cache")
+    rows.write_text(json_lines(*TEXTS))
+    tokens, report = prepare.prepare(work, cache_dir=tmp_path / "cache")
+    assert len(tokens) == len(TEXTS) and not report.from_cache
 
 
-def _interruptible(function, *arguments):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without
-    return function(*arguments)
-
-
-def test_who_waits_can_be_interrupted(tmp_path):
-    with (tmp_path / "key.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        waiting = start(_interruptible, fill_once, tmp_path / "key", _refuse)
-        time.sleep(0.5)
-        assert waiting.is_alive()
-        os.kill(waiting.pid, signal.SIGINT)
-        waiting.join(timeout=10)
-        assert waiting.exitcode == 1, "KeyboardInterrupt"
-
-
-def test_who_waits_long_says_for_whom(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.2)
-    first = start(fill_once, tmp_path / "key", _fill_slowly)
-    until(lambda: (tmp_path / "key.lock").exists())
-    fill_once(tmp_path / "key", _refuse)
-    first.join(timeout=30)
-    assert (
-        capfd.readouterr().err
-        == f"waiting for process {first.pid} on {socket.gethostname()}, which prepares the same data\n"
-    )
-
-
-def test_who_comes_when_the_writer_is_just_done_leaves_no_lock_behind(tmp_path, monkeypatch):
-    """It saw no folder yet, and made the lock file anew that the writer had removed."""
-    real = cache._try_lock
-
-    def after_the_writer(file):
-        (tmp_path / "key").mkdir()
-        return real(file)
-
-    monkeypatch.setattr(cache, "_try_lock", after_the_writer)
-    assert fill_once(tmp_path / "key", lambda folder: pytest.fail("it was written again"))
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_nothing_but_the_note(tmp_path):
-    def full(folder: Path) -> None:
-        (folder / "tokens.bin").write_text("…")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left on device"):
-        fill_once(tmp_path / "key", full)
-    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
-    assert not fill_once(tmp_path / "key", lambda folder: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+def test_the_cache_is_in_the_user_s_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "sora_llm" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "sora_llm" / "data"
 
 
 # ----- hashes that are remembered -------------------------------------------------------------------------------------
+
+
+def test_cached_data_is_not_read_again_but_to_be_hashed_and_not_even_that_where_the_hash_is_remembered(
+    tmp_path, byte, monkeypatch
+):
+    spec = texts(tmp_path, *TEXTS)
+    monkeypatch.setattr(cache, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1)
+    run([spec], byte, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(prepare, "read_rows", refuse)
+    monkeypatch.setattr(cache, "file_sha256", refuse)
+    assert len(run([spec], byte, cache_dir=tmp_path / "cache")[0]) == 10
 
 
 @pytest.fixture

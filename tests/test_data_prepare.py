@@ -1,99 +1,34 @@
-"""Preparation: files → cached tokens, once for all processes, and a report that says what became of every row."""
+"""Preparation: files → tokens, and a report that says what became of every row."""
 
-import errno
-import fcntl
 import json
-import multiprocessing
-import os
-import pty
-import re
-import select
-import signal
-import socket
-import sys
-import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from conftest import shared
 from conversations import byte_tokenizer
 from data_files import ALPACA, json_lines, write
-from test_data_cache import FORK, start, until
+from preparing import TEXTS, decoded, run, texts
+from preparing import fills as fills
+from preparing import prepared as prepared
 from transformers import AutoTokenizer
 
-from sora_llm.data import cache, chunks, pool, prepare, progress
+from sora_llm.data import chunks, prepare
 from sora_llm.data.chunks import Tokenizing
-from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import fill_rate
-from sora_llm.data.prepare import default_cache_dir
 from sora_llm.data.report import DataReport, length_histogram
 from sora_llm.data.sources import DatasetSpec
-from sora_llm.data.templates import resolve_template
-from sora_llm.errors import RunFailed, UserError
+from sora_llm.errors import UserError
 
-TEXTS = [{"text": letter * 3} for letter in "abcdefghij"]  # 5 tokens each with BOS and eos
 QUESTION = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
-
-
-@pytest.fixture(scope="module")
-def byte():
-    return byte_tokenizer()
-
-
-def run(
-    specs: list[DatasetSpec],
-    tokenizer,
-    *,
-    chat_template: str | None = None,
-    cache_dir: Path,
-    num_proc: int | None = None,
-    max_bad_row_fraction: float = 0.01,
-    wait_first: float = 0.0,
-    **options: object,
-) -> tuple[TokenDataset, DataReport]:
-    """`prepare` with the options of `Tokenizing`."""
-    work = Tokenizing(tuple(specs), tokenizer, resolve_template(tokenizer, chat_template), **options)  # type: ignore[arg-type]
-    return prepare.prepare(
-        work,
-        cache_dir=cache_dir,
-        num_proc=num_proc,
-        max_bad_row_fraction=max_bad_row_fraction,
-        wait_first=wait_first,
-    )
-
-
-def texts(folder: Path, *rows: object, name: str = "a.jsonl") -> DatasetSpec:
-    return DatasetSpec(write(folder / name, json_lines(*rows)), "completion")
 
 
 def chats(folder: Path, *conversations: list, name: str = "chats.jsonl") -> DatasetSpec:
     rows = [{"messages": messages} for messages in conversations]
     return DatasetSpec(write(folder / name, json_lines(*rows)), "messages")
-
-
-@pytest.fixture
-def prepared(tmp_path, byte):
-    """A function that prepares rows of text, always with the same cache."""
-
-    def prepare_texts(*rows: object, **options: object) -> tuple[TokenDataset, DataReport]:
-        options = {"cache_dir": tmp_path / "cache", **options}
-        return run([texts(tmp_path, *rows)], byte, **options)  # type: ignore[arg-type]
-
-    return prepare_texts
-
-
-def decoded(dataset: TokenDataset, tokenizer) -> list[str]:
-    return [tokenizer.decode(dataset[i][0]) for i in range(len(dataset))]
-
-
-def entries(folder: Path) -> list[str]:
-    """What is in a cache folder, finished folders as "done"."""
-    return sorted("done" if path.is_dir() and len(path.name) == 32 else path.name for path in folder.iterdir())
 
 
 # ----- rows -----------------------------------------------------------------------------------------------------------
@@ -228,6 +163,28 @@ def test_what_has_come_before_is_known_whatever_the_chunks():
         assert len(seen._runs) <= 10, "so that looking one up stays cheap"
 
 
+def test_a_chunk_is_cut_where_its_rows_are_long(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
+    rows = [(str(i), {"messages": [{"content": "x" * size}]}) for i, size in enumerate((10, 20, 80, 5, 200, 1))]
+    assert [[place for place, _ in chunk] for chunk in chunks.in_chunks(rows)] == [["0", "1", "2"], ["3", "4"], ["5"]]
+
+
+@pytest.mark.parametrize("num_proc", [pytest.param(1, marks=pytest.mark.matrix), 2])
+def test_memory_grows_by_the_arrays_alone(tmp_path, byte, monkeypatch, num_proc):
+    """A row costs 40 bytes while it is written (length, table, hash) and some while the report is made; a list of
+    Python's numbers for each would take several times that."""
+    spec = texts(tmp_path, *TEXTS)
+    count = 0
+    monkeypatch.setattr(prepare, "read_rows", lambda spec: ((f"a.jsonl:{i}", {"text": f"{i:x}"}) for i in range(count)))
+    peaks = []
+    for count in (4_000, 4_000, 20_000):  # noqa: B007 - the rows that are read; the first time warms caches up
+        tracemalloc.start()
+        run([spec], byte, num_proc=num_proc, cache_dir=tmp_path / f"{len(peaks)}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[2] - peaks[1]) / 16_000 < 150, peaks
+
+
 # ----- rows that cannot be used ---------------------------------------------------------------------------------------
 
 
@@ -354,6 +311,20 @@ def test_the_digest_is_of_the_rows_however_they_were_cut_into_chunks(prepared, m
     assert len(digests) == 2, "the same tokens cut into other rows"
 
 
+def test_the_digest_knows_from_which_data_set_a_row_comes(tmp_path, byte):
+    """In a mixture the same rows under another weight are other training data."""
+    digests = set()
+    for cut in (1, 2):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        specs = [
+            DatasetSpec(write(folder / f"{i}.jsonl", json_lines(*rows)), "completion")
+            for i, rows in enumerate((TEXTS[:cut], TEXTS[cut:4]))
+        ]
+        digests.add(prepare.prepare(Tokenizing(tuple(specs), byte, ""), cache_dir=tmp_path / "cache")[1].digest)
+    assert len(digests) == 2
+
+
 def test_a_sample_takes_the_first_rows_of_each_data_set(tmp_path, byte):
     specs = [texts(tmp_path, *TEXTS), texts(tmp_path, *TEXTS[5:], name="b.jsonl")]
     dataset, report = prepare.sample(Tokenizing(tuple(specs), byte, ""), 2)
@@ -361,369 +332,6 @@ def test_a_sample_takes_the_first_rows_of_each_data_set(tmp_path, byte):
     assert report.rows_read == 4
     with pytest.raises(UserError, match="1 of 3 rows"):
         prepare.sample(Tokenizing((texts(tmp_path, {"text": "a"}, {"text": ""}, *TEXTS),), byte, ""), 3, 0.1)
-
-
-# ----- the cache ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fills(monkeypatch, tmp_path):
-    """A line for each time that tokens were made rather than taken from the cache, whatever the process."""
-
-    class Fills:
-        path = tmp_path / "fills"
-
-        def __len__(self) -> int:
-            return len(self.path.read_text().splitlines()) if self.path.exists() else 0
-
-    fill = prepare._fill
-
-    def counted(*arguments: object) -> None:
-        with Fills.path.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        fill(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prepare, "_fill", counted)
-    return Fills()
-
-
-def test_the_same_is_prepared_once(prepared, fills):
-    first, report = prepared(*TEXTS)
-    second, report_again = prepared(*TEXTS)
-    assert len(fills) == 1 and report_again == report
-    assert (report.from_cache, report_again.from_cache) == (False, True)
-    assert all((first[i][0] == second[i][0]).all() for i in range(10))
-    assert (TokenDataset.load(Path(report.cache_folder))[3][0] == first[3][0]).all()
-
-
-def test_whatever_changes_the_tokens_prepares_anew_and_nothing_else(prepared, fills, tmp_path, byte):
-    prepared(*TEXTS)
-    prepared(*TEXTS[:-1], {"text": "jjx"})
-    prepared(*TEXTS, sequence_len=100)
-    prepared(*TEXTS, train_on_inputs=True)
-    prepared(*TEXTS, chat_template="chatml")
-    prepared(*TEXTS, drop_duplicates=True)
-    spec = texts(tmp_path, *TEXTS)
-    for tokenizer in (byte_tokenizer(adds_bos=False), byte_tokenizer(merges=(("a", "a"),))):
-        run([spec], tokenizer, cache_dir=tmp_path / "cache")
-    assert len(fills) == 8
-    prepared(*TEXTS, num_proc=2, max_bad_row_fraction=0.5, wait_first=1.0)
-    weighted = DatasetSpec(spec.path, spec.type, weight=2.0)
-    run([weighted], byte, cache_dir=tmp_path / "cache")
-    assert len(fills) == 8, "processes, the bound on bad rows and weights in a mixture change no token"
-
-
-def test_cached_data_is_still_checked_for_bad_rows(prepared):
-    rows = {"text": "a"}, {"text": ""}
-    prepared(*rows, max_bad_row_fraction=0.5)
-    with pytest.raises(UserError, match="1 of 2 rows"):
-        prepared(*rows, max_bad_row_fraction=0.1)
-
-
-@pytest.mark.parametrize("file", ["tokens.bin", "weights.bin", "lengths.npy", "table.npy", "report.json"])
-def test_a_damaged_cache_is_named_and_not_trained_on(prepared, tmp_path, file):
-    prepared(*TEXTS)
-    damaged = next((tmp_path / "cache").glob(f"*/{file}"))
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"is damaged: delete this folder"):
-        prepared(*TEXTS)
-
-
-def test_a_cache_that_cannot_be_written_is_refused(tmp_path, byte):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .*: set data.cache_dir"):
-        run([texts(tmp_path, *TEXTS)], byte, cache_dir=tmp_path / "file")
-
-
-def test_a_finished_cache_is_read_where_nothing_can_be_written(prepared, monkeypatch):
-    prepared(*TEXTS)
-    monkeypatch.setattr(cache, "_wait_or_write", _refuse)
-    assert len(prepared(*TEXTS)[0]) == 10
-
-
-def _refuse(*arguments: object, **options: object) -> None:
-    raise PermissionError(errno.EACCES, "Permission denied")
-
-
-def test_cached_data_is_not_read_again_but_to_be_hashed_and_not_even_that_where_the_hash_is_remembered(
-    tmp_path, byte, monkeypatch
-):
-    spec = texts(tmp_path, *TEXTS)
-    monkeypatch.setattr(cache, "_REMEMBERED_BYTES", 0)
-    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1)
-    run([spec], byte, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(prepare, "read_rows", _refuse)
-    monkeypatch.setattr(cache, "file_sha256", _refuse)
-    assert len(run([spec], byte, cache_dir=tmp_path / "cache")[0]) == 10
-
-
-def test_the_cache_is_in_the_user_s_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "sora_llm" / "data"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / ".cache" / "sora_llm" / "data"
-
-
-# ----- one writer -----------------------------------------------------------------------------------------------------
-
-
-def _prepare_and_tell(folder: Path, barrier, results) -> None:
-    barrier.wait(timeout=60)
-    spec = DatasetSpec(str(folder / "a.jsonl"), "completion")
-    try:
-        dataset, report = run([spec], byte_tokenizer(), cache_dir=folder / "cache", num_proc=1)
-        results.put((decoded(dataset, byte_tokenizer()), report.to_json() | {"from_cache": None}))
-    except UserError as error:
-        results.put(str(error))
-
-
-def together(count: int, folder: Path) -> list:
-    """What so many processes get that prepare a.jsonl of a folder at once."""
-    barrier, results = FORK.Barrier(count), FORK.Queue()
-    processes = [start(_prepare_and_tell, folder, barrier, results) for _ in range(count)]
-    found = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return found
-
-
-def test_of_eight_processes_one_writes_and_all_read_the_same(tmp_path, fills):
-    texts(tmp_path, *TEXTS * 20)
-    results = together(8, tmp_path)
-    assert len(fills) == 1
-    assert all(result == results[0] and len(result[0]) == 200 for result in results)
-    assert entries(tmp_path / "cache") == ["done"]
-
-
-def test_an_error_of_the_writer_is_that_of_all_who_waited_and_is_not_run_into_again(tmp_path, fills, monkeypatch):
-    """Each of eight processes would read a hundred gigabytes up to the line that is no csv."""
-    texts(tmp_path, *TEXTS)
-    counted = prepare._fill
-
-    def slow(*arguments: object) -> None:
-        time.sleep(1)  # the others are there by then
-        counted(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prepare, "_fill", slow)
-    monkeypatch.setattr(prepare, "_tokenized", _cannot_read)
-    assert together(4, tmp_path) == ["a.csv:7 is not valid csv"] * 4
-    assert len(fills) == 1
-    assert together(1, tmp_path) == ["a.csv:7 is not valid csv"] and len(fills) == 2, "a later run tries again"
-
-
-def _cannot_read(*arguments: object):
-    raise UserError("a.csv:7 is not valid csv")
-    yield
-
-
-def _write_for_ever(folder: Path, num_proc: int) -> None:
-    tokenize = Tokenizing.tokenize
-
-    def stuck(self, chunk):
-        if "last" in chunk[1][-1][1]["text"]:
-            time.sleep(1000)
-        return tokenize(self, chunk)
-
-    Tokenizing.tokenize = stuck
-    spec = DatasetSpec(str(folder / "a.jsonl"), "completion")
-    run([spec], byte_tokenizer(), cache_dir=folder / "cache", num_proc=num_proc)
-
-
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_where_the_writer_is_killed_midway_the_next_takes_over_and_cleans_up(
-    tmp_path, byte, fills, monkeypatch, num_proc
-):
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 5)
-    spec = texts(tmp_path, *TEXTS * 20, {"text": "last"})
-    cache_dir = tmp_path / "cache"
-    writer = start(_write_for_ever, tmp_path, num_proc)
-    until(lambda: list(cache_dir.glob("*.tmp-*/tokens.bin")))
-    barrier, results = FORK.Barrier(2), FORK.Queue()
-    waiting = [start(_prepare_and_tell, tmp_path, barrier, results) for _ in range(2)]
-    time.sleep(0.5)
-    assert results.empty() and len(fills) == 1, "they wait"
-    os.kill(writer.pid, signal.SIGKILL)
-    rows = [results.get(timeout=30)[0] for _ in waiting]
-    assert rows[0] == rows[1] and len(rows[0]) == 201
-    assert len(fills) == 2 and entries(cache_dir) == ["done"]
-    for process in (writer, *waiting):
-        process.join(timeout=30)
-    assert len(run([spec], byte, cache_dir=cache_dir)[0]) == 201
-
-
-def test_what_another_machine_writes_is_left_alone_until_it_is_abandoned(prepared, tmp_path):
-    """Where locks of a network file system are local, a lock says nothing about other machines."""
-    _, report = prepared(*TEXTS)
-    folder = Path(report.cache_folder)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    names = [f"{folder.name}.tmp-{host}-x" for host in (socket.gethostname(), "new", "old")]
-    for name in names:
-        (folder.parent / name).mkdir()
-        (folder.parent / name / "tokens.bin").write_text("…")
-    for path in (folder.parent / names[2] / "tokens.bin", folder.parent / names[2]):
-        os.utime(path, (0, 0))
-    prepared(*TEXTS)
-    assert entries(tmp_path / "cache") == sorted(["done", names[1]])
-
-
-def test_without_locks_everybody_writes_and_the_first_wins(tmp_path, fills, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", _no_locks)
-    texts(tmp_path, *TEXTS * 20)
-    results = together(4, tmp_path)
-    assert 1 <= len(fills) <= 4
-    assert all(result == results[0] and len(result[0]) == 200 for result in results)
-    assert entries(tmp_path / "cache") == ["done"]
-
-
-def _no_locks(*arguments: object) -> None:
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-# ----- several processes that tokenise --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(prepare, "_SERIAL_CHUNKS", 2)
-
-
-def test_the_number_of_processes_changes_nothing(tmp_path, byte, small_chunks, monkeypatch):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    spec = texts(tmp_path, *[{"text": str(i % 400)} if i % 9 else {"text": ""} for i in range(500)])
-    found = {}
-    for num_proc in (1, 2, 3):
-        options = {"num_proc": num_proc, "cache_dir": tmp_path / str(num_proc), "drop_duplicates": True}
-        dataset, report = run([spec], byte, max_bad_row_fraction=1.0, **options)
-        found[num_proc] = decoded(dataset, byte), report
-    assert found[1] == found[2] == found[3]
-    assert found[1][1].num_bad_rows == 56 and found[1][1].duplicates > 50
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
-
-
-def test_the_processes_work_at_the_same_time_and_give_back_in_order():
-    pids = []
-    for value, pid in pool.map_in_order(_met_at_first, range(40), 3):
-        assert value == len(pids)
-        pids.append(pid)
-    assert len(set(pids)) == 3 and os.getpid() not in pids
-
-
-_all_three = multiprocessing.get_context("fork").Barrier(3)
-
-
-def _met_at_first(value: int) -> tuple[int, int]:
-    if value < 3:
-        _all_three.wait(60)  # each in a process of its own, or never
-    return value, os.getpid()
-
-
-def test_few_items_are_under_way_at_any_time():
-    taken = []
-    results = pool.map_in_order(lambda value: value, (taken.append(i) or i for i in range(1000)), 2)
-    for _ in range(10):
-        next(results)
-    assert len(taken) <= 10 + 2 * 2
-    results.close()
-
-
-def test_a_row_that_stops_the_run_ends_the_processes_as_well(tmp_path, byte, small_chunks, monkeypatch):
-    spec = texts(tmp_path, *TEXTS * 10)
-    monkeypatch.setattr(prepare._Tally, "add", _cannot_count)
-    with pytest.raises(UserError, match="cannot count") as stopped:
-        run([spec], byte, num_proc=2, cache_dir=tmp_path / "cache")
-    assert stopped.tb is not None, "a caller who keeps the traceback keeps the generators"
-    assert multiprocessing.active_children() == []
-
-
-def _cannot_count(*arguments: object) -> None:
-    raise UserError("cannot count")
-
-
-def test_a_killed_process_ends_the_run_with_a_sentence(tmp_path, byte, small_chunks, monkeypatch):
-    monkeypatch.setattr(pool, "_apply", _die)
-    with pytest.raises(RunFailed, match=r"was killed.*data.num_proc=1"):
-        run([texts(tmp_path, *TEXTS * 2)], byte, num_proc=2, cache_dir=tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-
-
-def _die(item: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("num_proc", [pytest.param(1, marks=pytest.mark.matrix), 2])
-def test_memory_grows_by_the_arrays_alone(tmp_path, byte, monkeypatch, num_proc):
-    """A row costs 40 bytes while it is written (length, table, hash) and some while the report is made; a list of
-    Python's numbers for each would take several times that."""
-    spec = texts(tmp_path, *TEXTS)
-    count = 0
-    monkeypatch.setattr(prepare, "read_rows", lambda spec: ((f"a.jsonl:{i}", {"text": f"{i:x}"}) for i in range(count)))
-    peaks = []
-    for count in (4_000, 4_000, 20_000):  # noqa: B007 - the rows that are read; the first time warms caches up
-        tracemalloc.start()
-        run([spec], byte, num_proc=num_proc, cache_dir=tmp_path / f"{len(peaks)}")
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert (peaks[2] - peaks[1]) / 16_000 < 150, peaks
-
-
-# ----- the bar --------------------------------------------------------------------------------------------------------
-
-
-class Stderr:
-    """A terminal, or none, that keeps what is written."""
-
-    def __init__(self, is_terminal: bool) -> None:
-        self.written, self.isatty = "", lambda: is_terminal
-
-    def write(self, text: str) -> None:
-        self.written += text
-
-    def flush(self) -> None:
-        pass
-
-
-def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, seconds_per_line: float) -> str:
-    """What is written by a preparation of 50 rows in five chunks of 50 ms each."""
-    stderr = Stderr(is_terminal)
-    show_progress(monkeypatch, stderr, silent_seconds, seconds_per_line)
-    return stderr.written
-
-
-def show_progress(monkeypatch, stderr: Any, silent_seconds: float = 0.0, seconds_per_line: float = 100.0) -> None:
-    monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
-    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", seconds_per_line)
-    shown = progress.Progress()
-    for _ in range(5):
-        time.sleep(0.05)
-        shown.add(10)
-    shown.close()
-
-
-def test_progress_is_a_bar_on_a_terminal_lines_elsewhere_and_silent_where_it_is_quick(monkeypatch):
-    assert progress_of(monkeypatch, is_terminal=False, silent_seconds=0.0, seconds_per_line=100.0) == ""
-    assert progress_of(monkeypatch, is_terminal=True, silent_seconds=100.0, seconds_per_line=0.0) == ""
-    lines = progress_of(monkeypatch, is_terminal=False, silent_seconds=100.0, seconds_per_line=0.12).splitlines()
-    assert 1 <= len(lines) <= 2, "not one for every chunk"
-    assert re.fullmatch(r"preparing data: [2-5]0 rows so far, \d+ rows/s", lines[0])
-    bar = progress_of(monkeypatch, is_terminal=True, silent_seconds=0.0, seconds_per_line=100.0)
-    assert re.search(r"preparing data: 50\.0 rows \[00:00, .* rows/s\]", bar)
-
-
-def test_the_bar_is_seen_on_a_terminal_that_does_not_know_its_size(monkeypatch):
-    """As a new pseudo terminal does not, until somebody tells it."""
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
-        show_progress(monkeypatch, terminal)
-        seen = b""
-        while b"preparing data: 50.0 rows" not in seen:  # it comes in pieces
-            assert select.select([screen], [], [], 5)[0], seen
-            seen += screen.read1()
 
 
 # ----- the real files -------------------------------------------------------------------------------------------------
@@ -759,48 +367,3 @@ def test_gsm8k_has_the_known_number_of_tokens_and_fills_its_sequences(tmp_path):
     dataset, report = run([spec], tokenizer, sequence_len=1024, cache_dir=tmp_path)
     assert len(dataset) == 7473 and round(dataset.num_tokens / len(dataset)) == 238  # its README: 237 and our eos
     assert report.fill_rate >= 0.97
-
-
-def test_the_digest_knows_from_which_data_set_a_row_comes(tmp_path, byte):
-    """In a mixture the same rows under another weight are other training data."""
-    digests = set()
-    for cut in (1, 2):
-        folder = tmp_path / str(cut)
-        folder.mkdir()
-        specs = [
-            DatasetSpec(write(folder / f"{i}.jsonl", json_lines(*rows)), "completion")
-            for i, rows in enumerate((TEXTS[:cut], TEXTS[cut:4]))
-        ]
-        digests.add(prepare.prepare(Tokenizing(tuple(specs), byte, ""), cache_dir=tmp_path / "cache")[1].digest)
-    assert len(digests) == 2
-
-
-def test_a_chunk_is_cut_where_its_rows_are_long(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
-    rows = [(str(i), {"messages": [{"content": "x" * size}]}) for i, size in enumerate((10, 20, 80, 5, 200, 1))]
-    assert [[place for place, _ in chunk] for chunk in chunks.in_chunks(rows)] == [["0", "1", "2"], ["3", "4"], ["5"]]
-
-
-def test_settings_of_a_tokenizer_that_change_ids_are_another_key(tmp_path, byte):
-    spec = DatasetSpec(write(tmp_path / "a.jsonl", json_lines(*TEXTS)), "completion")
-    before = prepare.prepare(Tokenizing((spec,), byte, ""), cache_dir=tmp_path)[1].cache_folder
-    other = byte_tokenizer()
-    other.split_special_tokens = True
-    assert prepare.prepare(Tokenizing((spec,), other, ""), cache_dir=tmp_path)[1].cache_folder != before
-
-
-def test_a_file_that_changes_between_hashing_and_reading_is_refused_and_not_kept(tmp_path, byte, monkeypatch):
-    rows = Path(write(tmp_path / "a.jsonl", json_lines(*TEXTS)))
-    work = Tokenizing((DatasetSpec(str(rows), "completion"),), byte, "")
-    read_rows = prepare.read_rows
-
-    def grown(spec: DatasetSpec) -> Any:
-        rows.write_text(json_lines(*TEXTS, *TEXTS))
-        return read_rows(spec)
-
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a.jsonl has changed while it was read"):
-        patched.setattr(prepare, "read_rows", grown)
-        prepare.prepare(work, cache_dir=tmp_path / "cache")
-    rows.write_text(json_lines(*TEXTS))
-    tokens, report = prepare.prepare(work, cache_dir=tmp_path / "cache")
-    assert len(tokens) == len(TEXTS) and not report.from_cache

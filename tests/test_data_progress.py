@@ -1,0 +1,63 @@
+"""The progress of a preparation: a bar on a terminal, lines elsewhere."""
+
+import os
+import pty
+import re
+import select
+import sys
+import time
+from typing import Any
+
+from sora_llm.data import progress
+
+
+class Stderr:
+    """A terminal, or none, that keeps what is written."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self.written, self.isatty = "", lambda: is_terminal
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, seconds_per_line: float) -> str:
+    """What is written by a preparation of 50 rows in five chunks of 50 ms each."""
+    stderr = Stderr(is_terminal)
+    show_progress(monkeypatch, stderr, silent_seconds, seconds_per_line)
+    return stderr.written
+
+
+def show_progress(monkeypatch, stderr: Any, silent_seconds: float = 0.0, seconds_per_line: float = 100.0) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
+    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", seconds_per_line)
+    shown = progress.Progress()
+    for _ in range(5):
+        time.sleep(0.05)
+        shown.add(10)
+    shown.close()
+
+
+def test_progress_is_a_bar_on_a_terminal_lines_elsewhere_and_silent_where_it_is_quick(monkeypatch):
+    assert progress_of(monkeypatch, is_terminal=False, silent_seconds=0.0, seconds_per_line=100.0) == ""
+    assert progress_of(monkeypatch, is_terminal=True, silent_seconds=100.0, seconds_per_line=0.0) == ""
+    lines = progress_of(monkeypatch, is_terminal=False, silent_seconds=100.0, seconds_per_line=0.12).splitlines()
+    assert 1 <= len(lines) <= 2, "not one for every chunk"
+    assert re.fullmatch(r"preparing data: [2-5]0 rows so far, \d+ rows/s", lines[0])
+    bar = progress_of(monkeypatch, is_terminal=True, silent_seconds=0.0, seconds_per_line=100.0)
+    assert re.search(r"preparing data: 50\.0 rows \[00:00, .* rows/s\]", bar)
+
+
+def test_the_bar_is_seen_on_a_terminal_that_does_not_know_its_size(monkeypatch):
+    """As a new pseudo terminal does not, until somebody tells it."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
+        show_progress(monkeypatch, terminal)
+        seen = b""
+        while b"preparing data: 50.0 rows" not in seen:  # it comes in pieces
+            assert select.select([screen], [], [], 5)[0], seen
+            seen += screen.read1()
