@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from sora_llm.artifacts.lora_files import LoraFiles
 
@@ -42,6 +44,14 @@ def save_random(adapted: PeftModel, folder: Path, seed: int) -> Path:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def lora(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of stories260k as PEFT saves it."""
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
+    return save_random(adapted, tmp_path_factory.mktemp("lora") / "adapter", 0)
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:

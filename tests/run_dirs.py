@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runs import gsm8k_overrides
+
+from sora_llm.config import load_config, to_yaml
+
 SHAPES = {
     "self_attn.q_proj": (64, 64),
     "self_attn.k_proj": (64, 32),
@@ -266,3 +270,13 @@ def data_report(path: str = "data/gsm8k_train.jsonl") -> dict[str, Any]:
         "dev": None,
         "held_out": 73,
     }
+
+
+def run_dir(folder: Path, **others: Any) -> Path:
+    """A run directory that has a config and a status, and no adapter yet."""
+    folder.mkdir(parents=True)
+    float32 = {"model.dtype": "float32", "quantization.load_in_4bit": False, **others}
+    config = load_config("configs/llama7b.yaml", gsm8k_overrides(folder, **float32))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "status.json").write_text("{}")
+    return folder

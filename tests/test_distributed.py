@@ -7,35 +7,37 @@ read its report.  The full matrix of strategy × phase × precision is in test_m
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import shared
-from spawn import WorkerError, run_command, spawn, warm_deepspeed
-from worlds import NUM_STEPS, SHORT, delta_weights
+from spawn import WorkerError, spawn, warm_deepspeed
+from strategies import (
+    ACCELERATE,
+    DELTA_TOLERANCE,
+    EVALUATIONS,
+    SEVERAL,
+    SHORT_RUN,
+    STRATEGIES,
+    ZERO,
+    assert_same_run,
+    delta_error,
+    launched,
+    whole_error,
+    zero_pattern,
+)
+from strategies import folder as folder
+from strategies import run_config as run_config
+from worlds import NUM_STEPS, SHORT
 
-from sora_llm.report import read_json_lines
-
-STRATEGIES = ("none", "ddp", "zero2", "zero3", "zero1")
-SEVERAL = STRATEGIES[1:]
-ZERO = STRATEGIES[2:]
 IN_THE_ORDINARY_RUN = STRATEGIES[:4]  # zero1 is zero2's code but for who adds gradients up
 IN_NF4 = ("none", "zero2", "zero3")  # the others: test_matrix.py
-EVALUATIONS = [("fp32", False), ("fp32", True), ("nf4", False), ("nf4", True)]  # precision, gradient checkpointing
 RESUMED = ("none", "zero2")  # the others: test_matrix.py
 WORLD_TIMEOUT = 900  # seconds; about 60 on an idle machine with 2 cores
 pytestmark = pytest.mark.timeout(3 * WORLD_TIMEOUT)  # a test may be the first to ask for two of them
-
-DELTA_TOLERANCE = 1e-4
-"""Relative error of ΔW: another split of a batch sums in another order, AdamW makes of 1e-7 up to 6e-5."""
-
-TO_THE_END = {"consensus_at": 1.0, "consensus": "slots"}
-"""Gates until the end of the run."""
 
 Worlds = Callable[[str], list[dict[str, Any]]]
 
@@ -48,44 +50,6 @@ def cases(cells: Iterable[Any]) -> list[Any]:
 
     values = [(cell,) if isinstance(cell, str) else cell for cell in cells]
     return [pytest.param(*value, marks=[] if ordinary(value) else pytest.mark.matrix) for value in values]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the worlds leave files."""
-    return tmp_path_factory.mktemp("worlds")
-
-
-@pytest.fixture(scope="module")
-def run_config(folder: Path) -> Path:
-    """A YAML of a short run of stories260k in NF4 on 48 rows of GSM8K, packed, with dropout, without batch sizes."""
-    lines = shared("data/gsm8k_train.jsonl").read_text().splitlines()
-    # 6 for the dev set and 42 to train on, packed by two: the last step of an epoch has 5 or 6 of 8 sequences
-    (folder / "rows.jsonl").write_text("\n".join([line for line in lines if len(line) < 260][:48]))
-    config = {
-        "model": {"name_or_path": str(shared("models/stories260k")), "dtype": "float32"},
-        "quantization": {"bnb_4bit_compute_dtype": "float32"},
-        "sora": {"r": 4, "lora_dropout": 0.05, "sparse_lambda": 0.5, "dense_ratio": 0.34, **TO_THE_END},
-        "data": {
-            "datasets": [
-                {
-                    "path": str(folder / "rows.jsonl"),
-                    "type": "prompt_completion",
-                    "columns": {"prompt": "question", "completion": "answer"},
-                }
-            ],
-            "val_set_size": 6,
-            "sequence_len": 320,
-            "excess_length": "truncate",
-            "cache_dir": str(folder / "cache"),
-        },
-        "train": {"per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 5e-3},
-        "evaluation": {"eval_steps": 3},
-        "output": {"output_dir": str(folder / "unused"), "logging_steps": 1, "report_to": []},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -128,26 +92,6 @@ def worlds(folder: Path, run_config: Path) -> Worlds:
         return reports[strategy]
 
     return report
-
-
-def delta_error(masters: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of a module's ΔW; infinite where only the reference is 0."""
-    ours, theirs = delta_weights(masters), delta_weights(reference)
-    return max(
-        float(difference / theirs[name].norm()) if (difference := (ours[name] - theirs[name]).norm()) else 0.0
-        for name in theirs
-    )
-
-
-def whole_error(masters: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The relative error of ΔW over all modules together."""
-    ours, theirs = delta_weights(masters), delta_weights(reference)
-    squares = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs)
-    return (squares / sum(float(theirs[name].square().sum()) for name in theirs)) ** 0.5
-
-
-def zero_pattern(gates: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
-    return {name: (gate == 0).tolist() for name, gate in gates.items()}
 
 
 CELLS = [(strategy, precision) for strategy in SEVERAL for precision in ("fp32", "nf4")]
@@ -349,21 +293,6 @@ def test_a_state_saved_under_one_strategy_goes_on_under_another(worlds: Worlds, 
         assert delta_error(here["further"], there["further"]) < DELTA_TOLERANCE
 
 
-TIMING = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
-
-
-def assert_same_run(straight: Path, broken: Path) -> None:
-    """Equal adapter files, and equal lines of metrics and ranks but for what a clock or the system measured."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (straight / "adapter" / name).read_bytes() == (broken / "adapter" / name).read_bytes()
-    for name in ("metrics.jsonl", "ranks.jsonl"):
-        one, other = (
-            [{key: value for key, value in line.items() if key not in TIMING} for line in read_json_lines(run / name)]
-            for run in (straight, broken)
-        )
-        assert one == other and one
-
-
 @pytest.mark.parametrize("strategy", RESUMED)
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(worlds: Worlds, folder: Path, strategy: str) -> None:
     assert all(report["resumed"]["died"] for report in worlds(strategy))
@@ -371,19 +300,6 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(worlds: World
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
-
-
-def launched(config: Path, run: Path, launcher: list[str], *overrides: str, **variables: str) -> tuple[int, str]:
-    """Exit code and output of the command under a launcher."""
-    warm_deepspeed()
-    return run_command(
-        [sys.executable, "-m", *launcher, "-m", "sora_llm.train", str(config), f"output.output_dir={run}", *overrides],
-        **variables,
-    )
-
-
-ACCELERATE = ["accelerate.commands.launch"]
-SHORT_RUN = ("train.max_steps=3", "evaluation.eval_steps=null", "data.val_set_size=null")
 
 
 @pytest.mark.matrix  # where runs are launched in every way; test_train.py launches one

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft_loras import lora as lora
+from run_dirs import run_dir
 from safetensors.torch import load_file, save_file
-from test_generate import lora as lora
-from test_generate import run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm import cli

@@ -13,28 +13,19 @@ import pytest
 import torch
 from conversations import HEADINGS
 from helpers import randomise_all
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft_loras import save_random
-from runs import gsm8k_overrides
+from peft import PeftModel
+from peft_loras import lora as lora
+from run_dirs import run_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sora_llm import checkpoint, cli
 from sora_llm.commands import cmd_chat
-from sora_llm.config import load_config, to_dict, to_yaml
+from sora_llm.config import load_config, to_dict
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapter_parameters, inject_sora
 
-CONFIG = "configs/llama7b.yaml"
 PROMPT = "Once upon a time"
 SHORT = ["--max-new-tokens", "12", "--temperature", "0"]
-
-
-@pytest.fixture(scope="module")
-def lora(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA of stories260k as PEFT saves it."""
-    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
-    return save_random(adapted, tmp_path_factory.mktemp("lora") / "adapter", 0)
 
 
 def greedy(model: Any, stories: Path, prompt: str) -> str:
@@ -43,15 +34,6 @@ def greedy(model: Any, stories: Path, prompt: str) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def run_dir(folder: Path, **others: Any) -> Path:
-    """A run directory that has a config and a status, and no adapter yet."""
-    folder.mkdir(parents=True)
-    float32 = {"model.dtype": "float32", "quantization.load_in_4bit": False, **others}
-    (folder / "config.yaml").write_text(to_yaml(load_config(CONFIG, gsm8k_overrides(folder, **float32))))
-    (folder / "status.json").write_text("{}")
-    return folder
 
 
 def generate(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import shared
 from spawn import WorkerError, run_command, spawn, warm_deepspeed
-from test_distributed import (
+from strategies import (
     ACCELERATE,
     DELTA_TOLERANCE,
     EVALUATIONS,
@@ -25,15 +25,13 @@ from test_distributed import (
     ZERO,
     assert_same_run,
     delta_error,
-    folder,
     launched,
-    run_config,
     whole_error,
     zero_pattern,
 )
+from strategies import folder as folder
+from strategies import run_config as run_config
 from worlds import NUM_STEPS, PRECISIONS, accumulation
-
-__all__ = ["folder", "run_config"]  # fixtures
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1200)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from peft_loras import peft_lora
-from test_generate import run_dir
+from run_dirs import run_dir
 
 from sora_llm.backbone import load_model_config
 from sora_llm.base_spec import BackboneSpec
