@@ -9,19 +9,24 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from checkpointed import interrupted as interrupted
+from checkpointed import start as start
 from conftest import shared
 from runs import gsm8k_overrides
-from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, delta_weights, interrupt, overrides, result
+from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, checkpoints, delta_weights, interrupt, overrides, result
 
-from sora_llm import checkpoint, cli
+from sora_llm import checkpoint, cli, config
 from sora_llm.errors import UserError
 from sora_llm.running import run_state, stages
 from sora_llm.running.rundir import RunDirectory
+from sora_llm.running.start import finished_before
+from sora_llm.topology import ALONE
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -208,6 +213,69 @@ def test_an_explicit_checkpoint_is_where_the_run_starts(finished, tmp_path):
     first, second = (folder / "adapter" / "adapter_model.safetensors" for folder in (finished, directory))
     assert first.read_bytes() == second.read_bytes() and result.metrics["step"] == 4
     assert "resume: auto" in (directory / "config.yaml").read_text()  # repeating it does not need that checkpoint
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_leaves_the_later_ones_aside(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+) -> None:
+    """They would count as the newest of those to keep, and the next start would go on from them."""
+    folder, limit = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": 2}
+    assert checkpoints(interrupted)[-1] == "step-4"
+    code, output = start(interrupted, **{"output.resume": str(folder / "step-2"), **limit})
+    assert code == 0 and f"resuming from {folder / 'step-2'}" in output
+    assert result(interrupted) == result(undisturbed[1])
+    assert checkpoints(interrupted) == ["abandoned-step-3", "abandoned-step-4", "step-5", "step-6"]
+    shutil.copytree(folder / "step-5", folder / "step-3")
+    checkpoint.set_aside(interrupted, 2)
+    assert "abandoned-step-3.2" in checkpoints(interrupted), "none is deleted for another"
+
+
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.matrix), 2])
+def test_a_queued_job_that_goes_back_to_a_checkpoint_goes_on_when_it_is_started_again(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path], limit: int | None
+) -> None:
+    """It starts with the arguments that it had, and would never come further than its time limit."""
+    folder, options = interrupted / "checkpoints", {"output.save_steps": 1, "output.save_total_limit": limit}
+    options |= {"output.resume": str(folder / "step-2")}
+    code, _ = start(interrupted, **options)
+    assert code == 0 and (folder / "step-2").exists() == (limit is None)
+    shutil.rmtree(folder / "step-6")  # as if it had been stopped at step 5
+    (interrupted / "status.json").write_text('{"state": "preempted"}')
+    shutil.rmtree(interrupted / "adapter")
+    code, output = start(interrupted, **options)
+    assert code == 0 and f"resuming from {folder / 'step-5'}" in output
+    assert result(interrupted) == result(undisturbed[1])
+
+
+def test_a_checkpoint_from_before_bases_and_dev_rows_were_compared_is_gone_on_from(
+    interrupted: Path, start: Callable[..., tuple[int, str]], undisturbed: dict[int, Path]
+) -> None:
+    folder = interrupted / "checkpoints" / "step-4"
+    state, tensors = json.loads((folder / "state.json").read_text()), checkpoint.read_tensors(folder)
+    del state["base"], state["alarms"]["start_loss"]
+    state["data"] = {name: part for name, part in state["data"].items() if not name.startswith("dev_")}
+    checkpoint.save(interrupted, state.pop("step"), tensors, state)
+    code, output = start(interrupted)
+    assert code == 0 and f"resuming from {folder}" in output
+    assert result(interrupted) == result(undisturbed[1])
+
+
+def test_a_run_that_must_not_resume_does_not_take_up_one_that_began_while_it_waited(
+    undisturbed: dict[int, Path],
+) -> None:
+    given = config.load_config(undisturbed[1] / "config.yaml", ["output.resume=never"])
+    with pytest.raises(UserError, match="another run has begun"):
+        finished_before(SimpleNamespace(config=given), undisturbed[1], ALONE)
+
+
+def test_a_finished_run_whose_adapter_is_gone_exports_it_again(
+    undisturbed: dict[int, Path], tmp_path: Path, start: Callable[..., tuple[int, str]]
+) -> None:
+    run_dir = Path(shutil.copytree(undisturbed[1], tmp_path / "run"))
+    shutil.rmtree(run_dir / "adapter")
+    code, output = start(run_dir, **{"output.save_steps": 1})
+    assert code == 0 and "resuming from" in output
+    assert result(run_dir) == result(undisturbed[1])
 
 
 @pytest.mark.matrix
