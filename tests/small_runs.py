@@ -25,6 +25,12 @@ EVAL_CALLS = DEV_ROWS // EVAL_BATCH
 WORLDS: dict[int, dict[str, Any]] = {1: {}, 2: {"distributed.strategy": "zero2"}}
 """Options of a run by its number of processes."""
 
+PREEMPTED = 75
+"""The exit code of a run that was asked to stop."""
+
+END_SECONDS = 45
+"""In which processes end after another one, or the launcher, has died."""
+
 MODULES = ("faults", "sora_llm.train", "deepspeed", "peft", "transformers.trainer")
 """What every trainer imports, and the examples."""
 
@@ -72,7 +78,10 @@ def overrides(folder: Path, run_dir: Path, num_processes: int = 1, **others: Any
 
 @dataclass(frozen=True)
 class Playground:
-    """A nursery and a folder for run directories; rows and cache are shared."""
+    """A nursery and a folder for run directories; rows and cache are shared.
+
+    Trainers are real processes (nursery.py) to which something happens at a given moment (faults.py).
+    """
 
     folder: Path
     nursery: Nursery

@@ -13,6 +13,7 @@ import pytest
 from helpers import relative_error
 from small_runs import (
     DENSE_STEPS,
+    PREEMPTED,
     STEPS,
     Playground,
     checkpoints,
@@ -30,7 +31,6 @@ from sora_llm.errors import UserError
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
-PREEMPTED = 75
 LOCAL = {"distributed.sync_every": 3, "output.save_steps": 1, "sora.lora_dropout": 0.1}
 BUDGET, SLOTS = "budget, cut by svd", "slots, an outer optimizer"
 CASES: dict[str, dict[str, Any]] = {
