@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_evaluate import FORM, evaluated
-from test_evaluate import rows as rows
-from test_generate import lora as lora
+from evaluating import FORM, evaluated
+from evaluating import rows as rows
+from peft_loras import lora as lora
 
 from sora_llm import cli
 
