@@ -516,8 +516,8 @@ def inspect(start: Start, run_dir: Path, before: int) -> tuple[int, list[str]]:
     output, fault = start.output, start.fault
     if start.overdue:
         problems.append(f"not all processes ended within {END_SECONDS if start.fired else START_SECONDS} s")
-    if "passed over" in output:
-        problems.append("a checkpoint was passed over")
+    if "warning: skipped" in output:
+        problems.append("a checkpoint was skipped")
     if start.resumed not in (None, before):
         problems.append(f"went on from step {start.resumed}, the newest checkpoint was of step {before}")
     reached = before if start.last_step is None else start.last_step

@@ -1,4 +1,4 @@
-"""Command lines: their complaints are bad input like any other."""
+"""The argument parser: its errors are UserErrors like any other bad input."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # argparse calls arguments required that may be left out, where options stand between them
-        raise UserError(f"{message.replace(f', {OVERRIDES}', '')}; {self.prog} --help shows what there is")
+        raise UserError(f"{message.replace(f', {OVERRIDES}', '')}; see {self.prog} --help")

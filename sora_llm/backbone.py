@@ -1,4 +1,4 @@
-"""The frozen model and its tokenizer: the only place, with `quantised`, that knows transformers' loading and
+"""Loading the frozen model and its tokenizer: with `quantised`, the only code that uses transformers' loading and
 bitsandbytes."""
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _read_model_config(spec: BackboneSpec) -> Any:
     config = _from_pretrained(AutoConfig, spec, "config")
     if packed is not None and not is_quantised(config):
         raise UserError(
-            f"model.name_or_path: {packed} holds 4-bit weights of bitsandbytes, and the config.json beside it has no "
-            "quantization_config that says so; put back the one that the model was saved with"
+            f"model.name_or_path: {packed} holds bitsandbytes 4-bit weights, but the config.json next to it has no "
+            "quantization_config; restore the config.json that the model was saved with"
         )
     if config.get_text_config().__class__ not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise UserError(
@@ -83,7 +83,7 @@ def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
     keys = [f"quantization.{key}: {str(own).lower()}" for key, (own, said) in wanted.items() if own != said]
     if keys:
         raise UserError(
-            f"model.name_or_path: {spec.name_or_path} is quantised already, its config.json says in {files}; set "
+            f"model.name_or_path: {spec.name_or_path} is already quantised ({files}, by its config.json); set "
             f"{', '.join(keys)}, or name the unquantised model"
         )
 
@@ -154,8 +154,8 @@ def _check_against_sentencepiece(tokenizer: Any, path: Path) -> None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids != reference.encode(text):
             raise UserError(
-                f"the tokenizer that transformers makes of {path} alone splits {text!r} otherwise than sentencepiece "
-                "does; put the base model's tokenizer.json beside it"
+                f"the tokenizer that transformers builds from {path} alone splits {text!r} differently from "
+                "sentencepiece; put the base model's tokenizer.json next to it"
             )
 
 
@@ -165,7 +165,7 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error) and not spec.trust_remote_code:
             raise UserError(
-                f"{spec.name_or_path} comes with Python code of its own, which runs only if you say so: "
+                f"{spec.name_or_path} comes with its own Python code, which runs only if you allow it: "
                 "model.trust_remote_code: true in the config of a run, --trust-remote-code for a command"
             ) from error
         reason = first_line(error)
@@ -178,7 +178,7 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
             raise
         raise UserError(
-            f"the {what} of model.name_or_path {spec.name_or_path} cannot be read, damaged perhaps: "
+            f"the {what} of model.name_or_path {spec.name_or_path} cannot be read and may be damaged: "
             f"{first_line(error)[:300]}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The files of a base, in its folder or in the hub's cache: tokenizer, weights, and what tells these from others."""
+"""The files of a base, in its folder or in the hub's cache: tokenizer, weights, and a digest of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which base is loaded, and in which form, in words and as certificates say it."""
+"""Which base is loaded and how, in words and as recorded in certificates."""
 
 from __future__ import annotations
 

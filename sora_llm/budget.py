@@ -1,4 +1,4 @@
-"""A rank budget and how a run gets there: pure arithmetic on counts, values and costs.
+"""A rank budget and how a run reaches it: pure arithmetic on counts, values and costs.
 
 A component of module m costs c_m = I_m + O_m parameters, so that
     kept = Σ c_m · min(#{g ≠ 0}, I_m, O_m)        F = Σ c_m · min(r, I_m, O_m)
@@ -112,7 +112,7 @@ def _owners_of(patterns: Iterable[str], shapes: Shapes) -> dict[str, str]:
     owners: dict[str, str] = {}
     if EVERY_MODULE in patterns:
         raise UserError(
-            f"sora.budgets: {EVERY_MODULE!r} is what the budget of all other modules is called; as a pattern, write it "
+            f"sora.budgets: {EVERY_MODULE!r} is the name of the budget for all other modules; as a pattern, write it "
             f"'({EVERY_MODULE})'"
         )
     for pattern in patterns:
@@ -149,8 +149,8 @@ def _params_of_rest(
         return target_params - taken, f"what sora.budgets leaves of {key} {target_params:,}" if made else key
     if target_rank is None and rest:
         raise UserError(
-            f"sora.budgets says nothing of {next(iter(rest))} ({len(rest)} such modules); set {section}target_rank, "
-            "which is for them, or add a pattern"
+            f"sora.budgets does not cover {next(iter(rest))} ({len(rest)} such modules); set {section}target_rank for "
+            "them, or add a pattern"
         )
     return params_of(target_rank or 0, _cost_of(rest)), f"{section}target_rank"
 

@@ -1,4 +1,4 @@
-"""The loss of a causal language model over the tokens that are trained on, also of packed rows."""
+"""The loss of a causal language model over its supervised tokens, packed or not."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def save_replica(run_dir: Path, step: int, index: int, tensors: Mapping[str, Ten
         folder = _temporary(run_dir, step)
         if not folder.is_dir():
             raise OSError(
-                f"{folder}, which the main process has made, is not to be seen from here: output.output_dir "
-                "has to be on a file system that all machines share"
+                f"{folder}, created by the main process, is not visible here: output.output_dir must be on a file "
+                "system that all machines share"
             )
         _save_tensors(tensors, folder / replica_file(index))
 
@@ -124,7 +124,7 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(_temporary(run_dir, step), ignore_errors=True)
-        earlier = "earlier checkpoints are whole: " if _folders(run_dir) else ""
+        earlier = "earlier checkpoints are intact: " if _folders(run_dir) else ""
         raise RunFailed(
             f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); {earlier}free "
             "some space and start the same command again"

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         meant = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(COMMANDS)}"
-        print(f"sora-llm: there is no command {name!r}; {hint}", file=sys.stderr)
+        hint = f"did you mean {meant[0]}?" if meant else f"commands: {', '.join(COMMANDS)}"
+        print(f"sora-llm: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     try:
         command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")

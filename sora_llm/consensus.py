@@ -1,4 +1,4 @@
-"""The cut to what is kept, by slots or by singular components: factors in, factors and a report out, no process group.
+"""Cutting adapters, by slots or singular components: factors in, factors and a report out, no process group.
 
 Shape suffixes: I in, O out, R slots.
 """

@@ -1,4 +1,4 @@
-"""The ways in which a run ends early on purpose."""
+"""Deliberate ways for a run to end early."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ class RunFailed(RuntimeError):
 
 
 class Preempted(BaseException):
-    """The run was asked to stop, by a signal or a STOP file.  Not an `Exception`: nobody between the place that
-    notices and the one that saves may take it for an error.  The commands exit with 75.  `status` is what was written
+    """The run was asked to stop, by a signal or a STOP file.  Not an `Exception`: no code between where it is
+    noticed and where it is saved may catch it as an error.  The commands exit with 75.  `status` is what was written
     to status.json, None before a run is that far."""
 
     exit_code = 75

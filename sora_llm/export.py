@@ -86,10 +86,10 @@ def export_adapter(
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
     if not isinstance(folder, str | os.PathLike):
-        raise UserError(f"{folder!r} is no path: name the folder to write the adapter to")
+        raise UserError(f"{folder!r} is not a path: name the folder to write the adapter to")
     folder = user_path(str(folder), "the folder").resolve()
     if Path.cwd().is_relative_to(folder):
-        raise UserError(f"{folder} is where this process works, and an export replaces its folder: name one of its own")
+        raise UserError(f"{folder} contains the working directory, and an export replaces its folder: name another one")
     model = unwrapped(model)
     _check_model(model)
     probe_ids = default_probe(model) if probe_ids is None else probe_ids
@@ -119,27 +119,27 @@ def _check_model(model: nn.Module) -> None:
     for needed in ("get_input_embeddings", "prepare_inputs_for_generation"):
         if not callable(getattr(model, needed, None)):
             raise UserError(
-                f"{type(model).__name__} is no causal language model of transformers, as PEFT wants one "
+                f"{type(model).__name__} is not a transformers causal language model, which PEFT requires "
                 f"(it has no {needed})"
             )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
-            f"{type(model).__name__} is an encoder and a decoder; what is exported here are adapters of causal "
-            "language models"
+            f"{type(model).__name__} is an encoder-decoder model; only adapters of causal language models can be "
+            "exported"
         )
     known = module_names(model)
     if known is not None and (odd := next((name for name in layers if name not in known), None)) is not None:
         raise UserError(
-            f"{odd} is no module of a {type(model).__name__} as it is loaded, so that nobody would find its adapter: a "
-            "wrapper stands in its path (torch.compile of a layer gives it another name, layer.compile() does not), or "
-            "a layer was added; take it away before the export"
+            f"{odd} is not a module of a freshly loaded {type(model).__name__}, so its adapter would not be found: its "
+            "path contains a wrapper (torch.compile of a layer renames it, layer.compile() does not), or a layer was "
+            "added; remove it before the export"
         )
     branches = {id(parameter) for parameter in adapter_parameters(model).values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in branches]
     if others:
         raise UserError(
-            f"{others[0]} is trained too, and an exported LoRA would leave it out ({len(others)} tensors outside the "
-            "adapters ask for gradients); freeze it if it is as it was in the base"
+            f"{others[0]} is trainable, and an exported LoRA would leave it out ({len(others)} tensors outside the "
+            "adapters require gradients); freeze it if it is unchanged from the base"
         )
 
 
@@ -163,7 +163,7 @@ def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
 def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: bool, provenance: Provenance) -> Path:
     """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
     if layout not in LAYOUTS:
-        others = "; gguf and merged are made of what is exported: sora-llm export FOLDER --layout … --out …"
+        others = "; gguf and merged are made from an export: sora-llm export FOLDER --layout … --out …"
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}{others}")
     refuse_other_contents(folder)
     factors = folded_factors(model)

@@ -1,4 +1,4 @@
-"""The operators that torch compiles on the machine they run on, and the locks that such builds take."""
+"""Operators that torch compiles at run time, and the lock files of such builds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sora_llm.errors import UserError
 from sora_llm.files import caches
 
 STALE_LOCK_SECONDS = 1800
-"""A lock that is older is of a build that was killed."""
+"""An older lock was left by a killed build."""
 NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
 """How the failure of such a trial begins."""
 OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # of ZeRO on a CPU, which takes a minute to compile
@@ -48,7 +48,7 @@ def _age(lock: Path) -> float | None:
 
 
 def operator_lock() -> Path:
-    """That of DeepSpeed's operator for this Python and torch, where torch puts it."""
+    """The lock of DeepSpeed's operator for this Python and torch."""
     import torch
     from torch.utils import cpp_extension
 
@@ -72,8 +72,8 @@ def await_build(say: Callable[[str], None]) -> None:
     while (age := _age(lock)) is not None:
         if age > OPERATOR_SECONDS:
             raise UserError(
-                f"{lock} is {age / 60:,.0f} minutes old, of a build that was killed, and DeepSpeed would wait for it "
-                f"without an end: rm {lock}"
+                f"{lock} is {age / 60:,.0f} minutes old, left by a killed build, and DeepSpeed would wait for it "
+                f"forever: rm {lock}"
             )
         if not has_said and age > 60:  # younger ones are as a rule of another process of this run
             say(f"waiting for a build of DeepSpeed's operator by another process; if there is none: rm {lock}")

@@ -1,4 +1,4 @@
-"""The factors of adapters by module: what they are called, how large they are, how far one ΔW is from another.
+"""The factors of adapters by module: types, ranks, sizes, and distances between ΔW.
 
 Shape suffixes: I in, O out, R slots.
 """

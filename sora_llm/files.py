@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all."""
+"""Writing files and folders atomically: complete, or absent."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def publish(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Where a folder comes to be before it is published: beside its place, not there yet, and gone at the end."""
+    """A temporary folder next to `folder`, to fill and publish; not yet created, and removed at the end."""
     temporary = staging_folder(folder)
     try:
         yield temporary
@@ -163,7 +163,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def reaching_for_paths() -> Iterator[None]:
-    """Turn what the file system says of a path out of reach into a UserError, wherever in the block that is."""
+    """Turn file system errors about unreachable paths in the block into UserErrors."""
     try:
         yield
     except OSError as error:
@@ -177,7 +177,7 @@ def reaching_for_paths() -> Iterator[None]:
 def user_path(text: str, key: str) -> Path:
     """A path as the config has it, ~ expanded; UserError for a home that does not exist and for what is no path."""
     if "\0" in text:
-        raise UserError(f"{key} is {text!r}; a path holds no NUL character")
+        raise UserError(f"{key} is {text!r}; a path cannot contain a NUL character")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -194,7 +194,7 @@ def caches() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        raise UserError("this user has no home folder, where caches lie; set HOME or XDG_CACHE_HOME") from None
+        raise UserError("this user has no home folder for caches; set HOME or XDG_CACHE_HOME") from None
 
 
 def nearest_existing(path: Path) -> Path:

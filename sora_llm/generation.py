@@ -1,4 +1,4 @@
-"""Answers of a model: the tokens of a prompt in, text out, whole or piece by piece."""
+"""Text generation: prompt tokens in, text out, at once or streamed."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ class _Interrupted(StoppingCriteria):
 class _Pieces(BaseStreamer):
     """Hands on what is new in the answer after every token.
 
-    The whole answer is decoded each time: a decoder that begins in the middle drops blanks (those of indented code),
-    and half of a character is none.  What may be the beginning of the end is kept back until it is not.
+    The whole answer is decoded each time: decoding from the middle drops spaces (of indented code) and splits
+    multi-byte characters.  Text that may begin the stop string is held back until it cannot.
     """
 
     def __init__(self, tokenizer: Any, stop_text: str, on_text: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""Hashes of tensors, by which processes find out whether they hold the same ones."""
+"""Tensor hashes, with which processes check that they hold the same values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Dtype, shape and 64 bits of the bytes of each tensor, computed where it lies: for checks while training.
 
     The bytes, as 64-bit words x, become Σ w_i m(x_i) mod 2⁶⁴ with fixed odd weights w and a mixing bijection m, so that
-    one wrong word always changes it, and wrong words that have a pattern do not cancel.  Made against faults, not
-    forgers: those need `tensor_hash`.
+    one wrong word always changes it, and wrong words that have a pattern do not cancel.  Guards against faults, not
+    tampering: for that use `tensor_hash`.
     """
     words = [_weighted_words(tensor) for tensor in tensors.values()]
     sums = torch.stack(words).tolist() if words else []

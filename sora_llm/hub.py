@@ -1,4 +1,4 @@
-"""The hub: what is checked before a run, what a model card tells it, and the upload of a finished adapter.
+"""The hub: checks before a run, model card metadata, and the upload of a finished adapter.
 
 The upload is a process of its own (`python -m sora_llm.hub FOLDER REPOSITORY`): the hub's client waits for an answer
 without a limit, and nothing that happens in there may touch a run that is finished.
@@ -39,10 +39,10 @@ def repository(hub_model_id: str | None, run_dir: Path) -> str:
         reason = str(error).split(": '")[0].rstrip(".")
         if hub_model_id is None:
             raise UserError(
-                f"output.push_to_hub would name the repository after output.output_dir, and {name!r} is no name for "
-                f"one ({reason}); set output.hub_model_id"
+                f"output.push_to_hub would name the repository after output.output_dir, but {name!r} is not a valid "
+                f"name ({reason}); set output.hub_model_id"
             ) from None
-        raise UserError(f"output.hub_model_id {name!r} is no repository's name or user/name ({reason})") from None
+        raise UserError(f"output.hub_model_id {name!r} is not a valid name or user/name ({reason})") from None
     return name
 
 
@@ -100,7 +100,7 @@ def push(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool] = lamb
 def _upload(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool]) -> tuple[str | None, str]:
     """(its address, "") or (None, what went wrong)."""
     if not has_token():
-        return None, f"there is no token of the hub here ({LOGIN})"
+        return None, f"there is no hub token ({LOGIN})"
     command = [sys.executable, "-m", __name__, str(folder), repo_id]
     environ = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     deadline = time.monotonic() + UPLOAD_SECONDS

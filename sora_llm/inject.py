@@ -1,4 +1,4 @@
-"""Wrap the linear layers of a decoder with SoRA, walk over the adapters, cut them to their rank."""
+"""Wrap the linear layers of a decoder with SoRA, iterate over the adapters, cut them to their rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sora_llm.sora import Neighbours, SoraLinear, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
 NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""What layers that read one x are called in transformers' decoders, below one parent."""
+"""Names of sibling layers in transformers' decoders that read the same input."""
 OF_ZERO = ("ds_id", "_hp_mapping")
 """Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
 WRAPPERS = {
     "_orig_mod": ("torch.compile", "compile layers in place, layer.compile()"),
     "_checkpoint_wrapped_module": ("checkpoint_wrapper", "use model.gradient_checkpointing_enable()"),
 }
-"""By what a wrapper of a part of a model calls the module inside: its name, and what to do instead."""
+"""{attribute that holds the wrapped module: (name of the wrapper, what to do instead)}."""
 
 
 def inject_sora(
@@ -53,13 +53,13 @@ def inject_sora(
     transformers alone.
     """
     if not isinstance(model, nn.Module):
-        raise UserError(f"inject_sora takes a model of torch, not {model!r}")
+        raise UserError(f"inject_sora takes a torch.nn.Module, not {model!r}")
     refuse_new_parameters(model, "inject_sora")
     inner = unwrapped(model)
     if adapters(inner):
         raise ValueError("this model already has SoRA adapters")
     if any(name.endswith(".base_layer") for name, _ in inner.named_modules()):
-        raise UserError("the model has adapters of another library: inject_sora takes the base model without them")
+        raise UserError("the model has another library's adapters: pass inject_sora the base model without them")
     targets = target_linears(inner, target_modules)
     _refuse_shared(inner, targets)
     _refuse_wrapped_or_offloaded(targets)
@@ -96,23 +96,23 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
     """UserError where parameters that `who` makes would not be trained: in inference_mode, or in the place of adapters
     that a DistributedDataParallel or an engine of ZeRO reduces, which go on with those that they were made with."""
     if torch.is_inference_mode_enabled():
-        raise UserError(f"{who} makes parameters, which could not be trained from inside inference_mode")
+        raise UserError(f"{who} creates parameters, which cannot be trained if created in inference_mode")
     if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
         raise UserError(
-            f"{who} makes new parameters, and DistributedDataParallel would not know them: give it model.module, and "
-            "wrap that anew afterwards"
+            f"{who} creates new parameters, which DistributedDataParallel would not know: pass model.module, and "
+            "wrap it again afterwards"
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         map(is_sharded, model.parameters())
     ):
         raise UserError(
-            f"{who} makes new parameters, and FSDP shards the present ones; train under DDP, or with sora_llm.train "
-            "under ZeRO, which takes a model out of its engine"
+            f"{who} creates new parameters, but FSDP has sharded the current ones; train under DDP, or with "
+            "sora_llm.train under ZeRO, which takes the model out of its engine"
         )
     if any(hasattr(parameter, mark) for parameter in adapter_parameters(model).values() for mark in OF_ZERO):
         raise UserError(
-            f"{who} makes new parameters, and DeepSpeed's ZeRO holds the present ones; sora_llm.train takes a model "
-            "out of its engine and makes another one, which a loop of your own cannot"
+            f"{who} creates new parameters, but DeepSpeed's ZeRO holds the current ones; sora_llm.train rebuilds the "
+            "engine around the model, which a loop of your own cannot"
         )
 
 
@@ -121,12 +121,12 @@ def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:
     for name in targets:
         for inner in WRAPPERS.keys() & set(name.split(".")):
             wrapper, instead = WRAPPERS[inner]
-            raise UserError(f"{name} is inside a {wrapper}, under a name that is not the base's; {instead}")
+            raise UserError(f"{name} is inside a {wrapper}, which changes its name from the base's; {instead}")
     absent = [name for name, linear in targets.items() if linear.weight.is_meta]
     if 0 < len(absent) < len(targets):
         raise UserError(
-            f"the weight of {absent[0]} is offloaded ({len(absent)} of {len(targets)} target modules): load the base "
-            "whole, in 4 bits if it has to be smaller"
+            f"the weight of {absent[0]} is offloaded ({len(absent)} of {len(targets)} target modules): load the whole "
+            "base, in 4 bits if it has to be smaller"
         )
 
 
@@ -137,7 +137,7 @@ def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
     for name, module in model.named_modules(remove_duplicate=False):
         first = first_name.get(id(module), name)
         if first != name and parent_of(model, first) is not parent_of(model, name):
-            raise UserError(f"{first} and {name} are one layer in two places; leave it out of target_modules")
+            raise UserError(f"{first} and {name} are the same layer; leave it out of target_modules")
 
 
 def introduce_neighbours(model: nn.Module) -> None:
@@ -242,7 +242,7 @@ def check_start(
     """UserError unless saved factors fit target modules {name: (I, O)} of r slots each."""
     for name, (A, B, _) in factors.items():
         if name not in shapes:
-            raise UserError(f"the adapter changes {name}, which is no target module; add it to sora.target_modules")
+            raise UserError(f"the adapter changes {name}, which is not a target module; add it to sora.target_modules")
         check_shape("the adapter", name, (A.shape[1], B.shape[0]), shapes[name])
         if A.shape[0] > r:
             raise UserError(f"the adapter has rank {A.shape[0]} in {name}, more than sora.r {r}; raise sora.r")
@@ -252,8 +252,8 @@ def check_shape(who: str, name: str, found: tuple[int, int], expected: tuple[int
     """UserError if module `name` is (I, O) in the adapter `who` and another shape in the base."""
     if found != expected:
         raise UserError(
-            f"{who} has {name} as {found[0]} → {found[1]}, the base as {expected[0]} → {expected[1]}; it is an adapter "
-            "of another base"
+            f"{name} is {found[0]} → {found[1]} in {who} but {expected[0]} → {expected[1]} in the base; it is an "
+            "adapter for another base"
         )
 
 

@@ -1,4 +1,4 @@
-"""Local updates: replicas take some optimizer steps apart, then agree on one adapter.  Factors in, factors out.
+"""Local updates: replicas take some optimizer steps independently, then synchronise.  Factors in, factors out.
 
     A, B    θ ← θ₀ − η (Δ + μ v),  Δ = θ₀ − mean_k θ_k,  v ← μ v + Δ        (η = 1, μ = 0: plain averaging)
     g       g ← prox of mean_k g_k; soft: S_T with T = Σ of the round's τ_t, averaged over replicas (a replica that

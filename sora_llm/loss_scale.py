@@ -1,7 +1,7 @@
-"""A power of two that keeps gradients within float16, whose smallest number is 6e-8 and whose largest 65,504.
+"""A dynamic power-of-two loss scale that keeps gradients within float16's range, 6e-8 to 65,504.
 
-The loss of a step is a mean over its supervised tokens: of many of them, the gradient of one is below what float16 can
-say.  At 65,536 tokens a step the gradients of the adapters are off by half of their norm, without an error
+The loss of a step is a mean over its supervised tokens: with many of them, the gradient of one is below float16's
+range.  At 65,536 tokens a step the gradients of the adapters are off by half of their norm, without an error
 (benchmarks/LOG.md).  bfloat16 and float32 have the range and need none of this.
 """
 

@@ -1,4 +1,4 @@
-"""Diverged replicas of an adapter become one: the best low-rank form of the mean of their products.
+"""Merge diverged replicas of an adapter: the best low-rank approximation of the mean of their products.
 
     ΔW̄ = Σ_k w_k s_k B_k diag(g_k) A_k,  Σ w_k = 1        (the mean of products, not the product of means)
 
@@ -179,8 +179,8 @@ def _collapse(replicas: Sequence[WeightedAdapter]) -> _Distinct:
     for replica in replicas:
         if not 0 <= replica.weight <= MOST_WEIGHT:
             raise UserError(
-                f"a replica has weight {replica.weight}; weights are finite numbers of 0 or more (at most "
-                f"{MOST_WEIGHT:g}: they have a sum)"
+                f"a replica has weight {replica.weight}; weights must be finite numbers from 0 to {MOST_WEIGHT:g} "
+                "(they are summed)"
             )
     hashes = [_replica_hash(replica) if replica.weight > 0 else None for replica in replicas]
     order = sorted({value for value in hashes if value is not None})

@@ -106,7 +106,7 @@ class ProxAdamW(torch.optim.AdamW):
             _check_group(group)
             if any(map(is_sharded, group["params"])):
                 raise ValueError(
-                    "parameters are sharded by fully_shard, and the prox is not for such: use DDP, or ZeRO"
+                    "parameters are sharded by fully_shard, which the prox does not support: use DDP, or ZeRO"
                 )
             if any(getattr(param, "was_cut", False) for param in group["params"]):
                 raise RuntimeError(
@@ -199,7 +199,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
             continue  # for CUDA graphs: to look at it would wait for the device
         if (not isinstance(value, Tensor) and not is_number(value)) or not 0 <= value < math.inf:
             of_group = f" of the group {group['name']}" if "name" in group else ""
-            raise ValueError(f"{key}{of_group} is {value!r}; it must be a number from 0")
+            raise ValueError(f"{key}{of_group} is {value!r}; it must be a number >= 0")
     if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0 and group.get("deferred", False):
         raise ValueError(
             "an adaptive threshold cannot be deferred: its τ is a quantile, not the sum of the steps' own; leave "
@@ -260,8 +260,8 @@ def parameter_groups(
         raise ValueError("every rank of the adapters was cut: there is nothing left to train")
     if not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters(recurse=False)):
         raise ValueError(
-            "the adapters are frozen, so that nothing would be trained: what freezes a base (such as "
-            "prepare_model_for_kbit_training) belongs before inject_sora"
+            "the adapters are frozen, so nothing would be trained: freeze the base (for example with "
+            "prepare_model_for_kbit_training) before inject_sora"
         )
     groups: list[dict[str, Any]] = [
         {"name": FACTORS, "params": factors, "lr": learning_rate, "weight_decay": weight_decay}
@@ -274,7 +274,9 @@ def parameter_groups(
         odd = [name for name, layer in layers.items() if layer.gate is not None and times.pop(name, 0) != 1]
         odd += [name for name in times if name not in layers]
         if odd:
-            raise ValueError(f"budgets name every gated module once, and nothing else; {odd[0]} is not so")
+            raise ValueError(
+                f"budgets must name every gated module exactly once and nothing else; {odd[0]} breaks that"
+            )
     everything: dict[str | None, Collection[str]] = {None: layers}
     for budget, members in (budgets or everything).items():
         gates = [layers[name].gate for name in layers if name in members and layers[name].gate is not None]

@@ -1,4 +1,4 @@
-"""An adapter as PEFT loads it from disk: on the base that it was trained on, and how far it is from the trained one."""
+"""Reload an adapter with PEFT on the base it was trained on, and measure how far it is from the trained one."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:
     """RunFailed for logits that nothing can be compared with."""
     if not bool(base.isfinite().all()):
-        raise RunFailed("the base's own logits are not finite, so that no adapter can be checked; nothing was exported")
+        raise RunFailed("the base's logits are not finite, so no adapter can be checked; nothing was exported")
     if not bool(trained.isfinite().all()):
         raise RunFailed(
-            "the adapted model's logits are not finite: the adapter has diverged; nothing was exported: lower the "
+            "the adapted model's logits are not finite: the adapter has diverged; nothing was exported; lower the "
             "learning rate"
         )
 

@@ -1,4 +1,4 @@
-"""The change of phase: read the masters, agree on the support, cut, put back; and `consensus_prune` for other loops."""
+"""The phase change: read the masters, agree on the support, cut, write back; and `consensus_prune` for other loops."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def balance(
         weights |= importances(sigmas, budget)
     if not any(bool(values.any()) for values in weights.values()):
         raise RunFailed(
-            "nothing was learned before the sparsify phase: every ΔW is 0, and pruning would be blind; raise "
+            "nothing was learned before the sparsify phase: every ΔW is 0, so pruning would be arbitrary; raise "
             "sora.dense_ratio or train.learning_rate, or train longer"
         )
     values = {name: tensor for name, tensor in received.items() if not name.endswith(".sigma")}
@@ -328,13 +328,13 @@ def consensus_prune(
     if consensus not in ("svd", "slots"):
         raise UserError(f"consensus is {consensus!r}; use 'svd' or 'slots'")
     if target_rank is not None and target_params is not None:
-        raise UserError("target_rank and target_params are two ways to say one budget; give one of them")
+        raise UserError("target_rank and target_params both set the budget; give only one")
     inner = unwrapped(model)
     layers = adapters(inner)
     if not layers:
         raise UserError("the model has no SoRA adapters: call inject_sora(model) and train it first")
     if any(layer.gate is None for layer in layers.values()):
-        raise UserError("the model's adapters have no gates any more: they were cut already")
+        raise UserError("the model's adapters have no gates: they were already cut")
     has_budget = target_rank is not None or target_params is not None
     if target_params is not None and not is_integer(target_params):
         raise UserError(f"target_params is {target_params!r}; it is a whole number of parameters")

@@ -1,4 +1,4 @@
-"""How a prompt is written where the adapter is asked: as it was in training."""
+"""How prompts are formatted at inference: as in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def template_is_named(config: Config, tokenizer: Any) -> bool:
 
 
 def names_template_file(config: Config) -> bool:
-    """Whether rows are rendered with a jinja file that the config names, and that may be another by tomorrow."""
+    """Whether rows are rendered with a jinja file that the config names, which may change later."""
     return config.data.chat_template not in (None, *TEMPLATES) and has_conversations(config.data.datasets)
 
 

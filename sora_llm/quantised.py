@@ -1,4 +1,4 @@
-"""Bases whose files bitsandbytes quantised already: what they say of themselves, and the numbers in them.
+"""Bases already quantised by bitsandbytes: their settings, and the values in their files.
 
 The files of such a base hold, for a 4-bit weight (O, I), its codes under the weight's own name and the constants of its
 blocks beside it, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.bitsandbytes__nf4, …
@@ -58,8 +58,8 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
     method = said.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & said.keys() else None)
     if getattr(method, "value", method) != "bitsandbytes":
         raise UserError(
-            f"model.name_or_path: {config.name_or_path} is quantised by {method}, and adapters are trained here beside "
-            "weights of bitsandbytes alone; name the unquantised model, it is quantised while it is loaded"
+            f"model.name_or_path: {config.name_or_path} is quantised by {method}, but only bitsandbytes is supported; "
+            "name the unquantised model, which is quantised on loading"
         )
     try:
         settings = BitsAndBytesConfig.from_dict(said)
@@ -75,13 +75,13 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
         takes_head = files.skipped is not None and should_convert_module("lm_head", list(files.skipped))
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UserError(
-            f"model.name_or_path: the quantization_config in the config.json of {config.name_or_path} is none that "
-            f"bitsandbytes has ({first_line(error)})"
+            f"model.name_or_path: the quantization_config in the config.json of {config.name_or_path} is not valid for "
+            f"bitsandbytes ({first_line(error)})"
         ) from None
     if takes_head and getattr(config.get_text_config(), "tie_word_embeddings", False):
         raise UserError(
-            f"model.name_or_path: the config.json of {config.name_or_path} has its head quantised and tied to its "
-            "embeddings, which no layer can be; name lm_head in llm_int8_skip_modules there"
+            f"model.name_or_path: the config.json of {config.name_or_path} has its head both quantised and tied to "
+            "the embeddings, which is impossible; add lm_head to its llm_int8_skip_modules"
         )
     return files
 
@@ -220,7 +220,7 @@ def _store_as(module: nn.Module, weight: Any, storage: torch.dtype) -> None:
 
 
 def read_weights_again(model: nn.Module) -> None:
-    """Let frozen 4-bit layers read their weight anew in the backward pass, until `keep_weights`.
+    """Let frozen 4-bit layers re-read their weight in the backward pass, until `keep_weights`.
 
     bitsandbytes keeps the tensor that the forward pass read (0.50: `ctx.tensors`), which checkpointing does not see.
     ZeRO-3 gathers a weight for each pass of its module and gives the parameter other memory every time: what was kept

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, ranks.jsonl, the progress line."""
+"""The running output of a run: metrics.jsonl, ranks.jsonl, the progress line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of data sets, our names for the fields of their rows, and for what becomes of these: said once."""
+"""Data set types, the field names of their rows, and the names of row outcomes, defined once."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),

@@ -1,4 +1,4 @@
-"""The names of what a run writes into its directory, on which other tools rely."""
+"""The names of the files in a run directory, on which other tools rely."""
 
 from __future__ import annotations
 

@@ -288,11 +288,11 @@ class SoraLinear(nn.Module):
     ):
         super().__init__()
         if not is_integer(r) or r < 1:
-            raise ValueError(f"r is {r!r}; a SoRA layer starts with at least one slot, and whole ones")
+            raise ValueError(f"r is {r!r}; it must be an integer >= 1")
         if not is_number(lora_alpha) or not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha is {lora_alpha!r}; it must be a number above 0")
         if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {lora_dropout!r}; it is a probability from 0 to below 1")
+            raise ValueError(f"lora_dropout is {lora_dropout!r}; it must be a probability >= 0 and < 1")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype!r}; adapters are floating-point numbers, such as torch.float32")
         r = int(r)

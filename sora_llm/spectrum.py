@@ -1,4 +1,4 @@
-"""What the ΔW of an adapter are made of: singular values by module, from the factors alone.
+"""Singular values of an adapter's ΔW by module, computed from the factors.
 
 effective rank = exp(−Σ p log p), p = σ / Σσ        (Roy & Vetterli, "The effective rank", EUSIPCO 2007)
 """

@@ -1,4 +1,4 @@
-"""Which layers of a model take an adapter, and why the others do not."""
+"""Which layers of a model take an adapter, and why others do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sora_llm.errors import UserError
 ALL_LINEAR = "all-linear"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules of torch that read the weights of their linear layers, past whatever stands in the layers' place."""
+"""torch modules that read their linear layers' weights directly, bypassing any wrapper."""
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -33,15 +33,15 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     without = left_out(model)
     linears = {name: linear for name, linear in found.items() if name not in without}
     if not linears:
-        why = "".join(f": no adapter is put on {name}, {reason}" for name, reason in list(without.items())[:1])
+        why = "".join(f": no adapter on {name}, {reason}" for name, reason in list(without.items())[:1])
         if not why and any(type(module).__name__ == "Conv1D" for module in model.modules()):
             why = ": its projections are transformers' Conv1D (as in GPT-2), which takes none"
-        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on{why}")
+        raise UserError(f"{type(model).__name__} has no linear layers that can take an adapter{why}")
     if target_modules == ALL_LINEAR:
         return linears
     is_list = isinstance(target_modules, Collection) and all(isinstance(suffix, str) for suffix in target_modules)
     if not is_list:
-        raise UserError(f"target_modules is {target_modules!r}; it is {ALL_LINEAR} or suffixes like q_proj")
+        raise UserError(f"target_modules is {target_modules!r}; it must be {ALL_LINEAR} or suffixes like q_proj")
     suffixes = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not suffixes:
         raise UserError(f"target_modules names no module; use {ALL_LINEAR} or suffixes like q_proj")
@@ -86,7 +86,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
             reader = type(parent_of(model, name)).__name__
             reasons[name] = f"whose weight {reader} reads without calling it: an adapter would do nothing there"
         elif not _computes_linear(type(linear)):  # type: ignore[arg-type]  # classes are hashable
-            reasons[name] = f"a {type(linear).__name__}, which computes something else than a linear layer"
+            reasons[name] = f"a {type(linear).__name__}, which does not compute a plain linear layer"
         elif name.rpartition(".")[2] in experts:
             reasons[name] = "which PEFT takes for stacked experts in this architecture: it could load no adapter there"
     return reasons

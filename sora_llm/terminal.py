@@ -1,4 +1,4 @@
-"""What is said on a terminal: messages on lines of their own, and one line of progress that is overwritten."""
+"""Terminal output: messages on separate lines, and one progress line that is overwritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _open_on: TextIO | None = None
 
 
 def take_any_text() -> None:
-    """Show what the encoding of the terminal lacks (λ, →) as an escape: it is no reason for a command to end."""
+    """Escape characters that the terminal's encoding lacks (λ, →) instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -37,7 +37,7 @@ def warn(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """A sentence for whoever started a command, under its name, on stderr."""
+    """Print an error or a notice, prefixed with "sora_llm:", on stderr."""
     say(f"sora_llm: {text}", sys.stderr)
 
 
@@ -89,13 +89,13 @@ def end_progress() -> None:
 
 
 def stop_printing(stream: TextIO) -> None:
-    """Let what is still printed on `stream` go nowhere: the interpreter would complain once more when it ends."""
+    """Discard further output to `stream`; otherwise the interpreter reports the error again at exit."""
     with contextlib.suppress(OSError):  # a stream without a file, as in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    """A terminal that is gone, a `head` that has read enough or a full disk is no reason for a run to end."""
+    """Write and flush; a closed terminal or pipe, or a full disk, must not end the run."""
     if stream is None or stream.closed:
         return
     try:

@@ -1,4 +1,4 @@
-"""What the launcher said and which strategy follows from it: functions of the environment, no torch."""
+"""The launcher's environment and the strategy that follows from it; no torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def launched_world(environ: Mapping[str, str]) -> World:
     expected = environ.get("SORA_EXPECTED_WORLD_SIZE")
     if expected is not None and expected != str(world.num_processes):
         raise UserError(
-            f"the launcher started a world of {world.num_processes} processes but SORA_EXPECTED_WORLD_SIZE is "
+            f"the launcher started {world.num_processes} processes but SORA_EXPECTED_WORLD_SIZE is "
             f"{expected}; check the number of machines and the rendezvous address"
         )
     return world
@@ -89,8 +89,8 @@ def refuse_lone_process(
     launcher = _environment_of(os.getppid()) if launcher is None else launcher
     if launcher and launcher.get("MASTER_ADDR") != told["MASTER_ADDR"]:
         raise UserError(
-            "accelerate launch was asked for several processes and started this one alone: without --multi_gpu (which "
-            "is right on CPUs too) or --use_deepspeed it starts no group; give one of them, or --num_processes 1"
+            "accelerate launch was asked for several processes but started only this one: without --multi_gpu (also "
+            "right on CPUs) or --use_deepspeed it starts no group; add one of them, or --num_processes 1"
         )
 
 
@@ -146,8 +146,8 @@ def resolve_strategy(
         return f"zero{stated}" if stated else "zero2"
     if stated and stated != ZERO_STAGES[strategy]:
         raise UserError(
-            f"distributed.strategy is {strategy} but the launcher states ZeRO stage {stated}; make them agree, or "
-            "leave the stage to the config"
+            f"distributed.strategy is {strategy} but the launcher sets ZeRO stage {stated}; make them agree, or "
+            "set the stage in the config only"
         )
     return strategy
 
@@ -168,8 +168,8 @@ def refuse_other_step(
             agrees = False
         if not agrees:
             raise UserError(
-                f"the launcher states {flag} {stated} but train.{key} is {own:g}; this belongs to the config: launch "
-                f"without --{flag}, or without that key of the launcher's own config file"
+                f"the launcher sets {flag} to {stated} but train.{key} is {own:g}; set it in the config only: launch "
+                f"without --{flag}, and without that key in the launcher's own config file"
             )
 
 
@@ -177,8 +177,8 @@ def _refuse_other_precision(environ: Mapping[str, str], dtype: str) -> None:
     stated = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if stated not in ("no", "", _PRECISION_OF_DTYPE[dtype]):
         raise UserError(
-            f"the launcher states --mixed_precision {stated} but model.dtype is {dtype}; precision belongs to the "
-            "config: launch with --mixed_precision no"
+            f"the launcher sets --mixed_precision {stated} but model.dtype is {dtype}; set precision in the config "
+            "only: launch with --mixed_precision no"
         )
 
 
@@ -193,8 +193,8 @@ def _stated_stage(environ: Mapping[str, str]) -> int | None:
     device = environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
     if device not in ("none", ""):
         raise UserError(
-            f"the launcher asks for parameter offload to {device}, which is read from a DeepSpeed config alone; launch "
-            "without --offload_param_device, and say it in the file that distributed.deepspeed_config names"
+            f"the launcher asks for parameter offload to {device}, which is only read from a DeepSpeed config; launch "
+            "without --offload_param_device, and set it in the distributed.deepspeed_config file"
         )
     config_file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     stage: Any = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -260,8 +260,8 @@ def deepspeed_config(
     for key, needed in NEEDED.items():
         if user_config.get(key, needed[0]) not in needed:
             raise UserError(
-                f"the DeepSpeed config sets {key} to {user_config[key]!r}, under which gradients would not be what the "
-                "other strategies have; remove that key"
+                f"the DeepSpeed config sets {key} to {user_config[key]!r}, which would change gradients compared to "
+                "the other strategies; remove that key"
             )
     return quiet | _merged_under(user_config, ours, "")
 

@@ -1,4 +1,4 @@
-"""The story of a run: one YAML in, a pruned and verified LoRA out.
+"""A run from start to finish: one YAML in, a pruned and verified LoRA out.
 
     accelerate launch -m sora_llm.train configs/llama7b.yaml [section.key=value ...]
 
@@ -61,7 +61,7 @@ from sora_llm.topology import (
 )
 
 EXIT_FINISHED = 0
-AGAIN = "start the same command again to go on from the newest checkpoint"
+AGAIN = "run the same command again to resume from the newest checkpoint"
 
 
 def make_parser(prog: str) -> Parser:
@@ -71,8 +71,8 @@ def make_parser(prog: str) -> Parser:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="values read as YAML; null unsets")
-    parser.add_argument("--print-config", action="store_true", help="print the whole config as it was read, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="everything up to one step and one save, and a report")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config as read, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="run up to one step and one save, and report")
     return parser
 
 
@@ -108,8 +108,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
 
 
 def let_main_speak() -> None:
-    """Wait: an error that the main process has too ends all of them meanwhile, through the launcher, which on a busy
-    machine notices after seconds.  The first process of a machine waits less, and so speaks for the others there."""
+    """Wait: if the main process has the same error, the launcher ends all processes meanwhile (on a busy machine, after
+    seconds).  The first process of a machine waits less, and so reports for the others there."""
     time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
 
 
@@ -255,7 +255,7 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
             directory.record_lost_process(lost)
         else:
             tell_of_lost_process(directory, lost)
-        go_on = "the run had finished before" if directory.is_finished else AGAIN
+        go_on = "the run had already finished" if directory.is_finished else AGAIN
         return RunFailed(f"{lost}; {go_on}")
     failure = error
     if is_timeout(error):
@@ -268,7 +268,7 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
 
 
 def tell_of_lost_process(directory: RunDirectory, sentence: str) -> None:
-    """Let one of the processes that are left say who died, in the status and on the terminal."""
+    """Let one of the remaining processes report who died, in the status and on the terminal."""
     if directory.record_lost_process(sentence):
         say_last(sentence)
 
@@ -316,7 +316,7 @@ def start_trackers(job: Job, run_dir: Path) -> None:
     except Exception as error:  # of whatever library it is
         names = ", ".join(job.config.output.report_to)
         raise RunFailed(
-            f"output.report_to {names} could not be started: {first_line(error)}; mend that, or set output.report_to=[]"
+            f"output.report_to {names} could not be started: {first_line(error)}; fix it, or set output.report_to=[]"
         ) from error
 
 
@@ -353,9 +353,9 @@ def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_ru
         saved = status["checkpoint"]
         where = f"nothing to save; another run is in {run_dir}" if in_use else "nothing to save"
         if status.get("phase") == "done":
-            where = f"{run_dir} was finished before, its adapter is {run_dir / status['adapter']}"
+            where = f"{run_dir} was already finished; its adapter is {run_dir / status['adapter']}"
         elif saved:
-            where = f"{run_dir / saved} is complete; start the same command again to go on"
+            where = f"{run_dir / saved} is complete; run the same command again to resume"
         terminal.say(f"stopped by {request}: {where}")
     lines = read_json_lines(run_dir / run_files.METRICS)
     return RunResult(None, lines[-1] if lines else {}, status)

@@ -1,4 +1,4 @@
-"""What counts as a number where a program, not a file of types, says it."""
+"""What counts as a number in values passed by a caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells the weights of one base from those of another, without reading them whole."""
+"""A digest that tells one base's weights from another's without reading them in full."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_a_tokenizer_made_of_tokenizer_model_alone_is_compared_with_sentencepiec
     spec = BackboneSpec(str(tmp_path))
     load_tokenizer(spec)
     monkeypatch.setattr(backbone, "SENTENCEPIECE_PROBES", ("  two blanks",))
-    with pytest.raises(UserError, match=r"put the base model's tokenizer\.json beside it"):
+    with pytest.raises(UserError, match=r"put the base model's tokenizer\.json next to it"):
         load_tokenizer(spec)
     load_tokenizer(BackboneSpec(str(stories)))  # with tokenizer.json nothing is compared
 

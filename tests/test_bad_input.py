@@ -122,7 +122,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "tracker that is not installed": (lambda tmp: ["output.report_to=[wandb]"], "pip install wandb"),
     "no name for a repository": (
         lambda tmp: ["output.push_to_hub=true", "output.hub_model_id=a/b/c"],
-        "a/b/c' is no repository's name",
+        "a/b/c' is not a valid name",
     ),
     "a folder that names no repository": (
         lambda tmp: ["output.push_to_hub=true", f"output.output_dir={tmp / 'run--1'}"],
@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda tmp: ["model.attn_implementation=flex_attention"],
         "no backward pass of it without a GPU",
     ),
-    "output that is no path": (lambda tmp: ['output.output_dir="a\\0b"'], "holds no NUL character"),
+    "output that is not a path": (lambda tmp: ['output.output_dir="a\\0b"'], "cannot contain a NUL character"),
     "an empty text for none": (lambda tmp: ["model.adapter=''"], "is an empty text on the command line"),
     "output behind a dangling link": (
         lambda tmp: [f"output.output_dir={_dangling(tmp)}"],
@@ -262,11 +262,11 @@ def test_a_directory_in_use_is_refused_with_its_holder(
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        ("adapter_config.json", "holds adapter_config.json, so it is that of an adapter"),
-        ("model.safetensors", "holds model.safetensors, so it is that of an adapter"),
-        ("COMPLETE", "holds COMPLETE, so it is that of an adapter"),
+        ("adapter_config.json", "holds adapter_config.json, so it belongs to an adapter"),
+        ("model.safetensors", "holds model.safetensors, so it belongs to an adapter"),
+        ("COMPLETE", "holds COMPLETE, so it belongs to an adapter"),
         ("metrics.jsonl/", r"metrics.jsonl is a folder there"),
-        ("checkpoints", "checkpoints is a file there, and a run has a folder of that name"),
+        ("checkpoints", "checkpoints is a file there, but a run writes a folder of that name"),
     ],
 )
 def test_a_run_is_not_mixed_with_what_lies_in_its_directory(tmp_path, capsys, monkeypatch, made, said) -> None:
@@ -283,13 +283,13 @@ def test_a_run_does_not_write_into_its_data(tmp_path, capsys) -> None:
     """The folder is read whole: what the run writes there would be rows the next time."""
     _file(tmp_path, "rows.jsonl", ALPACA_ROW)
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset(str(tmp_path))]) == UserError.exit_code
-    assert "is in" in (said := capsys.readouterr().err) and "a folder of data that is read whole" in said
+    assert "is in" in (said := capsys.readouterr().err) and "all of which is read as data" in said
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preferences, which are not trained on here"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data is not supported"),
         ({"messages": []}, "type messages fits"),
         ({" instruction": "a", "answer": "b"}, "it has ' instruction', answer: name the right one in columns"),
         ({"instruction": "a", "answer": "b"}, "it has answer, instruction: name the right one in columns"),
@@ -318,7 +318,7 @@ def test_a_launcher_that_starts_one_of_two_processes_is_refused(tmp_path: Path) 
     """As accelerate does on a machine without a GPU: the run would be half as wide as its config says, in silence."""
     launcher = (*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "sora_llm.train")
     stopped = start(launcher, [CONFIG, *gsm8k_overrides(tmp_path / "run")], tmp_path / "run")
-    assert stopped.returncode != 0 and "started this one alone" in stopped.stderr
+    assert stopped.returncode != 0 and "started only this one" in stopped.stderr
     assert not (tmp_path / "run").exists()
 
 

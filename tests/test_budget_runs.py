@@ -94,7 +94,7 @@ def test_a_run_too_short_to_prune_step_by_step_is_cut_to_its_budget_at_once(
     """Two steps before the cut, the first of which has the rate 0: what the second learns is cut."""
     options = {"sora.dense_ratio": 0.1, "sora.consensus_at": 0.4, "train.max_steps": 5, "distributed.strategy": "none"}
     run(CONFIG, *overrides(ground.folder, tmp_path, **{**BUDGET, **options}))
-    assert "the sparsify phase has no step after the first one that learns something" in capsys.readouterr().out
+    assert "the sparsify phase ends before pruning can begin" in capsys.readouterr().out
     first, *_, last = lines(tmp_path, "metrics.jsonl")
     assert first["mean_rank"] == R and 0 < last["mean_rank"] <= TARGET_RANK
     assert last["eval_loss"] < first["eval_loss"]
@@ -285,7 +285,8 @@ def test_the_last_step_is_measured_too_and_may_be_the_best(
     again = interrupt(tmp_path / "run", tmp_path / "again", 23)  # whose evaluations are due there, and were not then
     run(CONFIG, *overrides(ground.folder, again, **{**PATIENT, "evaluation.eval_steps": 23}))
     assert (
-        "early_stopping_patience 3 can end nothing early: with eval_steps 23 no more than 0" in capsys.readouterr().out
+        "early_stopping_patience 3 cannot stop anything early: with eval_steps 23 no more than 0"
+        in capsys.readouterr().out
     )
     assert result(again) == result(tmp_path / "run")
 

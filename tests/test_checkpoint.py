@@ -175,7 +175,7 @@ def test_a_full_disk_fails_the_run_and_leaves_older_checkpoints_whole(tmp_path, 
         raise failure
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunFailed, match=f"step {step} could not be saved.*space.*earlier checkpoints are whole"):
+    with pytest.raises(RunFailed, match=f"step {step} could not be saved.*space.*earlier checkpoints are intact"):
         saved(tmp_path, step, keep=1)
     assert files(tmp_path) == before
     assert checkpoint.newest(tmp_path) == (folder, [])

@@ -74,7 +74,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_says_so(
     code, output = start(interrupted, **{"output.save_steps": 1, "output.save_total_limit": 3})
     assert code == 0
     for name, damaged in (("step-4", "adapter.safetensors"), ("step-3", "COMPLETE")):
-        assert f"warning: passed over: the checkpoint {folder / name} is damaged: {damaged} is not what" in output
+        assert f"warning: skipped: the checkpoint {folder / name} is damaged: {damaged} is not what" in output
     assert f"resuming from {folder / 'step-2'}: step 2 of {STEPS}" in output
     assert result(interrupted) == result(undisturbed[1])
     kept = [f"step-{step}" for step in (4, 5, 6)]  # written anew: the damaged ones did not count
@@ -89,7 +89,7 @@ def test_each_file_can_be_the_damaged_one(
     path = interrupted / "checkpoints" / "step-4" / name
     path.write_bytes(path.read_bytes()[:-1])
     code, output = start(interrupted)
-    assert code == 0 and "passed over" in output and "step 3 of 6" in output
+    assert code == 0 and "warning: skipped" in output and "step 3 of 6" in output
     assert result(interrupted) == result(undisturbed[1])
 
 
@@ -99,7 +99,7 @@ def test_without_a_whole_checkpoint_a_run_says_that_it_starts_again(
     for folder in (interrupted / "checkpoints").iterdir():
         flip(folder / "state.json", 0.5)
     code, output = start(interrupted)
-    assert code == 0 and output.count("passed over") == 3 and "starting again at step 0" in output
+    assert code == 0 and output.count("warning: skipped") == 3 and "starting again at step 0" in output
     assert result(interrupted) == result(undisturbed[1])
 
 

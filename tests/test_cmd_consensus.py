@@ -192,7 +192,7 @@ def test_a_checkpoint_is_read_where_its_base_lies_elsewhere(
     folder = tmp_path / "checkpoint"
     with of_another_config(run_dir, folder) as config:
         moved, config["model"]["name_or_path"] = config["model"]["name_or_path"], "/another/machine/model"
-    refused(capsys, "only adapters of one base", run_dir, folder, "--out", tmp_path / "merged")
+    refused(capsys, "only adapters for one base", run_dir, folder, "--out", tmp_path / "merged")
     lora = peft_lora_of(run_dir, tmp_path / "lora")
     result = consensus(capsys, lora, folder, run_dir, "--base", moved, "--out", tmp_path / "merged")
     assert [part["cosine"] for part in result["sources"]] == [pytest.approx(1.0)] * 3
@@ -290,7 +290,7 @@ BROKEN = {
     "weights of another certificate": (stale, "is not what its certificate.json was written for"),
     "another base inside": (lambda folder: edited(folder, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "another method": (lambda folder: edited(folder, peft_type="IA3"), "IA3"),
-    "ranks of other files": (lambda folder: edited(folder, r=9), "the files do not belong"),
+    "ranks of other files": (lambda folder: edited(folder, r=9), "the files do not match"),
     "a pattern that is none": (lambda folder: edited(folder, alpha_pattern={"(": 2}), "not the config"),
     "rank 0": (lambda folder: edited(folder, rank_pattern={"q_proj": 0}), "not the config"),
     "a config that is none": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not the config"),
@@ -300,7 +300,7 @@ BROKEN = {
     "a pickle": (pickled, "is a pickle"),
     "no such base": (
         lambda folder: edited(folder, base_model_name_or_path="/no/such/model"),
-        "only adapters of one base",
+        "only adapters for one base",
     ),
 }
 
@@ -339,18 +339,18 @@ def test_combinations_that_cannot_be_are_a_sentence(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     refused(capsys, "2 numbers for 3 sources", a, b, a, "--weights", 1, 2, *out)
-    refused(capsys, "not all of them 0", a, b, "--weights", 0, 0, *out)
+    refused(capsys, "not all 0", a, b, "--weights", 0, 0, *out)
     refused(capsys, "--weights -1 1", a, b, "--weights", -1, 1, *out)
     refused(capsys, "--target-rank is 0", a, b, "--target-rank", 0, *out)
     refused(capsys, "--tolerance is 1", a, b, "--tolerance", 1, *out)
     refused(capsys, "--min-rank is 1", a, b, "--min-rank", 1, *out)
     refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
     refused(capsys, f"there is no {tmp_path}/nowhere", a, tmp_path / "nowhere", *out)
-    refused(capsys, "is no run directory", a, base, *out)
-    refused(capsys, "holds no export", a, b, "--out", tmp_path / "full")
-    refused(capsys, "the size leaves nothing", a, b, "--target-params", 1, *out)
-    refused(capsys, "holds no export", a, a, "--out", b)  # somebody's training output, checkpoints and all
-    refused(capsys, "what the result is made of", a, b, "--out", b)
+    refused(capsys, "is not a run directory", a, base, *out)
+    refused(capsys, "is not an export", a, b, "--out", tmp_path / "full")
+    refused(capsys, "this size keeps nothing", a, b, "--target-params", 1, *out)
+    refused(capsys, "is not an export", a, a, "--out", b)  # somebody's training output, checkpoints and all
+    refused(capsys, "one of the inputs", a, b, "--out", b)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "merged").exists()
 
 
@@ -408,7 +408,7 @@ def test_an_adapter_of_another_shape_is_refused_before_the_base_is_loaded(
     tensors[key] = tensors[key][:, :-1].contiguous()
     b = Path(shutil.copytree(a, tmp_path / "b"))
     save_file(tensors, b / "adapter_model.safetensors")
-    refused(capsys, "an adapter of another base", a, b, "--out", tmp_path / "merged")
+    refused(capsys, "an adapter for another base", a, b, "--out", tmp_path / "merged")
 
 
 def test_sources_trained_beside_other_numbers_are_named(
@@ -420,7 +420,7 @@ def test_sources_trained_beside_other_numbers_are_named(
         config["quantization"]["load_in_4bit"] = True
     result = consensus(capsys, run_dir, folder, "--out", tmp_path / "merged")
     assert (result["base_form"], result["of_other_base_forms"]) == ("float32", [str(folder)])
-    assert "was trained beside another form of it" in (tmp_path / "merged" / "README.md").read_text()
+    assert "was trained on another form of it" in (tmp_path / "merged" / "README.md").read_text()
     assert consensus(capsys, run_dir, run_dir, "--out", tmp_path / "same")["of_other_base_forms"] == []
 
 
@@ -428,8 +428,8 @@ def test_sources_trained_beside_other_numbers_are_named(
     ("separators", "shared", "said"),
     [
         ({"a": "\n", "b": "\n"}, "\n", ""),
-        ({"a": "\n", "b": ""}, None, "what stood behind prompts differs (a '\\n', b '')"),
-        ({"a": "\n", "b": None}, None, "what stood behind prompts differs (a '\\n', b none known)"),
+        ({"a": "\n", "b": ""}, None, "the separators after prompts differ (a '\\n', b '')"),
+        ({"a": "\n", "b": None}, None, "the separators after prompts differ (a '\\n', b none known)"),
         ({"a": None, "b": None}, None, ""),
     ],
 )

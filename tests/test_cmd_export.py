@@ -155,17 +155,26 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     refused(capsys, f"there is no {tmp_path}/nowhere", tmp_path / "nowhere", *out)
-    refused(capsys, "is no run directory", base, *out)
+    refused(capsys, "is not a run directory", base, *out)
     refused(capsys, "--outtype is for --layout gguf", lora, "--outtype", "f16", *out)
     refused(capsys, "--base-model", lora, "--base", "original", *out)
     refused(capsys, "--skip-dev-loss is for --layout merged", lora, "--skip-dev-loss", *out)
-    refused(capsys, "--base dequantized: nothing says", lora, "--layout", "merged", "--base", "dequantized", *out)
-    refused(capsys, "is no sparsity path", lora, "--stage", 0.5, *out)
+    refused(
+        capsys,
+        "--base dequantized: the adapter is not known",
+        lora,
+        "--layout",
+        "merged",
+        "--base",
+        "dequantized",
+        *out,
+    )
+    refused(capsys, "is not a sparsity path", lora, "--stage", 0.5, *out)
     refused(capsys, "--target-rank is 0", lora, "--target-rank", 0, *out)
-    refused(capsys, "the size leaves nothing", lora, "--target-params", 1, *out)
+    refused(capsys, "this size keeps nothing", lora, "--target-params", 1, *out)
     refused(capsys, "--min-rank is 1", lora, "--min-rank", 1, *out)
-    refused(capsys, "is what the result is made of", lora, "--out", lora)
-    refused(capsys, "holds no export", lora, "--out", tmp_path / "full")
+    refused(capsys, "is one of the inputs", lora, "--out", lora)
+    refused(capsys, "is not an export", lora, "--out", tmp_path / "full")
     (tmp_path / "outer" / "inner").mkdir(parents=True)
     for folder in (tmp_path / "outer", tmp_path / "outer" / "inner"):
         (folder / "certificate.json").write_text('{"layout": "padded", "modules": {}}')
@@ -173,7 +182,7 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     merged = Path(shutil.copytree(base, tmp_path / "merged"))  # an earlier export that is the base of a later one
     (merged / "certificate.json").write_text('{"layout": "merged", "modules": {}}')
     onto = ("--layout", "merged", "--base-model", merged, "--out", merged)
-    refused(capsys, "is what the result is made of", lora, *onto)
+    refused(capsys, "is one of the inputs", lora, *onto)
     refused(capsys, "is a file", lora, "--out", tmp_path / "full" / "notes.txt")
     refused(capsys, "there is no folder /no/such", lora, "--base-model", "/no/such", *out)
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
@@ -189,14 +198,14 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     undisturbed: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = undisturbed[1]
-    refused(capsys, "is what the result is made of", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
+    refused(capsys, "is one of the inputs", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
     copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
-    refused(capsys, "is the adapter of a run", run_dir, "--out", copy / "adapter")
+    refused(capsys, "is a run's adapter", run_dir, "--out", copy / "adapter")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"))
     refused(capsys, "--skip-dev-loss goes on without", copy, "--layout", "merged", "--out", tmp_path / "out")
     (copy / "config.yaml").write_text(text.replace("load_in_8bit: false", "load_in_8bit: true"))
-    refused(capsys, "8-bit layers round activations too", copy, "--layout", "merged", "--out", tmp_path / "out")
+    refused(capsys, "8-bit layers also round activations", copy, "--layout", "merged", "--out", tmp_path / "out")
     shutil.rmtree(copy / "adapter")
     refused(capsys, "has no adapter yet", copy, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -219,7 +228,7 @@ def test_an_export_takes_the_place_of_any_other_export_and_of_nothing_else(
         if certificate is not None:
             (foreign / "certificate.json").write_text(certificate)
         for layout in files:
-            refused(capsys, "holds no export", lora, "--layout", layout, "--out", foreign)
+            refused(capsys, "is not an export", lora, "--layout", layout, "--out", foreign)
 
 
 def test_what_a_run_left_beside_its_adapter_is_an_export_too(
@@ -261,4 +270,4 @@ def test_lines_of_metrics_without_the_usual_fields_are_passed_over(
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99}\n{"step": 99, "phase": "export", "stage": 0}\n')
     export(capsys, run_dir, "--layout", "gguf", "--out", tmp_path / "gguf")
-    refused(capsys, "is no sparsity path", run_dir, "--stage", 0.5, "--out", tmp_path / "stage")
+    refused(capsys, "is not a sparsity path", run_dir, "--stage", 0.5, "--out", tmp_path / "stage")

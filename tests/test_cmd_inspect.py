@@ -158,7 +158,7 @@ def test_a_run_that_was_killed_is_not_called_running(tmp_path, capsys):
             assert "no alarms" in inspected(capsys, run.path)
         finally:
             holder.kill()
-    said = f"process {holder.pid}, which ran it, was killed; the same command goes on from step 0"
+    said = f"process {holder.pid}, which ran it, was killed; the same command resumes from step 0"
     shown = inspected(capsys, run.path)
     assert shown.startswith(f"{run.path}: failed\n") and f"! {said}\n" in shown
     found = json.loads(inspected(capsys, run.path, "--json"))

@@ -115,7 +115,7 @@ def test_a_template_that_teaches_no_end_is_a_warning(overrides, tmp_path, capsys
     datasets = {"data.datasets": chats(tmp_path, CHAT)}
     for template, said in (
         (str(tmp_path / "marked.jinja"), "warning: the chat template's {% generation %} markers leave </s> out behind"),
-        ("chatml", "warning: answers end with text that is no token of this tokenizer's own"),
+        ("chatml", "warning: answers end with text that is not a single token of this tokenizer"),
     ):
         assert cli.main(["preprocess", CONFIG, *overrides(**datasets, **{"data.chat_template": template})]) == 0
         assert said in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_bad_rows_losses_and_dev_rows_are_told(overrides, tmp_path, capsys):
     assert re.search(r"messages +6 +3 +1 +1 +1 +1 ", train)
     assert f"    {tmp_path}/chats.jsonl:2: messages is empty" in train
     assert re.search(rf"1 dropped at sequence_len = 256, the first {tmp_path}/chats.jsonl:5 with [\d,]+ tokens", train)
-    assert "untrained   1 dropped: what would be trained on has weight 0" in train
+    assert "untrained   1 dropped: every token to train on has weight 0" in train
     assert "repeated    1 the same as earlier rows (kept; data.drop_duplicates drops them)" in train
     assert (
         f"special     1 with a special token written in a message, the first {tmp_path}/chats.jsonl:6 with <s>" in train

@@ -18,7 +18,10 @@ BAD_OVERRIDES = [
     ("output.zzzz=1", "allowed there: output_dir, logging_steps"),
     ("evaluation.evaluation_strategy=steps", "set evaluation.eval_steps"),
     ("train.evaluation_strategy=steps", "set evaluation.eval_steps"),
-    ("train.group_by_length=true", "leave it out; without data.sample_packing rows of like length go together"),
+    (
+        "train.group_by_length=true",
+        "leave it out; without data.sample_packing rows of similar length are batched together",
+    ),
     ("train.optim=adamw_8bit", "the optimizer is always AdamW"),
     # overrides that cannot be read
     ("max_steps=3", "write for example train.max_steps=3"),
@@ -89,7 +92,7 @@ BAD_OVERRIDES = [
     ("data.val_datasets=[]", "data.val_datasets is empty"),
     ("quantization.load_in_8bit=true", "exclude each other"),
     ("data.datasets.0.columns={question: q}", "no field of type alpaca; its fields are instruction, input, output"),
-    ("data.datasets.0.separator='\\n'", "separator goes with type prompt_completion only"),
+    ("data.datasets.0.separator='\\n'", "separator is only for type prompt_completion"),
 ]
 
 
@@ -147,7 +150,7 @@ def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as raised:
         load_config(file)
     first, *lines = str(raised.value).splitlines()
-    assert first == "4 keys are not keys of the config:"
+    assert first == "4 unknown keys:"
     assert lines[0] == f"  base_model in {file}: did you mean model.name_or_path?"
     assert [line.split()[0] for line in lines] == ["base_model", "lora_r", "val_set_size", "train.neftune_noise_alpha"]
     datasets = "[{path: a, ds_type: json}, {field_output: b}]"
@@ -189,13 +192,13 @@ def test_values_that_do_not_go_together_are_named(load, overrides, fragment):
         (["sora.target_rank=65", "sora.sparse_lambda=null"], "sora.target_rank (65.0, on the command line) is above"),
         (["sora.threshold=adaptive"], "needs a budget"),
         (["distributed.sync_every=8", "distributed.strategy=zero2"], "use strategy ddp (or auto), or sync_every 1"),
-        (["distributed.replica=node"], "goes with local updates; set distributed.sync_every above 1"),
-        (["distributed.outer_momentum=0.9"], "goes with local updates"),
-        (["distributed.outer_learning_rate=0.7"], "goes with local updates"),
+        (["distributed.replica=node"], "needs local updates; set distributed.sync_every above 1"),
+        (["distributed.outer_momentum=0.9"], "needs local updates"),
+        (["distributed.outer_learning_rate=0.7"], "needs local updates"),
         (["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"], "does not go with sora.target_"),
         (["sora.consensus_at=0.1"], "sora.dense_ratio (0.1, by default) must be below sora.consensus_at (0.1, on the"),
-        (["sora.min_rank=2"], "goes with a budget"),
-        (["sora.budgets={q_proj: 4}"], "goes with a budget"),
+        (["sora.min_rank=2"], "needs a budget"),
+        (["sora.budgets={q_proj: 4}"], "needs a budget"),
         (["sora.sparse_lambda=null", "sora.target_rank=8", "sora.budgets={q_proj: 65}"], "is 65, above sora.r"),
         (["evaluation.early_stopping_patience=2"], "needs dev rows"),
     ],
@@ -211,7 +214,7 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
     ("overrides", "fragment"),
     [
         (["data.datasets.0.type=custom"], "data.datasets.0 is of type custom and has no function"),
-        (["data.datasets.0.function='a:b'"], "goes with type custom and no other"),
+        (["data.datasets.0.function='a:b'"], "is only for type custom"),
         ([TWO % ("weight: 2", "")], "data.datasets.0 has weight and data.datasets.1 has not: its share of an epoch's"),
         ([TWO % ("type: alpaca", ", weight: 2")], "data.datasets.1 has weight and data.datasets.0 has not"),
         ([TWO % ("streaming: true", "")], "data.datasets.0 has streaming and data.datasets.1 has not"),
@@ -220,7 +223,7 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
         (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming does not go with dev rows"),
         ([STREAMED, "train.max_steps=null", "train.num_train_epochs=1"], "set train.max_steps, and train.num_train_ep"),
         ([STREAMED, "data.val_set_size=10"], "data.val_set_size cannot hold out rows of streamed data sets"),
-        ([STREAMED, "data.num_proc=2"], "data.num_proc is for data that is prepared"),
+        ([STREAMED, "data.num_proc=2"], "data.num_proc does not apply to streamed data"),
         ([STREAMED, "data.drop_duplicates=true"], "data.drop_duplicates would have to remember every row"),
     ],
 )

@@ -107,7 +107,7 @@ def test_min_rank_is_kept_where_anything_lives() -> None:
     ("options", "said"),
     [
         ({"consensus": "magic"}, "use 'svd' or 'slots'"),
-        ({"target_rank": 1, "target_params": 5}, "two ways to say one budget"),
+        ({"target_rank": 1, "target_params": 5}, "both set the budget"),
         ({"min_rank": 1}, "needs a budget"),
         ({"target_rank": 7}, "more than the .* or raise r if layers are wider than that$"),
         ({"target_rank": -1}, "target_rank is -1; it must be a number above 0"),
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_a_sentence(options: dict, said: str) -> None:
 
 
 def test_a_model_without_gates_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="were cut already"):
+    with pytest.raises(UserError, match="were already cut"):
         consensus_prune(consensus_prune(trained()))
     with pytest.raises(UserError, match="call inject_sora"):
         consensus_prune(tiny_llama())
@@ -214,7 +214,7 @@ def test_a_model_that_fsdp_shards_is_refused_with_a_sentence_and_exported_once_i
     version: int, tmp_path: Path
 ) -> None:
     for report in spawn("test_consensus_prune:inside_fsdp", 2, {"version": version, "folder": str(tmp_path / "out")}):
-        assert "FSDP shards the present ones" in report["cut"] and "FSDP shards" in report["injected"], report
+        assert "FSDP has sharded the current ones" in report["cut"] and "FSDP shards" in report["injected"], report
         assert "is sharded: gather it first" in report["exported"]
         assert report.get("gathered", "nothing") == "nothing"
         assert version == 1 or "are sharded by fully_shard" in report["step"]
@@ -240,7 +240,7 @@ def cut_inside_zero(stage: int) -> str:
 def test_a_model_in_an_engine_of_zero_is_not_cut_under_it(stage: int) -> None:
     """The engine would go on with the parameters from before, or fail at its next step."""
     assert (
-        "DeepSpeed's ZeRO holds the present ones"
+        "DeepSpeed's ZeRO holds the current ones"
         in spawn("test_consensus_prune:cut_inside_zero", 1, {"stage": stage})[0]
     )
 
@@ -294,8 +294,8 @@ def test_under_ddp_the_old_wrapper_is_refused_and_a_new_one_goes_on() -> None:
     """It would reduce none of the new parameters' gradients, and the processes would drift apart."""
     for report in spawn("test_consensus_prune:cut_inside_ddp", 2, {}):
         for given in ("handed over", "compiled", "not injected"):
-            assert "give it model.module" in report[given]
-        assert "wrap the model anew" in report["old"]
+            assert "pass model.module" in report[given]
+        assert "wrap the model again" in report["old"]
         assert report["evaluated alone"] == report["new"] == "nothing"
 
 

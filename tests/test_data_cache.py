@@ -92,7 +92,7 @@ def test_a_file_that_changes_between_hashing_and_reading_is_refused_and_not_kept
         rows.write_text(json_lines(*TEXTS, *TEXTS))
         return read_rows(spec)
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a.jsonl has changed while it was read"):
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"a.jsonl changed while it was being read"):
         patched.setattr(prepare, "read_rows", grown)
         prepare.prepare(work, cache_dir=tmp_path / "cache")
     rows.write_text(json_lines(*TEXTS))

@@ -96,7 +96,7 @@ def test_a_prompt_that_opens_more_than_the_answer_has_does_not_disturb_the_masks
 
 @pytest.mark.parametrize("template", [MOVED_SYSTEM, MARKED_LAST_QUESTION])
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_not_masked_wrongly(byte, template):
-    with pytest.raises(BadRow, match="writes a turn differently"):
+    with pytest.raises(BadRow, match="renders a turn differently"):
         tokens_and_weights(WITH_SYSTEM, byte, template)
 
 
@@ -147,7 +147,7 @@ def test_an_earlier_answer_whose_thoughts_the_template_drops_is_refused_and_the_
     last = chat(("user", "Q"), ("assistant", "A"), ("user", "Q"), answer("B"))
     assert answers(last, byte, QWEN_3) == ["A<|im_end|>", "<think>\nHm\n</think>\n\nB<|im_end|>"]
     both = chat(("user", "Q"), answer("A"), ("user", "Q"), answer("B"))
-    with pytest.raises(BadRow, match="writes a turn differently"):
+    with pytest.raises(BadRow, match="renders a turn differently"):
         tokens_and_weights(both, byte, QWEN_3)
     assert answers(both, byte, QWEN_3, train_on_last_turn_only=True) == ["<think>\nHm\n</think>\n\nB<|im_end|>"]
 
@@ -157,11 +157,11 @@ def test_an_answer_that_says_something_else_when_others_follow_is_refused(byte):
         ours = "{{ m.content if loop.last or m.role == 'user' else " + written + " }}"
         template = "{% for m in messages %}{{ '<|im_start|>' + m.role }}" + ours + "<|im_end|>{% endfor %}"
         template += "{{ '<|im_start|>assistant' if add_generation_prompt }}"
-        with pytest.raises(BadRow, match="writes a turn differently"):
+        with pytest.raises(BadRow, match="renders a turn differently"):
             tokens_and_weights(TWO_TURNS, byte, template)
     no_end = "{% for m in messages %}[{{ m.role }}]{{ '#' if loop.last and m.role == 'assistant' }}{{ m.content }}"
     no_end += "{{ eos_token if loop.last }}{% endfor %}"
-    with pytest.raises(BadRow, match="writes a turn differently"):
+    with pytest.raises(BadRow, match="renders a turn differently"):
         tokens_and_weights(TWO_TURNS, byte, no_end)
 
 
@@ -188,7 +188,7 @@ def test_the_last_turn_can_be_trained_on_under_a_template_that_rewrites_earlier_
 
 def test_a_template_that_leaves_out_a_turn_to_train_on_is_refused(byte):
     template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}|{% endfor %}"
-    with pytest.raises(BadRow, match=r"writes nothing in the place of messages\[1\] \(assistant\)"):
+    with pytest.raises(BadRow, match=r"renders nothing for messages\[1\] \(assistant\)"):
         tokens_and_weights(TWO_TURNS, byte, template)
 
 

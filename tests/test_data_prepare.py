@@ -222,7 +222,7 @@ def test_nothing_left_to_train_on_is_refused_with_the_counts(prepared):
     ("conversation", "why"),
     [
         ([QUESTION], "no assistant turn"),
-        ([QUESTION, {**ANSWER, "weight": 0}], "what would be trained on has weight 0"),
+        ([QUESTION, {**ANSWER, "weight": 0}], "every token to train on has weight 0"),
     ],
 )
 def test_a_data_set_without_a_supervised_token_is_named_with_the_reason(tmp_path, byte, fills, conversation, why):

@@ -122,14 +122,14 @@ THINKS_FIRST = (
     ("template", "options", "said"),
     [
         (TEMPLATES["alpaca"], {}, None),
-        (TEMPLATES["chatml"], {}, "answers end with text that is no token of this tokenizer's own"),
+        (TEMPLATES["chatml"], {}, "answers end with text that is not a single token of this tokenizer"),
         (
             TEMPLATES["vicuna"],
             {"opening": ("x",), "merges": (("x", "A"),)},
-            "servers, which tokenise what a chat template",
+            "servers, which tokenise the rendered chat template",
         ),
         (THINKS_FIRST, {}, "the chat template opens its answer with '<think>'"),
-        (TEMPLATES["alpaca"], {"merges": (("Ċ", "a"),)}, "the chat template ends prompts with blanks"),
+        (TEMPLATES["alpaca"], {"merges": (("Ċ", "a"),)}, "the chat template ends prompts with whitespace"),
     ],
 )
 def test_a_run_is_warned_of_what_a_template_does_to_those_who_ask(template, options, said):

@@ -196,9 +196,9 @@ def test_dev_rows_that_say_nothing_and_settings_that_change_nothing_are_warned_o
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert f"warning: rows of data.val_datasets {dev['path']} are trained on too" in said
-    assert "has the separator '\\n' behind prompts, what is trained on has ''" in said
+    assert "has the separator '\\n' after prompts; the training rows have ''" in said
     for key in ("chat_template", "train_on_last_turn_only"):
-        assert f"warning: data.{key} is for conversations, and no data set is made of them" in said
+        assert f"warning: data.{key} is for conversations, but no data set has any" in said
 
 
 def test_data_sets_share_rows_where_they_share_a_file_however_it_is_named(tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, ca
     for template, is_warned_of in (("chatml", True), ("alpaca", False)):
         options = {**QUICK, "data.chat_template": template, "data.datasets": [{"path": str(rows), "type": "alpaca"}]}
         assert main([CONFIG, *gsm8k_overrides(tmp_path / template, **options), "--dry-run"]) == 0
-        assert ("answers end with text that is no token" in capsys.readouterr().out) == is_warned_of
+        assert ("answers end with text that is not a single token" in capsys.readouterr().out) == is_warned_of
 
 
 def test_a_template_that_nobody_named_is_said(tmp_path, capsys):
@@ -328,5 +328,5 @@ def test_a_template_that_nobody_named_is_said(tmp_path, capsys):
         options |= {"data.val_set_size": None, "evaluation.eval_steps": None}
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
         out = capsys.readouterr().out
-        assert ("chat template: alpaca, as the tokenizer brings none" in out) == said
+        assert ("chat template: alpaca, as the tokenizer has none" in out) == said
         assert "frozen ones (float32)" in out

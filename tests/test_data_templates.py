@@ -107,9 +107,9 @@ def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
         (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
         (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
     ):
-        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
+        with pytest.raises(BadRow, match=f"the chat template cannot render {part}"):
             tokens_and_weights(example, byte, TEMPLATES[name])
-    with pytest.raises(BadRow, match=f"the {name} template has no place for this tool message"):
+    with pytest.raises(BadRow, match=f"the {name} template cannot render this tool message"):
         tokens_and_weights(chat(("user", "Q"), ("tool", "R"), ("assistant", "A")), byte, TEMPLATES[name])
     names_alone = chat(Message("user", "Q", extra={"name": "Ann", "tool_calls": None}), ("assistant", "A"))
     assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
@@ -163,7 +163,7 @@ def test_mentioning_tools_and_reasoning_is_not_writing_them(byte):
         (chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]})), "tool calls"),
         (chat(("user", "Q"), Message("assistant", "A", extra={"reasoning_content": "Hm"})), "reasoning_content"),
     ):
-        with pytest.raises(BadRow, match=f"the chat template has no place for {part}"):
+        with pytest.raises(BadRow, match=f"the chat template cannot render {part}"):
             tokens_and_weights(example, byte, mentions)
 
 

@@ -78,7 +78,7 @@ def test_another_base_on_one_process_is_refused(ground: Playground, base: Path, 
     shutil.copytree(base, other)
     perturb(other)
     said = said_by_two(ground, "bases", {"model.name_or_path": str(base)}, {"model.name_or_path": str(other)})
-    assert "model.name_or_path is not the same everywhere: process 1 found something else than process 0" in said
+    assert "model.name_or_path is not the same everywhere: process 1 differs from process 0" in said
 
 
 def test_a_run_directory_that_machines_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_nothing_goes_on_beside_another_base_in_silence(
     assert cli.main(["generate", adapter, "--prompt", "Tim", "--max-new-tokens", "1", *restored]) == 0
     assert "warning" not in capsys.readouterr().err
     run(CONFIG, *gsm8k_overrides(other, **options, **{"model.adapter": adapter}))
-    assert f"model.adapter was trained beside other weights than {base} has" in capsys.readouterr().out
+    assert f"model.adapter was trained on different weights than {base} has" in capsys.readouterr().out
 
 
 def test_what_is_merged_was_trained_beside_what_its_sources_were(

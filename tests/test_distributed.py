@@ -322,6 +322,6 @@ def test_a_launcher_that_states_another_stage_is_refused_once(run_config: Path, 
         ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
     )
     assert code != 0  # launchers make 1 of every exit code
-    assert output.count("sora_llm: distributed.strategy is zero2 but the launcher states ZeRO stage 3") == 1
+    assert output.count("sora_llm: distributed.strategy is zero2 but the launcher sets ZeRO stage 3") == 1
     assert 'sora_llm/train.py", line' not in output, "a traceback of ours"
     assert not run.exists()

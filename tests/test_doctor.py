@@ -83,7 +83,7 @@ def test_a_trial_that_hangs_is_ended_with_all_it_started(scripts, name):
     )
     begin = time.monotonic()
     found = cmd_doctor.trial(name, 6.0, "the remedy", module="hangs")
-    assert found == Finding(name, FAILED, "nothing came of it within 6 s", "the remedy")
+    assert found == Finding(name, FAILED, "no result within 6 s", "the remedy")
     assert time.monotonic() - begin < 120
     pids = [int(path.name.removeprefix("pid-")) for path in scripts.glob("pid-*")]
     while any(_runs(pid) for pid in pids):

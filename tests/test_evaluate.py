@@ -153,7 +153,7 @@ def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(l
         assert evaluated(capsys, run, "--data", rows, *form, "--separator", "") == plain
     assert evaluated(capsys, lora, "--data", rows, *FORM, "--separator", "\n") == expected
     assert cli.main(["evaluate", str(lora), "--data", str(rows), *FORM, "--separator", "\\n", "--json"]) == 0
-    assert "a backslash and an n, which is no line break" in capsys.readouterr().err
+    assert "a backslash and an n, not a line break" in capsys.readouterr().err
     exported = shutil.copytree(lora, tmp_path / "exported")
     (exported / "certificate.json").write_text(json.dumps({"separator": "\n"}))  # as an export of that run has it
     assert evaluated(capsys, exported, "--data", rows, *FORM)["adapter"]["loss"] == expected["adapter"]["loss"]

@@ -65,7 +65,7 @@ def test_under_other_options_those_rows_are_measured_that_the_run_held_out(lora,
         found = json.loads(output.out)
         assert found["rows"] == 4, option
         assert (found["adapter"]["loss"] == own["adapter"]["loss"]) == (option != "data.train_on_inputs=true")
-        assert (f"the rows that {run} held out are measured" in output.err) == (option != "data.train_on_inputs=true")
+        assert (f"the rows that {run} evaluating the rows" in output.err) == (option != "data.train_on_inputs=true")
     shorter = evaluated(capsys, run, "data.sequence_len=28")
     assert shorter["rows"] == 2 and shorter["not_as_written"] == ["left out 2 that were held out"]
     other = {"path": str(tmp_path / "other.jsonl"), "type": "prompt_completion"}
@@ -106,7 +106,7 @@ def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
     (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
     assert warning(run, "--data", tmp_path / "others.jsonl", "--adapter", all_rows) == ""
     quantised = numbers_run(tmp_path, lora, "quantised", **{"quantization.load_in_4bit": True})
-    assert "beside the base as " in warning(run, "--adapter", quantised)
+    assert "on the base as " in warning(run, "--adapter", quantised)
 
 
 def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too(lora, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_b
 
     def warning(place: Path, *options: object) -> bool:
         assert cli.main(["evaluate", str(place), *map(str, options)]) == 0
-        return "numbers.jsonl too, so that it may have seen" in capsys.readouterr().err
+        return "numbers.jsonl so it may have seen" in capsys.readouterr().err
 
     options = {"model.adapter": str(run / "adapter"), "data.datasets": [others], "data.val_set_size": None}
     child = numbers_run(tmp_path, lora, "child", **options)

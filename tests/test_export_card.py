@@ -37,7 +37,7 @@ def test_the_model_card_says_what_ended_a_prompt(separator, how, stories, tmp_pa
     provenance = Provenance("some/base", separator=separator)
     export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=provenance)
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert f"Behind every prompt stood {separator!r} (a Python string): end yours {how}" in card
+    assert f"Every prompt ended with {separator!r} (a Python string): end yours {how}" in card
 
 
 def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):

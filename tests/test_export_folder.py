@@ -33,7 +33,7 @@ def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(stories, tmp
 
 def test_a_folder_with_something_else_in_it_is_not_replaced(stories, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="holds no export"):
+    with pytest.raises(UserError, match="is not an export"):
         export_adapter(trained_model("float32", stories), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -56,7 +56,7 @@ def test_a_tilde_is_home_and_the_working_directory_is_never_replaced(stories, tm
     export_adapter(model, "~/there")
     assert (tmp_path / "there" / "certificate.json").is_file()
     for folder in (".", ".."):
-        with pytest.raises(UserError, match="is where this process works"):
+        with pytest.raises(UserError, match="contains the working directory"):
             export_adapter(model, folder)
 
 

@@ -56,7 +56,7 @@ def test_base_and_adapter_answer_as_they_do_in_transformers_and_peft(stories, lo
 
 
 def test_a_whole_model_is_asked_and_measured_as_its_certificate_says(stories, lora, tmp_path, capsys):
-    """A merged one: no adapter, no base beside it, and behind prompts what training put there."""
+    """A merged one: no adapter, no separate base, and after prompts what training put there."""
     (base,) = generate(capsys, lora, "--prompt", PROMPT, "--no-adapter")["answers"]
     assert generate(capsys, stories, "--prompt", PROMPT) == {
         "base_model": str(stories),
@@ -79,7 +79,10 @@ def test_a_whole_model_is_asked_and_measured_as_its_certificate_says(stories, lo
         assert cli.main([str(argument) for argument in arguments]) == 0
         losses.append(json.loads(capsys.readouterr().out)["model"]["loss"])
     assert losses[0] != losses[1]
-    for wrong, said in ((["--compare"], "needs an adapter"), (["--base", str(stories)], "no base beside it")):
+    for wrong, said in (
+        (["--compare"], "needs an adapter"),
+        (["--base", str(stories)], "whole model without a separate base"),
+    ):
         assert cli.main(["generate", str(merged), "--prompt", "a", *wrong]) == 2
         assert said in capsys.readouterr().err
 
@@ -152,7 +155,7 @@ def test_a_run_is_asked_as_it_was_trained(stories, lora, tmp_path, capsys):
 def test_an_answer_that_fills_the_model_s_positions_says_so(lora, capsys):
     prompt = "Once upon a time there was " * 80
     assert cli.main(["generate", str(lora), "--raw", "--prompt", prompt, "--max-new-tokens", "500"]) == 0
-    assert "that answer was cut where it filled the model's 512 positions" in capsys.readouterr().err
+    assert "the answer was cut off at the model's 512 positions" in capsys.readouterr().err
 
 
 def _alpaca(folder: Path) -> list[dict[str, Any]]:
@@ -184,12 +187,12 @@ def test_a_checkpoint_answers_as_the_adapter_that_it_would_become(stories, tmp_p
     ("arguments", "said"),
     [
         (["nowhere", "--prompt", "x"], "there is no nowhere"),
-        (["{lora}/..", "--prompt", "x"], "is no run directory"),
+        (["{lora}/..", "--prompt", "x"], "is not a run directory"),
         (["{lora}", "--prompt", " "], "is empty"),
         (["{lora}", "--prompt", "x", "--temperature", "-1"], "--temperature"),
         (["{lora}", "--prompt", "x", "--temperature", "1", "--top-p", "0"], "--top-p is 0"),
-        (["{lora}", "--prompt", "x", "--top-p", "0.9"], "at --temperature 0 nothing is"),
-        (["{lora}", "--prompt", "x", "--seed", "3"], "--seed is for what is drawn"),
+        (["{lora}", "--prompt", "x", "--top-p", "0.9"], "--temperature 0 does not sample"),
+        (["{lora}", "--prompt", "x", "--seed", "3"], "--seed applies to sampling"),
         (["{lora}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{lora}", "--prompt", "x", "--compare", "--no-adapter"], "--compare"),
         (
@@ -219,8 +222,8 @@ WITHOUT_SYSTEM = """{%- for m in messages if m.role != 'system' -%}
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "--system", "Be brief.", "--prompt", "Hi"], "--system cannot be said"),
-        (["chat", "--system", "Be brief."], "--system cannot be said"),
+        (["generate", "--system", "Be brief.", "--prompt", "Hi"], "--system cannot be used"),
+        (["chat", "--system", "Be brief."], "--system cannot be used"),
         (["generate", "--prompts-file", "{folder}/p.jsonl"], "p.jsonl:1 cannot be asked"),
     ],
 )
@@ -239,11 +242,11 @@ def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_
     ("row", "said"),
     [
         ({"instruction": "Add.", "input": "1 2"}, "has an input beside its instruction, which needs a chat template"),
-        ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "offers tools"),
+        ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "has tools"),
         ({"instruction": 3}, "p.jsonl:1: instruction"),
         ({"instruction": 3, "messages": None}, "p.jsonl:1: instruction"),
-        ({"question": "?"}, "is none of "),
-        ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]}, "is none of "),
+        ({"question": "?"}, "must be "),
+        ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]}, "must be "),
         ({"instruction": "Add.", "messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_run_ends_as_it_would_without_the_upload_which_the_same_command_tries_
     run_dir = ground.run_dir("pushed")
     output, other_output = run(token="")
     assert status(run_dir)["state"] == "finished"
-    assert "needs a token of the hub by the end of the run" in output.partition("step 0/")[0], "before any work"
+    assert "needs a hub token by the end of the run" in output.partition("step 0/")[0], "before any work"
     assert output.count("was not uploaded") == 1 and "hf upload me/mine" in output
     assert "upload" not in other_output and not online.asked.is_set()
 

@@ -165,7 +165,7 @@ def test_bare_shows_the_base_model_and_puts_the_adapters_back_whatever_happens()
 def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(UserError, match="adapters of another library"):
+    with pytest.raises(UserError, match="another library's adapters"):
         inject_sora(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
     shared = tiny_llama()
     shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
@@ -218,7 +218,7 @@ def test_a_wrapped_part_of_a_model_is_refused_by_what_wraps_it(wrap, said):
     model = tiny_llama()
     model.model.layers[1] = wrap(model.model.layers[1])
     with pytest.raises(
-        UserError, match=rf"model\.layers\.1\.\S+ is inside a {said}, under a name that is not the base's"
+        UserError, match=rf"model\.layers\.1\.\S+ is inside a {said}, which changes its name from the base's"
     ):
         inject_sora(model)
     assert not adapters(model) and all(p.requires_grad for p in model.parameters())
@@ -239,7 +239,7 @@ def test_targets_that_are_no_text_are_a_sentence(bad):
 
 
 def test_what_is_no_model_is_a_sentence():
-    with pytest.raises(UserError, match="takes a model of torch, not 'llama'"):
+    with pytest.raises(UserError, match=r"takes a torch\.nn\.Module, not 'llama'"):
         inject_sora("llama")
 
 

@@ -149,7 +149,7 @@ def test_a_terminal_gets_ranks_by_layer_and_spectra_by_projection_or_by_module(t
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"peft_type": "LOHA"}, "LOHA"), ({"use_dora": True}, "DoRA"), ({"r": 7}, "the files do not belong")],
+    [({"peft_type": "LOHA"}, "LOHA"), ({"use_dora": True}, "DoRA"), ({"r": 7}, "the files do not match")],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path, capsys, config, said):
     folder = peft_lora(BASE, tmp_path / "lora", 1, r=4, lora_alpha=8)

@@ -137,7 +137,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["PhiForCausalLM"]}))
     said = refused("gguf", **{"model.name_or_path": str(other)})
     assert "output.export_layout gguf: " in said and "not for PhiForCausalLM" in said
-    assert "8-bit layers round activations too" in refused("merged", **{"quantization.load_in_8bit": True})
+    assert "8-bit layers also round activations" in refused("merged", **{"quantization.load_in_8bit": True})
     (other / "model.safetensors").rename(other / "pytorch_model.bin")
     assert "pickles (*.bin) are not read" in refused("merged", **{"model.name_or_path": str(other)})
     with monkeypatch.context() as patch:
@@ -146,15 +146,15 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "gguf").mkdir(parents=True)
     (tmp_path / "run" / "gguf" / "base.gguf").write_text("mine")
-    assert "gguf exists and holds no export" in refused("gguf")
+    assert "gguf exists and is not an export" in refused("gguf")
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["gguf", "base.gguf"]
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")  # somebody's LoRA, not the run's
-    assert "output.output_dir: " in (said := refused("padded")) and "adapter exists and holds no export" in said
+    assert "output.output_dir: " in (said := refused("padded")) and "adapter exists and is not an export" in said
     certificate = {"layout": "padded", "modules": {}, "files": ["adapter_config.json", "certificate.json"]}
     (tmp_path / "run" / "adapter" / "certificate.json").write_text(json.dumps(certificate))
     (tmp_path / "run" / "adapter" / "notes.txt").write_text("mine")
     shutil.rmtree(tmp_path / "run" / "gguf")
     with monkeypatch.context() as patch:
         patch.setattr("sora_llm.train.run_in", lambda *_: pytest.fail("a model was loaded"))
-        assert "and with it notes.txt, which is no part of the export there" in refused("padded")
+        assert "along with notes.txt, which is not part of the export" in refused("padded")

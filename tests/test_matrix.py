@@ -248,7 +248,7 @@ def test_launched_in_every_way(
             [*DEEPSPEED, "--num_processes", "2"],
             "zero2",
             {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
-            "the launcher states ZeRO stage 1",
+            "the launcher sets ZeRO stage 1",
         ),
     ],
 )

@@ -318,7 +318,7 @@ def test_slots_that_do_not_correspond_have_no_votes():
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 1e308])
 def test_a_weight_that_is_no_weight_is_refused(weight):
-    with pytest.raises(UserError, match="finite numbers of 0 or more"):
+    with pytest.raises(UserError, match="finite numbers from 0"):
         merge([with_gates({"a": [1.0]}), with_gates({"a": [2.0]}, weight)])
 
 

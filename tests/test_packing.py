@@ -132,7 +132,7 @@ def test_the_probe_passes_nothing_that_it_cannot_compare():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="the base's own logits are not finite"):
+    with pytest.raises(UserError, match="the base's logits are not finite"):
         packing_proof.prove_packing(model, "sdpa", "cpu")
 
 

@@ -119,7 +119,7 @@ def test_a_later_stage_is_not_gone_on_with_in_another_directory(
 ) -> None:
     """Which would lack the adapters of the stages before."""
     elsewhere = {"output.resume": str(straight / "checkpoints" / f"step-{STEPS + 1}")}
-    with pytest.raises(UserError, match="of a later stage"):
+    with pytest.raises(UserError, match="from a later stage"):
         run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATH, **elsewhere))
 
 
@@ -127,7 +127,7 @@ def test_a_folder_that_no_stage_may_replace_is_said_before_training(ground: Play
     mine = tmp_path / "run/path" / f"{LAMBDAS[1]:.6g}"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"path/0\.5 exists and holds no export"):
+    with pytest.raises(UserError, match=r"path/0\.5 exists and is not an export"):
         run(CONFIG, *overrides(ground.folder, tmp_path / "run", **PATH))
     assert (mine / "notes.txt").read_text() == "mine" and not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -228,8 +228,8 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
         ({"sora.consensus_at": 0.5}, "must be 1.0 in a sparsity path"),
         ({"sora.retrain": False}, "needs sora.threshold constant"),
         ({"sora.sparse_lambda": None, "sora.target_rank": 2}, "whose stages have a λ each"),
-        ({"sora.lambda_num": 1}, "goes with a sparsity path"),
-        ({"sora.lambda_num": 10**6}, "too near to each other"),
+        ({"sora.lambda_num": 1}, "needs a sparsity path"),
+        ({"sora.lambda_num": 10**6}, "too close together"),
         (
             {
                 "sora.lambda_num": 1,
@@ -283,5 +283,5 @@ def test_a_stage_that_is_not_there_is_a_sentence(
 
     assert "has no stage 0.3; it has 0.2, 0.5, 0.8" in refused(straight, "--stage", "0.3")
     assert "the smallest has" in refused(straight, "--max-params", "3")
-    assert "is no run directory" in refused(tmp_path)
+    assert "is not a run directory" in refused(tmp_path)
     assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ def test_no_pickle_that_lies_in_a_run_directory_is_read(
             if folder.name != "adapter":  # which must not look like somebody else's folder
                 hostile(folder / name)
     code, output = start(interrupted)
-    assert code == 0 and "passed over" in output and "step 3 of 6" in output
+    assert code == 0 and "skipped" in output and "step 3 of 6" in output
     assert not was_unpickled(tmp_path) and result(interrupted) == result(undisturbed[1])
 
 

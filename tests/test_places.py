@@ -140,7 +140,7 @@ def test_a_base_that_comes_with_code_is_refused_with_the_word_that_runs_it(stori
     own = {"auto_map": {"AutoConfig": "mine.Config"}, "model_type": "mine"}
     (base / "config.json").write_text(json.dumps(config | own))
     (base / "mine.py").write_text("raise SystemExit('the code ran')\n")
-    with pytest.raises(UserError, match=r"comes with Python code of its own.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"comes with its own Python code.*--trust-remote-code"):
         load_model_config(BackboneSpec(str(base)))
 
 
@@ -158,7 +158,7 @@ def test_what_is_nothing_is_said_in_the_same_words(run, tmp_path):
     for path, said in (
         (run, "has no adapter yet"),
         (tmp_path / "no", "there is no"),
-        (tmp_path, "is no run directory"),
+        (tmp_path, "is not a run directory"),
     ):
         with pytest.raises(UserError, match=said):
             read_source(path)

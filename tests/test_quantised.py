@@ -181,7 +181,7 @@ def test_other_quantisers_are_refused_by_name(quantised, tmp_path):
 
 def test_4_bit_files_without_a_word_of_it_in_their_config_are_refused(quantised, tmp_path):
     base = with_config(quantised("nf4"), tmp_path / "base", without="quantization_config")
-    with pytest.raises(UserError, match="holds 4-bit weights of bitsandbytes, and"):
+    with pytest.raises(UserError, match="holds bitsandbytes 4-bit weights, but"):
         load_model_config(BackboneSpec(str(base), load_in_4bit=True))
 
 
@@ -209,12 +209,12 @@ def test_what_is_not_quantised_is_brought_into_the_dtype_of_the_run(quantised, t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"llm_int8_threshold": "high"}, "none that bitsandbytes has"),
-        ({"bnb_4bit_compute_dtype": "auto"}, "none that bitsandbytes has"),
+        ({"llm_int8_threshold": "high"}, "not valid for bitsandbytes"),
+        ({"bnb_4bit_compute_dtype": "auto"}, "not valid for bitsandbytes"),
         ({"bnb_4bit_quant_type": "int4"}, "int4 computed in bfloat16"),
-        ({"llm_int8_skip_modules": ["layers.(1"]}, "none that bitsandbytes has"),
-        ({"load_in_8bit": True}, "none that bitsandbytes has"),
-        ({"llm_int8_skip_modules": []}, "its head quantised and tied"),
+        ({"llm_int8_skip_modules": ["layers.(1"]}, "not valid for bitsandbytes"),
+        ({"load_in_8bit": True}, "not valid for bitsandbytes"),
+        ({"llm_int8_skip_modules": []}, "its head both quantised and tied"),
     ],
     ids=["threshold", "dtype", "type", "pattern", "both", "head"],
 )

@@ -147,7 +147,7 @@ def test_a_base_that_is_named_has_to_fit_though_the_files_say_all(tmp_path, caps
     assert found == {**expected, "base_model": str(fits)}
     other = saved_tiny_llama(tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text().replace('_size": 48', '_size": 64'))
-    for base, said in ((other, "it is an adapter of another base"), ("/no/such", "/no/such")):
+    for base, said in ((other, "it is an adapter for another base"), ("/no/such", "/no/such")):
         assert cli.main(["recommend-ranks", str(folder), "--base", str(base)]) == 2
         assert said in capsys.readouterr().err
 
@@ -188,7 +188,7 @@ def test_axolotls_whole_alphas_are_said_to_be_off(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--target-rank", "0"], "--target-rank"),
-        (["--target-params", "3"], "the size leaves nothing"),
+        (["--target-params", "3"], "this size keeps nothing"),
         (["--tolerance", "1"], "--tolerance"),
         (["--scaling", "0"], "--scaling"),
         (["--min-rank", "3", "--target-params", "100"], "min_rank"),

@@ -172,7 +172,7 @@ def test_a_directory_that_was_replaced_is_not_written_any_more(tmp_path):
                 lambda: directory.status("finished"),
                 directory.require_held,
             ):
-                with pytest.raises(RunFailed, match="is not the file any more that this run holds"):
+                with pytest.raises(RunFailed, match="is no longer the file that this run locked"):
                     write()
             directory.report({})
             assert [path.name for path in mine.iterdir()] == [".lock"] and other.is_held()
@@ -190,7 +190,7 @@ def test_the_number_of_processes_never_lies_beside_the_config_of_another_one(tmp
         real(path, text)
 
     monkeypatch.setattr(rundir, "write_text_atomically", full)
-    with pytest.raises(RunFailed, match="make room and start the same command again"):
+    with pytest.raises(RunFailed, match="free some space and run the same command again"):
         RunDirectory(tmp_path, is_main=True).begin(config_yaml="a: 2\n", env={"num_processes": 2}, total_steps=3)
     assert not (tmp_path / "env.json").exists()
 

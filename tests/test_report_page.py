@@ -196,7 +196,7 @@ def test_a_budget_is_tracked(tmp_path):
     assert worst != 0
     assert f"The budget is {budget:,} parameters. {budget:,} are kept, 100.0% of it." in page.text
     last_step, last = pairs[-1]
-    said = f"by {last:+.2f} at step {last_step}, the last that has both, and by {worst:+.2f} at most, at step {step}"
+    said = f"by {last:+.2f} at step {last_step}, the last with both values, and by {worst:+.2f} at most, at step {step}"
     assert said in page.text
     assert "λ and τ over steps" in (run.path / "report.html").read_text(encoding="utf-8")
     for label in ("what the schedule wants", "threshold τ", "mean rank − schedule"):

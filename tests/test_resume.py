@@ -155,7 +155,7 @@ def test_a_checkpoint_from_before_a_key_existed_was_made_with_its_default(finish
         state, tensors = json.loads((folder / "state.json").read_text()), checkpoint.read_tensors(folder)
         del state["config"]["train"]["adam_beta2"]
         checkpoint.save(directory, state.pop("step"), tensors, state)
-    with pytest.raises(UserError, match=r"belongs to a run of another config: train\.adam_beta2;"):
+    with pytest.raises(UserError, match=r"belongs to a run with another config: train\.adam_beta2;"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"train.adam_beta2": 0.95}))
     assert run(CONFIG, *gsm8k_overrides(directory, **TINY)).status["state"] == "finished"
 
@@ -264,7 +264,7 @@ def test_a_run_that_must_not_resume_does_not_take_up_one_that_began_while_it_wai
     undisturbed: dict[int, Path],
 ) -> None:
     given = config.load_config(undisturbed[1] / "config.yaml", ["output.resume=never"])
-    with pytest.raises(UserError, match="another run has begun"):
+    with pytest.raises(UserError, match="already holds a run"):
         finished_before(SimpleNamespace(config=given), undisturbed[1], ALONE)
 
 

@@ -60,7 +60,7 @@ def test_the_table_has_a_line_of_each_size(lora, rows, capsys):
     [
         (["--target-rank", "0"], "--target-rank is 0; it is a mean rank above 0"),
         (["--target-params", "0", "5"], "--target-params is 0; it is a number of parameters above 0"),
-        (["--target-params", "5"], "the size leaves nothing: the cheapest rank takes"),
+        (["--target-params", "5"], "this size keeps nothing: the cheapest rank takes"),
         (["--target-rank", "1", "--target-params", "5"], "not allowed with argument"),
         (["--target-rank", "1", "--no-adapter"], "measure an adapter cut to a size, and there is none here"),
     ],

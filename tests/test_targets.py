@@ -71,7 +71,7 @@ class Doubled(nn.Linear):
 
 
 def with_an_odd_up_proj():
-    """A LLaMA of two layers, in one of which no adapter is put on up_proj."""
+    """A LLaMA of two layers, in one of which up_proj takes no adapter."""
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.__class__ = Doubled
     return model
@@ -177,7 +177,7 @@ def test_a_run_warns_of_one_suffix_as_of_a_list_of_it(suffix, is_warned_of, tmp_
         return list(warnings(plan, skeleton))
 
     assert said(suffix) == said(f"[{suffix}]")
-    assert any("no adapter is put on up_proj, a Doubled" in line for line in said(suffix)) == is_warned_of
+    assert any("no adapter on up_proj, a Doubled" in line for line in said(suffix)) == is_warned_of
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path, capsys):
@@ -188,6 +188,6 @@ def test_a_run_says_what_it_leaves_out(tmp_path, capsys):
     options = {"model.name_or_path": str(tmp_path / "base"), "data.sequence_len": 128}
     run(CONFIG, *overrides(tmp_path, tmp_path / "run", **options))
     said = capsys.readouterr().out
-    assert "no adapter is put on experts.gate_up_proj, experts.down_proj, which are in no linear layer" in said
-    assert "no adapter is put on gate_proj, up_proj, down_proj, which PEFT takes for stacked experts" in said
+    assert "no adapter on experts.gate_up_proj, experts.down_proj, which are not linear layers" in said
+    assert "no adapter on gate_proj, up_proj, down_proj, which PEFT takes for stacked experts" in said
     assert "self-check passed" in said

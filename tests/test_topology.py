@@ -80,7 +80,7 @@ def test_one_process_is_none_too_few_unless_its_launcher_says_so(told, launcher)
 
 @pytest.mark.parametrize("launcher", [{"HOME": "/"}, {"MASTER_ADDR": "node1"}])
 def test_one_process_of_several_that_were_asked_for_is_refused(launcher):
-    with pytest.raises(UserError, match=r"started this one alone.*--multi_gpu"):
+    with pytest.raises(UserError, match=r"started only this one.*--multi_gpu"):
         refuse_lone_process(ALONE_OF_TWO, ALONE_OF_TWO, launcher)
 
 
@@ -134,7 +134,7 @@ def test_a_stated_stage_is_followed_by_auto_and_contradicted_by_no_other(tmp_pat
         if strategy == f"zero{stage}":
             assert resolve(strategy, TWO, environ) == strategy
         else:
-            with pytest.raises(UserError, match=f"distributed.strategy is {strategy} .*states ZeRO stage {stage}"):
+            with pytest.raises(UserError, match=f"distributed.strategy is {strategy} .*sets ZeRO stage {stage}"):
                 resolve(strategy, TWO, environ)
 
 
@@ -147,7 +147,7 @@ def test_a_config_file_without_a_stage_states_none(tmp_path):
 
 @pytest.mark.parametrize("stage", ["0", "4", "two"])
 def test_stages_that_do_not_exist_are_refused(stage):
-    with pytest.raises(UserError, match=f"states ZeRO stage {stage}"):
+    with pytest.raises(UserError, match=f"sets ZeRO stage {stage}"):
         resolve("auto", TWO, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
 
 

@@ -63,7 +63,7 @@ def test_a_run_starts_at_the_loss_where_the_other_ended(
     options: dict[str, Any] = {"model.adapter": str(adapter), "distributed.strategy": strategy}
     children = ground.start(name, num_processes, **options)
     assert [child.wait() for child in children] == [0] * num_processes, children[0].output
-    assert children[0].output.count("model.adapter is of the base some/other-base") == 1
+    assert children[0].output.count("model.adapter is for the base some/other-base") == 1
     ended, metrics = lines(before, "metrics.jsonl")[-1], lines(ground.run_dir(name), "metrics.jsonl")
     assert metrics[0]["step"] == 0 and metrics[0]["eval_loss"] == pytest.approx(ended["eval_loss_exported"], rel=1e-5)
     assert abs(lines(before, "metrics.jsonl")[0]["eval_loss"] - metrics[0]["eval_loss"]) > 1e-3, "it had learned"
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_a_sentence_before_the_model_is_loaded(
         "holds no adapter_config.json": {"model.adapter": str(tmp_path)},
         "is a checkpoint; make a LoRA of it": {"model.adapter": str(adapter.parent / "checkpoints/step-2")},
         "is a whole model; name it as model.name_or_path": {"model.adapter": str(shared("models/base5m"))},
-        "is a run; its LoRA is": {"model.adapter": str(adapter.parent)},
+        "is a run directory; its LoRA is": {"model.adapter": str(adapter.parent)},
         "more than sora.r": {"model.adapter": str(adapter), "sora.r": rank - 1},
         "add it to sora.target_modules": {"model.adapter": str(adapter), "sora.target_modules": ["q_proj"]},
         "of another base": {"model.adapter": str(adapter), "model.name_or_path": str(shared("models/base5m"))},

@@ -1,1 +1,1 @@
-"""Adapters as files that others read or wrote: LoRAs, llama.cpp's file, merged models, cards and certificates."""
+"""Files exchanged with other tools: LoRAs, llama.cpp's file, merged models, cards and certificates."""

@@ -1,4 +1,4 @@
-"""What lies beside everything that is exported: its model card and its certificate."""
+"""The model card and certificate of every export."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
         raise UserError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
         raise UserError(
-            f"{folder} exists and holds no export (no {CERTIFICATE} says so); name another folder, this one would be "
-            "replaced"
+            f"{folder} exists and is not an export (it has no valid {CERTIFICATE}); it would be replaced: name another "
+            "folder"
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
@@ -88,8 +88,8 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
         for path in sorted(folder.iterdir()):
             if path.name not in written:
                 raise UserError(
-                    f"{folder} would be replaced, and with it {path.name}, which is no part of the export "
-                    "there; move it, or name another folder"
+                    f"{folder} would be replaced along with {path.name}, which is not part of the export; move it, or "
+                    "name another folder"
                 )
 
 
@@ -215,7 +215,7 @@ def _prompt_line(provenance: Provenance, use: str) -> str:
         how = "with it"
         if (end := separator.removesuffix(" ")) != separator:  # most tokenizers join a blank with the word behind it
             how = f"{f'with {end!r}' if end else 'without it'}, as the last blank begins the answer's first word"
-        lines += f"Behind every prompt stood {separator!r} (a Python string): end yours {how}.\n"
+        lines += f"Every prompt ended with {separator!r} (a Python string): end yours {how}.\n"
     if provenance.chat_template is not None:
         lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
     return lines

@@ -1,4 +1,4 @@
-"""Whether a model that was read from disk answers as the trained one: logits, and the adapter's effect on them."""
+"""Compare a reloaded model with the trained one: logits, and the adapter's effect on them."""
 
 from __future__ import annotations
 

@@ -96,13 +96,13 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     for name, pair in pairs.items():
         if not is_target(name, config):
             raise UserError(
-                f"{folder} holds factors of {name}, which its {CONFIG} leaves out, so that PEFT would ignore them; "
-                "mend that file"
+                f"{folder} holds factors of {name}, which its {CONFIG} leaves out, so PEFT would ignore them; fix that "
+                "file"
             )
         A, B = _checked(pair, name, folder)
         rank = by_pattern(config["rank_pattern"], name, config["r"])
         if A.shape[0] != rank:
-            raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not belong")
+            raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not match")
         alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         has_A, has_B = (A != 0).any(1), (B != 0).any(0)
         live, blank = (mask.nonzero()[:, 0] for mask in (has_A & has_B, has_A ^ has_B))
@@ -166,8 +166,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(OTHER_BASES):
         raise UserError(
-            f"{folder} began with {start}, which changes the base beside it, so that its factors alone are not what it "
-            "does; PEFT can convert most of these while they are saved (path_initial_model_for_weight_conversion)"
+            f"{folder} was initialised with {start}, which also changes the base, so its factors alone do not describe "
+            "it; PEFT can convert most of these on saving (path_initial_model_for_weight_conversion)"
         )
     return config
 
@@ -177,7 +177,7 @@ def more_than_lora(config: Mapping[str, Any]) -> Iterator[str]:
     for option, value in config.items():
         is_set = value is not None if option.endswith("_config") else bool(value)
         if is_set and option not in _HARMLESS:
-            yield f"{option} is set, {OTHER_METHODS.get(option, 'what that does is not known here')}"
+            yield f"{option} is set, {OTHER_METHODS.get(option, 'which is unknown here')}"
     if config.get("bias", "none") != "none":
         yield f"it trains biases (bias: {config['bias']})"
 
@@ -185,7 +185,7 @@ def more_than_lora(config: Mapping[str, Any]) -> Iterator[str]:
 def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) of one module."""
     if pair.keys() != {"A", "B"}:
-        raise UserError(f"{folder}: {name} has only its lora_{next(iter(pair))}; the file is not whole")
+        raise UserError(f"{folder}: {name} has only lora_{next(iter(pair))}; the file is incomplete")
     A, B = pair["A"], pair["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise UserError(
@@ -242,7 +242,7 @@ def certified_digest(folder: Path) -> str | None:
 
 
 def _certified(folder: Path) -> frozenset[str]:
-    """The modules that our certificate beside it names.
+    """The modules that our certificate in the same folder names.
 
     Raises:
         UserError: it is the certificate of other weights.

@@ -154,8 +154,8 @@ def plan_merge(
         shape = [linear.out_features, linear.in_features]
         if shapes.get(f"{name}.weight") != shape:
             raise UserError(
-                f"the files of {spec.name_or_path} hold no {name}.weight of shape {shape}: their tensors are not named "
-                "as its layers are; load and save it with transformers, and name that folder"
+                f"the files of {spec.name_or_path} hold no {name}.weight of shape {shape}: tensor names do not match "
+                "the layers; load and save the model with transformers, and name that folder"
             )
     quantised = frozenset(quantised_linears(bare_model))
     return Merge(factors, spec, files, quantised, dequantise, device, packed)

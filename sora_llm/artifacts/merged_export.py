@@ -78,7 +78,7 @@ def export_merged(
         if problems:
             raise RunFailed(
                 f"the merged model is not base + adapter: {'; '.join(problems[:3])}; nothing was exported (an adapter "
-                f"that is small beside rounding to {merge.spec.dtype} is better served as an adapter)"
+                f"that is small relative to {merge.spec.dtype} rounding is better served unmerged)"
             )
         ranks = {name: A.shape[0] for name, (A, _) in merge.factors.items()}
         certificate = {

@@ -1,4 +1,4 @@
-"""What `inspect` says of an adapter on disk, a LoRA of anybody's or a checkpoint: ranks, sizes, scales, spectra."""
+"""What `inspect` shows of an adapter on disk, any LoRA or a checkpoint: ranks, sizes, scales, spectra."""
 
 from __future__ import annotations
 

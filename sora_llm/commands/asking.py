@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: their arguments, and how messages become tokens and tokens an answer."""
+"""Shared by `generate` and `chat`: arguments, encoding messages, decoding answers."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
         type=float,
         default=sampling.temperature,
         metavar="T",
-        help="0 takes the likeliest token; default %(default)s",
+        help="0 picks the most likely token; default %(default)s",
     )
     number.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help=f"draw from the likeliest tokens that hold this share; default {sampling.top_p:g}",
+        help=f"sample from the most likely tokens with this total probability; default {sampling.top_p:g}",
     )
-    number.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default 0")
+    number.add_argument("--seed", type=int, metavar="N", help="sampling seed; default 0")
     return parser
 
 
 def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
-    """UserError for numbers that cannot be, or that decide nothing where nothing is drawn."""
+    """UserError for invalid numbers, or for sampling options without sampling."""
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
     if not 0 <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; it is 0 or more")
     for name, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
         if value is not None and arguments.temperature == 0:
-            raise UserError(f"{name} is for what is drawn, and at --temperature 0 nothing is; set that above 0 as well")
+            raise UserError(f"{name} applies to sampling, and --temperature 0 does not sample; set it above 0 as well")
     top_p = default.top_p if arguments.top_p is None else arguments.top_p
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p:g}; it is above 0 and at most 1")
@@ -86,7 +86,7 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
 
 @dataclass(frozen=True)
 class Prompter:
-    """All but the weights: whom to ask, its tokenizer, how it was spoken to in training, how many tokens it takes."""
+    """All but the weights: the model, its tokenizer, its prompt format in training, its maximum length."""
 
     subject: Subject
     tokenizer: Any
@@ -109,7 +109,7 @@ class Prompter:
         except BadRow as refused:
             raise UserError(str(refused)) from None
         if not ids:
-            raise UserError("it is empty, and this tokenizer begins texts with no token of its own")
+            raise UserError("it is empty, and this tokenizer adds no token at the start")
         if self.max_positions is not None and len(ids) >= self.max_positions:
             raise UserError(f"its {len(ids):,} tokens leave no room in the model's {self.max_positions:,} positions")
         return ids
@@ -158,8 +158,8 @@ class Responder:
         """What to say of an answer to `ids` that did not come to its end."""
         limit = self.prompter.max_positions
         if limit is not None and len(ids) + self.sampling.max_new_tokens >= limit:
-            return f"that answer was cut where it filled the model's {limit:,} positions"
-        return "that answer was cut at the limit of tokens; --max-new-tokens sets it"
+            return f"the answer was cut off at the model's {limit:,} positions"
+        return "the answer was cut off at --max-new-tokens"
 
 
 def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
@@ -173,7 +173,7 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
         subject = replace(subject, adapter=None)
     elif subject.adapter is None and not subject.is_whole:
         raise UserError(
-            f"{arguments.place} has no adapter yet: train it to the end, name one of its checkpoints, or ask the base "
+            f"{arguments.place} has no adapter yet: let the run finish, name one of its checkpoints, or ask the base "
             "alone with --no-adapter"
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
@@ -189,7 +189,7 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
         try:
             prompter.ids([Message("system", arguments.system), Message("user", "?")])
         except UserError as error:
-            raise UserError(f"--system cannot be said: {error}") from None
+            raise UserError(f"--system cannot be used: {error}") from None
     return prompter
 
 
@@ -214,7 +214,7 @@ def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> Pr
     beside = template_beside(subject)
     if beside is not None or tokenizer.chat_template:
         return templated(tokenizer, resolve_template(tokenizer, beside))
-    notice("no chat template comes with it, so prompts are continued as plain text; --chat-template names one")
+    notice("it has no chat template, so prompts are continued as plain text; --chat-template names one")
     return PromptForm(None)
 
 

@@ -25,7 +25,7 @@ from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
 
-HELP = "/adapter off|on: ask the base, or the adapter again · /reset: forget the dialogue · /quit, Ctrl-D: end"
+HELP = "/adapter off|on: use the base, or the adapter again · /reset: clear the conversation · /quit, Ctrl-D: exit"
 
 DEFAULT = Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
@@ -54,7 +54,7 @@ def talk(arguments: argparse.Namespace) -> dict[str, Any]:
     responder = load_responder(prompter, sampling, arguments.seed or 0)
     notice(HELP)
     if prompter.form.template is None:
-        notice("no chat template was used in training: every line is a prompt of its own")
+        notice("no chat template was used in training: every line is a separate prompt")
     Chat(responder, arguments.system).run()
     return {}
 
@@ -84,7 +84,7 @@ class Chat:
         match line.split():
             case ["/reset"]:
                 self.messages = list(self._start)
-                notice("the dialogue is forgotten")
+                notice("conversation reset")
             case ["/adapter", ("on" | "off") as state] if self.responder.loaded.without_adapter is not None:
                 self.with_adapter = state == "on"
                 notice("the adapter answers" if self.with_adapter else "the base answers, without the adapter")
@@ -99,7 +99,7 @@ class Chat:
         try:
             ids = self.responder.prompter.ids(messages)
         except UserError as error:
-            notice(f"that cannot be asked: {error}" + ("; /reset forgets the dialogue" if self.messages else ""))
+            notice(f"not sent: {error}" + ("; /reset clears the conversation" if self.messages else ""))
             return
         with _interruptible() as is_interrupted:
             said = self.responder.answer(

@@ -1,4 +1,4 @@
-"""`sora-llm consensus SOURCE SOURCE … --out FOLDER`: adapters trained apart become one, verified on their base."""
+"""`sora-llm consensus SOURCE SOURCE … --out FOLDER`: merge separately trained adapters, verified on their base."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     if weights is not None and len(weights) != count:
         raise UserError(f"--weights has {len(weights)} numbers for {count} sources; give one for each")
     if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
-        raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: they are numbers from 0, not all of them 0")
+        raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: weights must be 0 or more, and not all 0")
     check_size(arguments)
 
 
@@ -244,9 +244,9 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
         found.append(f"the chat template is that of {result['chat_template_of']}; {were(plain)} on plain prompts")
     elif len(set(separators.values())) > 1:
         said = ", ".join(f"{name} {'none known' if own is None else repr(own)}" for name, own in separators.items())
-        found.append(f"what stood behind prompts differs ({said}), so that nothing is said of it for the result")
+        found.append(f"the separators after prompts differ ({said}), so none is recorded for the result")
     if others := result["of_other_base_forms"]:
-        found.append(f"the base is taken as {result['base_form']}; {were(others)} beside another form of it")
+        found.append(f"the base is loaded as {result['base_form']}; {were(others)} on another form of it")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`sora-llm doctor`: whether this machine can train, tried out in small, with a remedy for what cannot."""
+"""`sora-llm doctor`: check whether this machine can train, with small trials and remedies."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 REMEDIES = {
-    "group": "processes of this machine must reach each other at 127.0.0.1: look at firewalls and at NCCL_ and GLOO_ "
+    "group": "processes of this machine must reach each other at 127.0.0.1: check firewalls and the NCCL_ and GLOO_ "
     "variables, or train with one process",
     "nf4": "install the versions of constraints.txt, or train with quantization.load_in_4bit: false",
     "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
-    "zero2": "mend what is said above it, or train with distributed.strategy: ddp",
+    "zero2": "fix the findings above, or train with distributed.strategy: ddp",
 }
 """What to do where a trial fails, by its name."""
 BETWEEN_TWO = ("group", "zero2")
@@ -106,7 +106,7 @@ def as_text(finding: Finding) -> str:
 
 
 def examine(time_limit: float) -> Iterator[Finding]:
-    """All findings, cheap ones first; trials that nothing can come of are left out."""
+    """All findings, cheap ones first; trials that cannot succeed are skipped."""
     found = list(versions())
     yield from found
     if any(finding.state == FAILED for finding in found):
@@ -177,7 +177,7 @@ def compiler() -> Finding:
     return Finding(
         "compiler",
         WARNING,
-        f"no {' and no '.join(missing)}, which ZeRO on a CPU compiles an operator with",
+        f"no {' and no '.join(missing)}, needed to compile an operator for ZeRO on a CPU",
         f"{' and '.join(ways[name] for name in missing)}, or use distributed.strategy: ddp there",
     )
 
@@ -191,7 +191,7 @@ def build_lock(folder: Path) -> Finding:
     """A build that was killed leaves a lock on which every later one waits for ever."""
     for lock, age in locks(folder) if locks_by_existence() else ():
         if age > STALE_LOCK_SECONDS:
-            said = f"{lock} is {age / 60:,.0f} minutes old, of a build that was killed: later ones wait for it"
+            said = f"{lock} is {age / 60:,.0f} minutes old, left by a killed build: later builds wait for it"
             return Finding("build lock", FAILED, said, f"rm {lock}")
     return Finding("build lock", OK, f"none left in {folder}")
 
@@ -208,7 +208,7 @@ def disks() -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free / 2**30
         said = f"{free:,.1f} GiB free for {place}"
         if not os.access(existing, os.W_OK):
-            yield Finding(name, FAILED, f"{existing} cannot be written", "give this user the right to write there")
+            yield Finding(name, FAILED, f"{existing} cannot be written", "give this user write permission")
         elif free < NO_DISK_GIB:
             yield Finding(name, FAILED, said, "make room, or move it: data.cache_dir, HF_HOME, output.output_dir")
         elif free < LITTLE_DISK_GIB:
@@ -241,7 +241,7 @@ def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.com
         texts = [output.read_text(encoding="utf-8", errors="replace") for output in outputs]
     ended = [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
     if not in_time:
-        return Finding(name, FAILED, f"nothing came of it within {time_limit:g} s", remedy)
+        return Finding(name, FAILED, f"no result within {time_limit:g} s", remedy)
     # What was ended here because another one had failed says nothing.
     for code, text in sorted(ended, key=lambda end: end[0] <= 0):
         if code != 0:

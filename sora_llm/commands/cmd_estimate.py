@@ -114,9 +114,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         f"{memory_table(memory)}\n"
     )
     if step is None:
-        return (
-            f"{sizes}the time of a step is not calculated: its arithmetic is of decoders whose tokens pass every layer"
-        )
+        return f"{sizes}the step time is not calculated: the formula is for decoders whose tokens pass every layer"
     machines = Machines(**step["assumed"])
     rate = step["tokens"] * processes / step["seconds"]
     peak = f"{machines.flops / 1e12:g} TFLOP/s at {machines.utilisation:.0%}"

@@ -181,7 +181,7 @@ def plan_measurement(arguments: argparse.Namespace) -> Measurement:
         subject = replace(subject, adapter=None)
     elif subject.adapter is None and not subject.is_whole and Path(arguments.config).is_dir():
         raise UserError(
-            f"{arguments.config} has no adapter yet: train it to the end, name one of its checkpoints, or measure the "
+            f"{arguments.config} has no adapter yet: let the run finish, name one of its checkpoints, or evaluate the "
             "base alone with --no-adapter"
         )
     subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
@@ -197,7 +197,7 @@ def plan_measurement(arguments: argparse.Namespace) -> Measurement:
             "--type, --column, --function, --separator and --split describe the data set that --data names; name it"
         )
     elif not config.data.datasets:
-        raise UserError(f"{arguments.config} is no run's, so it names no data; give --data FILE --type TYPE")
+        raise UserError(f"{arguments.config} is not from a run, so it names no data; give --data FILE --type TYPE")
     measured = config.data.val_datasets or config.data.datasets
     if arguments.chat_template is not None and not has_conversations(measured):
         raise UserError(
@@ -249,13 +249,13 @@ def lessons_behind(subject: Subject, trained: Config | None) -> list[Lesson]:
 def warn_of_seen_rows(name: str, lessons: Sequence[Lesson], measured: Config) -> None:
     """Say that `name` may have been trained on rows that the config `measured` names or holds out."""
     if (path := learned_from(lessons, measured)) is not None:
-        warn(f"{name} was trained on {path} too, so that it may have seen rows measured here")
+        warn(f"{name} was also trained on {path}, so it may have seen rows evaluated here")
 
 
 def warn_of_other_form(name: str, other: Subject, named: Subject) -> None:
     """Say that the adapter `name` was trained beside another form of the base than it is measured on."""
     if other.is_loading_known and other.spec.form != named.spec.form:
-        warn(f"{name} was trained beside the base as {other.spec.form}; it is measured beside it as {named.spec.form}")
+        warn(f"{name} was trained on the base as {other.spec.form}; it is evaluated on it as {named.spec.form}")
 
 
 def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
@@ -294,7 +294,7 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
     """UserError if rows need a chat template and none comes with an adapter that no run here made."""
     if has_conversations(config.data.val_datasets or ()) and not template_is_named(config, inputs.tokenizer):
         raise UserError(
-            f"these rows need a chat template and none comes with {name}, so nothing says how it was spoken to; name "
+            f"these rows need a chat template, and {name} comes without one, so its prompt format is unknown; name "
             f"one with --chat-template ({', '.join(TEMPLATES)} or a jinja file)"
         )
 
@@ -321,7 +321,7 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
     if arguments.separator is not None and described.type != "prompt_completion":
         raise UserError(f"--separator goes with --type prompt_completion only, not {described.type}; leave it out")
     if "\\n" in (arguments.separator or ""):
-        warn(r"--separator holds a backslash and an n, which is no line break; in bash that is $'\n'")
+        warn(r"--separator holds a backslash and an n, not a line break; in bash write $'\n'")
     columns: dict[str, str] = {}
     for text in arguments.column or ():
         ours, equals, theirs = text.partition("=")

@@ -153,12 +153,12 @@ def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
     """
     if spec.load_in_8bit and base != "original":
         raise UserError(
-            "8-bit layers round activations too, so that no weights equal them; merge with --base original, and mind "
+            "8-bit layers also round activations, so no weights reproduce them; merge with --base original, and check "
             "the dev loss"
         )
     if base == "dequantized" and not spec.load_in_4bit:
         raise UserError(
-            "--base dequantized: nothing says that the adapter was trained beside 4-bit layers; leave it out"
+            "--base dequantized: the adapter is not known to have been trained on 4-bit layers; leave it out"
         )
     return spec.load_in_4bit and base != "original"
 
@@ -180,7 +180,7 @@ def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Save
         return source_of(place), own or {}
     if place.run_dir is None or not stages:
         raise UserError(
-            f"{path} is no sparsity path, or none of its stages is done; leave --stage and --max-params out"
+            f"{path} is not a sparsity path, or none of its stages has finished; leave out --stage and --max-params"
         )
     if stage is not None:
         name = stage_name(stage)
@@ -199,7 +199,7 @@ def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params:
         smallest = min(line["kept_params"] for line in stages.values())
         raise UserError(f"no stage of {path} has {max_params:,} parameters or fewer; the smallest has {smallest:,}")
     if any("eval_loss" not in line for line in within.values()):
-        raise UserError(f"the stages of {path} have no dev loss to be chosen by; name one with --stage")
+        raise UserError(f"the stages of {path} have no dev loss to choose by; name one with --stage")
     return min(within, key=lambda name: within[name]["eval_loss"])
 
 

@@ -90,7 +90,7 @@ def answered(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that waits for its answer; `said` is how it was written, for the result."""
+    """A conversation to be answered; `said` is the input as given, for the result."""
 
     messages: tuple[Message, ...]
     said: dict[str, Any]
@@ -160,7 +160,7 @@ def _of_row(line: str, place: str) -> Prompt:
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return of_text(row["prompt"], place)
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
-        raise UserError(f'{place} is none of {{"prompt": "…"}}, {{"messages": […]}} and {{"instruction": "…"}}')
+        raise UserError(f'{place} must be {{"prompt": "…"}}, {{"messages": […]}} or {{"instruction": "…"}}')
     if row.get("messages") is None:  # an alpaca row, whatever its answer would be
         said = {name: row[name] for name in ("system", "history", "instruction", "input") if row.get(name)}
         return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
@@ -178,7 +178,7 @@ def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:
         raise UserError(f"{place}: {bad}") from None
     assert isinstance(conversation, Conversation)
     if conversation.tools:
-        raise UserError(f"{place} offers tools, which cannot be called here; take them out")
+        raise UserError(f"{place} has tools, which cannot be called here; remove them")
     return conversation
 
 
@@ -197,7 +197,7 @@ def ids_of(prompter: Prompter, prompt: Prompt) -> list[int]:
     try:
         return prompter.ids(prompt.messages)
     except UserError as error:
-        raise UserError(f"{prompt.place} cannot be asked: {error}") from None
+        raise UserError(f"{prompt.place} cannot be used: {error}") from None
 
 
 def answers_to(

@@ -94,7 +94,7 @@ def refuse_other_folder(folder: Path) -> None:
         if is_model or any(folder.glob("*.gguf")):
             kind = "a whole model" if is_model else "an adapter for llama.cpp"
             is_told = (folder / run_files.CERTIFICATE).is_file()
-            told = f"its README.md and {run_files.CERTIFICATE} tell of it; " if is_told else ""
+            told = f"see its README.md and {run_files.CERTIFICATE}; " if is_told else ""
             raise UserError(f"{folder} holds {kind}; {told}name a run, a checkpoint or a LoRA")
         raise UserError(
             f"{folder} is not a run directory: it has none of {', '.join(MARKERS)}; name output.output_dir of a "
@@ -152,7 +152,7 @@ def _record(run_dir: Path) -> Record:
 def _killed_sentence(holder: str, status: Mapping[str, Any]) -> str:
     """What to say of a run that calls itself running and is not."""
     whence = "its newest checkpoint" if status.get("checkpoint") else "step 0"
-    return f"{holder}, which ran it, was killed; the same command goes on from {whence}"
+    return f"{holder}, which ran it, was killed; the same command resumes from {whence}"
 
 
 def _config(run_dir: Path) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ def as_text(content: Mapping[str, Any], width: int) -> str:
         alarms.append(f"{alarm['sentence']} (step {alarm['first_step']}{more})")
     if content["skipped_steps"]:
         alarms.append(f"{content['skipped_steps']} steps skipped: loss or gradient was not finite")
-    alarms += [f"the end of {name} is torn" for name in content["torn"]]
+    alarms += [f"the end of {name} is truncated" for name in content["torn"]]
     lines += ["", *(f"! {alarm}" for alarm in alarms)] if alarms else ["", "no alarms"]
     if "report" in content:
         lines += ["", f"{'report':<12} {content['report']}"]

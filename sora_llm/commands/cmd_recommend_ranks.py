@@ -35,8 +35,8 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="the base model, where it lies in another place by now: the adapter is checked against its config, which "
-        "is read without this too where the files of a pruned adapter do not say how large all targets are",
+        help="the base model, if it has moved: the adapter is checked against its config, which is also read without "
+        "this option if the files of a pruned adapter do not give the sizes of all targets",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the base, if it is read"
@@ -111,8 +111,8 @@ def all_targets(
         if arguments.target_rank is None:
             return *shapes_in_files(source), False
         raise UserError(
-            f"--target-rank is a mean over all targets, and {source.name} has no factors of those that were pruned, so "
-            f"that their sizes come from the base: {error}; name it with --base MODEL, or use --target-params"
+            f"--target-rank is a mean over all targets, and {source.name} has no factors for the pruned ones, so their "
+            f"sizes come from the base: {error}; name it with --base MODEL, or use --target-params"
         ) from None
     return shapes, pruned, True
 
@@ -160,7 +160,7 @@ def axolotl_snippet(result: Mapping[str, Any]) -> str:
 def _comments(result: Mapping[str, Any]) -> list[str]:
     pruned = result["pruned"]
     of = "" if result["mean_rank_is_of_all_targets"] else " (of the modules in the files)"
-    left = f"; {len(pruned)} modules of rank 0 are no targets" if pruned else ""
+    left = f"; {len(pruned)} modules of rank 0 are not targets" if pruned else ""
     return [
         f"# ranks of {result['source']}" + (f", base {result['base_model']}" if result["base_model"] else ""),
         f"# mean rank {result['mean_rank']:.2f}{of}, {result['kept_params']:,} parameters, "

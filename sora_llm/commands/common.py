@@ -1,4 +1,4 @@
-"""What the commands share: arguments of a config, one process, errors as a sentence and an exit code."""
+"""Shared by the commands: config arguments, and errors as a message and an exit code."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def run_command(
 
 
 def visible(text: str) -> str:
-    """What is in files, or comes out of a model, cannot command the terminal."""
+    """Text from files or a model with control characters replaced, so that it cannot control the terminal."""
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)

@@ -1,4 +1,4 @@
-"""On which rows `evaluate` and `export` measure a run, and with which base."""
+"""The dev rows and the config with which `evaluate` and `export` measure a run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class DevRows:
     def warn_of_doubt(self) -> None:
         """For where the adapter that is measured is the run's own, or was trained as it was."""
         if self.doubt is not None:
-            warn(f"{self.doubt}: the adapter may have been trained on some that it is measured on here")
+            warn(f"{self.doubt}: the adapter may have been trained on rows evaluated here")
 
 
 def splitting_config(config: Config, trained: Config | None) -> Config:
@@ -104,7 +104,7 @@ def dev_rows(
         rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
         is_own = trained is not None and hold_out_alike(trained, config)
         if is_own and is_of_other_rows(told, config, inputs, report, "dev"):
-            warn(f"the rows of data.val_datasets are not those that {run_dir} was measured on in training")
+            warn(f"the rows of data.val_datasets are not those that {run_dir} was evaluated on in training")
         return DevRows(rows, report)
     if config.data.val_set_size is None:
         raise UserError("the config names no dev rows; set data.val_datasets or data.val_set_size, or give --data")
@@ -116,14 +116,12 @@ def dev_rows(
     if trained is not None and not hold_out_alike(trained, splitting):
         doubt = f"{run_dir} did not hold these rows out"
     elif is_of_other_rows(told, splitting, its_inputs, data.train_report):
-        doubt = (
-            f"the rows of data.datasets are not those that {run_dir} was trained on, so that other ones are held out"
-        )
+        doubt = f"the rows of data.datasets are not those that {run_dir} was trained on, so different rows are held out"
     if splitting is config:
         return DevRows(data.dev, None, doubt=doubt)
     if (splitting.train.seed, splitting.data.val_set_size) != (config.train.seed, config.data.val_set_size):
         say(
-            f"the rows that {run_dir} held out are measured, whatever data.val_set_size and train.seed are given here",
+            f"evaluating the rows that {run_dir} held out; data.val_set_size and train.seed given here are ignored",
             sys.stderr,
         )
     return replace(_made_anew(data.dev, config, inputs), doubt=doubt)

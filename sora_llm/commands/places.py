@@ -1,4 +1,4 @@
-"""What a path given to a command names: a run, a checkpoint or a LoRA; the one order in which all commands look."""
+"""Resolving a path given to a command: a run, a checkpoint or a LoRA; all commands use the same order."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ class Place:
         """The adapter's folder; UserError where there is none yet."""
         if self.adapter is None:
             raise UserError(
-                f"{self.name} has no adapter yet; start its command again to let it finish, or name one of its "
-                "checkpoints"
+                f"{self.name} has no adapter yet; run its command again to finish it, or name one of its checkpoints"
             )
         return self.adapter
 
@@ -73,7 +72,7 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
     """
     name, folder = str(path), user_path(str(path), "the path")
     if not folder.exists():
-        raise UserError(f"there is no {name}; name a run directory, a config, a checkpoint or a LoRA folder")
+        raise UserError(f"{name} does not exist; name a run directory, a config, a checkpoint or a LoRA folder")
     if not folder.is_dir():
         place = _of_config(name, folder, load_config(folder, overrides))
         is_run_s_own = place.run_dir == folder.parent and folder.name == run_files.CONFIG
@@ -101,7 +100,7 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         return _as_trained(place, overrides)
     if any(folder.glob("*.gguf")):
         raise UserError(f"{name} {FOR_LLAMA_CPP}")
-    raise UserError(f"{name} is no run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
+    raise UserError(f"{name} is not a run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
 
 
 def _of_config(name: str, file: Path, config: Config) -> Place:

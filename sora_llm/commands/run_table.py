@@ -1,4 +1,4 @@
-"""Several runs beside each other: what came of each, and in which settings they differ."""
+"""Comparing runs: their results, and the settings in which they differ."""
 
 from __future__ import annotations
 

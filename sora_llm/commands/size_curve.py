@@ -1,4 +1,4 @@
-"""What an adapter would lose by being smaller: its loss, cut to each of several sizes without training on."""
+"""The loss of an adapter cut to several smaller sizes, without further training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Size:
     target_params: int | None = None
 
     def as_dict(self) -> dict[str, float | int]:
-        """The one that is given, by its option's name."""
+        """The given value, keyed by the option's name."""
         if self.target_rank is not None:
             return {"target_rank": self.target_rank}
         assert self.target_params is not None
@@ -46,7 +46,7 @@ def add_size_list(parser: argparse.ArgumentParser) -> None:
 
 
 def sizes_in(arguments: argparse.Namespace) -> list[Size]:
-    """The sizes that a command line asks for, from the largest down; UserError for numbers that cannot be."""
+    """The sizes that a command line asks for, from the largest down; UserError for invalid numbers."""
     sizes = [Size(target_rank=rank) for rank in sorted(set(arguments.target_rank or ()), reverse=True)]
     sizes += [Size(target_params=params) for params in sorted(set(arguments.target_params or ()), reverse=True)]
     for size in sizes:
@@ -57,12 +57,12 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
 def cut_losses(
     model: nn.Module, subject: Subject, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The size of the adapter of `subject`, and what `loss_of` says of it cut to each of `sizes`.
+    """The size of the adapter of `subject`, and its losses by `loss_of` cut to each of `sizes`.
 
     A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
 
     Args:
-        model: the bare base, which it is again afterwards.
+        model: the base without an adapter; restored afterwards.
 
     Raises:
         UserError: an adapter of another base, or a size below one rank.
@@ -87,7 +87,7 @@ def _size_of(factors: PlainFactors) -> dict[str, Any]:
 
 
 def curve_as_text(result: Mapping[str, Any]) -> list[str]:
-    """The losses of base, adapter and its cuts, of what `evaluate` found, in lines for a person."""
+    """The losses of base, adapter and cuts in the result of `evaluate`, as lines of text."""
     rows = [("", "mean rank", "parameters", "error of ΔW", "loss", "perplexity")]
     whole = {key: result[key] for key in ("mean_rank", "kept_params")}
     lines = [("base", result["base"]), ("adapter", whole | result["adapter"])]

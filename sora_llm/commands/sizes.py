@@ -1,4 +1,4 @@
-"""How much of an adapter is kept, and what a new folder may replace: `consensus`, `export`, `recommend-ranks`."""
+"""Size options of `consensus`, `export` and `recommend-ranks`, and what `--out` may replace."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def budget_of(target_rank: float | None, target_params: int | None, shapes: Shap
 
 
 def refuse_nothing(kept_params: int, energy: float, shapes: Shapes) -> None:
-    """UserError if a size left nothing of an adapter that did something; `shapes` is {module: (I, O)}."""
+    """UserError if the size removed all of a nonzero adapter; `shapes` is {module: (I, O)}."""
     if kept_params == 0 and energy > 0:
         cheapest = min(costs_of(shapes).values())
-        raise UserError(f"the size leaves nothing: the cheapest rank takes {cheapest:,} parameters; give more")
+        raise UserError(f"this size keeps nothing: the cheapest rank takes {cheapest:,} parameters; allow more")
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
     """UserError where a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
     earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:
-        raise UserError(f"--out {out} is what the result is made of; name another folder")
+        raise UserError(f"--out {out} is one of the inputs; name another folder")
     if run_of_adapter(out) is not None:
-        raise UserError(f"--out {out} is the adapter of a run, which would be replaced; name another folder")
+        raise UserError(f"--out {out} is a run's adapter and would be overwritten; name another folder")
     if not (existing := nearest_existing(out)).is_dir():
         raise UserError(f"--out {out}: {existing} is a file, not a folder; name another one")
     try:

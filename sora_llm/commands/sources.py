@@ -1,4 +1,4 @@
-"""Adapters: the factors that a run, a checkpoint or a LoRA folder holds, and whether several belong together."""
+"""Reading adapters from runs, checkpoints and LoRA folders, and checking that several can be merged."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ def refuse_other_targets(sources: Sequence[SavedAdapter], allow_missing: bool) -
         if odd and not allow_missing:
             here, there = (first, source) if odd[0] in first.targets else (source, first)
             raise UserError(
-                f"{here.name} adapts {odd[0]} and {there.name} does not ({len(odd)} modules differ); adapters of other "
-                "targets can only be merged as if they were 0 there: --allow-missing"
+                f"{here.name} adapts {odd[0]} and {there.name} does not ({len(odd)} modules differ); --allow-missing "
+                "treats the missing ones as 0"
             )
 
 
@@ -274,8 +274,8 @@ def refuse_other_weights(
     others = beside_other_weights({source.name: source.base_digest for source in sources}, spec)
     if others and base is None:
         raise UserError(
-            f"the files of {spec.name_or_path} hold other weights than {others[0]} was trained beside; restore them, "
-            f"or say which base is meant with {option} MODEL"
+            f"the weights of {spec.name_or_path} are not those that {others[0]} was trained on; restore them, or "
+            f"name the base with {option} MODEL"
         )
     if others:
         warn_of_other_weights(others[0], spec)
@@ -290,9 +290,9 @@ def beside_other_weights(recorded: Mapping[str, str | None], spec: BackboneSpec)
 
 
 def warn_of_other_weights(name: str, spec: BackboneSpec) -> None:
-    """Say that the adapter `name` meets another base than in training."""
+    """Warn that the base's weights differ from those the adapter `name` was trained on."""
     warn(
-        f"the files of {spec.name_or_path} hold other weights than {name} was trained beside (another form of them, or "
+        f"the weights of {spec.name_or_path} are not those that {name} was trained on (quantised differently, or "
         "another model)"
     )
 
@@ -307,14 +307,14 @@ def shared_digest(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> str | 
 def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:
     """UserError unless all sources are of one base; `named` are those that say of which."""
     if not named:
-        raise UserError(f"no source says which base it is of; name it with {option} MODEL")
+        raise UserError(f"no source names its base; name it with {option} MODEL")
     first = named[0]
     for other in named[1:]:
         one, another = (BackboneSpec(source.base, source.revision) for source in (first, other))
         if not is_one_base(one, another):
             raise UserError(
-                f"{first.name} is of the base {base_name(one)} and {other.name} of {base_name(another)}; only adapters "
-                f"of one base can be merged ({option} MODEL, if these are copies of one model)"
+                f"{first.name} is for the base {base_name(one)}, {other.name} for {base_name(another)}; only adapters "
+                f"for one base can be merged ({option} MODEL, if these are copies of one model)"
             )
 
 
@@ -342,8 +342,8 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Saved
         missing = sorted(source.targets - shapes.keys())
         if missing:
             raise UserError(
-                f"{source.name} adapts {missing[0]}, which is no layer of {spec.name_or_path} that can be merged "
-                "(linear ones, but for the output head)"
+                f"{source.name} adapts {missing[0]}, which is not a linear layer of {spec.name_or_path} (the output "
+                "head does not count)"
             )
         for name, found in shapes_of(source.factors).items():
             check_shape(source.name, name, found, shapes[name])

@@ -1,4 +1,4 @@
-"""What a command is asked about: a base as it was in training and an adapter on it, from whatever path names them."""
+"""The model a command works on: a base loaded as in training, and an adapter on it, from any path."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _is_whole_model(folder: Path) -> bool:
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """--base, --load-in-4bit and --trust-remote-code, as `on_base` takes them."""
-    parser.add_argument("--base", metavar="MODEL", help="the base model, where it lies in another place by now")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, if it has moved")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
@@ -99,11 +99,11 @@ def on_base(subject: Subject, base: str | None, load_in_4bit: bool, trust_remote
     quiet_libraries()
     spec = subject.spec
     if base is not None and subject.is_whole:
-        raise UserError(f"{spec.name_or_path} is a whole model, which has no base beside it; leave --base out")
+        raise UserError(f"{spec.name_or_path} is a whole model without a separate base; leave out --base")
     if base is not None:
         spec = replace(spec, name_or_path=base, revision=None)
     if not spec.name_or_path:
-        raise UserError(f"{subject.adapter} does not say which base it is of; name it with --base MODEL")
+        raise UserError(f"{subject.adapter} does not name its base; name it with --base MODEL")
     spec = replace(spec, trust_remote_code=trust_remote_code or spec.trust_remote_code)
     if not subject.is_loading_known:
         spec = as_its_files(spec)
@@ -145,7 +145,8 @@ class Loaded:
 
 
 def load(subject: Subject) -> Loaded:
-    """The base with the adapter on it, on this machine's device; weights that it was not trained beside are said.
+    """The base with the adapter on it, on this machine's device; warns if the base's weights are not those it was
+    trained on.
 
     Raises:
         UserError: weights that cannot be loaded, or an adapter of another base.
@@ -159,7 +160,7 @@ def load_base(subject: Subject) -> nn.Module:
 
 
 def put_adapter(model: nn.Module, subject: Subject) -> Loaded:
-    """The adapter, if there is one, on the base `model`, in place; weights that it was not trained beside are said.
+    """The adapter, if there is one, on the base `model`, in place; warns if it was trained on other base weights.
 
     Raises:
         UserError: an adapter of another base.

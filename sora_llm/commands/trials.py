@@ -81,7 +81,7 @@ def group() -> str:
     accelerator = make_accelerator("ddp", world, timeout_minutes=2)
     (total,) = sum_over_processes(float(world.process_index + 1), device=accelerator.device)
     expected = world.num_processes * (world.num_processes + 1) / 2
-    assert total == expected, f"{world.num_processes} processes add up to {total:g} instead of {expected:g}"
+    assert total == expected, f"the all-reduce of {world.num_processes} processes gave {total:g}, not {expected:g}"
     backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
     return f"{world.num_processes} processes on {backend}"
 

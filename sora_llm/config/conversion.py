@@ -1,4 +1,4 @@
-"""A mapping as it was read becomes the dataclasses of the schema: types, ranges, and keys that are none."""
+"""From a mapping as read to the schema's dataclasses: types, ranges, unknown keys."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def refuse_unknown(tree: dict[str, Any], origin: Origin) -> None:
         raise UserError(_unknown(*unknown[0], origin))
     if unknown:
         lines = (f"\n  {key} {origin.of(key)}: {_instead(key, name, cls)}" for key, name, cls in unknown)
-        raise UserError(f"{len(unknown)} keys are not keys of the config:{''.join(lines)}")
+        raise UserError(f"the config has {len(unknown)} unknown keys:{''.join(lines)}")
 
 
 def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:

@@ -1,4 +1,4 @@
-"""Names that people know from elsewhere, and what to write here."""
+"""Names from other trainers, and their equivalents here."""
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
 NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ NO_EQUIVALENT = {
     "dataset": "set data.datasets, a list of data sets with a path and a type each",
     "train_dataset": "set data.datasets, a list of data sets with a path and a type each",
     "dataset_dir": "set the path of each entry of data.datasets",
-    "max_samples": "leave it out; train.max_steps bounds a run, and a file of fewer rows its data",
+    "max_samples": "leave it out; limit a run with train.max_steps, or use a smaller file",
     "lora_target_linear": "set sora.target_modules: all-linear",
     "lora_modules_to_save": "leave it out; only adapters are trained",
     "quantization_bit": "set quantization.load_in_4bit or load_in_8bit",
@@ -59,16 +59,16 @@ NO_EQUIVALENT = {
     "overwrite_output_dir": "name a new output.output_dir; output.resume says whether a run goes on",
     "ddp_timeout": "set distributed.timeout_minutes",
     "plot_loss": "leave it out; report.html has the charts",
-    "tf32": "leave it out; model.dtype says in which numbers the base computes",
+    "tf32": "leave it out; model.dtype sets the precision of the base",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "wandb_name": "leave it out; trackers take the name of output.output_dir",
-    "wandb_watch": "leave it out; metrics.jsonl says what trackers are told",
+    "wandb_watch": "leave it out; trackers get what metrics.jsonl has",
     "wandb_log_model": "leave it out; the adapter stays in output.output_dir",
     "evaluation_strategy": "set evaluation.eval_steps; dev loss is always measured before and after training",
     "eval_strategy": "set evaluation.eval_steps; dev loss is always measured before and after training",
     "save_strategy": "set output.save_steps",
     "logging_strategy": "set output.logging_steps",
-    "group_by_length": "leave it out; without data.sample_packing rows of like length go together anyway",
+    "group_by_length": "leave it out; without data.sample_packing rows of similar length are batched together anyway",
     "optim": "leave it out; the optimizer is always AdamW with the proximal step",
     "optimizer": "leave it out; the optimizer is always AdamW with the proximal step",
     "bf16": "set model.dtype: bfloat16, or leave it out where it is false",
@@ -80,7 +80,7 @@ NO_EQUIVALENT = {
     "overwrite_cache": "leave it out; the cache goes by the contents of the files",
     "dataset_name": "set data.datasets, a list of data sets with a path and a type each",
     "peft_use_dora": "leave it out; adapters are plain LoRA",
-    "lora_fan_in_fan_out": "leave it out; it is for layers that take no adapter here",
+    "lora_fan_in_fan_out": "leave it out; such layers are not supported here",
     "batch_size": "set train.per_device_train_batch_size, the rows of one process and one forward pass",
     "train_batch_size": "set train.per_device_train_batch_size, the rows of one process and one forward pass",
     "bias": "leave it out; biases are never trained",

@@ -39,7 +39,7 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as a message shows it: as YAML would write it, and not longer than a line."""
+    """A value as shown in messages: as in YAML, truncated to one line."""
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

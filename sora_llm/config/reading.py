@@ -99,7 +99,7 @@ def _with_value(tree: Any, path: list[str], value: Any, override: str) -> Any:
     if isinstance(tree, dict):
         return tree | {head: _with_value(tree.get(head), rest, value, override)}
     if not isinstance(tree, list):
-        raise UserError(f"The override {override!r} looks for {head} inside {show(tree)}; name a key that exists.")
+        raise UserError(f"The override {override!r} sets {head} inside {show(tree)}; name a key that exists.")
     if not head.isdecimal() or int(head) > len(tree):
         raise UserError(f"The override {override!r} needs an index from 0 to {len(tree)} in place of {head}.")
     index = int(head)

@@ -30,9 +30,9 @@ BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_
 def resume_conflicts(
     old: dict[str, Any], new: dict[str, Any], num_processes_old: int, num_processes_new: int
 ) -> list[str]:
-    """Why a checkpoint made under the config `old` cannot be continued under `new`: the keys that differ and may not,
-    and a sentence if the rows per optimizer step changed.  Empty: it can.  Both are plain mappings of `to_dict`, `old`
-    that of an earlier version perhaps: what had no key then was as its default is."""
+    """Why a checkpoint made under the config `old` cannot be resumed under `new`: the keys that differ but must not,
+    and a sentence if the rows per optimizer step changed.  Empty if it can.  Both are mappings from `to_dict`; `old`
+    may come from an earlier version, and keys it lacks have their defaults."""
     defaults = to_dict(Config())
     old = {section: defaults.get(section, {}) | values for section, values in old.items()}
     conflicts = [

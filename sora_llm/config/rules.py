@@ -1,4 +1,4 @@
-"""What has to be set, and what goes together."""
+"""Required keys, and combinations that are not allowed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_combinations(config: Config, origin: Origin) -> None:
     ]
     if config.output.hub_model_id is not None and not config.output.push_to_hub:
         stated = origin.state(config, "output.hub_model_id")
-        problems.append(f"{stated} names where to upload to, and nothing is uploaded; set output.push_to_hub to true.")
+        problems.append(f"{stated} is set, but nothing is uploaded; set output.push_to_hub to true.")
     if problems:
         raise UserError(problems[0])
 
@@ -82,14 +82,14 @@ def _sora_problems(config: Config, origin: Origin) -> Iterator[str]:
         yield f"{state('dense_ratio')} must be below {state('consensus_at')}, or nothing could be pruned between them."
     for name in ("min_rank", "budgets"):
         if getattr(sora, name) and budget is None:
-            yield f"{state(name)} goes with a budget; set sora.target_rank, not sora.sparse_lambda, or leave it out."
+            yield f"{state(name)} needs a budget; set sora.target_rank, not sora.sparse_lambda, or leave it out."
     for pattern, rank in sora.budgets.items():
         if rank > sora.r:
             yield f"sora.budgets {pattern!r} is {rank:g}, above {state('r')}; the mean kept rank can be at most r."
     if sora.threshold == "adaptive" and budget is None:
         yield f"{state('threshold')} needs a budget; set sora.target_rank, or use decoupled."
     if sora.threshold in ("proxgen", "constant") and budget is not None:
-        yield f"{state('threshold')} does not go with {state(budget)}; use auto, adaptive or decoupled."
+        yield f"{state('threshold')} does not work with {state(budget)}; use auto, adaptive or decoupled."
     yield from _path_problems(config, state)
     if sora.dtype == "bfloat16" and config.model.dtype != "bfloat16":
         yield f"{state('dtype')} needs model.dtype bfloat16, not {config.model.dtype}; change one of them."
@@ -102,7 +102,7 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
     if sora.lambda_num == 1:
         for name, default in (("lambda_schedule", "constant"), ("max_lambda", None), ("retrain", True)):
             if getattr(sora, name) != default:
-                yield f"{state(name)} goes with a sparsity path; set sora.lambda_num above 1, or leave it out."
+                yield f"{state(name)} needs a sparsity path; set sora.lambda_num above 1, or leave it out."
         if patience is not None and sora.consensus_at == 1.0:
             yield (
                 "evaluation.early_stopping_patience ends the finetune phase, and with sora.consensus_at 1.0 there is "
@@ -112,7 +112,7 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
     if sora.sparse_lambda is None:
         yield f"{state('lambda_num')} makes a sparsity path, whose stages have a λ each; set sora.sparse_lambda."
     elif sora.max_lambda is None or sora.max_lambda <= sora.sparse_lambda:
-        yield f"{state('max_lambda')} must be above {state('sparse_lambda')}: the path rises from one to the other."
+        yield f"{state('max_lambda')} must be above {state('sparse_lambda')}: λ rises from the latter to the former."
     if sora.lambda_schedule == "constant":
         yield f"{state('lambda_schedule')} is one λ; use linear, log_linear or exp_linear for {sora.lambda_num} stages."
     if sora.lambda_schedule == "exp_linear" and sora.sparse_lambda == 0:
@@ -146,7 +146,7 @@ def _replica_problems(config: Config, origin: Origin) -> Iterator[str]:
         return
     for name, default in (("replica", "process"), ("outer_learning_rate", 1.0), ("outer_momentum", 0.0)):
         if getattr(distributed, name) != default:
-            yield f"{state(name)} goes with local updates; set distributed.sync_every above 1, or leave it out."
+            yield f"{state(name)} needs local updates; set distributed.sync_every above 1, or leave it out."
 
 
 def _backbone_problems(config: Config, origin: Origin) -> Iterator[str]:
@@ -184,18 +184,18 @@ def _data_problems(config: Config) -> Iterator[str]:
                     f"its fields are {', '.join(allowed) or 'the function’s own'}, each mapped to a column of the file."
                 )
         if dataset.separator and dataset.type != "prompt_completion":
-            yield f"{key}.separator goes with type prompt_completion only, not {dataset.type}; leave it out."
+            yield f"{key}.separator is only for type prompt_completion, not {dataset.type}; leave it out."
         if dataset.type == "custom" and dataset.function is None:
             yield f"{key} is of type custom and has no function; set it to module:function, from a row to messages."
         if dataset.type != "custom" and dataset.function is not None:
-            yield f"{key}.function goes with type custom and no other; its type is {dataset.type}."
+            yield f"{key}.function is only for type custom; its type is {dataset.type}."
     if data.excess_length == "split" and all(dataset.type != "completion" for _, dataset in _datasets(data)):
         yield "data.excess_length split is for plain text (type completion), and no data set is; use drop or truncate."
     yield from _mixture_problems(data.datasets)
     for index, dataset in enumerate(data.val_datasets or ()):
         for name in ("weight", "streaming"):
             if getattr(dataset, name):
-                yield f"data.val_datasets.{index}.{name} does not go with dev rows, which are all read; leave it out."
+                yield f"data.val_datasets.{index}.{name} is not for dev rows, which are all read; leave it out."
     if data.datasets and all(dataset.streaming for dataset in data.datasets):
         yield from _streaming_problems(config)
 
@@ -208,18 +208,18 @@ def _mixture_problems(datasets: Sequence[Dataset]) -> Iterator[str]:
         stated = [index for index, dataset in enumerate(datasets) if getattr(dataset, name)]
         if stated and len(stated) < len(datasets):
             without = next(index for index in range(len(datasets)) if index not in stated)
-            yield f"data.datasets.{stated[0]} has {name} and data.datasets.{without} has not: {rule}."
+            yield f"data.datasets.{stated[0]} has {name} and data.datasets.{without} does not: {rule}."
 
 
 def _streaming_problems(config: Config) -> Iterator[str]:
     if config.train.num_train_epochs is not None:
         yield (
-            "data.datasets are streamed, so that nobody knows how long an epoch is; "
+            "data.datasets are streamed, so the length of an epoch is unknown; "
             "set train.max_steps, and train.num_train_epochs to null."
         )
     if config.data.val_set_size is not None:
         yield "data.val_set_size cannot hold out rows of streamed data sets; name dev rows in data.val_datasets."
     if config.data.num_proc is not None:
-        yield "data.num_proc is for data that is prepared; streamed data is tokenised by a thread; set it to null."
+        yield "data.num_proc does not apply to streamed data, which is tokenised by a thread; set it to null."
     if config.data.drop_duplicates:
         yield "data.drop_duplicates would have to remember every row of a streamed data set; set it to false."

@@ -1,7 +1,7 @@
-"""What can be set: the sections of a config as frozen dataclasses, a sentence for every key.
+"""The config schema: its sections as frozen dataclasses, with a comment for every key.
 
-Their type hints drive the reading: `Annotated[int, ">= 1"]` is a range, `Literal` a choice, `| None` says that null is
-a value of its own; elsewhere null unsets a key, so that its default holds.
+The type hints drive parsing: `Annotated[int, ">= 1"]` is a range, `Literal` a choice, and `| None` makes null a value
+in its own right; elsewhere null unsets a key, so its default applies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Model:
 
     name_or_path: str = ""  # required: a hub id or a local folder
     revision: str | None = None  # branch, tag or commit on the hub; null: the default branch
-    dtype: Dtype = "bfloat16"  # of the weights that are not quantised and the activations; float16: with a loss scale
+    dtype: Dtype = "bfloat16"  # of unquantised weights and activations; float16 uses a loss scale
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     # transformers' names
     trust_remote_code: bool = False  # run Python code that comes with the model: only for authors you trust
@@ -30,10 +30,10 @@ class Model:
 class Quantization:
     """How bitsandbytes stores the backbone; with neither load_in_4bit nor load_in_8bit it stays in model.dtype."""
 
-    load_in_4bit: bool = True  # QLoRA's form
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # the sixteen numbers that a 4-bit weight can be
+    load_in_4bit: bool = True  # as in QLoRA
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # the 4-bit data type
     bnb_4bit_use_double_quant: bool = True  # quantise the quantisation constants too (0.4 bit per weight less)
-    bnb_4bit_compute_dtype: Dtype = "bfloat16"  # what a 4-bit weight becomes for the matrix product
+    bnb_4bit_compute_dtype: Dtype = "bfloat16"  # dtype of matrix products with 4-bit weights
     bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
     # auto: the compute dtype under zero3 (which shards it), else uint8
     load_in_8bit: bool = False  # LLM.int8 instead of 4 bits; not under zero3, and checkpointing saves less with it
@@ -45,7 +45,7 @@ class Sora:
 
     r: Count = 64  # rank of every adapter before pruning
     lora_alpha: Annotated[float, "> 0"] = 16.0  # s = lora_alpha / r
-    lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask for all that read the same
+    lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask per shared input
     target_modules: str | tuple[str, ...] = "all-linear"  # all-linear (never the output head), a suffix, or suffixes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the adapter's parameters; auto: float32
     gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"  # auto: high enough for a gate to reach 0
@@ -73,7 +73,7 @@ class Dataset:
 
     path: str = ""  # required: a jsonl, json, parquet, arrow, csv or txt file (or .gz), a folder, a glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
-        "alpaca"  # what its rows are
+        "alpaca"  # row format
     )
     function: str | None = None  # custom only: "module:function", a row → messages; it is imported and run
     separator: str = ""  # prompt_completion only: put between prompt and completion, which are tokenised as one text
@@ -86,22 +86,22 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from, and how rows become tokens."""
+    """The training data, and how rows become tokens."""
 
     datasets: tuple[Dataset, ...] = ()  # required: what is trained on, see below
     val_set_size: Annotated[int, ">= 1"] | Annotated[float, "> 0", "< 1"] | None = None
-    # dev rows taken from datasets: below 1 a fraction, else a count (what is made of one row of a file stays together,
-    # so that the last one may bring some more); at most one of this and val_datasets
-    val_datasets: tuple[Dataset, ...] | None = None  # dev rows of their own
+    # dev rows taken from datasets: below 1 a fraction, else a count (pieces of one file row stay together, so there may
+    # be a few more); at most one of this and val_datasets
+    val_datasets: tuple[Dataset, ...] | None = None  # separate dev data sets
     chat_template: str | None = None  # null: the tokenizer's; or a built-in, or a jinja file
     train_on_inputs: bool = False  # true: the loss covers the prompt too
     train_on_last_turn_only: bool = False  # true: the loss covers the last answer of a conversation only
-    drop_duplicates: bool = False  # true: a row that says what an earlier one said is left out
+    drop_duplicates: bool = False  # true: drop rows with the same content as an earlier one
     sequence_len: Annotated[int, ">= 2"] = 2048  # longest row, in tokens
-    sample_packing: bool = True  # several rows per sequence, which do not see each other
+    sample_packing: bool = True  # several rows per sequence, without attending to each other
     excess_length: Literal["drop", "truncate", "split", "error"] = "drop"  # longer rows; split: rows of type completion
     # become several of at most that length, other rows are dropped
-    max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unreadable rows that is skipped, not fatal
+    max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unusable rows skipped without failing
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
     cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
 
@@ -118,13 +118,13 @@ class Train:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     # transformers' formulas; one schedule for all phases, with a ramp after each change of the adapters
     warmup_ratio: Annotated[float, ">= 0", "<= 1"] = (
-        0.03  # share of the steps, and of those that are left after a change
+        0.03  # share of the steps, and of the remaining steps after a change
     )
     warmup_steps: Annotated[int, ">= 0"] | None = None  # instead of warmup_ratio: optimizer steps (of each stage)
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of A and B, never of the gates
     adam_beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # decay of AdamW's mean of gradients
     adam_beta2: Annotated[float, ">= 0", "< 1"] = 0.999  # decay of AdamW's mean of squared gradients
-    adam_epsilon: Annotated[float, "> 0"] = 1e-8  # AdamW's ε, beside the root of the latter
+    adam_epsilon: Annotated[float, "> 0"] = 1e-8  # AdamW's ε, added to the root of the latter
     max_grad_norm: Annotated[float, ">= 0"] | None = 1.0  # null or 0: no clipping
     gradient_checkpointing: bool = False  # less memory, about a third more compute
     max_skipped_steps: Count = 10  # non-finite steps in a row that end the run
@@ -133,27 +133,27 @@ class Train:
 
 @dataclass(frozen=True)
 class Distributed:
-    """How processes share the work.  How many there are, and where, is the launcher's business."""
+    """How processes share the work.  Their number and placement are up to the launcher."""
 
     strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"  # auto: none alone, else zero2
-    sync_every: Count = 1  # above 1: local updates, so many optimizer steps between rounds; under ddp
-    replica: Literal["process", "node"] = "process"  # what takes local steps; inside a node gradients are averaged
+    sync_every: Count = 1  # above 1: local updates, that many optimizer steps between rounds; under ddp
+    replica: Literal["process", "node"] = "process"  # unit that takes local steps; inside a node gradients are averaged
     outer_learning_rate: Annotated[float, "> 0"] = 1.0  # of the step from a round's start to the mean of A and B
     outer_momentum: Annotated[float, ">= 0", "< 1"] = 0.0  # Nesterov, over rounds
-    check_every: Count = 100  # steps between proofs that the processes agree
-    timeout_minutes: Annotated[float, "> 0"] = 30.0  # after which a process that waits for the others gives up
+    check_every: Count = 100  # steps between checks that the processes agree
+    timeout_minutes: Annotated[float, "> 0"] = 30.0  # how long a process waits for the others
     deepspeed_config: str | None = None  # a DeepSpeed JSON file, merged under our keys
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on the dev rows."""
+    """Evaluation on the dev rows."""
 
     eval_steps: Count | None = None  # optimizer steps between evaluations; null: before and after training only
     per_device_eval_batch_size: Count = 8  # rows of a process in a forward pass without gradients
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
-    early_stopping_patience: Count | None = None  # evaluations without a better one that end finetune, or a stage;
-    # whenever finetune ends the adapter is the best one's, also where the number is never reached (on a path the last)
+    early_stopping_patience: Count | None = None  # evaluations without improvement before finetune, or a stage,
+    # ends; finetune always keeps the best adapter, even if the number is never reached (on a path the last)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Output:
     export_layout: Literal["padded", "ragged", "gguf", "merged"] = "padded"
     # of adapter/: padded for engines that read PEFT folders, ragged for PEFT, transformers and vLLM; gguf and merged:
     # a folder of that name beside a padded one
-    allow_empty_adapter: bool = False  # true: an adapter whose every rank was pruned is no error
+    allow_empty_adapter: bool = False  # true: allow an adapter with every rank pruned
     push_to_hub: bool = False  # upload adapter/ once the run is finished; a failed upload never fails the run
     hub_model_id: str | None = None  # user/name or name; null: the name of output_dir, in the user's namespace
 

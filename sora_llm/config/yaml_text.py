@@ -1,4 +1,4 @@
-"""YAML, stricter than PyYAML's: the one file that knows the library."""
+"""A stricter YAML loader and dumper; the only module that uses PyYAML."""
 
 from __future__ import annotations
 

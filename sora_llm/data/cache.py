@@ -83,7 +83,7 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
                     lock.unlink(missing_ok=True)
         if waited >= _SILENT_SECONDS and not silent:
             silent = True
-            print(f"waiting for {note.get('writer', 'another process')}, which prepares the same data", file=sys.stderr)
+            print(f"waiting for {note.get('writer', 'another process')} to prepare the same data", file=sys.stderr)
         time.sleep(_POLL_SECONDS)
     return True
 

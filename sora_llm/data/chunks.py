@@ -247,10 +247,10 @@ def _why_unsupervised(example: Example, was_cut_off: bool) -> str:
     if was_cut_off:
         return "the answer begins after sequence_len"
     if not isinstance(example, Conversation):
-        return "no token that another could predict"
+        return "no supervised token has a token before it"
     if not any(message.role == "assistant" and not message.is_context for message in example.messages):
         return "no assistant turn"
-    return "what would be trained on has weight 0"
+    return "every token to train on has weight 0"
 
 
 def _joined(rows: Sequence[TokenRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

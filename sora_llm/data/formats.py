@@ -1,4 +1,4 @@
-"""What a row says: `to_examples` (row → examples), the same whatever the format.
+"""Parsing rows: `to_examples` (row → examples), independent of the file format.
 
 Nothing here knows a file or a tokenizer.  A row that cannot be used is a `BadRow`, counted by the caller.  Tables
 fill the keys that a row does not have with null, so null means absent everywhere.
@@ -228,7 +228,7 @@ def whole_characters(text: str, place: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{place} holds half a surrogate pair, {text[error.start]!r}, which is no character") from None
+        raise BadRow(f"{place} holds half a surrogate pair, {text[error.start]!r}, not a character") from None
     return text
 
 

@@ -78,8 +78,8 @@ def _refuse_packed_copies(name: str, files: Collection[Path]) -> None:
     for file in sorted(names):
         if f"{file}.gz" in names:
             raise UserError(
-                f"data set {name} has {file} and {file}.gz, which hold the same rows: name one of the two, or move the "
-                "other away"
+                f"data set {name} has both {file} and {file}.gz, which hold the same rows: name one of them, or move "
+                "the other away"
             )
 
 

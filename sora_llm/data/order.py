@@ -137,7 +137,7 @@ class EpochOrder:
         return epoch + position / self._steps_of(epoch)
 
     def position(self) -> None:
-        """Nothing: any step can be asked for."""
+        """None: the order is a pure function of the step."""
 
     def seek(self, position: Mapping[str, Any] | None) -> None:
         """Nothing to do."""

@@ -55,8 +55,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: 
                 yield result
         except BrokenProcessPool:
             raise RunFailed(
-                "a process that tokenised the data was killed, perhaps for lack of memory: start again with "
-                "data.num_proc=1"
+                "a tokenising process was killed, perhaps for lack of memory: start again with data.num_proc=1"
             ) from None
 
 
@@ -93,7 +92,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for items for ever, and keep the parent's lock."""
+    """End with the parent: otherwise a worker would wait forever for items and keep the parent's lock."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -86,7 +86,9 @@ def prepare(
         _fill(temporary, work, num_proc)
         for spec, before, after in zip(work.specs, sources, _sources(work.specs, cache / "digests"), strict=True):
             if after != before:  # these tokens are of neither
-                raise UserError(f"data set {spec.path} has changed while it was read; start again once it is complete")
+                raise UserError(
+                    f"data set {spec.path} changed while it was being read; start again once it is complete"
+                )
 
     was_there = fill_once(folder, fill, wait_first)
     report = DataReport.load(folder, from_cache=was_there)

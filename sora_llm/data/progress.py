@@ -1,4 +1,4 @@
-"""How far a long preparation is: `Progress`."""
+"""Progress of data preparation: `Progress`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is asked, and where its answers end, by the chat template that it was trained with."""
+"""Encoding prompts, and finding where answers end, by the chat template used in training."""
 
 from __future__ import annotations
 

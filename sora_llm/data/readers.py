@@ -190,7 +190,7 @@ def _read_csv(file: Path) -> Placed:
         records = _csv_records(file, stream)
         line, header = next(records, (1, []))
         if isinstance(header, BadRow):
-            raise UserError(f"data set {file}:{line} is no header for a csv file: {header}")
+            raise UserError(f"data set {file}:{line} is not a csv header: {header}")
         if repeated := [name for name in header if header.count(name) > 1]:
             raise UserError(f"data set {file}:{line} names the column {repeated[0]!r} twice; rename one of them")
         for line, fields in records:

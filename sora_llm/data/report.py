@@ -1,4 +1,4 @@
-"""What became of the rows of the data sets: `DataReport`, kept with the cached tokens."""
+"""Row statistics of the data sets: `DataReport`, stored with the cached tokens."""
 
 from __future__ import annotations
 

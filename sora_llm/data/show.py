@@ -1,4 +1,4 @@
-"""Prepared data for the eye: rows decoded with their masks (`decoded`), a report as a table (`table`)."""
+"""Displaying prepared data: rows decoded with their masks (`decoded`), a report as a table (`table`)."""
 
 from __future__ import annotations
 

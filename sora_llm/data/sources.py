@@ -131,8 +131,8 @@ def _check_settings(spec: DatasetSpec) -> None:
 def _check_function(spec: DatasetSpec) -> None:
     if (spec.function is None) == (spec.type == "custom"):
         raise UserError(
-            f"data set {spec.path}: function (module:function) goes with type custom and no other, the type is "
-            f"{spec.type}; {'name the function' if spec.function is None else 'remove it'}"
+            f"data set {spec.path}: type custom needs a function (module:function), other types take none; the type is "
+            f"{spec.type}: {'name the function' if spec.function is None else 'remove it'}"
         )
     if spec.function is not None:
         try:
@@ -249,7 +249,7 @@ def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
 def _what_fits(columns: Collection[str], spec: DatasetSpec) -> str:
     """What to do with rows of these columns, which lack one that the data set's type or `columns` wants."""
     if {"chosen", "rejected"} <= set(columns):
-        return "these are preferences, which are not trained on here; name a column with answers in columns"
+        return "preference data is not supported; map a column with answers in columns"
     fitting = [
         kind
         for kind, names in FIELDS.items()

@@ -1,4 +1,4 @@
-"""The order of data that is read while it is trained on, with a position to go on from.
+"""The order of streamed data, with a resumable position.
 
 Rows are taken in windows, in the order of the files: a window is tokenised, shuffled and packed by itself, and steps
 take its sequences.  Everything is a function of the seed and the position, so every process reads the whole stream and
@@ -190,7 +190,7 @@ class StreamOrder:
         return self._window
 
     def _begin(self, stream: _Rows, start: Cursor) -> Future[Window]:
-        """Have a window made in a thread that does not keep a process alive which ends."""
+        """Build a window in a daemon thread, which does not keep an ending process alive."""
         window: Future[Window] = Future()
 
         def make() -> None:

@@ -1,4 +1,4 @@
-"""What a chat template passes over in silence: found by asking it to render the like, once for rows alike."""
+"""Parts of a conversation that a chat template silently drops, found by rendering probes once per kind of row."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
     if kind.has_reasoning:
         yield (
             "reasoning",
-            "the chat template has no place for reasoning_content: choose one that has, or drop the field",
+            "the chat template cannot render reasoning_content: choose one that can, or drop the field",
         )
     if kind.has_thoughts:
         yield "thoughts", _LEAVES_OUT.format("the thoughts before </think>", "a part of an answer")
@@ -147,5 +147,5 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
     return Message(kind.role, text, extra=extra, has_content=kind.has_content)
 
 
-_NO_PLACE = "the chat template has no place for {}: choose one that has, such as chatml"
+_NO_PLACE = "the chat template cannot render {}: choose one that can, such as chatml"
 _LEAVES_OUT = "the chat template leaves out {}, {}: choose one that writes it, such as chatml, or leave it out"

@@ -202,7 +202,7 @@ class _Drafting:
         if ends_answers_visibly(self.template):
             end = start + len(text[start:end].rstrip())
         if end <= start and (messages[i].get("content", "").strip() or messages[i].get("tool_calls")):
-            raise BadRow(f"the chat template writes nothing in the place of messages[{i}] ({messages[i]['role']})")
+            raise BadRow(f"the chat template renders nothing for messages[{i}] ({messages[i]['role']})")
         return start, max(start, end)
 
     def _end_token(self, i: int, text: str, end: int, alone: str, rendered: Callable[..., str]) -> str:
@@ -270,7 +270,7 @@ class _Drafting:
 
 
 _WRITTEN_DIFFERENTLY = (
-    "the chat template writes a turn differently when others follow, so that its tokens cannot be found: use "
+    "the chat template renders a turn differently when others follow, so its tokens cannot be located: use "
     "train_on_last_turn_only, or a template with {% generation %} markers"
 )
 _REPLACEMENTS = ("Lorem ipsum", "Dolor sit.")

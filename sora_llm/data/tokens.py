@@ -94,7 +94,7 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def names_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds them in a text; nothing where there are none."""
+    """A pattern that matches any special token in a text; never matches if there are none."""
     return re.compile("|".join(re.escape(token) for token in special_tokens(tokenizer) if token) or "(?!)")
 
 

@@ -1,4 +1,4 @@
-"""What all processes call together, and what one does for all of them."""
+"""Collectives, and running an action on one or on every process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def in_process_group() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this is the process that acts for all."""
+    """Whether this is the main process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -94,7 +94,7 @@ def require_agreement(
     hashes: Mapping[str, str],
     what: str,
     groups: Sequence[Sequence[int]] = ALL,
-    remedy: str = "restart from the last checkpoint and look at the memory of the machine named",
+    remedy: str = "restart from the last checkpoint and check the memory of the machine named",
 ) -> None:
     """Raise RunFailed on every process, naming tensors and processes, unless all processes (of each of `groups`) hold
     the same hashes (collective)."""

@@ -291,7 +291,7 @@ class Engine:
             found = [one for per_process in gather_objects(self._zero.other_than_the_model()) for one in per_process]
             if found:
                 raise RunFailed(
-                    f"a master shard is not what the model holds ({'; '.join(found[:3])}); nothing was written: "
+                    f"a master shard differs from the model ({'; '.join(found[:3])}); nothing was written: "
                     "restart from the last checkpoint"
                 )
 
@@ -307,7 +307,7 @@ class Engine:
 
     @contextlib.contextmanager
     def released(self, whole: bool = True) -> Iterator[nn.Module]:
-        """The module without wrappers and hooks; the engine is spent, and holds no memory any more (collective).
+        """The module without wrappers and hooks; the engine is closed and has freed its memory (collective).
 
         Adapters may be given other parameters meanwhile, and the module to another engine afterwards.  Under ZeRO-3
         and with `whole` the frozen weights are gathered for the duration: as much memory as when the model was loaded.
@@ -350,6 +350,6 @@ def _refuse_old_wrapper(model: nn.Module, _inputs: Any) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not all(id(parameter) in known for parameter in trained):
         raise RuntimeError(
-            "this DistributedDataParallel was made before the adapters were cut and would not reduce their gradients: "
-            "wrap the model anew"
+            "this DistributedDataParallel was created before the adapters were cut and would not reduce their "
+            "gradients: wrap the model again"
         )

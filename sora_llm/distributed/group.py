@@ -103,8 +103,8 @@ def _join(world: World, options: Mapping[str, Any]) -> Accelerator:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunFailed(
             f"process {world.process_index} on {socket.gethostname()} could not form a group of {world.num_processes} "
-            f"with the others at {where} ({str(error).splitlines()[0]}); one of them has ended (see what it says), or "
-            "machines do not reach each other there"
+            f"with the others at {where} ({str(error).splitlines()[0]}); one of them has ended (see its output), or "
+            "the machines cannot reach each other"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Who takes local steps together, and how adapters travel between those who do not."""
+"""Which processes form a replica, and how adapters are exchanged between replicas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True)
 class Replicas:
-    """Who takes local steps together, and how adapters travel between those who do not.
+    """Which processes form a replica, and how adapters are exchanged between replicas.
 
     `members` are the processes of every replica, the first of which speaks for it (its lead); `index` is this process's
     replica.  Inside a replica gradients are averaged at every step.  `own_group` is None where it is one process.

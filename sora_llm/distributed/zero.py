@@ -1,4 +1,4 @@
-"""What DeepSpeed's sharding optimizer holds of the adapters: the only place that knows what it keeps to itself."""
+"""The adapters' shards in DeepSpeed's optimizer; the only code that relies on its internals."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def memory_table(memory: MemoryEstimate) -> str:
     lines = [f"  {name:<21} {_readable(size)} per process" for name, size in parts]
     if memory.activation_bytes is None:
         lines.append(
-            "  activations           not known: their arithmetic is of decoders with separate q, k, v, o, gate, up and "
-            "down projections; the peak of a step: train --dry-run"
+            "  activations           not known: the formula is for decoders with separate q, k, v, o, gate, up and "
+            "down projections; measure a step with train --dry-run"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""How long a step takes on GPUs, calculated from sizes and from what is assumed of the machines: no measurement in it.
+"""Step time on GPUs, calculated from sizes and assumed hardware; nothing is measured.
 
     compute   T (4 W, or 6 W with gradient checkpointing; 4 V H of the head; 6 N or 8 N of the adapters) / (flops ·
               utilisation): a product with W costs 2 T W forward and 2 T W for the gradient of its input, and is taken

@@ -1,4 +1,4 @@
-"""Words, numbers and tables as HTML."""
+"""Text, numbers and tables as HTML."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from sora_llm.report_page.untrusted import as_list, as_mapping, as_number, setti
 _NOT_MEASURED = "Not measured: this run has no dev rows."
 _STATES = ("running", "finished", "preempted", "failed")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Whatever gets into the page, a browser runs and fetches nothing."""
+"""Content security policy: the browser runs no scripts and fetches nothing."""
 
 
 def write_report(run_dir: Path, config: Mapping[str, Any] | None = None, *, plots: bool = False) -> Path:
@@ -115,7 +115,7 @@ def _alarms(record: Record) -> str:
         if alarm.count > 1:
             where = f"steps {alarm.first_step:,} to {alarm.last_step:,}, {alarm.count:,} times"
         said.append(f'{markup.text(alarm.sentence)} <span class="quiet">({where})</span>')
-    said += [f"The end of {markup.code(name)} is torn; what is before it is shown." for name in record.torn]
+    said += [f"{markup.code(name)} is truncated; what is before the damage is shown." for name in record.torn]
     skipped = record.last("skipped_steps")
     if skipped:
         said.append(f"Steps skipped because loss or gradient was not finite: {skipped:,.0f}.")
@@ -259,7 +259,7 @@ def _budget_words(record: Record) -> str:
         worst = max(error, key=lambda point: abs(point[1]))
         said.append(
             f"The mean rank differed from the schedule by {error[-1][1]:+.2f} at step {error[-1][0]:,.0f}, the last "
-            f"that has both, and by {worst[1]:+.2f} at most, at step {worst[0]:,.0f}."
+            f"with both values, and by at most {worst[1]:+.2f}, at step {worst[0]:,.0f}."
         )
     return f"<p>{' '.join(said)}</p>"
 

@@ -1,4 +1,4 @@
-"""The files of a run directory, read without trust: one that is missing, torn or not ours is as good as empty."""
+"""Reading a run directory defensively: a missing, truncated or foreign file counts as empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run directory says, as the page shows it, and in short."""
+"""The contents of a run directory as the page shows them, and a summary."""
 
 from __future__ import annotations
 

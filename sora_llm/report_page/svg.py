@@ -206,7 +206,7 @@ def _nearest(series: Series, x: float) -> tuple[float, float]:
 
 
 def _key(chart: Chart) -> str:
-    """Which line is which; nothing to say where there is one."""
+    """The legend; empty if there is only one line."""
     shown: dict[str, Series] = {}
     for panel in chart.panels:
         if len(panel.series) > 1:

@@ -1,4 +1,4 @@
-"""Values of files that may be anything: what is not of the kind that is asked for is as good as not there."""
+"""Reading untrusted values: a value of the wrong type counts as missing."""
 
 from __future__ import annotations
 

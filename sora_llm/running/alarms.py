@@ -1,4 +1,4 @@
-"""What a run's numbers say by themselves: that something is wrong with its sparsity, that it no longer gets better."""
+"""Watching a run's metrics: alarms about its sparsity, and early stopping."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NAMES_SHOWN = 3
 
 
 class Alarms:
-    """Watches the lines of a run.  What it raises also waits for the next line (`take`); `state` is what it remembers
-    between two of them, for checkpoints."""
+    """Checks each line of metrics.  Alarms are also queued for the next line (`take`); `state` is what checkpoints keep
+    between lines."""
 
     def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
         self._budgets, self._full_params = tuple(budgets), full_params
@@ -102,8 +102,8 @@ class Alarms:
             if not any(has_learned[name] for name in budget.costs):
                 found[f"blank {budget.name}"] = (
                     f"nothing was learned in {_listed(budget.costs)} before the sparsify phase: all that shares the "
-                    f"budget {budget.name!r} is pruned whole and cannot come back; look whether gradients reach it, or "
-                    "lengthen the dense phase"
+                    f"budget {budget.name!r} is pruned entirely and cannot come back; check that gradients reach it, "
+                    "or lengthen the dense phase"
                 )
         return self._new(found)
 
@@ -113,7 +113,7 @@ class Alarms:
         one_rank = min((cost for budget in self._budgets for cost in budget.costs.values()), default=0)
         if shortfall and shortfall >= one_rank:  # with less nothing more could have been kept
             found["shortfall"] = (
-                f"the budget could not be used up: all that was alive costs {shortfall:,} parameters less; lower "
+                f"the budget could not be used up: everything alive costs {shortfall:,} parameters less; lower "
                 "sora.gate_lr or lengthen the dense phase"
             )
         for budget in self._budgets:
@@ -193,7 +193,7 @@ class Patience:
         return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
 
     def is_exhausted_by(self, eval_loss: float) -> bool:
-        """Count an evaluation; whether it was the last one that is waited for."""
+        """Count an evaluation; returns whether patience has run out."""
         if self.is_better(eval_loss):
             self._best, self._without = eval_loss, 0
         else:

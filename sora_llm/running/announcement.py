@@ -1,4 +1,4 @@
-"""What is said before a run begins: what is going to be done, and what is hardly meant so."""
+"""What is logged before a run begins: a summary, and warnings about settings that are probably unintended."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     if config.model.adapter is not None:
         yield from _of_start(config, user_path(config.model.adapter, "model.adapter"))
     if config.output.push_to_hub and not has_token():
-        yield f"output.push_to_hub needs a token of the hub by the end of the run, and there is none yet: {LOGIN}"
+        yield f"output.push_to_hub needs a hub token by the end of the run, and there is none yet: {LOGIN}"
     yield from _of_modules_without_adapter(target_modules(config), skeleton)
     yield from _of_budgets_and_patience(plan)
     yield from _of_steps_that_prune(plan)
@@ -93,20 +93,20 @@ def _of_start(config: Config, adapter: Path) -> Iterator[str]:
     """Sentences about the adapter that the run starts from."""
     saved = saved_base(adapter)
     if saved and not is_same_base(saved, config.model.name_or_path):
-        yield f"model.adapter is of the base {saved}, this run of {config.model.name_or_path}; are these one model?"
+        yield f"model.adapter is for the base {saved}, this run uses {config.model.name_or_path}; are they the same?"
     yield from _of_rows_seen_before(config, adapter)
 
 
 def _of_modules_without_adapter(targets: str | Sequence[str], skeleton: nn.Module) -> Iterator[str]:
     """Sentences about weights that are asked for, and where no adapter can be."""
     if targets == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
-        yield f"no adapter is put on {', '.join(stacked)}, which are in no linear layer"
+        yield f"no adapter on {', '.join(stacked)}, which are not linear layers"
     without: dict[str, dict[str, None]] = {}  # {reason: last names}
     for name, reason in left_out(skeleton).items():
         if targets == ALL_LINEAR or matches(name, targets):
             without.setdefault(reason, {})[name.rpartition(".")[2]] = None
     for reason, names in without.items():
-        yield f"no adapter is put on {', '.join(names)}, {reason}"
+        yield f"no adapter on {', '.join(names)}, {reason}"
 
 
 def _of_budgets_and_patience(plan: Plan) -> Iterator[str]:
@@ -114,12 +114,12 @@ def _of_budgets_and_patience(plan: Plan) -> Iterator[str]:
     sora = plan.config.sora
     has_target = sora.target_rank is not None or sora.target_params is not None
     if sora.budgets and has_target and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
-        yield "sora.budgets matches every module; sora.target_rank or target_params decides nothing beside it"
+        yield "sora.budgets matches every module, so sora.target_rank or target_params has no effect"
     patience, interval = plan.config.evaluation.early_stopping_patience, plan.config.evaluation.eval_steps
     if patience is not None and interval is not None and (most := plan.most_evaluations(interval)) <= patience:
         yield (
-            f"evaluation.early_stopping_patience {patience} can end nothing early: with eval_steps {interval} no more "
-            f"than {most} evaluations count before the last step; lower one of them (the best adapter is taken anyway)"
+            f"evaluation.early_stopping_patience {patience} cannot stop anything early: with eval_steps {interval} at "
+            f"most {most} evaluations count before the last step; lower one of them (the best adapter is kept anyway)"
         )
 
 
@@ -128,17 +128,17 @@ def _of_steps_that_prune(plan: Plan) -> Iterator[str]:
     sora = plan.config.sora
     if plan.stages[0].learned_at > plan.stages[0].total_steps:
         yield (
-            f"nothing is learned: the learning rate is 0 in all of {plan.stages[0].total_steps} steps (warm-up begins "
-            "there); train longer, or without a warm-up"
+            f"nothing is learned: the learning rate is 0 in all {plan.stages[0].total_steps} steps (warm-up starts at "
+            "0); train longer, or without a warm-up"
         )
     elif not all(stage.prunes_in_steps for stage in plan.stages):
         later = ", or raise sora.consensus_at" if sora.consensus_at < 1 else ""
         slots = " (of raw slots; sora.consensus svd keeps more)" if sora.consensus == "slots" else ""
         if plan.budgets:
-            what = f"gates are not pruned little by little, and the cut alone brings the adapters to the budget{slots}"
+            what = f"gates are not pruned gradually; only the cut brings the adapters to the budget{slots}"
         else:
             what = f"{'the first stage' if plan.is_path else 'this run'} prunes nothing"
-        yield f"the sparsify phase has no step after the first one that learns something: {what}; train longer{later}"
+        yield f"the sparsify phase ends before pruning can begin: {what}; train longer{later}"
 
 
 def _of_conversations(data: Data) -> Iterator[str]:
@@ -150,7 +150,7 @@ def _of_conversations(data: Data) -> Iterator[str]:
         ("train_on_last_turn_only", data.train_on_last_turn_only),
     ):
         if is_set:
-            yield f"data.{key} is for conversations, and no data set is made of them: it changes nothing here"
+            yield f"data.{key} is for conversations, but no data set has any: it has no effect here"
 
 
 def _of_thresholds(plan: Plan) -> Iterator[str]:
@@ -159,23 +159,23 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen") and sora.sparse_lambda != 0:
         yield (
-            f"gates can travel {travel:.2f} in this run and none can get from 1 to 0; train longer, or raise "
+            f"gates can move by {travel:.2f} in this run, so none can get from 1 to 0; train longer, or raise "
             "sora.gate_lr"
         )
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
     if sora.threshold == "decoupled" and highest >= 1:
-        yield f"λ is {highest:g}; from 1 on the decoupled threshold shrinks every gate whatever its gradient"
+        yield f"λ is {highest:g}; from 1 upwards the decoupled threshold shrinks every gate regardless of its gradient"
 
 
 def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
     """A sentence about dev rows on which the adapter that the run starts from may have been trained."""
     path = learned_from(lessons_in(adapter), config)
     if path is not None and config.data.val_datasets is not None:
-        yield f"model.adapter was trained on {path}, which this run is measured on; name dev rows that it has not seen"
+        yield f"model.adapter was trained on {path}, which this run evaluates on; name dev rows that it has not seen"
     elif path is not None:
         yield (
-            f"model.adapter was trained on {path}, and nothing says that with the same rows held out: dev rows of this "
-            "run may be some that it has seen; name dev rows of their own with data.val_datasets, or hold the same out"
+            f"model.adapter was trained on {path}, possibly with other rows held out: it may have seen dev rows of "
+            "this run; name separate dev rows with data.val_datasets, or hold out the same ones"
         )
 
 
@@ -183,8 +183,8 @@ def _of_rows_seen_by_the_base(config: Config) -> Iterator[str]:
     """A sentence about dev rows on which an adapter may have been trained that was merged into the base."""
     if (path := learned_from([lesson_of_base(config)], config)) is not None:
         yield (
-            f"model.name_or_path has an adapter merged into it that was trained on {path}: dev rows of this run may be "
-            "some that it has seen; name others with data.val_datasets"
+            f"model.name_or_path has an adapter merged in that was trained on {path}: it may have seen dev rows of "
+            "this run; name others with data.val_datasets"
         )
 
 
@@ -193,10 +193,10 @@ def _of_dev_rows(data: Data) -> Iterator[str]:
     trained_on_too = sharing_rows(data.val_datasets or (), data.datasets)
     for dev in data.val_datasets or ():
         if dev in trained_on_too:
-            yield f"rows of data.val_datasets {dev.path} are trained on too; their loss says nothing of others"
+            yield f"rows of data.val_datasets {dev.path} are also trained on, so their loss does not generalise"
         separators = {one.separator for one in data.datasets if one.type == dev.type == "prompt_completion"}
         if separators and dev.separator not in separators:
             yield (
-                f"data.val_datasets {dev.path} has the separator {dev.separator!r} behind prompts, what is trained on "
-                f"has {', '.join(map(repr, sorted(separators)))}"
+                f"data.val_datasets {dev.path} has the separator {dev.separator!r} after prompts; the training rows "
+                f"have {', '.join(map(repr, sorted(separators)))}"
             )

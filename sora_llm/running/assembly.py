@@ -89,8 +89,8 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
     start_from(model, lora.factors, lora.scaling)
     if None not in (base, lora.base_digest) and base != lora.base_digest:
         job.say(
-            f"warning: model.adapter was trained beside other weights than {spec.name_or_path} has (another form of "
-            "them, or another model): it begins as another function than it was"
+            f"warning: model.adapter was trained on different weights than those of {spec.name_or_path} (quantised "
+            "differently, or another model): it does not start as the function it was"
         )
 
 

@@ -1,4 +1,4 @@
-"""What became of the rows, in sentences for whoever trains."""
+"""Log lines and warnings about a run's data."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assumed_template(config: Config, inputs: Inputs) -> list[str]:
     if template_is_named(config, inputs.tokenizer) or not has_conversations(config.data.datasets):
         return []
     return [
-        f"chat template: {DEFAULT_TEMPLATE}, as the tokenizer brings none; data.chat_template names another "
+        f"chat template: {DEFAULT_TEMPLATE}, as the tokenizer has none; data.chat_template selects another "
         f"({', '.join(TEMPLATES)}, or a jinja file)"
     ]
 
@@ -84,12 +84,12 @@ def _ending_warning(tokenizer: Any, template: str) -> list[str]:
         return []
     if (token := untaught_end(tokenizer, template)) is not None:
         return [
-            f"warning: the chat template's {{% generation %}} markers leave {token} out behind an answer, so that the "
-            "model is not taught to stop: put it inside the markers, or name another data.chat_template"
+            f"warning: the chat template's {{% generation %}} markers exclude the {token} after an answer, so the "
+            "model is not taught to stop: move it inside the markers, or use another data.chat_template"
         ]
     return [
-        "warning: answers end with text that is no token of this tokenizer's own, so that a client must look for it to "
-        "stop; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
+        "warning: answers end with text that is not a single token of this tokenizer, so clients must match it as a "
+        "stop string; data.chat_template: alpaca, mistral, llama-2 or vicuna end answers with eos"
     ]
 
 
@@ -98,9 +98,8 @@ def _opening_warning(tokenizer: Any, template: str) -> list[str]:
     if not (opened := opened_for_asking(tokenizer, template)):
         return []
     return [
-        f"warning: where the model is asked the chat template opens its answer with {opened!r}, which it does not "
-        "write before an answer that has no such beginning (thoughts, by most such templates): give answers theirs, or "
-        "name another data.chat_template"
+        f"warning: at inference the chat template opens the answer with {opened!r}, which it does not write before "
+        "answers that lack it (mostly reasoning): add it to the answers, or use another data.chat_template"
     ]
 
 
@@ -109,9 +108,9 @@ def _blank_warning(tokenizer: Any, template: str) -> list[str]:
     if not joins_a_prompt_s_end(tokenizer, template):
         return []
     return [
-        "warning: the chat template ends prompts with blanks that this tokenizer joins with what follows, so that "
-        "servers, which tokenise prompts alone, ask with other tokens than those trained on (the commands here do "
-        "not): let it end prompts without them"
+        "warning: the chat template ends prompts with whitespace that this tokenizer merges with what follows, so "
+        "servers, which tokenise prompts alone, send different tokens than in training (the commands here do not): "
+        "remove that whitespace"
     ]
 
 
@@ -120,8 +119,8 @@ def _serving_warning(tokenizer: Any, template: str) -> list[str]:
     if is_served_as_trained(tokenizer, template):
         return []
     return [
-        "warning: servers, which tokenise what a chat template renders and add nothing, will ask with other tokens "
-        "than those trained on, whatever template lies beside the adapter (the commands here do not); name another "
+        "warning: servers, which tokenise the rendered chat template and add nothing, will send different tokens than "
+        "in training, whatever template is saved with the adapter (the commands here do not); use another "
         "data.chat_template"
     ]
 
@@ -182,8 +181,8 @@ def repetition_warning(report: DataReport | None) -> list[str]:
     if report is None or not report.duplicates or report.drop_duplicates:
         return []
     return [
-        f"warning: {report.duplicates:,} of the rows are the same as earlier ones, and dev rows are drawn from all, so "
-        "that some of them are trained on as well; set data.drop_duplicates: true"
+        f"warning: {report.duplicates:,} rows are duplicates, and dev rows are drawn from all rows, so some dev rows "
+        "are also trained on; set data.drop_duplicates: true"
     ]
 
 
@@ -194,5 +193,5 @@ def special_warning(num_written: int, first: tuple[str, str] | None = None) -> l
     where = f" (the first is {first[0]} with {first[1]})" if first else ""
     return [
         f"warning: rows with a special token written out in a message: {num_written:,}{where}; the tokenizer takes "
-        "it for the token itself, and an end of turn within an answer teaches to stop there: take them out"
+        "it for the token itself, and an end of turn inside an answer teaches the model to stop there: remove them"
     ]

@@ -104,7 +104,7 @@ def cut_and_export(training: Training) -> StageResult:
 
 
 def before_publishing(training: Training) -> None:
-    """Stop where that is asked for, and where the run's directory is not its own any more (collective)."""
+    """Stop if asked to, or if the run directory is no longer this run's (collective)."""
     training.job.heed_stop()
     on_main(training.directory.require_held)
 
@@ -190,7 +190,7 @@ def memorisation(job: Job, model: nn.Module) -> float:
 def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
 
-    A model that cannot generate costs the samples, not the run.
+    If the model cannot generate, only the samples are lost, not the run.
     """
     tokenizer, template = job.inputs.tokenizer, job.inputs.chat_template
     prompts = {

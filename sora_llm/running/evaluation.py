@@ -1,4 +1,4 @@
-"""The loss over a whole data set, shared out over the processes."""
+"""The loss over a whole data set, distributed over the processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the rows that something is measured on are others than an adapter was trained on."""
+"""Whether an adapter may have been trained on the rows it is evaluated on."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, 
 from sora_llm.targets import target_linears
 from sora_llm.topology import ZERO_STAGES
 
-FOR_LLAMA_CPP = "holds an adapter for llama.cpp, which is only written here; name what it was made from"
+FOR_LLAMA_CPP = "holds a llama.cpp adapter, which can be written but not read; name the LoRA it was made from"
 MODEL_FILES = (base_files.SINGLE, base_files.INDEX, "config.json")
 
 
@@ -60,7 +60,7 @@ class Inputs:
 
 
 def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec | None = None) -> Inputs:
-    """Look at everything the config names, cheap things first; `tokenizer_source` is where the tokenizer lies, if it is
+    """Check everything the config names, cheap things first; `tokenizer_source` is where the tokenizer lies, if it is
     not the base's.
 
     Raises:
@@ -122,9 +122,9 @@ def start_lora(config: Config) -> LoraFiles:
 def _other_than_lora(folder: Path) -> str | None:
     """What a folder without a LoRA is instead, and what to do; None where that is not known."""
     if (folder / run_files.ADAPTER / CONFIG).is_file():
-        return f"is a run; its LoRA is {folder / run_files.ADAPTER}: name that"
+        return f"is a run directory; its LoRA is {folder / run_files.ADAPTER}: name that"
     if is_run(folder):
-        return "is a run that has no adapter yet; let it finish, or export one of its checkpoints"
+        return "is a run without an adapter yet; let it finish, or export one of its checkpoints"
     if (folder / checkpoint.STATE).is_file():
         return f"is a checkpoint; make a LoRA of it first: sora-llm export {folder} --out FOLDER"
     if any(folder.glob("*.gguf")):
@@ -140,7 +140,7 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
     try:
         if run_dir.is_symlink() and not run_dir.exists():
             raise UserError(
-                f"output.output_dir {run_dir} is a link to {run_dir.readlink()}, which is not there; make it"
+                f"output.output_dir {run_dir} is a link to {run_dir.readlink()}, which does not exist; create it"
             )
         existing = nearest_existing(run_dir)
         if not existing.is_dir():
@@ -180,17 +180,21 @@ def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
     for name in (CONFIG, checkpoint.COMPLETE, *MODEL_FILES):
         if (run_dir / name).is_file():
             raise UserError(
-                f"output.output_dir {run_dir} holds {name}, so it is that of an adapter, a checkpoint or a model; name "
-                "a folder of its own for the run"
+                f"output.output_dir {run_dir} holds {name}, so it belongs to an adapter, a checkpoint or a model; give "
+                "the run its own folder"
             )
     for path in data_paths:
         if (folder := Path(path).expanduser()).is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"output.output_dir {run_dir} is in {path}, a folder of data that is read whole; name one outside of it"
+                f"output.output_dir {run_dir} is inside {path}, all of which is read as data; name a folder outside it"
             )
     for name in run_files.FILES:
         if (run_dir / name).is_dir():
-            raise UserError(f"output.output_dir {run_dir}: {name} is a folder there, and a run has a file of that name")
+            raise UserError(
+                f"output.output_dir {run_dir}: {name} is a folder there, but a run writes a file of that name"
+            )
     for name in run_files.FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
-            raise UserError(f"output.output_dir {run_dir}: {name} is a file there, and a run has a folder of that name")
+            raise UserError(
+                f"output.output_dir {run_dir}: {name} is a file there, but a run writes a folder of that name"
+            )

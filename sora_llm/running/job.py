@@ -1,4 +1,4 @@
-"""A run before its weights: checked, planned, its data in memory, its directory held."""
+"""A run before its weights are loaded: checked, planned, its data in memory, its directory locked."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Job:
 
     @property
     def step_size(self) -> str:
-        """What a step takes, in words."""
+        """The rows of a step, in words: "16 packed sequences"."""
         unit = "packed sequence" if self.config.data.sample_packing else "row"
         return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
 
     @property
     def processes(self) -> str:
-        """How many there are, in words."""
+        """The number of processes, in words: "2 processes"."""
         return f"{self.world.num_processes} process{'es' if self.world.num_processes > 1 else ''}"
 
     def batches(self, step: int) -> StepBatches:
@@ -124,7 +124,7 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> RunL
     has_said = False
     while (other := on_main(holder)) is not None:
         if not has_said:
-            job.say(f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, which {other} holds")
+            job.say(f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, locked by {other}")
             has_said = True
         job.heed_stop()
     if job.world.num_processes > 1:

@@ -1,4 +1,4 @@
-"""What a run leaves beside adapter/: gguf/ for llama.cpp or merged/, the whole model (output.export_layout)."""
+"""Exports next to adapter/: gguf/ for llama.cpp, or merged/, the whole model (output.export_layout)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter was trained on, and whatever it started from: by the configs of runs, and by certificates."""
+"""What an adapter, and any it started from, was trained on: from run configs and certificates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's processes notice each other's death, and that of their launcher, within seconds.
+"""Processes of a run notice within seconds when another process or their launcher dies.
 
 A collective whose partner has died fails at once under gloo and waits for the whole timeout under nccl; a worker whose
 launcher was killed with -9 would go on writing for ever.  So every process holds a TCP connection to the main one,
@@ -36,8 +36,8 @@ _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECIS
 class Lifeline:
     """Watches the launcher, and from `connect` on the other processes, in a thread.
 
-    `lost_process` says who died, None while all live; who is merely stopped or slow has not.  A process that has not
-    ended by itself `GRACE_SECONDS` later is ended; what it says last is for `on_lost_process`.
+    `lost_process` names the process that died, or None; a stopped or slow one is not dead.  A process that has not
+    ended by itself `GRACE_SECONDS` later is ended, after calling `on_lost_process`.
     """
 
     def __init__(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
@@ -78,7 +78,7 @@ class Lifeline:
             self._thread.start()
 
     def close(self, failure: str | None = None) -> None:
-        """Say goodbye: what becomes of this process afterwards is nobody's concern.  With `failure` the others are told
+        """Disconnect cleanly, so this process's end is not reported as a death.  With `failure` the others are told
         that it has failed."""
         self._closing.set()
         if self._thread.is_alive():
@@ -138,7 +138,7 @@ class Lifeline:
 
 
 def say_last(sentence: str) -> None:
-    """Print a last sentence, without a word to stdout: a thread may hold that which waits for ever."""
+    """Print a final message to stderr only: a thread that waits forever may hold stdout's lock."""
     end = "\n" if terminal.is_progress_open() else ""
     print(f"{end}sora_llm: {sentence}", file=sys.stderr, flush=True)
 
@@ -162,7 +162,7 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
         except OSError as error:
             raise RunFailed(
                 f"process {process_index} on {socket.gethostname()} cannot reach the main process at {host}:{port} "
-                f"({error}): let the machines of a run connect to each other on any port"
+                f"({error}): the machines of a run must be able to connect to each other on any port"
             ) from error
         return {0: _kept_alive(peer)}
     with server:
@@ -174,7 +174,7 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
                 missing = sorted(set(range(1, num_processes)) - set(peers))
                 raise RunFailed(
                     f"process {missing[0]} has not connected to the main process on {socket.gethostname()} within "
-                    f"{CONNECT_SECONDS} s: let the machines of a run connect to each other on any port"
+                    f"{CONNECT_SECONDS} s: the machines of a run must be able to connect to each other on any port"
                 ) from error
             said, _, index = _first_line(peer).partition(" ")
             if secrets.compare_digest(said.encode(), token.encode()):
@@ -195,7 +195,7 @@ def _listen(host: str) -> socket.socket:
 
 
 def _first_line(peer: socket.socket) -> str:
-    """What a connection says first, byte by byte: what comes after it is for the watching thread."""
+    """The first line from a connection, read byte by byte: what follows is for the watching thread."""
     peer.settimeout(5)
     said = b""
     with contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ def _first_line(peer: socket.socket) -> str:
 
 
 def _heard(peer: socket.socket, name: str) -> str | None:
-    """What a connection that has something to say says: None is goodbye."""
+    """The message of a readable connection; None for a clean disconnect."""
     try:
         said = peer.recv(4096).decode(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""One optimizer step, and the sums that a line of metrics.jsonl is made of."""
+"""One optimizer step, and the running sums behind a line of metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures and says of its steps: ranks, dev loss, alarms, the line of metrics."""
+"""Metrics of a run's steps: ranks, dev loss, alarms, the line in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
 
 
 def say_alarms(job: Job, sentences: list[str]) -> None:
-    """Warn of what the numbers of a step, a cut or a result say."""
+    """Print alarms as warnings."""
     for sentence in sentences:
         job.say(f"warning: {sentence}")
 
@@ -99,7 +99,7 @@ def measure(training: Training) -> float:
 
 
 def keeps_best(training: Training) -> bool:
-    """Only once ranks are what they will be: before, the dev loss rises because there are fewer of them."""
+    """Only once ranks are final: before that, the dev loss rises because ranks are removed."""
     return training.patience.counts and training.phase == FINETUNE
 
 
@@ -112,7 +112,7 @@ def final_masters(training: Training) -> Mapping[str, Tensor]:
         return training.engine.masters()
     if best.step != training.done:
         training.job.say(
-            f"the adapter is that of step {best.step}, which has the lowest dev loss of the finetune phase "
+            f"keeping the adapter of step {best.step}, which has the lowest dev loss of the finetune phase "
             f"({best.eval_loss:.4f})",
         )
     return best.masters

@@ -1,4 +1,4 @@
-"""Whether rows packed into one sequence see each other in this very model."""
+"""Whether rows packed into one sequence attend to each other in this model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prove_packing(
     # position ids the error is above 1e-1.
     if not bool(alone.isfinite().all()):
         raise UserError(
-            "the base's own logits are not finite: its weights are damaged, or too large for their dtype (model.dtype, "
+            "the base's logits are not finite: its weights are damaged, or overflow their dtype (model.dtype, "
             "quantization.bnb_4bit_compute_dtype)"
         )
     if leaks or not bool(error <= 5e-2):

@@ -217,7 +217,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         if len({stage_name(value) for value in found}) < len(found):
             raise UserError(
                 f"sora.lambda_num {sora.lambda_num}: the stages' λ between {sora.sparse_lambda:g} and "
-                f"{sora.max_lambda:g} are too near to each other to have folders of their own; take fewer stages"
+                f"{sora.max_lambda:g} are too close together to have separate folders; use fewer stages"
             )
     stages = []
     for number, sparse_lambda in enumerate(lambdas):
@@ -275,6 +275,6 @@ def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, 
     conflicts = resume_conflicts(dict(old), to_dict(plan.config), old_processes, world.num_processes)
     if conflicts:
         raise UserError(
-            f"{where} belongs to a run of another config: {', '.join(conflicts)}; undo that, or name a new "
-            "output.output_dir (model.adapter starts a run from the adapter of another)"
+            f"{where} belongs to a run with another config: {', '.join(conflicts)}; revert that, or use a new "
+            "output.output_dir (model.adapter starts a run from another run's adapter)"
         )

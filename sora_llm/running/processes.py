@@ -40,8 +40,8 @@ def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
     if launcher_file not in ("", "none"):
         if user_file is not None:
             raise UserError(
-                f"the launcher brings a DeepSpeed config, {launcher_file}, and distributed.deepspeed_config names "
-                "another; leave one of them out"
+                f"the launcher passes a DeepSpeed config, {launcher_file}, and distributed.deepspeed_config names "
+                "another; remove one of them"
             )
         user_file = launcher_file
     return deepspeed_config(
@@ -94,15 +94,15 @@ def process_group(
 
 
 def waited_in_vain(process: int, minutes: float) -> RunFailed:
-    """What a collective that other processes did not join comes to."""
+    """The error for a collective that other processes did not join in time."""
     return RunFailed(
-        f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others, which did not "
-        "come: one of them hangs, or is much slower"
+        f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others in vain: one of "
+        "them hangs, or is much slower"
     )
 
 
 OWN_TO_A_MACHINE = r"data\.(val_)?datasets\.\d+\.path|data\.num_proc|data\.cache_dir|model\.name_or_path"
-"""Keys whose values may differ between machines: places, of which the contents are compared."""
+"""Keys whose values may differ between machines: paths, whose contents are compared instead."""
 
 
 def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) -> None:
@@ -114,7 +114,7 @@ def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) 
     for process, other in enumerate(configs):
         if keys := [key for key in differing_keys(configs[0], other) if not re.fullmatch(OWN_TO_A_MACHINE, key)]:
             raise UserError(
-                f"process {process} has another config than the main one, different in {', '.join(keys)}; start all "
+                f"the config of process {process} differs from the main process's in {', '.join(keys)}; start all "
                 "with the same file and the same overrides"
             )
     for key, prefixed in (("data.datasets", False), ("data.val_datasets", True)):
@@ -126,8 +126,8 @@ def refuse_differing(what: str, own: Any) -> None:
     for process, other in enumerate(found := gather_objects(own)):
         if other != found[0]:
             raise UserError(
-                f"{what} is not the same everywhere: process {process} found something else than process 0; give every "
-                "machine the same files"
+                f"{what} is not the same everywhere: process {process} differs from process 0; give every machine the "
+                "same files"
             )
 
 

@@ -1,4 +1,4 @@
-"""A dry run: everything that a run does up to one step and one save, and what a real one would take."""
+"""The dry run: everything up to one step and one save, and an estimate of the real run."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def rehearse(job: Job) -> RunResult:
         batches = job.batches(0)
         loss_sum, outcome = train_step(engine, batches, job.num_averaging)
         if any_process(outcome.skipped, engine.device):
-            raise RunFailed(
-                "dry run: the first step has a non-finite loss or gradient; look at model.dtype and the data"
-            )
+            raise RunFailed("dry run: the first step has a non-finite loss or gradient; check model.dtype and the data")
         tally.add(loss_sum, outcome, batches)
         training.done = 1
         if training.rounds is not None:

@@ -1,4 +1,4 @@
-"""Rounds of local updates: what the replicas agreed on last, and how they come to agree again.
+"""Rounds of local updates: the last agreed state, and how replicas synchronise.
 
 A round's end is one exchange: every replica sends each module's factors to the replica that averages it, and gets all
 averages back, 2 (K − 1)/K times the adapter, as an all-reduce would move; but the averager has all replicas' factors at

@@ -1,4 +1,4 @@
-"""Which folders are runs', and their configs as they are seen from here."""
+"""Which folders are run directories, and their configs with local paths resolved from here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sora_llm.files import expanded, user_path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has written here: a config.yaml alone may be anybody's."""
+    """Whether this is a run directory: a config.yaml alone does not make one."""
     marks = (run_files.STATUS, f"{run_files.ADAPTER}/{CERTIFICATE}")
     return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)
 
@@ -70,7 +70,7 @@ def with_kept_template(config: Config, *files: Path) -> Config:
 
 
 def _leads_somewhere(path: str) -> bool:
-    """Whether there is something at a path, or something that matches it as a pattern."""
+    """Whether a path exists, or matches something as a pattern."""
     return Path(path).exists() or next(glob.iglob(path, recursive=True), None) is not None  # noqa: PTH207 - any pattern
 
 

@@ -85,9 +85,9 @@ class RunLock:
         """RunFailed where the directory was moved, deleted or replaced: what has its name now is somebody else's."""
         if not self.is_held():
             raise RunFailed(
-                f"{self.path} is not the file any more that this run holds: the directory was moved, deleted or "
-                "replaced (or its lock removed) while this run was writing it, and what has that name now is not "
-                "touched; start the same command again where its checkpoints are"
+                f"{self.path} is no longer the file that this run locked: the directory was moved, deleted or "
+                "replaced (or its lock removed) during the run, and whatever has that name now is left alone; run the "
+                "same command again where its checkpoints are"
             )
 
 

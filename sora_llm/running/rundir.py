@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", 
 
 
 class RunDirectory:
-    """The main process's pen: metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
+    """The main process's writer of metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
 
     Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint` and `adapter` are what the
     next status.json will say.
@@ -97,7 +97,7 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's last word is that it has finished: nothing that happens afterwards changes that."""
+        """Whether the run has recorded that it finished; later errors do not change that."""
         return self.last_status.get("state") == "finished"
 
     def start_at(self, step: int, resumed_from: Path | None) -> None:
@@ -119,7 +119,7 @@ class RunDirectory:
         self._track({key: value for key, value in line.items() if key not in ("step", "phase")}, step)
 
     def _track(self, values: Mapping[str, Any], step: int) -> None:
-        """Tell the trackers.  Whatever goes wrong there costs their curves, not the run."""
+        """Log to the trackers.  An error there only affects their curves, not the run."""
         if self._tracker is None:
             return
         try:
@@ -162,7 +162,7 @@ class RunDirectory:
     def report(self, config: Mapping[str, Any], *, plots: bool = False) -> None:
         """Refresh report.html and, with `plots`, plots/*.png from the files that are there now.
 
-        Call it after the status it is to show.  Whatever goes wrong here costs the page, not the run.
+        Call it after writing the status it should show.  An error here only affects the page, not the run.
         """
         if not self.is_main or not self.is_begun or (self._lock is not None and not self._lock.is_held()):
             return
@@ -203,8 +203,8 @@ class RunDirectory:
             yield
         except OSError as error:
             raise RunFailed(
-                f"{self.path} cannot be written ({error.strerror}); checkpoints are whole: make room and start the "
-                "same command again"
+                f"{self.path} cannot be written ({error.strerror}); checkpoints are intact: free some space and run "
+                "the same command again"
             ) from error
 
 

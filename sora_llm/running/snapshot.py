@@ -1,4 +1,4 @@
-"""A run in the middle of its loop as its checkpoint holds it: written, looked at, put back."""
+"""The training state in a checkpoint: written, checked, restored."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ class Saved:
 def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
     """UserError if this run, in `run_dir`, cannot go on from the checkpoint `folder`, whose state.json is `state`."""
     if "stage" not in state or "skipped" not in state["tally"]:
-        raise UserError(f"{folder} was written by an earlier version, whose checkpoints this one cannot go on from")
+        raise UserError(f"{folder} was written by an earlier version, whose checkpoints cannot be resumed by this one")
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
         raise UserError(
-            f"{folder} is of a later stage of a sparsity path, whose earlier adapters are in "
-            f"{folder.parent.parent}; go on there, or start a new path"
+            f"{folder} is from a later stage of a sparsity path, whose earlier adapters are in "
+            f"{folder.parent.parent}; resume there, or start a new path"
         )
     refuse_other_config(job.plan, state["config"], state["num_processes"], job.world, str(folder))
     num_replicas = 0 if job.replicas is None else job.replicas.num
     if "rounds" in state and state["rounds"]["replicas"] != num_replicas:
         raise UserError(
-            f"{folder} holds {state['rounds']['replicas']} replicas that took local steps apart, and this launch has "
+            f"{folder} holds {state['rounds']['replicas']} replicas of a local-update round, but this launch has "
             f"{num_replicas}; launch as many, or start a new run from the adapter with model.adapter"
         )
     if other := differing_parts(state["data"], job.fingerprint):
@@ -100,8 +100,8 @@ def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) 
     """UserError if the checkpoint was trained beside other weights than those of the `base_digest` that is given."""
     if None not in (base, state.get("base")) and base != state["base"]:
         raise UserError(
-            f"the files of model.name_or_path hold other weights than {folder} was trained beside; restore them, or "
-            "name a new output.output_dir"
+            f"the weights of model.name_or_path are not those that {folder} was trained on; restore them, or "
+            "use a new output.output_dir"
         )
 
 

@@ -1,4 +1,4 @@
-"""What leads a run to its sparsity: one λ, or the λ or threshold of each step that a rank budget asks for."""
+"""Drives a run to its sparsity: a fixed λ, or the λ or threshold that a rank budget needs at each step."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class SparsityController:
             if other != found[0]:
                 raise RunFailed(
                     f"process {process} counts {sum(other):,} kept parameters and process 0 {sum(found[0]):,}: they "
-                    "hold different gates; restart from the last checkpoint and look at the memory of their machines"
+                    "hold different gates; restart from the last checkpoint and check the memory of their machines"
                 )
         return {budget.name: kept for budget, kept in zip(self.budgets, own, strict=True)}
 

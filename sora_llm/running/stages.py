@@ -1,4 +1,4 @@
-"""The stages of a run: next rows, forward, backward, step, log; and what changes between phases and stages."""
+"""The training loop: next rows, forward, backward, step, log; and what changes between phases and stages."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
 
 
 def refuse_more_skipping(training: Training) -> None:
-    """RunFailed after too many non-finite steps in a row; with local updates when a round has ended, by the replica
-    that skipped most (collective)."""
+    """RunFailed after too many non-finite steps in a row; with local updates, checked at the end of a round for the
+    replica that skipped most (collective)."""
     tally, rounds = training.tally, training.rounds
     if rounds is not None and rounds.is_open:
         return
@@ -125,7 +125,7 @@ def refuse_more_skipping(training: Training) -> None:
     if in_a_row >= training.job.config.train.max_skipped_steps:
         raise RunFailed(
             f"{in_a_row} steps in a row, up to step {training.done}, had a non-finite loss or gradient and were "
-            "skipped; look at the data, or lower train.learning_rate and name a new output.output_dir"
+            "skipped; check the data, or lower train.learning_rate and use a new output.output_dir"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, at a checkpoint, or not at all because its directory holds it finished."""
+"""Where a run starts: at step 0, at a checkpoint, or not at all because it has already finished."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     if not saved.exists() or not env.exists():
         return None
     if plan.config.output.resume == "never":
-        raise UserError(
-            f"another run has begun in output.output_dir {run_dir} and output.resume is never; name another"
-        )
+        raise UserError(f"output.output_dir {run_dir} already holds a run and output.resume is never; name another")
     try:
         num_processes = json.loads(env.read_text(encoding="utf-8"))["num_processes"]
     except (ValueError, KeyError, TypeError):
@@ -61,9 +59,7 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     adapter = run_dir / status["adapter"]
     if not adapter.is_dir():
         return None
-    terminal.say(
-        f"{run_dir} is finished, its adapter is {adapter}; nothing to do (a new run needs a new output.output_dir)"
-    )
+    terminal.say(f"{run_dir} is already finished; its adapter is {adapter} (a new run needs a new output.output_dir)")
     lines = read_json_lines(run_dir / run_files.METRICS)
     metrics = lines[-1] if lines else {}
     for line in what_is_missing(plan.config.output.export_layout, run_dir, metrics):
@@ -108,12 +104,12 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
     if resume == "auto":
         folder, warnings = checkpoint.newest(run_dir)
         for warning in warnings:
-            job.say(f"warning: passed over: {warning}")
+            job.say(f"warning: skipped: {warning}")
     else:
         folder = written_since(run_dir, resume) or user_path(resume, "output.resume")
     if folder is None:
         if warnings:
-            job.say(f"warning: no checkpoint in {run_dir} is whole; starting again at step 0")
+            job.say(f"warning: no checkpoint in {run_dir} is intact; starting again at step 0")
         return StartPoint()
     state = checkpoint.read_state(folder)
     refuse_other_run(job, run_dir, folder, state)

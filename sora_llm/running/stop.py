@@ -1,4 +1,4 @@
-"""Noticing that this process was asked to stop."""
+"""Noticing requests to stop: signals, and a STOP file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in the middle of its loop: what it holds, and where it is."""
+"""The state of a run during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's rows: tokenised or read from the cache, parted into train and dev, put into the order of its steps."""
+"""A run's rows: tokenised or read from the cache, split into train and dev, ordered by step."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
         _check_sources(config, train)
     if train is not None and len(train) < world.num_processes:
         raise UserError(
-            f"data.datasets gives {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
+            f"data.datasets has {len(train)} rows to train on, fewer than the {world.num_processes} processes; "
             "launch fewer processes, or add data"
         )
     return TrainingData(train, dev, report, dev_report)

@@ -1,4 +1,4 @@
-"""The export at the end of a run: one process writes, all of them prove what was written."""
+"""The export at the end of a run: one process writes, all verify what was written."""
 
 from __future__ import annotations
 
