@@ -1,4 +1,4 @@
-"""What it costs to prove that processes agree: `Engine.prove_agreement` against an optimizer step.
+"""What it costs to prove that processes agree: `Engine.check_agreement` against an optimizer step.
 
     python benchmarks/agreement.py [--rank 64] [--tokens 512] [--rounds 15]
 
@@ -25,7 +25,7 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 CHECK_EVERY = 100
@@ -81,7 +81,7 @@ def measure(strategy: str, rank: int, num_tokens: int, rounds: int) -> None:
         started = time.perf_counter()
         train_step(engine, step, world.num_processes)
         between = time.perf_counter()
-        engine.prove_agreement()
+        engine.check_agreement()
         ended = time.perf_counter()
         if index >= 2:
             steps.append(between - started)

@@ -45,7 +45,7 @@ from sora_llm.config import load_config
 from sora_llm.consensus import cut_svd
 from sora_llm.distributed.group import local_device
 from sora_llm.factors import kept_params, shapes_of
-from sora_llm.inject import put_on
+from sora_llm.inject import attach_factors
 from sora_llm.local_updates import round_bytes
 from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.running.evaluation import evaluate
@@ -238,7 +238,7 @@ def dev_loss(folder: Path, factors: Plain) -> float:
     rows = load_data(config, inputs, ALONE).dev
     assert rows is not None
     device = local_device()
-    model = put_on(load_backbone(inputs.backbone, device), factors)
+    model = attach_factors(load_backbone(inputs.backbone, device), factors)
     return evaluate(model, rows, inputs.batch, batch_size=8, world=ALONE, device=device)
 
 

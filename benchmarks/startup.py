@@ -42,7 +42,7 @@ def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Start a run in this process and leave it after its first step."""
     marks: list[tuple[str, Clock]] = [("start", now())]
     from sora_llm import train
-    from sora_llm.running import stages
+    from sora_llm.running import training_loop
 
     marks.append(("imports", now()))
 
@@ -64,10 +64,10 @@ def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     marked(train, "load_data", "checks", before=True)
     marked(train, "make_plan", "data", before=False)
-    marked(train, "announce", "group", before=True)
+    marked(train, "print_summary", "group", before=True)
     marked(train, "train_stage", "model", before=True)
-    marked(stages, "change_form", "dev loss", before=True)
-    marked(stages, "train_step", "first step", before=False)
+    marked(training_loop, "change_form", "dev loss", before=True)
+    marked(training_loop, "train_step", "first step", before=False)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
         train.run(config, *overrides, f"output.output_dir={folder}/run", "output.report_to=[]")
     found: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     from sora_llm.inject import forbid_cpu_repack
-    from sora_llm.running.loop import peak_memory_gib
+    from sora_llm.running.optimizer_step import peak_memory_gib
 
     seen: list[tuple[float, int]] = []
 
@@ -177,12 +177,12 @@ def loop(steps: int) -> None:
 
     from sora_llm import train
     from sora_llm.causal_loss import causal_loss_sum
-    from sora_llm.running import stages
+    from sora_llm.running import training_loop
 
     torch.set_num_threads(1)
     whole: list[float] = []
     bare: list[float] = []
-    real = stages.train_step
+    real = training_loop.train_step
     state = {"ended": 0.0}
 
     def timed(engine: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
@@ -202,11 +202,11 @@ def loop(steps: int) -> None:
         state["ended"] = now
         return result
 
-    stages.train_step = timed
+    training_loop.train_step = timed
     with tempfile.TemporaryDirectory() as folder:
         values = {"output.logging_steps": 10, "sora.consensus_at": 1.0}
         train.run(CONFIG, *overrides(Path(folder) / "run", steps, True, **values))
-    stages.train_step = real
+    training_loop.train_step = real
     ratios = [own / other - 1 for own, other in zip(whole[WARM_UP:], bare[WARM_UP:], strict=True)]
     q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
     total = sum(whole[WARM_UP:]) / sum(bare[WARM_UP:]) - 1
@@ -225,17 +225,17 @@ def memory(steps: int) -> None:
     import torch
 
     from sora_llm import train
-    from sora_llm.running import stages
+    from sora_llm.running import training_loop
 
     torch.set_num_threads(1)
-    real, seen, me = stages.train_step, [], psutil.Process()
+    real, seen, me = training_loop.train_step, [], psutil.Process()
 
     def noted(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
         seen.append(me.memory_info().rss / 2**20)
         return result
 
-    stages.train_step = noted
+    training_loop.train_step = noted
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "model.name_or_path": str(DATA / "models/stories260k"),
@@ -247,7 +247,7 @@ def memory(steps: int) -> None:
             "evaluation.eval_steps": 500,
         }
         train.run(CONFIG, *overrides(Path(folder) / "run", steps, True, **values))
-    stages.train_step = real
+    training_loop.train_step = real
     places = [round(steps * tenth / 10) - 1 for tenth in range(1, 11)]
     print(f"memory over {steps} steps, MiB at every tenth: {', '.join(f'{seen[place]:.0f}' for place in places)}")
 

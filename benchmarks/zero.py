@@ -25,7 +25,7 @@ from sora_llm.backbone import enable_checkpointing
 from sora_llm.base_spec import DTYPES, resolve_quant_storage
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import end, make_accelerator
-from sora_llm.running.loop import StepBatches, forget_peak, peak_memory_gib, train_step
+from sora_llm.running.optimizer_step import StepBatches, forget_peak, peak_memory_gib, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 

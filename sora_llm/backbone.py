@@ -23,7 +23,14 @@ from sora_llm.base_files import has_tokenizer, tokenizer_files
 from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.errors import UserError, first_line
 from sora_llm.inject import forbid_cpu_repack
-from sora_llm.quantised import QuantisedFiles, holds_packed, is_quantised, quantised_files, settings_in, take_form
+from sora_llm.quantised import (
+    QuantisedFiles,
+    has_4bit_weights,
+    is_quantised,
+    match_loading_format,
+    quantised_files,
+    quantization_config_of,
+)
 
 SENTENCEPIECE_PROBES = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
@@ -88,7 +95,7 @@ def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
         )
 
 
-def as_its_files(spec: BackboneSpec) -> BackboneSpec:
+def spec_from_files(spec: BackboneSpec) -> BackboneSpec:
     """In the dtype that the base's files have, and quantised as they are: for a base that no run says how to load.
 
     Raises:
@@ -121,7 +128,7 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
     for path in weights:
         try:
             with safe_open(path, framework="pt") as file:  # reads the header and compares the file's size with it
-                packed = path if holds_packed(file) else packed
+                packed = path if has_4bit_weights(file) else packed
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.name_or_path: the weights {path} are damaged: {error}") from None
     if not has_tokenizer(folder):
@@ -252,7 +259,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
         "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
     }
     config = _from_pretrained(AutoConfig, spec, "config")
-    said = settings_in(config)
+    said = quantization_config_of(config)
     if said is not None:  # quantised already; the files say the rest
         config.quantization_config = {**said, "bnb_4bit_compute_dtype": spec.compute_dtype}
         options["config"] = config
@@ -266,14 +273,14 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
     if said is not None:
-        take_form(model, DTYPES[spec.dtype], DTYPES[spec.quant_storage])
+        match_loading_format(model, DTYPES[spec.dtype], DTYPES[spec.quant_storage])
     if gradient_checkpointing:
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
 
 
-def spec_of(model: Any) -> BackboneSpec | None:
+def spec_from_model(model: Any) -> BackboneSpec | None:
     """How a model of transformers that somebody loaded is held, as its layers say; None where that is in no form that
     can be loaded here, or in several."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -300,7 +307,7 @@ def spec_of(model: Any) -> BackboneSpec | None:
     said = [layer for layer in linears if layer is not head or isinstance(layer, Linear4bit | Linear8bitLt)]
     forms = {as_held(layer) for layer in said} or {whole}
     form = forms.pop()
-    is_known = form.is_quantised or settings_in(model.config) is None
+    is_known = form.is_quantised or quantization_config_of(model.config) is None
     is_loadable = form.dtype == dtype and dtype in ("bfloat16", "float16", "float32")
     return form if not forms and is_known and is_loadable else None
 
@@ -351,7 +358,7 @@ def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True) if spec.load_in_8bit else None
 
 
-def load_call(spec: BackboneSpec, config: Any) -> str:
+def from_pretrained_args(spec: BackboneSpec, config: Any) -> str:
     """The arguments of from_pretrained that load this backbone as it is trained beside, as Python text; and in words
     what is to be done then, for files that say another compute dtype."""
     options = f"dtype=torch.{spec.dtype}"

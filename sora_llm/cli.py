@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from sora_llm.commands import COMMANDS, JOURNEY
+from sora_llm.commands import COMMAND_GROUPS, COMMANDS
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.terminal import complain, print_result, take_any_text
+from sora_llm.terminal import escape_unencodable, print_error, print_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2 for a command that does not exist)."""
-    take_any_text()
+    escape_unencodable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         is_shown = print_result(usage())
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
     except UserError as error:  # of its command line
-        complain(str(error))
+        print_error(str(error))
         return error.exit_code
     return command
 
@@ -41,7 +41,7 @@ def usage() -> str:
     """The help page: the whole way from a config to an adapter that is served."""
     stages = "\n\n".join(
         "\n".join([f"{heading}:", *(f"  {name:<16} {what}" for name, (_, what) in commands.items())])
-        for heading, commands in JOURNEY.items()
+        for heading, commands in COMMAND_GROUPS.items()
     )
     return f"""usage: sora-llm <command> [...]        (sora-llm <command> --help)
 

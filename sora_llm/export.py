@@ -28,17 +28,17 @@ from sora_llm.artifacts.card import (
     refuse_other_contents,
     worst_delta_error,
 )
-from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, of_folder, read_folder
+from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, read_folder, verdicts_for_folder
 from sora_llm.artifacts.logit_check import (
     check_probe,
     default_probe,
 )
 from sora_llm.artifacts.lora_files import WEIGHTS
-from sora_llm.backbone import load_call, module_names, spec_of
+from sora_llm.backbone import from_pretrained_args, module_names, spec_from_model
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, bare, layer_shapes, unwrapped
+from sora_llm.inject import adapter_parameters, adapters, layer_shapes, unwrapped, without_adapters
 from sora_llm.peft_check import Errors, reloaded
 from sora_llm.sora import fold, is_sharded
 from sora_llm.targets import linear_layers, matches
@@ -145,14 +145,14 @@ def _check_model(model: nn.Module) -> None:
 
 def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
     """With how the base was loaded, as the model itself says it, unless the caller did."""
-    spec = None if provenance.base_loading is not None or provenance.load_options else spec_of(model)
+    spec = None if provenance.base_loading is not None or provenance.load_options else spec_from_model(model)
     if spec is None:
         return provenance
     has_quantised_files = bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False))
     return replace(
         provenance,
         base_loading=spec.loading,
-        load_options=load_call(spec, model.config if has_quantised_files else None),
+        load_options=from_pretrained_args(spec, model.config if has_quantised_files else None),
         is_base_quantised=provenance.is_base_quantised or has_quantised_files,
     )
 
@@ -220,7 +220,7 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, provenanc
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
     """Plain suffixes ("q_proj") if they match exactly these modules, else the full names."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
-    with bare(model):
+    with without_adapters(model):
         matched = {name for name in linear_layers(model) if matches(name, suffixes)}
     return suffixes if matched == set(names) else names
 
@@ -295,7 +295,7 @@ def certify_and_publish(
     shapes = layer_shapes(adapters(model))
     kinds = {_of_any_layer(name) for name in ranks}
     in_base = [name for name, _ in model.named_modules() if _of_any_layer(name) in kinds]
-    verdicts = of_folder(
+    verdicts = verdicts_for_folder(
         read_folder(temporary, in_base),
         base=provenance.base_model or "BASE",
         is_base_quantised=provenance.is_base_quantised,

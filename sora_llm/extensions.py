@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sora_llm.errors import UserError
-from sora_llm.files import caches
+from sora_llm.files import cache_home
 
 STALE_LOCK_SECONDS = 1800
 """An older lock was left by a killed build."""
@@ -22,7 +22,7 @@ OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # of ZeRO on a CPU, whic
 def extensions_folder() -> Path:
     """Where torch builds such operators."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(own) if own else caches() / "torch_extensions"
+    return Path(own) if own else cache_home() / "torch_extensions"
 
 
 def locks_by_existence() -> bool:

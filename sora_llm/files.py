@@ -162,7 +162,7 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def reaching_for_paths() -> Iterator[None]:
+def path_errors_as_user_errors() -> Iterator[None]:
     """Turn file system errors about unreachable paths in the block into UserErrors."""
     try:
         yield
@@ -184,12 +184,12 @@ def user_path(text: str, key: str) -> Path:
         raise UserError(f"{key} is {text!r}: {error}") from None
 
 
-def expanded(text: str) -> str:
+def expand_home(text: str) -> str:
     """A path with its ~ expanded, and as it is where that home is nobody's here: of a run that somebody else made."""
     return os.path.expanduser(text)  # noqa: PTH111 - pathlib raises for such a home
 
 
-def caches() -> Path:
+def cache_home() -> Path:
     """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches; UserError without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from sora_llm.backbone import pad_token_id
-from sora_llm.inject import bare, evaluating
+from sora_llm.inject import evaluating, without_adapters
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,6 @@ def sample_answers(
     sampling = Sampling(max_new_tokens=64)
     with evaluating(model):
         adapted = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
-        with bare(model):
+        with without_adapters(model):
             base = {prompt: answer(model, tokenizer, ids, sampling, stop).text for prompt, ids in prompts.items()}
     return [{"prompt": prompt, "base": base[prompt], "adapted": adapted[prompt]} for prompt in prompts]

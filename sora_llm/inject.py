@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
-from sora_llm.sora import Neighbours, SoraLinear, is_sharded
+from sora_llm.sora import SharedInput, SoraLinear, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
-NEIGHBOURS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SHARED_INPUT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers in transformers' decoders that read the same input."""
 OF_ZERO = ("ds_id", "_hp_mapping")
 """Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
@@ -69,7 +69,7 @@ def inject_sora(
     for name, layer in layers.items():
         parent_name, _, child = name.rpartition(".")
         setattr(inner.get_submodule(parent_name), child, layer)
-    introduce_neighbours(inner)
+    link_shared_inputs(inner)
     model.train()  # from_pretrained returns a model in eval mode
     return model
 
@@ -140,17 +140,17 @@ def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
             raise UserError(f"{first} and {name} are the same layer; leave it out of target_modules")
 
 
-def introduce_neighbours(model: nn.Module) -> None:
+def link_shared_inputs(model: nn.Module) -> None:
     """Let adapters that read the same x read it together."""
     for path, parent in model.named_modules():
-        for names in NEIGHBOURS:
+        for names in SHARED_INPUT_LAYERS:
             layers = [getattr(parent, name, None) for name in names]
             found = [layer for layer in layers if isinstance(layer, SoraLinear)]
             reads_two = "cross" in path or "encoder" in path  # where k and v read what q does not
             if len({layer.in_features for layer in found}) == 1 and len(found) > 1 and not reads_two:
-                neighbours = Neighbours(found)
+                shared_input = SharedInput(found)
                 for layer in found:
-                    layer.neighbours = neighbours
+                    layer.shared_input = shared_input
 
 
 def forbid_cpu_repack(model: nn.Module) -> None:
@@ -191,7 +191,7 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
         layer.cut(*factors[name])
 
 
-def put_on(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
+def attach_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
     """Put plain factors of scale 1 {module: (A (R, I), B (O, R))} on a bare model, in place; returns it.
 
     They keep their own dtype and ranks, R = 0 being a module without a branch.
@@ -204,9 +204,9 @@ def put_on(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn
 
 
 @contextlib.contextmanager
-def adapted(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
-    """A bare model with plain factors on it, as `put_on` puts them, in eval mode, for the duration."""
-    put_on(model, factors).eval()
+def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
+    """A bare model with plain factors on it, as `attach_factors` puts them, in eval mode, for the duration."""
+    attach_factors(model, factors).eval()
     layers = adapters(model)
     try:
         yield model
@@ -215,7 +215,7 @@ def adapted(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> I
             model.set_submodule(name, layer.base_layer)
 
 
-def start_from(
+def init_from_lora(
     model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], scaling: Mapping[str, float]
 ) -> None:
     """Let freshly injected adapters begin at a saved LoRA {module: (A (R', I), B (O, R'), None)}, ΔW = scaling · B A.
@@ -224,10 +224,10 @@ def start_from(
     modules it does not name, stay fresh (B = 0).
 
     Raises:
-        UserError: as `check_start`.
+        UserError: as `check_init_factors`.
     """
     layers = adapters(model)
-    check_start(factors, layer_shapes(layers), max(layer.rank for layer in layers.values()))
+    check_init_factors(factors, layer_shapes(layers), max(layer.rank for layer in layers.values()))
     with torch.no_grad():
         for name, (A, B, _) in factors.items():
             layer, rank = layers[name], A.shape[0]
@@ -236,7 +236,7 @@ def start_from(
             layer.lora_B[:, :rank] = (B.double() * (scaling[name] / layer.scaling)).to(layer.lora_B)
 
 
-def check_start(
+def check_init_factors(
     factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], shapes: Mapping[str, tuple[int, int]], r: int
 ) -> None:
     """UserError unless saved factors fit target modules {name: (I, O)} of r slots each."""
@@ -270,7 +270,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bare(model: nn.Module) -> Iterator[nn.Module]:
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its base layers back in place of the adapters, for the duration."""
     layers = adapters(model)
     for name, layer in layers.items():

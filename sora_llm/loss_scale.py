@@ -11,25 +11,26 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-START, MOST = 16, 24  # exponents: where torch's GradScaler begins; no gradient is so small that it needs more
-FALL = 4  # of the exponent: a loss that is no number at any scale is to cost few more tries
-RISE_AFTER = 100  # steps: a step that has to be taken again costs another one
+INIT_EXPONENT = 16  # as in torch's GradScaler
+MAX_EXPONENT = 24  # no gradient is so small that it needs more
+BACKOFF_EXPONENT = 4  # subtracted after an overflow: a loss that is NaN at any scale should cost few retries
+GROWTH_INTERVAL = 100  # steps: each retry costs another step
 
 
 class LossScale:
     """What the loss is multiplied by before the backward pass, and what the adapters' float32 gradients are divided by
     as they arrive: 2^exponent, exact in both directions.
 
-    A step whose gradients are not finite is taken again with a scale that is 2^FALL lower, down to 1; after RISE_AFTER
-    finite ones in a row the scale doubles, up to 2^MOST.  All processes that average gradients see the same, since
-    what they judge by is the norm after the reduction.
+    A step whose gradients are not finite is retried with a scale that is 2^BACKOFF_EXPONENT lower, down to 1; after
+    GROWTH_INTERVAL finite steps in a row the scale doubles, up to 2^MAX_EXPONENT.  All processes that average gradients
+    decide alike, since they judge by the norm after the reduction.
 
     `is_needed` is false where nothing computes in float16; the scale is 1 then and stays so.
     """
 
     def __init__(self, is_needed: bool) -> None:
         self.is_needed = is_needed
-        self._exponent = START if is_needed else 0
+        self._exponent = INIT_EXPONENT if is_needed else 0
         self._finite_steps = 0
         self._fell_from: int | None = None
 
@@ -41,7 +42,7 @@ class LossScale:
         """The gradient of an adapter tensor, of float32's range, without the factor; for `register_hook`."""
         return gradient / self.factor
 
-    def fall(self) -> bool:
+    def back_off(self) -> bool:
         """After a step that was not finite: whether there is a lower scale to take it again with.
 
         If it was not finite at any, the scale was not the reason, and is what it was before."""
@@ -50,15 +51,15 @@ class LossScale:
         if self._exponent == 0:
             self._exponent, self._fell_from = self._fell_from, None
             return False
-        self._exponent, self._finite_steps = max(0, self._exponent - FALL), 0
+        self._exponent, self._finite_steps = max(0, self._exponent - BACKOFF_EXPONENT), 0
         return True
 
     def hold(self) -> None:
         """After a finite step."""
         self._fell_from = None
         self._finite_steps += 1
-        if self._finite_steps >= RISE_AFTER and self.is_needed:
-            self._exponent, self._finite_steps = min(MOST, self._exponent + 1), 0
+        if self._finite_steps >= GROWTH_INTERVAL and self.is_needed:
+            self._exponent, self._finite_steps = min(MAX_EXPONENT, self._exponent + 1), 0
 
     def state(self) -> list[int]:
         """What a checkpoint keeps, between steps."""

@@ -18,7 +18,7 @@ from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, logit_errors, log
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import product_distance
-from sora_llm.inject import adapters, bare, evaluating
+from sora_llm.inject import adapters, evaluating, without_adapters
 from sora_llm.quantised import coarser, coarsest_dtype
 from sora_llm.sora import SoraLinear
 
@@ -78,7 +78,7 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
     layers = adapters(model)
     with evaluating(model), _hooks_kept(model):
         trained, dtype = _logits_and_dtype(model, layers, probe_ids)
-        with bare(model):
+        with without_adapters(model):
             base = logits_of(model, probe_ids)
             _refuse_not_finite(base, trained)
             try:

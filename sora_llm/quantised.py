@@ -52,7 +52,7 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
     Raises:
         UserError: it is quantised by something else than bitsandbytes, or in a way that cannot be loaded.
     """
-    said = settings_in(config)
+    said = quantization_config_of(config)
     if said is None:
         return None
     method = said.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & said.keys() else None)
@@ -88,10 +88,10 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
 
 def is_quantised(config: Any) -> bool:
     """Whether a base's files are, by whatever means, from its transformers config as it was read."""
-    return settings_in(config) is not None
+    return quantization_config_of(config) is not None
 
 
-def settings_in(config: Any) -> dict[str, Any] | None:
+def quantization_config_of(config: Any) -> dict[str, Any] | None:
     """The quantization_config of a transformers config, as a dict; None where there is none."""
     said = getattr(config, "quantization_config", None)
     return said if said is None or isinstance(said, dict) else dict(said.to_dict())
@@ -106,7 +106,7 @@ def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears.items() if should_convert_module(name, list(files.skipped))}
 
 
-def holds_packed(file: Any) -> bool:
+def has_4bit_weights(file: Any) -> bool:
     """Whether an open safetensors file has 4-bit weights, by its header."""
     return any(STATE in key for key in file.keys())  # noqa: SIM118
 
@@ -187,7 +187,7 @@ def coarser(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def take_form(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
+def match_loading_format(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
     """Bring a model from quantised files into the form of one that is quantised while it is loaded: what is not
     quantised in `dtype`, the same bits of every 4-bit weight in tensors of `storage` (ZeRO-3 shards one dtype only).
 
@@ -219,7 +219,7 @@ def _store_as(module: nn.Module, weight: Any, storage: torch.dtype) -> None:
 # ------------------------------------------------------------------------------- weights that are put away and fetched
 
 
-def read_weights_again(model: nn.Module) -> None:
+def reread_weights_in_backward(model: nn.Module) -> None:
     """Let frozen 4-bit layers re-read their weight in the backward pass, until `keep_weights`.
 
     bitsandbytes keeps the tensor that the forward pass read (0.50: `ctx.tensors`), which checkpointing does not see.
@@ -234,7 +234,7 @@ def read_weights_again(model: nn.Module) -> None:
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Undo `read_weights_again`."""
+    """Undo `reread_weights_in_backward`."""
     for module in model.modules():
         if hasattr(module, "reads_again"):
             module.__class__ = type(module).__base__  # type: ignore[assignment]

@@ -17,7 +17,7 @@ IN_PARTS = {"messages": ("prompt", "completion")}
 WITHOUT_TEMPLATE = frozenset({"completion", "prompt_completion"})
 """Types whose text is taken as it stands; rows of all others are conversations, rendered with a chat template."""
 
-FATES = (
+ROW_OUTCOMES = (
     ("malformed", "num_bad_rows"),
     ("too long", "too_long"),
     ("truncated", "truncated"),

@@ -45,7 +45,7 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
     return z.masked_fill(z.abs() * importance <= tau, 0.0)
 
 
-def _in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
+def _autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
     """Without autocast, which would cast some products of a branch and leave others; the base layer keeps it."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # torch has no autocast of meta
@@ -54,11 +54,11 @@ def _in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _without_autocast(backward: F) -> F:
-    """A backward pass as `_in_own_dtypes`: some people call it inside autocast."""
+    """A backward pass as `_autocast_disabled`: some people call it inside autocast."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
-        with _in_own_dtypes(next(gradient for gradient in gradients if gradient is not None)):
+        with _autocast_disabled(next(gradient for gradient in gradients if gradient is not None)):
             return backward(ctx, *gradients)
 
     return run  # type: ignore[return-value]
@@ -100,7 +100,7 @@ def _between(
     hooks = getattr(base_layer, "_forward_hooks", None) or _of_all_modules._global_forward_hooks
     if hooks and not is_partitioned(getattr(base_layer, "weight", None)):
         y = y.clone()  # a hook may have kept it; those of ZeRO-3, which are on every module, do not
-    with _in_own_dtypes(x):
+    with _autocast_disabled(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
 
@@ -116,7 +116,7 @@ def is_sharded(parameter: object) -> bool:
 
 def _down(x: Tensor, dropout: float, seed: int, *factors: Tensor) -> tuple[Tensor, ...]:
     """x for the base layer, and u = A drop(x) as (R, T) for each A."""
-    with _in_own_dtypes(x):
+    with _autocast_disabled(x):
         return _Down.apply(x, dropout, seed, *factors)
 
 
@@ -128,11 +128,11 @@ class _Down(torch.autograd.Function):
     def forward(ctx, x, dropout, seed, *factors):
         x_TI = x.reshape(-1, x.shape[-1])
         A_RI = _stacked(factors, x.dtype)
-        u_RT = A_RI @ x_TI.T if dropout == 0 else (A_RI @ (x_TI * _kept(x_TI, dropout, seed)).T) / (1 - dropout)
+        u_RT = A_RI @ x_TI.T if dropout == 0 else (A_RI @ (x_TI * _dropout_mask(x_TI, dropout, seed)).T) / (1 - dropout)
         ctx.save_for_backward(x, *factors)
         ctx.dropout, ctx.seed = dropout, seed
         ctx.set_materialize_grads(False)
-        return x, *_parted(u_RT, factors)
+        return x, *_split_rows(u_RT, factors)
 
     @staticmethod
     @once_differentiable
@@ -148,12 +148,12 @@ class _Down(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         kept_TI = None
         if ctx.dropout > 0:
-            kept_TI = _kept(x_TI, ctx.dropout, ctx.seed)
+            kept_TI = _dropout_mask(x_TI, ctx.dropout, ctx.seed)
             du_RT = du_RT / (1 - ctx.dropout)
         gradients: list[Tensor | None] = [None] * len(parts)
         if need_A:
             dA_RI = (du_RT @ (x_TI if kept_TI is None else x_TI * kept_TI)).to(factors[0].dtype)
-            for place, dA in zip(asked, _parted(dA_RI, factors), strict=True):
+            for place, dA in zip(asked, _split_rows(dA_RI, factors), strict=True):
                 gradients[place] = dA
         if need_x:
             dx = _add_product(dx, du_RT.T, _stacked(factors, x.dtype), x.shape, kept_TI)
@@ -165,7 +165,7 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (torch.cat(list(factors)) if len(factors) > 1 else factors[0]).to(dtype)
 
 
-def _parted(rows: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _split_rows(rows: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The rows of each factor."""
     return rows.split([len(factor) for factor in factors]) if len(factors) > 1 else (rows,)
 
@@ -238,7 +238,7 @@ def _add_product(
     return product if wide is None else wide + product.to(wide.dtype)
 
 
-def _kept(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
+def _dropout_mask(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
     """1 where dropout keeps x, else 0: a function of `seed` alone, so backward draws it again instead of keeping it.
 
     Sixteen random bits decide for an element (a third of the time of `bernoulli_` on a CPU).
@@ -275,7 +275,7 @@ class SoraLinear(nn.Module):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     gate: nn.Parameter | None
-    neighbours: Neighbours | None = None
+    shared_input: SharedInput | None = None
     """Those that read the same x, itself among them."""
 
     def __init__(
@@ -320,8 +320,8 @@ class SoraLinear(nn.Module):
         """y = W x + b + s · B (g ⊙ (A x)) of x (…, I): (…, O), in the dtype that the base layer gives."""
         if self.lora_A is None or self.lora_B is None:
             return self.base_layer(x)
-        if self.neighbours is not None and not torch.compiler.is_compiling():
-            x_to_base, u_RT = self.neighbours.down(self, x)
+        if self.shared_input is not None and not torch.compiler.is_compiling():
+            x_to_base, u_RT = self.shared_input.down(self, x)
             return _between(self.base_layer, x, x_to_base, u_RT, self.lora_B, self.gate, self.scaling)
         dropout = self.dropout
         seed = _draw_seed() if dropout > 0 else 0
@@ -374,7 +374,7 @@ class SoraLinear(nn.Module):
         return f"r={self.rank}, scaling={self.scaling:g}, gated={self.gate is not None}"
 
 
-class Neighbours:
+class SharedInput:
     """Layers that read one x, such as q, k and v: the first that is asked computes u = A x for all of them.
 
     One product reads x once where each of them would, forward, for dA and for dx; so their backward passes are one,

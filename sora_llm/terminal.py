@@ -13,7 +13,7 @@ _open_on: TextIO | None = None
 """Where a line of progress waits to be overwritten: of the process, as its terminal is."""
 
 
-def take_any_text() -> None:
+def escape_unencodable() -> None:
     """Escape characters that the terminal's encoding lacks (λ, →) instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -36,9 +36,16 @@ def warn(text: str) -> None:
     say(f"warning: {text}", sys.stderr)
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print an error or a notice, prefixed with "sora_llm:", on stderr."""
     say(f"sora_llm: {text}", sys.stderr)
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: "1 step", "2 steps", "2 processes"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int, gap: str = "  ") -> list[str]:
@@ -60,7 +67,7 @@ def print_result(text: str) -> bool:
     except BrokenPipeError:
         stop_printing(sys.stdout)
     except OSError as error:
-        complain(f"the result cannot be printed: {error.strerror}")
+        print_error(f"the result cannot be printed: {error.strerror}")
         stop_printing(sys.stdout)
         return False
     return True

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.errors import UserError
+from sora_llm.terminal import plural
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 OWN_KEYS = {
@@ -68,7 +69,7 @@ def launched_world(environ: Mapping[str, str]) -> World:
     expected = environ.get("SORA_EXPECTED_WORLD_SIZE")
     if expected is not None and expected != str(world.num_processes):
         raise UserError(
-            f"the launcher started {world.num_processes} processes but SORA_EXPECTED_WORLD_SIZE is "
+            f"the launcher started {plural(world.num_processes, 'process')} but SORA_EXPECTED_WORLD_SIZE is "
             f"{expected}; check the number of machines and the rendezvous address"
         )
     return world
@@ -205,7 +206,7 @@ def _stated_stage(environ: Mapping[str, str]) -> int | None:
     if stage is None or stage == "auto":
         return None
     if str(stage) not in ("1", "2", "3"):
-        raise UserError(f"the launcher states ZeRO stage {stage}; stages 1, 2 and 3 are supported")
+        raise UserError(f"the launcher sets ZeRO stage {stage}; stages 1, 2 and 3 are supported")
     return int(stage)
 
 

@@ -24,32 +24,32 @@ from sora_llm.config import Config, from_dict, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, is_timeout, on_every, on_main
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
-from sora_llm.files import reaching_for_paths, user_path
-from sora_llm.prompt_form import names_template_file
+from sora_llm.files import path_errors_as_user_errors, user_path
+from sora_llm.prompt_format import names_template_file
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
-from sora_llm.running.announcement import announce
 from sora_llm.running.assembly import load_and_inject
-from sora_llm.running.ending import cut_and_export, finish
+from sora_llm.running.dry_run import perform_dry_run
+from sora_llm.running.finish import cut_and_export, finish
 from sora_llm.running.inputs import check_inputs, check_output
 from sora_llm.running.job import Job, hold_directory
 from sora_llm.running.layouts import check_layout, check_place
-from sora_llm.running.lifeline import Lifeline, say_last
+from sora_llm.running.liveness import LivenessMonitor, print_final_error
 from sora_llm.running.plan import make_plan, rows_in_step
 from sora_llm.running.processes import (
     deepspeed_options,
     process_group,
     refuse_differing_runs,
-    waited_in_vain,
+    timeout_failure,
 )
-from sora_llm.running.rehearsal import rehearse
 from sora_llm.running.run_state import RunLock
 from sora_llm.running.rundir import RunDirectory, environment
-from sora_llm.running.stages import next_stage, train_stage
 from sora_llm.running.start import RunResult, StartPoint, finished_before, note_preempted, resume_point
 from sora_llm.running.stop import StopRequest, ignore_signals
+from sora_llm.running.summary import print_summary
 from sora_llm.running.training import Training
 from sora_llm.running.training_data import data_report, load_data, training_order
+from sora_llm.running.training_loop import next_stage, train_stage
 from sora_llm.running.unpack import target_shapes
 from sora_llm.topology import (
     ZERO_STAGES,
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
     """The command.  Returns the exit code: 0 finished, 1 failed, 2 bad input (one sentence, once), 75 preempted."""
     parser = make_parser(prog)
     is_main = is_main_process(os.environ)
-    terminal.take_any_text()
+    terminal.escape_unencodable()
     try:
         arguments, unknown = parser.parse_known_intermixed_args(argv)
         if unknown:
@@ -96,18 +96,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
                 return Preempted.exit_code
     except (UserError, RunFailed) as error:
         if not is_main and not in_process_group():  # in it, errors are agreed and the main process's too
-            let_main_speak()
+            defer_to_main()
         if is_main or not in_process_group():
-            terminal.complain(str(error))
+            terminal.print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         if is_main:
-            terminal.complain("interrupted")
+            terminal.print_error("interrupted")
         return EXIT_INTERRUPTED
     return EXIT_FINISHED
 
 
-def let_main_speak() -> None:
+def defer_to_main() -> None:
     """Wait: if the main process has the same error, the launcher ends all processes meanwhile (on a busy machine, after
     seconds).  The first process of a machine waits less, and so reports for the others there."""
     time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
@@ -141,14 +141,14 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
         is_main=is_main_process(os.environ),
         others_wait=in_process_group,
         look_for_file=not dry_run,
-        leave=lambda request: leave_preempted(run_dir, stop, request, dry_run),
+        leave=lambda request: finish_preempted(run_dir, stop, request, dry_run),
     )
-    with stop, contextlib.closing(Lifeline(stop.is_asked)) as lifeline:
+    with stop, contextlib.closing(LivenessMonitor(stop.is_asked)) as liveness:
         try:
             stop.start()
-            result = run_config(loaded, run_dir, stop, lifeline, dry_run)
+            result = run_config(loaded, run_dir, stop, liveness, dry_run)
         except Preempted as request:
-            return leave_preempted(run_dir, stop, request, dry_run)
+            return finish_preempted(run_dir, stop, request, dry_run)
         if loaded.output.push_to_hub:
             push_to_hub(result, hub.repository(loaded.output.hub_model_id, run_dir), stop)
         return result
@@ -161,7 +161,7 @@ def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
         terminal.say(hub.push(result.adapter, repo_id, stop.is_asked))
 
 
-def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifeline, dry_run: bool) -> RunResult:
+def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: LivenessMonitor, dry_run: bool) -> RunResult:
     """Check the input, prepare the data, and run (collective from the process group on).
 
     Raises:
@@ -176,7 +176,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
     refuse_other_step(os.environ, config.train.gradient_accumulation_steps, config.train.max_grad_norm)
-    with reaching_for_paths():
+    with path_errors_as_user_errors():
         zero_options = deepspeed_options(config, strategy)
         if config.output.push_to_hub:
             hub.check_target(config.output.hub_model_id, run_dir)
@@ -193,7 +193,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         plan = make_plan(config, strategy, world, order.steps_in, shapes)
 
     with contextlib.ExitStack() as stack:
-        group = process_group(config, strategy, world, run_dir, zero_options, lifeline)
+        group = process_group(config, strategy, world, run_dir, zero_options, liveness)
         accelerator = stack.enter_context(group)
         stop.at_once = False
         fingerprint = data.fingerprint(order)
@@ -203,10 +203,10 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, lifeline: Lifel
         replicas = None
         if settings.sync_every > 1:
             replicas = Replicas.make(settings.replica, world, accelerator.device, settings.timeout_minutes)
-        job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, lifeline, replicas)
-        announce(job)
+        job = Job(inputs, plan, world, accelerator, data, order, fingerprint, stop, liveness, replicas)
+        print_summary(job)
         if dry_run:
-            return rehearse(job)
+            return perform_dry_run(job)
         lock = hold_directory(job, run_dir, stack)
         if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # while this one waited
             return finished
@@ -222,11 +222,11 @@ def run_in(job: Job, run_dir: Path, lock: RunLock | None) -> RunResult:
 
     An exception leaves the status "failed", a request to stop a checkpoint and the status "preempted".
     """
-    job.heed_stop()
+    job.raise_if_stop_requested()
     start = resume_point(job, run_dir)
     directory = RunDirectory(run_dir, is_main=job.world.is_main, tracker=job.accelerator.log, lock=lock)
     directory.start_at(start.step, start.folder)
-    job.lifeline.on_lost_process = lambda sentence: tell_of_lost_process(directory, sentence)
+    job.liveness.on_lost_process = lambda sentence: report_lost_process(directory, sentence)
     try:
         training = begin(job, directory, start)
         while True:
@@ -249,17 +249,17 @@ def run_in(job: Job, run_dir: Path, lock: RunLock | None) -> RunResult:
 def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> BaseException:
     """Say in the status and in the report that the run failed.  Returns what to raise: the error, or what is behind it,
     a process that died or that did not come."""
-    lost = None if isinstance(error, UserError | RunFailed) else job.lifeline.wait_for_lost_process()
+    lost = None if isinstance(error, UserError | RunFailed) else job.liveness.wait_for_lost_process()
     if lost is not None:
         if job.world.is_main:  # which says what it raises
             directory.record_lost_process(lost)
         else:
-            tell_of_lost_process(directory, lost)
+            report_lost_process(directory, lost)
         go_on = "the run had already finished" if directory.is_finished else AGAIN
         return RunFailed(f"{lost}; {go_on}")
     failure = error
     if is_timeout(error):
-        failure = waited_in_vain(job.world.process_index, job.config.distributed.timeout_minutes)
+        failure = timeout_failure(job.world.process_index, job.config.distributed.timeout_minutes)
     if (directory.is_begun or not isinstance(error, UserError)) and not directory.is_finished:
         with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
             directory.status("failed", error=str(failure) or type(failure).__name__)
@@ -267,10 +267,10 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
     return failure
 
 
-def tell_of_lost_process(directory: RunDirectory, sentence: str) -> None:
+def report_lost_process(directory: RunDirectory, sentence: str) -> None:
     """Let one of the remaining processes report who died, in the status and on the terminal."""
     if directory.record_lost_process(sentence):
-        say_last(sentence)
+        print_final_error(sentence)
 
 
 def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
@@ -286,7 +286,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     training = load_and_inject(job, directory, start)
     assert training.engine.zero_stage == zero_stage
     env |= {"adapter_params": training.full_params, "total_steps": job.plan.total_steps}
-    job.heed_stop()
+    job.raise_if_stop_requested()
     on_main(lambda: checkpoint.set_aside(directory.path, start.step))  # before their lines are dropped
     on_main(
         lambda: directory.begin(
@@ -329,7 +329,7 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
     }
 
 
-def leave_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
+def finish_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
     """What is left to do after a request to stop, once its checkpoint is complete: say so, remove the STOP file.
 
     A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.  Where

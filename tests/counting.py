@@ -20,7 +20,7 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
 
 R, NUM_STEPS, NUM_TOKENS = 4, 3, 12

@@ -33,7 +33,7 @@ PLACES = {
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed.group:make_accelerator",
     "load": "sora_llm.running.assembly:load_backbone",
-    "step": "sora_llm.running.stages:train_step",
+    "step": "sora_llm.running.training_loop:train_step",
     "evaluation": "sora_llm.running.evaluation:causal_loss_sum",  # a batch of it
     "save": "sora_llm.checkpoint:save_file",
     "rename": "sora_llm.checkpoint:publish",

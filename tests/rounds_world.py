@@ -22,7 +22,7 @@ from sora_llm.errors import RunFailed
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.running.rounds import Gates, Rounds
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import World, launched_world
@@ -170,7 +170,7 @@ def rounds_world(cases: dict[str, dict[str, Any]], replica: str = "process", fau
 
 
 def flips(place: Place) -> dict[str, str | None]:
-    """What prove_agreement says at a round's end of one wrong element on the last process, by kind."""
+    """What check_agreement says at a round's end of one wrong element on the last process, by kind."""
     engine = place.engine()
     rounds = Rounds(place.replicas, OuterOptimizer())
     rounds.begin(engine)
@@ -186,17 +186,17 @@ def flips(place: Place) -> dict[str, str | None]:
 
 
 def flips_in_a_node(place: Place) -> dict[str, str | None]:
-    """What prove_agreement says inside a round: of nodes that drifted apart, and of a wrong moment on process 3."""
+    """What check_agreement says inside a round: of nodes that drifted apart, and of a wrong moment on process 3."""
     engine = place.engine()
     rounds = Rounds(place.replicas, OuterOptimizer())
     rounds.begin(engine)
     own = [make_batches(process)[0] for process in place.replicas.own_members]
     place.step(engine, own, 0, 0.0)
-    found = {"nothing": verdict(engine.prove_agreement)}
+    found = {"nothing": verdict(engine.check_agreement)}
     name, parameter = list(adapter_parameters(engine.module).items())[5]
     if place.world.process_index == 3:
         engine.optimizer.state[parameter]["exp_avg"].view(-1)[3] *= 1 + 1e-15
-    found["name"], found["moment"] = name, verdict(engine.prove_agreement)
+    found["name"], found["moment"] = name, verdict(engine.check_agreement)
     return found
 
 
@@ -236,9 +236,9 @@ def idle_replica(place: Place) -> dict[str, Any]:
     if place.world.process_index == place.world.num_processes - 1:
         empty = StepBatches([], 0.0, 0.0, 10, 10)
         engine.set_rates(LEARNING_RATES[0], GATE_LRS[0], 0.0)
-        train_step(engine, empty, 1, before_step=engine.prove_agreement)
+        train_step(engine, empty, 1, before_step=engine.check_agreement)
     else:
-        place.step(engine, [make_batches(0)[0]], 0, 0.0, before_step=engine.prove_agreement)
+        place.step(engine, [make_batches(0)[0]], 0, 0.0, before_step=engine.check_agreement)
     moved = any(not torch.equal(before[name], value) for name, value in engine.values().items())
     rounds = Rounds(place.replicas, OuterOptimizer())
     rounds.anchor = before

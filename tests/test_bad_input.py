@@ -17,7 +17,7 @@ from runs import ACCELERATE, gsm8k_overrides, start
 
 from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
 from sora_llm.errors import UserError
-from sora_llm.files import reaching_for_paths
+from sora_llm.files import path_errors_as_user_errors
 from sora_llm.running import run_state
 from sora_llm.train import main
 
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "an empty text for none": (lambda tmp: ["model.adapter=''"], "is an empty text on the command line"),
     "output behind a dangling link": (
         lambda tmp: [f"output.output_dir={_dangling(tmp)}"],
-        "is a link to /nowhere, which is not there",
+        "is a link to /nowhere, which does not exist",
     ),
     "output below a file": (lambda tmp: [f"output.output_dir={_file(tmp, 'f', '')}/run"], "is a file"),
     "output on a read-only place": (lambda tmp: ["output.output_dir=/proc/run"], "cannot be written"),
@@ -230,7 +230,7 @@ def test_a_folder_of_data_that_may_not_be_listed_is_no_empty_one(tmp_path: Path)
             for place in (folder, folder / "more", folder / "more" / "rows.jsonl"):
                 with (
                     pytest.raises(UserError, match=r"more cannot be used: Permission denied|rows.jsonl cannot be used"),
-                    reaching_for_paths(),
+                    path_errors_as_user_errors(),
                 ):
                     check_paths([DatasetSpec(str(place), "alpaca")])
         finally:
@@ -242,9 +242,9 @@ def test_a_wrong_flag_is_said_by_one_of_several_processes(capsys, monkeypatch) -
     waited: list[str] = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr("sora_llm.train.let_main_speak", functools.partial(waited.append, rank))
+        monkeypatch.setattr("sora_llm.train.defer_to_main", functools.partial(waited.append, rank))
         assert main(["--max-steps", "5"]) == UserError.exit_code
-        assert "--help shows what there is" in capsys.readouterr().err
+        assert "see " in capsys.readouterr().err
     assert waited == ["1"]
 
 
@@ -331,13 +331,13 @@ def test_a_machine_with_other_data_is_refused(tmp_path, capsys, monkeypatch) -> 
     )
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run")]) == UserError.exit_code
     message = capsys.readouterr().err
-    assert "data.datasets is not the same everywhere: process 1 found" in message and message.count("\n") == 1
+    assert "data.datasets is not the same everywhere: process 1 differs" in message and message.count("\n") == 1
 
 
 def test_what_only_another_process_finds_is_said_by_it(tmp_path, capsys, monkeypatch) -> None:
     """A file that is missing on the second machine only: the main process waits for it in vain."""
     waited = []
-    monkeypatch.setattr("sora_llm.train.let_main_speak", lambda: waited.append(True))
+    monkeypatch.setattr("sora_llm.train.defer_to_main", lambda: waited.append(True))
     for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), _dataset("nope.jsonl")]) == UserError.exit_code

@@ -56,7 +56,7 @@ def test_the_least_budget_is_one_rank_of_the_cheapest_module():
 def test_patterns_for_all_modules_need_no_other_budget():
     made = budgets(target_rank=None, patterns={"attn": 2, "mlp": 3.5})
     assert [(budget.name, len(budget.costs)) for budget in made] == [("attn", 4), ("mlp", 2)]
-    with pytest.raises(UserError, match=r"says nothing of model.layers.0.mlp.up_proj \(2 such modules\)"):
+    with pytest.raises(UserError, match=r"does not cover model.layers.0.mlp.up_proj \(2 such modules\)"):
         budgets(target_rank=None, patterns={"attn": 2})
 
 

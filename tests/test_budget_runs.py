@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Playground, delta_weights, interrupt, lines, overrides, result
 
-from sora_llm.running import loop
+from sora_llm.running import optimizer_step
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -285,8 +285,7 @@ def test_the_last_step_is_measured_too_and_may_be_the_best(
     again = interrupt(tmp_path / "run", tmp_path / "again", 23)  # whose evaluations are due there, and were not then
     run(CONFIG, *overrides(ground.folder, again, **{**PATIENT, "evaluation.eval_steps": 23}))
     assert (
-        "early_stopping_patience 3 cannot stop anything early: with eval_steps 23 no more than 0"
-        in capsys.readouterr().out
+        "early_stopping_patience 3 cannot stop anything early: with eval_steps 23 at most 0" in capsys.readouterr().out
     )
     assert result(again) == result(tmp_path / "run")
 
@@ -345,9 +344,9 @@ def test_the_scale_of_the_loss_does_not_matter(
     way: str, ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**BUDGET, **WAYS[way], "train.max_grad_norm": None}
-    plain = loop.causal_loss_sum
+    plain = optimizer_step.causal_loss_sum
     for scale in (1.0, 1024.0):  # a power of two: no other rounding
-        monkeypatch.setattr(loop, "causal_loss_sum", lambda *a, scale=scale, **k: scale * plain(*a, **k))
+        monkeypatch.setattr(optimizer_step, "causal_loss_sum", lambda *a, scale=scale, **k: scale * plain(*a, **k))
         run(CONFIG, *overrides(ground.folder, tmp_path / f"{scale:g}", **options))
     one, other = (lines(tmp_path / name, "ranks.jsonl") for name in ("1", "1024"))
     assert one == other

@@ -294,7 +294,7 @@ BROKEN = {
     "a pattern that is none": (lambda folder: edited(folder, alpha_pattern={"(": 2}), "not the config"),
     "rank 0": (lambda folder: edited(folder, rank_pattern={"q_proj": 0}), "not the config"),
     "a config that is none": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not the config"),
-    "half a pair": (lambda folder: other_weights(folder, without_a_factor), "has only its lora_B"),
+    "half a pair": (lambda folder: other_weights(folder, without_a_factor), "has only lora_B"),
     "not finite": (lambda folder: other_weights(folder, not_finite), "not finite"),
     "whole layers": (lambda folder: other_weights(folder, more_than_lora), "lm_head"),
     "a pickle": (pickled, "is a pickle"),
@@ -345,7 +345,7 @@ def test_combinations_that_cannot_be_are_a_sentence(
     refused(capsys, "--tolerance is 1", a, b, "--tolerance", 1, *out)
     refused(capsys, "--min-rank is 1", a, b, "--min-rank", 1, *out)
     refused(capsys, "more than the budget", a, b, "--min-rank", 2, "--target-rank", 1, *out)
-    refused(capsys, f"there is no {tmp_path}/nowhere", a, tmp_path / "nowhere", *out)
+    refused(capsys, f"{tmp_path}/nowhere does not exist", a, tmp_path / "nowhere", *out)
     refused(capsys, "is not a run directory", a, base, *out)
     refused(capsys, "is not an export", a, b, "--out", tmp_path / "full")
     refused(capsys, "this size keeps nothing", a, b, "--target-params", 1, *out)
@@ -383,13 +383,13 @@ def test_code_that_comes_with_a_base_is_run_on_request_alone(
     """Also where only the form of the base's files is asked for."""
     import sora_llm.commands.sources as sources
 
-    plain, trusted = sources.as_its_files, []
+    plain, trusted = sources.spec_from_files, []
 
     def seen(spec: Any) -> Any:
         trusted.append(spec.trust_remote_code)
         return plain(spec)
 
-    monkeypatch.setattr(sources, "as_its_files", seen)
+    monkeypatch.setattr(sources, "spec_from_files", seen)
     a = peft_lora(base, tmp_path / "a", 1, r=2)
     for number, flags in enumerate([(), ("--trust-remote-code",)]):
         consensus(capsys, a, a, *flags, "--out", tmp_path / f"merged-{number}")

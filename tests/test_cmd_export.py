@@ -154,7 +154,7 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     lora, out = peft_lora(base, tmp_path / "lora", 1, r=2), ("--out", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    refused(capsys, f"there is no {tmp_path}/nowhere", tmp_path / "nowhere", *out)
+    refused(capsys, f"{tmp_path}/nowhere does not exist", tmp_path / "nowhere", *out)
     refused(capsys, "is not a run directory", base, *out)
     refused(capsys, "--outtype is for --layout gguf", lora, "--outtype", "f16", *out)
     refused(capsys, "--base-model", lora, "--base", "original", *out)

@@ -126,7 +126,7 @@ def test_what_went_wrong_is_said_and_cannot_command_the_terminal(tmp_path, capsy
         file.write('{"step"')
     shown = inspected(capsys, run.path)
     assert "! the disk is full" in shown and "! Beware�[2J. (step 10)" in shown and "\x1b" not in shown
-    assert "! the end of metrics.jsonl is torn" in shown
+    assert "! the end of metrics.jsonl is truncated" in shown
 
 
 def test_a_config_is_the_run_that_it_belongs_to_as_for_every_command(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_a_config_is_the_run_that_it_belongs_to_as_for_every_command(tmp_path, c
         assert inspected(capsys, file) == inspected(capsys, run.path), file
     (tmp_path / "my.yaml").write_text(text.replace(str(run.path), str(tmp_path / "later")))
     assert cli.main(["inspect", str(tmp_path / "my.yaml")]) == 2
-    assert f"there is no {tmp_path / 'later'}" in capsys.readouterr().err
+    assert f"{tmp_path / 'later'} does not exist" in capsys.readouterr().err
 
 
 def test_a_run_that_has_only_begun(tmp_path, capsys):

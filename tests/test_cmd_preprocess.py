@@ -114,7 +114,10 @@ def test_a_template_that_teaches_no_end_is_a_warning(overrides, tmp_path, capsys
     )
     datasets = {"data.datasets": chats(tmp_path, CHAT)}
     for template, said in (
-        (str(tmp_path / "marked.jinja"), "warning: the chat template's {% generation %} markers leave </s> out behind"),
+        (
+            str(tmp_path / "marked.jinja"),
+            "warning: the chat template's {% generation %} markers exclude the </s> after an answer",
+        ),
         ("chatml", "warning: answers end with text that is not a single token of this tokenizer"),
     ):
         assert cli.main(["preprocess", CONFIG, *overrides(**datasets, **{"data.chat_template": template})]) == 0

@@ -150,7 +150,7 @@ def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as raised:
         load_config(file)
     first, *lines = str(raised.value).splitlines()
-    assert first == "4 unknown keys:"
+    assert first == "the config has 4 unknown keys:"
     assert lines[0] == f"  base_model in {file}: did you mean model.name_or_path?"
     assert [line.split()[0] for line in lines] == ["base_model", "lora_r", "val_set_size", "train.neftune_noise_alpha"]
     datasets = "[{path: a, ds_type: json}, {field_output: b}]"
@@ -195,7 +195,10 @@ def test_values_that_do_not_go_together_are_named(load, overrides, fragment):
         (["distributed.replica=node"], "needs local updates; set distributed.sync_every above 1"),
         (["distributed.outer_momentum=0.9"], "needs local updates"),
         (["distributed.outer_learning_rate=0.7"], "needs local updates"),
-        (["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"], "does not go with sora.target_"),
+        (
+            ["sora.threshold=proxgen", "sora.sparse_lambda=null", "sora.target_rank=4"],
+            "does not work with sora.target_",
+        ),
         (["sora.consensus_at=0.1"], "sora.dense_ratio (0.1, by default) must be below sora.consensus_at (0.1, on the"),
         (["sora.min_rank=2"], "needs a budget"),
         (["sora.budgets={q_proj: 4}"], "needs a budget"),
@@ -215,12 +218,12 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
     [
         (["data.datasets.0.type=custom"], "data.datasets.0 is of type custom and has no function"),
         (["data.datasets.0.function='a:b'"], "is only for type custom"),
-        ([TWO % ("weight: 2", "")], "data.datasets.0 has weight and data.datasets.1 has not: its share of an epoch's"),
-        ([TWO % ("type: alpaca", ", weight: 2")], "data.datasets.1 has weight and data.datasets.0 has not"),
-        ([TWO % ("streaming: true", "")], "data.datasets.0 has streaming and data.datasets.1 has not"),
+        ([TWO % ("weight: 2", "")], "data.datasets.0 has weight and data.datasets.1 does not: its share of an epoch's"),
+        ([TWO % ("type: alpaca", ", weight: 2")], "data.datasets.1 has weight and data.datasets.0 does not"),
+        ([TWO % ("streaming: true", "")], "data.datasets.0 has streaming and data.datasets.1 does not"),
         ([TWO % ("weight: 0", ", weight: 1")], "data.datasets.0.weight is 0 on the command line; it must be"),
-        (["data.val_datasets=[{path: x, weight: 1}]"], "data.val_datasets.0.weight does not go with dev rows"),
-        (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming does not go with dev rows"),
+        (["data.val_datasets=[{path: x, weight: 1}]"], "data.val_datasets.0.weight is not for dev rows"),
+        (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming is not for dev rows"),
         ([STREAMED, "train.max_steps=null", "train.num_train_epochs=1"], "set train.max_steps, and train.num_train_ep"),
         ([STREAMED, "data.val_set_size=10"], "data.val_set_size cannot hold out rows of streamed data sets"),
         ([STREAMED, "data.num_proc=2"], "data.num_proc does not apply to streamed data"),

@@ -13,7 +13,7 @@ import torch
 from helpers import randomise_all, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from sora_llm.artifacts.consumers import CONSUMERS, VLLM_RANKS, of_folder, of_gguf, read_folder
+from sora_llm.artifacts.consumers import CONSUMERS, VLLM_RANKS, read_folder, verdicts_for_folder, verdicts_for_gguf
 from sora_llm.artifacts.gguf_lora import Architecture, GgufFile
 from sora_llm.artifacts.lora_files import OTHER_METHODS, read_lora
 from sora_llm.errors import UserError
@@ -44,7 +44,7 @@ def padded(exported: tuple[Path, list[str]], tmp_path: Path) -> tuple[Path, list
 
 
 def working(folder: Path, targets: list[str]) -> set[str]:
-    return {name for name, verdict in of_folder(read_folder(folder, targets)).items() if verdict.works}
+    return {name for name, verdict in verdicts_for_folder(read_folder(folder, targets)).items() if verdict.works}
 
 
 @pytest.mark.parametrize(("layout", "expected"), [("padded", FOLDERS), ("ragged", PATTERNS | {"vLLM ≤ 0.31"})])
@@ -56,7 +56,7 @@ def test_padded_works_wherever_folders_are_read_and_ragged_where_ranks_are(
     said = json.loads((folder / "certificate.json").read_text())["consumers"]
     assert {name for name, reason in said.items() if reason == "exact"} == expected
     card = (folder / "README.md").read_text()
-    for name, verdict in of_folder(read_folder(folder, targets)).items():
+    for name, verdict in verdicts_for_folder(read_folder(folder, targets)).items():
         assert (f"| {name} | yes |" in card) == verdict.works and (f"# {name}\n" in card) == verdict.works
 
 
@@ -121,7 +121,7 @@ def test_a_broken_rule_is_named_by_those_who_have_it(padded: tuple[Path, list[st
     folder, targets = padded
     change, expected = DOCTORED[how]
     change(folder)
-    verdicts = of_folder(read_folder(folder, targets))
+    verdicts = verdicts_for_folder(read_folder(folder, targets))
     assert {name for name, verdict in verdicts.items() if verdict.works} == expected
     assert all(bool(verdict.reason) != bool(verdict.serve) for verdict in verdicts.values())
 
@@ -139,7 +139,7 @@ def test_a_projection_that_only_some_layers_have_is_not_for_engines_that_stack_l
 @pytest.mark.parametrize("option", [*OTHER_METHODS, "of_next_year"])
 def test_what_is_more_than_a_plain_lora_is_no_engines(padded: tuple[Path, list[str]], option: str) -> None:
     config(**{option: {"some": "thing"}})(padded[0])
-    verdicts = of_folder(read_folder(*padded))
+    verdicts = verdicts_for_folder(read_folder(*padded))
     assert not any(verdict.works for verdict in verdicts.values())
     assert option in verdicts["PEFT"].reason
     with pytest.raises(UserError, match=f"more than a plain LoRA: {option}"):
@@ -149,13 +149,13 @@ def test_what_is_more_than_a_plain_lora_is_no_engines(padded: tuple[Path, list[s
 def test_the_right_scale_may_be_another_than_1(padded: tuple[Path, list[str]]) -> None:
     folder, targets = padded
     config(lora_alpha=2 * RANK)(folder)
-    verdicts = of_folder(read_folder(folder, targets), 2.0)
+    verdicts = verdicts_for_folder(read_folder(folder, targets), 2.0)
     assert {name for name, verdict in verdicts.items() if verdict.works} == FOLDERS
 
 
 def test_vllm_is_started_with_a_rank_that_it_takes(padded: tuple[Path, list[str]]) -> None:
     lora = read_folder(*padded)
-    serve = of_folder(lora, base="some/base", place="there")["vLLM ≥ 0.32"].serve
+    serve = verdicts_for_folder(lora, base="some/base", place="there")["vLLM ≥ 0.32"].serve
     assert serve == "vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules adapter=there"
     assert RANK not in VLLM_RANKS
 
@@ -165,8 +165,10 @@ def test_llama_cpp_converts_the_model_that_a_quantised_base_was_made_from(
     padded: tuple[Path, list[str]], is_quantised: bool
 ) -> None:
     given = "ORIGINAL" if is_quantised else "some/base"
-    folder = of_folder(read_folder(*padded), base="some/base", is_base_quantised=is_quantised)["llama.cpp"].serve
-    file = of_gguf(gguf_file(), LLAMA, {Q: (8, 8), K: (8, 4)}, "some/base", is_base_quantised=is_quantised)
+    folder = verdicts_for_folder(read_folder(*padded), base="some/base", is_base_quantised=is_quantised)[
+        "llama.cpp"
+    ].serve
+    file = verdicts_for_gguf(gguf_file(), LLAMA, {Q: (8, 8), K: (8, 4)}, "some/base", is_base_quantised=is_quantised)
     assert f"convert_lora_to_gguf.py --base {given} " in folder
     assert f"convert_hf_to_gguf.py {given} " in file["llama.cpp"].serve
     for serve in (folder, file["llama.cpp"].serve):
@@ -214,8 +216,8 @@ GGUF_DAMAGE: dict[str, Callable[[GgufFile], Any]] = {
 @pytest.mark.parametrize("said", GGUF_DAMAGE)
 def test_llama_cpp_has_rules_too(said: str) -> None:
     shapes = {Q: (8, 8), K: (8, 4)}
-    whole = of_gguf(gguf_file(), LLAMA, shapes)
+    whole = verdicts_for_gguf(gguf_file(), LLAMA, shapes)
     assert all(verdict.works and "adapter.gguf" in verdict.serve for verdict in whole.values())
     damaged = gguf_file()
     GGUF_DAMAGE[said](damaged)
-    assert all(said in verdict.reason for verdict in of_gguf(damaged, LLAMA, shapes).values())
+    assert all(said in verdict.reason for verdict in verdicts_for_gguf(damaged, LLAMA, shapes).values())

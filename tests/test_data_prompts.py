@@ -12,14 +12,14 @@ from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import PromptCompletion
 from sora_llm.data.prompts import (
     encode_prompt,
-    ends_visibly,
+    generation_prefix,
+    has_visible_end,
     is_served_as_trained,
-    joins_a_prompt_s_end,
-    opened_for_asking,
+    merges_trailing_whitespace,
     served_template,
-    untaught_end,
+    untrained_eos,
 )
-from sora_llm.running.data_words import template_warnings
+from sora_llm.running.data_summary import template_warnings
 
 
 def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
@@ -53,16 +53,18 @@ def test_a_template_that_ends_prompts_with_blanks_asks_with_the_tokens_of_traini
     ids, _ = tokens_and_weights(chat(("user", "Hi"), ("assistant", "four")), tokenizer, BLANK_FIRST)
     asked = encode_prompt(tokenizer, "Hi", BLANK_FIRST)
     assert ids[: len(asked)] == asked and tokenizer.convert_ids_to_tokens(asked)[-1] == ":"
-    assert joins_a_prompt_s_end(tokenizer, BLANK_FIRST) and not joins_a_prompt_s_end(tokenizer, TEMPLATES["llama-3"])
-    assert joins_a_prompt_s_end(joining_tokenizer(), TEMPLATES["llama-3"]), "of two line breaks"
+    assert merges_trailing_whitespace(tokenizer, BLANK_FIRST) and not merges_trailing_whitespace(
+        tokenizer, TEMPLATES["llama-3"]
+    )
+    assert merges_trailing_whitespace(joining_tokenizer(), TEMPLATES["llama-3"]), "of two line breaks"
 
 
 def test_what_a_template_opens_an_answer_with_for_asking_alone_is_found(byte):
     thinking = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ PROMPT }}".replace(
         "{{ PROMPT }}", "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
     )
-    assert opened_for_asking(byte, thinking) == "<think>"
-    assert [opened_for_asking(byte, template) for template in TEMPLATES.values()] == [""] * len(TEMPLATES)
+    assert generation_prefix(byte, thinking) == "<think>"
+    assert [generation_prefix(byte, template) for template in TEMPLATES.values()] == [""] * len(TEMPLATES)
 
 
 BLANK_FIRST = (
@@ -92,7 +94,7 @@ def test_the_template_to_serve_with_gives_clients_the_prompt_of_training(model, 
         )
         asked = encode_prompt(tokenizer, question, template)
         assert ids[: len(asked)] == asked
-        assert len(ids) == len(asked) or joins_a_prompt_s_end(tokenizer, template), "which a run warns of"
+        assert len(ids) == len(asked) or merges_trailing_whitespace(tokenizer, template), "which a run warns of"
     assert served_template(tokenizer, served) == served
     writes_bos = name in ("gemma", "llama-2", "llama-3", "mistral")
     assert (served == template) == (writes_bos or model == "bytes without bos")
@@ -128,7 +130,7 @@ THINKS_FIRST = (
             {"opening": ("x",), "merges": (("x", "A"),)},
             "servers, which tokenise the rendered chat template",
         ),
-        (THINKS_FIRST, {}, "the chat template opens its answer with '<think>'"),
+        (THINKS_FIRST, {}, "the chat template opens the answer with '<think>'"),
         (TEMPLATES["alpaca"], {"merges": (("Ċ", "a"),)}, "the chat template ends prompts with whitespace"),
     ],
 )
@@ -143,10 +145,10 @@ def test_a_run_is_warned_of_what_a_template_does_to_those_who_ask(template, opti
 
 def test_a_template_says_whether_generation_finds_the_end_of_an_answer():
     base = byte_tokenizer()
-    visible = {name for name in TEMPLATES if ends_visibly(base, TEMPLATES[name])}
+    visible = {name for name in TEMPLATES if has_visible_end(base, TEMPLATES[name])}
     assert visible == {"alpaca", "llama-2", "mistral", "vicuna"}
-    assert ends_visibly(byte_tokenizer(special=("<|im_end|>",)), TEMPLATES["chatml"])
-    assert not ends_visibly(base, "{% for m in messages %}{{ m.content }}\n\n{% endfor %}")
+    assert has_visible_end(byte_tokenizer(special=("<|im_end|>",)), TEMPLATES["chatml"])
+    assert not has_visible_end(base, "{% for m in messages %}{{ m.content }}\n\n{% endfor %}")
 
 
 def test_markers_that_leave_out_the_token_behind_an_answer_are_noticed():
@@ -156,9 +158,9 @@ def test_markers_that_leave_out_the_token_behind_an_answer_are_noticed():
         "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     untaught = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-    assert untaught_end(tokenizer, taught) is None and ends_visibly(tokenizer, taught)
-    assert untaught_end(tokenizer, untaught) == "<|im_end|>" and not ends_visibly(tokenizer, untaught)
+    assert untrained_eos(tokenizer, taught) is None and has_visible_end(tokenizer, taught)
+    assert untrained_eos(tokenizer, untaught) == "<|im_end|>" and not has_visible_end(tokenizer, untaught)
     later = taught.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}{{ '\\n' }}<|im_end|>")
-    assert untaught_end(tokenizer, later) == "<|im_end|>"
-    assert untaught_end(tokenizer, TEMPLATES["chatml"]) is None
-    assert untaught_end(byte_tokenizer(), TEMPLATES["chatml"]) is None, "text that is no token"
+    assert untrained_eos(tokenizer, later) == "<|im_end|>"
+    assert untrained_eos(tokenizer, TEMPLATES["chatml"]) is None
+    assert untrained_eos(byte_tokenizer(), TEMPLATES["chatml"]) is None, "text that is no token"

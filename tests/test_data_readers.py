@@ -105,7 +105,7 @@ def test_a_file_is_read_once_however_often_a_folder_has_it(tmp_path, pattern):
     (tmp_path / "c.jsonl").symlink_to("a.jsonl")
     assert rows_of(path) == [(f"{tmp_path / 'a.jsonl'}:1", ROWS[0]), (f"{tmp_path / 'b.jsonl'}:1", ROWS[1])]
     write(tmp_path / "b.jsonl.gz", json_lines(ROWS[1]))
-    with refused(r"b.jsonl and .*b.jsonl.gz, which hold the same rows: name one of the two"):
+    with refused(r"b.jsonl and .*b.jsonl.gz, which hold the same rows: name one of them"):
         rows_of(path)
     assert len(rows_of(str(tmp_path / "b.jsonl.gz"))) == 1
 
@@ -170,8 +170,8 @@ def test_a_spec_can_be_sent_to_another_process_and_written_as_json():
         (DatasetSpec("good.jsonl", "completion", split="test"), "no splits"),
         (DatasetSpec("good.jsonl", "completion", revision="main"), "revision is for hub"),
         (DatasetSpec("good.jsonl", "completion", separator="\n"), "separator is for type prompt_completion"),
-        (DatasetSpec("good.jsonl", "custom"), "the type is custom; name the function"),
-        (DatasetSpec("good.jsonl", "completion", function="json:loads"), "the type is completion; remove it"),
+        (DatasetSpec("good.jsonl", "custom"), "the type is custom: name the function"),
+        (DatasetSpec("good.jsonl", "completion", function="json:loads"), "the type is completion: remove it"),
         (DatasetSpec("good.jsonl", "custom", function="json.loads"), "'json.loads' is not of the form module:function"),
         (DatasetSpec("good.jsonl", "custom", function="json:loads", columns={"text": "x"}), "columns maps 'text'"),
     ],

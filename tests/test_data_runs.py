@@ -195,7 +195,7 @@ def test_dev_rows_that_say_nothing_and_settings_that_change_nothing_are_warned_o
     options |= {"data.train_on_last_turn_only": True}
     assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"warning: rows of data.val_datasets {dev['path']} are trained on too" in said
+    assert f"warning: rows of data.val_datasets {dev['path']} are also trained on" in said
     assert "has the separator '\\n' after prompts; the training rows have ''" in said
     for key in ("chat_template", "train_on_last_turn_only"):
         assert f"warning: data.{key} is for conversations, but no data set has any" in said
@@ -307,7 +307,7 @@ def test_dev_rows_drawn_from_repeated_rows_are_warned_of(tmp_path, capsys):
     for drop, is_warned_of in ((False, True), (True, False)):
         options = {**QUICK, **data, "data.drop_duplicates": drop}
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
-        assert ("warning: 4 of the rows are the same as earlier ones" in capsys.readouterr().out) == is_warned_of
+        assert ("warning: 4 rows are duplicates" in capsys.readouterr().out) == is_warned_of
 
 
 def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, capsys):

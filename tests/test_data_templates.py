@@ -23,7 +23,7 @@ from conversations import (
 from sora_llm.data import templates
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import Message, to_examples
-from sora_llm.data.prompts import ends_visibly
+from sora_llm.data.prompts import has_visible_end
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec
 from sora_llm.data.template_gaps import check_has_place
@@ -109,7 +109,7 @@ def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
     ):
         with pytest.raises(BadRow, match=f"the chat template cannot render {part}"):
             tokens_and_weights(example, byte, TEMPLATES[name])
-    with pytest.raises(BadRow, match=f"the {name} template cannot render this tool message"):
+    with pytest.raises(BadRow, match=f"the {name} template has no place for this tool message"):
         tokens_and_weights(chat(("user", "Q"), ("tool", "R"), ("assistant", "A")), byte, TEMPLATES[name])
     names_alone = chat(Message("user", "Q", extra={"name": "Ann", "tool_calls": None}), ("assistant", "A"))
     assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
@@ -270,7 +270,7 @@ def test_the_example_config_of_mistral_uses_a_template_whose_answers_end_with_eo
     """Under chatml, which its base model has no tokens for, no eos was ever trained on."""
     config = Path(__file__).parent.parent / "configs/mistral7b.yaml"
     template = TEMPLATES[yaml.safe_load(config.read_text())["data"]["chat_template"]]
-    assert ends_visibly(byte, template)
+    assert has_visible_end(byte, template)
     assert answers(WITH_SYSTEM, byte, template) == [" Hello!<eos>", " Yes.<eos>"]
 
 

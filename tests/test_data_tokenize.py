@@ -288,7 +288,7 @@ OUT_OF_TURN = {
 @pytest.mark.parametrize("roles", OUT_OF_TURN.values(), ids=OUT_OF_TURN)
 @pytest.mark.parametrize("name", ["gemma", "llama-2", "mistral", "vicuna"])
 def test_turns_in_an_order_that_the_model_has_never_seen_are_a_bad_row(byte, name, roles):
-    with pytest.raises(BadRow, match=f"refuses the conversation: the {name} template cannot render this"):
+    with pytest.raises(BadRow, match=f"refuses the conversation: the {name} template has no place for this"):
         tokens_and_weights(chat(*[(role, "x") for role in roles]), byte, TEMPLATES[name])
 
 

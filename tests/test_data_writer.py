@@ -236,7 +236,7 @@ def test_who_waits_long_says_for_whom(tmp_path, monkeypatch, capfd):
     first.join(timeout=30)
     assert (
         capfd.readouterr().err
-        == f"waiting for process {first.pid} on {socket.gethostname()}, which prepares the same data\n"
+        == f"waiting for process {first.pid} on {socket.gethostname()} to prepare the same data\n"
     )
 
 

@@ -35,8 +35,8 @@ from spawn import TESTS, environment, free_port
 from sora_llm import checkpoint
 from sora_llm.data.pool import map_in_order
 from sora_llm.errors import RunFailed
-from sora_llm.running import lifeline, run_state
-from sora_llm.running.lifeline import LAUNCHER_GRACE_SECONDS
+from sora_llm.running import liveness, run_state
+from sora_llm.running.liveness import LAUNCHER_GRACE_SECONDS
 
 HOST = socket.gethostname()
 DEATHS = [
@@ -97,11 +97,11 @@ def test_processes_that_hang_after_a_death_are_ended(ground: Playground) -> None
 
 def test_the_main_machine_is_reached_whatever_it_takes_its_own_name_for() -> None:
     """Debian's /etc/hosts calls a machine's own name 127.0.1.1: whoever listens there alone is deaf to the others."""
-    with lifeline._listen(socket.gethostname()) as server:
+    with liveness._listen(socket.gethostname()) as server:
         assert server.getsockname()[0] in ("::", "0.0.0.0")
         for address in ("127.0.0.1", "127.0.1.1"):
             socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
-    with lifeline._listen("127.0.0.1") as server:
+    with liveness._listen("127.0.0.1") as server:
         assert server.getsockname()[0] == "127.0.0.1", "a run of one machine is nobody else's"
 
 

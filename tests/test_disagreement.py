@@ -56,7 +56,7 @@ def perturb(base: Path) -> None:
 def test_another_config_on_one_process_is_refused(ground: Playground) -> None:
     """Under ZeRO every process would step its shard by its own learning rate, and the adapter pass its self-check."""
     said = said_by_two(ground, "configs", {}, {"train.learning_rate": 1e-4, "sora.dense_ratio": 0.2})
-    assert "process 1 has another config than the main one, different in sora.dense_ratio, train.learning_rate" in said
+    assert "the config of process 1 differs from the main process's in sora.dense_ratio, train.learning_rate" in said
 
 
 def test_other_shares_of_a_mixture_on_one_process_are_refused(ground: Playground) -> None:
@@ -70,7 +70,7 @@ def test_other_shares_of_a_mixture_on_one_process_are_refused(ground: Playground
         for path, weight in ((rows["path"], 1), (str(other), 3))
     )
     said = said_by_two(ground, "mixtures", ours, theirs)
-    assert "another config than the main one, different in data.datasets.1.weight;" in said
+    assert "the main process's in data.datasets.1.weight;" in said
 
 
 def test_another_base_on_one_process_is_refused(ground: Playground, base: Path, tmp_path: Path) -> None:
@@ -101,14 +101,14 @@ def test_nothing_goes_on_beside_another_base_in_silence(
     perturb(base)
     assert weights_digest([base / "model.safetensors"]) != before
     start = {"output.resume": str(tmp_path / "run" / "checkpoints" / "step-2")}
-    with pytest.raises(UserError, match=r"hold other weights than .*step-2 was trained beside"):
+    with pytest.raises(UserError, match=r"are not those that .*step-2 was trained on"):
         run(CONFIG, *gsm8k_overrides(other, **options, **start))
     assert not other.exists()
 
     adapter, checkpoint = str(tmp_path / "run" / "adapter"), str(tmp_path / "run" / "checkpoints" / "step-2")
     capsys.readouterr()
     for source in (adapter, checkpoint):
-        said = f"the files of {base} hold other weights than {source} was trained beside"
+        said = f"the weights of {base} are not those that {source} was trained on"
         out, merged = ["--out", str(tmp_path / "out")], ["--layout", "merged", "--skip-dev-loss"]
         assert cli.main(["export", source, *merged, *out]) == 2 and said in capsys.readouterr().err
         assert cli.main(["consensus", source, source, *out]) == 2 and said in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_nothing_goes_on_beside_another_base_in_silence(
     assert cli.main(["generate", adapter, "--prompt", "Tim", "--max-new-tokens", "1", *restored]) == 0
     assert "warning" not in capsys.readouterr().err
     run(CONFIG, *gsm8k_overrides(other, **options, **{"model.adapter": adapter}))
-    assert f"model.adapter was trained on different weights than {base} has" in capsys.readouterr().out
+    assert f"model.adapter was trained on different weights than those of {base}" in capsys.readouterr().out
 
 
 def test_what_is_merged_was_trained_beside_what_its_sources_were(
@@ -132,7 +132,7 @@ def test_what_is_merged_was_trained_beside_what_its_sources_were(
     adapter, before = str(tmp_path / "run" / "adapter"), weights_digest([base / "model.safetensors"])
     perturb(base)
     out = ["--out", str(tmp_path / "out"), "--base", str(base)]
-    assert cli.main(["consensus", adapter, adapter, *out]) == 0 and "hold other weights" in capsys.readouterr().err
+    assert cli.main(["consensus", adapter, adapter, *out]) == 0 and "are not those that" in capsys.readouterr().err
     assert certificate_in(tmp_path / "out")["base_digest"] == before
 
 
@@ -175,7 +175,7 @@ def meet(seconds: float) -> str | None:
     try:
         gather_objects(1)
     except Exception as error:
-        return str(processes.waited_in_vain(1, 0.5)) if is_timeout(error) else repr(error)
+        return str(processes.timeout_failure(1, 0.5)) if is_timeout(error) else repr(error)
     return "nothing"
 
 

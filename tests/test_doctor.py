@@ -15,8 +15,8 @@ from helpers import linear4bit
 from spawn import warm_deepspeed
 
 from sora_llm import cli
-from sora_llm.commands import cmd_doctor, trials
-from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, Finding
+from sora_llm.commands import checks, cmd_doctor
+from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, CheckResult
 from sora_llm.data.prepare import default_cache_dir
 from sora_llm.extensions import NOT_BUILT
 
@@ -35,8 +35,8 @@ def test_a_sound_machine_is_ready(capsys):
 
 
 def test_4bit_products_and_packing_are_right_here():
-    trials.check_4bit(linear4bit(WEIGHT), WEIGHT)
-    assert "isolated" in trials.packing()
+    checks.check_4bit(linear4bit(WEIGHT), WEIGHT)
+    assert "isolated" in checks.packing()
 
 
 class Broken(torch.nn.Module):
@@ -61,9 +61,9 @@ class Broken(torch.nn.Module):
     ],
 )
 def test_wrong_products_are_found(layer, said):
-    trials.check_4bit(Broken(1.0, 1.0), WEIGHT)
+    checks.check_4bit(Broken(1.0, 1.0), WEIGHT)
     with pytest.raises(AssertionError, match=f"the {said} of a 4-bit layer"):
-        trials.check_4bit(layer, WEIGHT)
+        checks.check_4bit(layer, WEIGHT)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_trial_that_hangs_is_ended_with_all_it_started(scripts, name):
     )
     begin = time.monotonic()
     found = cmd_doctor.trial(name, 6.0, "the remedy", module="hangs")
-    assert found == Finding(name, FAILED, "no result within 6 s", "the remedy")
+    assert found == CheckResult(name, FAILED, "no result within 6 s", "the remedy")
     assert time.monotonic() - begin < 120
     pids = [int(path.name.removeprefix("pid-")) for path in scripts.glob("pid-*")]
     while any(_runs(pid) for pid in pids):
@@ -106,8 +106,8 @@ def test_a_trial_says_what_it_found_in_a_world_of_its_own(scripts, monkeypatch):
         "assert 'ACCELERATE_USE_CPU' not in os.environ\n"
         "print('noise'); print(json.dumps({'said': os.environ.get('WORLD_SIZE', 'alone')}))"
     )
-    assert cmd_doctor.trial("group", 60, "", module="says") == Finding("group", OK, "2")
-    assert cmd_doctor.trial("nf4", 60, "", module="says") == Finding("nf4", OK, "alone")
+    assert cmd_doctor.trial("group", 60, "", module="says") == CheckResult("group", OK, "2")
+    assert cmd_doctor.trial("nf4", 60, "", module="says") == CheckResult("nf4", OK, "alone")
 
 
 def test_a_trial_that_fails_says_why_for_both_processes(scripts):
@@ -117,11 +117,15 @@ def test_a_trial_that_fails_says_why_for_both_processes(scripts):
         "print('noise'); sys.exit('the network is gone')"
     )
     found = cmd_doctor.trial("group", 60, "the remedy", module="fails")
-    assert found == Finding("group", FAILED, "the network is gone", "the remedy")
+    assert found == CheckResult("group", FAILED, "the network is gone", "the remedy")
 
 
 def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatch, capsys):
-    findings = [Finding("a", OK, "fine"), Finding("b", FAILED, "torn", "mend it"), Finding("c", WARNING, "old")]
+    findings = [
+        CheckResult("a", OK, "fine"),
+        CheckResult("b", FAILED, "torn", "mend it"),
+        CheckResult("c", WARNING, "old"),
+    ]
     monkeypatch.setattr(cmd_doctor, "examine", lambda _: iter(findings))
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
@@ -141,14 +145,14 @@ def test_a_user_without_a_home_is_a_finding(monkeypatch):
     monkeypatch.setattr(cmd_doctor.Path, "home", homeless)
     for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, OK, "fine"))
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: CheckResult(name, OK, "fine"))
     found = {finding.name: finding for finding in cmd_doctor.examine(60.0)}
     assert found["caches"].state == FAILED and "set HOME or XDG_CACHE_HOME" in found["caches"].said
 
 
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
     states, said = {"zero2": FAILED}, [f"{NOT_BUILT}: c++: not found"]
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, states.get(name, OK), said[0]))
+    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: CheckResult(name, states.get(name, OK), said[0]))
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
@@ -156,13 +160,15 @@ def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
     assert shown.endswith("ddp; not under ZeRO on the CPU\n")
     states["nf4"] = FAILED
     assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4\n")
-    monkeypatch.setattr(cmd_doctor, "compiler", lambda: Finding("compiler", OK, "g++ and ninja"))
+    monkeypatch.setattr(cmd_doctor, "compiler", lambda: CheckResult("compiler", OK, "g++ and ninja"))
     assert cli.main(["doctor"]) == 1 and capsys.readouterr().out.endswith("not ready: nf4, zero2\n")
 
 
 def test_a_step_that_fails_for_another_reason_is_a_failure_without_a_compiler_too(monkeypatch, capsys):
     said = "a step under ZeRO-2 is not the step of one process (off by 3.0e-01)"
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: Finding(name, FAILED if name == "zero2" else OK, said))
+    monkeypatch.setattr(
+        cmd_doctor, "trial", lambda name, *_: CheckResult(name, FAILED if name == "zero2" else OK, said)
+    )
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
@@ -184,9 +190,9 @@ def test_the_trial_knows_a_failed_build_from_other_failures(monkeypatch, error, 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError(error)
 
-    monkeypatch.setattr(trials, "make_accelerator", fails)
+    monkeypatch.setattr(checks, "make_accelerator", fails)
     with pytest.raises(Exception) as raised:
-        trials.zero2()
+        checks.zero2()
     assert str(raised.value).startswith(NOT_BUILT) == (why is not None)
     assert (why or error) in str(raised.value)
 

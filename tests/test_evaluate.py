@@ -165,7 +165,7 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
     rows.write_text(json.dumps({"instruction": "Tell a story.", "output": "Once upon a time."}) + "\n")
     arguments = ["--data", rows, "--type", "alpaca"]
     assert cli.main(["evaluate", str(lora), *map(str, arguments)]) == 2
-    assert "none comes with" in capsys.readouterr().err
+    assert "comes without one" in capsys.readouterr().err
     expected = evaluated(capsys, lora, *arguments, "--chat-template", "vicuna")
     for kind in ("beside", "tokenizer"):
         folder = Path(shutil.copytree(lora, tmp_path / kind))
@@ -200,7 +200,7 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),
         (["--data", "{rows}", "--type", "custom"], "--function"),
         (["--data", "/nope.jsonl", "--type", "alpaca"], "/nope.jsonl"),
-        (["--data", "{rows}", *FORM, "--adapter", "/nope"], "there is no /nope"),
+        (["--data", "{rows}", *FORM, "--adapter", "/nope"], "/nope does not exist"),
         (["--data", "{rows}", *FORM, "--adapter", "/nope", "--no-adapter"], "exclude each other"),
     ],
 )

@@ -50,7 +50,7 @@ def test_other_rows_in_the_file_of_the_dev_rows_are_said(lora, rows, tmp_path, c
     assert cli.main(["evaluate", str(directory)]) == 0 and capsys.readouterr().err == ""
     Path(dev["path"]).write_text(rows.read_text() * 2)
     assert cli.main(["evaluate", str(directory)]) == 0
-    assert f"the rows of data.val_datasets are not those that {directory} was measured on" in capsys.readouterr().err
+    assert f"the rows of data.val_datasets are not those that {directory} was evaluated on" in capsys.readouterr().err
     assert cli.main(["evaluate", str(directory), "--data", str(rows)]) == 0 and capsys.readouterr().err == ""
 
 
@@ -65,7 +65,7 @@ def test_under_other_options_those_rows_are_measured_that_the_run_held_out(lora,
         found = json.loads(output.out)
         assert found["rows"] == 4, option
         assert (found["adapter"]["loss"] == own["adapter"]["loss"]) == (option != "data.train_on_inputs=true")
-        assert (f"the rows that {run} evaluating the rows" in output.err) == (option != "data.train_on_inputs=true")
+        assert (f"evaluating the rows that {run} held out" in output.err) == (option != "data.train_on_inputs=true")
     shorter = evaluated(capsys, run, "data.sequence_len=28")
     assert shorter["rows"] == 2 and shorter["not_as_written"] == ["left out 2 that were held out"]
     other = {"path": str(tmp_path / "other.jsonl"), "type": "prompt_completion"}
@@ -88,21 +88,21 @@ def test_an_adapter_that_may_have_seen_the_rows_is_said(lora, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert warning(run) == "" and warning(run, "--adapter", alike) == "" and warning(run, "--no-adapter") == ""
-    said = f"warning: {all_rows} was trained on {tmp_path / 'numbers.jsonl'} too"
+    said = f"warning: {all_rows} was also trained on {tmp_path / 'numbers.jsonl'},"
     assert said in warning(run, "--adapter", all_rows)
     assert said in warning(run, "--adapter", all_rows, "train.seed=7")
     pattern = {"path": str(tmp_path / "number?.jsonl"), "split": "train", "type": "prompt_completion"}
     found = warning(run, "--adapter", all_rows, f"data.datasets=[{json.dumps({**pattern, 'columns': COLUMNS})}]")
-    assert f"warning: {all_rows} was trained on {pattern['path']} too" in found
+    assert f"warning: {all_rows} was also trained on {pattern['path']}," in found
     (tmp_path / "copy.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
     elsewhere = {"path": str(tmp_path / "copy.jsonl"), "type": "prompt_completion", "columns": COLUMNS}
     told = f"data.datasets=[{json.dumps(elsewhere)}]"
     assert f"{run} did not hold these rows out" in warning(run, told), "its own adapter is measured on them"
     assert warning(run, told, "--no-adapter") == "" and warning(run, told, "--adapter", alike) == ""
     other = numbers_run(tmp_path, lora, "other", **{"data.datasets": [elsewhere], "data.val_set_size": None})
-    assert f"warning: {other} was trained on {elsewhere['path']} too" in warning(run, told, "--adapter", other)
+    assert f"warning: {other} was also trained on {elsewhere['path']}," in warning(run, told, "--adapter", other)
     seen = ["--data", tmp_path / "numbers.jsonl"]
-    assert f"warning: {run} was trained on" in warning(run, *seen) and warning(run, *seen, "--no-adapter") == ""
+    assert f"warning: {run} was also trained on" in warning(run, *seen) and warning(run, *seen, "--no-adapter") == ""
     (tmp_path / "others.jsonl").write_text((tmp_path / "numbers.jsonl").read_text())
     assert warning(run, "--data", tmp_path / "others.jsonl", "--adapter", all_rows) == ""
     quantised = numbers_run(tmp_path, lora, "quantised", **{"quantization.load_in_4bit": True})
@@ -118,7 +118,7 @@ def test_what_an_adapter_was_before_it_was_trained_on_may_have_seen_the_rows_too
 
     def warning(place: Path, *options: object) -> bool:
         assert cli.main(["evaluate", str(place), *map(str, options)]) == 0
-        return f"warning: {place} was trained on {data['path']} too" in capsys.readouterr().err
+        return f"warning: {place} was also trained on {data['path']}," in capsys.readouterr().err
 
     alike = numbers_run(tmp_path, lora, "alike", **{"model.adapter": str(run / "adapter")})
     assert not warning(alike), "the same rows were held out both times"
@@ -156,7 +156,7 @@ def test_what_is_gone_is_remembered_by_certificates_and_what_was_merged_into_a_b
 
     def warning(place: Path, *options: object) -> bool:
         assert cli.main(["evaluate", str(place), *map(str, options)]) == 0
-        return "numbers.jsonl so it may have seen" in capsys.readouterr().err
+        return "numbers.jsonl, so it may have seen" in capsys.readouterr().err
 
     options = {"model.adapter": str(run / "adapter"), "data.datasets": [others], "data.val_set_size": None}
     child = numbers_run(tmp_path, lora, "child", **options)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from sora_llm.backbone import load_backbone
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter
-from sora_llm.inject import adapters, bare, inject_sora
+from sora_llm.inject import adapters, inject_sora, without_adapters
 
 # ----- the same model elsewhere ---------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def test_peft_and_transformers_give_the_trained_logits_on_a_fresh_base(stories, 
     if not gated:
         cut(model)
     expected = logits(model)
-    with bare(model):
+    with without_adapters(model):
         base = logits(model)
     assert relative_error(base, expected) > 0.2, "the adapter must matter"
     export_adapter(model, tmp_path / "adapter", layout)

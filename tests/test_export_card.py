@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import backbone
 from sora_llm.artifacts.lora_files import read_lora
-from sora_llm.backbone import load_call
+from sora_llm.backbone import from_pretrained_args
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.subject import find_subject
+from sora_llm.commands.model_ref import resolve_model
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.inject import adapters, inject_sora
 
@@ -116,9 +116,9 @@ def test_how_somebody_loaded_the_base_is_kept_for_the_commands_and_the_card(form
     spec = BackboneSpec(str(stories), **loaded)
     model = AutoModelForCausalLM.from_pretrained(str(stories), device_map={"": "cpu"}, **form)
     export_adapter(randomise_all(inject_sora(model, R, LORA_ALPHA), 0, size=0.1), tmp_path / "adapter")
-    found = find_subject(str(tmp_path / "adapter"))
+    found = resolve_model(str(tmp_path / "adapter"))
     assert found.is_loading_known and found.spec.loading == spec.loading
-    assert load_call(spec, None) in (tmp_path / "adapter" / "README.md").read_text()
+    assert from_pretrained_args(spec, None) in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def mixed(stories, form):
@@ -145,7 +145,9 @@ def mixed(stories, form):
 )
 def test_a_base_in_a_form_that_no_run_loads_is_not_said_to_be_in_another(stories, form):
     model = mixed(stories, form)
-    assert backbone.spec_of(model) is None and backbone.spec_of(inject_sora(model, R, LORA_ALPHA)) is None
+    assert (
+        backbone.spec_from_model(model) is None and backbone.spec_from_model(inject_sora(model, R, LORA_ALPHA)) is None
+    )
 
 
 def test_what_a_caller_says_of_the_base_s_loading_stands(stories, tmp_path):

@@ -43,7 +43,7 @@ def test_what_somebody_put_beside_an_export_is_not_replaced_with_it(stories, tmp
     for _ in range(2):
         export_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "notes.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"and with it notes\.txt, which is no part of the export there"):
+    with pytest.raises(UserError, match=r"along with notes\.txt, which is not part of the export"):
         export_adapter(model, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "notes.txt").read_text() == "precious"
 

@@ -186,7 +186,7 @@ def test_a_checkpoint_answers_as_the_adapter_that_it_would_become(stories, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", "--prompt", "x"], "there is no nowhere"),
+        (["nowhere", "--prompt", "x"], "nowhere does not exist"),
         (["{lora}/..", "--prompt", "x"], "is not a run directory"),
         (["{lora}", "--prompt", " "], "is empty"),
         (["{lora}", "--prompt", "x", "--temperature", "-1"], "--temperature"),
@@ -207,7 +207,9 @@ def test_a_checkpoint_answers_as_the_adapter_that_it_would_become(stories, tmp_p
     ],
 )
 def test_bad_input_is_a_sentence_before_any_weights_are_loaded(arguments, said, lora, capsys, monkeypatch):
-    monkeypatch.setattr("sora_llm.commands.subject.load_backbone", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "sora_llm.commands.model_ref.load_backbone", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     assert cli.main(["generate", *(argument.replace("{lora}", str(lora)) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
@@ -224,13 +226,15 @@ WITHOUT_SYSTEM = """{%- for m in messages if m.role != 'system' -%}
     [
         (["generate", "--system", "Be brief.", "--prompt", "Hi"], "--system cannot be used"),
         (["chat", "--system", "Be brief."], "--system cannot be used"),
-        (["generate", "--prompts-file", "{folder}/p.jsonl"], "p.jsonl:1 cannot be asked"),
+        (["generate", "--prompts-file", "{folder}/p.jsonl"], "p.jsonl:1 cannot be used"),
     ],
 )
 def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_weights_are_loaded(
     arguments, said, lora, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sora_llm.commands.subject.load_backbone", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "sora_llm.commands.model_ref.load_backbone", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     (tmp_path / "form.jinja").write_text(WITHOUT_SYSTEM)
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": DIALOGUE}) + "\n")
     command, *others = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
@@ -346,7 +350,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(lora, capsys, monkeypatch):
     monkeypatch.setattr(cmd_chat, "show", show)
     before = signal.getsignal(signal.SIGINT)  # a shell lets its background jobs ignore it
     heard = chatted(monkeypatch, capsys, [PROMPT, PROMPT], lora)
-    assert heard.err.count("sora_llm: stopped") == 1 and heard.err.count("cut at the limit") == 1
+    assert heard.err.count("sora_llm: stopped") == 1 and heard.err.count("cut off at --max-new-tokens") == 1
     assert len(shown) > 2 + 3, "the next answer was whole"
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.prompts import answer_end
 from sora_llm.generation import Sampling, Stop, answer
-from sora_llm.prompt_form import templated
+from sora_llm.prompt_format import format_of_template
 
 
 class Scripted(LlamaForCausalLM):
@@ -117,6 +117,6 @@ def test_blanks_do_not_end_an_answer_but_the_next_question_does(stories, templat
     """That may begin with a special token, whose name is not in the decoded answer."""
     model, tokenizer = scripted(stories, text, special=("<|user|>",))
     pieces: list[str] = []
-    stop = templated(tokenizer, template).stop
+    stop = format_of_template(tokenizer, template).stop
     found = answer(model, tokenizer, [1], Sampling(len(model.script)), stop, on_text=pieces.append)
     assert (found.text, "".join(pieces), found.is_whole) == (said, said, is_whole)

@@ -16,7 +16,7 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, MixtralConfig,
 from sora_llm.artifacts import gguf_export
 from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.gguf_export import export_gguf
-from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of, halves, neighbours, read_gguf
+from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of, permute_rope_rows, read_gguf, unpermute_rope_rows
 from sora_llm.errors import RunFailed, UserError
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 24, 4, 2, 8, 2  # heads of another size than hidden / heads
@@ -73,12 +73,12 @@ def test_the_card_names_the_template_that_lies_there_and_no_other(tmp_path: Path
 
 def test_rows_of_a_head_are_its_two_halves_in_turn() -> None:
     rows = torch.arange(2 * 6)
-    assert neighbours(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert torch.equal(halves(neighbours(rows, 2), 2), rows)
+    assert permute_rope_rows(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert torch.equal(unpermute_rope_rows(permute_rope_rows(rows, 2), 2), rows)
 
 
 def test_attention_of_llama_cpp_on_reordered_rows_is_that_of_transformers() -> None:
-    """One rotates entry i of a head with entry i + d/2, the other neighbours: scores q·k must be the same."""
+    """One rotates entry i of a head with entry i + d/2, the other permute_rope_rows: scores q·k must be the same."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(HEADS * HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(2))
     angles = 7 / 10000 ** (torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)  # at position 7; k stays at 0
@@ -88,7 +88,7 @@ def test_attention_of_llama_cpp_on_reordered_rows_is_that_of_transformers() -> N
 
     q_heads, k_heads = q.view(HEADS, HEAD_DIM), k.view(HEADS, HEAD_DIM)
     of_transformers = torch.cat(rotated(*q_heads.chunk(2, dim=1)), dim=1)
-    q_there, k_there = (neighbours(rows, HEADS).view(HEADS, HEAD_DIM) for rows in (q, k))
+    q_there, k_there = (permute_rope_rows(rows, HEADS).view(HEADS, HEAD_DIM) for rows in (q, k))
     of_llama_cpp = torch.stack(rotated(q_there[:, ::2], q_there[:, 1::2]), dim=2).flatten(1)
     torch.testing.assert_close((of_llama_cpp * k_there).sum(1), (of_transformers * k_heads).sum(1))
 

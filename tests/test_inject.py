@@ -13,9 +13,9 @@ from sora_llm.errors import UserError
 from sora_llm.inject import (
     adapter_parameters,
     adapters,
-    bare,
     cut_adapters,
     inject_sora,
+    without_adapters,
 )
 from sora_llm.sora import SoraLinear, keep_live_slots
 from sora_llm.targets import target_linears
@@ -150,7 +150,7 @@ def test_bare_shows_the_base_model_and_puts_the_adapters_back_whatever_happens()
     expected, names = logits(model), [name for name, _ in model.named_modules()]
     layers = adapters(randomise_all(inject_sora(model, r=2)))
     adapted = logits(model)
-    with pytest.raises(KeyError), bare(model) as base:
+    with pytest.raises(KeyError), without_adapters(model) as base:
         assert base is model and not adapters(model)
         assert [name for name, _ in model.named_modules()] == names
         assert torch.equal(logits(model), expected)
@@ -169,7 +169,7 @@ def test_models_that_would_not_be_adapted_as_a_whole_are_refused():
         inject_sora(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
     shared = tiny_llama()
     shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
-    with pytest.raises(UserError, match=r"0.mlp.up_proj and model.layers.1.mlp.up_proj are one layer"):
+    with pytest.raises(UserError, match=r"0.mlp.up_proj and model.layers.1.mlp.up_proj are the same layer"):
         inject_sora(shared)
     assert not adapters(shared)
     twice = tiny_llama()
@@ -234,7 +234,7 @@ def test_a_base_that_is_offloaded_in_part_is_refused():
 
 @pytest.mark.parametrize("bad", [None, 3, [3], ["q_proj", None]])
 def test_targets_that_are_no_text_are_a_sentence(bad):
-    with pytest.raises(UserError, match=r"target_modules is .*; it is all-linear or suffixes"):
+    with pytest.raises(UserError, match=r"target_modules is .*; it must be all-linear or suffixes"):
         inject_sora(tiny_llama(), target_modules=bad)
 
 

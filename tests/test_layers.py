@@ -15,7 +15,7 @@ GROUPS = ("artifacts", "estimates", "running")
 # From the bottom up; a module imports only from the lines below its own.  `config` stands beside them all.
 LAYERS = """
 errors terminal row_types values run_files
-arguments files hub running.stop running.lifeline
+arguments files hub running.stop running.liveness
 extensions
 topology sora schedule factors hashes weights_digest allocation loss_scale
 budget estimates.activations estimates.step_time
@@ -31,21 +31,22 @@ backbone
 peft_check
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export
-pipeline estimates.memory running.evaluation running.packing_proof running.verified_export
-generation running.loop running.rundir running.sparsity_controller running.rounds running.unpack
-prompt_form
+pipeline estimates.memory running.evaluation running.packing_check running.verified_export
+generation running.optimizer_step running.rundir running.sparsity_controller running.rounds running.unpack
+prompt_format
 running.run_folders
 running.inputs
-running.training_data running.lessons
+running.training_data running.data_lineage
 running.held_out
-running.data_words running.plan running.processes
+running.data_summary running.plan running.processes
 running.job running.layouts
-running.training running.announcement
-running.snapshot running.measures
+running.training running.config_warnings
+running.summary
+running.snapshot running.metrics
 running.start
 running.assembly
-running.ending running.stages
-running.rehearsal
+running.finish running.training_loop
+running.dry_run
 train commands
 cli
 __main__
@@ -118,21 +119,21 @@ def test_the_config_is_imported_by_those_who_unpack_it_alone():
         "unpack",
         "run_folders",
         "inputs",
-        "lessons",
+        "data_lineage",
         "held_out",
         "training_data",
-        "data_words",
+        "data_summary",
         "plan",
         "processes",
         "job",
-        "announcement",
+        "config_warnings",
     ]
     allowed = {
         "config",
         "train",
         "commands",
-        "prompt_form",
-        *(f"running.{name}" for name in [*before, "snapshot", "start", "ending"]),
+        "prompt_format",
+        *(f"running.{name}" for name in [*before, "snapshot", "start", "finish"]),
     }
     assert {part_of(name) for name in importers("sora_llm.config")} <= allowed
 

@@ -18,7 +18,7 @@ from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.export import folded_factors
-from sora_llm.inject import bare, inject_sora
+from sora_llm.inject import inject_sora, without_adapters
 
 pytestmark = pytest.mark.clients
 IDS = torch.randint(48, (1, 24), generator=torch.Generator().manual_seed(3))
@@ -91,7 +91,7 @@ def test_llama_cpp_has_our_logits(
 ) -> None:
     """Ragged ranks, one module pruned; float32 sums in another order, or factors rounded to 2⁻¹¹ and 2⁻⁸."""
     model = randomise_all(inject_sora(small_models(stories)[name], 6, 9.0), size=0.1)
-    with bare(model):
+    with without_adapters(model):
         base_file = write_base(model, tmp_path / "base.gguf")
         base = logits(model)
     trained, factors = logits(model), folded_factors(model)

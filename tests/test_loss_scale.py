@@ -19,9 +19,9 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.files import file_sha256
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.loss_scale import FALL, MOST, RISE_AFTER, START, LossScale
+from sora_llm.loss_scale import BACKOFF_EXPONENT, GROWTH_INTERVAL, INIT_EXPONENT, MAX_EXPONENT, LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import World
 from sora_llm.train import run
 
@@ -93,7 +93,7 @@ def test_a_step_that_overflows_is_taken_again_with_a_lower_scale() -> None:
     scale, weight = LossScale(is_needed=True), 2.0**-6  # of a token: 2^16 / weight is beyond float16
     expected = gradients("float32", weight)
     assert off(gradients("float16", weight, scale), expected) < 5e-3
-    assert 1 <= scale.factor < 2.0**START
+    assert 1 <= scale.factor < 2.0**INIT_EXPONENT
 
 
 def test_a_loss_that_is_no_number_is_skipped_and_costs_the_scale_nothing() -> None:
@@ -101,7 +101,7 @@ def test_a_loss_that_is_no_number_is_skipped_and_costs_the_scale_nothing() -> No
     engine = engine_of("float16", scale)
     before, proven = engine.masters(), []
     _, outcome = train_step(engine, a_part_of(126.0, nan=True), 1, before_step=lambda: proven.append(1))
-    assert outcome.skipped and scale.factor == 2.0**START and proven == [1]
+    assert outcome.skipped and scale.factor == 2.0**INIT_EXPONENT and proven == [1]
     after = engine.masters()
     assert all(torch.equal(before[name], after[name]) for name in before)
     _, outcome = train_step(engine, a_part_of(126.0), 1)
@@ -111,26 +111,26 @@ def test_a_loss_that_is_no_number_is_skipped_and_costs_the_scale_nothing() -> No
 def test_the_scale_falls_to_one_and_rises_by_and_by() -> None:
     scale = LossScale(is_needed=True)
     falls = 0
-    while scale.fall():
+    while scale.back_off():
         falls += 1
         low = scale.factor
-    assert (falls, low, scale.factor) == (START // FALL, 1.0, 2.0**START)
-    assert scale.fall()
-    for _ in range(RISE_AFTER):
-        assert scale.factor == 2.0 ** (START - FALL)
+    assert (falls, low, scale.factor) == (INIT_EXPONENT // BACKOFF_EXPONENT, 1.0, 2.0**INIT_EXPONENT)
+    assert scale.back_off()
+    for _ in range(GROWTH_INTERVAL):
+        assert scale.factor == 2.0 ** (INIT_EXPONENT - BACKOFF_EXPONENT)
         scale.hold()
-    assert scale.factor == 2.0 ** (START - FALL + 1)
+    assert scale.factor == 2.0 ** (INIT_EXPONENT - BACKOFF_EXPONENT + 1)
     again = LossScale(is_needed=True)
     again.load(scale.state())
     assert again.factor == scale.factor
-    for _ in range(RISE_AFTER * MOST):
+    for _ in range(GROWTH_INTERVAL * MAX_EXPONENT):
         scale.hold()
-    assert scale.factor == 2.0**MOST
+    assert scale.factor == 2.0**MAX_EXPONENT
     idle = LossScale(is_needed=False)
     idle.load(scale.state())
-    for _ in range(RISE_AFTER):
+    for _ in range(GROWTH_INTERVAL):
         idle.hold()
-    assert idle.factor == 1.0 and not idle.fall()
+    assert idle.factor == 1.0 and not idle.back_off()
 
 
 def test_an_engine_that_is_spent_leaves_gradients_alone() -> None:
@@ -162,7 +162,7 @@ def test_a_float16_run_is_nearly_that_of_float32_and_goes_on_where_it_was(ground
         assert [line[name] for line in half] == pytest.approx([line[name] for line in exact], rel=0.02), name
     assert all(line["loss_scale"] >= 1 for line in half) and not any("loss_scale" in line for line in exact)
     again = interrupt(tmp_path / "float16", tmp_path / "again", 2)
-    assert saved_scales(again) == [[START - FALL, 2]], "it fell, or the test shows nothing"
+    assert saved_scales(again) == [[INIT_EXPONENT - BACKOFF_EXPONENT, 2]], "it fell, or the test shows nothing"
     run(CONFIG, *overrides(ground.folder, again, **HALF))
     assert result(again) == result(tmp_path / "float16")
 
@@ -172,7 +172,7 @@ def test_replicas_keep_their_own_scales(ground: Playground, tmp_path: Path) -> N
     options = {**HALF, "distributed.strategy": "ddp", "distributed.sync_every": 4}
     assert ground.codes("float16 apart", 2, **options) == [0, 0]
     whole = ground.run_dir("float16 apart")
-    assert saved_scales(whole) == 2 * [[START - FALL, 2]]
+    assert saved_scales(whole) == 2 * [[INIT_EXPONENT - BACKOFF_EXPONENT, 2]]
     again = interrupt(whole, ground.run_dir("float16 apart again"), 2)
     assert ground.codes("float16 apart again", 2, **options) == [0, 0]
     assert result(again) == result(whole)

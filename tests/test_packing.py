@@ -20,8 +20,8 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder
 from sora_llm.errors import UserError
 from sora_llm.inject import adapter_parameters, inject_sora
-from sora_llm.running import packing_proof
-from sora_llm.running.loop import step_batches
+from sora_llm.running import packing_check
+from sora_llm.running.optimizer_step import step_batches
 from sora_llm.topology import World
 
 
@@ -95,17 +95,17 @@ def test_any_split_of_a_step_has_the_same_gradient(stories, rows, pack_to):
 @pytest.mark.parametrize("name", ["stories260k", "base5m"])
 def test_the_probe_finds_real_models_isolated(name, attn_implementation, precision):
     spec = BackboneSpec(str(shared(f"models/{name}")), **PRECISIONS[precision], attn_implementation=attn_implementation)
-    packing_proof.prove_packing(load_backbone(spec, "cpu"), attn_implementation, "cpu")
+    packing_check.check_packing(load_backbone(spec, "cpu"), attn_implementation, "cpu")
 
 
 def test_the_probe_finds_an_untrained_model_isolated_whose_logits_hardly_depend_on_the_context():
     for dtype in (torch.float32, torch.bfloat16):
-        packing_proof.prove_packing(tiny_llama(initializer_range=0.02).to(dtype), "sdpa", "cpu")
+        packing_check.check_packing(tiny_llama(initializer_range=0.02).to(dtype), "sdpa", "cpu")
 
 
 def test_the_probe_accepts_8_bit_weights_whose_roundings_depend_on_the_batch():
     model = load_backbone(BackboneSpec(str(shared("models/base5m")), load_in_8bit=True), "cpu")
-    packing_proof.prove_packing(model, "sdpa", "cpu", is_8bit=True)
+    packing_check.check_packing(model, "sdpa", "cpu", is_8bit=True)
 
 
 class Leaking(torch.nn.Module):
@@ -125,7 +125,7 @@ class Leaking(torch.nn.Module):
 @pytest.mark.parametrize("initializer_range", [0.3, 0.02])
 def test_the_probe_refuses_a_model_in_which_packed_rows_see_each_other(initializer_range):
     with pytest.raises(UserError, match=r"packed rows see each other .* set data\.sample_packing to false"):
-        packing_proof.prove_packing(Leaking(tiny_llama(initializer_range=initializer_range)), "sdpa", "cpu")
+        packing_check.check_packing(Leaking(tiny_llama(initializer_range=initializer_range)), "sdpa", "cpu")
 
 
 def test_the_probe_passes_nothing_that_it_cannot_compare():
@@ -133,7 +133,7 @@ def test_the_probe_passes_nothing_that_it_cannot_compare():
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="the base's logits are not finite"):
-        packing_proof.prove_packing(model, "sdpa", "cpu")
+        packing_check.check_packing(model, "sdpa", "cpu")
 
 
 def test_the_probe_refuses_flash_attention_s_rule_under_another_layout(monkeypatch):
@@ -145,7 +145,7 @@ def test_the_probe_refuses_flash_attention_s_rule_under_another_layout(monkeypat
             return self.model(input_ids=input_ids, position_ids=seen, use_cache=use_cache)
 
     model = OnlyFlat(tiny_llama())
-    packing_proof.prove_packing(model, "flash_attention_2", "cpu")
-    monkeypatch.setattr(packing_proof, "packs_flat", lambda attn_implementation: False)
+    packing_check.check_packing(model, "flash_attention_2", "cpu")
+    monkeypatch.setattr(packing_check, "packs_flat", lambda attn_implementation: False)
     with pytest.raises(UserError, match="packed rows see each other"):
-        packing_proof.prove_packing(model, "flash_attention_2", "cpu")
+        packing_check.check_packing(model, "flash_attention_2", "cpu")

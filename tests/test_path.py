@@ -17,8 +17,8 @@ from sora_llm import cli
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.config import load_config
 from sora_llm.errors import Preempted, UserError
-from sora_llm.running import measures
-from sora_llm.running.alarms import Patience
+from sora_llm.running import metrics
+from sora_llm.running.alarms import EarlyStopping
 from sora_llm.running.plan import make_plan
 from sora_llm.running.training import Training
 from sora_llm.topology import ALONE
@@ -145,16 +145,16 @@ def test_a_path_stopped_in_the_first_evaluation_of_a_stage_keeps_the_line_of_the
 ) -> None:
     """Its step is logged after the resume; the line before it is of an adapter that is not exported again."""
     options = {**PATH, "evaluation.eval_steps": STEPS + 1}
-    measured = measures.measure
+    measured = metrics.measure
 
     def interrupted(of: Training) -> float:
         if of.done == STEPS + 1:
             raise Preempted("SIGTERM")
         return measured(of)
 
-    monkeypatch.setattr(measures, "measure", interrupted)
+    monkeypatch.setattr(metrics, "measure", interrupted)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "preempted"
-    monkeypatch.setattr(measures, "measure", measured)
+    monkeypatch.setattr(metrics, "measure", measured)
     assert run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options)).status["state"] == "finished"
     for name in ("metrics.jsonl", "ranks.jsonl"):
         found = [(line["step"], line.get("phase")) for line in lines(tmp_path / "run", name)]
@@ -184,37 +184,37 @@ def test_without_retraining_later_stages_only_prune(ground: Playground, tmp_path
 
 def test_patience_ends_stages_early(ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**PATH, "evaluation.eval_steps": 1, "evaluation.early_stopping_patience": 1, "train.max_steps": 8}
-    monkeypatch.setattr(Patience, "is_exhausted_by", _after_three())
+    monkeypatch.setattr(EarlyStopping, "update", _after_three())
     run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
     exports = [line for line in lines(tmp_path / "run", "metrics.jsonl") if line["phase"] == "export"]
     assert [(line["stage"], line["step"]) for line in exports] == [(0, 5), (1, 8), (2, 11)], "dense steps do not count"
     assert len(list((tmp_path / "run" / "path").iterdir())) == 3
 
 
-def _after_three() -> Callable[[Patience, float], bool]:
+def _after_three() -> Callable[[EarlyStopping, float], bool]:
     calls = 0
 
-    def is_exhausted_by(patience: Patience, _loss: float) -> bool:
+    def update(patience: EarlyStopping, _loss: float) -> bool:
         nonlocal calls
         calls += 1
         return calls % 3 == 0
 
-    return is_exhausted_by
+    return update
 
 
 def test_patience_counts_evaluations_without_a_better_one() -> None:
-    patience = Patience(2)
-    assert [patience.is_exhausted_by(loss) for loss in (3.0, 2.0, 2.0, 1.9, 2.5, 2.4)] == [False] * 5 + [True]
-    again = Patience(2)
+    patience = EarlyStopping(2)
+    assert [patience.update(loss) for loss in (3.0, 2.0, 2.0, 1.9, 2.5, 2.4)] == [False] * 5 + [True]
+    again = EarlyStopping(2)
     again.load(patience.state())
-    assert again.is_exhausted_by(2.0)
-    patience.start_again()
-    assert not patience.is_exhausted_by(9.0) and not Patience(None).is_exhausted_by(1.0)
+    assert again.update(2.0)
+    patience.reset()
+    assert not patience.update(9.0) and not EarlyStopping(None).update(1.0)
 
 
 def test_a_loss_that_is_no_number_is_never_the_best() -> None:
-    patience = Patience(2)
-    assert [patience.is_exhausted_by(loss) for loss in (math.nan, 3.0, 2.0, math.nan, 1.0)] == [False] * 5
+    patience = EarlyStopping(2)
+    assert [patience.update(loss) for loss in (math.nan, 3.0, 2.0, math.nan, 1.0)] == [False] * 5
     assert patience.is_better(0.9) and not patience.is_better(math.nan)
 
 

@@ -17,7 +17,7 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapters, cut_adapters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import World
 
 STEPS, ROWS, R, LORA_ALPHA, LR, DECAY, MAX_NORM = 16, 4, 8, 16, 5e-3, 0.01, 1.0

@@ -11,8 +11,9 @@ from torch import nn
 from sora_llm import schedule
 from sora_llm.config import Config, Output, Sora, Train
 from sora_llm.errors import UserError
-from sora_llm.running.announcement import pruning_in_words, warnings
+from sora_llm.running.config_warnings import warnings
 from sora_llm.running.plan import Plan, Stage, make_plan
+from sora_llm.running.summary import pruning_in_words
 from sora_llm.topology import ALONE
 
 
@@ -127,7 +128,7 @@ def test_a_warm_up_is_a_share_of_the_steps_or_a_number_of_them() -> None:
     rates = [[stage.rates(step) for step in range(100)] for stage in (by_ratio, by_number)]
     assert rates[0] == rates[1], "ramps after a change take the same share of what is left"
     assert warmed_up(100, warmup_steps=0).rates(0)["learning_rate"] == Train().learning_rate
-    with pytest.raises(UserError, match=r"train\.warmup_steps 101 are more than the 100 steps of training"):
+    with pytest.raises(UserError, match=r"train\.warmup_steps 101 exceeds the 100 steps of training"):
         warmed_up(100, warmup_steps=101)
 
 

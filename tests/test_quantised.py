@@ -21,14 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import cli
-from sora_llm.backbone import load_backbone, load_call, load_model_config, skeleton
+from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
-from sora_llm.quantised import keep_weights, read_weights_again, take_form
+from sora_llm.quantised import keep_weights, match_loading_format, reread_weights_in_backward
 from sora_llm.targets import target_linears
 from sora_llm.train import main
 
@@ -162,7 +162,7 @@ def test_a_run_beside_it_is_the_run_beside_the_original(
     ],
 )
 def test_another_form_than_that_of_the_files_is_a_sentence_with_the_keys_to_set(quantised, files, spec, keys):
-    with pytest.raises(UserError, match=rf"quantised already, its config.json says in [48] bits.*; set {keys}, or"):
+    with pytest.raises(UserError, match=rf"already quantised \([48] bits.*; set {keys}, or"):
         load_model_config(BackboneSpec(str(quantised(files)), **spec))
 
 
@@ -243,7 +243,7 @@ def test_a_layer_that_reads_its_weight_again_answers_bit_for_bit(dtype, options)
     answers = []
     for reads_again in (False, True):
         if reads_again:
-            read_weights_again(layer)
+            reread_weights_in_backward(layer)
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         if reads_again:
@@ -262,7 +262,7 @@ def test_a_layer_that_reads_its_weight_again_answers_bit_for_bit(dtype, options)
 
 def test_a_weight_that_was_put_away_and_not_fetched_is_no_gradient():
     layer = linear4bit(torch.randn(40, 48))
-    read_weights_again(layer)
+    reread_weights_in_backward(layer)
     y = layer(torch.randn(3, 48, requires_grad=True))
     layer.weight.data = torch.empty(0, dtype=layer.weight.dtype)
     with pytest.raises(AssertionError, match="put away before its backward pass"):
@@ -272,14 +272,14 @@ def test_a_weight_that_was_put_away_and_not_fetched_is_no_gradient():
 def test_a_layer_whose_bias_is_trained_keeps_its_own_way():
     layer = Linear4bit(48, 40)
     layer.bias.requires_grad_()
-    read_weights_again(layer)
+    reread_weights_in_backward(layer)
     assert type(layer) is Linear4bit
 
 
 def test_bytes_that_do_not_fill_the_storage_are_a_sentence():
     model = torch.nn.Sequential(linear4bit(torch.randn(3, 6)))
     with pytest.raises(UserError, match="9 bytes of a weight cannot be stored"):
-        take_form(model, torch.bfloat16, torch.float32)
+        match_loading_format(model, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("files", ["nf4", "fp4", "nf4, two skipped"])
@@ -298,7 +298,7 @@ def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_the_model_card_says_how_it_is_loaded(quantised, compute_dtype):
     spec = BackboneSpec(str(quantised("nf4")), load_in_4bit=True, compute_dtype=compute_dtype)
-    call, _, afterwards = load_call(spec, load_model_config(spec)).partition("\n\n")
+    call, _, afterwards = from_pretrained_args(spec, load_model_config(spec)).partition("\n\n")
     model = eval(f"AutoModelForCausalLM.from_pretrained(spec.name_or_path, {call})")
     assert ("compute_dtype = torch.float32" in afterwards) == (compute_dtype == "float32")
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16

@@ -9,7 +9,7 @@ from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.loop import StepBatches, train_step
+from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import World
 
 STEPS, R, LORA_ALPHA, DECAY, MAX_NORM = 14, 4, 6.0, 0.05, 0.4

@@ -109,7 +109,7 @@ def test_a_tracker_that_cannot_be_started_is_a_sentence(tmp_path):
 
     config = load_config("configs/demo.yaml", ["output.report_to=[wandb]"])
     job = SimpleNamespace(accelerator=SimpleNamespace(init_trackers=refuse), config=config)
-    with pytest.raises(RunFailed, match=r"report_to wandb could not be started: api_key not configured; mend that"):
+    with pytest.raises(RunFailed, match=r"report_to wandb could not be started: api_key not configured; fix it"):
         start_trackers(job, tmp_path)
 
 
@@ -227,7 +227,7 @@ def test_the_status_never_names_a_checkpoint_that_was_dropped(tmp_path, monkeypa
 def test_a_process_that_dies_before_the_run_begins_is_named(process_index, tmp_path, monkeypatch, capsys):
     """By the next one where the main process dies, which speaks for all."""
     closed, dead = [], 1 if process_index == 0 else 0
-    lifeline = SimpleNamespace(
+    liveness = SimpleNamespace(
         connect=lambda *_: None,
         close=lambda failure=None: closed.append(failure),
         wait_for_lost_process=lambda: f"process {dead} on vm died",
@@ -239,7 +239,7 @@ def test_a_process_that_dies_before_the_run_begins_is_named(process_index, tmp_p
     )
     with (
         pytest.raises(RunFailed, match=f"process {dead} on vm died; start the same command again"),
-        processes.process_group(config, "ddp", world, tmp_path, None, lifeline),
+        processes.process_group(config, "ddp", world, tmp_path, None, liveness),
     ):
         raise RuntimeError("Connection closed by peer")
     assert len(closed) == 1 and ("process 0 on vm died" in capsys.readouterr().err) == (process_index == 1)

@@ -196,7 +196,7 @@ def test_a_budget_is_tracked(tmp_path):
     assert worst != 0
     assert f"The budget is {budget:,} parameters. {budget:,} are kept, 100.0% of it." in page.text
     last_step, last = pairs[-1]
-    said = f"by {last:+.2f} at step {last_step}, the last with both values, and by {worst:+.2f} at most, at step {step}"
+    said = f"by {last:+.2f} at step {last_step}, the last with both values, and by at most {worst:+.2f}, at step {step}"
     assert said in page.text
     assert "λ and τ over steps" in (run.path / "report.html").read_text(encoding="utf-8")
     for label in ("what the schedule wants", "threshold τ", "mean rank − schedule"):
@@ -273,7 +273,7 @@ def test_a_failed_run_with_torn_files_shows_its_error_and_what_is_whole(tmp_path
             file.write(b'{"step": 55, "loss": 1.\xff')
     page = opened(run.path)
     assert "The run failed: the loss of process 3 is not finite" in page.text
-    assert "The end of metrics.jsonl is torn" in page.text and "The end of ranks.jsonl is torn" in page.text
+    assert "metrics.jsonl is truncated" in page.text and "ranks.jsonl is truncated" in page.text
     assert f"{run.metrics[-1]['loss']:.4f}" in page.text
     assert page.cells == {f"{name}: rank {rank}": str(rank) for name, rank in run.rank_lines[-1]["ranks"].items()}
 

@@ -23,7 +23,7 @@ from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, checkpoints, delt
 
 from sora_llm import checkpoint, cli, config
 from sora_llm.errors import UserError
-from sora_llm.running import run_state, stages
+from sora_llm.running import run_state, training_loop
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import finished_before
 from sora_llm.topology import ALONE
@@ -123,7 +123,7 @@ def test_a_run_that_made_the_base_worse_says_so(tmp_path, capsys):
 
 
 def test_a_run_does_not_go_on_with_other_dev_rows(tmp_path):
-    """Patience would compare the losses of two data sets, and choose the adapter by them."""
+    """EarlyStopping would compare the losses of two data sets, and choose the adapter by them."""
     lines = shared("data/gsm8k_train.jsonl").read_text().splitlines()
     dev = {"path": str(tmp_path / "dev.jsonl"), "type": "prompt_completion"}
     dev |= {"columns": {"prompt": "question", "completion": "answer"}}
@@ -356,14 +356,14 @@ def test_the_status_of_a_resumed_run_is_that_of_the_steps_it_takes(
 ) -> None:
     """It said "prepare" until the next line was logged, which may be an hour later."""
     run_dir, found = interrupt(undisturbed[1], tmp_path / "run", DENSE_STEPS + 2), []
-    take = stages.train_step
+    take = training_loop.train_step
 
     def looking(*arguments: Any, **options: Any) -> Any:
         status = json.loads((run_dir / "status.json").read_text())
         found.append((status["state"], status["step"], status["phase"]))
         return take(*arguments, **options)
 
-    monkeypatch.setattr(stages, "train_step", looking)
+    monkeypatch.setattr(training_loop, "train_step", looking)
     run(CONFIG, *overrides(ground.folder, run_dir, **{"output.save_steps": 1, "output.logging_steps": 100}))
     assert found[0] == ("running", DENSE_STEPS + 2, "sparsify")
     assert json.loads((run_dir / "env.json").read_text())["total_steps"] == STEPS

@@ -38,7 +38,7 @@ from sora_llm.data.pool import map_in_order
 from sora_llm.errors import Preempted
 from sora_llm.running import run_state
 from sora_llm.running import stop as stop_module
-from sora_llm.running.stop import HEED_SECONDS, LOOK_SECONDS, SIGNALS, StopRequest
+from sora_llm.running.stop import LOOK_SECONDS, SIGNALS, STOP_GRACE_SECONDS, StopRequest
 
 TENSORS = "adapter.safetensors"
 
@@ -198,7 +198,7 @@ def test_a_process_that_waits_for_others_who_never_come_can_be_stopped(ground: P
     ground.reported(name, f"group-1.{process}")
     time.sleep(2)
     alone.kill(signal.SIGTERM)
-    assert alone.wait(HEED_SECONDS + END_SECONDS) == PREEMPTED, alone.output
+    assert alone.wait(STOP_GRACE_SECONDS + END_SECONDS) == PREEMPTED, alone.output
     if process == 0:
         assert (status(run_dir)["state"], status(run_dir)["checkpoint"]) == ("preempted", None)
         assert alone.output.count("stopped by SIGTERM: nothing to save") == 1
@@ -280,7 +280,7 @@ def test_a_request_that_comes_just_before_a_blocking_call_is_heeded(
     tmp_path: Path, request_comes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python runs no handler between the calls of this chain, and none of an earlier signal interrupts the last one."""
-    monkeypatch.setattr(stop_module, "HEED_SECONDS", 300.0)  # a slow machine must not end this process
+    monkeypatch.setattr(stop_module, "STOP_GRACE_SECONDS", 300.0)  # a slow machine must not end this process
     libc = ctypes.CDLL(None)  # its functions end at a signal, and run no handler
     ask = {"file": partial(os.mkdir, tmp_path / "STOP"), "SIGTERM": partial(libc.kill, os.getpid(), signal.SIGTERM)}
     busy = partial(libc.usleep, 900_000)

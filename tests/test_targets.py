@@ -14,7 +14,7 @@ from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.running.announcement import warnings
+from sora_llm.running.config_warnings import warnings
 from sora_llm.running.plan import make_plan
 from sora_llm.running.unpack import target_modules, target_shapes
 from sora_llm.targets import left_out, stacked_weights, target_linears

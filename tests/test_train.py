@@ -18,7 +18,7 @@ from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file
 
 from sora_llm.errors import UserError
-from sora_llm.running import assembly, loop, run_state
+from sora_llm.running import assembly, optimizer_step, run_state
 from sora_llm.train import main, run
 
 CONFIG = "configs/llama7b.yaml"
@@ -139,7 +139,7 @@ def test_a_finished_run_says_so_and_changes_nothing(alone: Finished) -> None:
         alone.directory, **{"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
     )
     again = start(PLAIN, [CONFIG, *arguments], alone.directory)
-    assert again.returncode == 0 and "is finished" in again.stdout
+    assert again.returncode == 0 and "is already finished" in again.stdout
     assert _snapshot(alone.directory) == before
 
 
@@ -287,10 +287,10 @@ def test_the_peak_of_memory_is_that_of_the_engine_s_device(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30 if device.index == 1 else 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
-    assert loop.peak_memory_gib(torch.device("cpu")) > 0.1  # this process with torch in it
-    assert loop.peak_memory_gib(torch.device("cuda", 1)) == 3
-    loop.forget_peak(torch.device("cpu"))
-    loop.forget_peak(torch.device("cuda", 1))
+    assert optimizer_step.peak_memory_gib(torch.device("cpu")) > 0.1  # this process with torch in it
+    assert optimizer_step.peak_memory_gib(torch.device("cuda", 1)) == 3
+    optimizer_step.forget_peak(torch.device("cpu"))
+    optimizer_step.forget_peak(torch.device("cuda", 1))
     assert asked == [torch.device("cuda", 1)]
 
 

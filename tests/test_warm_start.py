@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import Playground, lines
 
 from sora_llm.artifacts.lora_files import read_lora
-from sora_llm.inject import adapters, inject_sora, start_from
+from sora_llm.inject import adapters, init_from_lora, inject_sora
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -24,7 +24,7 @@ def test_adapters_begin_with_the_product_of_the_saved_one(tmp_path: Path, kind: 
     folder = peft_lora(tmp_path / "base", tmp_path / "lora", 1, **KINDS[kind])
     lora, expected = read_lora(folder), deltas(folder)
     model = inject_sora(tiny_llama(), r=6, lora_alpha=4)
-    start_from(model, lora.factors, lora.scaling)
+    init_from_lora(model, lora.factors, lora.scaling)
     for name, layer in adapters(model).items():
         assert relative_error(dense_delta(layer), expected[name]) < 1e-6, name  # float32 factors
         rank = ranks_of(lora)[name]
@@ -42,7 +42,7 @@ def test_a_lora_that_has_learned_nothing_yet_gives_its_first_factor(tmp_path: Pa
     assert set(ranks_of(read_lora(folder, blank_up_to=2)).values()) == {2}, "as far as there is room"
     lora = read_lora(folder, blank_up_to=8)
     model = inject_sora(tiny_llama(), r=8, lora_alpha=4)
-    start_from(model, lora.factors, lora.scaling)
+    init_from_lora(model, lora.factors, lora.scaling)
     for name, (A, _, _) in lora.factors.items():
         layer = adapters(model)[name]
         assert len(A) and torch.equal(layer.lora_A[: len(A)], A) and not bool(layer.lora_B.any()), name
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_a_sentence_before_the_model_is_loaded(
         "is a run directory; its LoRA is": {"model.adapter": str(adapter.parent)},
         "more than sora.r": {"model.adapter": str(adapter), "sora.r": rank - 1},
         "add it to sora.target_modules": {"model.adapter": str(adapter), "sora.target_modules": ["q_proj"]},
-        "of another base": {"model.adapter": str(adapter), "model.name_or_path": str(shared("models/base5m"))},
+        "for another base": {"model.adapter": str(adapter), "model.name_or_path": str(shared("models/base5m"))},
     }
     for number, (expected, options) in enumerate(refusals.items()):
         (child,) = ground.start(f"refused-{number}", **options)

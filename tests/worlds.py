@@ -39,9 +39,9 @@ from sora_llm.hashes import tensor_hash
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running import loop, stages
+from sora_llm.running import optimizer_step, training_loop
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.loop import StepBatches, seed_step, step_batches, train_step
+from sora_llm.running.optimizer_step import StepBatches, seed_step, step_batches, train_step
 from sora_llm.sora import soft_threshold
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, launched_world
 
@@ -335,7 +335,7 @@ def packed_bytes_held(place: Place, checkpointing: bool) -> dict[str, int]:
 
     layers = {name: layer for name, layer in engine.module.named_modules() if isinstance(layer, Linear4bit)}
     hooks = [layer.register_forward_pre_hook(functools.partial(note, name)) for name, layer in layers.items()]
-    loss = loop.causal_loss_sum(engine.model, **place.batches(0).micro_batches[0])
+    loss = optimizer_step.causal_loss_sum(engine.model, **place.batches(0).micro_batches[0])
     found = {
         "whole": sum(size for size, _ in read.values()),
         "held": sum(size for size, storage in read.values() if not storage.expired()),
@@ -363,7 +363,7 @@ def evaluation_bits(place: Place, precision: str, checkpointing: bool) -> bool:
 @contextlib.contextmanager
 def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
     """The last process's losses are multiplied by `factor` after its first `from_call` micro-batches."""
-    plain, calls = loop.causal_loss_sum, 0
+    plain, calls = optimizer_step.causal_loss_sum, 0
 
     def poisoned_loss(*arguments: Any, **options: Any) -> Tensor:
         nonlocal calls
@@ -372,11 +372,11 @@ def poisoned(place: Place, factor: float, from_call: int = 0) -> Iterator[None]:
         last = place.world.process_index == place.world.num_processes - 1
         return loss * factor if last and calls > from_call else loss
 
-    loop.causal_loss_sum = poisoned_loss
+    optimizer_step.causal_loss_sum = poisoned_loss
     try:
         yield
     finally:
-        loop.causal_loss_sum = plain
+        optimizer_step.causal_loss_sum = plain
 
 
 class Traced(torch.autograd.Function):
@@ -399,7 +399,7 @@ class Token:
 def graphs_alive(place: Place) -> list[int]:
     """How many graphs of earlier micro-batches are there when the forward pass of one begins, and after the last."""
     engine = place.engine()
-    plain, tokens, alive = loop.causal_loss_sum, list[weakref.ref[Token]](), list[int]()
+    plain, tokens, alive = optimizer_step.causal_loss_sum, list[weakref.ref[Token]](), list[int]()
 
     def traced_loss(*arguments: Any, **options: Any) -> Tensor:
         alive.append(sum(token() is not None for token in tokens))
@@ -408,11 +408,11 @@ def graphs_alive(place: Place) -> list[int]:
         return Traced.apply(plain(*arguments, **options), token)  # type: ignore[no-any-return,no-untyped-call]
 
     batches = place.batches(0)
-    loop.causal_loss_sum = traced_loss
+    optimizer_step.causal_loss_sum = traced_loss
     try:
-        loop.accumulate(engine, batches, place.world.num_processes)
+        optimizer_step.accumulate(engine, batches, place.world.num_processes)
     finally:
-        loop.causal_loss_sum = plain
+        optimizer_step.causal_loss_sum = plain
     alive.append(sum(token() is not None for token in tokens))
     engine.step()
     finish(engine)
@@ -509,7 +509,7 @@ def flip(tensor: Tensor, index: int) -> None:
 
 
 def flipped_bits(place: Place) -> dict[str, dict[str, Any]]:
-    """What prove_agreement says when one bit of process 1 is wrong, and that it says nothing before and after."""
+    """What check_agreement says when one bit of process 1 is wrong, and that it says nothing before and after."""
     engine = place.engine()
     place.train(engine, range(SHORT))
     on_process_1 = place.world.process_index == 1
@@ -551,9 +551,9 @@ def first_in_shard(engine: Engine, group: int) -> tuple[str, int]:
 
 
 def verdict(engine: Engine) -> dict[str, Any]:
-    """What prove_agreement raised on this process, None if nothing."""
+    """What check_agreement raised on this process, None if nothing."""
     try:
-        engine.prove_agreement()
+        engine.check_agreement()
     except RunFailed as error:
         return {"error": str(error)}
     return {"error": None}
@@ -605,7 +605,7 @@ def run_overrides(place: Place, folder: str) -> list[str]:
 
 def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
     """A run whose loss turns non-finite in its third step, on the last process alone, and stays so."""
-    steps, plain_step = 0, stages.train_step
+    steps, plain_step = 0, training_loop.train_step
 
     def counted_step(*arguments: Any, **options: Any) -> Any:
         nonlocal steps
@@ -613,7 +613,7 @@ def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
         with poisoned(place, float("nan") if steps > 2 else 1.0):
             return plain_step(*arguments, **options)
 
-    stages.train_step = counted_step
+    training_loop.train_step = counted_step
     error = None
     try:
         with one_process_group(place):
@@ -621,7 +621,7 @@ def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
     except RunFailed as failure:
         error = str(failure)
     finally:
-        stages.train_step = plain_step
+        training_loop.train_step = plain_step
     return {"error": error, "steps": steps}
 
 
@@ -633,7 +633,7 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
     """One run straight through and one that dies after the checkpoint of step `at` and is started again."""
     save_often = "output.save_steps=2"
     broken = [*run_overrides(place, f"{folder}/broken"), save_often]
-    plain_save = stages.save_checkpoint
+    plain_save = training_loop.save_checkpoint
 
     def save_and_die(training: train.Training) -> None:
         plain_save(training)
@@ -642,14 +642,14 @@ def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4)
 
     with one_process_group(place):
         train.run(config, *run_overrides(place, f"{folder}/straight"), save_often)
-        stages.save_checkpoint = save_and_die
+        training_loop.save_checkpoint = save_and_die
         try:
             train.run(config, *broken)
             died = False
         except (Interrupted, RunFailed) as failure:  # the other process may have been a little earlier, and said so
             died = isinstance(failure, Interrupted) or "Interrupted" in str(failure)
         finally:
-            stages.save_checkpoint = plain_save
+            training_loop.save_checkpoint = plain_save
         train.run(config, *broken)
     return {"died": died}
 
@@ -671,7 +671,7 @@ def matrix_world(
 
 def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
     """`sora_llm.train.run`, ended without a word on every process once the checkpoint of step `at` is complete."""
-    plain_save = stages.save_checkpoint
+    plain_save = training_loop.save_checkpoint
 
     def save_and_die(training: train.Training) -> None:
         plain_save(training)
@@ -679,7 +679,7 @@ def killed_run(config: str, overrides: Sequence[str], at: int) -> None:
             gather_objects(None)
             os._exit(9)
 
-    stages.save_checkpoint = save_and_die
+    training_loop.save_checkpoint = save_and_die
     train.run(config, *overrides)
 
 

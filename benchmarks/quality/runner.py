@@ -49,17 +49,17 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.pipeline import full_params
-from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.alarms import Alarms, EarlyStopping
 from sora_llm.running.assembly import cut_adapter, make_engine
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.job import Job
-from sora_llm.running.loop import Tally, seed_step, train_step
-from sora_llm.running.measures import current_ranks
+from sora_llm.running.metrics import current_ranks
+from sora_llm.running.optimizer_step import Tally, seed_step, train_step
 from sora_llm.running.plan import make_plan, rows_in_step
-from sora_llm.running.stages import change_form, refuse_more_skipping, set_rates
 from sora_llm.running.training import Training, make_controller
 from sora_llm.running.training_data import load_data, prepare_rows, training_order
+from sora_llm.running.training_loop import change_form, refuse_more_skipping, set_rates
 from sora_llm.running.unpack import (
     backbone_spec,
     dataset_spec,
@@ -170,7 +170,7 @@ class Runner:
         if cell.arm.sora is None:
             plan = with_cuts(plan, cell)
         nobody: Any = None  # no run directory, no one to stop it, and no other process that could die
-        job = Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=nobody, lifeline=nobody)
+        job = Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=nobody, liveness=nobody)
         sora = plan.config.sora
         torch.manual_seed(config.train.seed)
         targets = target_modules(config)
@@ -180,7 +180,7 @@ class Runner:
         alarms = Alarms(plan.budgets, full_params(adapters(self.model)))
         engine = make_engine(job, self.model)
         tally = Tally.start(engine.device)
-        return Training(job, nobody, engine, tally, make_controller(job, 0), alarms, Patience(None))
+        return Training(job, nobody, engine, tally, make_controller(job, 0), alarms, EarlyStopping(None))
 
     def _loss(self, rows: TokenDataset) -> float:
         device = self.accelerator.device
@@ -214,7 +214,7 @@ def train(
     seconds, since = 0.0, time.perf_counter()
     for step in range(total):
         change(training, step)
-        if training.engine.is_spent:  # the cut left nothing to train
+        if training.engine.is_closed:  # the cut left nothing to train
             break
         set_rates(training, step)
         seed_step(job.config.train.seed, step, 0)

@@ -97,7 +97,7 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
 # -------------------------------------------------------------------------------------------------------- a folder
 
 
-def of_folder(
+def verdicts_for_folder(
     lora: LoraFolder,
     scales: float | Mapping[str, float] = 1.0,
     base: str = "BASE",
@@ -234,7 +234,7 @@ def _wrong_scale(own: Mapping[str, float], wanted: Mapping[str, float], instead:
 # ---------------------------------------------------------------------------------------------------------- a GGUF
 
 
-def of_gguf(
+def verdicts_for_gguf(
     file: GgufFile,
     architecture: Architecture,
     shapes: Mapping[str, tuple[int, int]],
@@ -242,7 +242,7 @@ def of_gguf(
     is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
     """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
-    what is built on it read such files.  The rest as for `of_folder`."""
+    what is built on it read such files.  The rest as for `verdicts_for_folder`."""
     verdict = _verdict(_llama_cpp(file, architecture, shapes), "")
     if not verdict.works:
         return {LLAMA_CPP: verdict, OLLAMA: verdict}

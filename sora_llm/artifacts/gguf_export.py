@@ -15,7 +15,7 @@ from sora_llm.artifacts.card import (
     refuse_other_contents,
     worst_delta_error,
 )
-from sora_llm.artifacts.consumers import LLAMA_CPP, of_gguf
+from sora_llm.artifacts.consumers import LLAMA_CPP, verdicts_for_gguf
 from sora_llm.artifacts.gguf_lora import architecture_of, compare, factors_in, read_gguf, write_gguf
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, shapes_of
@@ -57,7 +57,7 @@ def export_gguf(
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)
         errors, problems = compare(factors, factors_in(file, architecture, list(factors)), outtype)
-        verdicts = of_gguf(
+        verdicts = verdicts_for_gguf(
             file,
             architecture,
             shapes,

@@ -87,7 +87,7 @@ def architecture_of(config: Any) -> Architecture:
     return Architecture(name, int(config.num_hidden_layers), heads)
 
 
-def neighbours(rows: Tensor, num_heads: int) -> Tensor:
+def permute_rope_rows(rows: Tensor, num_heads: int) -> Tensor:
     """Rows (O, …) of q_proj or k_proj in llama.cpp's order.
 
     transformers rotates row i of a head with row i + d/2, llama.cpp with the next one: its rows are 0, d/2, 1, …
@@ -96,9 +96,9 @@ def neighbours(rows: Tensor, num_heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def halves(rows: Tensor, num_heads: int) -> Tensor:
-    """What `neighbours` undoes: rows (O, …) in the order of transformers."""
-    order = neighbours(torch.arange(rows.shape[0]), num_heads)
+def unpermute_rope_rows(rows: Tensor, num_heads: int) -> Tensor:
+    """What `permute_rope_rows` undoes: rows (O, …) in the order of transformers."""
+    order = permute_rope_rows(torch.arange(rows.shape[0]), num_heads)
     restored = torch.empty_like(rows)
     restored[order] = rows
     return restored
@@ -121,7 +121,7 @@ def write_gguf(path: Path, factors: PlainFactors, architecture: Architecture, ou
         writer.add_name(name)
         for module, (A, B) in live.items():
             heads = architecture.heads_of(module)
-            in_order = B if heads is None else neighbours(B, heads)
+            in_order = B if heads is None else permute_rope_rows(B, heads)
             for kind, tensor in zip(KINDS, (A, in_order), strict=True):
                 values = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), OUTTYPES[outtype])
                 writer.add_tensor(f"{names[module]}.{kind}", values, raw_dtype=OUTTYPES[outtype])
@@ -174,7 +174,7 @@ def factors_in(file: GgufFile, architecture: Architecture, modules: Sequence[str
             raise RunFailed(f"the file has only one factor of {module}")
         heads = architecture.heads_of(module)
         scale = alpha / B.shape[1] if alpha else 1.0
-        found[module] = (A, scale * (B if heads is None else halves(B, heads)))
+        found[module] = (A, scale * (B if heads is None else unpermute_rope_rows(B, heads)))
     if len(file.tensors) != 2 * len(found):
         raise RunFailed("the file has tensors of other modules")
     return found

@@ -27,7 +27,7 @@ from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import RunFailed
 from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256, staging
-from sora_llm.inject import bare, put_on
+from sora_llm.inject import attach_factors, without_adapters
 from sora_llm.quantised import coarsest_dtype, dequantised_weight
 
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
@@ -116,16 +116,16 @@ def _beside_the_base(
     model = load_backbone(spec, merge.device)
     if merge.dequantise:
         _prove_dequantised(merge, model)
-    put_on(model, merge.factors).eval()
+    attach_factors(model, merge.factors).eval()
     ids = default_probe(model)
-    with bare(model):
+    with without_adapters(model):
         base = logits_of(model, ids)
     logits = _Logits(ids, base, logits_of(model, ids), coarsest_dtype(model))
     losses = {} if dev_loss_of is None else {adapted(spec): dev_loss_of(model)}
     del model
     free_unused()
     if dev_loss_of is not None and spec != merge.spec:
-        trained = put_on(load_backbone(merge.spec, merge.device), merge.factors).eval()
+        trained = attach_factors(load_backbone(merge.spec, merge.device), merge.factors).eval()
         losses = {adapted(merge.spec): dev_loss_of(trained), **losses}
         del trained
         free_unused()

@@ -1,6 +1,6 @@
 """The commands and their modules; nothing is imported here."""
 
-JOURNEY = {
+COMMAND_GROUPS = {
     "before a run": {
         "doctor": ("sora_llm.commands.cmd_doctor", "check whether this machine can train"),
         "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
@@ -32,4 +32,4 @@ JOURNEY = {
 }
 """In the order in which they are needed: heading → command → (module, what it does)."""
 
-COMMANDS = {name: command for commands in JOURNEY.values() for name, command in commands.items()}
+COMMANDS = {name: command for commands in COMMAND_GROUPS.values() for name, command in commands.items()}

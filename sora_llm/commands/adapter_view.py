@@ -12,7 +12,7 @@ from sora_llm import checkpoint
 from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.backbone import load_model_config, quiet_libraries, skeleton
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import visible
+from sora_llm.commands.common import printable
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.errors import NotFinite, UserError
@@ -126,7 +126,7 @@ def as_text(content: Mapping[str, Any], width: int, every_module: bool) -> str:
         groups.setdefault(name if every_module else name.rpartition(".")[2], []).append(module)
     lines += ["", "singular values of ΔW" + ("" if every_module else ", by projection (means; --modules shows each)")]
     lines += _spectrum_table(groups)
-    return "\n".join(visible(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

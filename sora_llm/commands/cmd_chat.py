@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.asking import (
+from sora_llm.commands.common import options_for_keys, run_command
+from sora_llm.commands.inference import (
     Responder,
-    asking_parser,
+    generation_parser,
     load_responder,
     notice,
     prepare_prompter,
@@ -20,7 +21,6 @@ from sora_llm.commands.asking import (
     show,
     title,
 )
-from sora_llm.commands.common import given_for_keys, run_command
 from sora_llm.data.formats import Message
 from sora_llm.errors import UserError
 from sora_llm.generation import Sampling
@@ -32,7 +32,7 @@ DEFAULT = Sampling(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
 def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = asking_parser(
+    parser = generation_parser(
         prog,
         f"Talk to an adapter on its base, loaded and spoken to as in training.  {HELP} · Ctrl-C: stop an answer.",
         DEFAULT,
@@ -43,14 +43,14 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
-    return run_command(lambda: talk(arguments), False, lambda _: "", given_for_keys(arguments))
+    return run_command(lambda: talk(arguments), False, lambda _: "", options_for_keys(arguments))
 
 
 def talk(arguments: argparse.Namespace) -> dict[str, Any]:
     """A dialogue at the terminal, to its end; UserError where there is nothing to ask."""
     sampling = sampling_of(arguments, DEFAULT)
     prompter = prepare_prompter(arguments)
-    notice(title(prompter.subject))
+    notice(title(prompter.ref))
     responder = load_responder(prompter, sampling, arguments.seed or 0)
     notice(HELP)
     if prompter.form.template is None:
@@ -109,7 +109,7 @@ class Chat:
         if is_interrupted():
             notice("stopped")
         elif not said.is_whole:
-            notice(self.responder.why_cut(ids))
+            notice(self.responder.truncation_message(ids))
         self.messages = [*messages, Message("assistant", said.text)]
 
 

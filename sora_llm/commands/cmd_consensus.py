@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
+from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import given_for_keys, run_command
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
+from sora_llm.commands.common import options_for_keys, run_command
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_output_folder, check_size, refuse_empty_result
 from sora_llm.commands.sources import (
     SavedAdapter,
     SharedTokenizer,
@@ -32,11 +32,11 @@ from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.factors import mean_rank, shapes_of
 from sora_llm.files import user_path
-from sora_llm.inject import put_on
+from sora_llm.inject import attach_factors
 from sora_llm.merge import Merged, merge, merge_errors
-from sora_llm.prompt_form import recorded_separator
+from sora_llm.prompt_format import recorded_separator
 from sora_llm.quantised import is_quantised
-from sora_llm.running.lessons import once
+from sora_llm.running.data_lineage import deduplicated
 
 
 def make_parser(prog: str) -> Parser:
@@ -63,7 +63,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
-    return run_command(lambda: consensus_of(arguments), arguments.json, as_text, given_for_keys(arguments))
+    return run_command(lambda: consensus_of(arguments), arguments.json, as_text, options_for_keys(arguments))
 
 
 def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     check_numbers(arguments)
     folders = [user_path(text, "SOURCE") for text in arguments.sources]
     out = user_path(str(arguments.out), "--out").absolute()
-    check_out(out, folders)
+    check_output_folder(out, folders)
     quiet_libraries()
     sources = [read_source(path) for path in arguments.sources]
     spec = base_of(sources, arguments.base, arguments.trust_remote_code)
-    check_out(out, [spec.folder])
+    check_output_folder(out, [spec.folder])
     bare_model = skeleton(load_model_config(spec), spec)
     refuse_other_weights(sources, spec, arguments.base)
     sources = [source.on(bare_model) for source in sources]
@@ -95,7 +95,7 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.tolerance,
         arguments.min_rank,
     )
-    refuse_nothing(merged.report.kept_params, merged.report.energy, shapes)
+    refuse_empty_result(merged.report.kept_params, merged.report.energy, shapes)
     tokenizer = shared_tokenizer(sources, spec)
     result = described(sources, merged, merge_errors(replicas, merged.factors), weights)
     result |= {"chat_template_of": tokenizer.owner, "other_chat_templates": tokenizer.others}
@@ -173,15 +173,15 @@ def export_consensus(
 ) -> dict[str, Any]:
     """Put the merged factors on the base and export them with the self-check; returns the certificate."""
     config = load_model_config(spec)
-    model = put_on(load_backbone(spec, local_device()), merged.factors)
+    model = attach_factors(load_backbone(spec, local_device()), merged.factors)
     provenance = Provenance(
         base_model=spec.name_or_path,
         revision=spec.revision,
-        data=once([entry for source in sources for entry in source.data]),
+        data=deduplicated([entry for source in sources for entry in source.data]),
         tokenizer_files=tokenizer.files or tokenizer_files(spec),
         chat_template=tokenizer.template,
         separator=shared_separator(result),
-        load_options=load_call(spec, config),
+        load_options=from_pretrained_args(spec, config),
         base_loading=spec.loading,
         base_digest=shared_digest(sources, spec),
         is_base_quantised=is_quantised(config),

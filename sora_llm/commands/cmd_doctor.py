@@ -26,7 +26,7 @@ from sora_llm.arguments import Parser
 from sora_llm.commands.common import run_command
 from sora_llm.errors import UserError
 from sora_llm.extensions import NOT_BUILT, STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
-from sora_llm.files import caches, nearest_existing
+from sora_llm.files import cache_home, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LITTLE_DISK_GIB, NO_DISK_GIB, LITTLE_SHM_MIB = 20, 1, 256
@@ -46,7 +46,7 @@ BETWEEN_TWO = ("group", "zero2")
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """`remedy` is what to do where `state` is not ok."""
 
     name: str
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
     arguments = parser.parse_args(argv)
     if not arguments.time_limit > 0:
         parser.error(f"--time-limit is {arguments.time_limit:g}; it is a number of seconds above 0")
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
 
     def command() -> dict[str, Any]:
         for finding in examine(arguments.time_limit):
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
     return code or int(any(finding.state == FAILED for finding in findings))
 
 
-def verdict(findings: Sequence[Finding]) -> str:
+def verdict(findings: Sequence[CheckResult]) -> str:
     """Whether this machine is ready, in one line."""
     failed = [finding.name for finding in findings if finding.state == FAILED]
     if failed:
@@ -99,13 +99,13 @@ def verdict(findings: Sequence[Finding]) -> str:
     return "ready to train"
 
 
-def as_text(finding: Finding) -> str:
+def as_text(finding: CheckResult) -> str:
     """A line, and one more with the remedy."""
     line = f"{finding.state:<8} {finding.name:<14} {finding.said}"
     return f"{line}\n{'':<24}→ {finding.remedy}" if finding.remedy else line
 
 
-def examine(time_limit: float) -> Iterator[Finding]:
+def examine(time_limit: float) -> Iterator[CheckResult]:
     """All findings, cheap ones first; trials that cannot succeed are skipped."""
     found = list(versions())
     yield from found
@@ -118,34 +118,34 @@ def examine(time_limit: float) -> Iterator[Finding]:
         yield build_lock(extensions_folder())
         yield from disks()
     except UserError as error:
-        yield Finding("caches", FAILED, str(error))
+        yield CheckResult("caches", FAILED, str(error))
     for name, remedy in REMEDIES.items():
         tried = trial(name, time_limit, remedy)
         yield without_compiler(tried, compiles) if name == "zero2" and compiles.state != OK else tried
 
 
-def without_compiler(found: Finding, compiles: Finding) -> Finding:
+def without_compiler(found: CheckResult, compiles: CheckResult) -> CheckResult:
     """The trial of ZeRO where a compiler is missing: if that is why it failed, nothing is wrong with what is installed,
     and all other strategies train.  Any other failure stays one."""
     if found.state != FAILED or not found.said.startswith(NOT_BUILT):
         return found
-    return Finding(found.name, WARNING, found.said, compiles.remedy)
+    return CheckResult(found.name, WARNING, found.said, compiles.remedy)
 
 
 # ------------------------------------------------------------------------------------------------ without a process
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[CheckResult]:
     """Python and what this package asks for."""
     python = platform.python_version()
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
-        yield Finding("python", OK, python)
+        yield CheckResult("python", OK, python)
     else:
-        yield Finding("python", FAILED, python, "use Python 3.10, 3.11, 3.12 or 3.13")
+        yield CheckResult("python", FAILED, python, "use Python 3.10, 3.11, 3.12 or 3.13")
     try:
         required = [Requirement(text) for text in metadata.requires("sora_llm") or ()]
     except metadata.PackageNotFoundError:
-        yield Finding("packages", WARNING, "sora_llm itself is not installed", "pip install -c constraints.txt .")
+        yield CheckResult("packages", WARNING, "sora_llm itself is not installed", "pip install -c constraints.txt .")
         return
     wrong, seen = [], []
     for requirement in required:
@@ -160,12 +160,12 @@ def versions() -> Iterator[Finding]:
             wrong.append(f"{requirement.name} is {version}, not {requirement.specifier}")
         seen.append(f"{requirement.name} {version}")
     if wrong:
-        yield Finding("packages", FAILED, ", ".join(wrong), "pip install -c constraints.txt .")
+        yield CheckResult("packages", FAILED, ", ".join(wrong), "pip install -c constraints.txt .")
     else:
-        yield Finding("packages", OK, ", ".join(seen[:6]))
+        yield CheckResult("packages", OK, ", ".join(seen[:6]))
 
 
-def compiler() -> Finding:
+def compiler() -> CheckResult:
     """DeepSpeed compiles one small operator where it runs on the CPU."""
     ways = {"g++": "apt install g++", "ninja": "pip install ninja", "Python.h": "apt install python3-dev"}
     has_header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
@@ -173,8 +173,8 @@ def compiler() -> Finding:
     missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
     missing += [] if has_header else ["Python.h"]
     if not missing:
-        return Finding("compiler", OK, "g++, ninja and Python's headers")
-    return Finding(
+        return CheckResult("compiler", OK, "g++, ninja and Python's headers")
+    return CheckResult(
         "compiler",
         WARNING,
         f"no {' and no '.join(missing)}, needed to compile an operator for ZeRO on a CPU",
@@ -187,20 +187,20 @@ def _path_with_scripts() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def build_lock(folder: Path) -> Finding:
+def build_lock(folder: Path) -> CheckResult:
     """A build that was killed leaves a lock on which every later one waits for ever."""
     for lock, age in locks(folder) if locks_by_existence() else ():
         if age > STALE_LOCK_SECONDS:
             said = f"{lock} is {age / 60:,.0f} minutes old, left by a killed build: later builds wait for it"
-            return Finding("build lock", FAILED, said, f"rm {lock}")
-    return Finding("build lock", OK, f"none left in {folder}")
+            return CheckResult("build lock", FAILED, said, f"rm {lock}")
+    return CheckResult("build lock", OK, f"none left in {folder}")
 
 
-def disks() -> Iterator[Finding]:
+def disks() -> Iterator[CheckResult]:
     """Room for tokens, models and temporary files, and for what processes of a GPU machine share."""
     places = {
-        "disk: data": caches() / "sora_llm",
-        "disk: models": Path(os.environ.get("HF_HOME") or caches() / "huggingface"),
+        "disk: data": cache_home() / "sora_llm",
+        "disk: models": Path(os.environ.get("HF_HOME") or cache_home() / "huggingface"),
         "disk: runs": Path.cwd(),
     }
     for name, place in places.items():
@@ -208,25 +208,27 @@ def disks() -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free / 2**30
         said = f"{free:,.1f} GiB free for {place}"
         if not os.access(existing, os.W_OK):
-            yield Finding(name, FAILED, f"{existing} cannot be written", "give this user write permission")
+            yield CheckResult(name, FAILED, f"{existing} cannot be written", "give this user write permission")
         elif free < NO_DISK_GIB:
-            yield Finding(name, FAILED, said, "make room, or move it: data.cache_dir, HF_HOME, output.output_dir")
+            yield CheckResult(name, FAILED, said, "make room, or move it: data.cache_dir, HF_HOME, output.output_dir")
         elif free < LITTLE_DISK_GIB:
-            yield Finding(name, WARNING, said, "a 7B model takes 14 GB; HF_HOME and data.cache_dir can lie elsewhere")
+            yield CheckResult(
+                name, WARNING, said, "a 7B model takes 14 GB; HF_HOME and data.cache_dir can lie elsewhere"
+            )
         else:
-            yield Finding(name, OK, said)
+            yield CheckResult(name, OK, said)
     shm = Path("/dev/shm")
     if shm.is_dir():
         size = shutil.disk_usage(shm).total / 2**20
         if size < LITTLE_SHM_MIB:
             said = f"{size:,.0f} MiB, little for several processes"
-            yield Finding("/dev/shm", WARNING, said, "start the container with --shm-size=1g or --ipc=host")
+            yield CheckResult("/dev/shm", WARNING, said, "start the container with --shm-size=1g or --ipc=host")
 
 
 # --------------------------------------------------------------------------------------------------------- in others
 
 
-def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.trials") -> Finding:
+def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.checks") -> CheckResult:
     """What a trial in processes of its own says; they are ended when its time is up."""
     count = 2 if name in BETWEEN_TWO else 1
     with tempfile.TemporaryDirectory(prefix="sora_llm_doctor_") as folder:
@@ -241,12 +243,12 @@ def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.com
         texts = [output.read_text(encoding="utf-8", errors="replace") for output in outputs]
     ended = [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
     if not in_time:
-        return Finding(name, FAILED, f"no result within {time_limit:g} s", remedy)
+        return CheckResult(name, FAILED, f"no result within {time_limit:g} s", remedy)
     # What was ended here because another one had failed says nothing.
     for code, text in sorted(ended, key=lambda end: end[0] <= 0):
         if code != 0:
-            return Finding(name, FAILED, _last_line(text) or f"ended with exit code {code}", remedy)
-    return Finding(name, OK, json.loads(_last_line(texts[0]))["said"])
+            return CheckResult(name, FAILED, _last_line(text) or f"ended with exit code {code}", remedy)
+    return CheckResult(name, OK, json.loads(_last_line(texts[0]))["said"])
 
 
 def _start(command: Sequence[str], index: int, count: int, port: int, output: Path) -> subprocess.Popen[bytes]:

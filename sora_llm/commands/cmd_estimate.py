@@ -15,6 +15,7 @@ from sora_llm.estimates.memory import MemoryEstimate, memory_table
 from sora_llm.estimates.step_time import Machines, Work, step_time
 from sora_llm.running.inputs import check_backbone
 from sora_llm.running.unpack import estimate_memory, step_work
+from sora_llm.terminal import plural
 from sora_llm.topology import World, resolve_strategy
 
 HARDWARE = {
@@ -108,7 +109,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
     step, processes = result["step"], result["num_processes"]
     sizes = (
-        f"{result['strategy']} on {processes} process{'es' if processes > 1 else ''}\n"
+        f"{result['strategy']} on {plural(processes, 'process')}\n"
         f"  trainable parameters  {memory.trainable_parameters:,}\n"
         f"  frozen parameters     {memory.frozen_parameters:,}\n"
         f"{memory_table(memory)}\n"

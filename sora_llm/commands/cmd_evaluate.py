@@ -14,32 +14,32 @@ from torch import nn
 from sora_llm import backbone
 from sora_llm.arguments import Parser
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import config_parser, given_for_keys, run_command
-from sora_llm.commands.measuring import DevRows, config_for_measuring, dev_rows, quantization_of, splitting_config
-from sora_llm.commands.places import trained_config
+from sora_llm.commands.common import config_parser, options_for_keys, run_command
+from sora_llm.commands.eval_data import DevRows, dev_rows, eval_config, quantization_of, splitting_config
+from sora_llm.commands.model_ref import (
+    ModelRef,
+    adapter_template,
+    add_base_arguments,
+    attach_adapter,
+    load_base,
+    resolve_model,
+    tokenizer_source,
+    with_base_options,
+)
+from sora_llm.commands.path_arguments import trained_config
 from sora_llm.commands.size_curve import add_size_list, curve_as_text, cut_losses, sizes_in
 from sora_llm.commands.sources import base_name, is_one_base
-from sora_llm.commands.subject import (
-    Subject,
-    add_base_arguments,
-    find_subject,
-    load_base,
-    on_base,
-    put_adapter,
-    template_beside,
-    tokenizer_source,
-)
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.prompt_form import has_conversations, recorded_separator, template_is_named
+from sora_llm.prompt_format import has_conversations, recorded_separator, template_is_named
 from sora_llm.row_types import FIELDS
-from sora_llm.running.data_words import fates
+from sora_llm.running.data_lineage import LineageEntry, lineage_in, lineage_of, trained_separator
+from sora_llm.running.data_summary import row_outcomes
 from sora_llm.running.evaluation import evaluate
-from sora_llm.running.held_out import hold_out_alike, learned_from
+from sora_llm.running.held_out import has_same_split, seen_dataset
 from sora_llm.running.inputs import Inputs, check_inputs
-from sora_llm.running.lessons import Lesson, lessons_in, lessons_of, taught_separator
 from sora_llm.terminal import warn
 from sora_llm.topology import ALONE
 
@@ -78,7 +78,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
-    return run_command(lambda: evaluated(arguments), arguments.json, as_text, given_for_keys(arguments))
+    return run_command(lambda: evaluated(arguments), arguments.json, as_text, options_for_keys(arguments))
 
 
 def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -89,26 +89,26 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
         RunFailed: a loss that is not finite.
     """
     sizes = sizes_in(arguments)
-    measured = plan_measurement(arguments)
-    if sizes and measured.subject.adapter is None:
+    measured = plan_evaluation(arguments)
+    if sizes and measured.ref.adapter is None:
         raise UserError("--target-rank and --target-params measure an adapter cut to a size, and there is none here")
-    subject, config = measured.subject, measured.config
+    ref, config = measured.ref, measured.config
     inputs = check_inputs(config, "none", measured.tokenizer)
-    if subject.config is None:
+    if ref.config is None:
         refuse_guessed_template(arguments.config, config, inputs)
     found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
     rows = found_rows.rows
     if measured.held_out_alike:
-        found_rows.warn_of_doubt()
-    model = load_base(subject)
-    result: dict[str, Any] = {"base_model": subject.spec.name_or_path, "base_form": subject.spec.form}
-    result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": fates_of(found_rows)}
-    is_alone = subject.is_whole and subject.adapter is None
+        found_rows.warn_of_leak()
+    model = load_base(ref)
+    result: dict[str, Any] = {"base_model": ref.spec.name_or_path, "base_form": ref.spec.form}
+    result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": outcomes_of(found_rows)}
+    is_alone = ref.is_full_model and ref.adapter is None
     result["model" if is_alone else "base"] = loss_of(model, rows, inputs, config)
-    if subject.adapter is None:
+    if ref.adapter is None:
         return result
-    cuts = cut_losses(model, subject, sizes, lambda cut: loss_of(cut, rows, inputs, config)) if sizes else {}
-    result["adapter"] = loss_of(put_adapter(model, subject).model, rows, inputs, config)
+    cuts = cut_losses(model, ref, sizes, lambda cut: loss_of(cut, rows, inputs, config)) if sizes else {}
+    result["adapter"] = loss_of(attach_adapter(model, ref).model, rows, inputs, config)
     return result | cuts
 
 
@@ -144,49 +144,49 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fates_of(measured: DevRows) -> list[str]:
+def outcomes_of(measured: DevRows) -> list[str]:
     """What became of the rows that are not measured, or not as they are written; phrases."""
     left_out = [f"left out {measured.missing:,} that were held out"] if measured.missing else []
-    return left_out if measured.report is None else fates(measured.report)
+    return left_out if measured.report is None else row_outcomes(measured.report)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EvalPlan:
     """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
     or nothing says it; `held_out_alike` says that the adapter that is measured is its own, or was trained with the same
     rows held out.  Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`,
     whatever other adapter is measured."""
 
-    subject: Subject
+    ref: ModelRef
     config: Config
     trained: Config | None
     tokenizer: BackboneSpec
     held_out_alike: bool
 
 
-def plan_measurement(arguments: argparse.Namespace) -> Measurement:
+def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
     """What the command line names.
 
     Raises:
         UserError: nothing of that kind, an adapter that is none, or no data set.
     """
-    named = subject = find_subject(arguments.config, arguments.overrides)
-    other: Subject | None = None
+    named = ref = resolve_model(arguments.config, arguments.overrides)
+    other: ModelRef | None = None
     if arguments.adapter is not None and arguments.no_adapter:
         raise UserError("--adapter and --no-adapter exclude each other; give one of them")
     if arguments.adapter is not None:
-        other = other_adapter(arguments, subject)
-        subject = replace(subject, adapter=other.adapter)
+        other = other_adapter(arguments, ref)
+        ref = replace(ref, adapter=other.adapter)
     elif arguments.no_adapter:
-        subject = replace(subject, adapter=None)
-    elif subject.adapter is None and not subject.is_whole and Path(arguments.config).is_dir():
+        ref = replace(ref, adapter=None)
+    elif ref.adapter is None and not ref.is_full_model and Path(arguments.config).is_dir():
         raise UserError(
             f"{arguments.config} has no adapter yet: let the run finish, name one of its checkpoints, or evaluate the "
             "base alone with --no-adapter"
         )
-    subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
-    named = replace(named, spec=subject.spec)
-    config = subject.config or config_for(named)
+    ref = with_base_options(ref, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
+    named = replace(named, spec=ref.spec)
+    config = ref.config or config_for(named)
     if arguments.chat_template is not None:
         config = replace(config, data=replace(config.data, chat_template=arguments.chat_template))
     if arguments.data is not None:
@@ -204,70 +204,70 @@ def plan_measurement(arguments: argparse.Namespace) -> Measurement:
             f"--chat-template is for rows that are conversations; rows of type {measured[0].type} are measured without "
             "one; leave it out"
         )
-    trained, held_out_alike = trained_as(named), subject.adapter is not None
+    trained, held_out_alike = trained_as(named), ref.adapter is not None
     splitting = splitting_config(config, trained)
     if other is not None:
         other_trained = trained_as(other)
-        warn_of_seen_rows(arguments.adapter, lessons_behind(other, other_trained), splitting)
-        if named.is_whole:
-            warn_of_seen_rows(arguments.config, lessons_behind(named, trained), splitting)
+        warn_of_seen_rows(arguments.adapter, lineage_behind(other, other_trained), splitting)
+        if named.is_full_model:
+            warn_of_seen_rows(arguments.config, lineage_behind(named, trained), splitting)
         warn_of_other_form(arguments.adapter, other, named)
-        held_out_alike = other_trained is not None and hold_out_alike(other_trained, splitting)
-    elif config.data.val_datasets is not None or trained is None or hold_out_alike(trained, splitting):
-        warn_of_seen_rows(arguments.config, lessons_behind(subject, trained), splitting)
+        held_out_alike = other_trained is not None and has_same_split(other_trained, splitting)
+    elif config.data.val_datasets is not None or trained is None or has_same_split(trained, splitting):
+        warn_of_seen_rows(arguments.config, lineage_behind(ref, trained), splitting)
     # else `dev_rows` says that its rows are not those that were held out
-    return Measurement(
-        subject,
-        config_for_measuring(config, subject.spec),
-        None if trained is None else config_for_measuring(trained, subject.spec),
+    return EvalPlan(
+        ref,
+        eval_config(config, ref.spec),
+        None if trained is None else eval_config(trained, ref.spec),
         tokenizer_source(named),
         held_out_alike=held_out_alike,
     )
 
 
-def trained_as(subject: Subject) -> Config | None:
+def trained_as(ref: ModelRef) -> Config | None:
     """The config that its adapter was trained under; None where nothing says it, which is warned of where a run's own
     config cannot be read."""
-    if subject.place is None:
+    if ref.place is None:
         return None
     try:
-        return trained_config(subject.place)
+        return trained_config(ref.place)
     except UserError as error:
-        warn(f"{str(error).rstrip('.')} (so that nothing says which rows {subject.place.name} was trained on)")
+        warn(f"{str(error).rstrip('.')} (so that nothing says which rows {ref.place.name} was trained on)")
         return None
 
 
-def lessons_behind(subject: Subject, trained: Config | None) -> list[Lesson]:
+def lineage_behind(ref: ModelRef, trained: Config | None) -> list[LineageEntry]:
     """What the adapter that is measured was trained on, or the one that was merged into the model: under `trained`,
     where that is known."""
-    folder = subject.certified
+    folder = ref.certificate_folder
     if folder is None:
         return []
-    return lessons_in(folder) if trained is None else lessons_of(trained, folder)
+    return lineage_in(folder) if trained is None else lineage_of(trained, folder)
 
 
-def warn_of_seen_rows(name: str, lessons: Sequence[Lesson], measured: Config) -> None:
+def warn_of_seen_rows(name: str, lessons: Sequence[LineageEntry], measured: Config) -> None:
     """Say that `name` may have been trained on rows that the config `measured` names or holds out."""
-    if (path := learned_from(lessons, measured)) is not None:
+    if (path := seen_dataset(lessons, measured)) is not None:
         warn(f"{name} was also trained on {path}, so it may have seen rows evaluated here")
 
 
-def warn_of_other_form(name: str, other: Subject, named: Subject) -> None:
+def warn_of_other_form(name: str, other: ModelRef, named: ModelRef) -> None:
     """Say that the adapter `name` was trained beside another form of the base than it is measured on."""
     if other.is_loading_known and other.spec.form != named.spec.form:
         warn(f"{name} was trained on the base as {other.spec.form}; it is evaluated on it as {named.spec.form}")
 
 
-def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
+def other_adapter(arguments: argparse.Namespace, ref: ModelRef) -> ModelRef:
     """What --adapter names.
 
     Raises:
         UserError: nothing there, or an adapter of another base than RUN's, unless --base says which one is meant.
     """
-    other = find_subject(arguments.adapter)
+    other = resolve_model(arguments.adapter)
     if other.adapter is None:
         raise UserError(f"--adapter {arguments.adapter} has no adapter yet; name one of its checkpoints")
-    said, meant = other.spec, subject.spec
+    said, meant = other.spec, ref.spec
     if arguments.base is None and said.name_or_path and meant.name_or_path and not is_one_base(said, meant):
         raise UserError(
             f"--adapter {arguments.adapter} is of the base {base_name(said)} and {arguments.config} of "
@@ -276,15 +276,15 @@ def other_adapter(arguments: argparse.Namespace, subject: Subject) -> Subject:
     return other
 
 
-def config_for(subject: Subject) -> Config:
+def config_for(ref: ModelRef) -> Config:
     """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
-    spec = subject.spec
+    spec = ref.spec
     positions = backbone.max_positions(backbone.load_model_config(spec))
     return Config(
         model=Model(dtype=spec.dtype),  # type: ignore[arg-type]  # one of the dtypes by its making
         quantization=quantization_of(spec),
         data=Data(
-            chat_template=template_beside(subject),
+            chat_template=adapter_template(ref),
             sequence_len=min(2048, positions or 2048),
         ),
     )
@@ -299,11 +299,11 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
         )
 
 
-def certified_separator(subject: Subject) -> str | None:
+def certified_separator(ref: ModelRef) -> str | None:
     """What stood behind the prompts of prompt_completion rows that an adapter from elsewhere, or one that was merged
     into a model, was trained on; None where nothing says it."""
-    folder = subject.certified
-    taught = None if folder is None else taught_separator(lessons_in(folder))
+    folder = ref.certificate_folder
+    taught = None if folder is None else trained_separator(lineage_in(folder))
     return recorded_separator(None, folder) if taught is None else taught
 
 

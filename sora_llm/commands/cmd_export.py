@@ -18,13 +18,13 @@ from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
 from sora_llm.artifacts.merged import plan_merge
 from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
-from sora_llm.backbone import load_backbone, load_call, load_model_config, quiet_libraries, skeleton
+from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.common import given_for_keys, run_command
-from sora_llm.commands.measuring import config_for_measuring, dev_rows, has_dev_rows
-from sora_llm.commands.places import find_place, trained_config
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_out, check_size, refuse_nothing
+from sora_llm.commands.common import options_for_keys, run_command
+from sora_llm.commands.eval_data import dev_rows, eval_config, has_dev_rows
+from sora_llm.commands.path_arguments import resolve_path, trained_config
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_output_folder, check_size, refuse_empty_result
 from sora_llm.commands.sources import (
     SavedAdapter,
     base_of,
@@ -41,8 +41,8 @@ from sora_llm.errors import UserError
 from sora_llm.export import LAYOUTS, Provenance, export_adapter
 from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
-from sora_llm.inject import put_on
-from sora_llm.prompt_form import recorded_separator
+from sora_llm.inject import attach_factors
+from sora_llm.prompt_format import recorded_separator
 from sora_llm.quantised import is_quantised
 from sora_llm.report import read_json_lines
 from sora_llm.run_files import stage_name
@@ -91,7 +91,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
-    options = given_for_keys(arguments, base="base_model")
+    options = options_for_keys(arguments, base="base_model")
     return run_command(lambda: exported(arguments), arguments.json, as_text, options)
 
 
@@ -107,10 +107,10 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
     source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
     out = user_path(str(arguments.out), "--out").absolute()
     place = Path(arguments.source).expanduser()
-    check_out(out, [place, source.folder or place])
+    check_output_folder(out, [place, source.folder or place])
     quiet_libraries()
     spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
-    check_out(out, [spec.folder])
+    check_output_folder(out, [spec.folder])
     dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
     if arguments.layout != "gguf":  # which reads no weights of the base
         refuse_other_weights([source], spec, arguments.base_model, "--base-model")
@@ -125,7 +125,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
         merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
         measure = None
         if not arguments.skip_dev_loss:
-            measure = dev_loss_measure(trained_config(find_place(arguments.source)), spec, device)
+            measure = dev_loss_measure(trained_config(resolve_path(arguments.source)), spec, device)
         certificate = export_merged(merge, adapter.config, out, provenance=provenance, dev_loss_of=measure)
     else:
         certificate = export_on_base(adapter.factors, spec, arguments.layout, out, provenance)
@@ -172,7 +172,7 @@ def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Save
     Raises:
         UserError: there is none.
     """
-    place = find_place(path)
+    place = resolve_path(path)
     exports = [] if place.run_dir is None else _exports(place.run_dir)
     stages = {stage_name(line["sparse_lambda"]): line for line in exports if "stage" in line}
     if stage is None and max_params is None:
@@ -189,7 +189,7 @@ def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Save
     else:
         assert max_params is not None
         name = _best_within(path, stages, max_params)
-    return source_of(find_place(place.run_dir / run_files.PATH / name)), stages[name]
+    return source_of(resolve_path(place.run_dir / run_files.PATH / name)), stages[name]
 
 
 def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params: int) -> str:
@@ -247,7 +247,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
-    refuse_nothing(report.kept_params, report.energy, shapes)
+    refuse_empty_result(report.kept_params, report.energy, shapes)
     return PreparedAdapter(factors, config, bare_model, report)
 
 
@@ -270,7 +270,7 @@ def provenance_of(
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
         separator=recorded_separator(source.config, source.folder),
-        load_options=load_call(spec, adapter.config),
+        load_options=from_pretrained_args(spec, adapter.config),
         base_loading=spec.loading,
         base_digest=source.base_digest,
         is_base_quantised=is_quantised(adapter.config),
@@ -297,7 +297,7 @@ def export_on_base(
     factors: PlainFactors, spec: BackboneSpec, layout: str, out: Path, provenance: Provenance
 ) -> dict[str, Any]:
     """A PEFT folder, checked on the base with its weights."""
-    model = put_on(load_backbone(spec, local_device()), factors)
+    model = attach_factors(load_backbone(spec, local_device()), factors)
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
 
@@ -307,13 +307,13 @@ def dev_loss_measure(
     """How to measure a model on the dev rows of the run; None where it has none."""
     if config is None or not has_dev_rows(config):
         return None
-    config = config_for_measuring(config, spec)
+    config = eval_config(config, spec)
     try:
         inputs = check_inputs(config, "none")
         measured = dev_rows(config, inputs)
     except UserError as error:
         raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
-    measured.warn_of_doubt()
+    measured.warn_of_leak()
     batch_size, rows = config.evaluation.per_device_eval_batch_size, measured.rows
     return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device)
 

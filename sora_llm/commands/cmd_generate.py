@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
-from sora_llm.commands.asking import (
+from sora_llm.commands.common import options_for_keys, printable, run_command
+from sora_llm.commands.inference import (
     Prompter,
     Responder,
-    asking_parser,
+    generation_parser,
     load_responder,
     notice,
     prepare_prompter,
     sampling_of,
     show,
 )
-from sora_llm.commands.common import given_for_keys, run_command, visible
 from sora_llm.data.formats import Conversation, Message, to_examples
 from sora_llm.data.readers import BadRow
 from sora_llm.data.sources import DatasetSpec
@@ -33,7 +33,7 @@ DEFAULT = Sampling()
 
 def make_parser(prog: str) -> Parser:
     """The command's arguments."""
-    parser = asking_parser(
+    parser = generation_parser(
         prog,
         "Answer prompts with an adapter on its base, loaded and spoken to as in training.  A prompt comes from "
         "--prompt, a file, or standard input.",
@@ -55,7 +55,7 @@ def make_parser(prog: str) -> Parser:
 def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> int:
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_intermixed_args(argv)
-    return run_command(lambda: answered(arguments), arguments.json, lambda _: "", given_for_keys(arguments))
+    return run_command(lambda: answered(arguments), arguments.json, lambda _: "", options_for_keys(arguments))
 
 
 def answered(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def answered(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = sampling_of(arguments, DEFAULT)
     prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
     prompter = prepare_prompter(arguments)
-    if arguments.compare and prompter.subject.is_whole:
+    if arguments.compare and prompter.ref.is_full_model:
         raise UserError(f"--compare needs an adapter, and {arguments.place} is a whole model; leave it out")
     ids = [ids_of(prompter, prompt) for prompt in prompts]
     responder = load_responder(prompter, sampling, arguments.seed or 0)
@@ -77,9 +77,9 @@ def answered(arguments: argparse.Namespace) -> dict[str, Any]:
         answers_to(responder, prompt, tokens, arguments, is_alone=len(prompts) == 1)
         for prompt, tokens in zip(prompts, ids, strict=True)
     ]
-    adapter = prompter.subject.adapter
+    adapter = prompter.ref.adapter
     return {
-        "base_model": prompter.subject.spec.name_or_path,
+        "base_model": prompter.ref.spec.name_or_path,
         "adapter": None if adapter is None else str(adapter),
         "answers": answers,
     }
@@ -207,7 +207,7 @@ def answers_to(
     model) or "length"."""
     is_shown = not arguments.json
     if is_shown and not is_alone:
-        print(visible(f"> {prompt.messages[-1].content}"), flush=True)
+        print(printable(f"> {prompt.messages[-1].content}"), flush=True)
     result, reasons = dict(prompt.said), {}
     for name in ("base", "adapted") if arguments.compare else ("answer",):
         if is_shown and arguments.compare:
@@ -217,7 +217,7 @@ def answers_to(
         if is_shown:
             print(flush=True)
             if not said.is_whole:
-                notice(responder.why_cut(ids))
+                notice(responder.truncation_message(ids))
     if is_shown and not is_alone:
         print()
     result["finish_reason"] = reasons if arguments.compare else reasons["answer"]

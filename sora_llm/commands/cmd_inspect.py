@@ -14,7 +14,7 @@ from typing import Any
 from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.commands import run_table
-from sora_llm.commands.common import run_command, visible
+from sora_llm.commands.common import printable, run_command
 from sora_llm.commands.rank_table import rank_table
 from sora_llm.config import load_config, to_dict
 from sora_llm.errors import UserError
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
 
     def text(content: dict[str, Any]) -> str:
         if "runs" in content:
-            return visible(run_table.as_text(content))
+            return printable(run_table.as_text(content))
         if "run" in content:
             return as_text(content, width)
         return adapter_view().as_text(content, width, arguments.modules)
@@ -83,7 +83,7 @@ def folder_of(name: str) -> Path:
     if folder.is_file():
         folder = run_of_config(name)
     if not folder.is_dir():
-        raise UserError(f"there is no {folder}; name a run directory (output.output_dir of a run) or an adapter")
+        raise UserError(f"{folder} does not exist; name a run directory (output.output_dir of a run) or an adapter")
     return folder
 
 
@@ -104,8 +104,8 @@ def refuse_other_folder(folder: Path) -> None:
 
 def run_of_config(name: str) -> Path:
     """The directory of the run whose config a file is, as for every command; UserError where it is no config."""
-    places = import_module("sora_llm.commands.places")  # with torch, which a run directory does not need
-    run_dir: Path = places.find_place(name).run_dir
+    places = import_module("sora_llm.commands.path_arguments")  # with torch, which a run directory does not need
+    run_dir: Path = places.resolve_path(name).run_dir
     return run_dir
 
 
@@ -188,7 +188,7 @@ def as_text(content: Mapping[str, Any], width: int) -> str:
     lines += ["", *(f"! {alarm}" for alarm in alarms)] if alarms else ["", "no alarms"]
     if "report" in content:
         lines += ["", f"{'report':<12} {content['report']}"]
-    return "\n".join(visible(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from sora_llm.arguments import Parser
 from sora_llm.commands.adapter_view import shapes_in_files, spectra_of, target_shapes_of
-from sora_llm.commands.common import given_for_keys, run_command
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_nothing
+from sora_llm.commands.common import options_for_keys, run_command
+from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_empty_result
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
 from sora_llm.factors import kept_params, mean_rank, scaling_of, shapes_of
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
     """The command; returns its exit code."""
     arguments = make_parser(prog).parse_args(argv)
     as_text = python_snippet if arguments.format == "python" else axolotl_snippet
-    options = given_for_keys(arguments)
+    options = options_for_keys(arguments)
     return run_command(lambda: recommended(find_source(arguments), arguments), arguments.json, as_text, options)
 
 
@@ -75,7 +75,7 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
     kept = kept_params(ranks, own_shapes)
-    refuse_nothing(kept, energy, own_shapes)
+    refuse_empty_result(kept, energy, own_shapes)
     if not any(ranks.values()):
         raise UserError(f"{source.name} changes nothing: every ΔW is 0")
     own = arguments.scaling

@@ -10,8 +10,8 @@ from typing import Any
 
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
-from sora_llm.files import reaching_for_paths
-from sora_llm.terminal import complain, print_result, stop_printing
+from sora_llm.files import path_errors_as_user_errors
+from sora_llm.terminal import print_error, print_result, stop_printing
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
@@ -23,7 +23,7 @@ def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what:
     return parser
 
 
-def given_for_keys(arguments: Namespace, base: str = "base") -> dict[str, str]:
+def options_for_keys(arguments: Namespace, base: str = "base") -> dict[str, str]:
     """{key of the config: the option that was given for it}, for sentences about the key; `base` is the argument that
     names the base model."""
     options = {"model.name_or_path": base, "data.chat_template": "chat_template"}
@@ -43,16 +43,16 @@ def run_command(
     """Run a command and print its result; returns the exit code: 0, 1 (failed), 2 (bad input; a sentence) or 130
     (Ctrl-C).  A sentence about a key of the config names the option that took its place: `options` {key: option}."""
     try:
-        with reaching_for_paths():
+        with path_errors_as_user_errors():
             result = command()
     except (UserError, RunFailed) as error:
         sentence = str(error)
         for key, option in (options or {}).items():
             sentence = sentence.replace(key, option)
-        complain(sentence)
+        print_error(sentence)
         return error.exit_code
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         stop_printing(sys.stdout)
@@ -61,6 +61,6 @@ def run_command(
     return 0 if not text or print_result(text) else RunFailed.exit_code
 
 
-def visible(text: str) -> str:
+def printable(text: str) -> str:
     """Text from files or a model with control characters replaced, so that it cannot control the terminal."""
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm.commands.sizes import budget_of, check_budget, refuse_nothing
-from sora_llm.commands.subject import Subject, factors_on
+from sora_llm.commands.model_ref import ModelRef, factors_on
+from sora_llm.commands.sizes import budget_of, check_budget, refuse_empty_result
 from sora_llm.consensus import cut_svd
 from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
-from sora_llm.inject import adapted
+from sora_llm.inject import with_factors
 from sora_llm.terminal import aligned
 
 
@@ -55,9 +55,9 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
 
 
 def cut_losses(
-    model: nn.Module, subject: Subject, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
+    model: nn.Module, ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The size of the adapter of `subject`, and its losses by `loss_of` cut to each of `sizes`.
+    """The size of the adapter of `ref`, and its losses by `loss_of` cut to each of `sizes`.
 
     A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
 
@@ -67,15 +67,15 @@ def cut_losses(
     Raises:
         UserError: an adapter of another base, or a size below one rank.
     """
-    whole = factors_on(model, subject)
+    whole = factors_on(model, ref)
     shapes = shapes_of(whole)
     gateless = {name: (A, B, None) for name, (A, B) in whole.items()}
     cuts = [cut_svd(gateless, 1.0, budget_of(size.target_rank, size.target_params, shapes)) for size in sizes]
     for _, report in cuts:
-        refuse_nothing(report.kept_params, report.energy, shapes)
+        refuse_empty_result(report.kept_params, report.energy, shapes)
     lines = []
     for size, (factors, report) in zip(sizes, cuts, strict=True):
-        with adapted(model, factors):
+        with with_factors(model, factors):
             losses = loss_of(model)
         lines.append({**size.as_dict(), **_size_of(factors), "relative_error": report.relative_error, **losses})
     return {**_size_of(whole), "cuts": lines}

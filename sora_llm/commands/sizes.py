@@ -49,14 +49,14 @@ def budget_of(target_rank: float | None, target_params: int | None, shapes: Shap
     return target_params if target_rank is None else params_of(target_rank, sum(costs_of(shapes).values()))
 
 
-def refuse_nothing(kept_params: int, energy: float, shapes: Shapes) -> None:
+def refuse_empty_result(kept_params: int, energy: float, shapes: Shapes) -> None:
     """UserError if the size removed all of a nonzero adapter; `shapes` is {module: (I, O)}."""
     if kept_params == 0 and energy > 0:
         cheapest = min(costs_of(shapes).values())
         raise UserError(f"this size keeps nothing: the cheapest rank takes {cheapest:,} parameters; allow more")
 
 
-def check_out(out: Path, sources: Sequence[Path]) -> None:
+def check_output_folder(out: Path, sources: Sequence[Path]) -> None:
     """UserError where a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
     earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:

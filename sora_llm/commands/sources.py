@@ -12,10 +12,10 @@ from torch import nn
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.lora_files import CONFIG, certificate_in, certified_digest, is_same_base, read_lora
-from sora_llm.backbone import as_its_files, load_tokenizer
+from sora_llm.backbone import load_tokenizer, spec_from_files
 from sora_llm.base_files import base_digest, has_tokenizer, tokenizer_files_in
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.places import Place, find_place
+from sora_llm.commands.path_arguments import ResolvedPath, resolve_path
 from sora_llm.config import Config
 from sora_llm.errors import UserError
 from sora_llm.factors import (
@@ -29,8 +29,8 @@ from sora_llm.factors import (
 )
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
-from sora_llm.prompt_form import exported_template, has_conversations
-from sora_llm.running.lessons import for_certificate
+from sora_llm.prompt_format import exported_template, has_conversations
+from sora_llm.running.data_lineage import lineage_for_certificate
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
 from sora_llm.targets import linear_layers, target_linears
@@ -90,10 +90,10 @@ def read_source(path: str | Path) -> SavedAdapter:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    return source_of(find_place(path))
+    return source_of(resolve_path(path))
 
 
-def source_of(place: Place) -> SavedAdapter:
+def source_of(place: ResolvedPath) -> SavedAdapter:
     """The adapter of a place; UserError where it has none, or one that cannot be read."""
     folder = place.with_adapter()
     if place.config is not None and place.is_checkpoint:
@@ -110,7 +110,7 @@ def source_of(place: Place) -> SavedAdapter:
         folder=folder,
         base_digest=lora.base_digest,
     )
-    return replace(source, data=for_certificate(None, folder)) if config is None else _of_run(source, config)
+    return replace(source, data=lineage_for_certificate(None, folder)) if config is None else _of_run(source, config)
 
 
 def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
@@ -125,7 +125,7 @@ def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
         base=config.model.name_or_path,
         revision=config.model.revision,
         spec=backbone_spec(config, "none"),
-        data=for_certificate(config, source.folder),
+        data=lineage_for_certificate(config, source.folder),
         config=config,
     )
 
@@ -258,7 +258,7 @@ def base_of(
     spec = replace(
         spec, name_or_path=base, revision=revision, trust_remote_code=trust_remote_code or spec.trust_remote_code
     )
-    return spec if known else as_its_files(spec)
+    return spec if known else spec_from_files(spec)
 
 
 def of_other_forms(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> list[str]:

@@ -41,7 +41,7 @@ from sora_llm.data.report import (
 )
 from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_digest
 from sora_llm.errors import UserError
-from sora_llm.files import caches, user_path
+from sora_llm.files import cache_home, user_path
 
 _FORMAT_VERSION = 11  # of the cache: raise it when the same input gives other tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
@@ -109,7 +109,7 @@ def sample(work: Tokenizing, num_rows: int, max_bad_row_fraction: float = 0.01) 
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/sora_llm/data, below ~/.cache where the variable is not set."""
-    return caches() / "sora_llm" / "data"
+    return cache_home() / "sora_llm" / "data"
 
 
 def _sources(specs: Sequence[DatasetSpec], digests: Path) -> list[str]:

@@ -25,11 +25,11 @@ def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int
         BadRow: the template refuses it, or it holds what is no text.
     """
     if template is not None:
-        return encode_dialogue(tokenizer, [Message("user", prompt)], template)
+        return encode_chat(tokenizer, [Message("user", prompt)], template)
     return _ids_before_an_answer(whole_characters(prompt, "the prompt"), tokenizer)
 
 
-def encode_dialogue(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
+def encode_chat(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
     """Ids that a model goes on from: the messages so far with the assistant's turn opened; its tokens are those that it
     has where an answer follows.
 
@@ -102,7 +102,7 @@ def _first_served_alike(candidates: Sequence[str], tokenizer: Any, template: str
     return next((source for source in candidates if served(source) == trained), None)
 
 
-def ends_visibly(tokenizer: Any, template: str) -> bool:
+def has_visible_end(tokenizer: Any, template: str) -> bool:
     """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
     knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
     True where the template refuses a question and an answer, which it does not say anything about."""
@@ -152,7 +152,7 @@ def _last_learned(row: TokenRow) -> int:
     return int(ids[weights > 0][-1])
 
 
-def untaught_end(tokenizer: Any, template: str) -> str | None:
+def untrained_eos(tokenizer: Any, template: str) -> str | None:
     """The token with which a template ends answers, where its markers leave it out of what is trained on: the model
     is never taught to stop.  None where it is taught, or there is no such token."""
     row = _answered(tokenizer, template)
@@ -170,7 +170,7 @@ def untaught_end(tokenizer: Any, template: str) -> str | None:
     return None
 
 
-def joins_a_prompt_s_end(tokenizer: Any, template: str) -> bool:
+def merges_trailing_whitespace(tokenizer: Any, template: str) -> bool:
     """Whether the template ends prompts with blanks that have other tokens where an answer follows."""
     with suppress(BadRow):
         prompt = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
@@ -178,7 +178,7 @@ def joins_a_prompt_s_end(tokenizer: Any, template: str) -> bool:
     return False
 
 
-def opened_for_asking(tokenizer: Any, template: str) -> str:
+def generation_prefix(tokenizer: Any, template: str) -> str:
     """What the template opens an answer with where the model is asked (thoughts, by DeepSeek-R1's), and does not write
     before an answer that has none of it; "" where it writes the same."""
     with suppress(BadRow):

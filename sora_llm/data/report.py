@@ -146,7 +146,7 @@ def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
         if dataset.supervised_tokens == 0:
             raise UserError(
                 f"data set {dataset.path}: none of the {dataset.rows_read} rows is kept: "
-                f"{', '.join(losses(dataset, report))}"
+                f"{', '.join(drop_reasons(dataset, report))}"
             )
 
 
@@ -168,7 +168,7 @@ def too_many_bad_rows(num_bad: int, num_read: int, bad_rows: Sequence[tuple[str,
     )
 
 
-def losses(counts: DatasetReport, report: DataReport) -> Iterator[str]:
+def drop_reasons(counts: DatasetReport, report: DataReport) -> Iterator[str]:
     """Why rows of a data set were dropped, a phrase for each reason: "3 are malformed"."""
     if counts.num_bad_rows:
         yield f"{counts.num_bad_rows:,} {_are(counts.num_bad_rows)} malformed"

@@ -12,7 +12,7 @@ import numpy as np
 
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.tokens import common_prefix_length
-from sora_llm.row_types import FATES
+from sora_llm.row_types import ROW_OUTCOMES
 from sora_llm.terminal import aligned
 
 _WIDTH = 100
@@ -63,7 +63,7 @@ def table(name: str, section: Section, *, colour: bool = False) -> str:
     parts = [
         [_heading(f"{name}  {_origin(section)}", colour)],
         _dataset_lines(section),
-        _loss_lines(section),
+        _dropped_lines(section),
         _length_lines(section),
         _bad_row_lines(section),
         *(_sample_lines(sample, section, colour) for sample in section["samples"]),
@@ -87,7 +87,7 @@ def _origin(section: Section) -> str:
 
 def _dataset_lines(section: Section) -> list[str]:
     columns = [("read", "rows_read"), ("kept", "rows_kept")]
-    columns += [(title, key) for title, key in FATES if section[key]]
+    columns += [(title, key) for title, key in ROW_OUTCOMES if section[key]]
     columns += [("tokens", "tokens")]
     rows = [["data set", "type", *(title for title, _ in columns), "supervised"]]
     for dataset in section["datasets"]:
@@ -110,12 +110,12 @@ def _short_path(path: str) -> str:
     return "…/" + end.partition("/")[2] if "/" in end else f"…{path[-(_PATH_WIDTH - 1) :]}"
 
 
-def _loss_lines(section: Section) -> list[str]:
+def _dropped_lines(section: Section) -> list[str]:
     lines = []
     if section["first_too_long"] is not None:
         location, tokens = section["first_too_long"]
-        fates = (("dropped", "too_long"), ("cut", "truncated"), ("split", "split"))
-        fate = ", ".join(f"{section[key]:,} {word}" for word, key in fates if section[key])
+        row_outcomes = (("dropped", "too_long"), ("cut", "truncated"), ("split", "split"))
+        fate = ", ".join(f"{section[key]:,} {word}" for word, key in row_outcomes if section[key])
         lines.append(
             f"  too long    {fate} at sequence_len = {section['sequence_len']:,}, the first {location} with {tokens:,} "
             "tokens"

@@ -20,7 +20,7 @@ from sora_llm.hashes import fingerprints
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
-from sora_llm.quantised import keep_weights, read_weights_again
+from sora_llm.quantised import keep_weights, reread_weights_in_backward
 from sora_llm.topology import ZERO_STAGES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,7 +58,7 @@ class Engine:
         }
         self.accelerator, self.strategy, self.max_grad_norm = accelerator, strategy, max_grad_norm
         self.module, self.optimizer, self.replicas = model, optimizer, replicas
-        self._has_importance = self.is_spent = False
+        self._has_importance = self.is_closed = False
         self._zero: ZeroShards | None = None
         self._adapter_parameters = adapter_parameters(model)
         self.loss_scale = LossScale(is_needed=False) if loss_scale is None else loss_scale
@@ -66,7 +66,7 @@ class Engine:
         if self.loss_scale.is_needed:
             self._unscaling = [p.register_hook(self.loss_scale.unscale) for p in self._adapter_parameters.values()]
         if strategy == "zero3":
-            read_weights_again(model)
+            reread_weights_in_backward(model)
         if replicas is None:
             self.model, prepared_optimizer = accelerator.prepare(model, optimizer)
         else:  # gradients stay inside the replica, and accelerate only knows the whole world
@@ -184,7 +184,7 @@ class Engine:
 
     def masters(self) -> dict[str, Tensor]:
         """The float32 value of every adapter tensor, by "<module>.lora_A|lora_B|gate", on the CPU (collective)."""
-        if self.is_spent:
+        if self.is_closed:
             return {name: p.detach().float().cpu().clone() for name, p in adapter_parameters(self.module).items()}
         if self._zero is not None:
             return self._zero.masters()
@@ -263,7 +263,7 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------- agreement
 
-    def prove_agreement(self) -> None:
+    def check_agreement(self) -> None:
         """Compare what this strategy replicates; call it between steps, before the next all-gather overwrites a copy
         that is corrupt.
 
@@ -274,7 +274,7 @@ class Engine:
         Raises:
             RunFailed: naming tensors and processes.
         """
-        if self.strategy in ("none", "zero3") or self.is_spent:
+        if self.strategy in ("none", "zero3") or self.is_closed:
             return
         members = ALL if self.replicas is None else self.replicas.members
         require_agreement(fingerprints(self._adapter_parameters), "the adapter", members)
@@ -288,7 +288,7 @@ class Engine:
             }
             require_agreement(fingerprints(moments), "the optimizer state", members)
         if self._zero is not None:
-            found = [one for per_process in gather_objects(self._zero.other_than_the_model()) for one in per_process]
+            found = [one for per_process in gather_objects(self._zero.mismatches_with_model()) for one in per_process]
             if found:
                 raise RunFailed(
                     f"a master shard differs from the model ({'; '.join(found[:3])}); nothing was written: "
@@ -313,13 +313,13 @@ class Engine:
         and with `whole` the frozen weights are gathered for the duration: as much memory as when the model was loaded.
         """
         module = self.module
-        if not self.is_spent:
+        if not self.is_closed:
             self._spend()
         with self._whole(list(module.parameters()) if whole else []):
             yield module
 
     def _spend(self) -> None:
-        self.is_spent = True
+        self.is_closed = True
         for hook in self._unscaling:
             hook.remove()
         if self.strategy == "zero3":

@@ -98,7 +98,7 @@ class ZeroShards:
             groups = [self.sharding.sub_group_to_group_id[index] for index in range(len(self.flat()))]
         return [names[group] == GATES for group in groups]
 
-    def other_than_the_model(self) -> list[str]:
+    def mismatches_with_model(self) -> list[str]:
         """Where this process's masters, cast, are not bit for bit what the model holds, in words (ZeRO-1/2)."""
         process, problems = self._accelerator.process_index, []
         for index, master in enumerate(self.flat()):

@@ -14,7 +14,7 @@ from sora_llm.report_page.untrusted import (
     as_number,
     setting,
 )
-from sora_llm.row_types import FATES
+from sora_llm.row_types import ROW_OUTCOMES
 
 
 def data_section(record: Record) -> str:
@@ -36,7 +36,7 @@ def _part(name: str, section: Mapping[str, Any]) -> str:
     if not datasets:
         return ""
     columns = [("read", "rows_read"), ("kept", "rows_kept")]
-    columns += [(title, key) for title, key in FATES if any(as_number(one.get(key)) for one in datasets)]
+    columns += [(title, key) for title, key in ROW_OUTCOMES if any(as_number(one.get(key)) for one in datasets)]
     columns.append(("tokens", "tokens"))
     rows = [_row(markup.code(one.get("path")), one, columns) for one in datasets]
     if len(rows) > 1:

@@ -172,19 +172,19 @@ class Alarms:
         self._waiting = list(state["waiting"])
 
 
-class Patience:
+class EarlyStopping:
     """Counts evaluations without a better dev loss; `limit` None never runs out."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self.start_again()
+        self.reset()
 
-    def start_again(self) -> None:
+    def reset(self) -> None:
         self._best: float | None = None
         self._without = 0
 
     @property
-    def counts(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether there is a limit at all."""
         return self._limit is not None
 
@@ -192,7 +192,7 @@ class Patience:
         """Whether a dev loss is lower than all that were counted; one that is not finite is not."""
         return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
 
-    def is_exhausted_by(self, eval_loss: float) -> bool:
+    def update(self, eval_loss: float) -> bool:
         """Count an evaluation; returns whether patience has run out."""
         if self.is_better(eval_loss):
             self._best, self._without = eval_loss, 0

@@ -13,21 +13,21 @@ from sora_llm.base_files import base_digest
 from sora_llm.base_spec import DTYPES, computes_in_float16
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
-from sora_llm.inject import adapters, inject_sora, start_from
+from sora_llm.inject import adapters, init_from_lora, inject_sora
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
-from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.alarms import Alarms, EarlyStopping
 from sora_llm.running.inputs import start_lora
 from sora_llm.running.job import Job
-from sora_llm.running.loop import Tally, forget_peak
-from sora_llm.running.measures import say_alarms
-from sora_llm.running.packing_proof import prove_packing
+from sora_llm.running.metrics import say_alarms
+from sora_llm.running.optimizer_step import Tally, forget_peak
+from sora_llm.running.packing_check import check_packing
 from sora_llm.running.processes import refuse_differing
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
-from sora_llm.running.snapshot import put_back, read_into, refuse_other_base
+from sora_llm.running.snapshot import read_into, refuse_other_base, restore
 from sora_llm.running.start import StartPoint
 from sora_llm.running.training import Training, make_controller
 from sora_llm.running.unpack import target_modules
@@ -38,7 +38,7 @@ def load_model(job: Job) -> nn.Module:
     spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
     model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
     if data.sample_packing:
-        prove_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
+        check_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
     return model
 
 
@@ -70,13 +70,13 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         Tally.start(engine.device),
         make_controller(job, 0),
         Alarms(job.plan.budgets, full_params),
-        Patience(job.config.evaluation.early_stopping_patience),
+        EarlyStopping(job.config.evaluation.early_stopping_patience),
         make_rounds(job),
         full_params=full_params,
         base=base,
     )
     if saved is not None:
-        put_back(training, saved)
+        restore(training, saved)
     elif training.rounds is not None:
         training.rounds.begin(engine)
     return training
@@ -86,7 +86,7 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
     """Let the adapters begin where the saved one ended; weights, of the digest `base`, that it was not trained beside
     are said."""
     lora, spec = start_lora(job.config), job.inputs.backbone
-    start_from(model, lora.factors, lora.scaling)
+    init_from_lora(model, lora.factors, lora.scaling)
     if None not in (base, lora.base_digest) and base != lora.base_digest:
         job.say(
             f"warning: model.adapter was trained on different weights than those of {spec.name_or_path} (quantised "

@@ -13,11 +13,11 @@ from sora_llm.config import CHANGES_NO_ROW, Config, Data, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.local_files import is_local, local_files
 from sora_llm.errors import UserError
-from sora_llm.files import expanded
-from sora_llm.running.lessons import Lesson
+from sora_llm.files import expand_home
+from sora_llm.running.data_lineage import LineageEntry
 
 
-def hold_out_alike(one: Config, other: Config) -> bool:
+def has_same_split(one: Config, other: Config) -> bool:
     """Whether two configs hold out the same dev rows: same rows kept of the same files, and one seed."""
     return (_what_decides(one.data), one.train.seed) == (_what_decides(other.data), other.train.seed)
 
@@ -27,12 +27,12 @@ def _what_decides(data: Data) -> Data:
     usual, template = {name: getattr(Data(), name) for name in CHANGES_NO_ROW}, data.chat_template
     if template is not None and template not in TEMPLATES:
         with suppress(OSError, UnicodeDecodeError):  # of an older run, and not there any more
-            template = Path(expanded(template)).read_text(encoding="utf-8")
+            template = Path(expand_home(template)).read_text(encoding="utf-8")
     datasets = tuple(replace(dataset, weight=None) for dataset in data.datasets)
     return replace(data, chat_template=template, datasets=datasets, **usual)
 
 
-def learned_from(lessons: Iterable[Lesson], measured: Config) -> str | None:
+def seen_dataset(lessons: Iterable[LineageEntry], measured: Config) -> str | None:
     """The path of a data set that dev rows of `measured` come from and that an adapter may have seen some of in its
     lessons; None where there is none.  Files are compared by their paths, not by what is in them."""
     data = measured.data
@@ -42,7 +42,7 @@ def learned_from(lessons: Iterable[Lesson], measured: Config) -> str | None:
     for lesson in lessons:
         if lesson.config is None:
             shared = [one for one in datasets if any(_may_mean(claim, one) for claim in lesson.datasets)]
-        elif data.val_datasets is None and hold_out_alike(lesson.config, measured):
+        elif data.val_datasets is None and has_same_split(lesson.config, measured):
             shared = []
         else:
             shared = sharing_rows(datasets, lesson.datasets)
@@ -76,6 +76,6 @@ def _may_mean(claim: Dataset, dataset: Dataset) -> bool:
         return False
     if claim.path == dataset.path or not is_local(dataset.path):
         return claim.path == dataset.path
-    named = os.path.realpath(expanded(claim.path))
+    named = os.path.realpath(expand_home(claim.path))
     files = [file for file, _ in _origins(dataset)]
     return any(file == named or file.startswith(f"{named}/") or fnmatchcase(file, named) for file in files)

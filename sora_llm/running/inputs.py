@@ -26,8 +26,8 @@ from sora_llm.data.sources import DatasetSpec, check_paths
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.files import nearest_existing, user_path
-from sora_llm.inject import check_start
-from sora_llm.prompt_form import prompt_ids
+from sora_llm.inject import check_init_factors
+from sora_llm.prompt_format import prompt_ids
 from sora_llm.running.run_folders import is_run, written_since
 from sora_llm.running.unpack import adapter_dtype, backbone_spec, dataset_spec, target_modules, target_shapes
 from sora_llm.targets import target_linears
@@ -74,7 +74,7 @@ def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec |
     check_paths([*datasets, *val_datasets])
     spec, skeleton = check_backbone(config, strategy)
     if config.model.adapter is not None:
-        check_start(start_lora(config).factors, target_shapes(config, skeleton), config.sora.r)
+        check_init_factors(start_lora(config).factors, target_shapes(config, skeleton), config.sora.r)
     tokenizer = backbone.load_tokenizer(tokenizer_source or spec)
     template = resolve_template(tokenizer, config.data.chat_template)
     inputs = Inputs(spec, skeleton, tokenizer, base_files.tokenizer_files(spec), template, datasets, val_datasets)

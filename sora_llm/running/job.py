@@ -18,8 +18,8 @@ from sora_llm.errors import Preempted
 from sora_llm.estimates.memory import MemoryEstimate
 from sora_llm.running import run_state
 from sora_llm.running.inputs import Inputs
-from sora_llm.running.lifeline import Lifeline
-from sora_llm.running.loop import StepBatches, step_batches
+from sora_llm.running.liveness import LivenessMonitor
+from sora_llm.running.optimizer_step import StepBatches, step_batches
 from sora_llm.running.plan import Plan
 from sora_llm.running.processes import require_shared
 from sora_llm.running.run_state import RunLock
@@ -41,11 +41,11 @@ class Job:
     order: Order
     fingerprint: Mapping[str, int | str]
     stop: StopRequest
-    lifeline: Lifeline
+    liveness: LivenessMonitor
     replicas: Replicas | None = None
     """Who takes local steps; None where all processes step together."""
 
-    def heed_stop(self) -> None:
+    def raise_if_stop_requested(self) -> None:
         """Raise Preempted on every process if one of them was asked to stop (collective)."""
         reason = self.stop.reason(look_for_file=self.world.is_main)
         if any_process(reason is not None, self.accelerator.device):
@@ -57,15 +57,9 @@ class Job:
         return self.plan.config
 
     @property
-    def step_size(self) -> str:
+    def rows_per_step_text(self) -> str:
         """The rows of a step, in words: "16 packed sequences"."""
-        unit = "packed sequence" if self.config.data.sample_packing else "row"
-        return f"{self.plan.rows_per_step} {unit}{'s' if self.plan.rows_per_step > 1 else ''}"
-
-    @property
-    def processes(self) -> str:
-        """The number of processes, in words: "2 processes"."""
-        return f"{self.world.num_processes} process{'es' if self.world.num_processes > 1 else ''}"
+        return terminal.plural(self.plan.rows_per_step, "packed sequence" if self.config.data.sample_packing else "row")
 
     def batches(self, step: int) -> StepBatches:
         """What optimizer step `step` trains on."""
@@ -126,7 +120,7 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> RunL
         if not has_said:
             job.say(f"waiting up to {run_state.LOCK_WAIT_SECONDS} s for {run_dir}, locked by {other}")
             has_said = True
-        job.heed_stop()
+        job.raise_if_stop_requested()
     if job.world.num_processes > 1:
         require_shared(run_dir)
     return held[0] if held else None

@@ -39,7 +39,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         if layout == "gguf":
             architecture_of(inputs.skeleton.config).tensor_names(list(targets))
         elif inputs.backbone.load_in_8bit:
-            raise UserError("8-bit layers round activations too, so that no weights equal them")
+            raise UserError("8-bit layers also round activations, so no weights reproduce them")
         else:
             _planned(inputs)
         refuse_other_contents(run_dir / layout, may_have_additions=True)

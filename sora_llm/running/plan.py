@@ -14,6 +14,7 @@ from sora_llm.errors import UserError
 from sora_llm.run_files import ADAPTER, PATH, stage_name
 from sora_llm.running.unpack import adapter_dtype, backbone_spec
 from sora_llm.schedule import SPARSIFY, Phases
+from sora_llm.terminal import plural
 from sora_llm.topology import World
 
 ADAPTIVE_GATE_LR = 1e-2
@@ -207,7 +208,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
     """A stage per λ, each of so many steps; only the first one begins with dense ones."""
     sora, train = config.sora, config.train
     if train.warmup_steps is not None and train.warmup_steps > steps:
-        raise UserError(f"train.warmup_steps {train.warmup_steps} are more than the {so_many_steps(steps)} of training")
+        raise UserError(f"train.warmup_steps {train.warmup_steps} exceeds the {plural(steps, 'step')} of training")
     warmup = _warmup_ratio(train, steps)
     lambdas: list[float | None] = [sora.sparse_lambda]
     if sora.lambda_num > 1:
@@ -224,7 +225,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         phases = schedule.phases(steps, 0.0 if number else sora.dense_ratio, sora.consensus_at)
         if phases.dense_end == phases.sparsify_end:
             raise UserError(
-                f"the sparsify phase has no step: {so_many_steps(steps)}, sora.dense_ratio {sora.dense_ratio}, "
+                f"the sparsify phase has no step: {plural(steps, 'step')}, sora.dense_ratio {sora.dense_ratio}, "
                 f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps, is_adaptive)}, or widen the window "
                 "between the two"
             )
@@ -237,7 +238,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns, starts_blank)
         if not stage.can_prune:
             raise UserError(
-                f"nothing is learned before the cut: {so_many_steps(steps)}, cut at "
+                f"nothing is learned before the cut: {plural(steps, 'step')}, cut at "
                 f"{phases.sparsify_end} (sora.consensus_at {sora.consensus_at}), and the learning rate is 0 in the "
                 f"first; {_longer(config, steps, is_adaptive)}"
             )
@@ -263,11 +264,6 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
         if stage.prunes_in_steps and stage.can_prune:
             return f"train for {steps} steps"
     return "train longer"
-
-
-def so_many_steps(steps: int) -> str:
-    """A number of steps, in words."""
-    return f"{steps} step{'s' if steps > 1 else ''}"
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:

@@ -17,7 +17,7 @@ from sora_llm.config import Config, differing_keys, to_dict
 from sora_llm.distributed import group
 from sora_llm.distributed.collectives import gather_objects, is_main, on_every, on_main
 from sora_llm.errors import Preempted, RunFailed, UserError
-from sora_llm.running.lifeline import Lifeline, say_last
+from sora_llm.running.liveness import LivenessMonitor, print_final_error
 from sora_llm.running.unpack import adapter_dtype
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
 
@@ -59,9 +59,9 @@ def process_group(
     world: World,
     run_dir: Path,
     zero_options: dict[str, Any] | None,
-    lifeline: Lifeline,
+    liveness: LivenessMonitor,
 ) -> Iterator[Any]:
-    """The accelerator of this run, ended with it; `lifeline` watches its processes meanwhile."""
+    """The accelerator of this run, ended with it; `liveness` watches its processes meanwhile."""
     environ = dict(os.environ)
     accelerator = group.make_accelerator(
         strategy,
@@ -71,29 +71,29 @@ def process_group(
         trackers=list(config.output.report_to),
         project_dir=str(run_dir / run_files.TRACKERS),
     )
-    lifeline.connect(world.process_index, world.num_processes, gather_objects)
+    liveness.connect(world.process_index, world.num_processes, gather_objects)
     try:
         yield accelerator
     except Preempted:  # agreed by all
-        lifeline.close()
+        liveness.close()
         group.end(accelerator, environ)
         raise
     except BaseException as error:
-        lost = None if isinstance(error, UserError | RunFailed) else lifeline.wait_for_lost_process()
-        lifeline.close(failure=str(error) or type(error).__name__)
+        lost = None if isinstance(error, UserError | RunFailed) else liveness.wait_for_lost_process()
+        liveness.close(failure=str(error) or type(error).__name__)
         if lost is not None:  # before the run had begun, or it would have been said there
             if world.process_index == 1 and lost.startswith("process 0 "):  # which would speak for all
-                say_last(lost)
+                print_final_error(lost)
             raise RunFailed(f"{lost}; start the same command again") from error
         # The others may be in a collective that this process will never join: leave the group to its end with us.
         if world.num_processes == 1:
             group.end(accelerator, environ)
         raise
-    lifeline.close()
+    liveness.close()
     group.end(accelerator, environ)
 
 
-def waited_in_vain(process: int, minutes: float) -> RunFailed:
+def timeout_failure(process: int, minutes: float) -> RunFailed:
     """The error for a collective that other processes did not join in time."""
     return RunFailed(
         f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others in vain: one of "
@@ -101,7 +101,7 @@ def waited_in_vain(process: int, minutes: float) -> RunFailed:
     )
 
 
-OWN_TO_A_MACHINE = r"data\.(val_)?datasets\.\d+\.path|data\.num_proc|data\.cache_dir|model\.name_or_path"
+MACHINE_LOCAL_KEYS = r"data\.(val_)?datasets\.\d+\.path|data\.num_proc|data\.cache_dir|model\.name_or_path"
 """Keys whose values may differ between machines: paths, whose contents are compared instead."""
 
 
@@ -112,7 +112,7 @@ def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) 
     """
     configs = gather_objects(to_dict(config))
     for process, other in enumerate(configs):
-        if keys := [key for key in differing_keys(configs[0], other) if not re.fullmatch(OWN_TO_A_MACHINE, key)]:
+        if keys := [key for key in differing_keys(configs[0], other) if not re.fullmatch(MACHINE_LOCAL_KEYS, key)]:
             raise UserError(
                 f"the config of process {process} differs from the main process's in {', '.join(keys)}; start all "
                 "with the same file and the same overrides"

@@ -12,7 +12,7 @@ from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
 from sora_llm.config import Config, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
-from sora_llm.files import expanded, user_path
+from sora_llm.files import expand_home, user_path
 
 
 def is_run(folder: Path) -> bool:
@@ -35,7 +35,7 @@ def absolute(folder: Path) -> Path:
     return Path(os.path.abspath(folder))  # noqa: PTH100
 
 
-def seen_from_here(config: Config, run_dir: Path) -> Config:
+def with_resolved_paths(config: Config, run_dir: Path) -> Config:
     """A run's config, in which local paths that are not there from here, but from where the run was started, lead
     there.  That place is known where the run wrote to a relative output.output_dir: its directory's path without it."""
     written, whole = user_path(config.output.output_dir, "output.output_dir"), absolute(run_dir)
@@ -44,7 +44,7 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
         return config
 
     def found(path: str) -> str:
-        here = expanded(path)
+        here = expand_home(path)
         there = str(start / here)
         return there if not _leads_somewhere(here) and _leads_somewhere(there) else path
 
@@ -62,7 +62,7 @@ def seen_from_here(config: Config, run_dir: Path) -> Config:
     )
 
 
-def with_kept_template(config: Config, *files: Path) -> Config:
+def with_saved_template(config: Config, *files: Path) -> Config:
     """With the first of the files that is there as its chat template: the one that the config names may have changed
     since."""
     kept = next((file for file in files if file.is_file()), None)

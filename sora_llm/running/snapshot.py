@@ -120,7 +120,7 @@ def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]
 
 
 def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, float] | None) -> dict[str, Any]:
-    """What a checkpoint keeps beside the tensors, as JSON: what `put_back` puts back, and what a run that goes on from
+    """What a checkpoint keeps beside the tensors, as JSON: what `restore` puts back, and what a run that goes on from
     it is compared with (collective)."""
     job, engine, rounds, best = training.job, training.engine, training.rounds, training.best
     state: dict[str, Any] = {
@@ -150,7 +150,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
     return state
 
 
-def put_back(training: Training, saved: Saved) -> None:
+def restore(training: Training, saved: Saved) -> None:
     """Give a training that is new, around the module that has its values, all else (collective)."""
     job, engine, process = training.job, training.engine, training.job.world.process_index
     state, moments, replica = saved.state, saved.moments, 0 if job.replicas is None else job.replicas.index

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
-HEED_SECONDS = 5.0
+STOP_GRACE_SECONDS = 5.0
 """Less than the 30 s that launchers leave between TERM and KILL."""
 
 
@@ -29,9 +29,9 @@ class StopRequest:
 
     Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts, where it is asked
     for).  From `start` on, while `at_once` is true, a request raises `Preempted` wherever the main thread is: there is
-    nothing to save yet, and no other process waits.  A main thread that does not get to it within `HEED_SECONDS`, such
-    as one that waits inside torch for processes that have left already, is not waited for.  Afterwards a request is
-    only noted, so that all processes can stop together at the same step.
+    nothing to save yet, and no other process waits.  A main thread that does not get to it within
+    `STOP_GRACE_SECONDS`, such as one that waits inside torch for processes that have already left, is not waited for.
+    Afterwards a request is only noted, so that all processes can stop together at the same step.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StopRequest:
                     self._asked_by = f"the file {self.file}"
             if self.is_asked() and not self._others_wait():
                 asked_at = asked_at or time.monotonic()
-                if time.monotonic() - asked_at > HEED_SECONDS:
+                if time.monotonic() - asked_at > STOP_GRACE_SECONDS:
                     self._leave_alone()
                 # Again each time: a signal that comes just before a blocking call does not interrupt it.  Under its own
                 # number, since handlers run in the order of these, and the first one names the request.

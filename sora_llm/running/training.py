@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.distributed.engine import Engine
-from sora_llm.running.alarms import Alarms, Patience
+from sora_llm.running.alarms import Alarms, EarlyStopping
 from sora_llm.running.job import Job
-from sora_llm.running.loop import Tally
+from sora_llm.running.optimizer_step import Tally
 from sora_llm.running.plan import Stage
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
@@ -38,7 +38,7 @@ class Training:
     tally: Tally
     controller: SparsityController
     alarms: Alarms
-    patience: Patience
+    patience: EarlyStopping
     rounds: Rounds | None = None
     """Of local updates; None where all processes step together."""
     stage_number: int = 0
@@ -73,14 +73,14 @@ class Training:
         """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
         return self.rounds is None or self.rounds.in_agreement
 
-    def prove_agreement(self) -> None:
+    def check_agreement(self) -> None:
         """Compare what the processes hold in common, between steps (collective).
 
         Raises:
             RunFailed: it differs.
         """
         if self.rounds is None:
-            self.engine.prove_agreement()
+            self.engine.check_agreement()
         else:
             self.rounds.prove(self.engine)
 

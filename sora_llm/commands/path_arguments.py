@@ -12,19 +12,19 @@ from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
-from sora_llm.prompt_form import names_template_file
+from sora_llm.prompt_format import names_template_file
 from sora_llm.running.inputs import FOR_LLAMA_CPP
 from sora_llm.running.run_folders import (
     absolute,
     is_run,
     run_of_adapter,
-    seen_from_here,
-    with_kept_template,
+    with_resolved_paths,
+    with_saved_template,
 )
 
 
 @dataclass(frozen=True)
-class Place:
+class ResolvedPath:
     """`name` is the path as it was given.
 
     `adapter` is the folder of a LoRA or of a checkpoint, None where a run has none yet; `config` is the run's, None for
@@ -57,7 +57,7 @@ class Place:
         return self.adapter
 
 
-def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
+def resolve_path(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPath:
     """The run, checkpoint or LoRA that `path` names.
 
     In this order: a file is the config of a run, which may have an adapter by now; a folder with adapter_config.json is
@@ -75,25 +75,25 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
         raise UserError(f"{name} does not exist; name a run directory, a config, a checkpoint or a LoRA folder")
     if not folder.is_dir():
         place = _of_config(name, folder, load_config(folder, overrides))
-        is_run_s_own = place.run_dir == folder.parent and folder.name == run_files.CONFIG
-        return _as_trained(place, overrides) if is_run_s_own else place
+        is_own_config = place.run_dir == folder.parent and folder.name == run_files.CONFIG
+        return _as_trained(place, overrides) if is_own_config else place
     if (folder / CONFIG).is_file():
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
             config = _without_consent(load_config(run_dir / run_files.CONFIG, overrides), overrides)
-            return _as_trained(Place(name, absolute(folder), config, run_dir), overrides)
+            return _as_trained(ResolvedPath(name, absolute(folder), config, run_dir), overrides)
         if overrides:
             raise UserError(f"{name} is a LoRA folder without a config to override; leave {overrides[0]} out")
-        return Place(name, folder)
+        return ResolvedPath(name, folder)
     if (folder / checkpoint.STATE).is_file() or (folder / checkpoint.COMPLETE).is_file():
         if overrides:
             raise UserError(f"{name} is a checkpoint, whose config is its own; leave {overrides[0]} out")
         config, run_dir = _without_consent(_checkpoint_config(folder)), absolute(folder).parent.parent
         if is_run(run_dir):
-            config = seen_from_here(config, run_dir)
+            config = with_resolved_paths(config, run_dir)
             if names_template_file(config):
-                config = with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE)
-        return Place(name, folder, config)
+                config = with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE)
+        return ResolvedPath(name, folder, config)
     if (folder / run_files.CONFIG).is_file():
         config_file = folder / run_files.CONFIG
         place = _of_config(name, config_file, _without_consent(load_config(config_file, overrides), overrides))
@@ -103,32 +103,32 @@ def find_place(path: str | Path, overrides: Sequence[str] = ()) -> Place:
     raise UserError(f"{name} is not a run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
 
 
-def _of_config(name: str, file: Path, config: Config) -> Place:
+def _of_config(name: str, file: Path, config: Config) -> ResolvedPath:
     """A run by its config: the one that left the file in its directory, or else the one that goes where it says."""
     run_dir = file.parent
     if file.name != run_files.CONFIG or not is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
     adapter = run_dir / run_files.ADAPTER
-    return Place(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
+    return ResolvedPath(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
 
 
-def _as_trained(place: Place, overrides: Sequence[str]) -> Place:
+def _as_trained(place: ResolvedPath, overrides: Sequence[str]) -> ResolvedPath:
     """`place` with the directory where the run is now as its output_dir, and with the chat template that was kept in
     it or, by older runs, beside the adapter."""
     run_dir = place.run_dir
     if place.config is None or run_dir is None:
         return place
-    config = seen_from_here(place.config, run_dir)
+    config = with_resolved_paths(place.config, run_dir)
     config = replace(config, output=replace(config.output, output_dir=str(run_dir)))
     trained = load_config(run_dir / run_files.CONFIG) if overrides else place.config
     # Beside the adapter of a run that rendered nothing lies the base's template, if any.
     if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):
         beside = [] if place.adapter is None else [place.adapter / TEMPLATE]
-        config = with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
+        config = with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
     return replace(place, config=config)
 
 
-def trained_config(place: Place) -> Config | None:
+def trained_config(place: ResolvedPath) -> Config | None:
     """The config that an adapter of `place` was trained under: its run's own, without what a command overrides or was
     changed since in a file that was named.  None where there is no adapter, or no run here made it.
 
@@ -136,7 +136,7 @@ def trained_config(place: Place) -> Config | None:
         UserError: the run's config is of another version.
     """
     if place.run_dir is not None and is_run(place.run_dir):
-        return find_place(place.run_dir).config
+        return resolve_path(place.run_dir).config
     return None if place.adapter is None else place.config
 
 

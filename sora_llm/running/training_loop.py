@@ -14,8 +14,7 @@ from sora_llm.distributed.engine import StepOutcome
 from sora_llm.errors import Preempted, RunFailed
 from sora_llm.optim import importance_by_module
 from sora_llm.running.assembly import cut_adapter, renew_engine
-from sora_llm.running.loop import StepBatches, seed_step, train_step
-from sora_llm.running.measures import (
+from sora_llm.running.metrics import (
     current_ranks,
     evaluation_due,
     is_due,
@@ -23,6 +22,7 @@ from sora_llm.running.measures import (
     measure,
     say_alarms,
 )
+from sora_llm.running.optimizer_step import StepBatches, seed_step, train_step
 from sora_llm.running.rounds import Gates
 from sora_llm.running.snapshot import save_checkpoint
 from sora_llm.running.training import Training, make_controller
@@ -51,7 +51,7 @@ def train_stage(training: Training) -> None:
     while not training.stage_is_done:
         step, step_of_stage = training.done, training.done - training.stage_start
         change_form(training, step_of_stage)
-        if training.engine.is_spent:  # consensus left nothing to train
+        if training.engine.is_closed:  # consensus left nothing to train
             return
         tally.start_clock()
         engine = training.engine
@@ -62,11 +62,11 @@ def train_stage(training: Training) -> None:
         training.stage_is_done = step_of_stage + 1 == stage.total_steps
         # Proved before the step, after which ZeRO's all-gather overwrites a copy that is corrupt.
         due = training.stage_is_done or is_due(config.distributed.check_every, done)
-        due |= step_of_stage + 1 in stage.form_changes or (training.patience.counts and evaluation_due(job, done))
+        due |= step_of_stage + 1 in stage.form_changes or (training.patience.is_enabled and evaluation_due(job, done))
         if training.rounds is not None:
             training.rounds.part()
         loss_sum, outcome = train_step(
-            engine, batches, job.num_averaging, before_step=engine.prove_agreement if due else None
+            engine, batches, job.num_averaging, before_step=engine.check_agreement if due else None
         )
         tally.add(loss_sum, outcome, batches)
         synced = close_round(training)
@@ -85,7 +85,7 @@ def train_stage(training: Training) -> None:
         if saved:
             save_checkpoint(training)
         try:
-            job.heed_stop()
+            job.raise_if_stop_requested()
         except Preempted:
             if not saved:
                 save_checkpoint(training)
@@ -179,7 +179,7 @@ def change_form(training: Training, step: int) -> None:
     if step not in stage.form_changes:
         return
     training.tally.pause_clock()
-    training.prove_agreement()
+    training.check_agreement()
     old = engine.masters()
     importance: dict[str, Tensor] = {}
     with engine.released(whole=False) as model:
@@ -214,4 +214,4 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     training.stage_number += 1
     training.stage_start, training.stage_is_done, training.unlogged = training.done, False, None
     training.controller = make_controller(job, training.stage_number)
-    training.patience.start_again()
+    training.patience.reset()

@@ -33,7 +33,7 @@ NOTICE_SECONDS = 2.0
 _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
-class Lifeline:
+class LivenessMonitor:
     """Watches the launcher, and from `connect` on the other processes, in a thread.
 
     `lost_process` names the process that died, or None; a stopped or slow one is not dead.  A process that has not
@@ -48,7 +48,7 @@ class Lifeline:
         self._is_stopping = is_stopping
         self._orphaned_at: float | None = None
         self.lost_process: str | None = None
-        self.on_lost_process: Callable[[str], None] = lambda sentence: say_last(sentence)
+        self.on_lost_process: Callable[[str], None] = lambda sentence: print_final_error(sentence)
         self._name = f"a process on {socket.gethostname()}"
         self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
         self._closing = threading.Event()
@@ -56,7 +56,7 @@ class Lifeline:
         self._has_waited = False
         self._peers: dict[socket.socket, int] = {}
         self._selector = selectors.DefaultSelector()
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         if self._parent is not None:
             self._thread.start()
 
@@ -137,7 +137,7 @@ class Lifeline:
         return f"{self._name} failed: {' '.join(failure.split())[:1000]}"
 
 
-def say_last(sentence: str) -> None:
+def print_final_error(sentence: str) -> None:
     """Print a final message to stderr only: a thread that waits forever may hold stdout's lock."""
     end = "\n" if terminal.is_progress_open() else ""
     print(f"{end}sora_llm: {sentence}", file=sys.stderr, flush=True)

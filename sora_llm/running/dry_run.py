@@ -14,11 +14,11 @@ from sora_llm.estimates.memory import memory_table
 from sora_llm.files import nearest_existing, user_path
 from sora_llm.running.assembly import load_and_inject
 from sora_llm.running.job import Job
-from sora_llm.running.loop import peak_memory_gib, train_step
+from sora_llm.running.optimizer_step import peak_memory_gib, train_step
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.snapshot import save_checkpoint
-from sora_llm.running.stages import set_rates
 from sora_llm.running.start import RunResult, StartPoint
+from sora_llm.running.training_loop import set_rates
 
 
 @contextlib.contextmanager
@@ -34,13 +34,13 @@ def rehearsal_folder(job: Job) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def rehearse(job: Job) -> RunResult:
+def perform_dry_run(job: Job) -> RunResult:
     """The dry run: one step and one save into a folder that is thrown away, then what a real run would take."""
     with rehearsal_folder(job) as folder:
         directory = RunDirectory(folder, is_main=job.world.is_main)
         training = load_and_inject(job, directory, StartPoint())
         engine, tally = training.engine, training.tally
-        job.heed_stop()
+        job.raise_if_stop_requested()
         tally.start_clock()
         set_rates(training, 0)
         batches = job.batches(0)
@@ -63,7 +63,7 @@ def rehearse(job: Job) -> RunResult:
     job.say(
         "dry run: one step and one save worked, nothing was kept\n"
         f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
-        f"  steps                 {steps} of {job.step_size}\n"
+        f"  steps                 {steps} of {job.rows_per_step_text}\n"
         f"  tokens                about {tokens}\n"
         f"{memory_table(memory)}\n"
         f"  peak memory           {line['peak_memory_gib']:.2f} GiB per process in this step\n"

@@ -13,29 +13,29 @@ import torch
 from sora_llm import backbone, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.artifacts.lora_files import CONFIG
-from sora_llm.commands.common import visible
-from sora_llm.commands.subject import (
-    Loaded,
-    Subject,
+from sora_llm.commands.common import printable
+from sora_llm.commands.model_ref import (
+    LoadedModel,
+    ModelRef,
+    adapter_template,
     add_base_arguments,
-    find_subject,
     load,
-    on_base,
-    template_beside,
+    resolve_model,
     tokenizer_source,
+    with_base_options,
 )
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.formats import REASONING, Conversation, Message
-from sora_llm.data.prompts import encode_dialogue, encode_prompt
+from sora_llm.data.prompts import encode_chat, encode_prompt
 from sora_llm.data.readers import BadRow
 from sora_llm.data.template_gaps import check_has_place
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
-from sora_llm.prompt_form import PromptForm, prompt_form, recorded_separator, templated
+from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_format, recorded_separator
 
 
-def asking_parser(prog: str, description: str, sampling: Sampling) -> Parser:
+def generation_parser(prog: str, description: str, sampling: Sampling) -> Parser:
     """A parser with what names a model and how it is to answer; `sampling` are the defaults."""
     parser = Parser(prog=prog, description=description)
     parser.add_argument(
@@ -88,9 +88,9 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
 class Prompter:
     """All but the weights: the model, its tokenizer, its prompt format in training, its maximum length."""
 
-    subject: Subject
+    ref: ModelRef
     tokenizer: Any
-    form: PromptForm
+    form: PromptFormat
     max_positions: int | None
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
@@ -105,7 +105,7 @@ class Prompter:
                 ids = encode_prompt(self.tokenizer, messages[-1].content + self.form.separator, None)
             else:
                 check_has_place(Conversation(tuple(map(_without_thoughts, messages))), self.form.template)
-                ids = encode_dialogue(self.tokenizer, messages, self.form.template)
+                ids = encode_chat(self.tokenizer, messages, self.form.template)
         except BadRow as refused:
             raise UserError(str(refused)) from None
         if not ids:
@@ -128,7 +128,7 @@ class Responder:
     """The model itself, on its device."""
 
     prompter: Prompter
-    loaded: Loaded
+    loaded: LoadedModel
     sampling: Sampling
 
     def answer(
@@ -154,7 +154,7 @@ class Responder:
                 is_interrupted=is_interrupted,
             )
 
-    def why_cut(self, ids: Sequence[int]) -> str:
+    def truncation_message(self, ids: Sequence[int]) -> str:
         """What to say of an answer to `ids` that did not come to its end."""
         limit = self.prompter.max_positions
         if limit is not None and len(ids) + self.sampling.max_new_tokens >= limit:
@@ -168,23 +168,23 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
     Raises:
         UserError: nothing there to ask, or options that do not fit it.
     """
-    named = subject = find_subject(arguments.place, arguments.overrides)
+    named = ref = resolve_model(arguments.place, arguments.overrides)
     if arguments.no_adapter:
-        subject = replace(subject, adapter=None)
-    elif subject.adapter is None and not subject.is_whole:
+        ref = replace(ref, adapter=None)
+    elif ref.adapter is None and not ref.is_full_model:
         raise UserError(
             f"{arguments.place} has no adapter yet: let the run finish, name one of its checkpoints, or ask the base "
             "alone with --no-adapter"
         )
-    subject = on_base(subject, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
-    model_config = backbone.load_model_config(subject.spec)
-    named = replace(named, spec=subject.spec)  # the base alone is spoken to as with its adapter
+    ref = with_base_options(ref, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
+    model_config = backbone.load_model_config(ref.spec)
+    named = replace(named, spec=ref.spec)  # the base alone is spoken to as with its adapter
     tokenizer = backbone.load_tokenizer(tokenizer_source(named))
     form = _form(arguments, named, tokenizer)
     if arguments.system is not None and form.template is None:
         raise UserError("--system needs a chat template, and prompts are plain text here; see --chat-template")
     positions = backbone.max_positions(model_config)
-    prompter = Prompter(subject, tokenizer, form, positions)
+    prompter = Prompter(ref, tokenizer, form, positions)
     if arguments.system is not None:
         try:
             prompter.ids([Message("system", arguments.system), Message("user", "?")])
@@ -195,46 +195,46 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
 
 def load_responder(prompter: Prompter, sampling: Sampling, seed: int) -> Responder:
     """A prompter with its model loaded."""
-    responder = Responder(prompter, load(prompter.subject), sampling)
+    responder = Responder(prompter, load(prompter.ref), sampling)
     torch.manual_seed(seed)
     return responder
 
 
-def _form(arguments: argparse.Namespace, subject: Subject, tokenizer: Any) -> PromptForm:
+def _form(arguments: argparse.Namespace, ref: ModelRef, tokenizer: Any) -> PromptFormat:
     """How prompts are written: as asked for, else as in training, else by the tokenizer's own template."""
     if arguments.raw:
-        return PromptForm(None)
+        return PromptFormat(None)
     if arguments.chat_template is not None:
-        return templated(tokenizer, resolve_template(tokenizer, arguments.chat_template))
-    if subject.config is not None:
-        template = resolve_template(tokenizer, subject.config.data.chat_template)
-        return prompt_form(subject.config, tokenizer, template)
-    if (separator := recorded_separator(None, subject.certified)) is not None:
-        return PromptForm(None, separator)
-    beside = template_beside(subject)
+        return format_of_template(tokenizer, resolve_template(tokenizer, arguments.chat_template))
+    if ref.config is not None:
+        template = resolve_template(tokenizer, ref.config.data.chat_template)
+        return prompt_format(ref.config, tokenizer, template)
+    if (separator := recorded_separator(None, ref.certificate_folder)) is not None:
+        return PromptFormat(None, separator)
+    beside = adapter_template(ref)
     if beside is not None or tokenizer.chat_template:
-        return templated(tokenizer, resolve_template(tokenizer, beside))
+        return format_of_template(tokenizer, resolve_template(tokenizer, beside))
     notice("it has no chat template, so prompts are continued as plain text; --chat-template names one")
-    return PromptForm(None)
+    return PromptFormat(None)
 
 
 def notice(text: str) -> None:
     """Print a line for the person at the terminal, on stderr: answers are on stdout."""
-    terminal.complain(text)
+    terminal.print_error(text)
 
 
 def show(text: str) -> None:
     """A piece of an answer."""
-    print(visible(text), end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
-def title(subject: Subject) -> str:
+def title(ref: ModelRef) -> str:
     """One line that names base and adapter."""
-    spec = subject.spec
+    spec = ref.spec
     base = f"{spec.name_or_path} ({spec.form})"
-    if subject.is_whole:
+    if ref.is_full_model:
         return base
-    if subject.adapter is None:
+    if ref.adapter is None:
         return f"{base} without an adapter"
-    kind = "adapter" if (subject.adapter / CONFIG).is_file() else "checkpoint"
-    return f"{base} with the {kind} {subject.adapter}"
+    kind = "adapter" if (ref.adapter / CONFIG).is_file() else "checkpoint"
+    return f"{base} with the {kind} {ref.adapter}"

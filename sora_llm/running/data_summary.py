@@ -9,14 +9,14 @@ from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.order import Order
 from sora_llm.data.prepare import DataReport
 from sora_llm.data.prompts import (
-    ends_visibly,
+    generation_prefix,
+    has_visible_end,
     is_served_as_trained,
-    joins_a_prompt_s_end,
-    opened_for_asking,
-    untaught_end,
+    merges_trailing_whitespace,
+    untrained_eos,
 )
 from sora_llm.data.stream import StreamOrder
-from sora_llm.prompt_form import has_conversations, template_is_named
+from sora_llm.prompt_format import has_conversations, template_is_named
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.training_data import TrainingData
 
@@ -29,7 +29,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         assert data.train_report is not None
         packing = f"; packed sequences are {data.train_report.fill_rate:.1%} full" if config.data.sample_packing else ""
         lines = [f"data: {describe(data.train_report)}{packing}"]
-        lines += loss_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
+        lines += too_long_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
         lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")
@@ -80,9 +80,9 @@ def template_warnings(config: Config, inputs: Inputs) -> list[str]:
 
 def _ending_warning(tokenizer: Any, template: str) -> list[str]:
     """If what is trained on does not teach a model to stop where a client notices."""
-    if ends_visibly(tokenizer, template):
+    if has_visible_end(tokenizer, template):
         return []
-    if (token := untaught_end(tokenizer, template)) is not None:
+    if (token := untrained_eos(tokenizer, template)) is not None:
         return [
             f"warning: the chat template's {{% generation %}} markers exclude the {token} after an answer, so the "
             "model is not taught to stop: move it inside the markers, or use another data.chat_template"
@@ -95,7 +95,7 @@ def _ending_warning(tokenizer: Any, template: str) -> list[str]:
 
 def _opening_warning(tokenizer: Any, template: str) -> list[str]:
     """If the model is asked with the beginning of an answer that rows do not have."""
-    if not (opened := opened_for_asking(tokenizer, template)):
+    if not (opened := generation_prefix(tokenizer, template)):
         return []
     return [
         f"warning: at inference the chat template opens the answer with {opened!r}, which it does not write before "
@@ -105,7 +105,7 @@ def _opening_warning(tokenizer: Any, template: str) -> list[str]:
 
 def _blank_warning(tokenizer: Any, template: str) -> list[str]:
     """If a client that tokenises a prompt alone asks with other tokens than were trained."""
-    if not joins_a_prompt_s_end(tokenizer, template):
+    if not merges_trailing_whitespace(tokenizer, template):
         return []
     return [
         "warning: the chat template ends prompts with whitespace that this tokenizer merges with what follows, so "
@@ -128,10 +128,10 @@ def _serving_warning(tokenizer: Any, template: str) -> list[str]:
 def describe(report: DataReport) -> str:
     """A data report in one line."""
     kept = f"{report.rows_kept:,} rows, {report.tokens:,} tokens ({report.supervised_tokens:,} supervised)"
-    return "; ".join([kept, *fates(report)])
+    return "; ".join([kept, *row_outcomes(report)])
 
 
-def fates(report: DataReport) -> list[str]:
+def row_outcomes(report: DataReport) -> list[str]:
     """What became of the rows that were not kept as they are, a phrase for each fate."""
     left_out = (
         (report.num_bad_rows, "malformed"),
@@ -161,12 +161,12 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
         cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts.get(fate)]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
-        lines += loss_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
+        lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
         lines += special_warning(counts.get("special_written", 0))  # older checkpoints did not count them
     return lines
 
 
-def loss_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
+def too_long_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
     """A line if more than a twentieth of the rows was left out for its length."""
     if num_too_long <= 0.05 * num_read:
         return []

@@ -14,7 +14,7 @@ from sora_llm.data.batches import collate
 from sora_llm.errors import UserError
 
 
-def prove_packing(
+def check_packing(
     model: nn.Module, attn_implementation: str, device: torch.device | str, is_8bit: bool = False
 ) -> None:
     """Raise UserError unless rows packed into one sequence give the logits that each gives alone.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sora_llm import export
 from sora_llm.artifacts.card import story_of_run, worst_delta_error
-from sora_llm.backbone import free_unused, load_call
+from sora_llm.backbone import free_unused, from_pretrained_args
 from sora_llm.config import Config, recipe, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
@@ -19,20 +19,21 @@ from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes
-from sora_llm.prompt_form import exported_template, plain_separator, prompt_form, prompt_ids
+from sora_llm.prompt_format import exported_template, plain_separator, prompt_format, prompt_ids
 from sora_llm.quantised import is_quantised
 from sora_llm.run_files import ADAPTER
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
+from sora_llm.running.data_lineage import lineage_for_certificate
 from sora_llm.running.job import (
     Job,
 )
 from sora_llm.running.layouts import adapter_layout, export_beside
-from sora_llm.running.lessons import for_certificate
-from sora_llm.running.measures import dev_loss, final_masters, loss_over, say_alarms
+from sora_llm.running.metrics import dev_loss, final_masters, loss_over, say_alarms
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
 from sora_llm.running.training import Training
+from sora_llm.terminal import plural
 
 MEMORISED_ROWS = 256
 """Rows of training whose loss is measured where no dev set says how many."""
@@ -56,12 +57,12 @@ def cut_and_export(training: Training) -> StageResult:
     config, is_path = job.config, job.plan.is_path
     directory.step = training.done
     directory.status("running", phase="export")
-    training.prove_agreement()
+    training.check_agreement()
     masters = final_masters(training)
     goes_on_from = masters if training.rounds is None else training.rounds.tensors()
     with engine.released() as model:
         ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
-        job.heed_stop()
+        job.raise_if_stop_requested()
         fields: dict[str, Any] = {
             **ranks.fields,
             **training.labels,
@@ -89,7 +90,7 @@ def cut_and_export(training: Training) -> StageResult:
         shapes = layer_shapes(adapters(model))
         factors = export.folded_factors(model) if is_written_beside and job.world.is_main else None
         if job.world.is_main and training.stage is job.plan.stages[-1]:
-            answer_samples(job, model, directory)
+            generate_samples(job, model, directory)
     if exported.eval_loss is not None:
         fields["eval_loss_exported"] = exported.eval_loss
     directory.metrics(training.done, "export", fields)
@@ -105,7 +106,7 @@ def cut_and_export(training: Training) -> StageResult:
 
 def before_publishing(training: Training) -> None:
     """Stop if asked to, or if the run directory is no longer this run's (collective)."""
-    training.job.heed_stop()
+    training.job.raise_if_stop_requested()
     on_main(training.directory.require_held)
 
 
@@ -120,18 +121,19 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
     return Provenance(
         base_model=config.model.name_or_path,
         revision=config.model.revision,
-        data=for_certificate(config),
+        data=lineage_for_certificate(config),
         metrics={name: loss for name, loss in losses.items() if loss is not None},
         tokenizer_files=job.inputs.tokenizer_files,
         chat_template=exported_template(config, job.inputs.tokenizer),
         separator=plain_separator(config),
-        load_options=load_call(job.inputs.backbone, job.inputs.skeleton.config),
+        load_options=from_pretrained_args(job.inputs.backbone, job.inputs.skeleton.config),
         base_loading=job.inputs.backbone.loading,
         base_digest=training.base,
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,
         notes=notes,
-        recipe=f"# {job.step_size} a step, from {job.processes}\n{recipe(config)}",
+        recipe=f"# {job.rows_per_step_text} a step, from {plural(job.world.num_processes, 'process')}\n"
+        f"{recipe(config)}",
     )
 
 
@@ -148,19 +150,19 @@ def finish(training: Training, result: StageResult) -> RunResult:
         on_main(directory.require_held)
         on_main(lambda: export.copy_adapter(result.exported.folder, adapter))
     directory.adapter = adapter
-    leave_beside(training, result)
+    export_extra_layout(training, result)
     directory.status("finished", phase="done")
     directory.report(to_dict(job.config), plots=True)
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status))
     return RunResult(adapter, metrics, status)
 
 
-def leave_beside(training: Training, result: StageResult) -> None:
+def export_extra_layout(training: Training, result: StageResult) -> None:
     """The adapter once more as gguf/ or merged/, where the config asks for it; the main process writes (collective)."""
     job, layout, factors = training.job, training.job.config.output.export_layout, result.factors
     if layout in export.LAYOUTS:
         return
-    job.heed_stop()
+    job.raise_if_stop_requested()
     del training.engine.module
     free_unused()  # under ZeRO the model is part of cycles, and the base is about to be loaded again
     line = training.directory.last_metrics
@@ -187,7 +189,7 @@ def memorisation(job: Job, model: nn.Module) -> float:
     return loss_over(job, model, job.data.train.select(rows))
 
 
-def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
+def generate_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
 
     If the model cannot generate, only the samples are lost, not the run.
@@ -199,7 +201,7 @@ def answer_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
     if not prompts:
         return
     try:
-        answers = sample_answers(model, tokenizer, prompts, prompt_form(job.config, tokenizer, template).stop)
+        answers = sample_answers(model, tokenizer, prompts, prompt_format(job.config, tokenizer, template).stop)
     except Exception as error:
         job.say(f"evaluation.sample_prompts could not be answered: {type(error).__name__}: {error}")
         return

@@ -15,14 +15,14 @@ from sora_llm.data.prepare import DataReport
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page.reading import read_json
-from sora_llm.running.held_out import hold_out_alike
+from sora_llm.running.held_out import has_same_split
 from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.running.training_data import is_of_other_rows, load_data, prepare_rows
 from sora_llm.terminal import say, warn
 from sora_llm.topology import ALONE
 
 
-def config_for_measuring(config: Config, spec: BackboneSpec) -> Config:
+def eval_config(config: Config, spec: BackboneSpec) -> Config:
     """A run's config to measure it by, on the base that `spec` names: what only training needs may be gone, which are
     the training files too where dev rows have files of their own."""
     model = replace(
@@ -62,25 +62,25 @@ def has_dev_rows(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class DevRows:
-    """`report` is of the files that they come from, None where rows were held out; `missing` are rows that the run held
-    out and that are not kept under the options of the measurement; `doubt` says why the run may have been trained on
-    some that are measured, None where it was not."""
+    """`report` is of the files that they come from, None if rows were held out; `missing` counts rows that the run held
+    out and that are dropped under the current options; `leak_reason` says why the run may have been trained on some of
+    the rows, None if it was not."""
 
     rows: TokenDataset
     report: DataReport | None
     missing: int = 0
-    doubt: str | None = None
+    leak_reason: str | None = None
 
-    def warn_of_doubt(self) -> None:
+    def warn_of_leak(self) -> None:
         """For where the adapter that is measured is the run's own, or was trained as it was."""
-        if self.doubt is not None:
-            warn(f"{self.doubt}: the adapter may have been trained on rows evaluated here")
+        if self.leak_reason is not None:
+            warn(f"{self.leak_reason}: the adapter may have been trained on rows evaluated here")
 
 
 def splitting_config(config: Config, trained: Config | None) -> Config:
     """By whose config rows are held out, if any are.  Of a run that was `trained` on the data sets that `config` names,
     those that it held out are measured, whatever seed and share are given: it was trained on the others."""
-    if config.data.val_datasets is not None or trained is None or hold_out_alike(trained, config):
+    if config.data.val_datasets is not None or trained is None or has_same_split(trained, config):
         return config
     keeps_to_its_own = trained.data.datasets == config.data.datasets and trained.data.val_set_size is not None
     return trained if keeps_to_its_own else config
@@ -102,7 +102,7 @@ def dev_rows(
     told = read_json(run_dir / run_files.DATA_REPORT)
     if inputs.val_datasets:
         rows, report = prepare_rows(config, inputs, inputs.val_datasets, ALONE)
-        is_own = trained is not None and hold_out_alike(trained, config)
+        is_own = trained is not None and has_same_split(trained, config)
         if is_own and is_of_other_rows(told, config, inputs, report, "dev"):
             warn(f"the rows of data.val_datasets are not those that {run_dir} was evaluated on in training")
         return DevRows(rows, report)
@@ -112,19 +112,21 @@ def dev_rows(
     its_inputs = inputs if splitting is config else check_inputs(splitting, "none", tokenizer)
     data = load_data(splitting, its_inputs, ALONE)
     assert data.dev is not None and data.train_report is not None  # rows of a stream cannot be held out
-    doubt = None
-    if trained is not None and not hold_out_alike(trained, splitting):
-        doubt = f"{run_dir} did not hold these rows out"
+    leak_reason = None
+    if trained is not None and not has_same_split(trained, splitting):
+        leak_reason = f"{run_dir} did not hold these rows out"
     elif is_of_other_rows(told, splitting, its_inputs, data.train_report):
-        doubt = f"the rows of data.datasets are not those that {run_dir} was trained on, so different rows are held out"
+        leak_reason = (
+            f"the rows of data.datasets are not those that {run_dir} was trained on, so different rows are held out"
+        )
     if splitting is config:
-        return DevRows(data.dev, None, doubt=doubt)
+        return DevRows(data.dev, None, leak_reason=leak_reason)
     if (splitting.train.seed, splitting.data.val_set_size) != (config.train.seed, config.data.val_set_size):
         say(
-            f"evaluating the rows that {run_dir} held out; data.val_set_size and train.seed given here are ignored",
+            f"evaluating the rows that {run_dir} held out; data.val_set_size and train.seed do not change them",
             sys.stderr,
         )
-    return replace(_made_anew(data.dev, config, inputs), doubt=doubt)
+    return replace(_made_anew(data.dev, config, inputs), leak_reason=leak_reason)
 
 
 def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> DevRows:

@@ -1,4 +1,4 @@
-"""Small trials of a machine, each in a process of its own: `python -m sora_llm.commands.trials NAME`.
+"""Small trials of a machine, each in a process of its own: `python -m sora_llm.commands.checks NAME`.
 
 What a trial says is one line of JSON at the end of its output; a failure ends it with a sentence and another exit code.
 """
@@ -27,7 +27,7 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.extensions import NOT_BUILT, OPERATOR
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
-from sora_llm.running.packing_proof import prove_packing
+from sora_llm.running.packing_check import check_packing
 from sora_llm.topology import deepspeed_config, launched_world
 
 MAX_PRODUCT_ERROR = 1e-4
@@ -41,10 +41,10 @@ def main() -> int:
     quiet_libraries()
     torch.set_num_threads(1)
     if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):  # two processes need two: CPU, then
-        again = [sys.executable, "-m", "sora_llm.commands.trials", *sys.argv[1:]]
+        again = [sys.executable, "-m", "sora_llm.commands.checks", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
-        said = TRIALS[sys.argv[1]]()
+        said = CHECKS[sys.argv[1]]()
     except (UserError, RunFailed, AssertionError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -128,7 +128,7 @@ def packing() -> str:
     """Packed rows do not see each other in a LLaMA."""
     device = local_device()
     model: nn.Module = tiny_llama(attn_implementation="sdpa")
-    prove_packing(model.to(device), "sdpa", device)
+    check_packing(model.to(device), "sdpa", device)
     return f"packed rows are isolated under sdpa on {device.type}"
 
 
@@ -158,7 +158,7 @@ def zero2() -> str:
     with engine.micro_batch(last=True):
         engine.backward(causal_loss_sum(engine.model, ids, ids) / ids.numel())
     engine.step()
-    engine.prove_agreement()
+    engine.check_agreement()
     found = engine.masters()
     worst = max(float((found[name] - value).norm() / value.norm().clamp(min=1e-6)) for name, value in expected.items())
     off = any_process(worst > 1e-3, accelerator.device)
@@ -176,7 +176,7 @@ def _optimizer(model: nn.Module) -> ProxAdamW:
     return ProxAdamW(parameter_groups(model, learning_rate=1e-2, gate_lr=1e-2, sparse_lambda=0.3))
 
 
-TRIALS: dict[str, Callable[[], str]] = {
+CHECKS: dict[str, Callable[[], str]] = {
     "devices": devices,
     "group": group,
     "nf4": nf4,

@@ -13,9 +13,9 @@ from run_dirs import run_dir
 
 from sora_llm.backbone import load_model_config
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.commands.places import find_place
+from sora_llm.commands.model_ref import resolve_model, with_base_options
+from sora_llm.commands.path_arguments import resolve_path
 from sora_llm.commands.sources import base_of, is_one_base, read_source
-from sora_llm.commands.subject import find_subject, on_base
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256
 
@@ -32,11 +32,11 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("inside", ["", "adapter", "path/0.5", "path/../adapter"])
 def test_the_adapter_of_a_run_is_the_runs_for_every_command(run, stories, inside):
-    source, subject = read_source(run / inside), find_subject(str(run / inside))
-    assert source.config is not None and source.config == subject.config
-    assert source.base == str(stories) and source.spec == subject.spec
-    assert source.folder == subject.adapter and source.folder.samefile(run / (inside or "adapter"))
-    assert find_place(run / inside).stage == ("0.5" if "0.5" in inside else None)
+    source, ref = read_source(run / inside), resolve_model(str(run / inside))
+    assert source.config is not None and source.config == ref.config
+    assert source.base == str(stories) and source.spec == ref.spec
+    assert source.folder == ref.adapter and source.folder.samefile(run / (inside or "adapter"))
+    assert resolve_path(run / inside).stage == ("0.5" if "0.5" in inside else None)
 
 
 def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, tmp_path):
@@ -44,9 +44,9 @@ def test_a_lora_elsewhere_or_beside_a_config_of_something_else_is_nobodys(run, t
     (tmp_path / "project" / "config.yaml").write_text("port: 8080\n")
     other = shutil.copytree(run / "adapter", tmp_path / "project" / "adapter")
     for folder in (other, tmp_path / "lora"):
-        source, subject = read_source(folder), find_subject(str(folder))
-        assert source.config is subject.config is None
-        assert source.base == subject.spec.name_or_path == "/some/base"
+        source, ref = read_source(folder), resolve_model(str(folder))
+        assert source.config is ref.config is None
+        assert source.base == ref.spec.name_or_path == "/some/base"
 
 
 def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_path, monkeypatch):
@@ -64,20 +64,20 @@ def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_
     run = run_dir(start / "outputs/run", **options)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(run), "outputs/run"))
     monkeypatch.chdir(start)
-    there = find_place("outputs/run").config
+    there = resolve_path("outputs/run").config
     assert there is not None and there.model.name_or_path == "models/base"
     monkeypatch.chdir(elsewhere)
-    found = find_place(start / "outputs/run").config
+    found = resolve_path(start / "outputs/run").config
     assert found is not None and found.model.name_or_path == str(start / "models/base")
-    assert found.model.adapter == "~nobody/nowhere", "which is not there either"
+    assert found.model.adapter == "~nobody/nowhere", "which does not exist either"
     assert found.data.chat_template == "mistral"
     expected = [str(start / "a.jsonl"), str(start / "[ab].jsonl"), "owner/name"]
     assert [dataset.path for dataset in found.data.datasets] == expected
     (elsewhere / "a.jsonl").write_text("{}\n")
-    found = find_place(start / "outputs/run").config
+    found = resolve_path(start / "outputs/run").config
     assert found is not None and found.data.datasets[0].path == "a.jsonl", "what is here is meant"
     moved = (start / "outputs/run").rename(tmp_path / "moved")
-    found = find_place(moved).config
+    found = resolve_path(moved).config
     assert found is not None and found.model.name_or_path == "models/base", "nothing says where it was started"
 
 
@@ -86,18 +86,18 @@ def test_an_adapter_s_certificate_says_how_its_base_was_loaded(tmp_path, stories
     folder = peft_lora(Path("/some/base"), tmp_path / "lora", 1, r=2)
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace("/some/base", str(stories)))
-    as_its_files = BackboneSpec(str(stories), dtype="float32")
-    trained = replace(as_its_files, dtype="bfloat16", load_in_4bit=True, compute_dtype="float32")
+    spec_from_files = BackboneSpec(str(stories), dtype="float32")
+    trained = replace(spec_from_files, dtype="bfloat16", load_in_4bit=True, compute_dtype="float32")
     for said, expected in (
         (trained.loading, trained),
-        ({**trained.loading, "dtype": "int3"}, as_its_files),
-        ({"dtype": "float16"}, as_its_files),
-        (None, as_its_files),
+        ({**trained.loading, "dtype": "int3"}, spec_from_files),
+        ({"dtype": "float16"}, spec_from_files),
+        (None, spec_from_files),
     ):
         weights = file_sha256(folder / "adapter_model.safetensors")
         certificate = {"layout": "padded", "modules": {}, "sha256": weights, "base_loading": said}
         (folder / "certificate.json").write_text(json.dumps(certificate))
-        assert on_base(find_subject(str(folder)), None, False, False).spec == expected
+        assert with_base_options(resolve_model(str(folder)), None, False, False).spec == expected
         assert base_of([read_source(folder)], None, False) == expected
 
 
@@ -107,12 +107,12 @@ def test_a_config_is_of_its_output_dir_whatever_adapter_lies_beside_it(run, tmp_
     shutil.copytree(tmp_path / "lora", project / "adapter")
     for name in ("my.yaml", "config.yaml"):
         file = Path(shutil.copyfile(run / "config.yaml", project / name))
-        assert find_place(file, [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
-        assert find_place(file).adapter == run / "adapter"
+        assert resolve_path(file, [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
+        assert resolve_path(file).adapter == run / "adapter"
     shutil.copyfile(run / "config.yaml", run / "next.yaml")
-    assert find_place(run / "next.yaml", [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
+    assert resolve_path(run / "next.yaml", [f"output.output_dir={tmp_path / 'new'}"]).adapter is None
     moved = Path(shutil.move(run, tmp_path / "moved"))
-    assert find_place(moved / "config.yaml").run_dir == moved == find_place(moved).run_dir
+    assert resolve_path(moved / "config.yaml").run_dir == moved == resolve_path(moved).run_dir
 
 
 def test_a_link_to_an_adapter_is_the_runs_in_whose_directory_it_lies(run, stories):
@@ -124,9 +124,9 @@ def test_a_link_to_an_adapter_is_the_runs_in_whose_directory_it_lies(run, storie
 
 def test_a_folder_does_not_consent_to_running_code_and_the_command_line_does(run):
     def consents(path: Path, *overrides: str, flag: bool = False) -> bool:
-        subject = on_base(find_subject(str(path), overrides), None, False, flag)
-        assert overrides or subject.spec == base_of([read_source(path)], None, flag)
-        return subject.spec.trust_remote_code
+        ref = with_base_options(resolve_model(str(path), overrides), None, False, flag)
+        assert overrides or ref.spec == base_of([read_source(path)], None, flag)
+        return ref.spec.trust_remote_code
 
     assert not consents(run) and not consents(run / "adapter")
     assert not consents(run, "data.cache_dir=trust_remote_code"), "that word elsewhere is no consent"
@@ -154,10 +154,10 @@ def test_bases_are_one_by_place_or_by_revision():
 
 def test_what_is_nothing_is_said_in_the_same_words(run, tmp_path):
     shutil.rmtree(run / "adapter")
-    assert find_subject(str(run)).adapter is None, "a base alone can be asked"
+    assert resolve_model(str(run)).adapter is None, "a base alone can be asked"
     for path, said in (
         (run, "has no adapter yet"),
-        (tmp_path / "no", "there is no"),
+        (tmp_path / "no", "does not exist"),
         (tmp_path, "is not a run directory"),
     ):
         with pytest.raises(UserError, match=said):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sora_llm import sora
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.sora import Neighbours, SoraLinear, _kept
+from sora_llm.sora import SharedInput, SoraLinear, _dropout_mask
 from sora_llm.targets import target_linears
 
 IN, OUTS, RANKS = 7, (5, 3, 4), (3, 2, 4)
@@ -33,9 +33,9 @@ def qkv() -> tuple[SoraLinear, ...]:
 
 
 def acquaint(layers: tuple[SoraLinear, ...]) -> None:
-    neighbours = Neighbours(layers)
+    shared_input = SharedInput(layers)
     for layer in layers:
-        layer.neighbours = neighbours
+        layer.shared_input = shared_input
 
 
 def input_of(seed: int = 0) -> Tensor:
@@ -49,7 +49,7 @@ def truth(layer: SoraLinear, x: Tensor, seed: int | None = None) -> Tensor:
         return layer.base_layer(x)
     kept = x
     if seed is not None:
-        mask = _kept(x.detach().reshape(-1, x.shape[-1]), layer.lora_dropout, seed).view_as(x)
+        mask = _dropout_mask(x.detach().reshape(-1, x.shape[-1]), layer.lora_dropout, seed).view_as(x)
         kept = x * mask / (1 - layer.lora_dropout)
     u = nn.functional.linear(kept, layer.lora_A)
     h = u if layer.gate is None else u * layer.gate
@@ -172,7 +172,7 @@ def keep_apart(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
 
     if apart:
         monkeypatch.setattr(sora, "is_partitioned", lambda parameter: True)
-        monkeypatch.setattr(Neighbours, "_factors", refuse)
+        monkeypatch.setattr(SharedInput, "_factors", refuse)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -229,7 +229,7 @@ def test_a_neighbour_with_another_dropout_or_width_goes_its_own_way(qkv: tuple[S
     k.lora_dropout = 0.5
     x = input_of()
     assert downs(loss_of([layer(x) for layer in qkv])) == 2
-    assert q.neighbours._waiting is None, "nothing is left that nobody will ask for"
+    assert q.shared_input._waiting is None, "nothing is left that nobody will ask for"
     wide = randomise(SoraLinear(nn.Linear(2 * IN, 3).double(), 2, lora_alpha=2, dtype=torch.float64), 5)
     acquaint((q, v, wide))
     same([q(x), v(x)], [truth(q, x), truth(v, x)])
@@ -244,19 +244,19 @@ def test_attention_to_something_else_is_no_neighbourhood() -> None:
 
     model = nn.ModuleDict({"self_attn": Attention(8), "cross_attn": Attention(8), "attn": Attention(6)})
     found = adapters(inject_sora(model, r=2))
-    assert {name for name, layer in found.items() if layer.neighbours} == {f"self_attn.{p}_proj" for p in "qkv"}
+    assert {name for name, layer in found.items() if layer.shared_input} == {f"self_attn.{p}_proj" for p in "qkv"}
 
 
 def test_injection_acquaints_q_k_v_and_gate_up() -> None:
     model = inject_sora(tiny_llama(num_hidden_layers=2), r=2)
     groups = {}
     for name, layer in adapters(model).items():
-        groups.setdefault(id(layer.neighbours) if layer.neighbours else name, []).append(name.rpartition(".")[2])
+        groups.setdefault(id(layer.shared_input) if layer.shared_input else name, []).append(name.rpartition(".")[2])
     assert sorted(map(tuple, groups.values())) == sorted(
         2 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     )
     only = inject_sora(tiny_llama(num_hidden_layers=1), r=2, target_modules=["q_proj", "o_proj"])
-    assert all(layer.neighbours is None for layer in adapters(only).values())
+    assert all(layer.shared_input is None for layer in adapters(only).values())
 
 
 def test_a_copy_and_a_saved_model_are_acquainted_among_themselves() -> None:
@@ -271,7 +271,7 @@ def test_a_copy_and_a_saved_model_are_acquainted_among_themselves() -> None:
         with torch.no_grad():
             for name, layer in adapters(other).items():
                 randomise(layer, len(name))
-        assert q.neighbours is not adapters(model)["model.layers.0.self_attn.q_proj"].neighbours
+        assert q.shared_input is not adapters(model)["model.layers.0.self_attn.q_proj"].shared_input
         found = other(ids, use_cache=False).logits
         assert downs(found) == 4 and relative_error(found, logits) > 0.01
     assert torch.equal(model(ids, use_cache=False).logits, logits), "the copies' values are their own"

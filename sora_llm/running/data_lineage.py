@@ -11,14 +11,14 @@ from sora_llm import run_files
 from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.errors import UserError
-from sora_llm.files import expanded
-from sora_llm.prompt_form import names_template_file
+from sora_llm.files import expand_home
+from sora_llm.prompt_format import names_template_file
 from sora_llm.row_types import FIELDS
-from sora_llm.running.run_folders import run_of_adapter, seen_from_here, with_kept_template
+from sora_llm.running.run_folders import run_of_adapter, with_resolved_paths, with_saved_template
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LineageEntry:
     """What an adapter was trained on at one time: by a run of which the `config` is known, or by what a certificate
     claims, whoever wrote it."""
 
@@ -26,30 +26,32 @@ class Lesson:
     config: Config | None = None
 
 
-def lessons_of(config: Config, folder: Path | None = None, visited: frozenset[Path] = frozenset()) -> list[Lesson]:
+def lineage_of(
+    config: Config, folder: Path | None = None, visited: frozenset[Path] = frozenset()
+) -> list[LineageEntry]:
     """The lessons of an adapter that was trained under a config and, where a `folder` is given, lies there: its own,
     those of an adapter that was merged into its base and of the one that it started from, as far as they are still
     there, and what its own certificate claims beside what is known of them."""
-    found = [Lesson(config.data.datasets, config), lesson_of_base(config)]
+    found = [LineageEntry(config.data.datasets, config), lineage_of_base(config)]
     if config.model.adapter is not None:
-        found += lessons_in(Path(expanded(config.model.adapter)), visited)
+        found += lineage_in(Path(expand_home(config.model.adapter)), visited)
     known = [dataset for lesson in found if lesson.config is not None for dataset in lesson.datasets]
     claims = [] if folder is None else _claims(folder)
-    return [*found, Lesson([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
+    return [*found, LineageEntry([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
 
 
-def lesson_of_base(config: Config) -> Lesson:
+def lineage_of_base(config: Config) -> LineageEntry:
     """What an adapter that was merged into a run's base was trained on."""
-    return Lesson(_claims(Path(expanded(config.model.name_or_path))))
+    return LineageEntry(_claims(Path(expand_home(config.model.name_or_path))))
 
 
-def lessons_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[Lesson]:
+def lineage_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[LineageEntry]:
     """The lessons of what lies in a folder, a LoRA or a model with one merged into it.  A LoRA that was trained anew
     may start from what had started from it: folders that are `visited` have none."""
     if folder in visited:
         return []
     config = _run_config(folder)
-    return [Lesson(_claims(folder))] if config is None else lessons_of(config, folder, visited | {folder})
+    return [LineageEntry(_claims(folder))] if config is None else lineage_of(config, folder, visited | {folder})
 
 
 def _run_config(folder: Path) -> Config | None:
@@ -59,10 +61,10 @@ def _run_config(folder: Path) -> Config | None:
     if run_dir is None:
         return None
     try:
-        config = seen_from_here(load_config(run_dir / run_files.CONFIG), run_dir)
+        config = with_resolved_paths(load_config(run_dir / run_files.CONFIG), run_dir)
     except UserError:
         return None
-    return with_kept_template(config, run_dir / run_files.CHAT_TEMPLATE) if names_template_file(config) else config
+    return with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE) if names_template_file(config) else config
 
 
 def _claims(folder: Path) -> list[Dataset]:
@@ -87,16 +89,16 @@ def _is_same(claim: Dataset, own: Dataset) -> bool:
     return _entry(rest) == _entry(claim) and (own.path == claim.path or own.path.endswith(f"/{written}"))
 
 
-def for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
+def lineage_for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
     """What the certificate of an adapter says that it was trained on: what the one in its folder says, if that does,
     else the lessons of a run's config; paths as they were written."""
     if folder is not None and (claims := _claims(folder)):
-        return once([_entry(claim) for claim in claims])
-    lessons = lessons_of(config) if config is not None else []
-    return once([_entry(dataset) for lesson in lessons for dataset in lesson.datasets])
+        return deduplicated([_entry(claim) for claim in claims])
+    lessons = lineage_of(config) if config is not None else []
+    return deduplicated([_entry(dataset) for lesson in lessons for dataset in lesson.datasets])
 
 
-def once(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+def deduplicated(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Each of them once, in their order."""
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
@@ -106,7 +108,7 @@ def _entry(dataset: Dataset) -> dict[str, str]:
     return {"path": dataset.path, "type": dataset.type} | {name: value for name, value in more.items() if value}
 
 
-def taught_separator(lessons: Iterable[Lesson]) -> str | None:
+def trained_separator(lessons: Iterable[LineageEntry]) -> str | None:
     """What stood behind the prompts of all prompt_completion rows; None where there were none, or several."""
     datasets = [dataset for lesson in lessons for dataset in lesson.datasets]
     found = {dataset.separator for dataset in datasets if dataset.type == "prompt_completion"}

@@ -1,4 +1,4 @@
-"""What is logged before a run begins: a summary, and warnings about settings that are probably unintended."""
+"""Warnings about settings that are allowed and probably unintended."""
 
 from __future__ import annotations
 
@@ -10,71 +10,18 @@ from torch import nn
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
 from sora_llm.budget import EVERY_MODULE
 from sora_llm.config import Config, Data
-from sora_llm.distributed.replicas import Replicas
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
-from sora_llm.local_updates import round_bytes, transfer_seconds
-from sora_llm.prompt_form import has_conversations
-from sora_llm.running.data_words import describe_data
-from sora_llm.running.held_out import learned_from, sharing_rows
-from sora_llm.running.job import Job
-from sora_llm.running.lessons import lesson_of_base, lessons_in
-from sora_llm.running.plan import Plan, Stage, so_many_steps
+from sora_llm.prompt_format import has_conversations
+from sora_llm.running.data_lineage import lineage_in, lineage_of_base
+from sora_llm.running.held_out import seen_dataset, sharing_rows
+from sora_llm.running.plan import Plan
 from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 
-def announce(job: Job) -> None:
-    """Say what is about to run."""
-    plan, memory = job.plan, job.memory
-    for line in describe_data(job.config, job.inputs, job.data, job.order):
-        job.say(line)
-    first = plan.stages[0]
-    several = f"{len(plan.stages)} stages of " if plan.is_path else ""
-    job.say(
-        f"{plan.strategy} on {job.processes}; "
-        f"{several}{so_many_steps(first.total_steps)} of {job.step_size}, {pruning_in_words(first)}; "
-        f"{memory.trainable_parameters:,} trainable parameters beside {memory.frozen_parameters:,} frozen ones "
-        f"({job.inputs.backbone.form}); gate_lr "
-        + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
-    )
-    if job.replicas is not None:
-        job.say(local_updates_in_words(job, job.replicas))
-    if plan.config.model.adapter is not None:
-        job.say(f"starting from the adapter {plan.config.model.adapter}")
-    for budget in plan.budgets:
-        of = "" if len(plan.budgets) == 1 else f" of {budget.name}"
-        job.say(
-            f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
-            f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
-        )
-    for line in warnings(plan, job.inputs.skeleton):
-        job.say(f"warning: {line}")
-
-
-def pruning_in_words(stage: Stage) -> str:
-    """When gates are pruned, in words."""
-    end = stage.phases.sparsify_end
-    if stage.prunes_in_steps:
-        return f"pruning in steps {stage.first_pruning_step + 1}–{end}"
-    return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
-
-
-def local_updates_in_words(job: Job, replicas: Replicas) -> str:
-    """A line about local updates: who takes local steps, and what a round costs."""
-    settings = job.config.distributed
-    num_bytes = round_bytes(job.memory.trainable_parameters, replicas.num)
-    times = ", ".join(f"{transfer_seconds(num_bytes, link):.3g} s at {link}" for link in (1, 10, 100))
-    outer = settings.outer_learning_rate, settings.outer_momentum
-    how = "averaged" if outer == (1.0, 0.0) else f"merged by an outer step (lr {outer[0]:g}, momentum {outer[1]:g})"
-    return (
-        f"local updates: {replicas.num} replica{'s' if replicas.num > 1 else ''}, {how} every {settings.sync_every} "
-        f"steps; a round moves {num_bytes / 2**20:.3g} MiB from and to each ({times} Gbit/s), ddp as much every step"
-    )
-
-
 def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
-    """Sentences about settings that are allowed and hardly meant."""
+    """Sentences about settings that are allowed and probably unintended."""
     config = plan.config
     if config.model.adapter is not None:
         yield from _of_start(config, user_path(config.model.adapter, "model.adapter"))
@@ -169,7 +116,7 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
 
 def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
     """A sentence about dev rows on which the adapter that the run starts from may have been trained."""
-    path = learned_from(lessons_in(adapter), config)
+    path = seen_dataset(lineage_in(adapter), config)
     if path is not None and config.data.val_datasets is not None:
         yield f"model.adapter was trained on {path}, which this run evaluates on; name dev rows that it has not seen"
     elif path is not None:
@@ -181,7 +128,7 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
 
 def _of_rows_seen_by_the_base(config: Config) -> Iterator[str]:
     """A sentence about dev rows on which an adapter may have been trained that was merged into the base."""
-    if (path := learned_from([lesson_of_base(config)], config)) is not None:
+    if (path := seen_dataset([lineage_of_base(config)], config)) is not None:
         yield (
             f"model.name_or_path has an adapter merged in that was trained on {path}: it may have seen dev rows of "
             "this run; name others with data.val_datasets"

@@ -14,7 +14,7 @@ from sora_llm.distributed.collectives import gather_integers
 from sora_llm.inject import adapters
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.job import Job
-from sora_llm.running.loop import peak_memory_gib
+from sora_llm.running.optimizer_step import peak_memory_gib
 from sora_llm.running.training import Best, Training
 from sora_llm.schedule import DENSE, FINETUNE
 
@@ -49,7 +49,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     if phase != DENSE:
         training.directory.ranks(done, ranks.ranks, training.labels)
     counts = phase == FINETUNE or (job.plan.is_path and phase != DENSE)
-    if evaluated and counts and training.patience.is_exhausted_by(evaluated["eval_loss"]):
+    if evaluated and counts and training.patience.update(evaluated["eval_loss"]):
         training.stage_is_done = True
         patience = job.config.evaluation.early_stopping_patience
         job.say(f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
@@ -100,7 +100,7 @@ def measure(training: Training) -> float:
 
 def keeps_best(training: Training) -> bool:
     """Only once ranks are final: before that, the dev loss rises because ranks are removed."""
-    return training.patience.counts and training.phase == FINETUNE
+    return training.patience.is_enabled and training.phase == FINETUNE
 
 
 def final_masters(training: Training) -> Mapping[str, Tensor]:
@@ -127,7 +127,7 @@ def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
         batch_size=job.config.evaluation.per_device_eval_batch_size,
         world=job.world,
         device=job.accelerator.device,
-        before_batch=job.heed_stop,
+        before_batch=job.raise_if_stop_requested,
     )
 
 

@@ -32,7 +32,7 @@ def names_template_file(config: Config) -> bool:
 
 
 @dataclass(frozen=True)
-class PromptForm:
+class PromptFormat:
     """How a prompt was written in training: through the chat template (None: as it is), or with a separator behind it;
     and what ends the answer."""
 
@@ -41,10 +41,10 @@ class PromptForm:
     stop: Stop = field(default_factory=Stop)
 
 
-def prompt_form(config: Config, tokenizer: Any, chat_template: str) -> PromptForm:
+def prompt_format(config: Config, tokenizer: Any, chat_template: str) -> PromptFormat:
     """How prompts of the first data set were written."""
     separator = plain_separator(config)
-    return templated(tokenizer, chat_template) if separator is None else PromptForm(None, separator)
+    return format_of_template(tokenizer, chat_template) if separator is None else PromptFormat(None, separator)
 
 
 def plain_separator(config: Config) -> str | None:
@@ -61,10 +61,10 @@ def recorded_separator(config: Config | None, folder: Path | None) -> str | None
     return separator if isinstance(separator, str) else None
 
 
-def templated(tokenizer: Any, chat_template: str) -> PromptForm:
+def format_of_template(tokenizer: Any, chat_template: str) -> PromptFormat:
     """Through a chat template."""
     token, text = answer_end(tokenizer, chat_template)
-    return PromptForm(chat_template, stop=Stop(() if token is None else (token,), text))
+    return PromptFormat(chat_template, stop=Stop(() if token is None else (token,), text))
 
 
 def exported_template(config: Config, tokenizer: Any) -> str | None:
@@ -78,5 +78,5 @@ def exported_template(config: Config, tokenizer: Any) -> str | None:
 
 def prompt_ids(config: Config, tokenizer: Any, chat_template: str, prompt: str) -> list[int]:
     """A sample prompt as tokens: through the chat template where the first data set is made of conversations."""
-    form = prompt_form(config, tokenizer, chat_template)
+    form = prompt_format(config, tokenizer, chat_template)
     return encode_prompt(tokenizer, prompt + form.separator, form.template)

@@ -96,7 +96,7 @@ def train_step(
     if before_step is not None:
         before_step()
     outcome = engine.step()
-    while outcome.skipped and engine.loss_scale.fall():
+    while outcome.skipped and engine.loss_scale.back_off():
         _draw_again_from(drawn_from, engine.device)  # the same dropout masks
         loss_sum = accumulate(engine, batches, num_processes)
         outcome = engine.step()
