@@ -10,19 +10,18 @@ from sora_llm.budget import LAMBDA_MAX, LAMBDA_MIN, RankBudget
 from sora_llm.schedule import FINETUNE, SPARSIFY
 
 DYING_SHARE = 0.02
-"""Of the parameters before pruning: with a fixed λ, less is no adapter any more."""
+"""Share of the parameters before pruning; with a fixed λ, gates are reported as dying below it."""
 SATURATED_LINES = 3
 OFF_TRACK = 1.2
-"""Kept parameters in units of what the schedule wants, from which λ at its bound is said to be too weak."""
+"""Ratio of kept parameters to the schedule's target above which λ at its bound is reported as too weak."""
 LOSS_JUMP = 1.1
-"""Train loss of the first line after the cut, in units of the last one before it."""
+"""Ratio of the train loss in the first line after the cut to that in the last line before it."""
 NAMES_SHOWN = 3
-"""Of the modules that an alarm is about."""
+"""Number of modules that an alarm names."""
 
 
 class Alarms:
-    """Checks each line of metrics.  Alarms are also queued for the next line (`take`); `state` is what checkpoints keep
-    between lines."""
+    """Checks each line of metrics.  Alarms are also queued for the next line (`take`); checkpoints store `state`."""
 
     def __init__(self, budgets: Sequence[RankBudget], full_params: int) -> None:
         self._budgets, self._full_params = tuple(budgets), full_params
@@ -35,8 +34,8 @@ class Alarms:
         """Dev loss before training."""
 
     def of_line(self, line: Mapping[str, Any], progress: float | None) -> list[str]:
-        """The alarms that this line of metrics raises; `progress` ∈ (0, 1] is that through the sparsify window, None
-        where no gate is cut."""
+        """The alarms that this line of metrics raises; `progress` ∈ (0, 1] through the sparsify window is None if no
+        gate is cut."""
         found: dict[str, str] = {}
         if line.get("skipped_steps"):
             found["skipped"] = (
@@ -70,7 +69,7 @@ class Alarms:
             and kept == self._full_params
             and line.get("budget_params", 0) < self._full_params
             and not is_by_quantile
-            and line.get("lambda") != 0  # which is asked to prune nothing
+            and line.get("lambda") != 0  # λ = 0 asks for no pruning
         ):
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
             found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"
@@ -96,7 +95,7 @@ class Alarms:
         return found
 
     def of_components(self, has_learned: Mapping[str, bool]) -> list[str]:
-        """The alarms that the modules' ΔW raise before the sparsify phase: whether each {module} is other than 0."""
+        """The alarms that the modules' ΔW raise before the sparsify phase; {module: whether its ΔW is nonzero}."""
         found = {}
         for budget in self._budgets:
             if not any(has_learned[name] for name in budget.costs):
@@ -108,10 +107,10 @@ class Alarms:
         return self._new(found)
 
     def of_cut(self, ranks: Mapping[str, int], shortfall: int | None) -> list[str]:
-        """The alarms that what consensus kept raises."""
+        """The alarms raised by the ranks that consensus kept."""
         found = {}
         one_rank = min((cost for budget in self._budgets for cost in budget.costs.values()), default=0)
-        if shortfall and shortfall >= one_rank:  # with less nothing more could have been kept
+        if shortfall and shortfall >= one_rank:  # a smaller shortfall has no room for another rank
             found["shortfall"] = (
                 f"the budget could not be used up: everything alive costs {shortfall:,} parameters less; lower "
                 "sora.gate_lr or lengthen the dense phase"
@@ -132,7 +131,7 @@ class Alarms:
         return self._new(found)
 
     def of_result(self, eval_loss: float | None, start: str, stage_number: int = 0) -> list[str]:
-        """The alarms that the adapter which is about to be exported raises; `start` is what it began as, in words."""
+        """The alarms raised by the adapter about to be exported; `start` describes what it started from."""
         if eval_loss is None or self.start_loss is None or eval_loss <= self.start_loss:
             return []
         said = (
@@ -148,12 +147,12 @@ class Alarms:
         return list(new.values())
 
     def take(self) -> list[str]:
-        """The alarms that wait for the next line of metrics, and do so no longer."""
+        """Return the alarms queued for the next line of metrics and empty the queue."""
         taken, self._waiting = self._waiting, []
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint stores."""
         return {
             "raised": list(self._raised),
             "saturated_lines": self._saturated_lines,
@@ -164,7 +163,7 @@ class Alarms:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put back `state`."""
+        """Restore `state`."""
         self._raised = list(state["raised"])
         self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
         self._has_cut = bool(state["has_cut"])
@@ -189,7 +188,7 @@ class EarlyStopping:
         return self._limit is not None
 
     def is_better(self, eval_loss: float) -> bool:
-        """Whether a dev loss is lower than all that were counted; one that is not finite is not."""
+        """Whether a dev loss is lower than all that were counted; NaN never is."""
         return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
 
     def update(self, eval_loss: float) -> bool:
@@ -201,11 +200,11 @@ class EarlyStopping:
         return self._limit is not None and self._without >= self._limit
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint stores."""
         return {"best": self._best, "without": self._without}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put back `state`."""
+        """Restore `state`."""
         self._best, self._without = state["best"], int(state["without"])
 
 

@@ -1,4 +1,4 @@
-"""A run's model, adapters and engine put together: fresh, resumed, renewed after a change, cut."""
+"""Assembles a run's model, adapters and engine: fresh, resumed, rebuilt after a change, cut."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     """The frozen backbone with fresh or resumed adapters, under its engine (collective).
 
     Raises:
-        UserError: weights that differ between processes, or from those that the checkpoint was trained beside.
+        UserError: weights that differ between processes, or from those that the checkpoint was trained on.
     """
     sora = job.config.sora
     model = on_every(lambda: load_model(job))
@@ -83,8 +83,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
 
 
 def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
-    """Let the adapters begin where the saved one ended; weights, of the digest `base`, that it was not trained beside
-    are said."""
+    """Initialise the adapters from the saved one; warn if it was not trained on these weights, whose digest is
+    `base`."""
     lora, spec = start_lora(job.config), job.inputs.backbone
     init_from_lora(model, lora.factors, lora.scaling)
     if None not in (base, lora.base_digest) and base != lora.base_digest:
@@ -95,8 +95,8 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
 
 
 def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
-    """`model` and a fresh optimizer under the run's strategy, with the loss scale of an engine before it, if there was
-    one (collective).  Peaks of memory begin here."""
+    """`model` and a fresh optimizer under the run's strategy, with the loss scale of the previous engine, if there was
+    one (collective).  Peak memory is measured from here."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
@@ -120,7 +120,7 @@ def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None)
 def renew_engine(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
-    """Go on with a fresh optimizer, in a round of its own, from `masters` that all processes hold (collective)."""
+    """Continue with a fresh optimizer, in a new round, from `masters` that all processes hold (collective)."""
     training.engine = make_engine(training.job, model, training.engine.loss_scale)
     training.engine.load(masters, state, 0)
     if training.rounds is not None:
@@ -128,7 +128,7 @@ def renew_engine(
 
 
 def make_rounds(job: Job) -> Rounds | None:
-    """The rounds of local updates, not begun; None where all processes step together."""
+    """The rounds of local updates, not begun; None if all processes step together."""
     if job.replicas is None:
         return None
     settings = job.config.distributed
@@ -138,7 +138,7 @@ def make_rounds(job: Job) -> Rounds | None:
 def cut_adapter(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> Cut:
-    """Cut `model` as the config says, and say what became of it (collective)."""
+    """Cut `model` as the config says, and log the result (collective)."""
     job = training.job
     sora, budgets = job.config.sora, job.plan.budgets
     had_gates = any(layer.gate is not None for layer in adapters(model).values())

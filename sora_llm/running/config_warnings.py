@@ -1,4 +1,4 @@
-"""Warnings about settings that are allowed and probably unintended."""
+"""Warnings about settings that are allowed but probably unintended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 
 def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
-    """Sentences about settings that are allowed and probably unintended."""
+    """Sentences about settings that are allowed but probably unintended."""
     config = plan.config
     if config.model.adapter is not None:
         yield from _of_start(config, user_path(config.model.adapter, "model.adapter"))
@@ -45,7 +45,7 @@ def _of_start(config: Config, adapter: Path) -> Iterator[str]:
 
 
 def _of_modules_without_adapter(targets: str | Sequence[str], skeleton: nn.Module) -> Iterator[str]:
-    """Sentences about weights that are asked for, and where no adapter can be."""
+    """Sentences about weights that are targeted but cannot have an adapter."""
     if targets == ALL_LINEAR and (stacked := stacked_weights(skeleton)):
         yield f"no adapter on {', '.join(stacked)}, which are not linear layers"
     without: dict[str, dict[str, None]] = {}  # {reason: last names}
@@ -57,7 +57,7 @@ def _of_modules_without_adapter(targets: str | Sequence[str], skeleton: nn.Modul
 
 
 def _of_budgets_and_patience(plan: Plan) -> Iterator[str]:
-    """Sentences about settings that decide nothing beside others."""
+    """Sentences about settings that have no effect because of others."""
     sora = plan.config.sora
     has_target = sora.target_rank is not None or sora.target_params is not None
     if sora.budgets and has_target and not any(budget.name == EVERY_MODULE for budget in plan.budgets):
@@ -71,7 +71,7 @@ def _of_budgets_and_patience(plan: Plan) -> Iterator[str]:
 
 
 def _of_steps_that_prune(plan: Plan) -> Iterator[str]:
-    """A sentence about a schedule in which nothing is learned, or nothing pruned step by step."""
+    """A sentence about a schedule in which nothing is learned, or nothing is pruned step by step."""
     sora = plan.config.sora
     if plan.stages[0].learned_at > plan.stages[0].total_steps:
         yield (
@@ -89,7 +89,7 @@ def _of_steps_that_prune(plan: Plan) -> Iterator[str]:
 
 
 def _of_conversations(data: Data) -> Iterator[str]:
-    """Sentences about options of conversations where there are none."""
+    """Sentences about options for conversations if there are none."""
     if has_conversations((*data.datasets, *(data.val_datasets or ()))):
         return
     for key, is_set in (
@@ -101,7 +101,7 @@ def _of_conversations(data: Data) -> Iterator[str]:
 
 
 def _of_thresholds(plan: Plan) -> Iterator[str]:
-    """Sentences about a λ that can prune nothing though it is asked to, or nothing else than everything."""
+    """Sentences about a λ that can prune nothing although it is meant to, or can only prune everything."""
     sora = plan.config.sora
     travel = min(stage.gate_travel for stage in plan.stages)
     if travel < 1 and sora.threshold in ("decoupled", "proxgen") and sora.sparse_lambda != 0:
@@ -115,7 +115,7 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
 
 
 def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
-    """A sentence about dev rows on which the adapter that the run starts from may have been trained."""
+    """A sentence about dev rows that the adapter that the run starts from may have been trained on."""
     path = seen_dataset(lineage_in(adapter), config)
     if path is not None and config.data.val_datasets is not None:
         yield f"model.adapter was trained on {path}, which this run evaluates on; name dev rows that it has not seen"
@@ -127,7 +127,7 @@ def _of_rows_seen_before(config: Config, adapter: Path) -> Iterator[str]:
 
 
 def _of_rows_seen_by_the_base(config: Config) -> Iterator[str]:
-    """A sentence about dev rows on which an adapter may have been trained that was merged into the base."""
+    """A sentence about dev rows that an adapter merged into the base may have been trained on."""
     if (path := seen_dataset([lineage_of_base(config)], config)) is not None:
         yield (
             f"model.name_or_path has an adapter merged in that was trained on {path}: it may have seen dev rows of "
@@ -136,7 +136,7 @@ def _of_rows_seen_by_the_base(config: Config) -> Iterator[str]:
 
 
 def _of_dev_rows(data: Data) -> Iterator[str]:
-    """Sentences about dev rows that are trained on too, or written otherwise than the training rows."""
+    """Sentences about dev rows that are also trained on, or are formatted differently from the training rows."""
     trained_on_too = sharing_rows(data.val_datasets or (), data.datasets)
     for dev in data.val_datasets or ():
         if dev in trained_on_too:

@@ -1,4 +1,4 @@
-"""What an adapter, and any it started from, was trained on: from run configs and certificates."""
+"""The data that an adapter, and any adapter it started from, was trained on, from run configs and certificates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sora_llm.running.run_folders import run_of_adapter, with_resolved_paths, wi
 
 @dataclass(frozen=True)
 class LineageEntry:
-    """What an adapter was trained on at one time: by a run of which the `config` is known, or by what a certificate
-    claims, whoever wrote it."""
+    """The data sets of one training: of a run whose `config` is known, or as claimed by a certificate, which anybody
+    may have written."""
 
     datasets: Sequence[Dataset]
     config: Config | None = None
@@ -29,9 +29,9 @@ class LineageEntry:
 def lineage_of(
     config: Config, folder: Path | None = None, visited: frozenset[Path] = frozenset()
 ) -> list[LineageEntry]:
-    """The lessons of an adapter that was trained under a config and, where a `folder` is given, lies there: its own,
-    those of an adapter that was merged into its base and of the one that it started from, as far as they are still
-    there, and what its own certificate claims beside what is known of them."""
+    """The lineage of an adapter that was trained under a config and is stored in `folder`, if given: its own entry,
+    those of an adapter merged into its base and of the one it started from, if they still exist, and any further data
+    sets that its own certificate claims."""
     found = [LineageEntry(config.data.datasets, config), lineage_of_base(config)]
     if config.model.adapter is not None:
         found += lineage_in(Path(expand_home(config.model.adapter)), visited)
@@ -41,13 +41,13 @@ def lineage_of(
 
 
 def lineage_of_base(config: Config) -> LineageEntry:
-    """What an adapter that was merged into a run's base was trained on."""
+    """The data that an adapter merged into a run's base was trained on."""
     return LineageEntry(_claims(Path(expand_home(config.model.name_or_path))))
 
 
 def lineage_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[LineageEntry]:
-    """The lessons of what lies in a folder, a LoRA or a model with one merged into it.  A LoRA that was trained anew
-    may start from what had started from it: folders that are `visited` have none."""
+    """The lineage of a folder's content: a LoRA, or a model with one merged into it.  A retrained LoRA may start from
+    one that once started from it, so `visited` folders yield nothing."""
     if folder in visited:
         return []
     config = _run_config(folder)
@@ -55,8 +55,8 @@ def lineage_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[Lin
 
 
 def _run_config(folder: Path) -> Config | None:
-    """The config of the run whose adapter a folder is, with the chat template that the run kept; None where it is none,
-    or was written by another version."""
+    """The config of the run whose adapter is in a folder, with the chat template that the run saved; None if there is
+    no such run, or its config was written by another version."""
     run_dir = run_of_adapter(folder)
     if run_dir is None:
         return None
@@ -84,14 +84,14 @@ def _claims(folder: Path) -> list[Dataset]:
 
 
 def _is_same(claim: Dataset, own: Dataset) -> bool:
-    """Whether a certificate means a data set of a run, which may be seen from another folder by now."""
+    """Whether a certificate refers to a data set of a run, whose path may since be relative to another folder."""
     rest, written = replace(own, path=claim.path), os.path.normpath(claim.path)
     return _entry(rest) == _entry(claim) and (own.path == claim.path or own.path.endswith(f"/{written}"))
 
 
 def lineage_for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
-    """What the certificate of an adapter says that it was trained on: what the one in its folder says, if that does,
-    else the lessons of a run's config; paths as they were written."""
+    """The training data that an adapter's certificate lists: that of the certificate in its folder, if it lists any,
+    else the lineage of a run's config; paths as they were written."""
     if folder is not None and (claims := _claims(folder)):
         return deduplicated([_entry(claim) for claim in claims])
     lessons = lineage_of(config) if config is not None else []
@@ -99,7 +99,7 @@ def lineage_for_certificate(config: Config | None, folder: Path | None = None) -
 
 
 def deduplicated(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Each of them once, in their order."""
+    """Each entry once, in the original order."""
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 
@@ -109,7 +109,7 @@ def _entry(dataset: Dataset) -> dict[str, str]:
 
 
 def trained_separator(lessons: Iterable[LineageEntry]) -> str | None:
-    """What stood behind the prompts of all prompt_completion rows; None where there were none, or several."""
+    """The separator after the prompts of all prompt_completion rows; None if there were none, or several."""
     datasets = [dataset for lesson in lessons for dataset in lesson.datasets]
     found = {dataset.separator for dataset in datasets if dataset.type == "prompt_completion"}
     return found.pop() if len(found) == 1 else None

@@ -22,7 +22,7 @@ from sora_llm.running.training_data import TrainingData
 
 
 def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:
-    """The data of a run, a line about each source."""
+    """The data of a run, one line per source."""
     if isinstance(order, StreamOrder):
         lines = describe_stream(config, order)
     else:
@@ -56,7 +56,7 @@ def mixture(config: Config, data: TrainingData) -> list[str]:
 
 
 def assumed_template(config: Config, inputs: Inputs) -> list[str]:
-    """A line if nobody named the chat template that rows are rendered with."""
+    """A line if rows are rendered with a chat template that nobody named."""
     if template_is_named(config, inputs.tokenizer) or not has_conversations(config.data.datasets):
         return []
     return [
@@ -66,7 +66,7 @@ def assumed_template(config: Config, inputs: Inputs) -> list[str]:
 
 
 def template_warnings(config: Config, inputs: Inputs) -> list[str]:
-    """A line for each way in which the chat template has a model answer otherwise than it was trained."""
+    """A line for each way in which the chat template makes a model answer differently from how it was trained."""
     if not has_conversations(config.data.datasets):
         return []
     tokenizer, template = inputs.tokenizer, inputs.chat_template
@@ -79,7 +79,7 @@ def template_warnings(config: Config, inputs: Inputs) -> list[str]:
 
 
 def _ending_warning(tokenizer: Any, template: str) -> list[str]:
-    """If what is trained on does not teach a model to stop where a client notices."""
+    """A line if training does not teach a model to stop where a client notices."""
     if has_visible_end(tokenizer, template):
         return []
     if (token := untrained_eos(tokenizer, template)) is not None:
@@ -94,7 +94,7 @@ def _ending_warning(tokenizer: Any, template: str) -> list[str]:
 
 
 def _opening_warning(tokenizer: Any, template: str) -> list[str]:
-    """If the model is asked with the beginning of an answer that rows do not have."""
+    """A line if the model is prompted with an opening of the answer that training rows lack."""
     if not (opened := generation_prefix(tokenizer, template)):
         return []
     return [
@@ -104,7 +104,7 @@ def _opening_warning(tokenizer: Any, template: str) -> list[str]:
 
 
 def _blank_warning(tokenizer: Any, template: str) -> list[str]:
-    """If a client that tokenises a prompt alone asks with other tokens than were trained."""
+    """A line if a client that tokenises a prompt alone sends different tokens than in training."""
     if not merges_trailing_whitespace(tokenizer, template):
         return []
     return [
@@ -115,7 +115,7 @@ def _blank_warning(tokenizer: Any, template: str) -> list[str]:
 
 
 def _serving_warning(tokenizer: Any, template: str) -> list[str]:
-    """If no template gives servers the tokens of training."""
+    """A line if no template gives servers the tokens of training."""
     if is_served_as_trained(tokenizer, template):
         return []
     return [
@@ -132,7 +132,7 @@ def describe(report: DataReport) -> str:
 
 
 def row_outcomes(report: DataReport) -> list[str]:
-    """What became of the rows that were not kept as they are, a phrase for each fate."""
+    """How many rows were left out or changed, one phrase per reason."""
     left_out = (
         (report.num_bad_rows, "malformed"),
         (report.too_long, "too long"),
@@ -150,14 +150,14 @@ def row_outcomes(report: DataReport) -> list[str]:
 
 
 def describe_stream(config: Config, order: StreamOrder) -> list[str]:
-    """What became of the streamed rows so far, a line about each data set."""
+    """How many streamed rows were kept and left out so far, one line per data set."""
     lines = []
     for dataset, counts in zip(config.data.datasets, order.counts, strict=True):
         if not counts.get("rows_read"):
             continue
         names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
         left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
-        # older checkpoints did not count what was split
+        # older checkpoints did not count split rows
         cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts.get(fate)]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
@@ -167,7 +167,7 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
 
 
 def too_long_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
-    """A line if more than a twentieth of the rows was left out for its length."""
+    """A line if more than a twentieth of the rows were left out as too long."""
     if num_too_long <= 0.05 * num_read:
         return []
     return [
@@ -177,7 +177,7 @@ def too_long_warning(num_too_long: int, num_read: int, sequence_len: int) -> lis
 
 
 def repetition_warning(report: DataReport | None) -> list[str]:
-    """A line if dev rows were drawn from rows of which some are the same."""
+    """A line if dev rows were drawn from rows that contain duplicates."""
     if report is None or not report.duplicates or report.drop_duplicates:
         return []
     return [
@@ -187,7 +187,7 @@ def repetition_warning(report: DataReport | None) -> list[str]:
 
 
 def special_warning(num_written: int, first: tuple[str, str] | None = None) -> list[str]:
-    """A line if special tokens stand in messages; `first`: (location, token)."""
+    """A line if special tokens are written out in messages; `first`: (location, token)."""
     if not num_written:
         return []
     where = f" (the first is {first[0]} with {first[1]})" if first else ""

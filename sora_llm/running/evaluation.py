@@ -24,13 +24,13 @@ def evaluate(
     device: torch.device | str,
     before_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Σ cross-entropy / Σ supervised tokens of `model` over all rows, in nats, both weighted where the data is
+    """Σ cross-entropy / Σ supervised tokens of `model` over all rows, in nats, both weighted if the data is
     (collective).
 
-    `collate` makes a batch (the arguments of `causal_loss_sum`) of some rows, unpacked; of none it makes a batch
-    without supervised tokens.  Rows of like length go together; every process runs the same number of batches (under
-    ZeRO-3 each forward is a collective), and calls `before_batch` as often.  Every module comes back in the mode it was
-    in, without a gradient touched.
+    `collate` turns some rows, unpacked, into a batch (the arguments of `causal_loss_sum`), and no rows into a batch
+    without supervised tokens.  Rows of similar length go together; every process runs the same number of batches (under
+    ZeRO-3 each forward is a collective) and calls `before_batch` before each.  Every module is returned to the mode it
+    was in, and no gradient is touched.
     """
     by_length = sorted(range(len(rows)), key=lambda row: (-int(rows.lengths[row]), row))
     stride = batch_size * world.num_processes

@@ -1,4 +1,4 @@
-"""The end of a run, or of a stage of a path: cut to what the processes agree on, export, reload, answer."""
+"""The end of a run, or of a stage of a path: cut to what the processes agree on, export, reload, answer prompts."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from sora_llm.running.training import Training
 from sora_llm.terminal import plural
 
 MEMORISED_ROWS = 256
-"""Rows of training whose loss is measured where no dev set says how many."""
+"""Number of training rows whose loss is measured if there is no dev set to match."""
 PROBE_TOKENS = 64
-"""Of real text, on which logits are compared."""
+"""Tokens of real text on which logits are compared."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage's adapter on disk, and the weights as they were before it was cut: the next stage goes on from them."""
+    """A stage's adapter on disk, and the weights before it was cut, from which the next stage continues."""
 
     exported: verified_export.Exported
     masters: Mapping[str, Tensor]
     factors: PlainFactors | None
-    """Of the adapter that was exported, on the main process, where another layout is to be written beside it."""
+    """Those of the exported adapter, on the main process, if another layout is to be written next to it."""
 
 
 def cut_and_export(training: Training) -> StageResult:
-    """Cut what is not cut yet to what the processes agree on, export it, reload it from disk (collective)."""
+    """Cut the adapter, unless it is already cut, to what the processes agree on, export and reload it (collective)."""
     job, engine, directory = training.job, training.engine, training.directory
     config, is_path = job.config, job.plan.is_path
     directory.step = training.done
@@ -111,7 +111,7 @@ def before_publishing(training: Training) -> None:
 
 
 def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
-    """What model card and certificate say about the run; `line` is that of its export."""
+    """The facts about the run for its model card and certificate; `line` is the metrics line of its export."""
     job, config = training.job, training.job.config
     story, notes = story_of_run(line)
     losses = {
@@ -138,12 +138,12 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
 
 
 def start_of(config: Config) -> str:
-    """What training began with, in words."""
+    """A description of what training started from."""
     return "the base" if config.model.adapter is None else "the adapter that it started from"
 
 
 def finish(training: Training, result: StageResult) -> RunResult:
-    """The last stage's adapter is the run's (collective)."""
+    """Make the last stage's adapter the run's, and conclude the run (collective)."""
     job, directory = training.job, training.directory
     adapter = directory.path / ADAPTER
     if job.plan.is_path:
@@ -158,7 +158,7 @@ def finish(training: Training, result: StageResult) -> RunResult:
 
 
 def export_extra_layout(training: Training, result: StageResult) -> None:
-    """The adapter once more as gguf/ or merged/, where the config asks for it; the main process writes (collective)."""
+    """Write the adapter again as gguf/ or merged/ if the config asks for it; the main process writes (collective)."""
     job, layout, factors = training.job, training.job.config.output.export_layout, result.factors
     if layout in export.LAYOUTS:
         return
@@ -182,7 +182,7 @@ def export_extra_layout(training: Training, result: StageResult) -> None:
 
 
 def memorisation(job: Job, model: nn.Module) -> float:
-    """The loss of `model` over some rows that it was trained on, as many as dev rows, evenly spaced (collective)."""
+    """The loss of `model` over evenly spaced training rows, as many as there are dev rows (collective)."""
     assert job.data.train is not None
     count = min(len(job.data.train), MEMORISED_ROWS if job.data.dev is None else len(job.data.dev))
     rows = [index * len(job.data.train) // count for index in range(count)]
@@ -190,7 +190,7 @@ def memorisation(job: Job, model: nn.Module) -> float:
 
 
 def generate_samples(job: Job, model: nn.Module, directory: RunDirectory) -> None:
-    """Print and keep the answers to evaluation.sample_prompts; one process, after the adapter is safe.
+    """Print and save the answers to evaluation.sample_prompts; on one process, once the adapter is safely on disk.
 
     If the model cannot generate, only the samples are lost, not the run.
     """

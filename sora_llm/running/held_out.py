@@ -18,23 +18,23 @@ from sora_llm.running.data_lineage import LineageEntry
 
 
 def has_same_split(one: Config, other: Config) -> bool:
-    """Whether two configs hold out the same dev rows: same rows kept of the same files, and one seed."""
+    """Whether two configs hold out the same dev rows: the same rows kept from the same files, and the same seed."""
     return (_what_decides(one.data), one.train.seed) == (_what_decides(other.data), other.train.seed)
 
 
 def _what_decides(data: Data) -> Data:
-    """Without the options that change no row, and with the text of a chat template that is a file."""
+    """`data` without the options that change no row, and with a chat template file replaced by its text."""
     usual, template = {name: getattr(Data(), name) for name in CHANGES_NO_ROW}, data.chat_template
     if template is not None and template not in TEMPLATES:
-        with suppress(OSError, UnicodeDecodeError):  # of an older run, and not there any more
+        with suppress(OSError, UnicodeDecodeError):  # an older run's file, which no longer exists
             template = Path(expand_home(template)).read_text(encoding="utf-8")
     datasets = tuple(replace(dataset, weight=None) for dataset in data.datasets)
     return replace(data, chat_template=template, datasets=datasets, **usual)
 
 
 def seen_dataset(lessons: Iterable[LineageEntry], measured: Config) -> str | None:
-    """The path of a data set that dev rows of `measured` come from and that an adapter may have seen some of in its
-    lessons; None where there is none.  Files are compared by their paths, not by what is in them."""
+    """The path of a data set that supplies dev rows of `measured` and that an adapter may have seen in training; None
+    if there is none.  Files are compared by path, not by content."""
     data = measured.data
     if data.val_datasets is None and data.val_set_size is None:
         return None
@@ -52,26 +52,26 @@ def seen_dataset(lessons: Iterable[LineageEntry], measured: Config) -> str | Non
 
 
 def sharing_rows(datasets: Sequence[Dataset], others: Sequence[Dataset]) -> list[Dataset]:
-    """Those of `datasets` that have a file in common with one of the others, however each names it, or are the same
-    split of the hub's."""
+    """Those of `datasets` that share a file with one of the others, however each names it, or are the same split of
+    the same data set on the hub."""
     origins = set().union(*map(_origins, others))
     return [dataset for dataset in datasets if _origins(dataset) & origins]
 
 
 def _origins(dataset: Dataset) -> set[tuple[str, str]]:
-    """The files, or the data set of the hub, and the split."""
+    """The files, or the data set on the hub, each with the split."""
     split = dataset.split or "train"
     if not is_local(dataset.path):
         return {(dataset.path, split)}
     try:
         return {(str(file.resolve()), split) for file in local_files(dataset.path, dataset.type)}
-    except (UserError, OSError):  # an older run's, and not there any more
+    except (UserError, OSError):  # an older run's, which no longer exists
         return {(dataset.path, split)}
 
 
 def _may_mean(claim: Dataset, dataset: Dataset) -> bool:
-    """Whether a certificate's claim names a file of a data set, the folder that it lies in, or a pattern that it
-    matches; nobody's claim has a folder listed, or a pattern looked for."""
+    """Whether a certificate's claim names a file of a data set, the folder that it is in, or a pattern that it
+    matches.  Claims are not trusted: they never cause a folder to be listed or a pattern to be expanded."""
     if (claim.split or "train") != (dataset.split or "train"):
         return False
     if claim.path == dataset.path or not is_local(dataset.path):

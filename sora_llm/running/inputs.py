@@ -1,4 +1,4 @@
-"""What a config points to, checked before any weight is loaded: model folder, tokenizer, data, output."""
+"""The inputs that a config names, checked before any weight is loaded: model folder, tokenizer, data, output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODEL_FILES = (base_files.SINGLE, base_files.INDEX, "config.json")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the config points to; `skeleton` is the model on the meta device, `chat_template` the one that is used."""
+    """The inputs that the config names; `skeleton` is the model on the meta device, `chat_template` the one in use."""
 
     backbone: BackboneSpec
     skeleton: nn.Module
@@ -54,17 +54,17 @@ class Inputs:
         return backbone.pad_token_id(self.tokenizer)
 
     def batch(self, sequences: Sequence[Sequence[TokenRow]], packed: bool = False) -> dict[str, Tensor]:
-        """A batch as `collate` makes it; packed sequences lie as the model's attention needs it."""
+        """A batch as `collate` makes it; packed sequences are laid out as the model's attention needs them."""
         flat = packed and packs_flat(self.backbone.attn_implementation)
         return collate(sequences, self.pad_token_id, packed=packed, flat=flat)
 
 
 def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec | None = None) -> Inputs:
-    """Check everything the config names, cheap things first; `tokenizer_source` is where the tokenizer lies, if it is
+    """Check everything the config names, cheap things first; `tokenizer_source` says where the tokenizer is, if it is
     not the base's.
 
     Raises:
-        UserError: files, model folder, tokenizer, template, target modules or lengths that cannot work.
+        UserError: unusable files, model folder, tokenizer, template, target modules or lengths.
     """
     for tracker in config.output.report_to:
         if find_spec(tracker) is None:
@@ -90,7 +90,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     """The backbone's description and its skeleton (meta device).
 
     Raises:
-        UserError: model folder, target modules or lengths that cannot work.
+        UserError: unusable model folder, target modules or lengths.
     """
     quiet_libraries()
     spec = backbone_spec(config, strategy)
@@ -120,7 +120,7 @@ def start_lora(config: Config) -> LoraFiles:
 
 
 def _other_than_lora(folder: Path) -> str | None:
-    """What a folder without a LoRA is instead, and what to do; None where that is not known."""
+    """What a folder without a LoRA contains instead, and what to do; None if that is not known."""
     if (folder / run_files.ADAPTER / CONFIG).is_file():
         return f"is a run directory; its LoRA is {folder / run_files.ADAPTER}: name that"
     if is_run(folder):
@@ -135,8 +135,8 @@ def _other_than_lora(folder: Path) -> str | None:
 
 
 def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> None:
-    """UserError if the run directory cannot be made or written, is somebody else's (of an adapter, a model, or one of
-    the `data_paths`), or `resume` cannot be followed; leaves nothing."""
+    """UserError if the run directory cannot be created or written, belongs to something else (an adapter, a model, or
+    one of the `data_paths`), or `resume` cannot be followed; leaves nothing behind."""
     try:
         if run_dir.is_symlink() and not run_dir.exists():
             raise UserError(
@@ -176,7 +176,7 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
 
 
 def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
-    """UserError if a run would be mixed with what lies in `run_dir`, or could not write beside it."""
+    """UserError if a run would be mixed with, or could not be written next to, the existing content of `run_dir`."""
     for name in (CONFIG, checkpoint.COMPLETE, *MODEL_FILES):
         if (run_dir / name).is_file():
             raise UserError(

@@ -31,7 +31,7 @@ from sora_llm.topology import World
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs, checked and in memory, but for the weights."""
+    """Everything a run needs except the weights, checked and in memory."""
 
     inputs: Inputs
     plan: Plan
@@ -43,7 +43,7 @@ class Job:
     stop: StopRequest
     liveness: LivenessMonitor
     replicas: Replicas | None = None
-    """Who takes local steps; None where all processes step together."""
+    """The replicas that take local steps; None if all processes step together."""
 
     def raise_if_stop_requested(self) -> None:
         """Raise Preempted on every process if one of them was asked to stop (collective)."""
@@ -62,7 +62,7 @@ class Job:
         return terminal.plural(self.plan.rows_per_step, "packed sequence" if self.config.data.sample_packing else "row")
 
     def batches(self, step: int) -> StepBatches:
-        """What optimizer step `step` trains on."""
+        """The batches that optimizer step `step` trains on."""
         packed = self.config.data.sample_packing
         batch_size = self.config.train.per_device_train_batch_size
         together, rotation = None, 0
@@ -89,7 +89,7 @@ class Job:
         return estimate_memory(self.config, inputs.backbone, inputs.skeleton, strategy, self.world.num_processes)
 
     def say(self, text: str) -> None:
-        """Print a line once, however many processes there are."""
+        """Print a line once, regardless of the number of processes."""
         if self.world.is_main:
             terminal.say(text)
 
@@ -99,7 +99,7 @@ def hold_directory(job: Job, run_dir: Path, stack: contextlib.ExitStack) -> RunL
 
     Returns: its lock, None on the other processes.
     Raises:
-        UserError: another run keeps it too long, or it cannot be written.
+        UserError: another run holds it too long, or it cannot be written.
         Preempted: this run was asked to stop while it waited.
     """
     deadline = time.monotonic() + run_state.LOCK_WAIT_SECONDS

@@ -1,4 +1,4 @@
-"""Exports next to adapter/: gguf/ for llama.cpp, or merged/, the whole model (output.export_layout)."""
+"""Exports next to adapter/: gguf/ for llama.cpp, or merged/, the full model (output.export_layout)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sora_llm.running.plan import Plan
 
 
 def adapter_layout(layout: str) -> str:
-    """The layout of adapter/ itself, which is a PEFT folder whatever lies beside it."""
+    """The layout of adapter/ itself, which is always a PEFT folder, regardless of other exports next to it."""
     return layout if layout in LAYOUTS else "padded"
 
 
 def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, int]], run_dir: Path) -> None:
-    """Whether the run's base can be written in `layout`, from its config and the headers of its files.
+    """Check from the config and file headers of the run's base that it can be written in `layout`.
 
     Raises:
-        UserError: an architecture or a module that llama.cpp does not have, files that cannot be merged into, 8-bit
-            layers, or a folder of that name in the run directory that holds something else.
+        UserError: an architecture or a module that llama.cpp lacks, files that cannot be merged into, 8-bit layers, or
+            a folder of that name in the run directory with other contents.
     """
     if layout in LAYOUTS:
         return
@@ -48,12 +48,12 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
 
 
 def check_place(plan: Plan, inputs: Inputs, run_dir: Path) -> None:
-    """UserError where the exports of a run that is about to train would replace what somebody put into older ones, or
-    the disk has no room for its layout, as it is now."""
+    """UserError if the exports of a run that is about to train would replace files that somebody added to older ones,
+    or if the disk currently has no room for its layout."""
     layout = plan.config.output.export_layout
     for folder in [ADAPTER, *([] if layout in LAYOUTS else [layout])]:
         refuse_other_contents(run_dir / folder)
-    for stage in plan.stages:  # those of earlier stages stay, with whatever was put into them
+    for stage in plan.stages:  # earlier stages' folders stay, including anything added to them
         refuse_other_contents(run_dir / plan.folder_of(stage), may_have_additions=True)
     if layout != "merged":
         return
@@ -64,7 +64,7 @@ def check_place(plan: Plan, inputs: Inputs, run_dir: Path) -> None:
 
 
 def _planned(inputs: Inputs) -> Merge:
-    """The merge of nothing: what it would read and write."""
+    """The plan of a merge without an adapter: which files it would read and write."""
     dequantise = inputs.backbone.load_in_4bit
     return plan_merge({}, inputs.backbone, inputs.skeleton, dequantise=dequantise, device="cpu")
 
@@ -78,14 +78,14 @@ def export_beside(
     provenance: Provenance,
     device: torch.device | str,
 ) -> str:
-    """Write run_dir/`layout`, verified, from the factors of the run's adapter; one process.  Returns what to say.
+    """Write run_dir/`layout`, verified, from the factors of the run's adapter; one process.  Returns a line to print.
 
-    A merged model is of the base as it was trained beside: of the numbers that 4-bit layers hold.  The model that was
-    trained is not needed, and should be gone: the base is loaded again.
+    A merged model uses the base exactly as it was trained on, including the values that 4-bit layers hold.  The trained
+    model is not needed and should have been freed, since the base is loaded again.
 
     Raises:
         UserError: no room on the disk.
-        RunFailed: what was read back is not what was trained; nothing is left.
+        RunFailed: the files read back differ from what was trained; nothing is left behind.
     """
     folder, base = run_dir / layout, inputs.backbone
     certificate: dict[str, Any]

@@ -1,8 +1,8 @@
 """Processes of a run notice within seconds when another process or their launcher dies.
 
-A collective whose partner has died fails at once under gloo and waits for the whole timeout under nccl; a worker whose
-launcher was killed with -9 would go on writing for ever.  So every process holds a TCP connection to the main one,
-which the kernel closes when a process ends, however it ends; and looks at who its parent is.
+A collective whose partner has died fails at once under gloo and waits for the full timeout under nccl; a worker whose
+launcher was killed with -9 would keep writing forever.  So every process holds a TCP connection to the main one, which
+the kernel closes however the process ends, and checks who its parent is.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sora_llm.errors import RunFailed
 CONNECT_SECONDS = 60
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 8.0
-"""For the main thread to end by itself, with its own error, after another process was lost."""
+"""Time for the main thread to end by itself, with its own error, after another process was lost."""
 LAUNCHER_GRACE_SECONDS = 3.0
-"""For the signal that has ended the launcher to arrive here too."""
+"""Time for the signal that ended the launcher to arrive here too."""
 NOTICE_SECONDS = 2.0
-"""For a death that is behind an error of a collective to be noticed."""
+"""Time to notice the death that caused an error in a collective."""
 
 _LAUNCHER_MARKS = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
 class LivenessMonitor:
-    """Watches the launcher, and from `connect` on the other processes, in a thread.
+    """Watches the launcher, and after `connect` also the other processes, in a thread.
 
     `lost_process` names the process that died, or None; a stopped or slow one is not dead.  A process that has not
     ended by itself `GRACE_SECONDS` later is ended, after calling `on_lost_process`.
@@ -42,8 +42,8 @@ class LivenessMonitor:
 
     def __init__(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Args:
-        is_stopping: whether this process was asked to stop.  It will, and needs no launcher for that: USR1 to all
-            processes of a job, before its time is up, kills launchers, and there is a checkpoint to be saved.
+        is_stopping: whether this process was asked to stop.  It will, and needs no launcher for that: USR1 sent to all
+            processes of a job shortly before its time is up kills launchers, but a checkpoint must still be saved.
         """
         self._is_stopping = is_stopping
         self._orphaned_at: float | None = None
@@ -61,7 +61,7 @@ class LivenessMonitor:
             self._thread.start()
 
     def connect(self, process_index: int, num_processes: int, exchange: Callable[[Any], list[Any]]) -> None:
-        """Call it on every process.
+        """Connect to the other processes; call it on every process.
 
         Args:
             exchange: gathers a value from every process on every process, in their order.
@@ -78,8 +78,8 @@ class LivenessMonitor:
             self._thread.start()
 
     def close(self, failure: str | None = None) -> None:
-        """Disconnect cleanly, so this process's end is not reported as a death.  With `failure` the others are told
-        that it has failed."""
+        """Disconnect cleanly, so that this process's end is not reported as a death.  With `failure` the others are
+        told that it failed."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -90,8 +90,8 @@ class LivenessMonitor:
             peer.close()
 
     def wait_for_lost_process(self) -> str | None:
-        """Who was lost, if anybody is found to be within NOTICE_SECONDS: errors of collectives come a little sooner.
-        One error on its way out may ask more than once, and is waited for once."""
+        """The lost process, if one is noticed within NOTICE_SECONDS: errors of collectives arrive slightly earlier.
+        Only the first call waits, since one error may ask repeatedly while it propagates."""
         if self._thread.is_alive() and not self._has_waited:
             self._has_waited = True
             self._lost.wait(NOTICE_SECONDS)
@@ -112,7 +112,7 @@ class LivenessMonitor:
                 return
 
     def _has_outlived_launcher(self) -> bool:
-        """Whether it has been dead for LAUNCHER_GRACE_SECONDS, in which nobody has asked this process to stop."""
+        """Whether the launcher has been dead for LAUNCHER_GRACE_SECONDS and nobody has asked this process to stop."""
         if self._parent is None or os.getppid() == self._parent:
             return False
         self._orphaned_at = self._orphaned_at or time.monotonic()
@@ -147,7 +147,7 @@ def print_final_error(sentence: str) -> None:
 
 
 def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list[Any]]) -> dict[int, socket.socket]:
-    """Connections by process: process 0, which everybody knows as MASTER_ADDR, has one to each of the others."""
+    """Connections by process: process 0, which all others know as MASTER_ADDR, has one to each of them."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     server = place = None
     if process_index == 0:
@@ -185,8 +185,8 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
 
 
 def _listen(host: str) -> socket.socket:
-    """On every address, as torch's own store: the main machine may know its name as 127.0.1.1, or not at all.  Not for
-    a run that says itself that it is one machine's."""
+    """Listen on every address, like torch's own store: the main machine may resolve its name to 127.0.1.1, or not at
+    all.  A run that declares itself local to one machine listens on that address only."""
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, 0))
     if socket.has_dualstack_ipv6():
@@ -195,7 +195,7 @@ def _listen(host: str) -> socket.socket:
 
 
 def _first_line(peer: socket.socket) -> str:
-    """The first line from a connection, read byte by byte: what follows is for the watching thread."""
+    """The first line from a connection, read byte by byte because the rest is for the watching thread."""
     peer.settimeout(5)
     said = b""
     with contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ def _first_line(peer: socket.socket) -> str:
 
 
 def _heard(peer: socket.socket, name: str) -> str | None:
-    """The message of a readable connection; None for a clean disconnect."""
+    """The message from a readable connection; None for a clean disconnect."""
     try:
         said = peer.recv(4096).decode(errors="replace")
     except OSError:
@@ -218,7 +218,7 @@ def _heard(peer: socket.socket, name: str) -> str | None:
 
 
 def _kept_alive(peer: socket.socket) -> socket.socket:
-    """A machine that loses its power closes nothing: after half a minute without an answer it counts as dead."""
+    """Turn on keep-alive: a machine that loses power closes no connection, so half a minute of silence means dead."""
     peer.settimeout(5)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):

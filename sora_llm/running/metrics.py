@@ -20,7 +20,7 @@ from sora_llm.schedule import DENSE, FINETUNE
 
 
 def log_step(training: Training, seen: Mapping[str, Any]) -> None:
-    """The line of the step that is done (collective); `seen` is what only the step itself knew."""
+    """Log the line of the step just taken (collective); `seen` holds the fields that only the step itself knows."""
     job, tally, done, stage = training.job, training.tally, training.done, training.stage
     step_of_stage, phase = done - training.stage_start - 1, training.phase
     rates = stage.rates(step_of_stage)
@@ -40,7 +40,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
         **evaluated,
         **training.labels,
     }
-    # Inside a round of local updates no gate can die, which is nothing to be alarmed by.
+    # Inside a round of local updates no gate can die, which is no reason for an alarm.
     is_between = training.rounds is not None and training.rounds.is_open
     progress = stage.phases.progress(step_of_stage) if stage.is_pruning(step_of_stage) and not is_between else None
     say_alarms(job, training.alarms.of_line({"step": done, "phase": phase, **fields}, progress))
@@ -62,7 +62,7 @@ def say_alarms(job: Job, sentences: list[str]) -> None:
 
 
 def is_due(interval: int | None, done: int) -> bool:
-    """Whether something that happens every `interval` steps happens after `done` steps; None is never."""
+    """Whether something that happens every `interval` steps is due after `done` steps; None means never."""
     return interval is not None and done % interval == 0
 
 
@@ -72,7 +72,7 @@ def evaluation_due(job: Job, done: int) -> bool:
 
 
 def skipped_steps(training: Training) -> int:
-    """The steps skipped so far; with local updates the most that a replica skipped (collective)."""
+    """The steps skipped so far; with local updates the most that any replica skipped (collective)."""
     own = training.tally.skipped_steps
     if training.rounds is None:
         return own
@@ -86,7 +86,7 @@ def dev_loss(job: Job, model: nn.Module) -> float:
 
 
 def measure(training: Training) -> float:
-    """The dev loss of the adapter as it is: inside a round of local updates, of the replicas' slot-wise mean.  The
+    """The dev loss of the current adapter; inside a round of local updates, that of the replicas' slot-wise mean.  The
     adapter is kept if it is the best so far (collective)."""
     rounds, engine = training.rounds, training.engine
     with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
@@ -99,12 +99,12 @@ def measure(training: Training) -> float:
 
 
 def keeps_best(training: Training) -> bool:
-    """Only once ranks are final: before that, the dev loss rises because ranks are removed."""
+    """Whether the best adapter is kept: only once ranks are final, since removing ranks raises the dev loss."""
     return training.patience.is_enabled and training.phase == FINETUNE
 
 
 def final_masters(training: Training) -> Mapping[str, Tensor]:
-    """What is exported: the adapter of the last step, or of the best evaluation where these are kept (collective)."""
+    """The weights to export: those of the last step, or of the best evaluation if that is kept (collective)."""
     if keeps_best(training) and training.measured != training.done:
         measure(training)
     best = training.best
@@ -132,6 +132,6 @@ def loss_over(job: Job, model: nn.Module, rows: TokenDataset) -> float:
 
 
 def current_ranks(training: Training) -> pipeline.RankReport:
-    """Ranks by the gates as they are, or as the replicas agreed on them last (collective)."""
+    """Ranks by the current gates, or by those that the replicas last agreed on (collective)."""
     engine, rounds = training.engine, training.rounds
     return pipeline.rank_report(adapters(engine.module), engine.gates() if rounds is None else rounds.gates)

@@ -23,12 +23,12 @@ from sora_llm.topology import World
 @dataclass(frozen=True)
 class StepBatches:
     """One process's micro-batches of a step, and their weights.  A weight is the number of supervised tokens, or the
-    sum of their loss weights where the data gives some."""
+    sum of their loss weights if the data has any."""
 
     micro_batches: Sequence[Mapping[str, Tensor]]
     """The arguments of `causal_loss_sum`."""
     weight: float
-    """Over the processes that average their gradients: of the whole step, or of the replica's part of it."""
+    """Total over the processes that average their gradients: of the whole step, or of the replica's part of it."""
     own_weight: float
     """Of this process's rows."""
     supervised_tokens: int
@@ -45,11 +45,11 @@ def step_batches(
     together: Sequence[int] | None = None,
     rotation: int = 0,
 ) -> StepBatches:
-    """What a step that takes `sequences` is made of on this process.
+    """This process's batches in a step that takes `sequences`.
 
-    `together` are the processes whose gradients are averaged with this one's; None is all of them.  Shares are dealt by
-    falling length; with a `rotation` process p takes that of process p + `rotation`, so that over steps no replica has
-    the long rows, or an epoch's missing ones, more often than others.
+    `together` are the processes whose gradients are averaged with this one's; None means all of them.  Shares are dealt
+    in order of decreasing length; with a `rotation` process p takes that of process p + `rotation`, so that over the
+    steps no replica gets the long rows, or an epoch's missing ones, more often than others.
     """
 
     def share_of(process_index: int) -> list[list[PackedRows]]:
@@ -78,14 +78,14 @@ def train_step(
 ) -> tuple[Tensor, StepOutcome]:
     """Forward and backward over this process's micro-batches, then the optimizer's step.
 
-    The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step, of all micro-batches
-    and of the `num_processes` whose gradients engines average, hence the factor.  A non-finite loss makes this
-    process's gradients NaN, so the reduced norm is NaN on every one of them and all skip the step together, after it
-    was taken again with every lower loss scale that there is.  A replica that the last step of an epoch left without
-    rows stands still.  `before_step` is called once between the last backward pass and the step, also on a replica that
-    stands still: there the copies of the step before are still what every process computed with.
+    The loss is Σ weight · cross-entropy / Σ weight over the supervised tokens of the whole step: all micro-batches of
+    the `num_processes` processes whose gradients engines average, hence the factor.  A non-finite loss makes this
+    process's gradients NaN, so the reduced norm is NaN on each of those processes and all skip the step together, after
+    retrying it with every lower loss scale.  A replica left without rows in the last step of an epoch sits the step
+    out.  `before_step` is called once between the last backward pass and the step, also on a replica that sits it out:
+    at that point the copies from the previous step are still those that every process computed with.
 
-    Returns: this process's Σ weight · cross-entropy (float64) and what became of the step.
+    Returns: this process's Σ weight · cross-entropy (float64) and the outcome of the step.
     """
     if batches.weight == 0:
         if before_step is not None:
@@ -126,21 +126,21 @@ def accumulate(engine: Engine, batches: StepBatches, num_processes: int) -> Tens
             loss = causal_loss_sum(engine.model, **on_device)
             engine.backward(loss * torch.where(loss.detach().isfinite(), weight, torch.nan))
             loss_sum += loss.detach().double()
-            # Its graph is spent, and what 4-bit and 8-bit layers hung on it would lie beside the next one's.
+            # Its graph is spent; tensors that 4-bit and 8-bit layers attached would stay in memory with the next one's.
             del loss
     return loss_sum
 
 
 @dataclass
 class Tally:
-    """This process's loss and its weight, and all tokens, since the last logged line; non-finite steps in a row."""
+    """This process's loss and its weight, and all processes' tokens, since the last line; skipped steps in a row."""
 
     device: torch.device
     loss_sum: Tensor
     weight: float = 0.0
     skipped_in_a_row: int = 0
     most_in_a_row: int = 0
-    """Of skipped steps, until somebody looked at it last."""
+    """The longest streak of skipped steps since the last check."""
     skipped_steps: int = 0
     tokens: int = 0
     steps: int = 0
@@ -160,22 +160,22 @@ class Tally:
             self.most_in_a_row = max(self.most_in_a_row, self.skipped_in_a_row)
             self.skipped_steps += 1
             return
-        if batches.weight == 0:  # it stood still
+        if batches.weight == 0:  # it sat the step out
             return
         self.skipped_in_a_row = 0
         self.loss_sum += loss_sum
         self.weight += batches.own_weight
 
     def totals(self) -> list[float]:
-        """Σ weight · cross-entropy and Σ weight since the last line over all processes (collective)."""
+        """Σ weight · cross-entropy and Σ weight over all processes since the last line (collective)."""
         return sum_over_processes(self.loss_sum, self.weight, device=self.device)
 
     def flush(self) -> dict[str, float]:
-        """loss, tokens_per_second and step_seconds since the last line, which ends here (collective)."""
+        """loss, tokens_per_second and step_seconds since the last line; starts the next one (collective)."""
         total, weight = self.totals()
         self.pause_clock()
         line = {}
-        if self.steps:  # none since a resumed run began: the line is of a step before
+        if self.steps:  # none if a resumed run begins with the line of an earlier step
             line["tokens_per_second"] = self.tokens / max(self.seconds, 1e-9)
             line["step_seconds"] = self.seconds / self.steps
         if weight:
@@ -185,25 +185,25 @@ class Tally:
         return line
 
     def pause_clock(self) -> None:
-        """Evaluation, checkpoints and changes of form are not training."""
+        """Stop counting time: evaluation, checkpoints and changes of form are not training."""
         if self.since is not None:
             self.seconds += time.monotonic() - self.since
             self.since = None
 
     def start_clock(self) -> None:
-        """Count time from here, if it does not run."""
+        """Count time from here, unless the clock is already running."""
         if self.since is None:
             self.since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it (collective); skipped steps by process, which differ between replicas."""
+        """The state that a checkpoint stores (collective); skipped steps by process, as replicas differ in them."""
         loss_sum, weight = self.totals()
         own = [self.skipped_in_a_row, self.most_in_a_row, self.skipped_steps]
         skipped = gather_integers(own, self.device)
         return {"loss_sum": loss_sum, "weight": weight, "skipped": skipped}
 
     def load(self, state: Mapping[str, Any], process_index: int) -> None:
-        """Put back `state`; the sums over processes count the main process's part alone."""
+        """Restore `state`; the main process alone takes the sums over processes."""
         if process_index == 0:
             self.loss_sum += state["loss_sum"]
             self.weight = float(state["weight"])
@@ -219,18 +219,18 @@ def seed_step(seed: int, step: int, process_index: int) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak of a GPU begin here.
+    """Reset a GPU's peak memory.
 
-    DeepSpeed does so whenever an engine is made (0.19, `empty_cache`) and the other strategies do not: with what was
-    before, loading and cutting, in some peaks alone they could not be compared.
+    DeepSpeed does so whenever an engine is made (0.19, `empty_cache`) and the other strategies do not: peaks would not
+    be comparable if only some included the loading and cutting that came before.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """This process's peak in GiB: of a GPU the memory that torch allocated there since `forget_peak`; on a CPU, also
-    one beside a GPU, the resident memory since the process began."""
+    """This process's peak in GiB: for a GPU, the memory that torch has allocated there since `forget_peak`; for a CPU,
+    even if there is also a GPU, the resident memory since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS

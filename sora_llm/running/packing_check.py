@@ -17,12 +17,12 @@ from sora_llm.errors import UserError
 def check_packing(
     model: nn.Module, attn_implementation: str, device: torch.device | str, is_8bit: bool = False
 ) -> None:
-    """Raise UserError unless rows packed into one sequence give the logits that each gives alone.
+    """Raise UserError unless rows packed into one sequence give the same logits as each does alone.
 
     Whether packed rows see each other depends on the model's code, its attention and the version of transformers, and
-    a leak makes no error.  Random rows are run alone, packed, and packed behind a first row of other tokens: what
-    reaches the later rows must be nothing beside what reaches them in one long row, and the logits those of each row
-    alone up to rounding.  Call it with the bare model, in eval mode.
+    a leak raises no error.  Random rows are run alone, packed, and packed behind a first row of other tokens: the
+    change in the later rows must be negligible compared with that in one long row, and their logits must equal those of
+    each row alone up to rounding.  Call it with the bare model, in eval mode.
     """
     generator = torch.Generator().manual_seed(0)
     num_ids = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -30,7 +30,7 @@ def check_packing(
     other = torch.randint(num_ids, (11,), generator=generator).numpy()
 
     def logits(packed: Sequence[Any], isolated: bool = True) -> Tensor:
-        """The logits (T, V) of a sequence's last rows; it stands beside another one where a batch can have several."""
+        """The logits (T, V) of a sequence's last rows; it is batched with another one if a batch can have several."""
         sequence = [(ids, np.zeros(len(ids), dtype=np.float32)) for ids in packed]
         flat = packs_flat(attn_implementation)
         batch = collate([sequence] if flat else [sequence, sequence[1:]], 0, packed=isolated, flat=flat)
@@ -44,7 +44,7 @@ def check_packing(
     leak = (logits([other, *rows[1:]]) - together).norm()
     full_leak = (logits([other, *rows[1:]], isolated=False) - logits(rows, isolated=False)).norm()
     error = (together - alone).norm() / alone.norm()
-    # LLM.int8 looks for outliers over the whole batch, so that rows share roundings without seeing each other.
+    # LLM.int8 looks for outliers over the whole batch, so rows affect each other's rounding without seeing each other.
     leaks = not is_8bit and not bool(leak <= 1e-3 * full_leak)
     # Measured on two small checkpoints: a leak of exactly 0, errors of 1e-7 (float32) to 4e-3 (bf16); without the
     # position ids the error is above 1e-1.

@@ -18,9 +18,9 @@ from sora_llm.terminal import plural
 from sora_llm.topology import World
 
 ADAPTIVE_GATE_LR = 1e-2
-"""`gate_lr: auto` where a quantile cuts: gates only say who is next, they do not have to travel to 0."""
+"""`gate_lr: auto` if a quantile cuts: gates only decide which is cut next, they do not have to travel to 0."""
 MOST_TRIED = 1000
-"""Numbers of steps, in search of one that a run can be told to train for."""
+"""How many numbers of steps are tried to find one that an error message can recommend."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stage:
     """One schedule of learning rates and phases: the whole run, or one λ of a sparsity path.
 
     Steps are counted from the stage's own first one.  `gate_travel` = gate_lr · Σ f_t over the sparsify window: below
-    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune; `starts_blank` says that
+    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune; `starts_blank` means that
     B is 0 when the stage begins.
     """
 
@@ -47,12 +47,12 @@ class Stage:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps until the learning rate is at its peak."""
+        """Steps until the learning rate reaches its peak."""
         return schedule.warmup_steps(self.total_steps, self.warmup_ratio)
 
     def rates(self, step: int) -> dict[str, float]:
-        """Learning rates of optimizer step `step`: the stage's one schedule, ramped up again wherever the adapters
-        were changed and the optimizer started afresh."""
+        """Learning rates of optimizer step `step`: the stage's one schedule, ramped up again after each change of the
+        adapters' form, which restarts the optimizer."""
         if not self.learns:
             return {"learning_rate": 0.0, "gate_lr": 0.0}
         kind = self.settings.lr_scheduler_type
@@ -72,8 +72,8 @@ class Stage:
     @property
     def first_pruning_step(self) -> int:
         """The first step that prunes, before which `adaptive` weighs the gates: the first one of the sparsify phase,
-        and not before a step has learned anything.  With B = 0 every component is 0, no gate has a gradient, and a prox
-        would shrink all of them blindly.  Where that is the phase's end, only the cut to a budget prunes."""
+        but not before a step has learned anything.  With B = 0 every component is 0, no gate has a gradient, and a prox
+        would shrink all of them blindly.  If it equals the phase's end, only the cut to a budget prunes."""
         if not (self.is_adaptive or self.starts_blank):
             return self.phases.dense_end
         return min(max(self.phases.dense_end, self.learned_at), self.phases.sparsify_end)
@@ -91,7 +91,7 @@ class Stage:
 
     @property
     def can_prune(self) -> bool:
-        """Whether B is not 0 any more when the adapters are cut."""
+        """Whether B is no longer 0 when the adapters are cut."""
         return not self.starts_blank or self.learned_at <= self.phases.sparsify_end
 
     def is_pruning(self, step: int) -> bool:
@@ -141,7 +141,7 @@ class Plan:
         return f"{PATH}/{stage_name(stage.sparse_lambda or 0.0)}" if self.is_path else ADAPTER
 
     def most_evaluations(self, eval_steps: int) -> int:
-        """The most evaluations in any one stage that patience counts, without the one at the stage's last step."""
+        """The most evaluations that patience counts in any one stage, without the one at the stage's last step."""
         counts, first = [], 0
         for stage in self.stages:
             begin = stage.phases.dense_end if self.is_path else stage.phases.sparsify_end
@@ -152,7 +152,7 @@ class Plan:
 
 
 def rows_in_step(config: Config, world: World) -> int:
-    """G, the rows (packed: sequences) that an optimizer step takes over all processes."""
+    """G, the rows (packed: sequences) that an optimizer step takes across all processes."""
     train = config.train
     return train.per_device_train_batch_size * world.num_processes * train.gradient_accumulation_steps
 
@@ -166,10 +166,10 @@ def make_plan(
 ) -> Plan:
     """Steps, phases, rates and budgets of the run.
 
-    `steps_in` gives the optimizer steps of so many epochs, `shapes` {target module: (I, O)}.
+    `steps_in` returns the optimizer steps in a given number of epochs; `shapes` is {target module: (I, O)}.
 
     Raises:
-        UserError: a phase without a step that needs one, budgets that cannot be.
+        UserError: a phase that needs a step has none, or invalid budgets.
     """
     sora, train = config.sora, config.train
     if train.max_steps is not None:
@@ -192,9 +192,9 @@ def make_plan(
         threshold = "adaptive" if budgets else "decoupled"
     stages = _stages(config, total_steps, threshold == ADAPTIVE)
     storage = backbone_spec(config, strategy).quant_storage
-    # The values are of the fields' own literal types; mypy cannot see that through plain strings.
+    # The values have the fields' literal types; mypy cannot see that through plain strings.
     gate_lrs = {stage.gate_lr for stage in stages}
-    gate_lr = gate_lrs.pop() if len(gate_lrs) == 1 else sora.gate_lr  # "auto", where no one number is the stages' own
+    gate_lr = gate_lrs.pop() if len(gate_lrs) == 1 else sora.gate_lr  # "auto" if the stages differ
     filled = replace(
         config,
         sora=replace(sora, gate_lr=gate_lr, dtype=adapter_dtype(config), threshold=threshold),  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def make_plan(
 
 
 def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
-    """A stage per λ, each of so many steps; only the first one begins with dense ones."""
+    """A stage per λ, each of `steps` steps; only the first one begins with a dense phase."""
     sora, train = config.sora, config.train
     if train.warmup_steps is not None and train.warmup_steps > steps:
         raise UserError(f"train.warmup_steps {train.warmup_steps} exceeds the {plural(steps, 'step')} of training")
@@ -247,15 +247,15 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
 
 
 def _warmup_ratio(train: Train, steps: int) -> Fraction:
-    """The share of so many steps in which the learning rate rises, as it was written (0.29 is 29/100)."""
+    """The share of `steps` in which the learning rate rises, as it was written (0.29 is 29/100)."""
     if train.warmup_steps is not None:
         return Fraction(train.warmup_steps, steps)
     return Fraction(str(train.warmup_ratio))
 
 
 def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
-    """What to do where so many steps have nothing to sparsify: the next number that has, with this config's ratios, and
-    with a step between what is learned and the cut."""
+    """What to do if `too_few` steps leave nothing to sparsify: the next number of steps that, with this config's
+    ratios, prunes in steps and has learned something before the cut."""
     sora, train = config.sora, config.train
     starts_blank = config.model.adapter is None
     for steps in range(too_few + 1, too_few + MOST_TRIED):
@@ -267,7 +267,7 @@ def _longer(config: Config, too_few: int, is_adaptive: bool) -> str:
 
 
 def refuse_other_config(plan: Plan, old: Mapping[str, Any], old_processes: int, world: World, where: str) -> None:
-    """Raise UserError if `plan` may not go on with a run of the config `old` (both resolved), naming the keys."""
+    """Raise UserError, naming the keys, if `plan` may not resume a run of the config `old` (both resolved)."""
     conflicts = resume_conflicts(dict(old), to_dict(plan.config), old_processes, world.num_processes)
     if conflicts:
         raise UserError(

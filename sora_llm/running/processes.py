@@ -1,4 +1,4 @@
-"""The processes of a run: in one group, given the same config, rows and weights, in one directory."""
+"""The processes of a run: in one group, with the same config, rows and weights, in one directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sora_llm.running.unpack import adapter_dtype
 from sora_llm.topology import ZERO_STAGES, World, deepspeed_config, read_deepspeed_config
 
 _VISIBLE_SECONDS = 90
-"""Longer than NFS remembers by default what was there before (acdirmax, 60 s)."""
+"""Longer than NFS caches the previous state of a folder by default (acdirmax, 60 s)."""
 
 
 def deepspeed_options(config: Config, strategy: str) -> dict[str, Any] | None:
@@ -61,7 +61,7 @@ def process_group(
     zero_options: dict[str, Any] | None,
     liveness: LivenessMonitor,
 ) -> Iterator[Any]:
-    """The accelerator of this run, ended with it; `liveness` watches its processes meanwhile."""
+    """The accelerator of this run, shut down at its end; `liveness` watches its processes meanwhile."""
     environ = dict(os.environ)
     accelerator = group.make_accelerator(
         strategy,
@@ -81,11 +81,11 @@ def process_group(
     except BaseException as error:
         lost = None if isinstance(error, UserError | RunFailed) else liveness.wait_for_lost_process()
         liveness.close(failure=str(error) or type(error).__name__)
-        if lost is not None:  # before the run had begun, or it would have been said there
-            if world.process_index == 1 and lost.startswith("process 0 "):  # which would speak for all
+        if lost is not None:  # before the run had begun, or it would have been reported there
+            if world.process_index == 1 and lost.startswith("process 0 "):  # which prints for all
                 print_final_error(lost)
             raise RunFailed(f"{lost}; start the same command again") from error
-        # The others may be in a collective that this process will never join: leave the group to its end with us.
+        # The others may be in a collective that this process will never join: let the group end with this process.
         if world.num_processes == 1:
             group.end(accelerator, environ)
         raise
@@ -102,13 +102,13 @@ def timeout_failure(process: int, minutes: float) -> RunFailed:
 
 
 MACHINE_LOCAL_KEYS = r"data\.(val_)?datasets\.\d+\.path|data\.num_proc|data\.cache_dir|model\.name_or_path"
-"""Keys whose values may differ between machines: paths, whose contents are compared instead."""
+"""Keys whose values may differ between machines: mostly paths, whose contents are compared instead."""
 
 
 def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) -> None:
-    """UserError if processes have other configs or rows than the main one: each reads its own (collective).
+    """UserError if processes have different configs or rows from the main one: each reads its own (collective).
 
-    The config is the one that was given: what `auto` comes to may follow from the rows.
+    The config is compared as given, since the value of an `auto` may depend on the rows.
     """
     configs = gather_objects(to_dict(config))
     for process, other in enumerate(configs):
@@ -122,7 +122,7 @@ def refuse_differing_runs(config: Config, fingerprint: Mapping[str, int | str]) 
 
 
 def refuse_differing(what: str, own: Any) -> None:
-    """UserError if the value of a process is not the main one's (collective)."""
+    """UserError if a process's value differs from the main one's (collective)."""
     for process, other in enumerate(found := gather_objects(own)):
         if other != found[0]:
             raise UserError(
@@ -132,7 +132,7 @@ def refuse_differing(what: str, own: Any) -> None:
 
 
 def require_shared(run_dir: Path) -> None:
-    """UserError unless all processes see one directory: checkpoints and exports are read back there (collective)."""
+    """UserError unless all processes see one directory: checkpoints and exports are read back from it (collective)."""
 
     def leave_mark() -> str:
         mark = run_dir / f".{secrets.token_hex(8)}.tmp"

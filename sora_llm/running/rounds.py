@@ -1,8 +1,8 @@
 """Rounds of local updates: the last agreed state, and how replicas synchronise.
 
-A round's end is one exchange: every replica sends each module's factors to the replica that averages it, and gets all
-averages back, 2 (K − 1)/K times the adapter, as an all-reduce would move; but the averager has all replicas' factors at
-once, so how far the mean of products is from the product of means costs nothing more to send.
+A round ends with one exchange: every replica sends each module's factors to the replica that averages it, and gets all
+averages back, 2 (K − 1)/K times the adapter, as much as an all-reduce moves; but the averager has all replicas' factors
+at once, so measuring how far the mean of products is from the product of means costs no extra communication.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _TAU, _VELOCITY = "tau", "outer_velocity"
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round's end saw.
+    """Measurements at the end of a round.
 
     `merge_error` is ‖mean(B g A) − mean(B) mean(g) mean(A)‖ / ‖mean(B g A)‖ over all modules, `support_overlap` the
-    mean Jaccard index of the supports that the replicas' own gates would have (None where nothing is pruned or nobody
-    is there to compare with), `sync_bytes` what each replica sent, and received, `sync_seconds` how long it took.
+    mean Jaccard index of the supports that the replicas' own gates would have (None if nothing is pruned or there is
+    no other replica), `sync_bytes` the bytes that each replica sent and also received, `sync_seconds` the time taken.
     """
 
     merge_error: float
@@ -43,7 +43,7 @@ class RoundReport:
 
     @property
     def fields(self) -> dict[str, float | int | None]:
-        """The round as a line of metrics.jsonl has it."""
+        """The round's fields in a line of metrics.jsonl."""
         return {
             "merge_error": self.merge_error,
             "support_overlap": self.support_overlap,
@@ -53,10 +53,11 @@ class RoundReport:
 
 
 class Rounds:
-    """`anchor` holds the float32 values that all agreed on last, by tensor name, on the engine's device.
+    """Local updates in rounds; `anchor` holds the float32 values that all replicas last agreed on, by tensor name, on
+    the engine's device.
 
-    `is_open` says whether replicas have taken steps since; `in_agreement` whether they hold one adapter: not while a
-    round is open, nor after one that kept their factors apart for a merge.
+    `is_open` says whether replicas have taken steps since; `in_agreement` whether they hold the same adapter: not while
+    a round is open, nor after one that kept their factors apart for a merge.
     """
 
     def __init__(self, replicas: Replicas, outer: OuterOptimizer) -> None:
@@ -65,10 +66,10 @@ class Rounds:
         self.in_agreement, self.is_open = True, False
 
     def begin(self, engine: Engine) -> None:
-        """Take what `engine` holds as agreed on (collective).
+        """Take the values that `engine` holds as agreed on (collective).
 
         Raises:
-            RunFailed: it is not the same on every process.
+            RunFailed: they are not the same on every process.
         """
         self.anchor = {name: value.clone() for name, value in engine.values().items()}
         self.outer.velocity = {}
@@ -76,22 +77,22 @@ class Rounds:
         self.prove(engine)
 
     def prove(self, engine: Engine) -> None:
-        """Compare, on all processes, what they hold where they agree, else what they agreed on last (collective).
+        """Compare all processes' values if they are in agreement, else those they last agreed on (collective).
 
         Raises:
-            RunFailed: it differs; tensors and processes are named.
+            RunFailed: they differ; tensors and processes are named.
         """
         remedy = "look for other files or versions on the machine named, or for faults of its memory"
         values = engine.values() if self.in_agreement else self.anchor
         require_agreement(fingerprints(values), "what replicas agreed on", remedy=remedy)
 
     def part(self) -> None:
-        """The replicas take steps of their own from here, until `end`."""
+        """Open a round: the replicas take steps of their own from here until `end`."""
         self.in_agreement, self.is_open = False, True
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        """{module: gate (R,)} as agreed on last, on the CPU: their zeros are the support."""
+        """{module: gate (R,)} as last agreed on, on the CPU; their zeros define the support."""
         return {name: gate.cpu() for name, gate in _gates(self.anchor).items()}
 
     def end(
@@ -104,10 +105,10 @@ class Rounds:
     ) -> RoundReport:
         """Let all replicas agree (collective).
 
-        Factors take the outer step to their mean, gates become the prox of theirs, for which `choose` may look at the
-        means first; without `prox` they become their mean.  With `keep_factors` only the supports are agreed on: A and
-        B stay each replica's own, for a merge of the products, and every gate shrinks as the mean one did; the anchor
-        is then the adapter that would have been.
+        Factors take the outer step to their mean; gates become the prox of their mean, which `choose` may look at
+        first, or without `prox` the mean itself.  With `keep_factors` only the supports are agreed on: each replica
+        keeps its own A and B, for a merge of the products, and every gate shrinks as the mean one did; the anchor is
+        then the adapter that a full agreement would have given.
         """
         since = time.monotonic()
         own, thresholds = engine.values(), engine.take_thresholds()
@@ -133,8 +134,8 @@ class Rounds:
 
     @contextlib.contextmanager
     def averaged(self, engine: Engine) -> Iterator[None]:
-        """Inside a round: every replica holds the slot-wise mean for the duration, and its own bits again afterwards
-        (collective)."""
+        """Inside a round, let every replica hold the slot-wise mean for the duration and, bit for bit, its own values
+        afterwards (collective)."""
         if self.in_agreement:
             yield
             return
@@ -146,7 +147,7 @@ class Rounds:
             engine.write(own)
 
     def _average(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Drift]:
-        """The mean over replicas of tensors "<module>.<kind>", and the drift of all modules (collective)."""
+        """The mean over replicas of the tensors "<module>.<kind>", and the drift of all modules (collective)."""
         by_module: dict[str, list[str]] = {}
         for name in values:
             by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -181,16 +182,16 @@ class Rounds:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
-        """What all replicas agreed on, for a checkpoint: the anchor by name, "<name>.outer_velocity"."""
+        """The values that all replicas agreed on, for a checkpoint: the anchor by name, and "<name>.outer_velocity"."""
         velocity = {f"{name}.{_VELOCITY}": value for name, value in self.outer.velocity.items()}
         return {name: value.cpu().clone() for name, value in {**self.anchor, **velocity}.items()}
 
     def state(self) -> dict[str, int | bool]:
-        """The rest of it, as JSON."""
+        """The rest of a checkpoint's state, as JSON."""
         return {"agree": self.in_agreement, "is_open": self.is_open, "replicas": self.replicas.num}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, int | bool], engine: Engine) -> None:
-        """Put back `tensors` and `state`; `engine` holds this replica's own values."""
+        """Restore `tensors` and `state`; `engine` holds this replica's own values."""
         self.anchor = {name: tensors[name].to(engine.device) for name in engine.values()}
         suffix = f".{_VELOCITY}"
         self.outer.velocity = {
@@ -219,6 +220,6 @@ def _average_module(module: str, replicas: Sequence[Mapping[str, Tensor]]) -> tu
 
 
 def _unflat(flat: Tensor, names: Sequence[str], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The named tensors that lie in a row in `flat`, of the shapes that they have in `like`."""
+    """The named tensors that are concatenated in `flat`, with their shapes in `like`."""
     pieces = flat.split([like[name].numel() for name in names])
     return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}

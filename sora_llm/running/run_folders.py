@@ -1,4 +1,4 @@
-"""Which folders are run directories, and their configs with local paths resolved from here."""
+"""Recognises run directories, and resolves the local paths in their configs from the current folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sora_llm.files import expand_home, user_path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is a run directory: a config.yaml alone does not make one."""
+    """Whether this is a run directory, which takes more than a config.yaml."""
     marks = (run_files.STATUS, f"{run_files.ADAPTER}/{CERTIFICATE}")
     return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)
 
 
 def run_of_adapter(folder: Path) -> Path | None:
-    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is no LoRA, or not a run's."""
+    """The run directory whose adapter/ or path/<λ>/ a folder is; None if it is not a LoRA, or not a run's."""
     whole = absolute(folder)
     is_stage = whole.parent.name == run_files.PATH
     run_dir = whole.parent.parent if is_stage else whole.parent
@@ -31,13 +31,13 @@ def run_of_adapter(folder: Path) -> Path | None:
 
 
 def absolute(folder: Path) -> Path:
-    """Without following links: an adapter may be one, and is the run's in whose directory the link lies."""
+    """An absolute path without following links: an adapter may be a link, and belongs to the run that contains it."""
     return Path(os.path.abspath(folder))  # noqa: PTH100
 
 
 def with_resolved_paths(config: Config, run_dir: Path) -> Config:
-    """A run's config, in which local paths that are not there from here, but from where the run was started, lead
-    there.  That place is known where the run wrote to a relative output.output_dir: its directory's path without it."""
+    """A run's config in which local paths that do not exist from here, but do from where the run was started, lead
+    there.  That place is known if output.output_dir was relative: it is the run directory's path without it."""
     written, whole = user_path(config.output.output_dir, "output.output_dir"), absolute(run_dir)
     start = Path(*whole.parts[: -len(written.parts)])
     if written.is_absolute() or start / written != whole or start == Path.cwd():
@@ -63,8 +63,8 @@ def with_resolved_paths(config: Config, run_dir: Path) -> Config:
 
 
 def with_saved_template(config: Config, *files: Path) -> Config:
-    """With the first of the files that is there as its chat template: the one that the config names may have changed
-    since."""
+    """The config with the first existing one of `files` as its chat template: the file that the config names may have
+    changed since."""
     kept = next((file for file in files if file.is_file()), None)
     return config if kept is None else replace(config, data=replace(config.data, chat_template=str(kept)))
 
@@ -75,8 +75,8 @@ def _leads_somewhere(path: str) -> bool:
 
 
 def written_since(run_dir: Path, resume: str) -> Path | None:
-    """The newest checkpoint of a run that went back to the checkpoint `resume` and on from there: a job that is put
-    into the queue again has the arguments that it had.  None where there is none; `resume` may be gone by then."""
+    """The newest checkpoint of a run that went back to the checkpoint `resume` and has continued from it, for a
+    requeued job, which keeps its arguments.  None if there is none; `resume` may be gone by now."""
     folder, _ = checkpoint.newest(run_dir)
     if folder is None:
         return None

@@ -1,4 +1,4 @@
-"""status.json, and the lock by which one process holds a run directory."""
+"""status.json, and the lock with which one process holds a run directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK_WAIT_SECONDS = 60
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """The content of status.json, None where there is none that can be read."""
+    """The content of status.json, None if there is none that can be read."""
     try:
         return json.loads((run_dir / run_files.STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def write_status(
 
 
 class DirectoryInUse(UserError):
-    """Another run, `holder` in words, holds the run directory."""
+    """Another run, described by `holder`, holds the run directory."""
 
     def __init__(self, run_dir: Path, holder: str) -> None:
         super().__init__(
@@ -62,27 +62,27 @@ class DirectoryInUse(UserError):
         self.holder = holder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return UserError, (str(self),)  # on its way to other processes
+        return UserError, (str(self),)  # when it is sent to other processes
 
 
 @dataclass(frozen=True)
 class RunLock:
-    """The lock of a run directory by its name, and as the process that holds it has opened it."""
+    """The lock of a run directory: its path, and the descriptor of the file as its holder opened it."""
 
     path: Path
     descriptor: int
 
     def is_held(self) -> bool:
-        """Whether the file of that name is still the one that is held."""
+        """Whether the file at that path is still the one that is held."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last where another machine removed it
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last if another machine removed it
                 return False
             raise
 
     def require_held(self) -> None:
-        """RunFailed where the directory was moved, deleted or replaced: what has its name now is somebody else's."""
+        """RunFailed if the directory was moved, deleted or replaced: whatever has its name now is somebody else's."""
         if not self.is_held():
             raise RunFailed(
                 f"{self.path} is no longer the file that this run locked: the directory was moved, deleted or "
@@ -93,7 +93,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLock]:
-    """Hold the run directory for one process (the kernel lets go when that process ends, however it ends).
+    """Hold the run directory for one process (the kernel releases it when that process ends, however it ends).
 
     `wait_seconds` defaults to LOCK_WAIT_SECONDS.
 
@@ -107,9 +107,9 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLo
         while True:
             try:
                 make_folder(run_dir)
-                file = path.open("a+b", buffering=0)  # nothing is left to be written when it is closed
+                file = path.open("a+b", buffering=0)  # unbuffered: closing it writes nothing
             except FileNotFoundError:
-                continue  # its last holder, who left no trace, was just removing it
+                continue  # its last holder, leaving no trace, was just removing it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if (lock := RunLock(path, file.fileno())).is_held():
@@ -146,9 +146,9 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLo
 
 
 def lost_holder(run_dir: Path) -> str | None:
-    """The "process PID" that held the run directory, if it ran on this machine and is gone without a word; else None.
+    """The "process PID" that held the run directory, if it ran on this machine and died silently; else None.
 
-    Of another machine's process the lock may not tell: not every shared file system has them.
+    For another machine's process the lock may be inconclusive: not every shared file system supports locks.
     """
     with contextlib.suppress(OSError), (run_dir / ".lock").open("rb") as file:
         holder, _, machine = file.read().decode(errors="replace").partition(" on ")
@@ -160,7 +160,7 @@ def lost_holder(run_dir: Path) -> str | None:
 
 
 def _stamp(run_dir: Path) -> int | None:
-    """When the last status was written (ns); None where there is none."""
+    """When the last status was written (ns); None if there is none."""
     try:
         return (run_dir / run_files.STATUS).stat().st_mtime_ns
     except OSError:

@@ -1,4 +1,4 @@
-"""The run directory: every small file that a run writes there beside checkpoints and adapter."""
+"""The run directory: every small file that a run writes there, apart from checkpoints and adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sora_llm.running.run_state import RunLock, read_status, run_lock, write_sta
 from sora_llm.terminal import say
 
 _DYING_SECONDS = 2.0
-"""For the lock of a process that was killed: its connections may close before the kernel has let go of its locks."""
+"""How long to wait for the lock of a killed process: its connections may close before the kernel releases its locks."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "datasets")
 
@@ -34,8 +34,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", 
 class RunDirectory:
     """The main process's writer of metrics.jsonl, ranks.jsonl, status.json, samples.jsonl, trackers, the progress line.
 
-    Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint` and `adapter` are what the
-    next status.json will say.
+    Every process has one; only the main process's writes.  `step`, `phase`, `checkpoint` and `adapter` go into the next
+    status.json.
     """
 
     def __init__(self, path: Path, *, is_main: bool, tracker: Any = None, lock: RunLock | None = None):
@@ -63,20 +63,21 @@ class RunDirectory:
         """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again); on the main
         process.
 
-        `chat_template`: of a file, kept because that may change; checkpoints are asked with it.
-        `is_logged`: whether the line of the step `resumed_from` was written before its checkpoint.
+        `chat_template`: the text of a template file, saved because the file may change; checkpoints are prompted with
+        it.
+        `is_logged`: whether the line of the step of `resumed_from` was written before that checkpoint.
         """
         self.is_begun = True
         self.start_at(first_step, resumed_from)
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
         with self._writing():
-            for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            for leftover in self.path.glob(".*.tmp"):  # from a process that was killed while writing
                 if leftover.is_file():
                     leftover.unlink(missing_ok=True)
             for place in (self.path, self.path / run_files.PATH):
                 remove_abandoned(place)
-            remove_leftovers(self.path)  # here too: after the last step nothing is saved any more
-            # Never beside the config of another number of processes, wherever this one dies.
+            remove_leftovers(self.path)  # here too, since nothing is saved after the last step
+            # Never next to the config of another number of processes, wherever this process dies.
             (self.path / run_files.ENV).unlink(missing_ok=True)
             write_text_atomically(self.path / run_files.CONFIG, config_yaml)
             write_text_atomically(self.path / run_files.ENV, _json(env))
@@ -84,14 +85,14 @@ class RunDirectory:
                 write_text_atomically(self.path / run_files.CHAT_TEMPLATE, chat_template)
             if data_report is not None:
                 write_text_atomically(self.path / run_files.DATA_REPORT, _json(data_report))
-            # Where the step's own line is still to come, the one before may be a stage's last, which was exported.
+            # If the step's own line is still to come, the one before may be the last of a stage, which was exported.
             self._metrics = JsonLines(self.path / run_files.METRICS, last_step, exports_again=is_logged)
             self._ranks = JsonLines(self.path / run_files.RANKS, last_step, exports_again=is_logged)
         self._progress = Progress(total_steps, first_step)
         self.status("running")
 
     def require_held(self) -> None:
-        """RunFailed where the directory is not the one any more that the run began in; on the main process."""
+        """RunFailed if the directory is no longer the one that the run began in; on the main process."""
         if self._lock is not None:
             self._lock.require_held()
 
@@ -101,13 +102,13 @@ class RunDirectory:
         return self.last_status.get("state") == "finished"
 
     def start_at(self, step: int, resumed_from: Path | None) -> None:
-        """Say from now on that the run is at `step`, and that its checkpoint is the one it goes on from."""
+        """Report from now on that the run is at `step`, with the checkpoint it resumes from as its own."""
         self.step = step
         if resumed_from is not None and resumed_from.resolve().is_relative_to(self.path.resolve()):
             self.checkpoint = self.path / resumed_from.resolve().relative_to(self.path.resolve())
 
     def metrics(self, step: int, phase: str, fields: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, of the progress display and of the trackers."""
+        """Write one line to metrics.jsonl, the progress display and the trackers."""
         self.step, self.phase = step, phase
         if not self.is_main:
             return
@@ -129,13 +130,13 @@ class RunDirectory:
             say(f"warning: output.report_to: nothing is logged there any more: {first_line(error)}")
 
     def ranks(self, step: int, ranks: Mapping[str, int], labels: Mapping[str, Any]) -> None:
-        """One line of ranks.jsonl."""
+        """Write one line to ranks.jsonl."""
         if self.is_main:
             with self._writing():
                 self._ranks.write({"step": step, **labels, "ranks": dict(ranks)})
 
     def samples(self, answers: Sequence[Mapping[str, str]]) -> None:
-        """samples.jsonl: {"prompt", "base", "adapted"} per prompt."""
+        """Write samples.jsonl: {"prompt", "base", "adapted"} per prompt."""
         if self.is_main:
             with self._writing():
                 write_text_atomically(self.path / run_files.SAMPLES, "".join(_json(answer, None) for answer in answers))
@@ -160,7 +161,7 @@ class RunDirectory:
         )
 
     def report(self, config: Mapping[str, Any], *, plots: bool = False) -> None:
-        """Refresh report.html and, with `plots`, plots/*.png from the files that are there now.
+        """Refresh report.html and, with `plots`, plots/*.png from the current files.
 
         Call it after writing the status it should show.  An error here only affects the page, not the run.
         """
@@ -172,18 +173,18 @@ class RunDirectory:
             say(f"warning: report.html is not up to date: {type(error).__name__}: {error}")
 
     def preempted(self) -> dict[str, Any] | None:
-        """Say in the status that the run was asked to stop; None before `begin`.  Call it on the main process."""
+        """Record in the status that the run was asked to stop; None before `begin`.  Call it on the main process."""
         if not self.is_begun:
             return None
         self.status("preempted")
         return self.last_status
 
     def record_lost_process(self, sentence: str) -> bool:
-        """The status of a run of which a process, or the launcher, was lost; returns whether this process wrote it.
+        """Record that a process of the run, or the launcher, was lost; returns whether this process wrote the status.
 
-        Normally the main process writes it; if that one died, whoever first finds its lock free and no final status.
+        Normally the main process writes it; if that died, the first process to find its lock free and no final status.
         """
-        with contextlib.suppress(UserError, RunFailed, OSError):  # a disk that fails too must not keep this one alive
+        with contextlib.suppress(UserError, RunFailed, OSError):  # a failing disk must not keep this process alive
             if self.is_finished:
                 return False
             if self.is_main:
@@ -237,7 +238,7 @@ def environment(*, num_processes: int, strategy: str, zero_stage: int | None) ->
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, None where the package is not in its own git checkout."""
+    """The commit of the running code, None if the package is not in its own git checkout."""
     package = Path(sora_llm.__file__).resolve().parent
     command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:

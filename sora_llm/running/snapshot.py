@@ -26,7 +26,7 @@ from sora_llm.schedule import FINETUNE
 def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
     """Write the canonical state of the run as it is (collective; the main process writes).
 
-    `unlogged` is what the line of this step still needs where it has not been written.
+    `unlogged` holds the fields that the line of this step still needs, if it has not been written.
     """
     job, directory, rounds, step = training.job, training.directory, training.rounds, training.done
     training.tally.pause_clock()
@@ -51,7 +51,7 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
         directory.require_held()
         folder = checkpoint.save(directory.path, step, tensors, state, num_replicas, best_masters)
         directory.checkpoint, directory.step = folder, step
-        directory.status("running", phase=training.phase)  # which names it before the one that was named is dropped
+        directory.status("running", phase=training.phase)  # name it before the one named so far is dropped
         checkpoint.drop_older(folder, job.config.output.save_total_limit)
         return folder
 
@@ -61,10 +61,10 @@ def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = N
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds for this process; with local updates `moments` is its replica's own.
+    """The content of a checkpoint for this process; with local updates `moments` is its replica's own.
 
-    `masters`, which are in the module already, and `moments`, the optimizer's, are float32 by name; `agreed` is what
-    all replicas agreed on last (local updates alone).
+    `masters`, already in the module, and `moments`, the optimizer's, are float32 by name; `agreed` holds the values
+    that all replicas last agreed on (local updates only).
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class Saved:
 
 
 def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
-    """UserError if this run, in `run_dir`, cannot go on from the checkpoint `folder`, whose state.json is `state`."""
+    """UserError if this run, in `run_dir`, cannot resume from the checkpoint `folder`, whose state.json is `state`."""
     if "stage" not in state or "skipped" not in state["tally"]:
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints cannot be resumed by this one")
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
@@ -97,7 +97,7 @@ def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, 
 
 
 def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) -> None:
-    """UserError if the checkpoint was trained beside other weights than those of the `base_digest` that is given."""
+    """UserError if the checkpoint was trained on weights other than those with the given `base_digest`."""
     if None not in (base, state.get("base")) and base != state["base"]:
         raise UserError(
             f"the weights of model.name_or_path are not those that {folder} was trained on; restore them, or "
@@ -106,10 +106,10 @@ def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) 
 
 
 def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]) -> Saved:
-    """Read the checkpoint's tensors; `model`, injected, takes the adapter's values (collective).
+    """Read the checkpoint's tensors; the injected `model` takes the adapter's values (collective).
 
     Raises:
-        UserError: they are not of this model, or one process cannot read them.
+        UserError: they do not belong to this model, or one process cannot read them.
     """
     tensors = agreed = on_every(lambda: checkpoint.read_tensors(folder))
     if job.replicas is not None:
@@ -120,8 +120,8 @@ def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]
 
 
 def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, float] | None) -> dict[str, Any]:
-    """What a checkpoint keeps beside the tensors, as JSON: what `restore` puts back, and what a run that goes on from
-    it is compared with (collective)."""
+    """The state that a checkpoint stores apart from the tensors, as JSON: the values that `restore` puts back and those
+    that a resuming run is compared with (collective)."""
     job, engine, rounds, best = training.job, training.engine, training.rounds, training.best
     state: dict[str, Any] = {
         "phase": training.phase,
@@ -151,7 +151,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
 
 
 def restore(training: Training, saved: Saved) -> None:
-    """Give a training that is new, around the module that has its values, all else (collective)."""
+    """Restore the rest of the state into a new training, whose module already has its values (collective)."""
     job, engine, process = training.job, training.engine, training.job.world.process_index
     state, moments, replica = saved.state, saved.moments, 0 if job.replicas is None else job.replicas.index
     own_steps = state["optimizer_steps"] if job.replicas is None else state["optimizer_steps"][replica]
@@ -163,7 +163,7 @@ def restore(training: Training, saved: Saved) -> None:
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])
-    if "loss_scale" in state:  # of each replica
+    if "loss_scale" in state:  # one per replica
         engine.loss_scale.load(state["loss_scale"][replica])
     training.best = read_best(job, saved.folder, state)
     training.done = state["step"]
@@ -173,7 +173,7 @@ def restore(training: Training, saved: Saved) -> None:
 
 
 def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:
-    """What a checkpoint holds of the best evaluation so far (collective)."""
+    """The best evaluation so far that a checkpoint holds, or None (collective)."""
     said, is_main = state.get("best"), job.world.is_main
     if said is None:
         return None
@@ -182,10 +182,10 @@ def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:
 
 
 def take_masters(model: nn.Module, tensors: dict[str, Tensor], folder: Path, is_cut: bool) -> dict[str, Tensor]:
-    """Move the adapter's values from `tensors` into the module, which is cut to their shapes where the run was.
+    """Move the adapter's values from `tensors` into the module, cutting it to their shapes if the run was cut.
 
     Raises:
-        UserError: they are not of this model.
+        UserError: they do not belong to this model.
     """
     if is_cut:
         dtypes = {name: layer.gate.dtype for name, layer in adapters(model).items() if layer.gate is not None}

@@ -1,4 +1,4 @@
-"""Drives a run to its sparsity: a fixed λ, or the λ or threshold that a rank budget needs at each step."""
+"""Steers a run to its sparsity: a fixed λ, or the λ or threshold that a rank budget needs at each step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sora_llm.factors import kept_ranks
 from sora_llm.sora import hard_threshold
 
 LIKELY_MOVE = 0.1
-"""What Adam moves two of three noisy gates by in one step, at the least, in units of the learning rate."""
+"""The least that Adam moves two out of three noisy gates in one step, in units of the learning rate."""
 
 
 class SparsityController:
     """Chooses λ (`decoupled`, by feedback) or τ (`adaptive`, by quantile) of each step of the sparsify window.
 
     `lambdas` is the feedback's memory, one λ per budget; `importance` {module: (R,)} is what `adaptive` weighs gates
-    with.  Both belong into checkpoints.  Without budgets λ is `sparse_lambda` throughout.
+    with.  Both belong in checkpoints.  Without budgets λ is `sparse_lambda` throughout.
     """
 
     def __init__(self, threshold: str, budgets: Sequence[RankBudget], sparse_lambda: float | None) -> None:
@@ -43,7 +43,7 @@ class SparsityController:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether gates are cut by a quantile of what they are, not by λ."""
+        """Whether gates are cut by a quantile of their own values, not by λ."""
         return bool(self.budgets) and self._threshold == ADAPTIVE
 
     def choose(
@@ -57,12 +57,12 @@ class SparsityController:
     ) -> float | dict[str, float]:
         """λ of the step at `progress` ∈ (0, 1] of the window, as Engine.set_rates takes it (collective).
 
-        `gates` are those before the step, and `gate_lr` is the step's: a gate that is 0 moves about so far in it.
-        Without it they are those that are to be cut.  λ holds for `num_steps` steps, the last of which is at
+        `gates` are those before the step, and `gate_lr` is the step's: a gate at 0 moves by about that much in it.
+        Without `gate_lr`, `gates` are the ones to be cut.  λ holds for `num_steps` steps, the last of which is at
         `progress`.
 
         Raises:
-            RunFailed: processes count different gates.
+            RunFailed: processes count different numbers of kept parameters.
         """
         if not self.budgets:
             assert self._sparse_lambda is not None
@@ -82,7 +82,7 @@ class SparsityController:
 
     @property
     def chosen(self) -> float | dict[str, float]:
-        """What `choose` gave last; 0 before its first call."""
+        """The last result of `choose`; 0 before its first call."""
         if not self.budgets:
             return self._sparse_lambda or 0.0
         return {budget.name: self._applied.get(budget.name, 0.0) for budget in self.budgets}
@@ -95,7 +95,7 @@ class SparsityController:
         return quantile_threshold(values, budget, wanted, within_reach)
 
     def cut(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`gates` {module: (R,)} by the thresholds chosen last (`adaptive`)."""
+        """`gates` {module: (R,)} cut by the thresholds chosen last (`adaptive`)."""
         cut = {}
         for budget in self.budgets:
             for name in budget.costs:
@@ -104,7 +104,7 @@ class SparsityController:
         return cut
 
     def _agreed(self, gates: Mapping[str, Tensor], device: torch.device | str) -> dict[str, int]:
-        """Kept parameters per budget: every process must lead the gates by the same numbers."""
+        """Kept parameters per budget, which must be the same on all processes: they steer the gates by them."""
         counts = kept_ranks(gates)
         own = [budget.kept(counts) for budget in self.budgets]
         for process, other in enumerate(found := gather_integers(own, device)):
@@ -117,7 +117,7 @@ class SparsityController:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What metrics.jsonl says of the step chosen last: λ or the threshold, and what the budget asked for."""
+        """The fields of metrics.jsonl for the step chosen last: λ or the threshold, and the budget's target."""
         if not self.budgets:
             return {"lambda": self._sparse_lambda}
         total_cost = sum(sum(budget.costs.values()) for budget in self.budgets)
@@ -133,11 +133,11 @@ class SparsityController:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the tensors."""
+        """The state that a checkpoint stores apart from the tensors."""
         return {"lambdas": self.lambdas, "applied": self._applied, "wanted": self._wanted}
 
     def load(self, state: Mapping[str, Any], importance: Mapping[str, Tensor]) -> None:
-        """Put back `state` and `importance`."""
+        """Restore `state` and `importance`."""
         self.lambdas.update(state["lambdas"])
         self._applied.update(state["applied"])
         self._wanted.update(state["wanted"])

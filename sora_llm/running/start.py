@@ -25,9 +25,9 @@ from sora_llm.topology import World
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `run` gives a pipeline.
+    """The result that `run` returns to a pipeline.
 
-    `adapter` is the exported folder (None after a dry run and where the run was asked to stop), `metrics` the last line
+    `adapter` is the exported folder (None after a dry run or if the run was asked to stop), `metrics` the last line
     of metrics.jsonl, `status` the content of status.json.
     """
 
@@ -37,11 +37,11 @@ class RunResult:
 
 
 def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None:
-    """The result of the finished run in this directory, or None: also where its adapter is gone, which is then exported
-    again from the newest checkpoint.  For the main process.
+    """The result of the finished run in this directory, or None; also None if its adapter is gone, which is then
+    exported again from the newest checkpoint.  For the main process.
 
     Raises:
-        UserError: the directory belongs to a run of another config.
+        UserError: the directory belongs to a run with another config.
     """
     saved, env = run_dir / run_files.CONFIG, run_dir / run_files.ENV
     if not saved.exists() or not env.exists():
@@ -68,9 +68,9 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
 
 
 def what_is_missing(layout: str, run_dir: Path, metrics: Mapping[str, Any]) -> list[str]:
-    """What to say if a finished run did not come to leave `layout` beside its adapter; `metrics` are its last line.
+    """The lines to print if a finished run left no `layout` next to its adapter; `metrics` is its last line.
 
-    Of an adapter without a rank there is no gguf to make.
+    An adapter without any rank cannot have a gguf.
     """
     is_empty = metrics.get("kept_params") == 0
     if layout in LAYOUTS or (run_dir / layout).is_dir() or (layout == "gguf" and is_empty):
@@ -88,10 +88,10 @@ class StartPoint:
 
 
 def resume_point(job: Job, run_dir: Path) -> StartPoint:
-    """Where the run starts; the main process looks, everybody gets the same answer (collective).
+    """Where the run starts; the main process looks, and all processes get the same answer (collective).
 
     Raises:
-        UserError: the checkpoint is of another config or of other data.
+        UserError: the checkpoint is from another config or other data.
     """
     return on_main(lambda: _newest_start(job, run_dir))
 
@@ -118,15 +118,15 @@ def _newest_start(job: Job, run_dir: Path) -> StartPoint:
 
 
 def note_preempted(run_dir: Path) -> dict[str, Any]:
-    """The status of a run that was stopped before it began; a finished one stays finished, and one that was stopped
-    further on says how far."""
+    """The status of a run that was stopped before it began; the file of a finished run stays as it is, and a run that
+    was already stopped at a later step keeps that step."""
     before = run_state.read_status(run_dir)
     if before is not None and before.get("state") == "finished":
         return {**before, "state": "preempted"}
     found, _ = checkpoint.newest(run_dir)
     newest = None if found is None else str(found.relative_to(run_dir))
     if before is not None and (before.get("state"), before.get("checkpoint")) == ("preempted", newest):
-        # Written all the same: who waits for the end of this start looks for a status that is new.
+        # Written all the same: anything that waits for this launch to end looks for a new status.
         step, phase = before["step"], before["phase"]
         return run_state.write_status(run_dir, "preempted", step=step, phase=phase, checkpoint=found)
     step = 0 if found is None else checkpoint.read_state(found)["step"]

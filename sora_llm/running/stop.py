@@ -16,7 +16,7 @@ from sora_llm import terminal
 from sora_llm.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What schedulers, batch scripts, Ctrl-C and a terminal that is closed send."""
+"""The signals sent by schedulers, batch scripts, Ctrl-C and a closing terminal."""
 
 STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
@@ -27,9 +27,9 @@ STOP_GRACE_SECONDS = 5.0
 class StopRequest:
     """A request to stop: one of `SIGNALS`, or a STOP file in the run directory.
 
-    Used as a context in the main thread (elsewhere Python takes no signals, and only the file counts, where it is asked
-    for).  From `start` on, while `at_once` is true, a request raises `Preempted` wherever the main thread is: there is
-    nothing to save yet, and no other process waits.  A main thread that does not get to it within
+    Used as a context manager in the main thread (in others Python handles no signals, and only the file counts, if it
+    is asked for).  From `start` on, while `at_once` is true, a request raises `Preempted` wherever the main thread is:
+    there is nothing to save yet, and no other process waits.  A main thread that does not get to it within
     `STOP_GRACE_SECONDS`, such as one that waits inside torch for processes that have already left, is not waited for.
     Afterwards a request is only noted, so that all processes can stop together at the same step.
     """
@@ -45,10 +45,10 @@ class StopRequest:
     ) -> None:
         """Args:
         is_main: the main process removes the file.  Others must not be the first to leave because of it: their
-            launcher would end the main one before it has obeyed.
-        others_wait: whether this process is in a group already, where it must not leave alone.
-        look_for_file: whether a STOP file counts; a dry run leaves it to the run that it is for.
-        leave: what is left to do before a process ends whose main thread does not get to it.
+            launcher would kill the main one before it has obeyed.
+        others_wait: whether this process is already in a group, where it must not leave alone.
+        look_for_file: whether a STOP file counts; a dry run leaves it to the run that it is meant for.
+        leave: called before a process ends whose main thread does not get to it.
         """
         self.file = run_dir / STOP_FILE
         self.at_once = False
@@ -69,12 +69,12 @@ class StopRequest:
             self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # nohup: the run is to outlive its terminal
+                    continue  # nohup: the run should outlive its terminal
                 self._before[number] = signal.signal(number, self._noted)
         return self
 
     def start(self) -> None:
-        """From here on `Preempted` is raised, also for a signal that has come already."""
+        """Raise `Preempted` from here on, also for a signal that has already arrived."""
         self.at_once = True
         if self._asked_by is not None:
             self._raise_once()
@@ -104,19 +104,19 @@ class StopRequest:
                 os.write(2, f"{end}sora_llm: {self._asked_by}: stopping as soon as everything is saved\n".encode())
 
     def _raise_once(self) -> None:
-        """A second request must not end what the first one has begun to put in order."""
+        """Raise `Preempted` only once: a second request must not interrupt the clean-up that the first one began."""
         if not self._raised:
             self._raised = True
             raise Preempted(self._asked_by)
 
     def _watch(self) -> None:
-        """Make a signal of a STOP file, as long as nobody asks for `reason`; repeat what is not heeded, and leave where
-        that does not help."""
+        """Turn a STOP file into a signal, as long as nobody asks for `reason`; repeat a signal that is not heeded, and
+        leave if that does not help."""
         seen, asked_at = False, None
         while self.at_once and not self._raised:
             if self._looks and self._asked_by is None:
                 seen_before, seen = seen, self._file_is_there()
-                is_removed = seen_before and not seen  # which the main process does when it has obeyed
+                is_removed = seen_before and not seen  # by the main process, once it has obeyed
                 if seen if self._is_main else is_removed:
                     self._asked_by = f"the file {self.file}"
             if self.is_asked() and not self._others_wait():
@@ -131,33 +131,33 @@ class StopRequest:
                 return
 
     def _leave_alone(self) -> None:
-        """End this process from outside of its main thread."""
+        """End this process from outside its main thread."""
         try:
             self._leave(Preempted(self._asked_by or self._arrived))
         finally:
             os._exit(Preempted.exit_code)
 
     def reason(self, look_for_file: bool) -> str | None:
-        """What asked for it, or None."""
+        """The signal or file that asked for the stop, or None."""
         if self._asked_by is None and look_for_file and self._looks and self._file_is_there():
             return f"the file {self.file}"
         return self._asked_by
 
     def _file_is_there(self) -> bool:
-        """False also where nobody could tell, such as below a folder that may not be entered."""
+        """Whether the file exists; also False if that cannot be checked, as below a folder that may not be entered."""
         return os.path.exists(self.file)  # noqa: PTH110 - Path.exists raises there
 
     def is_asked(self) -> bool:
-        """Whether it was asked for by a signal, for other threads: also by one that the main thread, which may wait for
-        a device for a minute, has not been able to note yet."""
+        """Whether a stop was requested, for other threads: also by a signal that the main thread, which may wait for a
+        device for a minute, has not been able to note yet."""
         if self._asked_by is None and self._arrivals is not None:
-            with contextlib.suppress(OSError):  # nothing has arrived
+            with contextlib.suppress(OSError):  # no signal has arrived
                 numbers = [number for number in os.read(self._arrivals, 64) if number in SIGNALS]
                 self._arrived = self._arrived or (signal.Signals(numbers[0]).name if numbers else None)
         return self._asked_by is not None or self._arrived is not None
 
     def remove_file(self) -> None:
-        """The request has been obeyed.  Other processes that look for the file themselves have seen it by then."""
+        """Remove the file after obeying it, once other processes that look for it themselves must have seen it."""
         if self._file_is_there():
             time.sleep(2 * LOOK_SECONDS)
             if self.file.is_dir():  # `mkdir STOP` is a request too

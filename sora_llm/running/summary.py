@@ -12,7 +12,7 @@ from sora_llm.terminal import plural
 
 
 def print_summary(job: Job) -> None:
-    """Say what is about to run."""
+    """Print what is about to run."""
     plan, memory = job.plan, job.memory
     for line in describe_data(job.config, job.inputs, job.data, job.order):
         job.say(line)
@@ -48,7 +48,7 @@ def pruning_in_words(stage: Stage) -> str:
 
 
 def local_updates_in_words(job: Job, replicas: Replicas) -> str:
-    """A line about local updates: who takes local steps, and what a round costs."""
+    """A line about local updates: how many replicas there are, and what a round costs."""
     settings = job.config.distributed
     num_bytes = round_bytes(job.memory.trainable_parameters, replicas.num)
     times = ", ".join(f"{transfer_seconds(num_bytes, link):.3g} s at {link}" for link in (1, 10, 100))

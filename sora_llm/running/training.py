@@ -20,7 +20,7 @@ from sora_llm.running.sparsity_controller import SparsityController
 
 @dataclass(frozen=True)
 class Best:
-    """The adapter of the lowest dev loss of the finetune phase; its masters are on the main process, {} elsewhere."""
+    """The adapter with the lowest dev loss in the finetune phase; `masters` is {} except on the main process."""
 
     step: int
     eval_loss: float
@@ -29,7 +29,7 @@ class Best:
 
 @dataclass
 class Training:
-    """A run in the middle of its loop.  `done` counts the optimizer steps behind it, `stage_start` those before its
+    """A run in the middle of its loop.  `done` counts the optimizer steps taken, `stage_start` those before the current
     stage."""
 
     job: Job
@@ -40,24 +40,24 @@ class Training:
     alarms: Alarms
     patience: EarlyStopping
     rounds: Rounds | None = None
-    """Of local updates; None where all processes step together."""
+    """Rounds of local updates; None if all processes step together."""
     stage_number: int = 0
     stage_start: int = 0
     done: int = 0
     stage_is_done: bool = False
-    """Whether the last step of the stage is behind it; patience may have chosen which one that is."""
+    """Whether the last step of the stage was taken; patience may have chosen which one that is."""
     unlogged_round: Mapping[str, Any] = field(default_factory=dict)
-    """What is to be said of a round that ended after the last step's line."""
+    """Fields still to be logged for a round that ended after the last step's line."""
     best: Best | None = None
-    """Where patience counts evaluations of the finetune phase."""
+    """Set if patience counts evaluations of the finetune phase."""
     measured: int | None = None
-    """The step whose dev loss was measured last, by this process."""
+    """The step whose dev loss was last measured by this process."""
     full_params: int = 0
-    """Of the adapters before anything is cut."""
+    """Number of adapter parameters before anything is cut."""
     base: str | None = None
     """`base_digest`."""
     unlogged: Mapping[str, Any] | None = None
-    """What the line of step `done` needs, where the run was interrupted before it could be written."""
+    """Fields that the line of step `done` needs, if the run was interrupted before it could be written."""
 
     @property
     def stage(self) -> Stage:
@@ -65,19 +65,19 @@ class Training:
 
     @property
     def phase(self) -> str:
-        """The phase of the step that was taken last."""
+        """The phase of the last step taken."""
         return self.stage.phases.at(max(0, self.done - self.stage_start - 1))
 
     @property
     def agrees(self) -> bool:
-        """Whether all processes hold the same adapter: always, but for inside a round of local updates."""
+        """Whether all processes hold the same adapter: always, except inside a round of local updates."""
         return self.rounds is None or self.rounds.in_agreement
 
     def check_agreement(self) -> None:
-        """Compare what the processes hold in common, between steps (collective).
+        """Compare the values that the processes should share, between steps (collective).
 
         Raises:
-            RunFailed: it differs.
+            RunFailed: they differ.
         """
         if self.rounds is None:
             self.engine.check_agreement()
@@ -86,13 +86,13 @@ class Training:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What every line of metrics and ranks says in a run of a path; {} in others."""
+        """The fields that every line of metrics and ranks has in a path run; {} in others."""
         if not self.job.plan.is_path:
             return {}
         return {"stage": self.stage_number, "sparse_lambda": self.stage.sparse_lambda}
 
 
 def make_controller(job: Job, stage_number: int) -> SparsityController:
-    """A fresh one for a stage."""
+    """A fresh controller for a stage."""
     sparse_lambda = job.plan.stages[stage_number].sparse_lambda
     return SparsityController(str(job.config.sora.threshold), job.plan.budgets, sparse_lambda)

@@ -22,15 +22,15 @@ from sora_llm.row_types import WITHOUT_TEMPLATE
 from sora_llm.running.inputs import Inputs
 from sora_llm.topology import World
 
-_HEAD_START_SECONDS = 2.0  # of a machine's first process, so that the one that is seen prepares the data
+_HEAD_START_SECONDS = 2.0  # for a machine's first process, so that the one whose output is shown prepares the data
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Train and dev rows as tokens, and what became of the rows of the files.
+    """Train and dev rows as tokens, and reports on how the files' rows were processed.
 
-    `train` and its report are None where rows are streamed, `dev` where there are no dev rows, its report also where
-    dev rows were held out.
+    `train` and its report are None if rows are streamed, `dev` if there are no dev rows, its report also if dev rows
+    were held out.
     """
 
     train: TokenDataset | None
@@ -39,8 +39,8 @@ class TrainingData:
     dev_report: DataReport | None
 
     def fingerprint(self, order: Order) -> dict[str, int | str]:
-        """What a checkpoint remembers of the rows: an order of other ones would be another run, and a dev loss over
-        others not to be compared.  Of a stream it is the present window, the first one before a run has begun."""
+        """What a checkpoint records about the rows: training on other rows would be another run, and dev losses over
+        other rows are not comparable.  For a stream it is the current window, the first one before a run has begun."""
         if self.train is None or self.train_report is None:
             assert isinstance(order, StreamOrder)
             found: dict[str, int | str] = {"digest": order.digest}
@@ -54,8 +54,8 @@ class TrainingData:
 
 
 def differing_parts(one: Mapping[str, int | str], other: Mapping[str, int | str]) -> str:
-    """In what two fingerprints differ, in words: "rows of data.datasets (24 now, 25 then) are"; "" where they do not.
-    What only one of them has, which another version made, is not compared."""
+    """How two fingerprints differ, in words: "rows of data.datasets (24 now, 25 then) are"; "" if they do not.  Keys
+    that only one of them has, because another version wrote it, are not compared."""
     odd = [key for key in one.keys() & other.keys() if one[key] != other[key]]
     if not odd:
         return ""
@@ -66,7 +66,7 @@ def differing_parts(one: Mapping[str, int | str], other: Mapping[str, int | str]
 
 
 def load_data(config: Config, inputs: Inputs, world: World) -> TrainingData:
-    """Tokenise, or read the cache.  No collective: processes wait for the one that writes as long as it takes.
+    """Tokenise, or read the cache.  Not a collective: processes wait for the one that writes, however long it takes.
 
     Raises:
         UserError: bad rows, nothing to train on, fewer rows than processes.
@@ -113,7 +113,7 @@ def prepare_rows(
 
 
 def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> Tokenizing:
-    """The config's way from the rows of `specs` to tokens, as `prepare` takes it."""
+    """How the config turns the rows of `specs` into tokens, in the form that `prepare` takes."""
     data = config.data
     return Tokenizing(
         tuple(specs),
@@ -128,7 +128,7 @@ def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> 
 
 
 def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_step: int) -> Order:
-    """Which rows each optimizer step takes.
+    """The order of training: which rows each optimizer step takes.
 
     Raises:
         UserError: a stream that cannot be read, or whose first rows cannot be used.
@@ -146,12 +146,12 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
         pack_to,
         mixture,
     )
-    order.sample()  # so that what is wrong with the first window is said now
+    order.sample()  # so that errors in the first window are raised now
     return order
 
 
 def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str, Any]:
-    """What the data is made of, for people, as JSON: rows, lengths, masks, losses, some rows decoded."""
+    """A human-readable report on the data, as JSON: rows, lengths, masks, losses, some rows decoded."""
 
     def section(rows: TokenDataset | None, report: DataReport | None) -> dict[str, Any] | None:
         if report is None:
@@ -183,8 +183,8 @@ def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str,
 def is_of_other_rows(
     saved: Mapping[str, Any], config: Config, inputs: Inputs, now: DataReport, name: str = "train"
 ) -> bool:
-    """Whether a `data_report`'s section `name`, train or dev, tells of other rows than there are now; not where they
-    are told otherwise, in another template or length."""
+    """Whether a `data_report`'s section `name`, train or dev, describes rows that differ from the present ones; False
+    if the report was made with another template or length."""
     told = {"chat_template": _template_name(config, inputs), "sequence_len": config.data.sequence_len}
     section = saved.get(name)
     digest = section.get("digest") if isinstance(section, dict) else None
@@ -192,7 +192,7 @@ def is_of_other_rows(
 
 
 def _template_name(config: Config, inputs: Inputs) -> str | None:
-    """None where no data set is made of conversations."""
+    """The name of the chat template; None if no data set needs one."""
     if all(spec.type in WITHOUT_TEMPLATE for spec in (*inputs.datasets, *inputs.val_datasets)):
         return None
     own = "the tokenizer's" if inputs.chat_template == inputs.tokenizer.chat_template else DEFAULT_TEMPLATE

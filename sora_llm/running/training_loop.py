@@ -1,4 +1,4 @@
-"""The training loop: next rows, forward, backward, step, log; and what changes between phases and stages."""
+"""The training loop: next rows, forward, backward, step, log; and the changes between phases and stages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def train_stage(training: Training) -> None:
         batches = job.batches(step)
         training.done = done = step + 1
         training.stage_is_done = step_of_stage + 1 == stage.total_steps
-        # Proved before the step, after which ZeRO's all-gather overwrites a copy that is corrupt.
+        # Checked before the step, after which ZeRO's all-gather overwrites a corrupt copy.
         due = training.stage_is_done or is_due(config.distributed.check_every, done)
         due |= step_of_stage + 1 in stage.form_changes or (training.patience.is_enabled and evaluation_due(job, done))
         if training.rounds is not None:
@@ -80,7 +80,7 @@ def train_stage(training: Training) -> None:
             except Preempted:  # in the evaluation: the resumed run begins with this line
                 save_checkpoint(training, unlogged=seen)
                 raise
-            training.unlogged_round = close_round(training)  # where patience has ended the stage
+            training.unlogged_round = close_round(training)  # if patience has ended the stage
         saved = training.stage_is_done or is_due(config.output.save_steps, done)
         if saved:
             save_checkpoint(training)
@@ -93,7 +93,7 @@ def train_stage(training: Training) -> None:
 
 
 def set_rates(training: Training, step: int) -> dict[str, Any]:
-    """Give the optimizer the rates and λ of `step` of its stage; returns what its line says of λ (collective)."""
+    """Give the optimizer the rates and λ of `step` of its stage; returns the line's fields about λ (collective)."""
     stage = training.stage
     engine, controller, rounds = training.engine, training.controller, training.rounds
     sparse_lambda: float | dict[str, float] = 0.0
@@ -103,7 +103,7 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
         progress = stage.phases.progress(step)
         if rounds is None:
             sparse_lambda = controller.choose(engine.gates(), progress, engine.device, gate_lr=rates["gate_lr"])
-        elif not controller.is_adaptive:  # that chooses when the round ends
+        elif not controller.is_adaptive:  # an adaptive one chooses when the round ends
             first, end = stage.round_bounds(step, training.job.config.distributed.sync_every)
             if step == first:
                 controller.choose(rounds.gates, stage.phases.progress(end - 1), engine.device, num_steps=end - first)
@@ -115,7 +115,7 @@ def set_rates(training: Training, step: int) -> dict[str, Any]:
 
 def refuse_more_skipping(training: Training) -> None:
     """RunFailed after too many non-finite steps in a row; with local updates, checked at the end of a round for the
-    replica that skipped most (collective)."""
+    replica that skipped the most (collective)."""
     tally, rounds = training.tally, training.rounds
     if rounds is not None and rounds.is_open:
         return
@@ -139,9 +139,9 @@ def grad_norm(training: Training, outcome: StepOutcome, batches: StepBatches) ->
 
 
 def close_round(training: Training) -> dict[str, Any]:
-    """End the round of local updates that is open, if the last step or the end of the stage is its end (collective).
+    """End the open round of local updates if the last step or the end of the stage is its end (collective).
 
-    Returns: what the line of the step says of it; {} where nothing ended.
+    Returns: the fields about it in the step's line; {} if no round ended.
     """
     stage, engine, controller, rounds = training.stage, training.engine, training.controller, training.rounds
     settings, step = training.job.config, training.done - 1 - training.stage_start
@@ -160,7 +160,7 @@ def close_round(training: Training) -> dict[str, Any]:
         return {name: soft_threshold(gate, thresholds[name]) for name, gate in gates.items()}
 
     prunes = stage.is_pruning(step)
-    # Before consensus by svd, which takes the best of the mean of products, factors stay apart.
+    # Before consensus by svd, which approximates the mean of products, each replica keeps its own factors.
     is_last = training.stage_is_done or step + 1 == stage.phases.sparsify_end
     is_cut_next = is_last and stage.phases.at(step) == SPARSIFY
     merges = is_cut_next and settings.sora.consensus == "svd"
@@ -169,8 +169,8 @@ def close_round(training: Training) -> dict[str, Any]:
 
 
 def change_form(training: Training, step: int) -> None:
-    """Before the first step of a phase that asks for it: put the adapters into balanced form, or cut them to what
-    consensus keeps, and build the optimizer and its engine anew around the tensors that are left (collective).
+    """Before the first step of a phase that needs it, balance the adapters or cut them to what consensus keeps, and
+    rebuild the optimizer and its engine around the remaining tensors (collective).
 
     Raises:
         RunFailed: processes disagree, or nothing is left to train.
@@ -206,7 +206,7 @@ def change_form(training: Training, step: int) -> None:
 
 
 def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
-    """Go on from the uncut `masters` with a fresh optimizer (collective)."""
+    """Start the next stage from the uncut `masters` with a fresh optimizer (collective)."""
     job = training.job
     with training.engine.released(whole=False) as model:
         pipeline.restore(model, masters, DTYPES[job.config.sora.dtype])

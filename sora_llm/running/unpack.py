@@ -16,7 +16,7 @@ from sora_llm.topology import read_deepspeed_config
 
 
 def dataset_spec(dataset: Dataset) -> DatasetSpec:
-    """One entry of data.datasets as the loader's plain description."""
+    """One entry of data.datasets as the plain description that the loader takes."""
     return DatasetSpec(
         path=dataset.path,
         type=dataset.type,
@@ -31,7 +31,7 @@ def dataset_spec(dataset: Dataset) -> DatasetSpec:
 
 
 def backbone_spec(config: Config, strategy: str) -> BackboneSpec:
-    """The sections model and quantization as the backbone's plain description."""
+    """The sections model and quantization as the plain description of the backbone."""
     model, quantization = config.model, config.quantization
     return BackboneSpec(
         name_or_path=model.name_or_path,
@@ -56,7 +56,7 @@ def adapter_dtype(config: Config) -> str:
 
 
 def target_modules(config: Config) -> str | list[str]:
-    """sora.target_modules as inject_sora takes them: "all-linear", or a list of suffixes."""
+    """sora.target_modules as inject_sora takes it: "all-linear", or a list of suffixes."""
     targets = config.sora.target_modules
     if isinstance(targets, str):
         return targets if targets == ALL_LINEAR else [targets]
@@ -91,8 +91,8 @@ def estimate_memory(
 
 
 def _live_elements(config: Config) -> int:
-    """How many elements of frozen weights ZeRO-3 leaves whole from one use to the next, as the run's DeepSpeed config
-    says; stage3_max_live_parameters bounds what it fetches ahead, and not these."""
+    """How many elements of frozen weights ZeRO-3 keeps gathered from one use to the next, by the run's DeepSpeed
+    config; stage3_max_live_parameters bounds its prefetching, not these."""
     file = config.distributed.deepspeed_config
     section = None if file is None else read_deepspeed_config(file).get("zero_optimization")
     said = section if isinstance(section, dict) else {}
@@ -101,9 +101,9 @@ def _live_elements(config: Config) -> int:
 
 
 def step_work(config: Config, spec: BackboneSpec, skeleton: nn.Module) -> Work | None:
-    """A full step of one process before anything is cut, every sequence of `data.sequence_len` tokens.
+    """The work of one process in a full step before anything is cut, with all sequences of `data.sequence_len` tokens.
 
-    None for a model of which `activations.sizes_of` knows no sizes: with experts, a token does not pass every linear.
+    None for a model whose sizes `activations.sizes_of` does not know: with experts, a token does not pass every linear.
     """
     if sizes_of(skeleton.config.get_text_config()) is None:  # type: ignore[union-attr, operator]
         return None

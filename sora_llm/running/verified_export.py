@@ -17,7 +17,7 @@ from sora_llm.peft_check import reloaded, worst_of
 
 @dataclass(frozen=True)
 class Exported:
-    """`eval_loss` is the reloaded adapter's, None without a dev set."""
+    """A published export; `eval_loss` is the reloaded adapter's, None without a dev set."""
 
     folder: Path
     certificate: dict[str, Any]
@@ -35,7 +35,7 @@ def export_verified(
     eval_loss_of: Callable[[nn.Module], float | None],
     before_publishing: Callable[[], None] = lambda: None,
 ) -> Exported:
-    """Export the cut adapter of `model`, which every process holds whole, and prove it from disk (collective).
+    """Export the cut adapter of `model`, which every process holds in full, and verify it from disk (collective).
 
     The main process writes; every process reloads the files with PEFT, compares, and takes its share of the dev set.
 
@@ -51,7 +51,7 @@ def export_verified(
         with reloaded(model, temporary, probe_ids) as check:
             eval_loss = eval_loss_of(check.peft_model)
         before_publishing()
-        # Also the wait for the others: the main process is about to rename the folder that they are reading.
+        # Also waits for the others: the main process is about to rename the folder that they are reading.
         worst = worst_of(gather_objects(check.errors))
         if eval_loss is not None:
             metrics = {**provenance.metrics, "dev loss of this adapter, reloaded": eval_loss}
@@ -59,5 +59,5 @@ def export_verified(
         certificate = on_main(lambda: export.certify_and_publish(model, temporary, folder, layout, worst, provenance))
     finally:
         if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)  # of an export that was stopped, or failed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was stopped, or failed
     return Exported(folder, certificate, eval_loss)
