@@ -30,6 +30,6 @@ COMMAND_GROUPS = {
         "completion": ("sora_llm.commands.cmd_completion", "a script that completes these commands in a shell"),
     },
 }
-"""In the order in which they are needed: heading → command → (module, what it does)."""
+"""Commands in the order in which they are needed: heading → command → (module, description)."""
 
 COMMANDS = {name: command for commands in COMMAND_GROUPS.values() for name, command in commands.items()}

@@ -1,4 +1,4 @@
-"""What `inspect` shows of an adapter on disk, any LoRA or a checkpoint: ranks, sizes, scales, spectra."""
+"""The view that `inspect` gives of an adapter on disk, any LoRA or a checkpoint: ranks, sizes, scales, spectra."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ENERGIES = (0.9, 0.99, 0.999)
 
 
 def view(folder: Path) -> dict[str, Any]:
-    """The adapter in `folder`, as JSON; its base is not needed, and its config is read where it is on this disk.
+    """The adapter in `folder`, as JSON; its base is not needed, and the base's config is read only if it is on disk.
 
     Raises:
-        UserError: no adapter, or one that is more than factors of linear layers.
+        UserError: no adapter, or one with more than factors of linear layers.
     """
     source = read_source(folder)
     found = spectra_of(source)
@@ -58,7 +58,7 @@ def view(folder: Path) -> dict[str, Any]:
 
 
 def _shapes_on_disk(source: SavedAdapter) -> tuple[dict[str, tuple[int, int]], list[str], bool]:
-    """{target: (I, O)}, the targets without factors, and whether these are all; no base is fetched for it."""
+    """{target: (I, O)}, the targets without factors, and whether these are all targets; never downloads a base."""
     if not source.may_lack_targets or BackboneSpec(source.base).folder.is_dir():
         with contextlib.suppress(UserError):
             return *target_shapes_of(source), True
@@ -73,8 +73,8 @@ def shapes_in_files(source: SavedAdapter) -> tuple[dict[str, tuple[int, int]], l
 def target_shapes_of(
     source: SavedAdapter, base: str | None = None, trust_remote_code: bool = False
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """{target: (I, O)} and the targets without factors: what was pruned may have none in the files, and counts in a
-    mean rank all the same.  Its size comes from the config of the base, which is always read where `base` names it.
+    """{target: (I, O)} and the targets without factors: pruned ones may have none in the files, but still count in a
+    mean rank.  Their sizes come from the config of the base, which is always read if `base` names it.
 
     Raises:
         UserError: a base that cannot be read, or does not fit.
@@ -147,7 +147,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _spectrum_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """A line per group: σ₁, what the first components hold of the energy, effective rank."""
+    """A line per group: rank, effective rank, largest σ, and the first components' shares of the energy."""
     largest = max((module["rank"] for modules in groups.values() for module in modules), default=0)
     counts = [count for count in SHARES if count < largest]
     rows = [["", "rank", "effective", "largest σ", *(f"first {count}" for count in counts)]]

@@ -1,6 +1,6 @@
 """Small trials of a machine, each in a process of its own: `python -m sora_llm.commands.checks NAME`.
 
-What a trial says is one line of JSON at the end of its output; a failure ends it with a sentence and another exit code.
+A trial reports one line of JSON at the end of its output; a failed one ends with a sentence and exit code 1.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from sora_llm.running.packing_check import check_packing
 from sora_llm.topology import deepspeed_config, launched_world
 
 MAX_PRODUCT_ERROR = 1e-4
-"""Of a 4-bit layer's float32 products, relative: a kernel that is right rounds to 1e-6."""
+"""Relative, in a 4-bit layer's float32 products: a correct kernel rounds to 1e-6."""
 MAX_QUANTISATION_ERROR = 0.15
-"""Of NF4 weights, relative: about 0.09 for normal ones."""
+"""Relative, in NF4 weights: about 0.09 for normally distributed ones."""
 
 
 def main() -> int:
     """Run the trial that the command line names."""
     quiet_libraries()
     torch.set_num_threads(1)
-    if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):  # two processes need two: CPU, then
+    if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):  # too few GPUs: use the CPU
         again = [sys.executable, "-m", "sora_llm.commands.checks", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
-    """A random LLaMA of two layers."""
+    """A random LLaMA with two layers."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -62,7 +62,7 @@ def tiny_llama(**options: Any) -> LlamaForCausalLM:
 
 
 def devices() -> str:
-    """What torch can compute on."""
+    """The devices that torch can compute on."""
     if not torch.cuda.is_available():
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
         return f"no GPU ({built}), {os.cpu_count()} CPU cores"
@@ -71,12 +71,12 @@ def devices() -> str:
         properties = torch.cuda.get_device_properties(index)
         bf16 = "" if properties.major >= 8 else ", without bfloat16"
         found.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB{bf16})")
-    torch.ones(8, device="cuda").sum().item()  # a driver that does not fit fails here
+    torch.ones(8, device="cuda").sum().item()  # an incompatible driver fails here
     return ", ".join(found)
 
 
 def group() -> str:
-    """Two processes add up a number."""
+    """Add up a number over two processes."""
     world = launched_world(os.environ)
     accelerator = make_accelerator("ddp", world, timeout_minutes=2)
     (total,) = sum_over_processes(float(world.process_index + 1), device=accelerator.device)
@@ -87,7 +87,7 @@ def group() -> str:
 
 
 def nf4() -> str:
-    """A 4-bit layer forward and backward against the same weights, dense."""
+    """Compare a 4-bit layer, forward and backward, with the same weights, dense."""
     device = local_device()
     dense = tiny_llama()
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def nf4() -> str:
 
 
 def check_4bit(layer: nn.Module, weight_OI: torch.Tensor) -> None:
-    """AssertionError unless the layer multiplies by what its weights were quantised from, in both directions."""
+    """AssertionError unless the layer multiplies by the weights that it was quantised from, in both directions."""
     num_out, num_in = weight_OI.shape
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def packing() -> str:
-    """Packed rows do not see each other in a LLaMA."""
+    """Check that packed rows do not see each other in a LLaMA."""
     device = local_device()
     model: nn.Module = tiny_llama(attn_implementation="sdpa")
     check_packing(model.to(device), "sdpa", device)
@@ -133,7 +133,7 @@ def packing() -> str:
 
 
 def zero2() -> str:
-    """One step of an adapter under ZeRO-2 in two processes against the same step in one."""
+    """Compare one step of an adapter under ZeRO-2 in two processes with the same step in one."""
     world = launched_world(os.environ)
     options = deepspeed_config("zero2", max_grad_norm=1.0, adapter_dtype="float32")
     alone, shared = (inject_sora(tiny_llama(), r=4, lora_alpha=8) for _ in range(2))
@@ -167,7 +167,7 @@ def zero2() -> str:
 
 
 def why_not_built(output: str) -> str:
-    """The line of a failed build that names the cause, not the commands around it."""
+    """The line of a failed build's output that names the cause, not the commands around it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "not found" in line or "error:" in line), lines[0])[:200]
 

@@ -1,4 +1,4 @@
-"""`sora-llm chat RUN|ADAPTER|CONFIG|MODEL`: a dialogue at the terminal, with the adapter or without it."""
+"""`sora-llm chat RUN|ADAPTER|CONFIG|MODEL`: a dialogue at the terminal, with or without the adapter."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm chat") -> int:
 
 
 def talk(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A dialogue at the terminal, to its end; UserError where there is nothing to ask."""
+    """Hold a dialogue at the terminal to its end; UserError if there is nothing to ask."""
     sampling = sampling_of(arguments, DEFAULT)
     prompter = prepare_prompter(arguments)
     notice(title(prompter.ref))
@@ -80,7 +80,7 @@ class Chat:
                 self.say(line)
 
     def obey(self, line: str) -> None:
-        """Do what a line that begins with / says."""
+        """Carry out a line that begins with /."""
         match line.split():
             case ["/reset"]:
                 self.messages = list(self._start)
@@ -94,7 +94,7 @@ class Chat:
                 notice(HELP)
 
     def say(self, line: str) -> None:
-        """A user's message; its answer is printed while it is made, and remembered also if it was stopped."""
+        """Answer a user's message; the answer is printed as it is generated, and remembered even if it was stopped."""
         messages = [*self.messages, Message("user", line)]
         try:
             ids = self.responder.prompter.ids(messages)
@@ -114,7 +114,7 @@ class Chat:
 
 
 def _read_line() -> str | None:
-    """The next line, None at the end of the input; Ctrl-C drops what was typed."""
+    """The next line, None at the end of the input; Ctrl-C discards the typed text."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -129,7 +129,7 @@ def _read_line() -> str | None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C does nothing but be remembered; a second one interrupts as always."""
+    """A context in which Ctrl-C is only remembered; a second one interrupts as usual."""
     interrupts: list[int] = []
 
     def remember(number: int, _frame: Any) -> None:

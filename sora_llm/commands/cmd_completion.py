@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm completion") -
 
 
 def script(commands: Mapping[str, tuple[str, str]], shell: str) -> str:
-    """The completion script of `commands` {name: (module, what it does)}."""
+    """The completion script for `commands` {name: (module, description)}."""
     import shtab
 
     root = argparse.ArgumentParser(prog="sora-llm")

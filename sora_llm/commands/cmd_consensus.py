@@ -67,11 +67,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm consensus") ->
 
 
 def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Merge the sources, write what comes of it, and say so.
+    """Merge the sources, write the result and describe it.
 
     Raises:
-        UserError: sources that are not of one kind, a size that cannot be, or a folder that is taken.
-        RunFailed: what was read back is not what was to be written; nothing is left.
+        UserError: sources that do not belong together, an invalid size, or a folder that is taken.
+        RunFailed: the files read back are not what was to be written; nothing is left behind.
     """
     check_numbers(arguments)
     folders = [user_path(text, "SOURCE") for text in arguments.sources]
@@ -102,7 +102,7 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     result |= {"separators": separators_of(sources)}
     result |= {"base_form": spec.form, "of_other_base_forms": of_other_forms(sources, spec)}
     certificate = export_consensus(sources, merged, spec, tokenizer, arguments.layout, out, result)
-    del certificate["merge"]  # said already
+    del certificate["merge"]  # already in the result
     return {"adapter": str(arguments.out), "layout": arguments.layout, **result, "certificate": certificate}
 
 
@@ -110,7 +110,7 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """UserError for numbers that cannot be, before a file is read."""
+    """UserError for invalid numbers, before any file is read."""
     weights, count = arguments.weights, len(arguments.sources)
     if weights is not None and len(weights) != count:
         raise UserError(f"--weights has {len(weights)} numbers for {count} sources; give one for each")
@@ -125,7 +125,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 def described(
     sources: Sequence[SavedAdapter], merged: Merged, errors: Mapping[str, float], weights: Sequence[float]
 ) -> dict[str, Any]:
-    """What became of the sources, as JSON: each one's part, and who kept what in every module."""
+    """The merge as JSON: each source's part, and ranks and error in every module."""
     shapes = shapes_of(merged.factors)
     ranks = [{name: source.ranks.get(name, 0) for name in shapes} for source in sources]
     report, replicas = merged.report, iter(merged.replicas)
@@ -152,12 +152,12 @@ def described(
 
 
 def separators_of(sources: Sequence[SavedAdapter]) -> dict[str, str | None]:
-    """{source: what stood behind its prompts}; None of those that had conversations, or of which that is not known."""
+    """{source: the separator after its prompts}; None for those with conversations, or if it is not known."""
     return {source.name: recorded_separator(source.config, source.folder) for source in sources}
 
 
 def shared_separator(result: Mapping[str, Any]) -> str | None:
-    """The one that all sources have; None where they differ, or one has none."""
+    """The separator that all sources have; None if they differ, or one has none."""
     found = set(result["separators"].values())
     return found.pop() if len(found) == 1 else None
 
@@ -196,7 +196,7 @@ def export_consensus(
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """For a terminal: a line per source, ranks by projection, where the result lies."""
+    """The result for a terminal: a line per source, ranks by projection, and where the adapter is."""
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for name, module in result["modules"].items():
         by_kind.setdefault(name.rpartition(".")[2], []).append(module)
@@ -230,7 +230,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
-    """Sentences about sources that were not all spoken to alike, or not all trained beside the same numbers."""
+    """Sentences about sources that were trained with different prompt formats, or on different forms of the base."""
 
     def were(others: Sequence[str]) -> str:
         return f"{', '.join(others)} {'was' if len(others) == 1 else 'were'} trained"

@@ -40,14 +40,14 @@ REMEDIES = {
     "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
     "zero2": "fix the findings above, or train with distributed.strategy: ddp",
 }
-"""What to do where a trial fails, by its name."""
+"""What to do if a trial fails, by its name."""
 BETWEEN_TWO = ("group", "zero2")
-"""The trials that two processes make."""
+"""The trials that run in two processes."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`remedy` is what to do where `state` is not ok."""
+    """The result of a check; `remedy` says what to do if `state` is not ok."""
 
     name: str
     state: str
@@ -100,7 +100,7 @@ def verdict(findings: Sequence[CheckResult]) -> str:
 
 
 def as_text(finding: CheckResult) -> str:
-    """A line, and one more with the remedy."""
+    """A line for the result, and one more for its remedy, if any."""
     line = f"{finding.state:<8} {finding.name:<14} {finding.said}"
     return f"{line}\n{'':<24}→ {finding.remedy}" if finding.remedy else line
 
@@ -125,8 +125,8 @@ def examine(time_limit: float) -> Iterator[CheckResult]:
 
 
 def without_compiler(found: CheckResult, compiles: CheckResult) -> CheckResult:
-    """The trial of ZeRO where a compiler is missing: if that is why it failed, nothing is wrong with what is installed,
-    and all other strategies train.  Any other failure stays one."""
+    """The result of the ZeRO trial if a compiler is missing: a warning if that is why it failed, since the installation
+    is fine and all other strategies train.  Any other failure stays one."""
     if found.state != FAILED or not found.said.startswith(NOT_BUILT):
         return found
     return CheckResult(found.name, WARNING, found.said, compiles.remedy)
@@ -136,7 +136,7 @@ def without_compiler(found: CheckResult, compiles: CheckResult) -> CheckResult:
 
 
 def versions() -> Iterator[CheckResult]:
-    """Python and what this package asks for."""
+    """Check the versions of Python and of the packages that this one requires."""
     python = platform.python_version()
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
         yield CheckResult("python", OK, python)
@@ -166,7 +166,7 @@ def versions() -> Iterator[CheckResult]:
 
 
 def compiler() -> CheckResult:
-    """DeepSpeed compiles one small operator where it runs on the CPU."""
+    """Check for a compiler: DeepSpeed compiles one small operator when it runs on the CPU."""
     ways = {"g++": "apt install g++", "ninja": "pip install ninja", "Python.h": "apt install python3-dev"}
     has_header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
     path = _path_with_scripts()
@@ -183,12 +183,12 @@ def compiler() -> CheckResult:
 
 
 def _path_with_scripts() -> str:
-    """Also what lies beside this Python, as in an environment that is not activated."""
+    """PATH with the folder of this Python in front, as if its environment were activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def build_lock(folder: Path) -> CheckResult:
-    """A build that was killed leaves a lock on which every later one waits for ever."""
+    """Check for the lock that a killed build leaves, on which every later one waits forever."""
     for lock, age in locks(folder) if locks_by_existence() else ():
         if age > STALE_LOCK_SECONDS:
             said = f"{lock} is {age / 60:,.0f} minutes old, left by a killed build: later builds wait for it"
@@ -197,7 +197,7 @@ def build_lock(folder: Path) -> CheckResult:
 
 
 def disks() -> Iterator[CheckResult]:
-    """Room for tokens, models and temporary files, and for what processes of a GPU machine share."""
+    """Check the room for tokens, models and runs, and that in /dev/shm, which processes share."""
     places = {
         "disk: data": cache_home() / "sora_llm",
         "disk: models": Path(os.environ.get("HF_HOME") or cache_home() / "huggingface"),
@@ -229,7 +229,7 @@ def disks() -> Iterator[CheckResult]:
 
 
 def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.checks") -> CheckResult:
-    """What a trial in processes of its own says; they are ended when its time is up."""
+    """The result of a trial in processes of its own, which are killed when its time is up."""
     count = 2 if name in BETWEEN_TWO else 1
     with tempfile.TemporaryDirectory(prefix="sora_llm_doctor_") as folder:
         outputs = [Path(folder) / str(index) for index in range(count)]
@@ -244,7 +244,7 @@ def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.com
     ended = [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
     if not in_time:
         return CheckResult(name, FAILED, f"no result within {time_limit:g} s", remedy)
-    # What was ended here because another one had failed says nothing.
+    # A process that was killed here because another one failed says nothing.
     for code, text in sorted(ended, key=lambda end: end[0] <= 0):
         if code != 0:
             return CheckResult(name, FAILED, _last_line(text) or f"ended with exit code {code}", remedy)
@@ -275,7 +275,7 @@ def _free_port() -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], time_limit: float) -> bool:
-    """Whether all came to an end, or one failed, before the time was up."""
+    """Whether all processes ended, or one failed, before the time was up."""
     deadline = time.monotonic() + time_limit
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
@@ -286,12 +286,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], time_limit: float) -> bo
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started (compilers, for example)."""
+    """Kill a process and everything it started (compilers, for example)."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _last_line(text: str) -> str:
-    """What a process said last."""
+    """The last line that a process printed."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

@@ -26,7 +26,7 @@ HARDWARE = {
     "between": ("between", 1e9, "GB/s between machines"),
     "latency": ("latency", 1e-6, "microseconds of a gather for every doubling of the processes"),
 }
-"""Option: field of Machines, its unit, what it is."""
+"""Option: field of Machines, its unit, its description."""
 
 
 def make_parser(prog: str) -> Parser:
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm estimate") -> 
 
 
 def estimated(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Memory in bytes and the time of a step in seconds, of one process.
+    """Memory in bytes and the time of a step in seconds, for one process.
 
     Raises:
-        UserError: a config or numbers that cannot be.
+        UserError: an invalid config or invalid numbers.
     """
     if arguments.num_processes < 1:
         raise UserError(f"--num-processes is {arguments.num_processes}; it must be at least 1")
@@ -82,7 +82,7 @@ def estimated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def machines_of(options: Mapping[str, Any]) -> Machines:
-    """What the options assume of the hardware.
+    """The hardware that the options assume.
 
     Raises:
         UserError: a number that is not above 0, or a share above 1.
@@ -104,7 +104,7 @@ def step_as_json(work: Work, strategy: str, num_processes: int, machines: Machin
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The result in lines for a person."""
+    """The result as text for a terminal."""
     about = ("strategy", "num_processes", "step")
     memory = MemoryEstimate(**{key: value for key, value in result.items() if key not in about})
     step, processes = result["step"], result["num_processes"]

@@ -82,10 +82,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm evaluate") -> 
 
 
 def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Loss and perplexity of the base, of its adapter where there is one, and over which rows.
+    """Loss and perplexity of the base and of its adapter, if there is one, and the rows they were measured on.
 
     Raises:
-        UserError: nothing to measure, or nothing to measure it on.
+        UserError: nothing to measure, or no rows to measure it on.
         RunFailed: a loss that is not finite.
     """
     sizes = sizes_in(arguments)
@@ -113,7 +113,7 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
-    """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed where it is not finite."""
+    """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed if it is not finite."""
     loss = evaluate(
         model,
         rows,
@@ -130,7 +130,7 @@ def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The result in lines for a person."""
+    """The result as text for a terminal."""
     lines = [
         f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
         f"{result['supervised_tokens']:,} supervised tokens"
@@ -145,17 +145,17 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def outcomes_of(measured: DevRows) -> list[str]:
-    """What became of the rows that are not measured, or not as they are written; phrases."""
+    """Phrases about the rows that are not measured, or not as they are written."""
     left_out = [f"left out {measured.missing:,} that were held out"] if measured.missing else []
     return left_out if measured.report is None else row_outcomes(measured.report)
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """`config` names the rows to measure on; `trained` is the config of RUN as it was trained, None where nothing was,
-    or nothing says it; `held_out_alike` says that the adapter that is measured is its own, or was trained with the same
-    rows held out.  Rows, template and `tokenizer`, where it lies, are those of RUN or ADAPTER, as in `generate`,
-    whatever other adapter is measured."""
+    """A model and the rows to measure it on, which `config` names.  `trained` is the config that RUN was trained under,
+    None if nothing was trained or none is recorded; `held_out_alike` says that the measured adapter is RUN's own, or
+    was trained with the same rows held out.  Rows, template and the location of the `tokenizer` are those of RUN or
+    ADAPTER, as in `generate`, even if another adapter is measured."""
 
     ref: ModelRef
     config: Config
@@ -165,10 +165,10 @@ class EvalPlan:
 
 
 def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
-    """What the command line names.
+    """The evaluation that the command line describes.
 
     Raises:
-        UserError: nothing of that kind, an adapter that is none, or no data set.
+        UserError: nothing of that kind, an adapter that is not one, or no data set.
     """
     named = ref = resolve_model(arguments.config, arguments.overrides)
     other: ModelRef | None = None
@@ -215,7 +215,7 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
         held_out_alike = other_trained is not None and has_same_split(other_trained, splitting)
     elif config.data.val_datasets is not None or trained is None or has_same_split(trained, splitting):
         warn_of_seen_rows(arguments.config, lineage_behind(ref, trained), splitting)
-    # else `dev_rows` says that its rows are not those that were held out
+    # else `dev_rows` reports that its rows are not those that were held out
     return EvalPlan(
         ref,
         eval_config(config, ref.spec),
@@ -226,8 +226,8 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
 
 
 def trained_as(ref: ModelRef) -> Config | None:
-    """The config that its adapter was trained under; None where nothing says it, which is warned of where a run's own
-    config cannot be read."""
+    """The config that the adapter of `ref` was trained under; None if none is recorded, or, with a warning, if a run's
+    own config cannot be read."""
     if ref.place is None:
         return None
     try:
@@ -238,8 +238,7 @@ def trained_as(ref: ModelRef) -> Config | None:
 
 
 def lineage_behind(ref: ModelRef, trained: Config | None) -> list[LineageEntry]:
-    """What the adapter that is measured was trained on, or the one that was merged into the model: under `trained`,
-    where that is known."""
+    """The lineage of the measured adapter, or of the one merged into the model: under `trained`, if that is known."""
     folder = ref.certificate_folder
     if folder is None:
         return []
@@ -247,22 +246,22 @@ def lineage_behind(ref: ModelRef, trained: Config | None) -> list[LineageEntry]:
 
 
 def warn_of_seen_rows(name: str, lessons: Sequence[LineageEntry], measured: Config) -> None:
-    """Say that `name` may have been trained on rows that the config `measured` names or holds out."""
+    """Warn if `name` may have been trained on rows that the config `measured` names or holds out."""
     if (path := seen_dataset(lessons, measured)) is not None:
         warn(f"{name} was also trained on {path}, so it may have seen rows evaluated here")
 
 
 def warn_of_other_form(name: str, other: ModelRef, named: ModelRef) -> None:
-    """Say that the adapter `name` was trained beside another form of the base than it is measured on."""
+    """Warn if the adapter `name` was trained on a form of the base that differs from the one it is measured on."""
     if other.is_loading_known and other.spec.form != named.spec.form:
         warn(f"{name} was trained on the base as {other.spec.form}; it is evaluated on it as {named.spec.form}")
 
 
 def other_adapter(arguments: argparse.Namespace, ref: ModelRef) -> ModelRef:
-    """What --adapter names.
+    """The adapter that --adapter names.
 
     Raises:
-        UserError: nothing there, or an adapter of another base than RUN's, unless --base says which one is meant.
+        UserError: nothing there, or an adapter for a base other than RUN's, unless --base says which one to load.
     """
     other = resolve_model(arguments.adapter)
     if other.adapter is None:
@@ -277,7 +276,7 @@ def other_adapter(arguments: argparse.Namespace, ref: ModelRef) -> ModelRef:
 
 
 def config_for(ref: ModelRef) -> Config:
-    """The config under which an adapter from elsewhere is measured: no data yet, rows as long as the base takes."""
+    """The config for measuring an adapter from elsewhere: no data yet, rows up to 2048 tokens if the base allows."""
     spec = ref.spec
     positions = backbone.max_positions(backbone.load_model_config(spec))
     return Config(
@@ -291,7 +290,7 @@ def config_for(ref: ModelRef) -> Config:
 
 
 def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
-    """UserError if rows need a chat template and none comes with an adapter that no run here made."""
+    """UserError if rows need a chat template and an adapter that no run here made comes without one."""
     if has_conversations(config.data.val_datasets or ()) and not template_is_named(config, inputs.tokenizer):
         raise UserError(
             f"these rows need a chat template, and {name} comes without one, so its prompt format is unknown; name "
@@ -300,16 +299,16 @@ def refuse_guessed_template(name: str, config: Config, inputs: Inputs) -> None:
 
 
 def certified_separator(ref: ModelRef) -> str | None:
-    """What stood behind the prompts of prompt_completion rows that an adapter from elsewhere, or one that was merged
-    into a model, was trained on; None where nothing says it."""
+    """The separator after the prompts of prompt_completion rows that an adapter from elsewhere, or one merged into a
+    model, was trained on; None if none is recorded."""
     folder = ref.certificate_folder
     taught = None if folder is None else trained_separator(lineage_in(folder))
     return recorded_separator(None, folder) if taught is None else taught
 
 
 def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorded: str | None) -> Dataset:
-    """The data set that the command line describes; without --type it has the form of the run's first one, and whatever
-    its type the separator that the run put behind prompts, or that the adapter's certificate has `recorded`."""
+    """The data set that the command line describes; without --type it has the form of the run's first one.  Its default
+    separator is the run's for that type, or the one that the adapter's certificate has `recorded`."""
     if arguments.type is None:
         if not own:
             raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(FIELDS)})")

@@ -96,11 +96,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm export") -> in
 
 
 def exported(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the adapter that SOURCE names, and say what was written.
+    """Write the adapter that SOURCE names, and describe the result.
 
     Raises:
-        UserError: a source, a size or a layout that cannot be, or a folder that is taken.
-        RunFailed: what was read back is not what was to be written; nothing is left.
+        UserError: an invalid source, size or layout, or a folder that is taken.
+        RunFailed: the files read back are not what was to be written; nothing is left behind.
     """
     check_size(arguments)
     check_options(arguments)
@@ -112,7 +112,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = base_of([source], arguments.base_model, arguments.trust_remote_code, "--base-model")
     check_output_folder(out, [spec.folder])
     dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
-    if arguments.layout != "gguf":  # which reads no weights of the base
+    if arguments.layout != "gguf":  # gguf reads no weights of the base
         refuse_other_weights([source], spec, arguments.base_model, "--base-model")
     adapter = prepared(source, spec, arguments)
     provenance = provenance_of(source, spec, line, adapter)
@@ -136,7 +136,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """UserError for options of another layout."""
+    """UserError for options that belong to another layout."""
     if arguments.outtype is not None and arguments.layout != "gguf":
         raise UserError(f"--outtype is for --layout gguf; layout {arguments.layout} has numbers of its own")
     if arguments.base is not None and arguments.layout != "merged":
@@ -146,10 +146,10 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
-    """Whether the adapter is added to what 4-bit layers hold.
+    """Whether the adapter is added to the values that 4-bit layers hold.
 
     Raises:
-        UserError: the base is not in 4-bit layers.
+        UserError: 8-bit layers without --base original, or --base dequantized without 4-bit layers.
     """
     if spec.load_in_8bit and base != "original":
         raise UserError(
@@ -167,10 +167,10 @@ def of_dequantised(spec: BackboneSpec, base: str | None) -> bool:
 
 
 def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[SavedAdapter, dict[str, Any]]:
-    """The adapter that is meant, and the line of metrics that tells of it ({} where there is none).
+    """The chosen adapter, and its line of metrics ({} if there is none).
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such adapter.
     """
     place = resolve_path(path)
     exports = [] if place.run_dir is None else _exports(place.run_dir)
@@ -193,7 +193,7 @@ def chosen(path: str, stage: float | None, max_params: int | None) -> tuple[Save
 
 
 def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params: int) -> str:
-    """The stage of the best dev loss within a number of parameters."""
+    """The stage with the best dev loss within a number of parameters."""
     within = {name: line for name, line in stages.items() if line["kept_params"] <= max_params}
     if not within:
         smallest = min(line["kept_params"] for line in stages.values())
@@ -204,16 +204,16 @@ def _best_within(path: str, stages: Mapping[str, Mapping[str, Any]], max_params:
 
 
 def _exports(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines that a run wrote of its exports; some that somebody else added are none."""
+    """The lines that a run wrote about its exports; incomplete ones, added by somebody else, are skipped."""
     lines = [line for line in read_json_lines(run_dir / run_files.METRICS) if line.get("phase") == "export"]
     return [line for line in lines if "stage" not in line or {"sparse_lambda", "kept_params"} <= line.keys()]
 
 
 @dataclass(frozen=True)
 class PreparedAdapter:
-    """Plain factors of scale 1 of every target, and the base that they are for, without its weights.
+    """Plain factors of scale 1 for every target, and the base that they are for, without its weights.
 
-    `cut` says what was dropped, None if the adapter was not recompressed.
+    `cut` reports what was dropped, None if the adapter was not recompressed.
     """
 
     factors: PlainFactors
@@ -232,7 +232,7 @@ class PreparedAdapter:
 
 
 def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Namespace) -> PreparedAdapter:
-    """The source's adapter as plain factors, cut to the size that was asked for.
+    """The source's adapter as plain factors, cut to the requested size.
 
     Raises:
         UserError: it does not fit the base, or the size leaves nothing.
@@ -257,7 +257,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
 def provenance_of(
     source: SavedAdapter, spec: BackboneSpec, line: Mapping[str, Any], adapter: PreparedAdapter
 ) -> Provenance:
-    """What model card and certificate say about where the adapter comes from."""
+    """The adapter's origin, for its model card and certificate."""
     files, template = own_tokenizer(source, spec)
     own = source.config is not None
     is_whole = adapter.cut is None
@@ -296,7 +296,7 @@ def _cut_sentence(cut: CutReport) -> str:
 def export_on_base(
     factors: PlainFactors, spec: BackboneSpec, layout: str, out: Path, provenance: Provenance
 ) -> dict[str, Any]:
-    """A PEFT folder, checked on the base with its weights."""
+    """Write a PEFT folder, checked on the base with its weights; returns the certificate."""
     model = attach_factors(load_backbone(spec, local_device()), factors)
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)
 
@@ -304,7 +304,7 @@ def export_on_base(
 def dev_loss_measure(
     config: Config | None, spec: BackboneSpec, device: torch.device
 ) -> Callable[[nn.Module], float] | None:
-    """How to measure a model on the dev rows of the run; None where it has none."""
+    """A function that measures a model on the dev rows of the run; None if it has none."""
     if config is None or not has_dev_rows(config):
         return None
     config = eval_config(config, spec)
@@ -324,7 +324,7 @@ def dev_loss_measure(
 def described(
     arguments: argparse.Namespace, line: Mapping[str, Any], adapter: PreparedAdapter, certificate: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What was exported, as JSON."""
+    """The export, as JSON."""
     return {
         "adapter": str(arguments.out),
         "layout": arguments.layout,
@@ -337,7 +337,7 @@ def described(
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The result for a terminal: what was exported, where it works and where not."""
+    """The result for a terminal: what was exported, and which engines apply it."""
     certificate = result["certificate"]
     of = f", stage {result['stage']}" if "stage" in result else ""
     lines = [

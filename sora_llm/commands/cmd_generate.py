@@ -1,4 +1,4 @@
-"""`sora-llm generate RUN|ADAPTER|CONFIG|MODEL --prompt "…"`: answers, of an adapted model also beside its base's."""
+"""`sora-llm generate RUN|ADAPTER|CONFIG|MODEL --prompt "…"`: answers, also compared with the base's."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm generate") -> 
 
 
 def answered(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The answers to all prompts; without --json they are printed as they come.
+    """The answers to all prompts; without --json they are printed as they are generated.
 
     Raises:
-        UserError: no prompts, or nothing there to ask.
+        UserError: no prompts, or no model to ask.
     """
     if arguments.compare and arguments.no_adapter:
         raise UserError("--compare needs the adapter that --no-adapter leaves out; give one of the two")
@@ -98,15 +98,15 @@ class Prompt:
 
 
 def of_text(text: str, place: str) -> Prompt:
-    """A user's turn."""
+    """A prompt of one user's turn."""
     return Prompt((Message("user", text),), {"prompt": text}, place)
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """After a system message.
+    """The prompt after a system message.
 
     Raises:
-        UserError: it has one.
+        UserError: it already has one.
     """
     if system is None:
         return prompt
@@ -116,10 +116,10 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """From --prompt and --prompts-file, else from standard input, which is one prompt.
+    """The prompts from --prompt and --prompts-file, or else from standard input, which is one prompt.
 
     Raises:
-        UserError: there is none, or a file that cannot be read.
+        UserError: there is none, or a file cannot be read.
     """
     prompts = [of_text(text, "--prompt") for text in arguments.prompt or ()]
     if arguments.prompts_file is not None:
@@ -139,9 +139,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 
 def read_file(file: Path) -> list[Prompt]:
-    """A prompt of every line that is not empty."""
+    """A prompt for every line that is not empty."""
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # as of data files: U+2028 ends no line
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # as in data files: U+2028 does not end a line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts-file {file} cannot be read: {error}") from None
     filled = [(f"{file}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -161,7 +161,7 @@ def _of_row(line: str, place: str) -> Prompt:
         return of_text(row["prompt"], place)
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} must be {{"prompt": "…"}}, {{"messages": […]}} or {{"instruction": "…"}}')
-    if row.get("messages") is None:  # an alpaca row, whatever its answer would be
+    if row.get("messages") is None:  # an alpaca row; its answer is ignored
         said = {name: row[name] for name in ("system", "history", "instruction", "input") if row.get(name)}
         return Prompt(_conversation(row | {"output": "?"}, "alpaca", place).messages[:-1], said, place)
     conversation = _conversation(row, "messages", place)
@@ -171,7 +171,7 @@ def _of_row(line: str, place: str) -> Prompt:
 
 
 def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:
-    """A row of a data set as its turns."""
+    """A data set's row as a conversation."""
     try:
         (conversation,) = to_examples(row, DatasetSpec(place, type_))
     except BadRow as bad:
@@ -186,10 +186,10 @@ def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:
 
 
 def ids_of(prompter: Prompter, prompt: Prompt) -> list[int]:
-    """Its tokens.
+    """The prompt's tokens.
 
     Raises:
-        UserError: it cannot be asked.
+        UserError: it cannot be used.
     """
     if prompter.form.template is None and (len(prompt.messages) > 1 or prompt.messages[-1].input):
         kind = "is a dialogue" if len(prompt.messages) > 1 else "has an input beside its instruction"
@@ -203,8 +203,8 @@ def ids_of(prompter: Prompter, prompt: Prompt) -> list[int]:
 def answers_to(
     responder: Responder, prompt: Prompt, ids: Sequence[int], arguments: argparse.Namespace, is_alone: bool
 ) -> dict[str, Any]:
-    """The prompt and its answers, printed while they are made unless JSON is wanted, and what ended them: "stop" (the
-    model) or "length"."""
+    """The prompt and its answers, printed as they are generated unless JSON is requested, and what ended them: "stop"
+    (the model) or "length"."""
     is_shown = not arguments.json
     if is_shown and not is_alone:
         print(printable(f"> {prompt.messages[-1].content}"), flush=True)

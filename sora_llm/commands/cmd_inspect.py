@@ -1,5 +1,5 @@
-"""`sora-llm inspect`: what became of a run, in short (the long form is its report.html, refreshed), of several beside
-each other, or an adapter."""
+"""`sora-llm inspect`: a summary of a run (the long form is its report.html, refreshed), a comparison of several, or a
+view of an adapter."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm inspect") -> i
 
 
 def inspected(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is to be told of a run, of several or of an adapter; UserError for a place that is neither."""
+    """The content to show about a run, several runs or an adapter; UserError for a place that is none of these."""
     if len(arguments.places) > 1:
         return _of_runs(arguments)
     folder = folder_of(arguments.places[0])
@@ -78,7 +78,7 @@ def inspected(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def folder_of(name: str) -> Path:
-    """The folder that a path names, a config being that of its run; UserError where there is none."""
+    """The folder that a path names, or for a config that of its run; UserError if there is none."""
     folder = user_path(name, "the path")
     if folder.is_file():
         folder = run_of_config(name)
@@ -103,8 +103,8 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def run_of_config(name: str) -> Path:
-    """The directory of the run whose config a file is, as for every command; UserError where it is no config."""
-    places = import_module("sora_llm.commands.path_arguments")  # with torch, which a run directory does not need
+    """The directory of the run whose config a file is, as for every command; UserError if it is not a config."""
+    places = import_module("sora_llm.commands.path_arguments")  # imports torch, which a run directory does not need
     run_dir: Path = places.resolve_path(name).run_dir
     return run_dir
 
@@ -113,12 +113,12 @@ ADAPTER_MARKERS = (run_files.ADAPTER_CONFIG, run_files.CHECKPOINT_STATE)
 
 
 def adapter_view() -> Any:
-    """The part that needs torch, which a run does not."""
+    """The module that views adapters; it needs torch, which viewing a run does not."""
     return import_module("sora_llm.commands.adapter_view")
 
 
 def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The summary; where it is not wanted as JSON, the report is refreshed too."""
+    """The summary; unless JSON is requested, the report is refreshed too."""
     record = _record(run_dir)
     content = summary(record)
     if not arguments.json:
@@ -127,7 +127,7 @@ def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_runs(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Several runs beside each other; nothing is written."""
+    """A comparison of several runs; nothing is written."""
     if arguments.plots or arguments.modules:
         raise UserError("--plots and --modules are of one run or adapter; name it alone")
     folders = [folder_of(name) for name in arguments.places]
@@ -140,7 +140,7 @@ def _of_runs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _record(run_dir: Path) -> Record:
-    """The run as its files tell it, or as it must be where they say of a killed one that it runs."""
+    """The run as its files record it, but failed if they record a killed one as running."""
     record = read_record(run_dir, _config(run_dir))
     holder = lost_holder(run_dir) if record.state == "running" else None
     if holder is not None and (read_status(run_dir) or {}).get("state") == "running":  # it may just have ended
@@ -150,13 +150,13 @@ def _record(run_dir: Path) -> Record:
 
 
 def _killed_sentence(holder: str, status: Mapping[str, Any]) -> str:
-    """What to say of a run that calls itself running and is not."""
+    """The error of a run whose status says running although it was killed."""
     whence = "its newest checkpoint" if status.get("checkpoint") else "step 0"
     return f"{holder}, which ran it, was killed; the same command resumes from {whence}"
 
 
 def _config(run_dir: Path) -> dict[str, Any] | None:
-    """The run's config; None where it cannot be read, for example because another version wrote it."""
+    """The run's config; None if it cannot be read, for example because another version wrote it."""
     try:
         return to_dict(load_config(run_dir / run_files.CONFIG))
     except (UserError, OSError):
@@ -164,7 +164,7 @@ def _config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _refreshed(record: Record, *, plots: bool) -> str:
-    """Where the report is; an old one where the folder is somebody else's and cannot be written."""
+    """Write the report and return its path, or a note if the folder cannot be written."""
     try:
         return str(write_page(record, plots=plots))
     except OSError as error:

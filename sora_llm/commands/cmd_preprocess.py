@@ -1,4 +1,4 @@
-"""`sora-llm preprocess CONFIG`: fill the cache of tokens, so that training starts at once, and say what is in it."""
+"""`sora-llm preprocess CONFIG`: fill the token cache, so that training starts at once, and report what is in it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm preprocess") -
 
 
 def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fill the cache, and write the report of it; UserError for a config or data that cannot be."""
+    """Fill the cache and write the report on it; UserError for an invalid config or invalid data."""
     config = load_config(arguments.config, arguments.overrides)
     file = report_file(config, arguments.report)
     inputs = check_inputs(config, "none")
@@ -71,7 +71,7 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_file(config: Config, named: str | None) -> Path | None:
-    """Where the report goes; None if no file is named and a run has its own report there, of what it trained on."""
+    """Where the report goes; None if no file is named and a run keeps a report on its own training data there."""
     if named is not None:
         return user_path(named, "--report")
     run_dir = user_path(config.output.output_dir, "output.output_dir")
@@ -79,7 +79,7 @@ def report_file(config: Config, named: str | None) -> Path | None:
 
 
 def report_on_data(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Prepare a config's data, or look at the first rows of streamed data, and say what it is made of."""
+    """Prepare a config's data, or the first rows of streamed data, and report on its contents."""
     if not inputs.datasets[0].streaming:  # then none of them is
         return data_report(config, inputs, load_data(config, inputs, ALONE))
     dev = prepare_rows(config, inputs, inputs.val_datasets, ALONE) if inputs.val_datasets else (None, None)

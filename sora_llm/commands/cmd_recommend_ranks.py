@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
 
 
 def find_source(arguments: argparse.Namespace) -> SavedAdapter:
-    """The adapter that is asked about; UserError where there is none, or for options that cannot be."""
+    """The adapter that the command line names; UserError if there is none, or for invalid options."""
     check_size(arguments)
     if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
         raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
@@ -63,7 +63,7 @@ def find_source(arguments: argparse.Namespace) -> SavedAdapter:
 
 
 def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ranks, what they hold of the adapter, and the config, as JSON.
+    """Ranks, their share of the adapter, and the config, as JSON.
 
     Raises:
         UserError: nothing is left, or the adapter is more than plain LoRA.
@@ -98,10 +98,10 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
 def all_targets(
     source: SavedAdapter, arguments: argparse.Namespace
 ) -> tuple[dict[str, tuple[int, int]], list[str], bool]:
-    """{target: (I, O)}, those without factors, and whether these are all.
+    """{target: (I, O)}, the targets without factors, and whether these are all targets.
 
     Raises:
-        UserError: a base that cannot be read and is needed for --target-rank, or was named.
+        UserError: the base cannot be read, and was named or is needed for --target-rank.
     """
     try:
         shapes, pruned = target_shapes_of(source, arguments.base, arguments.trust_remote_code)
@@ -121,7 +121,7 @@ def all_targets(
 
 
 def python_snippet(result: Mapping[str, Any]) -> str:
-    """The ranks as a LoraConfig of plain PEFT."""
+    """The ranks as a LoraConfig for plain PEFT."""
     options = {**result["lora_config"], "task_type": "CAUSAL_LM"}
     lines = [*_comments(result), "from peft import LoraConfig", "", "config = LoraConfig("]
     lines += [f"    {key}={_python(value)}," for key, value in options.items()]
@@ -137,7 +137,7 @@ def _python(value: Any) -> str:
 
 
 def axolotl_snippet(result: Mapping[str, Any]) -> str:
-    """The ranks as a config of axolotl, whose alphas are whole numbers."""
+    """The ranks as a config for axolotl, whose alphas are integers."""
     options = result["lora_config"]
     names = options["target_modules"]
     ranks = {name: options["rank_pattern"].get(name, options["r"]) for name in names}

@@ -15,7 +15,7 @@ from sora_llm.terminal import print_error, print_result, stop_printing
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
-    """A parser with a config (or what else `metavar` says), overrides and --json."""
+    """A parser for a config (or what `metavar` names instead), overrides and --json."""
     parser = Parser(prog=prog, description=description)
     parser.add_argument("config", metavar=metavar, help=what)
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="as for train")
@@ -24,8 +24,8 @@ def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what:
 
 
 def options_for_keys(arguments: Namespace, base: str = "base") -> dict[str, str]:
-    """{key of the config: the option that was given for it}, for sentences about the key; `base` is the argument that
-    names the base model."""
+    """{config key: the option that was given for it}, for messages about the key; `base` is the argument that names the
+    base model."""
     options = {"model.name_or_path": base, "data.chat_template": "chat_template"}
     return {
         key: f"--{name.replace('_', '-')}"
@@ -41,7 +41,7 @@ def run_command(
     options: Mapping[str, str] | None = None,
 ) -> int:
     """Run a command and print its result; returns the exit code: 0, 1 (failed), 2 (bad input; a sentence) or 130
-    (Ctrl-C).  A sentence about a key of the config names the option that took its place: `options` {key: option}."""
+    (Ctrl-C).  A sentence about a config key names the option that took its place: `options` {key: option}."""
     try:
         with path_errors_as_user_errors():
             result = command()

@@ -23,8 +23,8 @@ from sora_llm.topology import ALONE
 
 
 def eval_config(config: Config, spec: BackboneSpec) -> Config:
-    """A run's config to measure it by, on the base that `spec` names: what only training needs may be gone, which are
-    the training files too where dev rows have files of their own."""
+    """A run's config for measuring on the base that `spec` names, without what only training needs and may be gone:
+    this includes the training files if dev rows have files of their own."""
     model = replace(
         config.model,
         name_or_path=spec.name_or_path,
@@ -44,7 +44,7 @@ def eval_config(config: Config, spec: BackboneSpec) -> Config:
 
 
 def quantization_of(spec: BackboneSpec) -> Quantization:
-    """The section of a config that loads a base as `spec` does."""
+    """The config section that loads a base as `spec` does."""
     return Quantization(
         load_in_4bit=spec.load_in_4bit,
         load_in_8bit=spec.load_in_8bit,
@@ -56,15 +56,15 @@ def quantization_of(spec: BackboneSpec) -> Quantization:
 
 
 def has_dev_rows(config: Config) -> bool:
-    """Whether a run set rows aside."""
+    """Whether a run has dev rows."""
     return config.data.val_datasets is not None or config.data.val_set_size is not None
 
 
 @dataclass(frozen=True)
 class DevRows:
-    """`report` is of the files that they come from, None if rows were held out; `missing` counts rows that the run held
-    out and that are dropped under the current options; `leak_reason` says why the run may have been trained on some of
-    the rows, None if it was not."""
+    """Dev rows; `report` is on the files that they come from, None if rows were held out; `missing` counts rows that
+    the run held out but the current options drop; `leak_reason` says why the run may have been trained on some of the
+    rows, None if it was not."""
 
     rows: TokenDataset
     report: DataReport | None
@@ -72,14 +72,14 @@ class DevRows:
     leak_reason: str | None = None
 
     def warn_of_leak(self) -> None:
-        """For where the adapter that is measured is the run's own, or was trained as it was."""
+        """Warn of a leak; call it if the measured adapter is the run's own, or was trained as it was."""
         if self.leak_reason is not None:
             warn(f"{self.leak_reason}: the adapter may have been trained on rows evaluated here")
 
 
 def splitting_config(config: Config, trained: Config | None) -> Config:
-    """By whose config rows are held out, if any are.  Of a run that was `trained` on the data sets that `config` names,
-    those that it held out are measured, whatever seed and share are given: it was trained on the others."""
+    """The config by which rows are held out, if any are.  For a run that was `trained` on the data sets that `config`
+    names, the rows that it held out are measured, regardless of seed and share: it was trained on the others."""
     if config.data.val_datasets is not None or trained is None or has_same_split(trained, config):
         return config
     keeps_to_its_own = trained.data.datasets == config.data.datasets and trained.data.val_set_size is not None
@@ -89,11 +89,11 @@ def splitting_config(config: Config, trained: Config | None) -> Config:
 def dev_rows(
     config: Config, inputs: Inputs, trained: Config | None = None, tokenizer: BackboneSpec | None = None
 ) -> DevRows:
-    """The dev rows; the training rows are read only where dev rows are held out of them.
+    """The dev rows; the training rows are read only if dev rows are held out from them.
 
     Args:
-        trained: the config of the run that is measured; its rows are held out as `splitting_config` says.
-        tokenizer: where it lies, if not beside the base.
+        trained: the config of the measured run; its rows are held out as `splitting_config` says.
+        tokenizer: where it is stored, if not with the base.
 
     Raises:
         UserError: bad rows, or none at all.
@@ -130,7 +130,7 @@ def dev_rows(
 
 
 def _made_anew(held_out: TokenDataset, config: Config, inputs: Inputs) -> DevRows:
-    """The rows that were `held_out` of the training files, under the options of `config`."""
+    """The rows that were `held_out` from the training files, prepared again under the options of `config`."""
     whole, _ = prepare_rows(config, inputs, inputs.datasets, ALONE)
     rows = whole.select(np.flatnonzero(np.isin(whole.origins, held_out.origins)))
     if not len(rows):

@@ -36,7 +36,7 @@ from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_form
 
 
 def generation_parser(prog: str, description: str, sampling: Sampling) -> Parser:
-    """A parser with what names a model and how it is to answer; `sampling` are the defaults."""
+    """A parser for the model and how it should answer; `sampling` holds the defaults."""
     parser = Parser(prog=prog, description=description)
     parser.add_argument(
         "place", metavar="RUN|ADAPTER|CONFIG|MODEL", help="run, checkpoint, LoRA, config or a whole model"
@@ -70,7 +70,7 @@ def generation_parser(prog: str, description: str, sampling: Sampling) -> Parser
 
 
 def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
-    """UserError for invalid numbers, or for sampling options without sampling."""
+    """The requested sampling; UserError for invalid numbers, or for sampling options without sampling."""
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
     if not 0 <= arguments.temperature < float("inf"):
@@ -86,7 +86,7 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
 
 @dataclass(frozen=True)
 class Prompter:
-    """All but the weights: the model, its tokenizer, its prompt format in training, its maximum length."""
+    """Everything but the weights: the model, its tokenizer, its prompt format in training, its maximum length."""
 
     ref: ModelRef
     tokenizer: Any
@@ -94,10 +94,10 @@ class Prompter:
     max_positions: int | None
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens to go on from; without a template those of the last message alone.
+        """The tokens to continue from; without a template those of the last message alone.
 
         Raises:
-            UserError: the template refuses the messages or leaves out what they say, or they fill all positions of
+            UserError: the template refuses the messages or omits some of their content, or they fill all positions of
                 the model.
         """
         try:
@@ -116,7 +116,7 @@ class Prompter:
 
 
 def _without_thoughts(message: Message) -> Message:
-    """An answer as templates write it further up in a dialogue: many drop its thoughts there, on purpose."""
+    """An answer as templates write it in earlier turns of a dialogue: many drop its thoughts there on purpose."""
     if message.role != "assistant":
         return message
     extra = {key: value for key, value in message.extra.items() if key not in REASONING}
@@ -125,7 +125,7 @@ def _without_thoughts(message: Message) -> Message:
 
 @dataclass(frozen=True)
 class Responder:
-    """The model itself, on its device."""
+    """The loaded model, on its device, with its prompter and sampling."""
 
     prompter: Prompter
     loaded: LoadedModel
@@ -139,7 +139,7 @@ class Responder:
         on_text: Callable[[str], None] | None = None,
         is_interrupted: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """To `ids`, within the model's positions."""
+        """The answer to `ids`, within the model's positions."""
         sampling, limit = self.sampling, self.prompter.max_positions
         if limit is not None:
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)))
@@ -155,7 +155,7 @@ class Responder:
             )
 
     def truncation_message(self, ids: Sequence[int]) -> str:
-        """What to say of an answer to `ids` that did not come to its end."""
+        """The message about an answer to `ids` that was cut off."""
         limit = self.prompter.max_positions
         if limit is not None and len(ids) + self.sampling.max_new_tokens >= limit:
             return f"the answer was cut off at the model's {limit:,} positions"
@@ -163,10 +163,10 @@ class Responder:
 
 
 def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
-    """Everything that can be checked before the weights are loaded.
+    """Check everything that can be checked before the weights are loaded.
 
     Raises:
-        UserError: nothing there to ask, or options that do not fit it.
+        UserError: no model to ask, or options that do not fit it.
     """
     named = ref = resolve_model(arguments.place, arguments.overrides)
     if arguments.no_adapter:
@@ -178,7 +178,7 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
         )
     ref = with_base_options(ref, arguments.base, arguments.load_in_4bit, arguments.trust_remote_code)
     model_config = backbone.load_model_config(ref.spec)
-    named = replace(named, spec=ref.spec)  # the base alone is spoken to as with its adapter
+    named = replace(named, spec=ref.spec)  # the base alone is prompted as with its adapter
     tokenizer = backbone.load_tokenizer(tokenizer_source(named))
     form = _form(arguments, named, tokenizer)
     if arguments.system is not None and form.template is None:
@@ -201,7 +201,7 @@ def load_responder(prompter: Prompter, sampling: Sampling, seed: int) -> Respond
 
 
 def _form(arguments: argparse.Namespace, ref: ModelRef, tokenizer: Any) -> PromptFormat:
-    """How prompts are written: as asked for, else as in training, else by the tokenizer's own template."""
+    """How prompts are written: as requested, else as in training, else by the tokenizer's own template."""
     if arguments.raw:
         return PromptFormat(None)
     if arguments.chat_template is not None:
@@ -224,7 +224,7 @@ def notice(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """A piece of an answer."""
+    """Print a piece of an answer."""
     print(printable(text), end="", flush=True)
 
 

@@ -40,27 +40,28 @@ from sora_llm.running.unpack import backbone_spec
 
 @dataclass(frozen=True)
 class ModelRef:
-    """`config` is the run's, None for an adapter that no run here made; `adapter` is the folder of a LoRA or of a
-    checkpoint, None where there is none.  `is_full_model` says that the base is what was asked about: a model with its
-    adapter merged into it, or without any."""
+    """A base and an adapter on it.  `config` is the run's, None for an adapter that no run here made; `adapter` is the
+    folder of a LoRA or of a checkpoint, None if there is none.  `is_full_model` says that the base itself was named: a
+    model with an adapter merged into it, or without any."""
 
     spec: BackboneSpec
     config: Config | None
     adapter: Path | None
     is_full_model: bool = False
     is_loading_known: bool = False
-    """Whether `spec` says how the base was loaded: by a run's config, or by the certificate beside an adapter."""
+    """Whether `spec` records how the base was loaded: from a run's config, or from the certificate of an adapter."""
     place: ResolvedPath | None = None
-    """Where it was found; None of a whole model."""
+    """Where it was found; None for a whole model."""
 
     @property
     def certificate_folder(self) -> Path | None:
-        """The folder whose certificate tells of it."""
+        """The folder whose certificate describes it."""
         return self.spec.folder if self.is_full_model else self.adapter
 
 
 def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
-    """What `path` names, as `resolve_path`, or a folder with a whole model; `overrides` are of the run's config.
+    """The model that `path` names, as in `resolve_path` or as a folder with a whole model; `overrides` are of the run's
+    config.
 
     Raises:
         UserError: nothing of that kind.
@@ -78,20 +79,20 @@ def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
 
 
 def _is_whole_model(folder: Path) -> bool:
-    """Whether it holds a model of transformers and nothing that `resolve_path` would look for."""
+    """Whether a folder holds a transformers model and nothing that `resolve_path` would look for."""
     ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, run_files.CONFIG)
     return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """--base, --load-in-4bit and --trust-remote-code, as `with_base_options` takes them."""
+    """Add --base, --load-in-4bit and --trust-remote-code, as `with_base_options` takes them."""
     parser.add_argument("--base", metavar="MODEL", help="the base model, if it has moved")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base (default: as it was trained)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
 
 def with_base_options(ref: ModelRef, base: str | None, load_in_4bit: bool, trust_remote_code: bool) -> ModelRef:
-    """With another place for the base, and how to load it where no run says so; its config is read and checked.
+    """`ref` with another place for the base, and how to load it if no run says so; its config is read and checked.
 
     Raises:
         UserError: no base is named, or it cannot be used.
@@ -117,7 +118,7 @@ def with_base_options(ref: ModelRef, base: str | None, load_in_4bit: bool, trust
 
 
 def tokenizer_source(ref: ModelRef) -> BackboneSpec:
-    """Where the tokenizer is: the base, but for a LoRA from elsewhere that brings one of its own."""
+    """Where the tokenizer is: with the base, except for a LoRA from elsewhere that brings its own."""
     folder = ref.adapter
     if ref.config is None and folder is not None and has_tokenizer(folder):
         return replace(ref.spec, name_or_path=str(folder.absolute()), revision=None)
@@ -125,7 +126,7 @@ def tokenizer_source(ref: ModelRef) -> BackboneSpec:
 
 
 def adapter_template(ref: ModelRef) -> str | None:
-    """The chat template file that a LoRA from elsewhere brings; None for a run's, whose config says what was used."""
+    """The chat template file that a LoRA from elsewhere brings; None for a run's, whose config names the template."""
     if ref.config is not None or ref.adapter is None:
         return None
     file = ref.adapter / TEMPLATE
@@ -134,13 +135,13 @@ def adapter_template(ref: ModelRef) -> str | None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode; `without_adapter` makes the context in which it is the base, None where it is that."""
+    """A model in eval mode; `without_adapter` makes a context in which it is the base, None if it has no adapter."""
 
     model: nn.Module
     without_adapter: Callable[[], AbstractContextManager[object]] | None
 
     def as_base(self) -> AbstractContextManager[object]:
-        """The context in which the model is the base alone."""
+        """A context in which the model is the base alone."""
         return contextlib.nullcontext() if self.without_adapter is None else self.without_adapter()
 
 
@@ -149,7 +150,7 @@ def load(ref: ModelRef) -> LoadedModel:
     trained on.
 
     Raises:
-        UserError: weights that cannot be loaded, or an adapter of another base.
+        UserError: weights that cannot be loaded, or an adapter for another base.
     """
     return attach_adapter(load_base(ref), ref)
 
@@ -160,10 +161,10 @@ def load_base(ref: ModelRef) -> nn.Module:
 
 
 def attach_adapter(model: nn.Module, ref: ModelRef) -> LoadedModel:
-    """The adapter, if there is one, on the base `model`, in place; warns if it was trained on other base weights.
+    """Attach the adapter, if there is one, to the base `model` in place; warns if it was trained on other base weights.
 
     Raises:
-        UserError: an adapter of another base.
+        UserError: an adapter for another base.
     """
     if ref.adapter is None:
         return LoadedModel(model, None)
@@ -176,10 +177,10 @@ def attach_adapter(model: nn.Module, ref: ModelRef) -> LoadedModel:
 
 
 def factors_on(model: nn.Module, ref: ModelRef) -> PlainFactors:
-    """The adapter as plain factors of scale 1 of every target that it has on the base `model`.
+    """The adapter as plain factors of scale 1 for every target that it has on the base `model`.
 
     Raises:
-        UserError: an adapter of another base.
+        UserError: an adapter for another base.
     """
     assert ref.adapter is not None
     source = read_source(ref.adapter).on(model)

@@ -25,11 +25,11 @@ from sora_llm.running.run_folders import (
 
 @dataclass(frozen=True)
 class ResolvedPath:
-    """`name` is the path as it was given.
+    """A run, checkpoint or LoRA; `name` is the path as it was given.
 
-    `adapter` is the folder of a LoRA or of a checkpoint, None where a run has none yet; `config` is the run's, None for
-    an adapter that no run here made; `run_dir` is the directory of the run that exported the adapter, None for a
-    checkpoint too.
+    `adapter` is the folder of a LoRA or of a checkpoint, None if a run has none yet; `config` is the run's, None for an
+    adapter that no run here made; `run_dir` is the directory of the run that exported the adapter, None also for a
+    checkpoint.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ResolvedPath:
         return self.adapter.name
 
     def with_adapter(self) -> Path:
-        """The adapter's folder; UserError where there is none yet."""
+        """The adapter's folder; UserError if there is none yet."""
         if self.adapter is None:
             raise UserError(
                 f"{self.name} has no adapter yet; run its command again to finish it, or name one of its checkpoints"
@@ -60,12 +60,12 @@ class ResolvedPath:
 def resolve_path(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPath:
     """The run, checkpoint or LoRA that `path` names.
 
-    In this order: a file is the config of a run, which may have an adapter by now; a folder with adapter_config.json is
-    a LoRA, the run's if it is adapter/ or path/<λ>/ of a run directory; one with state.json is a checkpoint; one with
-    config.yaml is a run directory.  `overrides` are of the run's config.
+    In this order: a file is the config of a run, which may already have an adapter; a folder with adapter_config.json
+    is a LoRA, the run's if it is adapter/ or path/<λ>/ of a run directory; one with state.json is a checkpoint; one
+    with config.yaml is a run directory.  `overrides` are of the run's config.
 
-    A config that was found in a folder, and not named, does not consent to running a base's own Python code: folders
-    come from elsewhere, and the command line has a word for it.
+    A config that was found in a folder rather than named does not consent to running a base's own Python code: folders
+    may come from elsewhere, and the command line has an option for it.
 
     Raises:
         UserError: nothing of that kind.
@@ -104,7 +104,7 @@ def resolve_path(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPat
 
 
 def _of_config(name: str, file: Path, config: Config) -> ResolvedPath:
-    """A run by its config: the one that left the file in its directory, or else the one that goes where it says."""
+    """The run of a config: the one that left the file in its directory, or else the one that writes where it says."""
     run_dir = file.parent
     if file.name != run_files.CONFIG or not is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
@@ -113,15 +113,15 @@ def _of_config(name: str, file: Path, config: Config) -> ResolvedPath:
 
 
 def _as_trained(place: ResolvedPath, overrides: Sequence[str]) -> ResolvedPath:
-    """`place` with the directory where the run is now as its output_dir, and with the chat template that was kept in
-    it or, by older runs, beside the adapter."""
+    """`place` with the run's current directory as its output_dir, and with the chat template that was saved there or,
+    by older runs, next to the adapter."""
     run_dir = place.run_dir
     if place.config is None or run_dir is None:
         return place
     config = with_resolved_paths(place.config, run_dir)
     config = replace(config, output=replace(config.output, output_dir=str(run_dir)))
     trained = load_config(run_dir / run_files.CONFIG) if overrides else place.config
-    # Beside the adapter of a run that rendered nothing lies the base's template, if any.
+    # The template next to the adapter of a run that rendered nothing, if any, is the base's.
     if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):
         beside = [] if place.adapter is None else [place.adapter / TEMPLATE]
         config = with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
@@ -129,11 +129,11 @@ def _as_trained(place: ResolvedPath, overrides: Sequence[str]) -> ResolvedPath:
 
 
 def trained_config(place: ResolvedPath) -> Config | None:
-    """The config that an adapter of `place` was trained under: its run's own, without what a command overrides or was
-    changed since in a file that was named.  None where there is no adapter, or no run here made it.
+    """The config that an adapter of `place` was trained under: its run's own, without a command's overrides or later
+    changes to a named file.  None if there is no adapter, or no run here made it.
 
     Raises:
-        UserError: the run's config is of another version.
+        UserError: the run's config is from another version.
     """
     if place.run_dir is not None and is_run(place.run_dir):
         return resolve_path(place.run_dir).config
@@ -151,6 +151,6 @@ def _without_consent(config: Config, overrides: Sequence[str] = ()) -> Config:
 
 
 def _checkpoint_config(folder: Path) -> Config:
-    """The config of the run that saved a checkpoint; UserError if it is incomplete, damaged, or of another version."""
+    """The config of the run that saved a checkpoint; UserError if it is incomplete, damaged or from another version."""
     state = checkpoint.read_state(folder)
     return from_dict(state["config"], str(folder / checkpoint.STATE))

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from sora_llm.report_page.grids import Grid, grids_of, short_names
 from sora_llm.terminal import aligned
 
-_TALL = 24  # layers; more of them stand beside each other where the terminal is wide enough
+_TALL = 24  # layers; a taller table is split into blocks side by side if the terminal is wide enough
 
 
 def rank_table(ranks: Mapping[str, int], width: int) -> list[str]:
-    """Layer × projection in plain text."""
+    """The table of layer × projection in plain text."""
     grids, others = grids_of(ranks)
     lines: list[str] = []
     for grid in grids:
@@ -23,7 +23,7 @@ def rank_table(ranks: Mapping[str, int], width: int) -> list[str]:
 
 
 def _grid_lines(grid: Grid, ranks: Mapping[str, int]) -> list[str]:
-    """A line of names, then a line per layer, all of one length."""
+    """A line of names, then a line per layer, all of the same length."""
     names = [short.removesuffix("_proj") for short in short_names(grid.projections).values()]
     rows = [["layer", *names]]
     for layer in grid.layers:
@@ -33,7 +33,7 @@ def _grid_lines(grid: Grid, ranks: Mapping[str, int]) -> list[str]:
 
 
 def _beside(lines: Sequence[str], width: int) -> list[str]:
-    """A tall table as blocks beside each other, as many as there is room for, each under the line of names."""
+    """A tall table as blocks side by side, as many as there is room for, each under the line of names."""
     head, *rows = lines
     gap = "   |  "
     room = max(1, (width + len(gap)) // (len(head) + len(gap)))

@@ -15,9 +15,9 @@ MISSING = "-"
 
 
 def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The runs as JSON, and {key: its value in each} of the settings that are not the same in all.
+    """The runs as JSON, and {key: its value in each} for the settings that are not the same in all.
 
-    `configs` are those of the runs, None where one cannot be read; where a run writes is no setting.
+    `configs` are those of the runs, None for one that cannot be read; the output folder is not a setting.
     """
     known = [dict(config) for config in configs if config is not None]
     keys = dict.fromkeys(key for other in known[1:] for key in differing_keys(known[0], other))
@@ -33,7 +33,7 @@ def compared(summaries: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
 
 
 def _decides_dev_rows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether runs that differ in a setting are measured on other rows, or on other tokens of them."""
+    """Whether runs that differ in a setting are measured on different rows, or on different tokens of them."""
     if key == "train.seed" or key.startswith("data.datasets."):
         return not key.endswith(".weight") and any(_holds_out(config) for config in configs)
     return key.startswith("data.") and key.removeprefix("data.") not in CHANGES_NO_ROW
@@ -44,7 +44,7 @@ def _holds_out(config: Mapping[str, Any]) -> bool:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """A line per run (speed is that of its last phase, memory the most of all), then a line per setting; runs are
+    """A line per run (the speed of its last phase, the most memory of all phases), then a line per setting; runs are
     numbered."""
     names = short_names([run["run"] for run in content["runs"]])
     results = [["", "run", "state", "step", "dev loss", "mean rank", "kept", "tokens/s", "peak GiB"]]
@@ -69,7 +69,7 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The paths without the folders that they share; they stay what tells runs from each other."""
+    """The paths without the leading folders that they share; they still tell runs apart."""
     parts = [Path(path).parts for path in paths]
     shared = 0
     while all(len(own) > shared + 1 for own in parts) and len({own[shared] for own in parts}) == 1:
@@ -98,7 +98,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """None is a key that a config has not, or has unset."""
+    """A setting as text; None is a key that a config lacks, or leaves unset."""
     if value is None:
         return MISSING
     return value if isinstance(value, str) else json.dumps(value)

@@ -33,7 +33,7 @@ class Size:
 
 
 def add_size_list(parser: argparse.ArgumentParser) -> None:
-    """--target-rank or --target-params, each of one or more sizes."""
+    """Add --target-rank and --target-params, each for one or more sizes."""
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
         "--target-rank",
@@ -57,7 +57,7 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
 def cut_losses(
     model: nn.Module, ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The size of the adapter of `ref`, and its losses by `loss_of` cut to each of `sizes`.
+    """The size of the adapter of `ref`, and its losses by `loss_of` when cut to each of `sizes`.
 
     A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
 
@@ -65,7 +65,7 @@ def cut_losses(
         model: the base without an adapter; restored afterwards.
 
     Raises:
-        UserError: an adapter of another base, or a size below one rank.
+        UserError: an adapter for another base, or a size below one rank.
     """
     whole = factors_on(model, ref)
     shapes = shapes_of(whole)

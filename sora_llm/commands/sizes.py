@@ -1,4 +1,4 @@
-"""Size options of `consensus`, `export` and `recommend-ranks`, and what `--out` may replace."""
+"""Size options of `consensus`, `export` and `recommend-ranks`, and a check of what `--out` would replace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sora_llm.running.run_folders import run_of_adapter
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """--target-rank, --target-params or --tolerance, and --min-rank."""
+    """Add --target-rank, --target-params or --tolerance, and --min-rank."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--target-rank", type=float, metavar="N", help="keep at most this mean rank, weighted by I + O")
     size.add_argument("--target-params", type=int, metavar="N", help="keep at most so many parameters")
@@ -25,7 +25,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_size(arguments: argparse.Namespace) -> None:
-    """UserError for numbers that cannot be, before a file is read."""
+    """UserError for invalid numbers, before any file is read."""
     check_budget(arguments.target_rank, arguments.target_params)
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
@@ -37,7 +37,7 @@ def check_size(arguments: argparse.Namespace) -> None:
 
 
 def check_budget(target_rank: float | None, target_params: int | None) -> None:
-    """UserError for a mean rank or a number of parameters that cannot be."""
+    """UserError for an invalid mean rank or number of parameters."""
     if target_rank is not None and not 0 < target_rank < math.inf:
         raise UserError(f"--target-rank is {target_rank:g}; it is a mean rank above 0")
     if target_params is not None and target_params < 1:
@@ -45,7 +45,7 @@ def check_budget(target_rank: float | None, target_params: int | None) -> None:
 
 
 def budget_of(target_rank: float | None, target_params: int | None, shapes: Shapes) -> int | None:
-    """The parameters that may be kept of modules of these `shapes` {module: (I, O)}; None without a budget."""
+    """The number of parameters that modules of these `shapes` {module: (I, O)} may keep; None without a budget."""
     return target_params if target_rank is None else params_of(target_rank, sum(costs_of(shapes).values()))
 
 
@@ -57,7 +57,7 @@ def refuse_empty_result(kept_params: int, energy: float, shapes: Shapes) -> None
 
 
 def check_output_folder(out: Path, sources: Sequence[Path]) -> None:
-    """UserError where a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
+    """UserError if a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
     earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:
         raise UserError(f"--out {out} is one of the inputs; name another folder")

@@ -39,11 +39,11 @@ from sora_llm.terminal import warn
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter: its factors by module, its targets (a pruned one has no factors), what it was trained on.
+    """An adapter: its factors by module, its targets (a pruned one has no factors), its training data.
 
-    `selector` chooses the targets on the base (of a checkpoint: one that was cut does not name what it lost), `spec` is
-    how its base was loaded where that is known, `folder` where its tokenizer files are, if it has any, `config` that of
-    the run it comes from.
+    `selector` chooses the targets on the base (for a checkpoint, since one that was cut does not name what it lost),
+    `spec` is how its base was loaded, if known, `folder` is where its tokenizer files are, if it has any, and `config`
+    is that of the run it comes from.
     """
 
     name: str
@@ -55,11 +55,11 @@ class SavedAdapter:
     selector: str | list[str] | None = None
     spec: BackboneSpec | None = None
     data: Sequence[Mapping[str, str]] = ()
-    """What it was trained on, as a certificate says it."""
+    """Its training data, as a certificate lists it."""
     folder: Path | None = None
     config: Config | None = None
     base_digest: str | None = None
-    """Of the weights that it was trained beside, where that is known."""
+    """The digest of the weights that it was trained on, if known."""
 
     def on(self, bare_model: nn.Module) -> SavedAdapter:
         """The same adapter with all targets that it has on this base."""
@@ -69,7 +69,7 @@ class SavedAdapter:
 
     @property
     def may_lack_targets(self) -> bool:
-        """Whether its files alone do not say how large every target is: one that was pruned has no factors there."""
+        """Whether its files may not give the size of every target: a pruned one has no factors there."""
         is_cut = self.selector is not None and all(gate is None for _, _, gate in self.factors.values())
         return is_cut or not self.targets <= self.factors.keys()
 
@@ -94,7 +94,7 @@ def read_source(path: str | Path) -> SavedAdapter:
 
 
 def source_of(place: ResolvedPath) -> SavedAdapter:
-    """The adapter of a place; UserError where it has none, or one that cannot be read."""
+    """The adapter of a place; UserError if it has none, or one that cannot be read."""
     folder = place.with_adapter()
     if place.config is not None and place.is_checkpoint:
         return _of_checkpoint(place.name, folder, place.config)
@@ -114,12 +114,12 @@ def source_of(place: ResolvedPath) -> SavedAdapter:
 
 
 def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
-    """`base` loaded as the certificate in an adapter's folder says; None where none says it."""
+    """`base` loaded as the certificate in an adapter's folder says; None if none does."""
     return base.loaded_as(certificate_in(folder).get("base_loading"))
 
 
 def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
-    """The adapter with what its run says of it."""
+    """The adapter with the facts that its run's config gives."""
     return replace(
         source,
         base=config.model.name_or_path,
@@ -153,7 +153,7 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
 
 
 def recorded_digest(folder: Path) -> str | None:
-    """The `base_digest` that a checkpoint, or the certificate beside a LoRA, has; None where none says it."""
+    """The `base_digest` that a checkpoint, or the certificate of a LoRA, records; None if there is none."""
     if (folder / CONFIG).is_file():
         return certified_digest(folder)
     return checkpoint.read_state(folder).get("base")
@@ -161,8 +161,8 @@ def recorded_digest(folder: Path) -> str | None:
 
 def own_tokenizer(source: SavedAdapter, spec: BackboneSpec) -> tuple[list[Path], str | None]:
     """The tokenizer files that an adapter brings ([] without a vocabulary: they are the base's), and its chat template:
-    the one that lies beside it, or else, where it brings no tokenizer, the one that its run trained with.  A run that
-    rendered no rows has none: what lies there is a file of the base's tokenizer.
+    the one stored next to it or else, if it brings no tokenizer, the one that its run trained with.  A run that
+    rendered no rows has none: a template next to it belongs to the base's tokenizer.
 
     Raises:
         UserError: a template that cannot be read.
@@ -186,13 +186,13 @@ def own_tokenizer(source: SavedAdapter, spec: BackboneSpec) -> tuple[list[Path],
 
 
 def _used_template(source: SavedAdapter) -> bool:
-    """Whether its run is known to have rendered rows with one."""
+    """Whether the adapter's run is known to have rendered rows with a template."""
     return source.config is not None and has_conversations(source.config.data.datasets)
 
 
 @dataclass(frozen=True)
 class SharedTokenizer:
-    """What several sources bring together: `owner` is whose template it is (None: nobody brings one), `others` are
+    """The tokenizer of several sources: `owner` is the one whose template it is (None: none brings one), `others` are
     those that were trained with another one."""
 
     files: list[Path]
@@ -216,7 +216,7 @@ def shared_tokenizer(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> Sha
     others = [
         source.name
         for source, (_, other) in zip(sources, brought, strict=True)
-        if other != template and (other is not None or _used_template(source))  # else it used none that is known
+        if other != template and (other is not None or _used_template(source))  # else it used none, or an unknown one
     ]
     return SharedTokenizer(own_files or files, template, sources[owner].name, others)
 
@@ -242,7 +242,7 @@ def base_of(
 ) -> BackboneSpec:
     """How to load the one base of all sources, or `base` in its place: as the first run did, or in its own dtype.
 
-    `option` is what the command calls `base`.
+    `option` is the command's name for `base`.
 
     Raises:
         UserError: they name different bases, or none.
@@ -262,15 +262,15 @@ def base_of(
 
 
 def of_other_forms(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> list[str]:
-    """The names of those that are known to have been trained beside the base in another form than `spec` loads it."""
+    """The names of the sources known to have been trained on a form of the base other than the one `spec` loads."""
     return [source.name for source in sources if source.spec is not None and source.spec.form != spec.form]
 
 
 def refuse_other_weights(
     sources: Sequence[SavedAdapter], spec: BackboneSpec, base: str | None, option: str = "--base"
 ) -> None:
-    """UserError if the base's files hold other weights by now than a source was trained beside; a warning where `base`,
-    the value of the command's `option`, says which ones are meant."""
+    """UserError if the base's files now hold other weights than a source was trained on; only a warning if `base`, the
+    value of the command's `option`, names the base explicitly."""
     others = beside_other_weights({source.name: source.base_digest for source in sources}, spec)
     if others and base is None:
         raise UserError(
@@ -282,8 +282,8 @@ def refuse_other_weights(
 
 
 def beside_other_weights(recorded: Mapping[str, str | None], spec: BackboneSpec) -> list[str]:
-    """The names of the adapters that are known, by their `base_digest`, to have been trained beside other weights than
-    the base's files hold; these are read once, and only where a digest is known."""
+    """The names of the adapters that are known, by their `base_digest`, to have been trained on other weights than the
+    base's files hold; these are read once, and only if a digest is known."""
     known = {name: digest for name, digest in recorded.items() if digest is not None}
     now = base_digest(spec) if known else None
     return [name for name, digest in known.items() if now not in (None, digest)]
@@ -298,14 +298,14 @@ def warn_of_other_weights(name: str, spec: BackboneSpec) -> None:
 
 
 def shared_digest(sources: Sequence[SavedAdapter], spec: BackboneSpec) -> str | None:
-    """The `base_digest` of what was merged from several: that of their training, where all of which it is known have
-    one, or else that of the base as it is now."""
+    """The `base_digest` of an adapter merged from several: that of their training, if all those that record one agree,
+    or else that of the base as it is now."""
     known = {source.base_digest for source in sources} - {None}
     return known.pop() if len(known) == 1 else base_digest(spec)
 
 
 def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") -> None:
-    """UserError unless all sources are of one base; `named` are those that say of which."""
+    """UserError unless all sources are for one base; `named` are those that name theirs."""
     if not named:
         raise UserError(f"no source names its base; name it with {option} MODEL")
     first = named[0]
@@ -319,14 +319,14 @@ def refuse_other_bases(named: Sequence[SavedAdapter], option: str = "--base") ->
 
 
 def is_one_base(one: BackboneSpec, other: BackboneSpec) -> bool:
-    """Whether two specs load the same weights: one folder, or one revision of one repository of the hub."""
+    """Whether two specs load the same weights: the same folder, or the same revision of a repository on the hub."""
     if not is_same_base(one.name_or_path, other.name_or_path):
         return False
     return one.folder.is_dir() or (one.revision or "main") == (other.revision or "main")
 
 
 def base_name(spec: BackboneSpec) -> str:
-    """The base's name, with its revision where it is of the hub."""
+    """The base's name, with its revision if it is from the hub."""
     return spec.name_or_path if spec.folder.is_dir() else f"{spec.name_or_path} (revision {spec.revision or 'main'})"
 
 
@@ -352,7 +352,7 @@ def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[Saved
 
 
 def plain_factors(source: SavedAdapter, shapes: Mapping[str, tuple[int, int]]) -> PlainFactors:
-    """Gates and scale folded in, modules that the source lacks with rank 0; in the order of `shapes`."""
+    """The factors with gates and scale folded in, of rank 0 for missing modules; in the order of `shapes`."""
     plain = {}
     for name, (num_in, num_out) in shapes.items():
         if name in source.factors:
@@ -363,7 +363,7 @@ def plain_factors(source: SavedAdapter, shapes: Mapping[str, tuple[int, int]]) -
 
 
 def replica(source: SavedAdapter, weight: float, shapes: Mapping[str, tuple[int, int]]) -> WeightedAdapter:
-    """With empty factors for the modules that the source lacks: what is pruned everywhere is a target all the same."""
+    """The source with empty factors for modules that it lacks: a module pruned everywhere is still a target."""
     factors, scaling = {}, {}
     for name, (num_in, num_out) in shapes.items():
         factors[name] = source.factors.get(name, (*empty_factors(num_in, num_out), None))
