@@ -1,4 +1,4 @@
-"""What the report draws, as plain data: line charts with phases behind them, a picture of ranks over time."""
+"""The report's charts as plain data: line charts with phases behind them, a picture of ranks over time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sora_llm.report_page.grids import projection_means, short_names
 from sora_llm.report_page.record import Point, Record, Span
 
 COLOURS = ("#2f6fb7", "#d9662b", "#3f9a4d", "#8a5cc2", "#b8860b", "#c2417c", "#3a9fa8", "#7a6a5a")
-"""Of lines, for light paper; the page has a second set for dark screens."""
+"""Colours of lines on a light background; the page has a second set for dark screens."""
 
 CROWDED = 80  # dots on a line
-MAX_POINTS = 800  # of a line: more than a chart has pixels to show
+MAX_POINTS = 800  # of a line: already more than a chart has pixels for
 PICTURE_COLUMNS = 240  # of ranks over time
 _LEVELS = ((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129))
 VIRIDIS = (*_LEVELS, (92, 200, 99), (170, 220, 50), (253, 231, 37))
@@ -32,11 +32,11 @@ class Series:
     colour: int
     style: str = "line"
     notes: Sequence[str] = ()
-    """Words above the points, as many as there are; "" for none."""
+    """Labels above the points, one for each; "" for none."""
 
     @property
     def has_dots(self) -> bool:
-        """Whether its points are drawn: not where they would hide each other and the line."""
+        """Whether its points are drawn as dots: not if they would hide each other and the line."""
         return self.style != "linked" or len(self.points) <= CROWDED
 
 
@@ -49,12 +49,12 @@ class Panel:
     height: int = 190
     from_zero: bool = False
     y_range: tuple[float, float] | None = None
-    """Instead of the range of the points; what is outside is cut off."""
+    """Replaces the range of the points; anything outside is cut off."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels above each other with one x axis."""
+    """Panels stacked above one x axis."""
 
     name: str
     x_label: str
@@ -84,12 +84,12 @@ class Picture:
 
     @cached_property
     def top(self) -> int:
-        """The largest rank in it."""
+        """The largest rank in the picture."""
         return max((value for row in self.rows for value in row if value is not None), default=0)
 
 
 def charts(record: Record) -> dict[str, Chart]:
-    """The charts for which there is data, by name."""
+    """The charts that there is data for, by name."""
     found = [
         loss_chart(record),
         rank_chart(record),
@@ -121,7 +121,7 @@ def loss_chart(record: Record) -> Chart:
 
 
 def _loss_range(raw: Sequence[Point], dev: Sequence[Point]) -> tuple[float, float] | None:
-    """All of dev and of smoothed train loss, and of the raw one all but its rare spikes."""
+    """A range that covers the dev loss, the smoothed train loss, and the raw train loss except for rare spikes."""
     values = sorted(y for _, y in raw)
     shown = [y for _, y in [*dev, *smooth(raw)]] + values[: max(1, math.ceil(0.98 * len(values)))]
     if not shown:
@@ -131,7 +131,7 @@ def _loss_range(raw: Sequence[Point], dev: Sequence[Point]) -> tuple[float, floa
 
 
 def rank_chart(record: Record) -> Chart:
-    """The mean rank, of all modules (weighted by their size) and of each projection, and what the schedule wants."""
+    """The mean rank of all modules (weighted by their size) and of each projection, and the schedule's target."""
     means = [(line.step, projection_means(line.ranks)) for line in record.rank_lines]
     projections = list(dict.fromkeys(name for _, found in means for name in found))
     names = short_names(projections)
@@ -139,7 +139,7 @@ def rank_chart(record: Record) -> Chart:
         Series(names[name], [(step, found[name]) for step, found in means if name in found], 1 + i, "thin")
         for i, name in enumerate(projections)
     ]
-    if len(series) > len(COLOURS) - 1:  # more lines than colours say nothing
+    if len(series) > len(COLOURS) - 1:  # more lines than colours cannot be told apart
         series = []
     series.append(Series("mean rank of the adapter", thin(record.series("mean_rank")), 0))
     target = record.series("target_mean_rank")
@@ -149,7 +149,7 @@ def rank_chart(record: Record) -> Chart:
 
 
 def lambda_chart(record: Record) -> Chart:
-    """λ and, where it is adaptive, the threshold τ; of every budget where there are several."""
+    """λ and, if it is adaptive, the threshold τ; one for each budget if there are several."""
     lambdas, threshold = record.series("lambda"), record.series("threshold")
     of_budgets, thresholds = record.named_series("lambdas"), record.named_series("thresholds")
     panels = []
@@ -171,7 +171,7 @@ def _by_budget(symbol: str, found: Mapping[str, Sequence[Point]]) -> list[Series
 
 
 def rate_chart(record: Record) -> Chart:
-    """Learning rates of factors and gates, whose sizes differ."""
+    """Learning rates of factors and gates, in panels of their own because their magnitudes differ."""
     fields = (("learning_rate", "learning rate"), ("gate_learning_rate", "gate learning rate"))
     panels = [
         Panel(label, [Series(label, thin(record.series(key)), i)], 110, from_zero=True)
@@ -182,7 +182,7 @@ def rate_chart(record: Record) -> Chart:
 
 
 def budget_chart(record: Record) -> Chart:
-    """Mean rank against what the schedule wants, and kept parameters against the budget."""
+    """Mean rank against the schedule's target, and kept parameters against the budget."""
     panels = []
     error = tracking_error(record)
     if len(error) > 1:
@@ -197,7 +197,7 @@ def budget_chart(record: Record) -> Chart:
 
 
 def tracking_error(record: Record) -> list[Point]:
-    """mean_rank − target_mean_rank of the lines that have both."""
+    """mean_rank − target_mean_rank for the lines that have both."""
     wanted = dict(record.series("target_mean_rank"))
     return [(step, value - wanted[step]) for step, value in record.series("mean_rank") if step in wanted]
 
@@ -232,7 +232,7 @@ def speed_chart(record: Record) -> Chart:
 
 
 def rank_picture(record: Record) -> Picture | None:
-    """The rank of every module over time, projection by projection; None below two logged steps."""
+    """The rank of every module over time, projection by projection; None with fewer than two logged steps."""
     lines = record.rank_lines
     if len(lines) < 2:
         return None
@@ -249,7 +249,7 @@ def rank_picture(record: Record) -> Picture | None:
     last = max(record.step, lines[-1].step)
     steps = [last * (column + 0.5) / PICTURE_COLUMNS for column in range(PICTURE_COLUMNS)]
     logged = [line.step for line in lines]
-    # Ranks hold until the next line; before the first one they are not known.
+    # Ranks hold until the next line; before the first line they are not known.
     known = [lines[at - 1].ranks if (at := bisect_right(logged, step)) else {} for step in steps]
     known[-1] = lines[-1].ranks
     rows = [[ranks.get(name) for ranks in known] for name in labels]
@@ -260,21 +260,21 @@ def rank_picture(record: Record) -> Picture | None:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Means over a window around each point, a twentieth of all of them wide: no lag, unlike a running average."""
+    """Means over a window around each point, a twentieth of all points wide: no lag, unlike a running average."""
     half = len(points) // 40
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     smoothed = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, max(i, half // 4), max(len(points) - 1 - i, half // 4))  # symmetric but for the very ends
+        reach = min(half, max(i, half // 4), max(len(points) - 1 - i, half // 4))  # symmetric except at the very ends
         low, high = max(0, i - reach), min(len(points), i + reach + 1)
         smoothed.append((x, (sums[high] - sums[low]) / (high - low)))
     return smoothed
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most about `most` points that look the same: of each stretch its lowest and highest, and the two ends."""
+    """About `most` points at most that look the same: the lowest and highest of each stretch, and the two ends."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)
@@ -286,7 +286,7 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
+    """The range, widened if it is empty."""
     if high > low:
         return low, high
     room = abs(low) * 0.1 or 1.0
@@ -306,7 +306,7 @@ def panel_range(panel: Panel) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, most: float, least: float = 0.0) -> list[float]:
-    """Round numbers (1, 2, 5 · 10ᵏ, at least `least` apart) within a range, about `most` of them or fewer."""
+    """Round numbers (1, 2, 5 · 10ᵏ, at least `least` apart) within a range, at most about `most` of them."""
     rough = max((high - low) / most, least)
     if not (rough > 0 and math.isfinite(rough)):
         return [low]
@@ -317,7 +317,7 @@ def ticks(low: float, high: float, most: float, least: float = 0.0) -> list[floa
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Numbers as short as they can be while they stay different."""
+    """Numbers as text, as short as possible while still distinct."""
     largest = max((abs(value) for value in values), default=0.0)
     gap = min((b - a for a, b in pairwise(values)), default=largest)
     for limit, factor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -341,6 +341,6 @@ def colour_of(rank: int, top: int) -> tuple[int, int, int]:
 
 
 def is_dark(colour: tuple[int, int, int]) -> bool:
-    """Whether white text is easier to read on it than black: by relative luminance (WCAG)."""
+    """Whether white text is easier to read on a colour than black, by relative luminance (WCAG)."""
     red, green, blue = (value / 3294.6 if value <= 10 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179

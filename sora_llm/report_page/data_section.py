@@ -18,7 +18,7 @@ from sora_llm.row_types import ROW_OUTCOMES
 
 
 def data_section(record: Record) -> str:
-    """What became of the rows, by data set; without a report of it, what the config names."""
+    """Counts of kept and left-out rows by data set; without a data report, the data sets that the config names."""
     parts = [_part(name, as_mapping(record.data.get(name))) for name in ("train", "dev")]
     held_out = as_int(record.data.get("held_out"))
     if held_out:

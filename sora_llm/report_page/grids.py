@@ -22,7 +22,7 @@ _LAYER = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
 
 
 def split_name(name: str) -> tuple[str, int, str] | None:
-    """(stack, layer, projection) of "model.layers.3.self_attn.q_proj"; None for a module outside of layers."""
+    """(stack, layer, projection) of "model.layers.3.self_attn.q_proj"; None for a module outside the layers."""
     found = _LAYER.fullmatch(name)
     return (found[1] or "", int(found[2]), found[3]) if found else None
 
@@ -45,11 +45,11 @@ def grids_of(ranks: Mapping[str, int]) -> tuple[list[Grid], dict[str, int]]:
 
 
 IN_A_BLOCK = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-"""As data meets them; files of adapters have them by the alphabet."""
+"""In the order of data flow; adapter files list them alphabetically."""
 
 
 def _in_order(projections: Iterable[str]) -> list[str]:
-    """Projections in the order of a block, where they are the usual ones; else as they came."""
+    """Projections in the order of a block if they are the usual ones, else in the given order."""
     found = list(projections)
     places = {name: name.rpartition(".")[2] for name in found}
     if not set(places.values()) <= set(IN_A_BLOCK):
@@ -58,7 +58,7 @@ def _in_order(projections: Iterable[str]) -> list[str]:
 
 
 def short_names(projections: Iterable[str]) -> dict[str, str]:
-    """Each projection's last part, or all of it where two would be the same."""
+    """Each projection's last part, or its full name if two would be the same."""
     names = list(projections)
     ends = [name.rpartition(".")[2] for name in names]
     return {name: end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)}

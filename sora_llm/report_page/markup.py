@@ -12,7 +12,7 @@ from sora_llm.report_page.untrusted import (
 
 
 def text(value: Any) -> str:
-    """Anything as text of the page."""
+    """Any value as escaped text."""
     return escape(str(value))
 
 
@@ -41,7 +41,7 @@ def percent(value: Any) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """A number of bytes."""
+    """A number of bytes as text."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
@@ -53,7 +53,7 @@ def missing(sentence: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1, marked: Sequence[int] = ()) -> str:
-    """Cells are HTML; the first `num_text` columns are words, the others numbers."""
+    """A table; cells are HTML, the first `num_text` columns are words, the others numbers."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
@@ -69,5 +69,5 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int 
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and values."""
+    """A list of names and values."""
     return f'<dl class="facts">{"".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in pairs)}</dl>'

@@ -1,4 +1,4 @@
-"""report.html: one file without scripts or references, to be read, printed and sent."""
+"""report.html: one file without scripts or external references, to be read, printed and sent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_report(run_dir: Path, config: Mapping[str, Any] | None = None, *, plot
     """Write report.html into a run directory from the files there, and with `plots` the PNGs.
 
     Args:
-        config: the run's resolved config as plain values, where the caller has it.
+        config: the run's resolved config as plain values, if the caller has it.
     Returns: the page.
     Raises:
         OSError: the run directory cannot be written.
@@ -39,10 +39,10 @@ def write_report(run_dir: Path, config: Mapping[str, Any] | None = None, *, plot
 
 
 def write_page(record: Record, *, plots: bool = False) -> Path:
-    """`write_report` of a run directory that has been read already."""
+    """`write_report` for a run directory that has already been read."""
     path = record.path / run_files.REPORT
     text = page(record, datetime.now(timezone.utc))
-    write_text_atomically(path, text.encode("utf-8", "replace").decode())  # a string of JSON can hold half a character
+    write_text_atomically(path, text.encode("utf-8", "replace").decode())  # a JSON string can hold a lone surrogate
     if plots:
         from sora_llm.report_page.plots import write_plots  # matplotlib takes a second to load
 
@@ -51,7 +51,7 @@ def write_page(record: Record, *, plots: bool = False) -> Path:
 
 
 def page(record: Record, now: datetime) -> str:
-    """The whole page."""
+    """The complete page."""
     drawn = charts(record)
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Loss", lambda: _loss(record, drawn.get("loss"))),
@@ -106,7 +106,7 @@ def _state(record: Record) -> str:
 
 
 def _alarms(record: Record) -> str:
-    """What went wrong, before anything else."""
+    """Errors and alarms, shown before anything else."""
     said = []
     if record.error:
         said.append(f"The run failed: {markup.text(record.error)}")
@@ -172,7 +172,7 @@ def _rank(value: float | None) -> str:
 
 
 def _elapsed(record: Record) -> str:
-    """What the steps are made of, in words."""
+    """The number of steps in each phase, in words."""
     spans = [f"{cost.steps:,} {cost.phase}" for cost in record.phase_costs]
     return ", ".join(spans) if spans else "no step logged yet"
 
@@ -330,7 +330,7 @@ def _costs(record: Record, chart: Chart | None) -> str:
 
 
 def _time(record: Record) -> str:
-    """What the steps took, and what is left of them; "" where no line says it."""
+    """The time that the steps took, and an estimate for the rest; "" if no line records it."""
     if record.seconds_in_steps is None:
         return ""
     left = "" if record.seconds_left is None else f", about {duration(record.seconds_left)} left"

@@ -34,11 +34,11 @@ _GRID, _QUIET = "#d8d8d8", "#5c6672"
 
 
 def write_plots(record: Record, folder: Path) -> list[Path]:
-    """Draw what there is data for; each file appears complete or not at all; OSError where one cannot be written."""
+    """Draw everything there is data for; files appear complete or not at all; OSError if one cannot be written."""
     folder.mkdir(exist_ok=True)
     written = []
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a $ in a module's name is a $
-        warnings.simplefilter("ignore")  # of letters that the font has not
+        warnings.simplefilter("ignore")  # about letters that the font lacks
         for name, figure in _figures(record):
             path = folder / f"{name}.png"
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -91,7 +91,7 @@ def _chart(chart: Chart) -> Figure:
 
 
 def _look(series: Series) -> dict[str, Any]:
-    """A series' style as `plot` takes it."""
+    """A series' style as arguments of `plot`."""
     colour, style = COLOURS[series.colour], series.style if series.has_dots else "thin"
     looks: Mapping[str, dict[str, Any]] = {
         "line": {"linewidth": 1.8},
@@ -107,7 +107,7 @@ def _look(series: Series) -> dict[str, Any]:
 
 
 def heat_map(grid: Grid, ranks: Mapping[str, int]) -> Figure:
-    """Layer × projection with the rank in each cell: as tall as its layers need."""
+    """Layer × projection with the rank in each cell, as tall as its layers need."""
     names = short_names(grid.projections)
     top = max((ranks[name] for name in grid.cells.values()), default=1)
     width = 1.2 + 0.75 * len(grid.projections)

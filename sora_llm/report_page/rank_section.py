@@ -11,7 +11,7 @@ from sora_llm.report_page.grids import Grid, short_names, split_name
 from sora_llm.report_page.record import Record
 from sora_llm.report_page.svg import chart_svg, picture_svg
 
-ROWS_PER_BLOCK = 40  # of a heat map; more layers stand beside each other
+ROWS_PER_BLOCK = 40  # of a heat map; more layers form blocks side by side
 
 
 def rank_section(record: Record) -> str:
@@ -41,7 +41,7 @@ def rank_section(record: Record) -> str:
 
 
 def _scale(top: int, pruned: str = '<i class="zero"></i>rank 0: the module has no adapter') -> str:
-    """What the colours mean."""
+    """The legend of the colours."""
     colours = f"rank 1<i class='colours'></i>{top}" if top > 1 else f"{_one_colour(top)}rank 1"
     return f'<p class="scale"><span>{colours}</span><span>{pruned}</span></p>'
 
@@ -52,7 +52,7 @@ def _one_colour(top: int) -> str:
 
 
 def heat_map(grid: Grid, ranks: Mapping[str, int], top: int) -> str:
-    """Layer × projection with numbers, as tables: blocks of at most `ROWS_PER_BLOCK` layers beside each other."""
+    """Layer × projection with numbers, as tables: blocks of at most `ROWS_PER_BLOCK` layers side by side."""
     num_blocks = -(-len(grid.layers) // ROWS_PER_BLOCK)
     size = -(-len(grid.layers) // num_blocks)
     names = short_names(grid.projections)
@@ -99,7 +99,7 @@ def _projections(grid: Grid, ranks: Mapping[str, int]) -> str:
 
 
 def ranks_over_time(record: Record, chart: Chart | None) -> str:
-    """Mean ranks over the steps, and those of every module."""
+    """Mean ranks over the steps, and the ranks of every module."""
     if chart is None:
         return markup.missing("No ranks yet.")
     parts = [chart_svg(chart, "mean rank over steps")]

@@ -15,11 +15,11 @@ from sora_llm.report_page.record import RankLine, Record, StageRecord
 from sora_llm.report_page.untrusted import as_int, as_mapping, as_number, is_step, ranks_in
 
 MARKERS = (run_files.STATUS, run_files.METRICS)
-"""A folder with none of these is no run directory: a config.yaml alone may be anybody's, and a report beside it."""
+"""A folder with none of these is not a run directory: anybody may have put a config.yaml or a report there."""
 
 _MAX_RANK_LINES = 300
-_MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read whole; 224 modules take 10 KB a line
-_BLOCK_BYTES = 1 << 16  # read at once when looking backwards for the end of a line
+_MAX_RANK_BYTES = 4 << 20  # of a ranks.jsonl that is read completely; 224 modules take 10 KB a line
+_BLOCK_BYTES = 1 << 16  # read at a time when searching backwards for the end of a line
 
 
 def is_run_directory(path: Path) -> bool:
@@ -28,7 +28,7 @@ def is_run_directory(path: Path) -> bool:
 
 
 def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Record:
-    """Read a run directory; `config` is the run's resolved config where the caller has it."""
+    """Read a run directory; `config` is the run's resolved config, if the caller has it."""
     run_dir = run_dir.resolve()
     torn: list[str] = []
     lines = [line for line in _lines(run_dir / run_files.METRICS, torn) if is_step(line.get("step"))]
@@ -55,7 +55,7 @@ def read_record(run_dir: Path, config: Mapping[str, Any] | None = None) -> Recor
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A file's JSON object, {} where there is none."""
+    """A file's JSON object, {} if there is none."""
     try:
         return as_mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
@@ -82,7 +82,7 @@ def _lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
 
 
 def _spread_lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
-    """At most `_MAX_RANK_LINES` objects, evenly spread; of a large file the rest is not even read."""
+    """About `_MAX_RANK_LINES` objects or fewer, evenly spread; in a large file the rest is not even read."""
     size = _size(path) or 0
     if size <= _MAX_RANK_BYTES:
         lines = _lines(path, torn)
@@ -90,7 +90,7 @@ def _spread_lines(path: Path, torn: list[str]) -> list[dict[str, Any]]:
         return [*lines[:-1:every], *lines[-1:]]
     found: dict[int, dict[str, Any]] = {}
     with path.open("rb") as file:
-        end = _after_newline(file, size)  # of the last whole line
+        end = _after_newline(file, size)  # of the last complete line
         if end < size:
             torn.append(path.name)
         for index in range(_MAX_RANK_LINES):
@@ -115,7 +115,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _after_newline(file: BinaryIO, end: int) -> int:
-    """The place after the last newline before `end`, 0 where there is none."""
+    """The position after the last newline before `end`, 0 if there is none."""
     while end > 0:
         start = max(0, end - _BLOCK_BYTES)
         file.seek(start)

@@ -29,7 +29,7 @@ class RankLine:
 
 @dataclass(frozen=True)
 class Span:
-    """Steps (`first`, `last`] are of `phase`, in a path of `stage`."""
+    """The steps (`first`, `last`], which belong to `phase` and, in a path, to `stage`."""
 
     phase: str
     stage: int | None
@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Time and memory of a phase; None where the lines do not say."""
+    """Time and memory of a phase; None for values that the lines do not record."""
 
     phase: str
     steps: int
@@ -51,7 +51,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One λ of a path: what its export line and its folder say."""
+    """One λ of a path, as its export line and its folder record it."""
 
     sparse_lambda: float
     stage: int | None = None
@@ -67,7 +67,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A sentence, the steps of the first and last line that say it, and how many do."""
+    """A sentence, the steps of the first and last line that contain it, and the number of lines that do."""
 
     sentence: str
     first_step: int
@@ -81,12 +81,12 @@ class Record:
 
     path: Path
     config: Mapping[str, Any]
-    """The resolved config, {} where the caller has none."""
+    """The resolved config, {} if the caller has none."""
     status: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, Any] = field(default_factory=dict)
     lines: Sequence[Mapping[str, Any]] = ()
     rank_lines: Sequence[RankLine] = ()
-    """Of a long run evenly spread ones, the first and the last included."""
+    """For a long run, evenly spread ones, including the first and the last."""
     data: Mapping[str, Any] = field(default_factory=dict)
     certificate: Mapping[str, Any] = field(default_factory=dict)
     adapter_bytes: int | None = None
@@ -101,7 +101,7 @@ class Record:
 
     @property
     def state(self) -> str:
-        """The state that status.json says; "unknown" without one."""
+        """The state in status.json; "unknown" without one."""
         state = self.status.get("state")
         return state if isinstance(state, str) else "unknown"
 
@@ -117,13 +117,13 @@ class Record:
 
     @cached_property
     def step(self) -> int:
-        """The last step that status or metrics know of."""
+        """The last step that status or metrics record."""
         said = [self.status.get("step"), *(line["step"] for line in self.lines[-1:])]
         return max((int(step) for step in said if step is not None and is_step(step)), default=0)
 
     @cached_property
     def total_steps(self) -> int | None:
-        """Of all stages, if none of them ends early: None for an older run of epochs, until it has finished."""
+        """The steps of all stages, if none ends early; None for an older run counted in epochs, until it finishes."""
         planned = self._planned_steps
         return self.step if planned is None and self.state == "finished" else planned
 
@@ -143,12 +143,12 @@ class Record:
         return bool(self.stages) or self._num_stages > 1 or any("stage" in line for line in self.lines)
 
     def series(self, key: str) -> list[Point]:
-        """(step, value) of the lines that have a number there."""
+        """(step, value) for the lines in which `key` has a number."""
         found = ((line["step"], as_number(line.get(key))) for line in self.lines)
         return [(step, value) for step, value in found if value is not None]
 
     def named_series(self, key: str) -> dict[str, list[Point]]:
-        """{name: (step, value)} of the lines that have numbers by name there, such as one of every budget."""
+        """{name: [(step, value)]} for the lines in which `key` has numbers by name, such as one per budget."""
         found: dict[str, list[Point]] = {}
         for line in self.lines:
             for name, value in as_mapping(line.get(key)).items():
@@ -168,19 +168,19 @@ class Record:
 
     @property
     def eval_step(self) -> float | None:
-        """The step whose dev loss was measured last: 0 where that was before training alone."""
+        """The step whose dev loss was measured last; 0 if it was measured only before training."""
         points = self.series("eval_loss")
         return points[-1][0] if points else None
 
     @property
     def all_params(self) -> float | None:
-        """Parameters of the adapter before anything was pruned; of an older run as far as the lines show."""
+        """Parameters of the adapter before anything was pruned; for an older run, the most that a line records."""
         said = as_int(self.env.get("adapter_params"))
         return said or max((value for _, value in self.series("kept_params")), default=None)
 
     @property
     def full_mean_rank(self) -> float | None:
-        """The mean rank before anything was pruned, by what kept parameters are of it in any line."""
+        """The mean rank before anything was pruned, scaled up from a line's mean rank by its share of parameters."""
         for line in self.lines:
             kept, rank = as_number(line.get("kept_params")), as_number(line.get("mean_rank"))
             if kept and rank and self.all_params:
@@ -189,7 +189,7 @@ class Record:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The phases of the steps that are logged; a line speaks of the steps since the line before."""
+        """The phases of the logged steps; a line covers the steps since the line before."""
         spans: list[Span] = []
         first_stage, later_stages = (self._planned_phases(is_first) for is_first in (True, False))
         before = begin = ended = 0
@@ -199,7 +199,7 @@ class Record:
                 ended = step
             if own_phase not in TRAINING_PHASES or step <= before:
                 continue
-            if ended > begin:  # a stage, whose last steps have no line where consensus left nothing to train
+            if ended > begin:  # a stage, whose last steps have no line if consensus left nothing to train
                 begin = before = max(before, ended)
             planned = later_stages if begin else first_stage
             for phase, last in _phases_between(planned, begin, before, step, own_phase):
@@ -211,7 +211,7 @@ class Record:
         return spans
 
     def _planned_phases(self, is_first_stage: bool) -> Phases | None:
-        """The phases of a stage; None where nothing says how long it was to be."""
+        """The phases of a stage; None if its planned length is not recorded."""
         dense_ratio = as_number(setting(self.config, "sora", "dense_ratio")) if is_first_stage else 0.0
         consensus_at = as_number(setting(self.config, "sora", "consensus_at"))
         if dense_ratio is None or consensus_at is None:
@@ -222,7 +222,7 @@ class Record:
         return None if num_steps is None else phases(num_steps, dense_ratio, consensus_at)
 
     def _may_have_ended_early(self, consensus_at: float) -> bool:
-        """Whether the run may have ended early: for its patience, or because consensus left nothing to train."""
+        """Whether the run may have ended early, through patience or because consensus left nothing to train."""
         if setting(self.config, "evaluation", "early_stopping_patience") is not None:
             return True
         trained = [line["phase"] for line in self.lines if line.get("phase") in TRAINING_PHASES]
@@ -230,7 +230,7 @@ class Record:
 
     @cached_property
     def phase_costs(self) -> list[PhaseCost]:
-        """A row per phase, in the order in which they came."""
+        """A row per phase, in the order in which they occurred."""
         steps: dict[str, int] = {}
         for span in self.spans:
             steps[span.phase] = steps.get(span.phase, 0) + span.last - span.first
@@ -264,9 +264,9 @@ class Record:
 
     @cached_property
     def seconds_in_steps(self) -> float | None:
-        """What the logged steps took, without evaluations, checkpoints and changes of the adapters; None where no line
-        says it."""
-        # A run that began at the checkpoint of another directory has no line of the steps before.
+        """The time of the logged steps, without evaluations, checkpoints and changes of the adapters; None if no line
+        records it."""
+        # A run that began at a checkpoint from another directory has no line for the steps before.
         interval = as_int(setting(self.config, "output", "logging_steps"))
         first = self.lines[0]["step"] if self.lines else 0
         before, total = first if interval is None else max(0, first - interval), 0.0
@@ -277,7 +277,7 @@ class Record:
 
     @property
     def seconds_left(self) -> float | None:
-        """What is left of the steps at the speed of the last logged ones; None of a run that is not running."""
+        """The time for the remaining steps at the speed of the last logged ones; None unless the run is running."""
         seconds = self.last("step_seconds")
         if self.state != "running" or self.total_steps is None or seconds is None:
             return None
@@ -285,17 +285,17 @@ class Record:
 
     @property
     def ranks(self) -> Mapping[str, int]:
-        """The newest ranks: of ranks.jsonl, else of the certificate."""
+        """The newest ranks, from ranks.jsonl or else from the certificate."""
         return self.rank_lines[-1].ranks if self.rank_lines else certified_ranks(self.certificate)
 
     @property
     def grids(self) -> tuple[list[Grid], dict[str, int]]:
-        """`grids_of` the newest ranks."""
+        """`grids_of` for the newest ranks."""
         return grids_of(self.ranks)
 
     @property
     def best_stage(self) -> StageRecord | None:
-        """The stage of the path that has the lowest dev loss."""
+        """The stage of the path with the lowest dev loss."""
         measured = [stage for stage in self.stages if stage.eval_loss is not None]
         return min(measured, key=lambda stage: stage.eval_loss or 0.0, default=None)
 
@@ -308,8 +308,8 @@ class Record:
 
 
 def _phases_between(planned: Phases | None, begin: int, before: int, step: int, phase: str) -> list[tuple[str, int]]:
-    """(phase, its last step) of the steps from `before` to `step`, whose line says `phase`, of a stage that began after
-    `begin`: by the boundaries that were planned where these agree with the line, else all of them as it says."""
+    """(phase, its last step) for the steps from `before` to `step`, whose line records `phase`, in a stage that began
+    after `begin`: by the planned boundaries if they agree with the line, else all in the phase that it records."""
     if planned is None or planned.at(step - begin - 1) != phase:
         return [(phase, step)]
     bounds = [begin + bound for bound in (planned.dense_end, planned.sparsify_end)]
@@ -317,11 +317,11 @@ def _phases_between(planned: Phases | None, begin: int, before: int, step: int, 
     return [(planned.at(last - begin - 1), last) for last in (*lasts, step)]
 
 
-# ----- the record in short --------------------------------------------------------------------------------------------
+# ----- summary --------------------------------------------------------------------------------------------------------
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """What `sora-llm inspect --json` prints."""
+    """The summary that `sora-llm inspect --json` prints."""
     best = record.best_stage
     return {
         "run": str(record.path),

@@ -23,13 +23,13 @@ from sora_llm.report_page.record import Span
 
 WIDTH = 860
 LEFT, RIGHT, TOP, GAP, BOTTOM = 74, 26, 22, 24, 42
-_LETTER = 6.6  # width of one at the size of labels
+_LETTER = 6.6  # width of a letter in labels
 _TOOLTIPS = 120
 _DOTTED = ("linked", "dots", "ring", "diamond")
 
 
 class _Axes:
-    """Where a panel's values are on the paper."""
+    """Maps a panel's values to positions in the drawing."""
 
     def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], top: float, height: float):
         self.x_range, self.y_range, self.top, self.height = x_range, y_range, top, height
@@ -48,9 +48,9 @@ class _Axes:
 
 
 def chart_svg(chart: Chart, title: str) -> str:
-    """The chart and its key."""
+    """The chart with its legend."""
     x_range = chart.x_range
-    if not chart.from_zero:  # dots on the frame are half outside
+    if not chart.from_zero:  # dots on the frame would be half outside
         room = 0.04 * (x_range[1] - x_range[0])
         x_range = (x_range[0] - room, x_range[1] + room)
     parts: list[str] = []
@@ -157,7 +157,7 @@ def _dot(series: Series, x: float, y: float) -> str:
 
 
 def _notes(series: Series, axes: _Axes) -> list[str]:
-    """Words above points, where they do not run into each other."""
+    """Labels above points, if they do not run into each other."""
     parts: list[str] = []
     free_from = float(LEFT)
     for (x, y), note in zip(series.points, series.notes, strict=False):
@@ -173,7 +173,7 @@ def _notes(series: Series, axes: _Axes) -> list[str]:
 
 
 def _tooltips(chart: Chart, panel: Panel, axes: _Axes) -> list[str]:
-    """Invisible strips that tell the values below the pointer."""
+    """Invisible strips that show the values under the pointer."""
     series = [one for one in panel.series if one.points and one.style not in ("faint", "ring", "diamond")]
     xs = sorted({x for one in series for x, _ in one.points})
     xs = xs[:: -(-len(xs) // _TOOLTIPS) or 1]
@@ -198,7 +198,7 @@ def _number(value: float) -> str:
 
 
 def _nearest(series: Series, x: float) -> tuple[float, float]:
-    """The point that is nearest."""
+    """The point nearest to `x`."""
     points = series.points
     at = bisect_left(points, (x, float("-inf")))
     near = points[max(0, at - 1) : at + 1]
@@ -212,7 +212,7 @@ def _key(chart: Chart) -> str:
         if len(panel.series) > 1:
             shown |= {series.label: series for series in panel.series if series.points}
     items = [f"<span>{_sample(series)}{escape(series.label)}</span>" for series in shown.values()]
-    if any(span.stage is not None for span in chart.spans):  # whose bands are not named in the chart
+    if any(span.stage is not None for span in chart.spans):  # their bands are not named in the chart
         phases = dict.fromkeys(span.phase for span in chart.spans)
         items += [f'<span><i class="swatch {phase}"></i>{phase}</span>' for phase in phases]
     return f'<p class="key">{"".join(items)}</p>' if items else ""
@@ -235,7 +235,7 @@ def _sample(series: Series) -> str:
 
 
 def picture_svg(picture: Picture, title: str) -> str:
-    """Module × step: a pixel each, enlarged."""
+    """Module × step as an image, one pixel each, enlarged."""
     row_height = max(1.0, min(10.0, 560 / len(picture.rows)))
     axes = _Axes(picture.x_range, (0.0, 1.0), 4, row_height * len(picture.rows))
     width = WIDTH - LEFT - RIGHT
@@ -260,7 +260,7 @@ def picture_svg(picture: Picture, title: str) -> str:
 
 
 def _png(picture: Picture) -> bytes:
-    """An indexed PNG: colour 0 is transparent (no such module then), 1 is rank 0, the others are 1 to the top."""
+    """An indexed PNG: colour 0 is transparent (rank not known), 1 is rank 0, the others are ranks 1 to the largest."""
     shades = min(picture.top, 254)
     palette = [(0, 0, 0), (140, 140, 140), *(colour_of(rank, shades) for rank in range(1, shades + 1))]
 

@@ -20,7 +20,7 @@ def as_number(value: Any) -> float | None:
 
 
 def as_int(value: Any) -> int | None:
-    """A whole number, else None."""
+    """An integer, else None."""
     return value if is_integer(value) else None
 
 
@@ -35,7 +35,7 @@ def as_list(value: Any) -> Sequence[Any]:
 
 
 def setting(tree: Any, *keys: str) -> Any:
-    """tree[key][key]…, None where it does not go that deep."""
+    """tree[key][key]…, None if it does not go that deep."""
     for key in keys:
         tree = as_mapping(tree).get(key)
     return tree
@@ -52,5 +52,5 @@ def ranks_in(value: Any) -> dict[str, int]:
 
 
 def is_step(value: Any) -> bool:
-    """Whether it is a whole number that can be one of steps or ranks."""
+    """Whether the value is an integer that can be a number of steps or a rank."""
     return is_integer(value) and 0 <= value < 1 << 53
