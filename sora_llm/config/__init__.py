@@ -1,14 +1,14 @@
-"""The config of a run: what can be set, what it may be, and how a YAML file and overrides become a `Config`.
+"""The config of a run: its keys, their allowed values, and how a YAML file and overrides become a `Config`.
 
     config = load_config("configs/llama7b.yaml", ["train.max_steps=100", "train.num_train_epochs=null"])
 
-Nothing is corrected in silence: an unknown key, a wrong type or a combination that cannot work is a `UserError` of a
-sentence or two that says what was given and where, what is allowed, and what to do.  `train.py` and the commands unpack
-the `Config` into plain arguments.
+Nothing is corrected silently: an unknown key, a wrong type or an invalid combination is a `UserError` of a sentence or
+two that states what was given and where, what is allowed, and what to do.  `train.py` and the commands unpack the
+`Config` into plain arguments.
 
     schema       the sections and keys
-    reading      from a file to a Config; with it yaml_text, names (from elsewhere), conversion (types and ranges),
-                 rules (what goes together) and origin (where a key was stated)
+    reading      from a file to a Config; it uses yaml_text, names (from elsewhere), conversion (types and ranges),
+                 rules (valid combinations) and origin (where a key was stated)
     writing      from a Config to plain values and YAML
     resuming     what a resumed run may change
 """

@@ -1,4 +1,4 @@
-"""From a mapping as read to the schema's dataclasses: types, ranges, unknown keys."""
+"""Converts a mapping as read into the schema's dataclasses: types, ranges, unknown keys."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class _MismatchError(Exception):
-    """A value is not what the type hint allows."""
+    """A value does not match its type hint."""
 
 
 def section_of(cls: type[T], tree: Any, key: str, origin: Origin) -> T:
-    """The dataclass `cls` from the mapping found at `key` ("" is the root)."""
+    """The dataclass `cls` from the mapping at `key` ("" is the root)."""
     if not isinstance(tree, dict):
         raise UserError(f"{key} is {show(tree)} {origin.of(key)}; it must be a mapping with the keys {names_of(cls)}.")
     hints = get_type_hints(cls, include_extras=True)
@@ -33,7 +33,7 @@ def section_of(cls: type[T], tree: Any, key: str, origin: Origin) -> T:
         if name not in hints:
             raise UserError(_unknown(inner, str(name), cls, origin))
         if value is None and NoneType not in get_args(hints[name]):
-            continue  # null unsets: the default holds
+            continue  # null unsets a key: the default applies
         try:
             values[name] = _convert(value, hints[name], inner, origin)
             if value == "" and NoneType in get_args(hints[name]):
@@ -49,8 +49,7 @@ def section_of(cls: type[T], tree: Any, key: str, origin: Origin) -> T:
 
 
 def refuse_unknown(tree: dict[str, Any], origin: Origin) -> None:
-    """UserError that names every key of the sections and of the data sets that is not ours: a config for another
-    trainer has many."""
+    """UserError that names every unknown key in the sections and data sets: a config for another trainer has many."""
     sections = get_type_hints(Config)
     unknown: list[tuple[str, str, type]] = [(str(name), str(name), Config) for name in tree if name not in sections]
     for section, cls in sections.items():
@@ -114,7 +113,7 @@ def _within(number: float, bound: str) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What a type hint allows, in words."""
+    """The values that a type hint allows, in words."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         return f"{describe(args[0])} {' and '.join(args[1:])}"
@@ -136,7 +135,7 @@ def _unknown(key: str, name: str, cls: type, origin: Origin) -> str:
 
 
 def _instead(key: str, name: str, cls: type) -> str:
-    """What to write in place of a key that `cls` does not have: the nearest valid one, or what to do without it."""
+    """What to write instead of a key that `cls` does not have: the nearest valid one, or what to do without it."""
     if name in NO_EQUIVALENT:
         return f"{NO_EQUIVALENT[name]}."
     parent = key.rpartition(".")[0]
@@ -148,7 +147,7 @@ def _instead(key: str, name: str, cls: type) -> str:
 
 
 def elsewhere(name: str) -> str | None:
-    """The dotted key that has exactly this last name or alias, in whatever section."""
+    """The dotted key with exactly this last name or alias, in any section."""
     for section, cls in get_type_hints(Config).items():
         if name in get_type_hints(cls):
             return f"{section}.{name}"

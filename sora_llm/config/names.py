@@ -32,7 +32,7 @@ NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
 }
 ALIASES = {f"{key.partition('.')[0]}.{name}": key for key, names in NAMES_ELSEWHERE.items() for name in names}
 
-# Names from elsewhere that have no key here, wherever they are written: what to do instead.
+# Names from elsewhere without a key here, in any section: what to do instead.
 NO_EQUIVALENT = {
     "adapter": "leave it out; what is trained are always SoRA adapters, beside a 4-bit base by "
     "quantization.load_in_4bit (model.adapter names a saved one to start from)",

@@ -18,7 +18,7 @@ class Origin:
     overridden: tuple[str, ...]  # the keys that the command line set
 
     def of(self, key: str) -> str:
-        """E.g. "in configs/llama7b.yaml"."""
+        """Where a key was stated, e.g. "in configs/llama7b.yaml"."""
         for stated in self.overridden:
             if f"{key}.".startswith(f"{stated}.") or stated.startswith(f"{key}."):
                 return "on the command line"
@@ -28,7 +28,7 @@ class Origin:
         return "by default" if by_default else f"in {self.file}"
 
     def state(self, config: Config, key: str) -> str:
-        """E.g. "sora.r (64, in configs/llama7b.yaml)"."""
+        """A key with its value and origin, e.g. "sora.r (64, in configs/llama7b.yaml)"."""
         return f"{key} ({show(plain(value_of(config, key)))}, {self.of(key)})"
 
 

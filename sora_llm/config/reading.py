@@ -1,4 +1,4 @@
-"""From a file and overrides, or from plain mappings, to a `Config`."""
+"""Reads a `Config` from a file and overrides, or from plain mappings."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     without looking at any other file.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first problem found.
     """
     return _of_tree(_read_file(Path(path)), str(path), overrides)
 
 
 def from_dict(content: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The config that a file with this content gives, as `to_dict` made it or anybody; `origin` is where messages say
-    that it is from.
+    """The config that a file with this content would give, made by `to_dict` or otherwise; `origin` is the source that
+    messages name.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as in `load_config`.
     """
     return _of_tree(_as_read(content), origin, overrides)
 
 
 def _as_read(value: Any) -> Any:
-    """What Python has other kinds of, as YAML has it: paths are text, tuples lists."""
+    """Python values as YAML would give them: paths as text, tuples as lists."""
     if isinstance(value, Mapping):
         return {name: _as_read(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def _read_override(text: str) -> tuple[str, Any]:
 
 
 def _with_value(tree: Any, path: list[str], value: Any, override: str) -> Any:
-    """A copy of `tree` with `value` at `path`; missing mappings and lists on the way are made."""
+    """A copy of `tree` with `value` at `path`; missing mappings and lists on the way are created."""
     if not path:
         return value
     head, *rest = path

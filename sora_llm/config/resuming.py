@@ -1,4 +1,4 @@
-"""What a resumed run may change: where and how it runs and is logged, never what it computes."""
+"""The settings that a resumed run may change: where and how it runs and is logged, never what it computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sora_llm.config.schema import Config
 from sora_llm.config.writing import differing_keys, to_dict
 
 CHANGES_NO_ROW = ("sample_packing", "max_bad_row_fraction", "num_proc", "cache_dir")
-"""Keys of data that change neither rows nor which of them are held out; nor does the weight of a data set."""
+"""Keys of data that change neither the rows nor which are held out (a data set's weight does not either)."""
 FREE_ON_RESUME = (
     "output.",
     "evaluation.",
@@ -32,7 +32,7 @@ def resume_conflicts(
 ) -> list[str]:
     """Why a checkpoint made under the config `old` cannot be resumed under `new`: the keys that differ but must not,
     and a sentence if the rows per optimizer step changed.  Empty if it can.  Both are mappings from `to_dict`; `old`
-    may come from an earlier version, and keys it lacks have their defaults."""
+    may come from an earlier version, and keys that it lacks take their defaults."""
     defaults = to_dict(Config())
     old = {section: defaults.get(section, {}) | values for section, values in old.items()}
     conflicts = [

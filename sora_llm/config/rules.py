@@ -11,7 +11,7 @@ from sora_llm.row_types import FIELDS
 
 
 def check_required(config: Config, origin: Origin) -> None:
-    """UserError for a key that has to be set and is not, or one too many of several."""
+    """UserError for a required key that is not set, or for more than one of several alternatives."""
     for key, example in (
         ("model.name_or_path", "a hub id or a local folder"),
         ("data.datasets", "a list of {path: …, type: …}"),
@@ -24,7 +24,7 @@ def check_required(config: Config, origin: Origin) -> None:
             raise UserError(f"{key}.path is missing in {origin.file}; set it to a file, a folder or a hub id.")
     _check_one_of(config, origin, ("train.max_steps", "train.num_train_epochs"))
     strength = ("sora.target_rank", "sora.target_params", "sora.sparse_lambda")
-    _check_one_of(config, origin, strength, none_is_fine=bool(config.sora.budgets))  # which may be for all modules
+    _check_one_of(config, origin, strength, none_is_fine=bool(config.sora.budgets))  # they may cover all modules
     _check_one_of(config, origin, ("data.val_set_size", "data.val_datasets"), none_is_fine=True)
 
 
@@ -48,7 +48,7 @@ def _datasets(data: Data) -> Iterator[tuple[str, Dataset]]:
 
 
 def check_combinations(config: Config, origin: Origin) -> None:
-    """UserError for the first pair of settings that cannot be together."""
+    """UserError for the first invalid combination of settings."""
     problems = [
         *_sora_problems(config, origin),
         *_train_problems(config, origin),
@@ -96,7 +96,7 @@ def _sora_problems(config: Config, origin: Origin) -> Iterator[str]:
 
 
 def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]:
-    """What is wrong with a sparsity path, which is a stage per λ, or with settings that only go with one."""
+    """Problems with a sparsity path, which is a stage per λ, or with settings that only apply to one."""
     sora = config.sora
     patience = config.evaluation.early_stopping_patience
     if sora.lambda_num == 1:
@@ -131,7 +131,7 @@ def _train_problems(config: Config, origin: Origin) -> Iterator[str]:
 
 
 def _replica_problems(config: Config, origin: Origin) -> Iterator[str]:
-    """What is wrong with the settings of local updates."""
+    """Problems with the settings of local updates."""
     distributed = config.distributed
 
     def state(name: str) -> str:

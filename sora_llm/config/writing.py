@@ -1,4 +1,4 @@
-"""From a `Config` to plain values and YAML, and how two of them differ."""
+"""Writes a `Config` as plain values and YAML, and finds the keys in which two differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_yaml(config: Config) -> str:
 
 
 def recipe(config: Config) -> str:
-    """What of a config decides what is learned, but for the base and the data sets themselves, as YAML."""
+    """The settings that decide what is learned, except for the base and the data sets themselves, as YAML."""
     whole = to_dict(config)
     elsewhere = {
         "model": ("name_or_path", "revision", "trust_remote_code"),
@@ -39,7 +39,7 @@ def recipe(config: Config) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as mappings, tuples as lists, all the way down."""
+    """A value with dataclasses as mappings and tuples as lists, recursively."""
     if is_dataclass(value):
         return {field_.name: plain(getattr(value, field_.name)) for field_ in fields(value)}
     if isinstance(value, list | tuple):
@@ -57,12 +57,12 @@ def differing_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def flattened(config: dict[str, Any]) -> dict[str, Any]:
-    """{dotted key: value} of a config given as plain mappings, list entries by index."""
+    """{dotted key: value} for a config given as plain mappings, list entries by index."""
     return dict(_flatten(config))
 
 
 def _flatten(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every scalar and every empty list or mapping."""
+    """(dotted key, value) for every scalar and every empty list or mapping."""
     inner = dict(enumerate(tree)) if isinstance(tree, list) else tree
     if not isinstance(inner, dict) or not inner:
         yield key, tree

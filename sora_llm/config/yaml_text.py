@@ -31,7 +31,7 @@ class Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that our loader, or another YAML reader, would take for something else."""
+    """Quotes every text that our loader, or another YAML reader, would take for another type."""
 
 
 # YAML 1.1 takes 1e-4 (no dot) for text; people mean the number.
@@ -51,5 +51,5 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def write_yaml(values: dict[str, Any]) -> str:
-    """Mappings, lists and scalars in the order that they have."""
+    """YAML of mappings, lists and scalars, in their own order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

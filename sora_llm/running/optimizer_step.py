@@ -30,11 +30,11 @@ class StepBatches:
     weight: float
     """Total over the processes that average their gradients: of the whole step, or of the replica's part of it."""
     own_weight: float
-    """Of this process's rows."""
+    """Total over this process's rows."""
     supervised_tokens: int
-    """Of the whole step, over all processes."""
+    """Number in the whole step, over all processes."""
     tokens: int
-    """Of the whole step, over all processes."""
+    """Number in the whole step, over all processes."""
 
 
 def step_batches(
