@@ -203,7 +203,7 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     refused(capsys, "is a run's adapter", run_dir, "--out", copy / "adapter")
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"))
-    refused(capsys, "--skip-dev-loss goes on without", copy, "--layout", "merged", "--out", tmp_path / "out")
+    refused(capsys, "--skip-dev-loss skips the measurement", copy, "--layout", "merged", "--out", tmp_path / "out")
     (copy / "config.yaml").write_text(text.replace("load_in_8bit: false", "load_in_8bit: true"))
     refused(capsys, "8-bit layers also round activations", copy, "--layout", "merged", "--out", tmp_path / "out")
     shutil.rmtree(copy / "adapter")

@@ -254,7 +254,7 @@ def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_sett
         overrides = ["data.val_set_size=9", f"model.name_or_path=base/{number}", "data.datasets.0.weight=1"]
         (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
     shown = inspected(capsys, *(run.path for run in runs)).splitlines()
-    assert "losses of other bases are of other tokens, if these have other tokenizers" in shown
+    assert "losses for different bases are over different tokens if their tokenizers differ" in shown
     assert not any("not of the same rows" in line for line in shown)
     (runs[1].path / "config.yaml").write_text("of: another version")
     shown = inspected(capsys, *(run.path for run in runs))

@@ -135,7 +135,7 @@ def test_another_adapter_is_any_of_the_same_base(stories, lora, rows, tmp_path, 
     stranger = Path(shutil.copytree(lora, tmp_path / "stranger"))
     (stranger / "adapter_config.json").write_text(json.dumps(settings))
     assert cli.main(["evaluate", str(first), "--adapter", str(stranger)]) == 2
-    assert f"is of the base {copy} and {first} of {stories}" in capsys.readouterr().err
+    assert f"is for the base {copy}, {first} for {stories}" in capsys.readouterr().err
     assert evaluated(capsys, first, "--adapter", stranger, "--base", stories) == expected
 
 

@@ -245,7 +245,10 @@ def test_a_system_message_that_the_template_leaves_out_is_a_sentence_before_any_
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"instruction": "Add.", "input": "1 2"}, "has an input beside its instruction, which needs a chat template"),
+        (
+            {"instruction": "Add.", "input": "1 2"},
+            "has an input as well as an instruction, which needs a chat template",
+        ),
         ({"instruction": "Add.", "tools": [{"name": "f", "parameters": {}}]}, "has tools"),
         ({"instruction": 3}, "p.jsonl:1: instruction"),
         ({"instruction": 3, "messages": None}, "p.jsonl:1: instruction"),

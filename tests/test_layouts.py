@@ -101,7 +101,7 @@ def test_a_disk_that_filled_up_meanwhile_fails_the_run_and_leaves_its_adapter(
         usage = (shutil._ntuple_diskusage(1, 1, free) for free in (10**12, 0))  # type: ignore[attr-defined]
         patch.setattr("sora_llm.artifacts.merged.shutil.disk_usage", lambda _: next(usage))
         assert main([CONFIG, *arguments]) == 1
-    assert "merged could not be written beside the adapter, which is complete: " in capsys.readouterr().err
+    assert "merged could not be written next to the adapter, which is complete: " in capsys.readouterr().err
     assert status(tmp_path / "run")["state"] == "failed" and (tmp_path / "run" / "adapter").is_dir()
     assert main([CONFIG, *arguments]) == 0
     assert status(tmp_path / "run")["state"] == "finished" and (tmp_path / "run" / "merged").is_dir()

@@ -199,7 +199,7 @@ def test_a_budget_is_tracked(tmp_path):
     said = f"by {last:+.2f} at step {last_step}, the last with both values, and by at most {worst:+.2f}, at step {step}"
     assert said in page.text
     assert "λ and τ over steps" in (run.path / "report.html").read_text(encoding="utf-8")
-    for label in ("what the schedule wants", "threshold τ", "mean rank − schedule"):
+    for label in ("the schedule's target", "threshold τ", "mean rank − schedule"):
         assert label in page.text
 
 

@@ -34,7 +34,7 @@ def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = generation_parser(
         prog,
-        f"Talk to an adapter on its base, loaded and spoken to as in training.  {HELP} · Ctrl-C: stop an answer.",
+        f"Talk to an adapter on its base, loaded and prompted as in training.  {HELP} · Ctrl-C: stop an answer.",
         DEFAULT,
     )
     return parser

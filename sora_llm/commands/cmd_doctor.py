@@ -213,7 +213,7 @@ def disks() -> Iterator[CheckResult]:
             yield CheckResult(name, FAILED, said, "make room, or move it: data.cache_dir, HF_HOME, output.output_dir")
         elif free < LITTLE_DISK_GIB:
             yield CheckResult(
-                name, WARNING, said, "a 7B model takes 14 GB; HF_HOME and data.cache_dir can lie elsewhere"
+                name, WARNING, said, "a 7B model takes 14 GB; HF_HOME and data.cache_dir can be moved elsewhere"
             )
         else:
             yield CheckResult(name, OK, said)

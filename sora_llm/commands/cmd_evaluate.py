@@ -56,7 +56,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--adapter",
         metavar="RUN|ADAPTER",
-        help="another adapter of the same base than the run's own",
+        help="another adapter for the same base",
     )
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
     add_base_arguments(parser)
@@ -269,7 +269,7 @@ def other_adapter(arguments: argparse.Namespace, ref: ModelRef) -> ModelRef:
     said, meant = other.spec, ref.spec
     if arguments.base is None and said.name_or_path and meant.name_or_path and not is_one_base(said, meant):
         raise UserError(
-            f"--adapter {arguments.adapter} is of the base {base_name(said)} and {arguments.config} of "
+            f"--adapter {arguments.adapter} is for the base {base_name(said)}, {arguments.config} for "
             f"{base_name(meant)}; if these are copies of one model, say which to load with --base MODEL"
         )
     return other

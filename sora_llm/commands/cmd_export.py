@@ -67,8 +67,8 @@ def make_parser(prog: str) -> Parser:
         "--layout",
         choices=(*LAYOUTS, "gguf", "merged"),
         default="padded",
-        help="padded: a PEFT folder of one rank; ragged: of a rank per module; gguf: llama.cpp's adapter file; merged: "
-        "the whole model (default padded)",
+        help="padded: a PEFT folder with one rank; ragged: with a rank per module; gguf: llama.cpp's adapter file; "
+        "merged: the whole model (default padded)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", type=float, metavar="λ", help="the stage of a path, by its λ")
@@ -78,7 +78,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--base",
         choices=BASES,
-        help="what layout merged adds to: the weights as 4-bit layers hold them, which the adapter was trained beside "
+        help="what layout merged adds to: the weights as 4-bit layers hold them, which the adapter was trained on "
         "(default of a 4-bit run), or as they are in the base's files",
     )
     parser.add_argument("--skip-dev-loss", action="store_true", help="do not measure a merged model on the dev rows")
@@ -138,7 +138,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
 def check_options(arguments: argparse.Namespace) -> None:
     """UserError for options that belong to another layout."""
     if arguments.outtype is not None and arguments.layout != "gguf":
-        raise UserError(f"--outtype is for --layout gguf; layout {arguments.layout} has numbers of its own")
+        raise UserError(f"--outtype is for --layout gguf; layout {arguments.layout} has a fixed number format")
     if arguments.base is not None and arguments.layout != "merged":
         raise UserError("--base says what --layout merged adds to; another place of the base model is --base-model")
     if arguments.skip_dev_loss and arguments.layout != "merged":
@@ -312,7 +312,9 @@ def dev_loss_measure(
         inputs = check_inputs(config, "none")
         measured = dev_rows(config, inputs)
     except UserError as error:
-        raise UserError(f"{error} (needed to measure the merged model; --skip-dev-loss goes on without)") from None
+        raise UserError(
+            f"{error} (needed to measure the merged model; --skip-dev-loss skips the measurement)"
+        ) from None
     measured.warn_of_leak()
     batch_size, rows = config.evaluation.per_device_eval_batch_size, measured.rows
     return lambda model: evaluate(model, rows, inputs.batch, batch_size=batch_size, world=ALONE, device=device)

@@ -35,7 +35,7 @@ def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = generation_parser(
         prog,
-        "Answer prompts with an adapter on its base, loaded and spoken to as in training.  A prompt comes from "
+        "Answer prompts with an adapter on its base, loaded and prompted as in training.  A prompt comes from "
         "--prompt, a file, or standard input.",
         DEFAULT,
     )
@@ -47,7 +47,7 @@ def make_parser(prog: str) -> Parser:
         help='.txt: a prompt per line; .jsonl: {"prompt": …}, {"messages": […]} or {"instruction": …, "input": …} per '
         "line, as in a file of training rows",
     )
-    parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapted one")
+    parser.add_argument("--compare", action="store_true", help="also print the base's answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -192,7 +192,7 @@ def ids_of(prompter: Prompter, prompt: Prompt) -> list[int]:
         UserError: it cannot be used.
     """
     if prompter.form.template is None and (len(prompt.messages) > 1 or prompt.messages[-1].input):
-        kind = "is a dialogue" if len(prompt.messages) > 1 else "has an input beside its instruction"
+        kind = "is a dialogue" if len(prompt.messages) > 1 else "has an input as well as an instruction"
         raise UserError(f"{prompt.place} {kind}, which needs a chat template; see --chat-template")
     try:
         return prompter.ids(prompt.messages)

@@ -129,7 +129,7 @@ def _of_run(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def _of_runs(arguments: argparse.Namespace) -> dict[str, Any]:
     """A comparison of several runs; nothing is written."""
     if arguments.plots or arguments.modules:
-        raise UserError("--plots and --modules are of one run or adapter; name it alone")
+        raise UserError("--plots and --modules apply to one run or adapter; name it alone")
     folders = [folder_of(name) for name in arguments.places]
     for folder in folders:
         if any((folder / name).is_file() for name in ADAPTER_MARKERS):

@@ -63,7 +63,7 @@ def as_text(content: Mapping[str, Any]) -> str:
     if content["of_other_dev_rows"] and sum(run["eval_loss"] is not None for run in content["runs"]) > 1:
         lines += ["", f"dev losses are not of the same rows or tokens: {', '.join(content['of_other_dev_rows'])}"]
     if not {"model.name_or_path", "model.revision"}.isdisjoint(content["settings"]):
-        lines += ["", "losses of other bases are of other tokens, if these have other tokenizers"]
+        lines += ["", "losses for different bases are over different tokens if their tokenizers differ"]
     lines += [f"the config of run {number} cannot be read: its settings are not compared" for number in unread]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --target-rank, --target-params or --tolerance, and --min-rank."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--target-rank", type=float, metavar="N", help="keep at most this mean rank, weighted by I + O")
-    size.add_argument("--target-params", type=int, metavar="N", help="keep at most so many parameters")
+    size.add_argument("--target-params", type=int, metavar="N", help="keep at most this many parameters")
     size.add_argument("--tolerance", type=float, metavar="T", help="drop what is below this relative error of ΔW")
     parser.add_argument("--min-rank", type=int, default=0, metavar="N", help="ranks that every module keeps")
 

@@ -34,9 +34,9 @@ ALIASES = {f"{key.partition('.')[0]}.{name}": key for key, names in NAMES_ELSEWH
 
 # Names from elsewhere without a key here, in any section: what to do instead.
 NO_EQUIVALENT = {
-    "adapter": "leave it out; what is trained are always SoRA adapters, beside a 4-bit base by "
+    "adapter": "leave it out; training always produces SoRA adapters, on a 4-bit base with "
     "quantization.load_in_4bit (model.adapter names a saved one to start from)",
-    "finetuning_type": "leave it out; what is trained are always SoRA adapters",
+    "finetuning_type": "leave it out; training always produces SoRA adapters",
     "stage": "leave it out; training is always supervised, and ZeRO's stage is distributed.strategy",
     "rl": "leave it out; training is always supervised",
     "model_type": "leave it out; the base's config.json says it",
@@ -56,7 +56,7 @@ NO_EQUIVALENT = {
     "flash_attn": "set model.attn_implementation, for example to flash_attention_2",
     "gradient_checkpointing_kwargs": "leave it out; checkpointing is never reentrant",
     "pad_to_sequence_len": "leave it out; batches are as long as their longest row",
-    "overwrite_output_dir": "name a new output.output_dir; output.resume says whether a run goes on",
+    "overwrite_output_dir": "name a new output.output_dir; output.resume says whether a run resumes",
     "ddp_timeout": "set distributed.timeout_minutes",
     "plot_loss": "leave it out; report.html has the charts",
     "tf32": "leave it out; model.dtype sets the precision of the base",
@@ -71,10 +71,10 @@ NO_EQUIVALENT = {
     "group_by_length": "leave it out; without data.sample_packing rows of similar length are batched together anyway",
     "optim": "leave it out; the optimizer is always AdamW with the proximal step",
     "optimizer": "leave it out; the optimizer is always AdamW with the proximal step",
-    "bf16": "set model.dtype: bfloat16, or leave it out where it is false",
-    "fp16": "set model.dtype: float16, or leave it out where it is false",
+    "bf16": "set model.dtype: bfloat16, or leave it out if it is false",
+    "fp16": "set model.dtype: float16, or leave it out if it is false",
     "eval_sample_packing": "leave it out; dev rows are measured unpacked, which changes no loss",
-    "use_peft": "leave it out; what is trained are always SoRA adapters",
+    "use_peft": "leave it out; training always produces SoRA adapters",
     "strict": "leave it out; a key that is not ours always ends the run",
     "xformers_attention": "set model.attn_implementation",
     "overwrite_cache": "leave it out; the cache goes by the contents of the files",

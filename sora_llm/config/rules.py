@@ -118,7 +118,7 @@ def _path_problems(config: Config, state: Callable[[str], str]) -> Iterator[str]
     if sora.lambda_schedule == "exp_linear" and sora.sparse_lambda == 0:
         yield f"{state('sparse_lambda')} must be above 0 with lambda_schedule exp_linear, which multiplies it."
     if sora.consensus_at != 1.0:
-        yield f"{state('consensus_at')} must be 1.0 in a sparsity path: each stage goes on from uncut weights."
+        yield f"{state('consensus_at')} must be 1.0 in a sparsity path: each stage continues from uncut weights."
     if not sora.retrain and sora.threshold != "constant":
         yield f"{state('retrain')} needs sora.threshold constant: the others' threshold is lr · λ, and lr would be 0."
 
@@ -180,7 +180,7 @@ def _data_problems(config: Config) -> Iterator[str]:
         for name in dataset.columns:
             if name not in allowed:
                 yield (
-                    f"{key}.columns maps {name!r}, which is no field of type {dataset.type}; "
+                    f"{key}.columns maps {name!r}, which is not a field of type {dataset.type}; "
                     f"its fields are {', '.join(allowed) or 'the function’s own'}, each mapped to a column of the file."
                 )
         if dataset.separator and dataset.type != "prompt_completion":

@@ -113,8 +113,8 @@ def _check_settings(spec: DatasetSpec) -> None:
     for name in spec.columns:
         if name not in FIELDS[spec.type]:
             raise UserError(
-                f"data set {spec.path}: columns maps {name!r}, which is no field of type {spec.type}; its fields are "
-                f"{', '.join(FIELDS[spec.type]) or 'up to its function'}"
+                f"data set {spec.path}: columns maps {name!r}, which is not a field of type {spec.type}; its fields "
+                f"are {', '.join(FIELDS[spec.type]) or 'up to its function'}"
             )
     _check_function(spec)
     if spec.separator and spec.type != "prompt_completion":

@@ -144,7 +144,7 @@ def rank_chart(record: Record) -> Chart:
     series.append(Series("mean rank of the adapter", thin(record.series("mean_rank")), 0))
     target = record.series("target_mean_rank")
     if target:
-        series.append(Series("what the schedule wants", thin(target), 0, "dashed"))
+        series.append(Series("the schedule's target", thin(target), 0, "dashed"))
     return Chart("ranks", "step", [Panel("rank", series, 230, from_zero=True)], record.spans)
 
 

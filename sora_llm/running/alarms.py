@@ -84,8 +84,8 @@ class Alarms:
             if self._saturated_lines >= SATURATED_LINES:
                 found["saturated"] = (
                     f"λ is at its bound of {LAMBDA_MAX:g} and the mean rank of {line['mean_rank']:.2f} stays above the "
-                    f"{wanted:.2f} that the budget wants by now: consensus will have to cut the rest at once; raise "
-                    "sora.gate_lr, widen the sparsify phase, or use sora.threshold adaptive"
+                    f"{wanted:.2f} that the schedule requires at this step: consensus will have to cut the rest at "
+                    "once; raise sora.gate_lr, widen the sparsify phase, or use sora.threshold adaptive"
                 )
         elif wanted is not None and any(value is not None and value == LAMBDA_MIN for value in lambdas.values()):
             found["idle"] = (
@@ -112,7 +112,7 @@ class Alarms:
         one_rank = min((cost for budget in self._budgets for cost in budget.costs.values()), default=0)
         if shortfall and shortfall >= one_rank:  # a smaller shortfall has no room for another rank
             found["shortfall"] = (
-                f"the budget could not be used up: everything alive costs {shortfall:,} parameters less; lower "
+                f"the budget could not be used up: all live components cost {shortfall:,} parameters less; lower "
                 "sora.gate_lr or lengthen the dense phase"
             )
         for budget in self._budgets:
@@ -188,8 +188,8 @@ class EarlyStopping:
         return self._limit is not None
 
     def is_better(self, eval_loss: float) -> bool:
-        """Whether a dev loss is lower than all that were counted; NaN never is."""
-        return not math.isnan(eval_loss) and (self._best is None or eval_loss < self._best)
+        """Whether a dev loss is lower than all that were counted; one that is not finite never is."""
+        return math.isfinite(eval_loss) and (self._best is None or eval_loss < self._best)
 
     def update(self, eval_loss: float) -> bool:
         """Count an evaluation; returns whether patience has run out."""

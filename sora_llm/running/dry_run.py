@@ -62,7 +62,7 @@ def perform_dry_run(job: Job) -> RunResult:
         tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
     job.say(
         "dry run: one step and one save worked, nothing was kept\n"
-        f"  trainable parameters  {memory.trainable_parameters:,} beside {memory.frozen_parameters:,} frozen ones\n"
+        f"  trainable parameters  {memory.trainable_parameters:,}, plus {memory.frozen_parameters:,} frozen\n"
         f"  steps                 {steps} of {job.rows_per_step_text}\n"
         f"  tokens                about {tokens}\n"
         f"{memory_table(memory)}\n"

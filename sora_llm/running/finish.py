@@ -176,7 +176,7 @@ def export_extra_layout(training: Training, result: StageResult) -> None:
                 layout, job.inputs, factors, run_dir, provenance=provenance(training, line), device=device
             )
         except UserError as error:  # `check_layout` found nothing when the run began
-            raise RunFailed(f"{layout} could not be written beside the adapter, which is complete: {error}") from error
+            raise RunFailed(f"{layout} could not be written next to the adapter, which is complete: {error}") from error
 
     job.say(on_main(write))
 

@@ -96,7 +96,7 @@ def process_group(
 def timeout_failure(process: int, minutes: float) -> RunFailed:
     """The error for a collective that other processes did not join in time."""
     return RunFailed(
-        f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others in vain: one of "
+        f"process {process} waited {minutes:g} minutes (distributed.timeout_minutes) for the others: one of "
         "them hangs, or is much slower"
     )
 

@@ -21,7 +21,7 @@ def print_summary(job: Job) -> None:
     job.say(
         f"{plan.strategy} on {plural(job.world.num_processes, 'process')}; "
         f"{several}{plural(first.total_steps, 'step')} of {job.rows_per_step_text}, {pruning_in_words(first)}; "
-        f"{memory.trainable_parameters:,} trainable parameters beside {memory.frozen_parameters:,} frozen ones "
+        f"{memory.trainable_parameters:,} trainable parameters, {memory.frozen_parameters:,} frozen "
         f"({job.inputs.backbone.form}); gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
     )
