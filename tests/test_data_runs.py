@@ -329,4 +329,4 @@ def test_a_template_that_nobody_named_is_said(tmp_path, capsys):
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
         out = capsys.readouterr().out
         assert ("chat template: alpaca, as the tokenizer has none" in out) == said
-        assert "frozen ones (float32)" in out
+        assert "frozen (float32)" in out

@@ -167,7 +167,7 @@ class Alarms:
         self._raised = list(state["raised"])
         self._saturated_lines, self._last_loss = int(state["saturated_lines"]), state["last_loss"]
         self._has_cut = bool(state["has_cut"])
-        self.start_loss = state.get("start_loss")
+        self.start_loss = state["start_loss"]
         self._waiting = list(state["waiting"])
 
 

@@ -153,16 +153,15 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
     """How many streamed rows were kept and left out so far, one line per data set."""
     lines = []
     for dataset, counts in zip(config.data.datasets, order.counts, strict=True):
-        if not counts.get("rows_read"):
+        if not counts.get("rows_read"):  # none of its rows has been read yet
             continue
         names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
         left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
-        # older checkpoints did not count split rows
-        cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts.get(fate)]
+        cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts[fate]]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
         lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
-        lines += special_warning(counts.get("special_written", 0))  # older checkpoints did not count them
+        lines += special_warning(counts["special_written"])
     return lines
 
 

@@ -22,6 +22,10 @@ from sora_llm.running.training import Best, Training, make_controller
 from sora_llm.running.training_data import differing_parts
 from sora_llm.schedule import FINETUNE
 
+FORMAT = 1
+"""Of state.json, in every checkpoint.  Raise it when a run can no longer resume from what it had before: keys of the
+config may be added without, since a missing one takes its default."""
+
 
 def save_checkpoint(training: Training, unlogged: Mapping[str, float] | None = None) -> None:
     """Write the canonical state of the run as it is (collective; the main process writes).
@@ -76,8 +80,8 @@ class Saved:
 
 def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
     """UserError if this run, in `run_dir`, cannot resume from the checkpoint `folder`, whose state.json is `state`."""
-    if "stage" not in state or "skipped" not in state["tally"]:
-        raise UserError(f"{folder} was written by an earlier version, whose checkpoints cannot be resumed by this one")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder} was written by another version, whose checkpoints cannot be resumed by this one")
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
         raise UserError(
             f"{folder} is from a later stage of a sparsity path, whose earlier adapters are in "
@@ -98,7 +102,7 @@ def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, 
 
 def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) -> None:
     """UserError if the checkpoint was trained on weights other than those with the given `base_digest`."""
-    if None not in (base, state.get("base")) and base != state["base"]:
+    if None not in (base, state["base"]) and base != state["base"]:
         raise UserError(
             f"the weights of model.name_or_path are not those that {folder} was trained on; restore them, or "
             "use a new output.output_dir"
@@ -124,6 +128,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
     that a resuming run is compared with (collective)."""
     job, engine, rounds, best = training.job, training.engine, training.rounds, training.best
     state: dict[str, Any] = {
+        "format": FORMAT,
         "phase": training.phase,
         "stage": {"number": training.stage_number, "first": training.stage_start, "has_ended": training.stage_is_done},
         "optimizer_steps": optimizer_steps,
@@ -163,18 +168,17 @@ def restore(training: Training, saved: Saved) -> None:
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
     training.patience.load(state["patience"])
-    if "loss_scale" in state:  # one per replica
-        engine.loss_scale.load(state["loss_scale"][replica])
+    engine.loss_scale.load(state["loss_scale"][replica])
     training.best = read_best(job, saved.folder, state)
     training.done = state["step"]
     training.stage_number, training.stage_start = state["stage"]["number"], state["stage"]["first"]
     training.stage_is_done = state["stage"]["has_ended"]
-    training.unlogged, training.unlogged_round = state["unlogged"], state.get("late_round", {})
+    training.unlogged, training.unlogged_round = state["unlogged"], state["late_round"]
 
 
 def read_best(job: Job, folder: Path, state: Mapping[str, Any]) -> Best | None:
     """The best evaluation so far that a checkpoint holds, or None (collective)."""
-    said, is_main = state.get("best"), job.world.is_main
+    said, is_main = state["best"], job.world.is_main
     if said is None:
         return None
     masters = on_every(lambda: checkpoint.read_tensors(folder, checkpoint.BEST) if is_main else {})
