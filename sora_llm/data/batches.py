@@ -15,22 +15,21 @@ from sora_llm.data.dataset import TokenRow
 def collate(
     sequences: Sequence[Sequence[TokenRow]], pad_id: int, *, packed: bool = False, flat: bool = False
 ) -> dict[str, Tensor]:
-    """A batch of sequences, each of one row or of several packed ones.
+    """Collate sequences, each one row or several packed rows, into a batch of tensors.
 
     Args:
-        packed: add the position ids that keep rows of a sequence apart.
+        packed: add the position ids that keep the rows of a sequence apart.
         flat: all rows in one sequence, without padding (flash attention keeps only rows of one sequence apart).
 
-    Returns `input_ids` and `labels`, both (B, T) int64; where `packed`, `position_ids` (B, T), which begin at 0 with
-    every row; where a weight is neither 0 nor 1, `loss_weights` (B, T) float32.
+    Returns `input_ids` and `labels`, both (B, T) int64; if `packed`, `position_ids` (B, T), which restart at 0 for
+    every row; if any weight is neither 0 nor 1, `loss_weights` (B, T) float32.
 
-    Labels are the ids where a token has weight and -100 elsewhere, not shifted; the first token of a row is never a
-    label, since before it stands another row.  Padding is on the right and masked by its position: where pad_id is
-    eos, the real eos tokens stay supervised.  There is no attention mask: under causal attention no token sees the
-    padding to its right, the padding's own outputs have no label, and with a mask transformers would not keep packed
-    rows apart.
+    Labels are the ids of tokens with weight and -100 elsewhere, not shifted; the first token of a row is never a label,
+    since it follows another row.  Padding is on the right and masked by position: if pad_id is eos, the real eos tokens
+    stay supervised.  There is no attention mask: under causal attention no token sees the padding to its right, the
+    padding's own outputs have no label, and with a mask transformers would not keep packed rows apart.
 
-    No sequences give a 1 × 2 batch without labels, so that a process without rows takes part with zero weight.
+    Without sequences the batch is 1 × 2 and has no labels, so that a process without rows takes part with zero weight.
     """
     if flat:
         sequences = [[row for sequence in sequences for row in sequence]] if sequences else []

@@ -1,13 +1,13 @@
-"""The chat templates that come with the package, each written from what its makers published.
+"""The chat templates that come with the package, each written from its makers' published format.
 
-They only ever append: what a conversation is rendered as begins what the conversation and one more message is rendered
-as.  (Many published ones do not: they move the system message or the tools into the last question, or drop what came
-before.)  So a turn is what its message adds, and a model that is trained on whole conversations sees in training what
-it will see when it answers turn by turn.
+They only ever append: a rendered conversation is a prefix of the same conversation rendered with one more message.
+(Many published ones do not: they move the system message or the tools into the last question, or drop earlier parts.)
+So a turn is the text that its message adds, and a model trained on whole conversations sees in training what it will
+see when it answers turn by turn.
 """
 
 # Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py): answers end with eos, no text is trimmed.  Ours: a
-# system message stands in place of the preamble, further turns are further sections.
+# system message replaces the preamble, further turns are further sections.
 _ALPACA = r"""
 {%- if messages[0].role == 'system' -%}
   {{- messages[0].content -}}
@@ -32,7 +32,7 @@ _ALPACA = r"""
 """
 
 # OpenAI's ChatML (github.com/openai/openai-python/blob/release-v0.28.0/chatml.md): no text is trimmed.  Tools as
-# Hermes 2 Pro has them (github.com/NousResearch/Hermes-Function-Calling), in Qwen 2.5's wording.  Ours: every tool's
+# Hermes 2 Pro has them (github.com/NousResearch/Hermes-Function-Calling), in Qwen 2.5's wording.  Ours: every tool
 # response is a turn of its own (theirs share one, which a second response would have to reopen).
 _CHATML = r"""
 {%- set has_system = messages and messages[0].role == 'system' -%}
@@ -61,8 +61,8 @@ _CHATML = r"""
 {{- '<|im_start|>assistant\n' if add_generation_prompt else '' -}}
 """
 
-# Google's Gemma 2 and 3 (ai.google.dev/gemma/docs/core/prompt-structure): all text but the system message is trimmed,
-# which stands before the first question, as Gemma 3's own template has it.  Nothing differs.
+# Google's Gemma 2 and 3 (ai.google.dev/gemma/docs/core/prompt-structure): all text is trimmed except the system
+# message, which precedes the first question, as in Gemma 3's own template.  Nothing differs.
 _GEMMA = r"""
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -103,7 +103,7 @@ _LLAMA_2 = r"""
 
 # Meta's Llama 3 (llama.com/docs/model-cards-and-prompt-formats/meta-llama-3): all text is trimmed.  Tools as in
 # Llama 3.1 (…/llama3_1): JSON calls, the tools themselves in the first question, results quoted.  Ours: without the
-# dates that 3.1 puts into every system turn, and text beside a call is refused, which theirs drops.
+# dates that 3.1 puts into every system turn, and text alongside a call is refused; theirs drops it.
 _LLAMA_3 = r"""
 {%- set has_system = messages and messages[0].role == 'system' -%}
 {{- bos_token -}}
@@ -142,8 +142,8 @@ _LLAMA_3 = r"""
 """
 
 # Mistral 7B Instruct v0.3 (docs.mistral.ai/guides/tokenization, the v3 tokenizer): answers are trimmed, questions are
-# not.  Ours: system message and tools stand before the first question (theirs before the last, so that they move on
-# with every turn), calls may have ids of any form or none, and text beside calls is written, which theirs drops.
+# not.  Ours: system message and tools precede the first question (theirs the last, so that they move with every turn),
+# calls may have ids of any form or none, and text alongside calls is written; theirs drops it.
 _MISTRAL = r"""
 {{- bos_token -}}
 {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' if tools else '' -}}
@@ -202,7 +202,7 @@ TEMPLATES = {
     "mistral": _MISTRAL,
     "vicuna": _VICUNA,
 }
-"""The built-in chat templates, jinja sources by name.  Of these chatml, llama-3 and mistral take tools."""
+"""The built-in chat templates, Jinja sources by name.  Of these, chatml, llama-3 and mistral accept tools."""
 
 DEFAULT_TEMPLATE = "alpaca"
-"""For tokenizers without a template, those of base models: plain text, and answers that end with eos."""
+"""For tokenizers without a template, as base models have: plain text, and answers that end with eos."""

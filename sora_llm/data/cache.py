@@ -1,9 +1,9 @@
-"""A folder that one of many processes fills (`fill_once`), and hashes of files that are remembered.
+"""A folder that one of many processes fills (`fill_once`), and remembered hashes of files.
 
-In the cache folder, beside the finished folders `<key>/`:
+In the cache folder, next to the finished folders `<key>/`:
 
-    <key>.lock                 held by who fills <key>/; gone once that is done.  Says who it is, or why it failed
-    <key>.tmp-<host>-<random>  what is being written
+    <key>.lock                 held by the process that fills <key>/, then removed; names it, or says why it failed
+    <key>.tmp-<host>-<random>  the folder being written
     digests/                   hashes of data files, see `remembered_sha256`
 """
 
@@ -28,30 +28,30 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256, fsync, last_change, write_text_atomically
 
 _POLL_SECONDS = 0.1
-_SILENT_SECONDS = 10  # a process that waits longer for the writer says for whom
+_SILENT_SECONDS = 10  # a process that waits longer for the writer reports which one
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-_ABANDONED_SECONDS = 3600  # another machine's temporary folder that has not grown for so long is nobody's
+_ABANDONED_SECONDS = 3600  # another machine's temporary folder that has not grown for this long is abandoned
 _REMEMBERED_BYTES = 8 << 20  # smaller files are hashed about as fast as they are looked up
-_SETTLED_SECONDS = 2  # a file that changed less long ago may change again within one tick of its time stamp
+_SETTLED_SECONDS = 2  # a file that changed more recently may change again within one tick of its time stamp
 
 # ----- one writer -----------------------------------------------------------------------------------------------------
 
 
 def fill_once(folder: Path, fill: Callable[[Path], None], wait_first: float = 0.0) -> bool:
-    """See to it that `folder` is there and complete; returns whether it was before.
+    """Ensure that `folder` exists and is complete; returns whether it already did.
 
     However many processes and machines ask for the same folder at once, one of them calls `fill` with a temporary
     folder, which is then renamed; the others wait as long as it takes.  They wait for a lock on a file, which the
-    kernel frees when the writer dies, however it dies: the next one takes over.  Where the writer fails, those who
-    waited for it raise its error instead of failing one after the other.  On a file system without locks everybody
-    fills a temporary folder, and the first to rename it wins.
+    kernel frees however the writer dies: the next one takes over.  If the writer fails, the waiting processes raise its
+    error instead of failing one after the other.  On a file system without locks, every process fills a temporary
+    folder, and the first to rename it wins.
 
     Args:
         wait_first: seconds for which this process lets others go first.
 
     Raises:
         UserError: the cache cannot be written.
-        UserError, RunFailed: what `fill` has raised, here or in the process that was waited for.
+        UserError, RunFailed: raised by `fill`, here or in the process that was waited for.
     """
     try:
         if folder.exists():
@@ -66,7 +66,7 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
     lock = folder.with_name(f"{folder.name}.lock")
     earlier_failure = _read_note(lock).get("failed")
     started = time.monotonic()
-    silent = wait_first > 0  # of several processes on a machine, one is enough to say what is waited for
+    silent = wait_first > 0  # one process per machine is enough to report the wait
     while not folder.exists():
         waited, note = time.monotonic() - started, _read_note(lock)
         if note.get("failed") not in (None, earlier_failure):
@@ -79,7 +79,7 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
                         _remove_leftovers(folder)
                     _write(folder, fill, file)
                     return False
-                if locked:  # made anew just now: the writer was done, and had removed its own
+                if locked:  # created again just now: the writer had finished and removed its own
                     lock.unlink(missing_ok=True)
         if waited >= _SILENT_SECONDS and not silent:
             silent = True
@@ -89,11 +89,11 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
 
 
 def _try_lock(file: IO[str]) -> bool | None:
-    """Whether this process holds the lock now; None where the file system has no locks."""
+    """Whether this process now holds the lock; None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return Path(file.name).stat().st_ino == os.fstat(file.fileno()).st_ino
-    except (BlockingIOError, FileNotFoundError):  # the latter: its last holder was done and removed it
+    except (BlockingIOError, FileNotFoundError):  # the latter: its last holder had finished and removed it
         return False
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
@@ -105,7 +105,7 @@ def _write(folder: Path, fill: Callable[[Path], None], lock: IO[str]) -> None:
     writer = f"process {os.getpid()} on {socket.gethostname()}"
     _write_note(lock, writer=writer)
     temporary = folder.with_name(_temporary_prefix(folder) + uuid.uuid4().hex[:8])
-    temporary.mkdir()  # (not tempfile's: that would be closed to others, who may share the cache)
+    temporary.mkdir()  # (not tempfile's: other users, who may share the cache, could not access it)
     try:
         fill(temporary)
         for path in temporary.iterdir():
@@ -117,13 +117,13 @@ def _write(folder: Path, fill: Callable[[Path], None], lock: IO[str]) -> None:
         _write_note(
             lock,
             writer=writer,
-            failed=f"{writer}, {time.time_ns()}",  # compared for being another one, not as a time
+            failed=f"{writer}, {time.time_ns()}",  # compared for identity, not as a time
             is_user_error=isinstance(failure, UserError),
             message=str(failure),
         )
         raise failure from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone by then if all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # already gone if all went well
     Path(lock.name).unlink(missing_ok=True)
 
 
@@ -140,8 +140,8 @@ def _temporary_prefix(folder: Path) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What killed writers have left behind.  Who holds the lock knows that nobody on this machine writes; of other
-    machines it does not, where locks of a network file system are local."""
+    """Remove what killed writers left behind.  The lock's holder knows that no one else on this machine is writing; it
+    cannot know this of other machines if a network file system's locks are local."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         is_ours = leftover.name.startswith(_temporary_prefix(folder))
         if is_ours or time.time() - last_change(leftover) > _ABANDONED_SECONDS:
@@ -149,7 +149,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _read_note(lock: Path) -> dict[str, Any]:
-    """What the writer says of itself in its lock file; {} where it says nothing (yet)."""
+    """The writer's note about itself in its lock file; {} if there is none (yet)."""
     try:
         note = json.loads(lock.read_text(encoding="utf-8"))
         return note if isinstance(note, dict) else {}
@@ -176,13 +176,13 @@ def _not_writable(cache: Path, error: OSError) -> UserError:
 
 
 def remembered_sha256(file: Path, memory: Path) -> str:
-    """Hex SHA-256 of a file's bytes, remembered in the folder `memory`, so that a hundred gigabytes are read once.
+    """Hex SHA-256 of a file's bytes, remembered in the folder `memory` so that a hundred gigabytes are read only once.
 
-    The memory goes by the file's real path, size, and times of its last change (mtime, and ctime, which nobody can
-    set back): a change of the content that leaves all of them as they were is the one thing not seen.
+    The memory is keyed by the file's real path, size and times of last change (mtime, and ctime, which cannot be set
+    back): only a change of the content that leaves all of these unchanged goes unnoticed.
 
     Raises:
-        OSError: the file cannot be read; a memory that cannot be written is done without.
+        OSError: the file cannot be read; a memory that cannot be written is ignored.
     """
     before = file.stat()
     if before.st_size < _REMEMBERED_BYTES:

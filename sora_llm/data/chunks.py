@@ -1,4 +1,4 @@
-"""A chunk of rows → a few arrays of tokens: `Tokenizing.tokenize`, what a process of the pool does."""
+"""A chunk of rows → a few arrays of tokens: `Tokenizing.tokenize`, run by the processes of the pool."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ExcessLength = Literal["drop", "truncate", "split", "error"]
 CHUNK_ROWS = 200
 """Rows that are tokenised together ..."""
 CHUNK_CHARACTERS = 2_000_000
-"""... or fewer, where they are long: a process needs about 45 bytes per character of its chunk."""
+"""... or fewer, if they are long: a process needs about 45 bytes per character of its chunk."""
 
 RawChunk = tuple[int, Sequence[tuple[str, RowOrBad]]]
-"""The number of a data set and some of its rows with their locations."""
+"""The index of a data set and some of its rows with their locations."""
 
 
 def in_chunks(rows: Iterable[tuple[str, RowOrBad]]) -> Iterator[list[tuple[str, RowOrBad]]]:
@@ -59,7 +59,7 @@ class TokenChunk:
     chunk's other rows."""
 
     source: int
-    """Number of the data set."""
+    """Index of the data set."""
     ids: np.ndarray
     weights: np.ndarray
     """(tokens,) int32 and float32."""
@@ -68,7 +68,7 @@ class TokenChunk:
     hashes: np.ndarray
     """(rows,) uint64, of a row's ids and weights."""
     origins: np.ndarray
-    """(rows,) int64, which of the `rows_read` each was made of: the instances of one instruction have one origin."""
+    """(rows,) int64, which of the `rows_read` each was made from: the instances of one instruction share one origin."""
     rows_read: int
     bad_rows: Sequence[tuple[str, str]]
     """(location, reason)."""
@@ -85,7 +85,7 @@ class TokenChunk:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of the rows, by the names of `report.Counts`."""
+        """What became of the rows, keyed by the field names of `report.Counts`."""
         return {
             "rows_read": self.rows_read,
             "rows_kept": len(self.lengths),
@@ -106,7 +106,7 @@ class TokenChunk:
         ]
 
     def without(self, rows: np.ndarray) -> TokenChunk:
-        """Without the rows of which the mask (rows,) is true."""
+        """The chunk without the rows for which the mask (rows,) is true."""
         if not rows.any():
             return self
         kept = np.repeat(~rows, self.lengths)
@@ -122,23 +122,23 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """All that tokens depend on but the rows themselves."""
+    """Everything that tokens depend on except the rows themselves."""
 
     specs: tuple[DatasetSpec, ...]
     tokenizer: Any
     template: str
-    """Jinja source, see `resolve_template`; of no use to data sets without conversations."""
+    """Jinja source, see `resolve_template`; unused by data sets without conversations."""
     train_on_inputs: bool = False
     train_on_last_turn_only: bool = False
     sequence_len: int = 2048
     """Tokens of the longest row that is kept whole."""
     excess_length: ExcessLength = "drop"
-    """What happens to longer rows; split: plain text (type completion) becomes rows of that length, others drop."""
+    """Fate of longer rows; split: plain text (type completion) becomes rows of that length, others are dropped."""
     drop_duplicates: bool = False
-    """Of rows with the same tokens and weights only the first is kept."""
+    """Keep only the first of several rows with the same tokens and weights."""
 
     def __post_init__(self) -> None:
-        """UserError for options that make no sense."""
+        """Raise UserError for invalid options."""
         if self.train_on_inputs and self.train_on_last_turn_only:
             raise UserError("data.train_on_inputs and data.train_on_last_turn_only exclude each other: set one of them")
         if self.sequence_len < 2:
@@ -150,8 +150,7 @@ class Tokenizing:
             raise UserError("the tokenizer has no eos token, with which answers end: choose a model that has one")
 
     def tokenize(self, chunk: RawChunk) -> TokenChunk:
-        """The rows of a chunk that can be trained on, in order.  A row of which one example cannot be used is left
-        out whole."""
+        """The rows of a chunk that can be trained on, in order.  A row with an unusable example is left out."""
         source, rows = chunk
         spec = self.specs[source]
         examples, reasons = _examples_of(rows, spec)
@@ -215,7 +214,7 @@ class Tokenizing:
 def _examples_of(
     rows: Sequence[tuple[str, RowOrBad]], spec: DatasetSpec
 ) -> tuple[list[tuple[int, Example]], dict[int, BadRow]]:
-    """(place of the row, example) of the rows that are good, and why the others are not, by their place."""
+    """(row index, example) for the usable rows, and the reasons why the others are not, by row index."""
     examples: list[tuple[int, Example]] = []
     reasons: dict[int, BadRow] = {}
     for i, (_, row) in enumerate(rows):
@@ -229,8 +228,8 @@ def _examples_of(
 
 
 def _cut(ids: np.ndarray, weights: np.ndarray, length: int, fate: str) -> list[TokenRow]:
-    """What is kept of a row beyond `length`.  A piece that was split off begins with the last token of the one before,
-    so that every token but the row's first is predicted once."""
+    """The pieces kept of a row longer than `length`.  A piece that was split off begins with the last token of the
+    previous one, so that every token but the row's first is predicted once."""
     if fate == "too_long":
         return []
     if fate == "truncated":

@@ -1,4 +1,4 @@
-"""Tokenised rows, memory-mapped: what preparation writes and training reads."""
+"""Tokenised rows, memory-mapped: written by preparation and read by training."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TokenRow = tuple[np.ndarray, np.ndarray]
 
 
 class TokenDataset:
-    """Tokenised rows, one after the other in two arrays.  Memory-mapped, reading a row touches its own tokens only,
-    and processes on one machine share the memory."""
+    """Tokenised rows, one after the other in two arrays.  When memory-mapped, reading a row touches only its own
+    tokens, and processes on one machine share the memory."""
 
     def __init__(self, tokens: np.ndarray, weights: np.ndarray, spans: np.ndarray, table: np.ndarray) -> None:
         """Args:
         tokens, weights: of all rows, one after the other (int32, float32).
-        spans: (rows, 2), where in them each row starts and ends.
-        table: (rows, 4) float64, of each row its supervised tokens, their summed weight, the number of the data set
-            that it came from, and the number of the row of a file that it was made of, one for all that were.
+        spans: (rows, 2), where each row starts and ends in them.
+        table: (rows, 4) float64: each row's supervised tokens, their summed weight, the index of its data set, and the
+            number of the file row that it was made from, shared by all rows made from it.
         """
         self._tokens, self._weights, self._spans, self._table = tokens, weights, spans, table
         self.lengths: np.ndarray = spans[:, 1] - spans[:, 0]
@@ -34,7 +34,7 @@ class TokenDataset:
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow], sources: Sequence[int] | None = None) -> TokenDataset:
-        """Rows in memory, each of its own making, all of data set 0 unless `sources` says of which each is."""
+        """Rows in memory, each with its own origin, all from data set 0 unless `sources` says otherwise."""
         listed = list(rows)
         ends = np.cumsum([len(ids) for ids, _ in listed], dtype=np.int64)
         lengths = np.diff(ends, prepend=0)
@@ -53,7 +53,7 @@ class TokenDataset:
 
     @classmethod
     def load(cls, folder: Path) -> TokenDataset:
-        """What a `TokenWriter` has written; UserError where files are missing or cut short."""
+        """Load what a `TokenWriter` has written; UserError if files are missing or truncated."""
         try:
             lengths = np.load(folder / "lengths.npy")
             table = np.load(folder / "table.npy")
@@ -88,7 +88,7 @@ class TokenDataset:
 
 
 class TokenWriter:
-    """Writes rows as `TokenDataset.load` reads them, without holding them in memory."""
+    """Writes rows in the format of `TokenDataset.load`, without holding them in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,8 +99,8 @@ class TokenWriter:
     def extend(
         self, ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, source: int, origins: np.ndarray
     ) -> None:
-        """More rows of data set `source`, one after the other in `ids` and `weights`, none of them empty; `origins`
-        (rows,) are numbers of what they were made of."""
+        """Append rows of data set `source`, one after the other in `ids` and `weights`, none of them empty; `origins`
+        (rows,) are the numbers of the file rows they were made from."""
         if len(lengths) == 0:
             return
         starts = np.cumsum(lengths) - lengths
@@ -125,5 +125,5 @@ def _mapped(file: Path, dtype: type) -> np.ndarray:
 
 
 def damaged(folder: Path) -> UserError:
-    """What is said of a cache folder that cannot be read."""
+    """The error for a cache folder that cannot be read."""
     return UserError(f"the cached data in {folder} is damaged: delete this folder and start again")

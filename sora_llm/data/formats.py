@@ -1,7 +1,7 @@
 """Parsing rows: `to_examples` (row → examples), independent of the file format.
 
-Nothing here knows a file or a tokenizer.  A row that cannot be used is a `BadRow`, counted by the caller.  Tables
-fill the keys that a row does not have with null, so null means absent everywhere.
+Nothing here knows about files or tokenizers.  An unusable row is a `BadRow`, counted by the caller.  Tables fill the
+keys that a row does not have with null, so null means absent everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sora_llm.row_types import IN_PARTS
 
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _OPENAI_ROLES = _ROLES | {"developer": "system", "function": "tool"}
-_CALLING_ROLES = ("function_call", "tool_call")  # of ShareGPT: the turn's text is a call
+_CALLING_ROLES = ("function_call", "tool_call")  # in ShareGPT: the turn's text is a call
 _SHAREGPT_ROLES = (
     _ROLES
     | {"human": "user", "observation": "tool", "function": "tool"}
@@ -26,10 +26,10 @@ _SHAREGPT_ROLES = (
 )
 _OPENAI_KEYS = (("role", "content"),)
 _SHAREGPT_KEYS = (("from", "value"), *_OPENAI_KEYS)
-_WEIGHT_KEYS = ("loss_weight", "weight", "train", "training")  # LLaMA-Factory's, OpenAI's, axolotl's for one idea
+_WEIGHT_KEYS = ("loss_weight", "weight", "train", "training")  # for one idea: LLaMA-Factory, OpenAI, axolotl
 _LARGEST_WEIGHT = 3e38  # weights are kept in float32
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names that an answer's thoughts have in files, transformers' aliases of one field."""
+"""The names of an answer's thoughts in files, transformers' aliases for one field."""
 _EXTRA_TEXTS = ("name", "tool_call_id", *REASONING)
 
 
@@ -40,19 +40,19 @@ class Message:
     role: str
     """system, user, assistant or tool."""
     content: str
-    """Empty where an assistant only calls tools."""
+    """Empty if an assistant only calls tools."""
     has_content: bool = field(default=True, kw_only=True)
-    """False where a row has no content, or null, beside calls: templates can tell that from an empty one."""
+    """False if a row with calls has no content, or null: templates can tell that from empty content."""
     weight: float | None = None
-    """What the row says about training on this turn: 0 never, 1 as usual, any number >= 0 scales its loss; None
-    leaves it to the options."""
+    """The row's own weight for training on this turn: 0 never, 1 as usual, any number >= 0 scales its loss; None leaves
+    it to the options."""
     is_context: bool = False
-    """Whether an assistant's turn belongs to the prompt: without a weight of its own it is trained on as a user's."""
+    """Whether an assistant's turn belongs to the prompt: without a weight of its own it is treated like a user's."""
     input: str = ""
-    """Alpaca's input: the alpaca template gives it a section of its own, others see it below the content."""
+    """Alpaca's input: the alpaca template gives it its own section, others see it appended to the content."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What else templates read of a turn: tool_calls (arguments as objects), tool_call_id, name, and thoughts under one
-    of the names in `REASONING`."""
+    """Other fields of a turn that templates read: tool_calls (arguments as objects), tool_call_id, name, and thoughts
+    under one of the names in `REASONING`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """A text in two parts, of which the second is the answer."""
+    """A text in two parts, the second of which is the answer."""
 
     prompt: str
     completion: str
@@ -83,10 +83,10 @@ Example = Conversation | PromptCompletion | Text
 
 
 def to_examples(row: Row, spec: DatasetSpec) -> list[Example]:
-    """What a row says, independent of its format: one example, or several where the type holds several in a row.
+    """The content of a row, independent of its format: one example, or several if the type holds several per row.
 
     Raises:
-        BadRow: it says nothing usable; with the reason.
+        BadRow: the row is unusable; with the reason.
     """
     return _BUILDERS[spec.type](row, spec)
 
@@ -99,7 +99,7 @@ def _alpaca(row: Row, spec: DatasetSpec) -> list[Example]:
 
 
 def _history(row: Row) -> Iterator[Message]:
-    """The earlier questions and answers that some alpaca files give as pairs in a column `history`."""
+    """The earlier questions and answers that some alpaca files store as pairs in a column `history`."""
     history = row.get("history")
     if history in (None, "", False):
         return
@@ -113,7 +113,7 @@ def _history(row: Row) -> Iterator[Message]:
 
 
 def _with_system(row: Row, messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
-    """The messages, after the system message that the row has in a column of its own."""
+    """The messages, preceded by the system message if the row has one in a column of its own."""
     system = _text(row, "system", optional=True)
     if not system.strip():
         return messages
@@ -165,7 +165,7 @@ def _sharegpt(row: Row, spec: DatasetSpec) -> list[Example]:
 
 
 def _custom(row: Row, spec: DatasetSpec) -> list[Example]:
-    """Messages, with or without tools, as the data set's own function makes them of the row."""
+    """Messages, with or without tools, as the data set's own function makes them from the row."""
     name = str(spec.function)
     function = load_function(name)
     try:
@@ -224,7 +224,7 @@ def _filled_text(values: Mapping[str, Any], key: str, prefix: str = "") -> str:
 
 
 def whole_characters(text: str, place: str) -> str:
-    """The text, if it has no half of a surrogate pair: json can hold one, tokenizers fail at it."""
+    """The text, unless it has half a surrogate pair (BadRow): JSON can hold one, tokenizers fail on it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -247,7 +247,7 @@ def _check_object(value: Any, place: str) -> None:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """A value given as json text or as it is; templates can write it as json again."""
+    """A value given as JSON text or as it is; checked, since templates may write it as JSON again."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
         json.dumps(value, ensure_ascii=False).encode()
@@ -270,7 +270,7 @@ def _messages(
 
 def _message(turn: Any, place: str, keys: tuple[tuple[str, str], ...], roles: Mapping[str, str]) -> Message:
     _check_object(turn, place)
-    # Of the accepted pairs of keys the first whose role is there.
+    # The first accepted pair of keys whose role is present.
     role_key, content_key = next((pair for pair in keys if turn.get(pair[0]) is not None), keys[0])
     role, content = turn.get(role_key), turn.get(content_key)
     if not isinstance(role, str) or role not in roles:
@@ -294,7 +294,7 @@ def _message(turn: Any, place: str, keys: tuple[tuple[str, str], ...], roles: Ma
 
 
 def _content(content: Any, place: str) -> str:
-    """Text, or a list of typed parts of which every one is text."""
+    """Text, from a string or from a list of typed parts that are all text."""
     if isinstance(content, str):
         return whole_characters(content, place)
     if not isinstance(content, list):
@@ -313,7 +313,7 @@ def _part(part: Any, place: str) -> str:
 
 
 def _weight(turn: dict[str, Any], place: str) -> float | None:
-    """What the turn's own weight or flag says, None where it says nothing."""
+    """The turn's own weight or flag, None if it has neither."""
     weights = {key: turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None}
     for key, weight in weights.items():
         # A comparison with nan is false; true and false are 1 and 0.
@@ -328,7 +328,7 @@ def _weight(turn: dict[str, Any], place: str) -> float | None:
 
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers: a list of them, or its json text; in OpenAI's old files they are `functions`."""
+    """The tools that a row offers: a list or its JSON text; in OpenAI's old files they are called `functions`."""
     value = row.get("tools") or row.get("functions")
     if value is None or value == "":
         return ()
@@ -341,7 +341,7 @@ def _tools(row: Row) -> tuple[dict[str, Any], ...]:
 
 
 def _calls_beside_content(turn: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    """OpenAI's tool_calls, or function_call, which they replaced."""
+    """The calls under OpenAI's tool_calls, or under its predecessor function_call."""
     given = [key for key in ("tool_calls", "function_call") if turn.get(key)]
     if len(given) > 1:
         raise BadRow(f"{place} has both tool_calls and function_call")
@@ -349,7 +349,7 @@ def _calls_beside_content(turn: dict[str, Any], place: str) -> list[dict[str, An
 
 
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as templates expect them, from one or a list of them, or its json text."""
+    """Tool calls as templates expect them, from one call or a list of calls, or its JSON text."""
     calls = _parsed(value, place)
     if not isinstance(calls, list):
         return [_call(calls, place)]
@@ -368,7 +368,7 @@ def _call(value: Any, place: str) -> dict[str, Any]:
 
 
 def _function(value: Any, place: str) -> dict[str, Any]:
-    """A tool or a call as {"type": "function", "function": {"name", ...}}, also where it is only the inner object."""
+    """A tool or a call as {"type": "function", "function": {"name", ...}}, also if only the inner object is given."""
     _check_object(value, place)
     if "function" not in value:
         value = {"type": "function", "function": {key: item for key, item in value.items() if key != "type"}}

@@ -1,4 +1,4 @@
-"""Which files of this machine a data set is made of: one, those of a folder, those that match a pattern."""
+"""The local files that make up a data set: one, those of a folder, or those that match a pattern."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sora_llm.errors import UserError
 from sora_llm.files import user_path
 
 SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
-"""What `save_to_disk` of datasets leaves beside the rows, and beside the folders of several splits."""
+"""The files that `save_to_disk` of datasets writes next to the rows, and next to the folders of several splits."""
 ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
-"""What a data set of the hub has beside its rows."""
+"""Files that accompany the rows of a hub data set."""
 SPLIT_NAMES = (
     {"train", "training"},
     {"validation", "valid", "dev", "val"},
@@ -26,15 +26,15 @@ SPLIT_NAMES = (
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` means this machine rather than the hub, also when nothing is there: a misspelt file name
-    should be called missing, not looked up on the network.  A hub id is "name" or "owner/name"."""
+    """Whether `path` is local rather than on the hub, even if nothing exists there: a misspelt file name should be
+    reported as missing, not looked up on the network.  A hub id is "name" or "owner/name"."""
     if path.startswith((".", "~", "/")) or _is_glob(path) or kind_of(Path(path)) or path.count("/") > 1:
         return True
     return Path(path).exists() or ("/" in path and Path(path).parent.is_dir())
 
 
 def check_file(file: Path) -> None:
-    """UserError if a file is not there, is empty or cannot be read."""
+    """UserError if a file does not exist, is empty or cannot be read."""
     if not file.is_file():
         raise UserError(f"data set {file} does not exist" if not file.exists() else f"data set {file} is not a file")
     if not os.access(file, os.R_OK):
@@ -48,11 +48,12 @@ def _is_glob(path: str) -> bool:
 
 
 def local_files(name: str, type_: str) -> list[Path]:
-    """The files behind the path of a data set, sorted; each of a kind that can be read, and none twice, as where a
+    """The files behind the path of a data set, sorted; all are of a readable kind, and none is listed twice, even if a
     folder has a link to another of its files.
 
     Raises:
-        UserError: none is, a folder is of several data sets (splits of one), or a file lies there packed and unpacked.
+        UserError: there are none, a folder holds several data sets (splits of one), or a file is there both packed and
+            unpacked.
     """
     path = user_path(name, "the path of a data set")
     if _is_glob(name):
@@ -73,7 +74,7 @@ def local_files(name: str, type_: str) -> list[Path]:
 
 
 def _refuse_packed_copies(name: str, files: Collection[Path]) -> None:
-    """UserError if one of the files lies beside its .gz."""
+    """UserError if one of the files is next to its .gz."""
     names = {str(file) for file in files}
     for file in sorted(names):
         if f"{file}.gz" in names:
@@ -84,12 +85,12 @@ def _refuse_packed_copies(name: str, files: Collection[Path]) -> None:
 
 
 def _folder_files(folder: Path, type_: str) -> list[Path]:
-    """The data files anywhere below a folder, without hidden ones and what lies behind links to other folders.  Text
-    files count only where text is wanted: the README beside conversations is not data.  Of what `save_to_disk` of
-    datasets left only the rows count, and not what `map` and others cached beside them."""
+    """The data files anywhere below a folder, except hidden ones and those behind links to other folders.  Text files
+    count only if text is expected: the README next to conversations is not data.  Of the files that `save_to_disk` of
+    datasets left, only the rows count, not what `map` and others cached next to them."""
 
     def refuse(error: OSError) -> None:
-        raise error  # else what lies in a folder that may not be listed would be left out in silence
+        raise error  # else the files in a folder that may not be listed would silently be left out
 
     files = []
     for place, folders, names in os.walk(folder, onerror=refuse):
@@ -111,7 +112,7 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
 
 
 def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
-    """UserError if some of a folder's files are named as those to train on and some as those to measure on."""
+    """UserError if some of a folder's files are named as training data and some as evaluation data."""
     names = [str(file.relative_to(folder)) for file in files]
     found: dict[int, str] = {}  # the first file of each split
     for name in names:
@@ -128,7 +129,7 @@ def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _saved_files(state: Path) -> list[str]:
-    """The names of the files that a data set of `save_to_disk` is made of."""
+    """The names of the files that make up a data set written by `save_to_disk`."""
     try:
         return [str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):

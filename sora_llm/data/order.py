@@ -1,8 +1,8 @@
 """Which rows an optimizer step takes, and which of them a process takes.
 
-The order is a pure function of the seed, the epoch and the position in it: `EpochOrder.step` says what a step takes
-from the whole data set, `share` which part of that a process takes.  So a run goes on with the very next row after a
-resume, also with another number of processes.
+The order is a pure function of the seed, the epoch and the position in it: `EpochOrder.step` gives the rows that a step
+takes from the whole data set, `share` the part that a process takes.  So a resumed run continues with the very next
+row, even with a different number of processes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sora_llm.data.pack import best_fit_decreasing
 from sora_llm.errors import UserError
 
 _GROUPED_STEPS = 50  # without packing: steps whose rows are sorted by length together ...
-_GROUPS_PER_EPOCH = 4  # ... but at least so many groups to an epoch, or small data sets would lose their randomness
+_GROUPS_PER_EPOCH = 4  # ... but at least this many groups per epoch, or small data sets would lose their randomness
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What takes one place in a batch: a row, or several rows packed into one sequence."""
+    """One sequence of a batch: a row, or several rows packed together."""
 
     dataset: TokenDataset
     rows: np.ndarray
@@ -70,32 +70,32 @@ class Arranged:
 
 
 class Order(Protocol):
-    """What training asks of an order of rows."""
+    """The interface through which training asks for rows."""
 
     def step(self, step: int) -> list[PackedRows]:
-        """What optimizer step `step` takes over all processes, counted from 0."""
+        """The sequences of optimizer step `step`, counted from 0, over all processes."""
 
     def steps_in(self, epochs: Fraction) -> int:
-        """Optimizer steps of so many epochs."""
+        """Optimizer steps in that many epochs."""
 
     def epochs_of(self, steps: int) -> float | None:
-        """Epochs that the first `steps` optimizer steps are; None where nobody knows how long one is."""
+        """The number of epochs in the first `steps` optimizer steps; None if the length of an epoch is unknown."""
 
     def position(self) -> dict[str, Any] | None:
-        """What a checkpoint has to keep so that `seek` finds the step after the last one."""
+        """What a checkpoint has to store for `seek` to find the step after the last one."""
 
     def seek(self, position: Mapping[str, Any] | None) -> None:
-        """Go on from a `position`."""
+        """Continue from a `position`."""
 
     def sample(self) -> TokenDataset:
-        """Some rows, all where all are there."""
+        """Some rows, or all of them if all are available."""
 
 
 class EpochOrder:
-    """The order of a data set that is all there.
+    """The order of a data set that is available as a whole.
 
-    Packed, the epoch's rows are shuffled among the places that best-fit packing found for rows of their length, and
-    the sequences are shuffled.  Not packed, rows of like length go together: the shuffled rows are sorted by length
+    With packing, the epoch's rows are shuffled among the places that best-fit packing found for rows of their length,
+    and the sequences are shuffled.  Without, rows of similar length go together: the shuffled rows are sorted by length
     within groups of many steps, and the steps are shuffled.
     """
 
@@ -108,10 +108,10 @@ class EpochOrder:
         mixture: Sequence[float] | None = None,
     ) -> None:
         """Args:
-        rows_per_step: G, sequences where rows are packed.
+        rows_per_step: G; sequences if rows are packed.
         pack_to: tokens of a packed sequence; None: one row each.
-        mixture: weight of each data set (`dataset.sources`).  An epoch keeps its number of rows, of which each data
-            set has its share; rows come again only after all others of their data set.  None: every row once.
+        mixture: weight of each data set (`dataset.sources`).  An epoch keeps its number of rows, and each data set gets
+            its share; rows repeat only after all others of their data set.  None: every row once.
         """
         self.dataset, self.rows_per_step, self.seed, self.pack_to = dataset, rows_per_step, seed, pack_to
         self._drawn = None if mixture is None else _shares(dataset, mixture)
@@ -119,20 +119,20 @@ class EpochOrder:
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def step(self, step: int) -> list[PackedRows]:
-        """What optimizer step `step` takes, counted from 0 over the whole run.  A step never crosses an epoch; an
+        """The sequences of optimizer step `step`, counted from 0 over the whole run.  A step never crosses an epoch; an
         epoch's last step may be smaller."""
         epoch, position = self._locate(step)
         start = position * self.rows_per_step
         return self.epoch(epoch).take(self.dataset, start, start + self.rows_per_step)
 
     def steps_in(self, epochs: Fraction) -> int:
-        """Optimizer steps of so many epochs, rounded up: ceil(N / G) each."""
+        """Optimizer steps in that many epochs, rounded up: ceil(N / G) each."""
         whole = int(epochs)
         rest = math.ceil((epochs - whole) * self._steps_of(whole)) if epochs > whole else 0
         return self._first_step(whole) + rest
 
     def epochs_of(self, steps: int) -> float:
-        """Epochs that the first `steps` optimizer steps are."""
+        """The number of epochs in the first `steps` optimizer steps."""
         epoch, position = self._locate(steps)
         return epoch + position / self._steps_of(epoch)
 
@@ -156,7 +156,7 @@ class EpochOrder:
 
     @property
     def _is_constant(self) -> bool:
-        """Whether every epoch has as many sequences as the first: packing a mixture is another problem each time."""
+        """Whether every epoch has as many sequences as the first: packing a mixture is a new problem each time."""
         return self._drawn is None or self.pack_to is None
 
     def _first_step(self, epoch: int) -> int:
@@ -175,7 +175,7 @@ class EpochOrder:
         return arranged(rows, self.dataset.lengths, self.rows_per_step, self.pack_to, rng)
 
     def _draw(self, epoch: int) -> np.ndarray:
-        """An epoch's rows: of each data set the next ones of an endless sequence of permutations."""
+        """An epoch's rows: from each data set, the next ones of an endless sequence of permutations."""
         assert self._drawn is not None
         drawn = []
         for source, count in enumerate(self._drawn):
@@ -207,8 +207,8 @@ def arranged(
 
 
 def packed(rows: np.ndarray, lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> Arranged:
-    """Shuffled `rows` best-fit packed into sequences of up to `capacity` tokens, the sequences shuffled."""
-    rows = rows[np.argsort(-lengths[rows], kind="stable")]  # rows of one length stay shuffled
+    """Shuffled `rows`, best-fit packed into sequences of up to `capacity` tokens; the sequences are shuffled."""
+    rows = rows[np.argsort(-lengths[rows], kind="stable")]  # rows of equal length stay shuffled
     bins = best_fit_decreasing(lengths[rows], capacity)
     ends = np.cumsum(np.bincount(bins))
     order = rng.permutation(len(ends))
@@ -216,10 +216,10 @@ def packed(rows: np.ndarray, lengths: np.ndarray, capacity: int, rng: np.random.
 
 
 def grouped_by_length(rows: np.ndarray, lengths: np.ndarray, rows_per_step: int, rng: np.random.Generator) -> Arranged:
-    """Shuffled `rows`, one a sequence, so that a step's rows are of like length; the steps shuffled.
+    """Shuffled `rows`, one per sequence, arranged so that a step's rows have similar lengths; the steps are shuffled.
 
-    Rows are sorted within groups of some steps only, so that each epoch puts others together.  Where a data set is
-    too small for that the order is plainly shuffled.
+    Rows are sorted only within groups of some steps, so that each epoch combines different ones.  If a data set is too
+    small for that, the order is simply shuffled.
     """
     steps_per_group = min(_GROUPED_STEPS, len(rows) // (_GROUPS_PER_EPOCH * rows_per_step))
     if steps_per_group > 1:
@@ -236,12 +236,11 @@ def grouped_by_length(rows: np.ndarray, lengths: np.ndarray, rows_per_step: int,
 def share(
     sequences: Sequence[PackedRows], process_index: int, num_processes: int, micro_batch_size: int
 ) -> list[list[PackedRows]]:
-    """One process's micro-batches of a step, sequences of like length together.
+    """One process's micro-batches of a step, with sequences of similar length together.
 
     Every sequence is in exactly one micro-batch of one process, and every process has the same number of
-    micro-batches, ⌈sequences / (num_processes · micro_batch_size)⌉, because each takes part in the same collectives:
-    where sequences run out, the last ones are smaller or empty (`collate` makes a batch of zero weight of an empty
-    one).
+    micro-batches, ⌈sequences / (num_processes · micro_batch_size)⌉, because all take part in the same collectives: if
+    sequences run out, the last ones are smaller or empty (`collate` turns an empty one into a batch of zero weight).
     """
     longest_first = sorted(sequences, key=lambda sequence: -sequence.num_tokens)
     micro_batches = [longest_first[i : i + micro_batch_size] for i in range(0, len(longest_first), micro_batch_size)]
@@ -250,7 +249,7 @@ def share(
 
 
 def fill_rate(dataset: TokenDataset, capacity: int) -> float:
-    """Tokens of all rows / tokens that their packed sequences have room for."""
+    """Tokens of all rows / token capacity of their packed sequences."""
     bins = best_fit_decreasing(-np.sort(-dataset.lengths), capacity)
     return float(dataset.num_tokens / ((bins.max(initial=0) + 1) * capacity))
 
@@ -258,14 +257,14 @@ def fill_rate(dataset: TokenDataset, capacity: int) -> float:
 def split_validation(dataset: TokenDataset, val_set_size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
     """(train, dev): disjoint, drawn by `seed`, each in the order of the files.
 
-    What was made of one row of a file, as instances of an instruction or pieces of a text, is on one side, so that the
-    last row of a file that is drawn may bring more dev rows than were asked for.
+    Everything made from one row of a file, such as instances of an instruction or pieces of a text, is on one side, so
+    the last file row drawn may add more dev rows than were asked for.
 
     Args:
         val_set_size: below 1 a fraction of the rows (at least one row), else a number of rows.
 
     Raises:
-        UserError: `val_set_size` is no such number, or leaves nothing to train on.
+        UserError: `val_set_size` is not such a number, or leaves nothing to train on.
     """
     is_fraction = 0 < val_set_size < 1
     if not is_fraction and (val_set_size < 1 or val_set_size != int(val_set_size)):

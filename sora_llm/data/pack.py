@@ -15,8 +15,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         lengths: (n,) integers in descending order, each in [1, capacity].
         capacity: of a bin.
 
-    Returns: (n,) bin numbers, counted from 0 without gaps.  They depend on the lengths alone, so that items of one
-    length can change places.  Source: Johnson 1974, "Fast algorithms for bin packing" (at most 11/9 of the optimum).
+    Returns: (n,) bin numbers, counted from 0 without gaps.  They depend on the lengths alone, so items of equal length
+    can be swapped.  Source: Johnson 1974, "Fast algorithms for bin packing" (at most 11/9 of the optimum).
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     by_space: defaultdict[int, list[int]] = defaultdict(list)  # free space → the bins that have exactly that

@@ -1,4 +1,4 @@
-"""Work shared among processes, results in order: `map_in_order`."""
+"""Work shared among processes, with results in order: `map_in_order`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TERM_GRACE_SECONDS = 5
-"""For which a worker outlives a TERM, so that its parent can stop in order."""
+"""How long a worker outlives a TERM, so that its parent can stop in order."""
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: int) -> Generator[R]:
-    """`function` of every item, in their order, computed by so many processes (1: by this one).
+    """`function` of every item, in order, computed by `num_processes` processes (1: by this one).
 
-    Few items are under way at any time, so that memory does not grow with their number.  `function` reaches the
-    workers without being pickled.  Closing the generator ends them.
+    Few items are in flight at any time, so memory does not grow with their number.  `function` reaches the workers
+    without being pickled.  Closing the generator ends them.
 
     Raises:
         RunFailed: a worker was killed.
@@ -61,7 +61,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: 
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """Keeps the tokenizers library from warning about threads that a fork has lost."""
+    """Keep the tokenizers library from warning about threads lost in a fork."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -74,15 +74,15 @@ def _single_threaded_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
-_function: Callable[[Any], Any]  # of a worker: inherited once, not sent with every item
+_function: Callable[[Any], Any]  # in a worker: inherited once, not sent with every item
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # Not the trainer's handlers, which a fork inherits.  A scheduler that wants a job to stop sends these signals to
-    # all its processes, and the parent decides what becomes of it; the pool itself sends TERM to those that should end.
-    signal.set_wakeup_fd(-1)  # the parent's: it would take a signal that comes here for its own
+    # Replace the trainer's handlers, which a fork inherits.  A scheduler that wants a job to stop sends these signals
+    # to all its processes, and the parent decides what to do; the pool itself sends TERM to those that should end.
+    signal.set_wakeup_fd(-1)  # the parent's: it would mistake a signal sent here for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

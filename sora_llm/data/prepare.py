@@ -1,8 +1,8 @@
 """Data sets → cached tokens: `prepare`.
 
 Rows are read by one process and tokenised in chunks by several, each chunk into a few arrays (chunks.py, pool.py).
-This process puts the arrays one after the other into files and counts (report.py).  The files are written once for all
-processes of a run and all later runs (cache.py).
+This process appends the arrays to files and counts rows (report.py).  The files are written once for all processes of a
+run and all later runs (cache.py).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_di
 from sora_llm.errors import UserError
 from sora_llm.files import cache_home, user_path
 
-_FORMAT_VERSION = 11  # of the cache: raise it when the same input gives other tokens or files
-_SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised sooner than processes are started
-_MOST_PROCESSES = 8  # that are taken unasked: more would wait for the one that reads
-_MAX_REASONS = 50  # that are counted by themselves: reasons may quote the row
+_FORMAT_VERSION = 11  # of the cache: raise it when the same input gives different tokens or files
+_SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised faster than processes start
+_MOST_PROCESSES = 8  # used by default: more would wait for the one that reads
+_MAX_REASONS = 50  # that are counted individually: reasons may quote the row
 
 
 def prepare(
@@ -57,22 +57,21 @@ def prepare(
     cache_dir: str | Path | None = None,
     wait_first: float = 0.0,
 ) -> tuple[TokenDataset, DataReport]:
-    """The tokens of all data sets, one after the other, from the cache where the same has been prepared before.
+    """The tokens of all data sets, one after the other, from the cache if the same data has been prepared before.
 
-    The cache's key is made of the contents of the files, the template, the tokenizer and the options.  Any number of
-    processes and machines may prepare the same at once: one writes, the others wait for it without a collective and
-    without a limit of time, see `fill_once`.  What is wrong with the rows is found by every process in the report
-    that the writer has left.
+    The cache key is derived from the contents of the files, the template, the tokenizer and the options.  Any number of
+    processes and machines may prepare the same data at once: one writes, the others wait for it without a collective
+    and without a time limit, see `fill_once`.  Every process finds problems with the rows in the writer's report.
 
     Args:
-        max_bad_row_fraction: of the rows read; with more malformed rows than that the run stops.
-        num_proc: processes that tokenise; None takes up to 8, as many as there are cores, where the data set is large.
+        max_bad_row_fraction: of the rows read; with more malformed rows than that, the run stops.
+        num_proc: processes that tokenise; None uses one per core, up to 8, if the data set is large.
         cache_dir: default `default_cache_dir()`.
         wait_first: seconds for which this process lets others become the writer.
 
     Raises:
-        UserError: files, also one that changes meanwhile, columns; a row too long where that is an error, too many bad
-            rows, a data set without a supervised token.
+        UserError: invalid files (also one that changes meanwhile) or columns; a row too long if that is an error, too
+            many bad rows, a data set without a supervised token.
         RunFailed: a process that tokenises was killed.
     """
     if num_proc is not None and num_proc < 1:
@@ -85,7 +84,7 @@ def prepare(
     def fill(temporary: Path) -> None:
         _fill(temporary, work, num_proc)
         for spec, before, after in zip(work.specs, sources, _sources(work.specs, cache / "digests"), strict=True):
-            if after != before:  # these tokens are of neither
+            if after != before:  # these tokens match neither version
                 raise UserError(
                     f"data set {spec.path} changed while it was being read; start again once it is complete"
                 )
@@ -97,23 +96,23 @@ def prepare(
 
 
 def sample(work: Tokenizing, num_rows: int, max_bad_row_fraction: float = 0.01) -> tuple[TokenDataset, DataReport]:
-    """As `prepare`, but only of the first `num_rows` rows of each data set, and without the cache."""
+    """Like `prepare`, but for only the first `num_rows` rows of each data set, and without the cache."""
     check_paths(work.specs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _fill(folder, work, 1, num_rows)
         rows, report = TokenDataset.load(folder), DataReport.load(folder, from_cache=False)
     refuse_unusable(report, max_bad_row_fraction)
-    return rows, replace(report, cache_folder="")  # (what is mapped stays readable)
+    return rows, replace(report, cache_folder="")  # (mapped files stay readable)
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/sora_llm/data, below ~/.cache where the variable is not set."""
+    """$XDG_CACHE_HOME/sora_llm/data, below ~/.cache if the variable is not set."""
     return cache_home() / "sora_llm" / "data"
 
 
 def _sources(specs: Sequence[DatasetSpec], digests: Path) -> list[str]:
-    """What each data set is made of now, as a hash; those of large files are remembered in the folder `digests`."""
+    """A hash of each data set's current sources; those of large files are remembered in the folder `digests`."""
     return [source_digest(spec, partial(remembered_sha256, memory=digests)) for spec in specs]
 
 
@@ -132,7 +131,7 @@ def _key(work: Tokenizing, sources: Sequence[str]) -> str:
 
 
 def _what_changes_tokens(spec: DatasetSpec) -> dict[str, Any]:
-    """A data set's settings but for those that only say when its rows are read and how often they come."""
+    """A data set's settings, except those that only determine when its rows are read and how often they are used."""
     settings = {item.name: getattr(spec, item.name) for item in fields(spec)}
     return {name: value for name, value in settings.items() if name not in ("weight", "streaming")} | {
         "columns": dict(spec.columns)
@@ -140,8 +139,8 @@ def _what_changes_tokens(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of how a tokenizer turns text into ids: what a fast one is made of, vocabulary and class of another, and
-    the settings of both but for where it was loaded from."""
+    """A hash of how a tokenizer turns text into ids: the serialised content of a fast one, vocabulary and class of a
+    slow one, and the settings of either, except where it was loaded from."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
@@ -159,7 +158,7 @@ def _is_place(name: str) -> bool:
 
 
 def _fill(folder: Path, work: Tokenizing, num_proc: int | None, rows_each: int | None = None) -> None:
-    """Tokens and report into `folder`, of all rows or of the first `rows_each` of each data set."""
+    """Write tokens and report into `folder`, for all rows or for the first `rows_each` of each data set."""
     tally, seen, digest, rows_read = _Tally(work), _SeenBefore(), _Digest(), 0
     with (
         closing(TokenWriter(folder)) as writer,
@@ -175,12 +174,12 @@ def _fill(folder: Path, work: Tokenizing, num_proc: int | None, rows_each: int |
             tally.add(chunk, int(repeated.sum()))
             progress.add(chunk.rows_read)
             if work.excess_length == "error" and chunk.first_too_long is not None:
-                break  # kept as far as it goes, so that every process finds the row in the report
+                break  # keep what was read, so that every process finds the row in the report
     tally.report(TokenDataset.load(folder), digest.hex()).save(folder)
 
 
 def _tokenized(work: Tokenizing, num_proc: int | None, rows_each: int | None) -> Generator[TokenChunk]:
-    """All rows, in the order of the files however many processes tokenise."""
+    """All rows, in the order of the files, however many processes tokenise."""
     chunks = (
         chunk for source in range(len(work.specs)) for chunk in _raw_chunks(work.specs[source], source, rows_each)
     )
@@ -192,7 +191,7 @@ def _tokenized(work: Tokenizing, num_proc: int | None, rows_each: int | None) ->
 
 
 def own_cores() -> int:
-    """How many this process may use; not every system restricts them, nor says so."""
+    """The number of cores this process may use; not every system can restrict it or report it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -212,7 +211,7 @@ class _SeenBefore:
         self._runs: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """(n,) bool: whether each has come before, in an earlier call or further up."""
+        """(n,) bool: whether each has come before, in an earlier call or earlier in this one."""
         new, first = np.unique(hashes, return_index=True)
         repeated = np.ones(len(hashes), dtype=bool)
         repeated[first] = False
@@ -228,7 +227,7 @@ class _SeenBefore:
 
 
 class _Digest:
-    """SHA-256 of all rows in order and of where each comes from, however they are cut into chunks."""
+    """SHA-256 of all rows in order and of their sources, independent of how they are cut into chunks."""
 
     def __init__(self) -> None:
         self._parts = [hashlib.sha256() for _ in range(4)]

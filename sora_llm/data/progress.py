@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from sora_llm.terminal import is_terminal
 
-_SILENT_SECONDS = 2.0  # what takes less needs no bar
+_SILENT_SECONDS = 2.0  # anything shorter needs no bar
 _SECONDS_PER_LINE = 10.0
 
 
 class Progress:
-    """Rows so far and rows per second on stderr: a bar on a terminal, elsewhere a line now and then."""
+    """Rows so far and rows per second on stderr: a bar on a terminal, elsewhere an occasional line."""
 
     def __init__(self) -> None:
         self._rows, self._started = 0, time.monotonic()
@@ -26,11 +26,11 @@ class Progress:
             file=sys.stderr,
             delay=_SILENT_SECONDS,
             disable=not is_terminal(sys.stderr),
-            nrows=20,  # else tqdm asks the terminal, and shows nothing on one that says 0, as in many a container
+            nrows=20,  # else tqdm asks the terminal, and shows nothing if that reports 0, as in many containers
         )
 
     def add(self, num_rows: int) -> None:
-        """So many more rows are done."""
+        """Record that `num_rows` more rows are done."""
         self._rows += num_rows
         self._bar.update(num_rows)
         now = time.monotonic()
@@ -40,5 +40,5 @@ class Progress:
             print(f"preparing data: {self._rows:,} rows so far, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves a bar that was shown as it is."""
+        """Close the bar; if it was shown, it stays as it is."""
         self._bar.close()

@@ -18,11 +18,11 @@ from sora_llm.data.tokens import common_prefix_length, names_of_special_tokens, 
 
 
 def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
-    """Ids that a model goes on from: `prompt` as a user's turn with the assistant's opened, or, without a template,
-    as it is; its tokens are those that it has where an answer follows.
+    """Ids for a model to continue: `prompt` as a user's turn with the assistant's opened, or, without a template, as it
+    is; its tokens are those that it has when an answer follows.
 
     Raises:
-        BadRow: the template refuses it, or it holds what is no text.
+        BadRow: the template refuses it, or it contains something that is not text.
     """
     if template is not None:
         return encode_chat(tokenizer, [Message("user", prompt)], template)
@@ -30,11 +30,11 @@ def encode_prompt(tokenizer: Any, prompt: str, template: str | None) -> list[int
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
-    """Ids that a model goes on from: the messages so far with the assistant's turn opened; its tokens are those that it
-    has where an answer follows.
+    """Ids for a model to continue: the messages so far with the assistant's turn opened; the tokens are those that they
+    have when an answer follows.
 
     Raises:
-        BadRow: the template refuses them, or they hold what is no text.
+        BadRow: the template refuses them, or they contain something that is not text.
     """
     for message in messages:
         whole_characters(message.content, f"the {message.role}'s message")
@@ -43,30 +43,30 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], template: str) -> l
 
 
 def _ids_before_an_answer(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text as far as they do not depend on what comes behind it.  Blanks at its end do in most
-    vocabularies: "Answer: four" has the token "▁four", and of two line breaks GPT-2's pattern joins none before a word;
-    alone they would be tokens that no row of the training had there.  A last blank is left for the model to write."""
+    """The leading ids of a text that do not depend on what follows it.  Blanks at its end do in most vocabularies:
+    "Answer: four" has the token "▁four", and GPT-2's pattern does not join two line breaks before a word; alone they
+    would be tokens that no training row had there.  A final blank is left for the model to write."""
     if text == text.rstrip():
         return tokens_of([text], tokenizer)[0].ids
     one, *others = tokens_of([text + beginning for beginning in "aA1"], tokenizer)
     num_shared = min(common_prefix_length(one.ids, other.ids) for other in others)
     ids = one.ids[: min(num_shared, one.num_before(len(text.removesuffix(" "))))]
-    return ids or tokens_of([text], tokenizer)[0].ids  # a blank alone, and no BOS before it
+    return ids or tokens_of([text], tokenizer)[0].ids  # a blank alone, with no BOS before it
 
 
 def served_template(tokenizer: Any, template: str) -> str:
-    """The template to put beside a model that was trained with this one.
+    """The template to save with a model that was trained with this one.
 
-    Clients tokenise what it renders and add nothing (`apply_chat_template`), so it has to write the BOS that the
-    tokenizer put before every sequence here, and the blank that sentencepiece puts before a text that does not begin
-    with a token of its own.  Where no such template is found (`is_served_as_trained`), it writes the BOS at least.
+    Clients tokenise its output and add nothing (`apply_chat_template`), so it has to write the BOS that the tokenizer
+    put before every sequence here, and the blank that sentencepiece puts before a text that does not begin with an
+    added token.  If no such template is found (`is_served_as_trained`), it at least writes the BOS.
     """
     candidates = _served_candidates(tokenizer, template)
     return _first_served_alike(candidates, tokenizer, template) or candidates[1]
 
 
 def is_served_as_trained(tokenizer: Any, template: str) -> bool:
-    """Whether clients that render prompts with `served_template` ask with the tokens of training."""
+    """Whether clients that render prompts with `served_template` send the same tokens as in training."""
     return _first_served_alike(_served_candidates(tokenizer, template), tokenizer, template) is not None
 
 
@@ -75,13 +75,13 @@ def _served_candidates(tokenizer: Any, template: str) -> list[str]:
     written = "bos_token"
     if opened and opened != [tokenizer.bos_token_id]:
         written = json.dumps("".join(tokenizer.convert_ids_to_tokens(opened)), ensure_ascii=False)
-    # Blanks before a block that begins the template are none of it, but would be behind a BOS.
+    # Blanks before a block that begins the template are not rendered, but would be after a BOS.
     bodies, starts = (template, template.lstrip(" \t")), (f"{{{{- {written} }}}}", f"{{{{- {written} + ' ' }}}}")
     return [template, *(start + body for body in bodies for start in starts)]
 
 
 def _first_served_alike(candidates: Sequence[str], tokenizer: Any, template: str) -> str | None:
-    """The first of them whose prompts are, tokenised with nothing added, what is trained with the `template`."""
+    """The first candidate whose prompts, tokenised with nothing added, match those trained with `template`."""
     prompts = [
         [Message("user", "Hi")],
         [Message("system", "Be brief."), Message("user", "Hi")],
@@ -104,17 +104,17 @@ def _first_served_alike(candidates: Sequence[str], tokenizer: Any, template: str
 
 def has_visible_end(tokenizer: Any, template: str) -> bool:
     """Whether an answer ends with one token that is eos or special in the tokenizer's vocabulary, so that generation
-    knows where to stop.  Elsewhere (chatml under a base model) the end is ordinary text that a client must look for.
-    True where the template refuses a question and an answer, which it does not say anything about."""
+    knows where to stop.  Otherwise (chatml on a base model) the end is ordinary text that a client must look for.  True
+    also if the template refuses a question and an answer, since nothing can be inferred then."""
     row = _answered(tokenizer, template)
     return isinstance(row, BadRow) or _last_learned(row) in _ending_tokens(tokenizer)
 
 
 def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
-    """What a model that was trained with the template ends an answer with: a token that is eos or special in the
-    tokenizer's vocabulary, and "", or no such token and a text.  Where a turn ends with blanks alone, which answers are
-    full of, it is what the template writes before the next question.  None and "" where there is nothing to look for,
-    or the template refuses a question and an answer."""
+    """How a model trained with the template ends an answer: a token that is eos or special in the tokenizer's
+    vocabulary, and "", or None and a text.  If a turn ends only with blanks, which answers are full of, the text is
+    what the template writes before the next question.  None and "" if there is nothing to look for, or the template
+    refuses a question and an answer."""
     row = _answered(tokenizer, template)
     if isinstance(row, BadRow):
         return None, ""
@@ -131,8 +131,8 @@ def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
 
 
 def _behind_an_answer(template: str, tokenizer: Any) -> str:
-    """What a template writes behind an answer: the end of the turn, or where that is blank all up to the text of the
-    next question.  "" where that cannot be told."""
+    """The text a template writes after an answer: the end of the turn, or, if that is blank, everything up to the text
+    of the next question.  "" if it cannot be determined."""
     dialogue = (Message("user", "Hi"), Message("assistant", _ANSWER), Message("user", _QUESTION))
 
     def behind(text: str) -> str:
@@ -153,8 +153,8 @@ def _last_learned(row: TokenRow) -> int:
 
 
 def untrained_eos(tokenizer: Any, template: str) -> str | None:
-    """The token with which a template ends answers, where its markers leave it out of what is trained on: the model
-    is never taught to stop.  None where it is taught, or there is no such token."""
+    """The token with which a template ends answers, if its markers exclude it from training: the model is never taught
+    to stop.  None if it is trained on, or there is no such token."""
     row = _answered(tokenizer, template)
     if isinstance(row, BadRow):
         return None
@@ -171,7 +171,7 @@ def untrained_eos(tokenizer: Any, template: str) -> str | None:
 
 
 def merges_trailing_whitespace(tokenizer: Any, template: str) -> bool:
-    """Whether the template ends prompts with blanks that have other tokens where an answer follows."""
+    """Whether the template ends prompts with blanks that are tokenised differently when an answer follows."""
     with suppress(BadRow):
         prompt = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
         return tokens_of([prompt], tokenizer)[0].ids != _ids_before_an_answer(prompt, tokenizer)
@@ -179,8 +179,8 @@ def merges_trailing_whitespace(tokenizer: Any, template: str) -> bool:
 
 
 def generation_prefix(tokenizer: Any, template: str) -> str:
-    """What the template opens an answer with where the model is asked (thoughts, by DeepSeek-R1's), and does not write
-    before an answer that has none of it; "" where it writes the same."""
+    """The text with which the template opens an answer in a prompt (thoughts, in DeepSeek-R1's), but which it does not
+    write before an answer without it; "" if both are the same."""
     with suppress(BadRow):
         asked = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
         answered = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map)
@@ -190,7 +190,7 @@ def generation_prefix(tokenizer: Any, template: str) -> str:
 
 _ASKED = (Message("user", "Hi"), Message("assistant", "Ho"))
 _ANSWER, _QUESTION = "8049217356", "6172940385"
-"""Contents that no template writes itself ("Hum" is in "### Human:") and none changes, as one may the case of words."""
+"""Contents that no template writes itself ("Hum" is in "### Human:") or changes, as it might the case of words."""
 
 
 def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
@@ -200,5 +200,5 @@ def _answered(tokenizer: Any, template: str) -> TokenRow | BadRow:
 
 
 def _ending_tokens(tokenizer: Any) -> set[int]:
-    """Ids of tokens that can end an answer: eos, and what is special in the vocabulary."""
+    """Ids of tokens that can end an answer: eos and the special tokens of the vocabulary."""
     return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(special_tokens(tokenizer))}

@@ -1,7 +1,7 @@
-"""The rows of one file, by kind: json lines, a list in json, csv, parquet, arrow, plain text.
+"""Reading the rows of one file, by kind: JSON lines, a JSON list, csv, parquet, arrow, plain text.
 
-A line that is no row is a `BadRow`, counted by the caller; a file that cannot be read any further is a `UserError`,
-which names the line that was reached.
+A line that is not a row is a `BadRow`, counted by the caller; a file that cannot be read any further is a `UserError`
+that names the line reached.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ class BadRow(Exception):
 Row = dict[str, Any]
 RowOrBad = Row | BadRow
 Placed = Iterator[tuple[str, Callable[[], RowOrBad]]]
-"""Where each row is (":line", from 1, or "#index", from 0) and what makes it: rows that are skipped are not made."""
+"""Where each row is (":line", from 1, or "#index", from 0) and a function that makes it: skipped rows are not
+made."""
 
 _MAX_DEPTH = 100
 TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep"
 
 
 def type_in_words(value: Any) -> str:
-    """What a value is, in the words of json."""
+    """The type of a value, in JSON terms."""
     names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def as_row(value: Any) -> RowOrBad:
-    """The value, if it is a row."""
+    """The value if it is a row, else a `BadRow`."""
     if not isinstance(value, dict):
         return BadRow(f"the row is {type_in_words(value)}, not an object with keys")
     return BadRow(TOO_DEEP) if nested_too_deeply(value) else value
 
 
 def as_table_row(value: Any) -> RowOrBad:
-    """A row of a table with typed columns, without the nulls that fill the keys an object does not have.  (Its own
-    keys are the columns and stay.)"""
+    """A row of a table with typed columns, without the nulls that fill in an object's missing keys.  (The row's own
+    keys are the columns, which stay.)"""
     return as_row({key: _without_nulls(item) for key, item in value.items()} if isinstance(value, dict) else value)
 
 
@@ -61,8 +62,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def nested_too_deeply(value: Any) -> bool:
-    """Whether lists and objects are nested so deeply that to send a row to another process, or to write it in a
-    template, could fail: both recurse, as reading json does."""
+    """Whether lists and objects are nested so deeply that sending a row to another process or writing it in a template
+    could fail: both recurse, as reading JSON does."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [
@@ -80,7 +81,7 @@ def nested_too_deeply(value: Any) -> bool:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns what the file system says against reading a file into a sentence."""
+    """Turn the file system's errors on reading a file into `UserError`s."""
     try:
         yield
     except FileNotFoundError:
@@ -94,8 +95,8 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _open_text(file: Path) -> IO[str]:
-    """Text without the byte order mark that spreadsheets write, line ends as they are (csv needs them).  Bytes that
-    are not UTF-8 come as surrogates, so that they spoil one row (`_not_utf8`) and not the file."""
+    """Text without the byte order mark that spreadsheets write, with line ends unchanged (csv needs them).  Bytes that
+    are not UTF-8 become surrogates, so that they spoil one row (`_not_utf8`) and not the file."""
     return io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -109,7 +110,7 @@ def _not_utf8(text: str, first_line: int) -> BadRow | None:
 
 
 def _numbered(file: Path, stream: Iterable[AnyStr]) -> Iterator[tuple[int, AnyStr]]:
-    """Lines and their numbers; where a compressed file or a disk is damaged, a `UserError` with the number reached."""
+    """Lines and their numbers; a `UserError` with the number reached if a compressed file or a disk is damaged."""
     number = 0
     try:
         for number, line in enumerate(stream, start=1):
@@ -139,14 +140,14 @@ def _json_row(line: bytes) -> RowOrBad:
         return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 text: it holds byte {error.object[error.start]:#04x}")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         return BadRow(f"not valid JSON: {error}")
     except RecursionError:
         return BadRow(TOO_DEEP)
 
 
 def _read_json(file: Path) -> Placed:
-    """A list of rows, {"data": [rows]}, or json lines under the wrong name."""
+    """A list of rows, {"data": [rows]}, or JSON lines under the wrong name."""
     with _open(file) as stream:
         content = b"".join(line for _, line in _numbered(file, stream))
     if _holds_json_lines(content):
@@ -199,7 +200,7 @@ def _read_csv(file: Path) -> Placed:
 
 def _csv_records(file: Path, stream: IO[str]) -> Iterator[tuple[int, list[str] | BadRow]]:
     """The fields of each record, and the line on which it begins."""
-    # strict: without it a quote that is never closed swallows the rest of the file in silence.
+    # strict: without it a quote that is never closed silently swallows the rest of the file.
     reader = csv.reader((line for _, line in _numbered(file, stream)), strict=True)
     while True:
         first_line = reader.line_num + 1
@@ -238,7 +239,7 @@ def _read_parquet(file: Path) -> Placed:
 
 
 def _read_arrow(file: Path) -> Placed:
-    """What `datasets` writes (save_to_disk, its cache) is Arrow's stream format; others write its file format."""
+    """Arrow files: `datasets` writes the stream format (save_to_disk, its cache), others write the file format."""
     import pyarrow.ipc
 
     def batches() -> Iterator[Any]:
@@ -274,8 +275,8 @@ def _row_of_batch(batch: Any, i: int) -> RowOrBad:
 
 
 def _read_text(file: Path) -> Placed:
-    """Plain text: one row per paragraph, that is per block of lines between blank lines.  (A row per line would cut
-    sentences of wrapped text, a row per file would be one row too long to train on.)"""
+    """Plain text: one row per paragraph, a block of lines between blank lines.  (One row per line would cut sentences
+    of wrapped text, one per file would be too long to train on.)"""
     with _open_text(file) as stream:
         numbered = _numbered(file, stream)
         for blank, block in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
@@ -301,11 +302,11 @@ READERS: dict[str, Callable[[Path], Placed]] = {
     ".arrow": _read_arrow,
     ".txt": _read_text,
 }
-"""What reads a file, by the suffix of its name (without .gz)."""
+"""The reader of a file, by the suffix of its name (without .gz)."""
 
 
 def kind_of(file: Path) -> str | None:
-    """The key of `READERS` that fits the file's name, None where there is none."""
+    """The key of `READERS` that matches the file's name, None if there is none."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
     if kind not in READERS or (kind in (".parquet", ".arrow") and name.endswith(".gz")):

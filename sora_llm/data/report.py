@@ -25,28 +25,28 @@ class Counts:
     rows_read: int = 0
     """Rows of the files."""
     rows_kept: int = 0
-    """Rows to train on; self_instruct and splitting make several of a file's row."""
+    """Rows to train on; self_instruct and splitting make several from one row of a file."""
     num_bad_rows: int = 0
     """Rows of the files that cannot be used."""
     too_long: int = 0
     """Rows dropped because they exceed sequence_len."""
     truncated: int = 0
-    """Rows cut to sequence_len, also those that were dropped then."""
+    """Rows cut to sequence_len, including those dropped afterwards."""
     split: int = 0
-    """Rows of plain text that became several of at most sequence_len."""
+    """Rows of plain text split into several of at most sequence_len."""
     no_supervised: int = 0
-    """Rows dropped because no token of them would be trained on (after truncation)."""
+    """Rows dropped because none of their tokens would be trained on (after truncation)."""
     duplicates: int = 0
     """Rows with the same tokens and weights as an earlier one of any data set, whether dropped or not."""
     special_written: int = 0
-    """Rows with a special token in a message, see `special_tokens_written`, also repeated ones."""
+    """Rows with a special token in a message, see `special_tokens_written`, including repeated ones."""
     tokens: int = 0
     """Of the rows to train on."""
     supervised_tokens: int = 0
 
     @property
     def supervised_fraction(self) -> float:
-        """The share of the tokens that is trained on."""
+        """The share of tokens that are trained on."""
         return self.supervised_tokens / max(1, self.tokens)
 
 
@@ -72,7 +72,7 @@ class DataReport(Counts):
     bad_rows: tuple[tuple[str, str], ...]
     """(location, reason) of the first bad rows."""
     bad_reasons: Mapping[str, int]
-    """Reason → bad rows, the most frequent first; numbers in reasons are written #."""
+    """Reason → bad rows, the most frequent first; numbers in reasons are written as #."""
     first_too_long: tuple[str, int] | None
     """(location, tokens) of the first row that exceeds sequence_len."""
     first_special_written: tuple[str, str] | None
@@ -84,14 +84,14 @@ class DataReport(Counts):
     length_histogram: tuple[tuple[int, int, int], ...]
     """(shortest, longest, rows) of each bin, from the shortest row's to the longest row's."""
     fill_rate: float
-    """Tokens / room for tokens where the rows are packed into sequences of sequence_len."""
+    """Tokens / token capacity if the rows are packed into sequences of sequence_len."""
     samples: tuple[int, ...]
     """Row numbers to look at: the first, the middle and the last one."""
     digest: str
-    """SHA-256 of the tokens and weights of all rows in order: equal digests are equal training data."""
+    """SHA-256 of the tokens and weights of all rows in order: equal digests mean equal training data."""
     cache_folder: str = field(default="", compare=False)
     from_cache: bool = field(default=False, compare=False)
-    """Whether the tokens were there before."""
+    """Whether the tokens were already in the cache."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON, computed figures included."""
@@ -102,7 +102,7 @@ class DataReport(Counts):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataReport:
-        """What `to_json` gave; KeyError or TypeError where it is something else."""
+        """The report that `to_json` wrote; KeyError or TypeError for any other value."""
         content = {item.name: value[item.name] for item in fields(cls)}
         names = [item.name for item in fields(DatasetReport)]
         too_long, special = content["first_too_long"], content["first_special_written"]
@@ -119,12 +119,12 @@ class DataReport(Counts):
         )
 
     def save(self, folder: Path) -> None:
-        """Beside the tokens."""
+        """Write the report next to the tokens."""
         (folder / _FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, *, from_cache: bool) -> DataReport:
-        """What `save` has written; UserError where it is damaged."""
+        """Load what `save` has written; UserError if it is damaged."""
         try:
             report = cls.from_json(json.loads((folder / _FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError):
@@ -136,7 +136,7 @@ class DataReport(Counts):
 
 
 def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
-    """UserError where no run should start: a row is too long and none may be, more than `max_bad_row_fraction` of the
+    """UserError if no run should start: a row is too long and that is an error, more than `max_bad_row_fraction` of the
     rows read are malformed, or a data set has nothing to train on."""
     if report.excess_length == "error" and report.first_too_long is not None:
         raise too_long(*report.first_too_long, report.sequence_len)
@@ -151,7 +151,7 @@ def refuse_unusable(report: DataReport, max_bad_row_fraction: float) -> None:
 
 
 def too_long(location: str, num_tokens: int, sequence_len: int) -> UserError:
-    """What is said of a row that is too long where that is an error."""
+    """The error for a row that is too long when that is an error."""
     return UserError(
         f"{location} has {num_tokens} tokens, more than data.sequence_len = {sequence_len}: raise it, or set "
         "data.excess_length to drop, truncate or, for plain text, split"
@@ -159,7 +159,7 @@ def too_long(location: str, num_tokens: int, sequence_len: int) -> UserError:
 
 
 def too_many_bad_rows(num_bad: int, num_read: int, bad_rows: Sequence[tuple[str, str]], allowed: float) -> UserError:
-    """What is said where more rows are malformed than may be."""
+    """The error for more malformed rows than allowed."""
     quoted = "; ".join(f"{location}: {reason}" for location, reason in bad_rows[:_QUOTED_BAD_ROWS])
     more = "; ..." if num_bad > _QUOTED_BAD_ROWS else ""
     return UserError(
@@ -197,7 +197,7 @@ def count_tokens(rows: TokenDataset, num_datasets: int) -> list[tuple[int, int]]
 
 
 def length_histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """(shortest, longest, rows) of bins that end at 2ᵏ and at 1½·2ᵏ: where sequence_len is usually set."""
+    """(shortest, longest, rows) of bins that end at 2ᵏ and at 1½·2ᵏ, the usual values of sequence_len."""
     if len(lengths) == 0:
         return ()
     ends = np.array([1, *(2**k * f // 2 for k in range(1, 40) for f in (2, 3))])  # 1, 2, 3, 4, 6, 8, 12, 16, ...
@@ -209,5 +209,5 @@ def length_histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
 
 
 def sample_rows(num_rows: int) -> tuple[int, ...]:
-    """The first, the middle and the last row, as far as they are different ones."""
+    """The first, the middle and the last row, without repeats."""
     return tuple(sorted({0, num_rows // 2, num_rows - 1})) if num_rows else ()

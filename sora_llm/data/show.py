@@ -18,7 +18,7 @@ from sora_llm.terminal import aligned
 _WIDTH = 100
 _PATH_WIDTH = 40
 _BAR_WIDTH = 40
-_SAMPLE_CHARACTERS = 2400  # of a decoded row; long stretches are cut in their middle
+_SAMPLE_CHARACTERS = 2400  # of a decoded row; long segments are cut in the middle
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
@@ -27,12 +27,12 @@ Section = Mapping[str, Any]
 
 
 def decoded(row: TokenRow, tokenizer: Any) -> list[tuple[str, float]]:
-    """(text, weight) of the stretches of a row that have one weight.  A character whose bytes are in two stretches
-    belongs to the second."""
+    """(text, weight) of each stretch of a row with equal weights.  A character whose bytes are in two stretches belongs
+    to the second."""
     ids, weights = row
     ends = [end for _, end in _stretches(weights)]
     text = _decode(tokenizer, ids)
-    # Each stretch by itself would lose the space before its first word, which sentencepiece leaves out at a start.
+    # Each stretch decoded alone would lose the space before its first word, which sentencepiece drops at the start.
     cuts = [0, *(common_prefix_length(_decode(tokenizer, ids[:end]), text) for end in ends[:-1]), len(text)]
     return [(text[cuts[i] : cuts[i + 1]], float(weights[end - 1])) for i, end in enumerate(ends)]
 
@@ -102,7 +102,7 @@ def _numbers(counts: Section, columns: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _short_path(path: str) -> str:
-    """The end of a path, from a folder's name on where that fits."""
+    """The end of a path, starting at a folder name if that fits."""
     path = str(Path(path))
     if len(path) <= _PATH_WIDTH:
         return path
@@ -156,7 +156,7 @@ def _length_lines(section: Section) -> list[str]:
 
 
 def _bar(share: float) -> str:
-    """A bar of `_BAR_WIDTH` cells at share 1; anything above 0 is seen."""
+    """A bar of `_BAR_WIDTH` cells at share 1; anything above 0 is visible."""
     eighths = max(round(share * _BAR_WIDTH * 8), 1 if share > 0 else 0)
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
 
@@ -190,7 +190,7 @@ def _sample_lines(sample: Mapping[str, Any], section: Section, colour: bool) -> 
 
 
 def _wrapped(segments: Sequence[tuple[str, float]], colour: bool) -> list[str]:
-    """Lines of the width that is left beside the frame, each with colours of its own: the frame has none."""
+    """Lines of the width that the frame leaves, each with its own colours: the frame has none."""
     lines, column, width = [""], 0, _WIDTH - 4
     for text, weight in segments:
         if weight and not colour:

@@ -1,9 +1,9 @@
-"""Where rows come from: `read_rows` (files, folders, globs, hub data sets → rows with a location).
+"""Reading rows: `read_rows` (files, folders, globs, hub data sets → rows with a location).
 
-Nothing here knows what a row means.  A line that is no row is a `BadRow`, counted by the caller; a file or a setting
-that cannot be used is a `UserError`, which ends the run.
+Nothing here knows what a row means.  A line that is not a row is a `BadRow`, counted by the caller; an unusable file or
+setting is a `UserError`, which ends the run.
 
-Locations: ``file:line`` (json lines, csv, txt), ``file#index`` (a json list, parquet, arrow; from 0) and
+Locations: ``file:line`` (JSON lines, csv, txt), ``file#index`` (a JSON list, parquet, arrow; from 0) and
 ``hub_id[split]#index``.
 """
 
@@ -29,7 +29,7 @@ from sora_llm.files import file_sha256
 from sora_llm.row_types import FIELDS, IN_PARTS
 
 OPTIONAL_FIELDS = {"input"}
-_PEEKED_ROWS = 100  # a column that none of the first rows has is taken for a mistake in the config
+_PEEKED_ROWS = 100  # a column missing from all of the first rows is taken for a mistake in the config
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class DatasetSpec:
     type: str
     """One of `FIELDS`."""
     split: str | None = None
-    """Of a hub data set ("train" where none is given); a local file has no splits."""
+    """Of a hub data set ("train" if none is given); a local file has no splits."""
     revision: str | None = None
     """Of a hub data set."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Our field → the column of the file that holds it, where the names differ."""
+    """Our field → the column of the file that holds it, if the names differ."""
     separator: str = ""
     """Written between prompt and completion of prompt_completion."""
     function: str | None = None
-    """Of type custom: "module:function", which makes messages of a row."""
+    """For type custom: "module:function", which makes messages from a row."""
     weight: float | None = None
     """Share of the rows in a mixture of data sets; None: every row once."""
     streaming: bool = False
@@ -60,15 +60,15 @@ class DatasetSpec:
         return self.columns.get(name, name)
 
 
-# ----- what can be said before a row is read ------------------------------------------------------------------------
+# ----- checks before a row is read ----------------------------------------------------------------------------------
 
 
 def check_paths(specs: Sequence[DatasetSpec]) -> None:
-    """Find what is wrong with the data sets without reading them; hub ids are not looked up.
+    """Find problems with the data sets without reading them; hub ids are not looked up.
 
     Raises:
-        UserError: types, columns, functions that cannot be imported, files missing, empty, unreadable or of an unknown
-            kind.
+        UserError: invalid types or columns, functions that cannot be imported, files missing, empty, unreadable or of
+            an unknown kind.
     """
     if not specs:
         raise UserError("data.datasets is empty: name at least one data set")
@@ -80,18 +80,18 @@ def check_paths(specs: Sequence[DatasetSpec]) -> None:
 
 
 def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_sha256) -> str:
-    """A hash of what the rows are made of: the bytes of the files, or the fingerprint of a hub data set (one that is
-    streamed has none), and the sources of the module that a custom function is named in and of the one that defines
-    it (not of others that these import).
+    """A hash of the sources of the rows: the bytes of the files, or the fingerprint of a hub data set (a streamed one
+    has none), and the source of the module by which a custom function is named and of the one that defines it (not of
+    modules that these import).
 
     Raises:
-        UserError: one of these modules is another now than when the function was loaded.
+        UserError: one of these modules has changed since the function was loaded.
     """
     digest = hashlib.sha256()
     if spec.function is not None:
         for module in _modules_of(spec.function, load_function(spec.function)):
             source = _source_when_loaded(module)
-            if source != _source_of(module):  # the old code goes on running, under the new one's key
+            if source != _source_of(module):  # else the old code would keep running under the new one's key
                 raise UserError(
                     f"data set {spec.path}: {module.__file__} has changed since function {spec.function!r} was loaded "
                     "from it; start this program again, so that it runs what is there now"
@@ -102,7 +102,7 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
         return digest.hexdigest()
     for file in local_files(spec.path, spec.type):
         with reading(file):
-            # Each file is hashed by itself: two files cut at another place are other rows.
+            # Each file is hashed by itself: two files cut at a different place are different rows.
             digest.update(f"{file.name}:{file_digest(file)}\n".encode())
     return digest.hexdigest()
 
@@ -144,10 +144,10 @@ def _check_function(spec: DatasetSpec) -> None:
 @functools.lru_cache(maxsize=64)
 def load_function(name: str) -> Callable[[Row], Any]:
     """The function that a data set of type custom names as "module:function".  Modules are also found in the current
-    folder, which a console script does not have on its path.
+    folder, which is not on a console script's path.
 
     Raises:
-        UserError: no such form, the module cannot be imported, it has no such function.
+        UserError: the name has another form, the module cannot be imported, or it has no such function.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -174,7 +174,7 @@ def load_function(name: str) -> Callable[[Row], Any]:
 
 
 def _modules_of(name: str, function: Any) -> list[ModuleType]:
-    """The module that a function is named in and the one that defines it."""
+    """The module by which a function is named and the one that defines it."""
     function = inspect.unwrap(function)
     while isinstance(function, partial):
         function = inspect.unwrap(function.func)
@@ -184,12 +184,12 @@ def _modules_of(name: str, function: Any) -> list[ModuleType]:
 
 @functools.cache
 def _source_when_loaded(module: ModuleType) -> str | None:
-    """`_source_of` at the first call."""
+    """`_source_of` as of the first call."""
     return _source_of(module)
 
 
 def _source_of(module: ModuleType) -> str | None:
-    """The digest of a module's file, None where it has none: those in C, or in an archive."""
+    """The digest of a module's file, None if it has none, as modules in C or in an archive."""
     file = getattr(module, "__file__", None)
     return file_sha256(Path(file)) if file and Path(file).is_file() else None
 
@@ -198,15 +198,14 @@ def _source_of(module: ModuleType) -> str | None:
 
 
 def read_rows(spec: DatasetSpec, skip: int = 0) -> Iterator[tuple[str, RowOrBad]]:
-    """The rows of a data set in order, each with its location.  A line that is no row comes as a `BadRow`.
+    """The rows of a data set in order, each with its location.  A line that is not a row comes as a `BadRow`.
 
     Args:
-        skip: leave out so many rows, bad ones included, and give the rest the same locations.  They are counted, not
-            parsed.
+        skip: leave out that many rows, bad ones included; the rest keep their locations.  They are counted, not parsed.
 
     Raises:
-        UserError: a file (or hub data set) that cannot be read or holds no rows, or a column that none of its first
-            rows has: that is a mistake in the config, not in a row.
+        UserError: a file (or hub data set) that cannot be read or has no rows, or a column that none of its first rows
+            has, which is a mistake in the config, not in a row.
     """
     _check_settings(spec)
     if not is_local(spec.path):
@@ -227,7 +226,7 @@ def _checked(name: str, placed: Placed, spec: DatasetSpec, skipped: int) -> Iter
     head = list(itertools.islice(rows, _PEEKED_ROWS))
     if not head and not skipped:
         raise UserError(f"data set {name} holds no rows")
-    if not skipped:  # of rows in the middle none may have a column that is seldom filled
+    if not skipped:  # rows in the middle may all lack a column that is seldom filled
         _check_columns(name, [row for _, row in head if isinstance(row, dict)], spec)
     for position, row in itertools.chain(head, rows):
         yield name + position, row
@@ -247,7 +246,7 @@ def _check_columns(name: str, rows: list[Row], spec: DatasetSpec) -> None:
 
 
 def _what_fits(columns: Collection[str], spec: DatasetSpec) -> str:
-    """What to do with rows of these columns, which lack one that the data set's type or `columns` wants."""
+    """What to do with rows of these columns, which lack one that the data set's type or `columns` requires."""
     if {"chosen", "rejected"} <= set(columns):
         return "preference data is not supported; map a column with answers in columns"
     fitting = [
@@ -261,7 +260,7 @@ def _what_fits(columns: Collection[str], spec: DatasetSpec) -> str:
 
 
 def is_in_parts(columns: Collection[str], our_field: str, spec: DatasetSpec) -> bool:
-    """Whether other columns say in parts what a field says that is missing."""
+    """Whether other columns hold the parts of a missing field."""
     parts = IN_PARTS.get(our_field, ())
     return bool(parts) and our_field not in spec.columns and our_field not in columns and set(parts) <= set(columns)
 
@@ -276,7 +275,7 @@ def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # network, a damaged file of the data set: each has a class of its own
+        except Exception as error:  # network, a damaged file of the data set: each has its own class
             raise UserError(f"data set {name}#{index} cannot be read: {first_line(error)}") from error
         yield f"#{index}", partial(as_table_row, row)
 
@@ -287,7 +286,7 @@ def _load_hub(path: str, split: str, revision: str | None, streaming: bool = Fal
 
     try:
         return datasets.load_dataset(path, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # hub, http, offline mode, wrong split, missing config: each has a class of its own
+    except Exception as error:  # hub, http, offline mode, wrong split, missing config: each has its own class
         raise UserError(
             f"data set {path!r} (split {split!r}) is neither a file or folder here nor could it be loaded from the "
             f"hub: {first_line(error)}"

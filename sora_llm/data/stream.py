@@ -2,7 +2,7 @@
 
 Rows are taken in windows, in the order of the files: a window is tokenised, shuffled and packed by itself, and steps
 take its sequences.  Everything is a function of the seed and the position, so every process reads the whole stream and
-takes its share of each step, as `order.share` has it; the next window is made while the last one is trained on.
+takes its share of each step (`order.share`); the next window is made while the last one is trained on.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from sora_llm.errors import UserError
 WINDOW_ROWS = 4096
 """Rows that are shuffled and packed together."""
 
-_ENOUGH_ROWS = 100  # of which none can be used say that a data set cannot be
+_ENOUGH_ROWS = 100  # if none of this many rows is usable, neither is the data set
 
 Item = tuple[str, RowOrBad, int]
-"""Where a row stands, the row, and the number of its data set."""
+"""The location of a row, the row, and the index of its data set."""
 
 RowReader = Callable[[int], Iterator[tuple[str, RowOrBad]]]
 """The rows of a data set with their locations, from row number n on."""
 
 Counts = Mapping[str, int]
-"""What became of the rows of a data set so far, as `TokenChunk.counts` has it."""
+"""What became of the rows of a data set so far, in the form of `TokenChunk.counts`."""
 
 Tokenise = Callable[[list[Item], Sequence[Counts]], tuple[Sequence[TokenRow], Sequence[Counts]]]
-"""A window's rows and the counts before it → the rows that are trained on, in order, and the counts after it.  It is
-called in a thread and may raise `UserError`."""
+"""A window's rows and the counts before it → the rows to train on, in order, and the counts after it.  Called in a
+thread; may raise `UserError`."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far the stream has been read, before a window."""
+    """How far the stream has been read before a window."""
 
     window: int
     read: tuple[int, ...]
-    """Rows read of each data set since its beginning, or since it began again."""
+    """Rows read from each data set since its beginning or its last restart."""
     taken: tuple[int, ...]
-    """Rows taken of each data set in all."""
+    """Rows taken from each data set in total."""
     counts: tuple[Counts, ...]
-    """Of each data set."""
+    """For each data set."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Cursor:
-        """The cursor that `asdict` made this of."""
+        """The cursor from its `asdict` form."""
         return cls(value["window"], *(tuple(value[name]) for name in ("read", "taken", "counts")))
 
 
@@ -74,15 +74,15 @@ class Window:
     begins_epoch: bool
     digest: str
     rows: _Rows
-    """Stands at `end`."""
+    """Positioned at `end`."""
 
 
 class StreamOrder:
     """The order of streamed data sets.
 
     Without `mixture` they are read one after the other, which is an epoch, and then again; a step never crosses an
-    epoch.  With it, rows are taken from each so that its share of the rows read is always as near to its weight as can
-    be, and a data set that ends begins again; there are no epochs.
+    epoch.  With it, rows are drawn so that the share of each data set always stays as close to its weight as possible,
+    and a data set that ends starts over; there are no epochs.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class StreamOrder:
         self._restart(Cursor(0, nothing, nothing, tuple({} for _ in self._sources)), next_step=0)
 
     def step(self, step: int) -> list[PackedRows]:
-        """What optimizer step `step` takes.  Steps are asked for one after the other; the last one may be asked for
+        """The sequences of optimizer step `step`.  Steps must be requested in order; the last one may be requested
         again.
 
         Raises:
@@ -124,14 +124,14 @@ class StreamOrder:
         return taken
 
     def steps_in(self, epochs: Fraction) -> int:
-        """Nobody knows how long an epoch is: runs of streamed data are given in steps."""
+        """UserError: the length of an epoch is unknown, so runs on streamed data are specified in steps."""
         raise UserError("data.datasets are streamed: set train.max_steps, and train.num_train_epochs to null")
 
     def epochs_of(self, steps: int) -> None:
-        """None: nobody knows how many rows a stream has."""
+        """None: the number of rows of a stream is unknown."""
 
     def position(self) -> dict[str, Any]:
-        """Where the next step begins, as JSON holds it."""
+        """Where the next step begins, as values for JSON."""
         assert self._window is not None
         return {
             "step": self._next_step,
@@ -141,7 +141,7 @@ class StreamOrder:
         }
 
     def seek(self, position: Mapping[str, Any] | None) -> None:
-        """Go to a `position`; UserError where its window holds other rows now."""
+        """Go to a `position`; UserError if its window now has different rows."""
         assert position is not None
         self._restart(Cursor.from_json(position["cursor"]), position["step"])
         if self._next_window().digest != position["digest"]:
@@ -154,17 +154,17 @@ class StreamOrder:
         self._offset = position["offset"]
 
     def sample(self) -> TokenDataset:
-        """Rows of the present window."""
+        """Rows of the current window."""
         return self._present().dataset
 
     @property
     def digest(self) -> str:
-        """The digest of the present window's rows: equal ones are equal data, as far as it has been read."""
+        """The digest of the current window's rows: equal digests mean equal data, as far as it has been read."""
         return self._present().digest
 
     @property
     def counts(self) -> tuple[Counts, ...]:
-        """What became of the rows of each data set, up to the end of the present window."""
+        """What became of the rows of each data set, up to the end of the current window."""
         return self._present().end.counts
 
     def _present(self) -> Window:
@@ -182,7 +182,7 @@ class StreamOrder:
         self._coming = self._begin(rows, cursor)
 
     def _next_window(self) -> Window:
-        """Go on to the window that was made meanwhile, and have the one after it made."""
+        """Move on to the window built in the background, and start building the one after it."""
         self._window = self._coming.result()
         self._waiting.extend(self._window.sequences)
         self._offset = 0
@@ -203,7 +203,7 @@ class StreamOrder:
         return window
 
     def _read_window(self, stream: _Rows, start: Cursor) -> Window:
-        """The window that begins at `start`, where `stream` stands."""
+        """The window that begins at `start`, the position of `stream`."""
         items, begins_epoch = stream.take(self._window_rows)
         kept, counts = self._tokenise(items, start.counts)
         rows = TokenDataset.of(kept)
@@ -217,21 +217,20 @@ class StreamOrder:
 
 
 class WindowTokenizer:
-    """`Tokenise` for data sets."""
+    """Implements `Tokenise` for data sets."""
 
     def __init__(self, work: Tokenizing, max_bad_row_fraction: float) -> None:
         """Args:
-        max_bad_row_fraction: of the rows so far; where more are malformed after a window the run stops.
+        max_bad_row_fraction: of the rows so far; if more are malformed after a window, the run stops.
         """
-        # A tokenizer of its own, used by one thread at a time: encoding sets its truncation, and the library crashes
-        # (a segmentation fault, seen) where another thread encodes meanwhile.
+        # A separate tokenizer, used by one thread at a time: encoding sets its truncation, and the library crashes (a
+        # segmentation fault, observed) if another thread encodes at the same time.
         self._work = replace(work, tokenizer=copy.deepcopy(work.tokenizer))
         self._one_at_a_time = threading.Lock()
         self._max_bad_row_fraction = max_bad_row_fraction
 
     def __call__(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
-        """UserError for too many bad rows, a row too long where that is an error, or nothing to train on in one of the
-        data sets."""
+        """UserError: too many bad rows, a row too long if that is an error, or a data set with nothing to train on."""
         with self._one_at_a_time:
             return self._tokenise(items, before)
 
@@ -248,7 +247,7 @@ class WindowTokenizer:
                 counted.update(chunk.counts)
                 bad_rows += chunk.bad_rows
                 rows += chunk.rows()
-            counts.append(dict(counted))  # asdict makes of a Counter, item by item, one that counts the items
+            counts.append(dict(counted))  # asdict would turn a Counter, item by item, into one that counts the items
         self._check(counts, bad_rows)
         return rows, counts
 
@@ -272,11 +271,11 @@ class _Rows:
         self._sources, self._mixture = sources, mixture
         self.read, self.taken = list(start.read), list(start.taken)
         self._open: dict[int, Iterator[tuple[str, RowOrBad]]] = {}
-        # One after the other: the last one that was begun.
+        # For reading one after the other: the last source that was begun.
         self._current = max((source for source, count in enumerate(self.read) if count), default=0)
 
     def take(self, num_rows: int) -> tuple[list[Item], bool]:
-        """The next rows, and whether an epoch begins with them; rows of two epochs never come together."""
+        """The next rows, and whether an epoch begins with them; rows of two epochs are never mixed."""
         items: list[Item] = []
         begins_epoch = not any(self.read)
         while len(items) < num_rows:
@@ -307,7 +306,7 @@ class _Rows:
         self._open.pop(source, None)
 
     def _furthest_behind(self) -> int:
-        """The source whose share of the rows, with the next one, would be furthest below its weight."""
+        """The source whose share of the rows, counting the next one, would be furthest below its weight."""
         assert self._mixture is not None
         due = (sum(self.taken) + 1) / sum(self._mixture)
         return max(range(len(self.taken)), key=lambda i: (self._mixture[i] * due - self.taken[i], -i))  # type: ignore[index]

@@ -12,7 +12,7 @@ from sora_llm.data.templates import NAMES_OF_TOKENS, as_dicts, render
 
 
 class _Kind(NamedTuple):
-    """What a message uses of what a template may have no place for."""
+    """The features of a message that a template may have no place for."""
 
     role: str
     has_content: bool
@@ -26,15 +26,15 @@ class _Kind(NamedTuple):
 
 
 def check_has_place(conversation: Conversation, template: str) -> None:
-    """Refuse a conversation that a template writes the same whatever a part of it says.
+    """Refuse a conversation if the template renders it the same whatever one of its parts says.
 
-    Templates pass over in silence what they do not know, and the model would learn answers without their reason.
-    (Phi-3-mini's drops the system message, Llama 3.1's the text beside a call, R1's distillates' the thoughts.)
-    An answer's parts are asked about as in the last answer: what templates drop of earlier ones, thoughts for the most
-    part, they drop on purpose, and where such an answer is trained on, its turn is not found.
+    Templates silently skip parts they do not know, and the model would learn answers without their reason.
+    (Phi-3-mini's drops the system message, Llama 3.1's the text alongside a call, those of R1's distillates the
+    thoughts.)  An answer's parts are checked as in the last answer: templates drop parts of earlier ones, mostly
+    thoughts, on purpose, and if such an answer is trained on, its turn is not found.
 
     Raises:
-        BadRow: it does; with the part.
+        BadRow: it does; the message names the part.
     """
     kinds = tuple([_kind(message) for message in conversation.messages])
     if reason := _left_out_of_any(template, bool(conversation.tools), kinds):
@@ -62,8 +62,8 @@ def _left_out_of_any(template: str, has_tools: bool, kinds: tuple[_Kind, ...]) -
 
 
 def _exchanges(kinds: Sequence[_Kind]) -> list[tuple[tuple[_Kind, ...], bool]]:
-    """A question and all up to the next one, after the system messages at the start, and whether it is the last: few
-    different ones, however long the conversations are, so that each needs to be tried once."""
+    """Each question with everything up to the next one, preceded by the initial system messages, and whether it is the
+    last: few distinct ones, however long the conversations are, so that each is tried only once."""
     first = next((i for i, kind in enumerate(kinds) if kind.role != "system"), len(kinds))
     exchanges: list[list[_Kind]] = [[]]
     for kind in kinds[first:]:
@@ -72,7 +72,7 @@ def _exchanges(kinds: Sequence[_Kind]) -> list[tuple[tuple[_Kind, ...], bool]]:
             exchange = []
             exchanges.append(exchange)
         exchange.append(kind)
-        for period in (1, 2):  # a third tool result is as the second, a third round of call and result as well
+        for period in (1, 2):  # a third tool result is like the second, and so is a third round of call and result
             last = exchange[-period:]
             if last * 3 == exchange[-3 * period :]:
                 del exchange[-period:]
@@ -82,8 +82,8 @@ def _exchanges(kinds: Sequence[_Kind]) -> list[tuple[tuple[_Kind, ...], bool]]:
 
 @functools.lru_cache(maxsize=4096)
 def _left_out(template: str, has_tools: bool, kinds: tuple[_Kind, ...], is_last: bool) -> str | None:
-    """Why conversations with such messages cannot be used, None if they can.  What the template refuses here it may
-    refuse for the example's sake: the conversation itself will tell."""
+    """Why conversations with such messages cannot be used, None if they can.  If the template refuses a probe, the
+    probe itself may be the cause: rendering the real conversation will show."""
     messages = [_sample(kind) for kind in kinds]
     after = [] if is_last else [Message("user", "And?"), Message("assistant", "Well.")]
 
@@ -109,8 +109,8 @@ def _left_out(template: str, has_tools: bool, kinds: tuple[_Kind, ...], is_last:
 
 
 def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
-    """What such a message says, each with the reason why a template that does not write it cannot be used.  (An
-    answer's own text is not among it: a turn that is not there is found missing where it is looked for.)"""
+    """The parts of such a message, each with the reason why a template that does not write it cannot be used.  (An
+    answer's own text is not included: a missing turn is noticed when it is located.)"""
     if kind.num_calls:
         yield "calls", _NO_PLACE.format("tool calls")
     if kind.has_reasoning:
@@ -127,7 +127,7 @@ def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
 
 
 def _sample(kind: _Kind, changed: str = "") -> Message:
-    """A message of a kind, of which one part may say something else."""
+    """A message of a kind, with different words in the part `changed`."""
 
     def says(part: str) -> str:
         return "Dolor." if part == changed else "Lorem."
@@ -136,7 +136,7 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
     if kind.has_thoughts:
         text = f"<think>\n{says('thoughts')}\n</think>\n\n{text}"
     extra: dict[str, Any] = {}
-    call_id = {"id": "call00001"} if kind.has_id else {}  # nine characters, as Mistral's templates want them
+    call_id = {"id": "call00001"} if kind.has_id else {}  # nine characters, as Mistral's templates require
     if kind.num_calls:
         function = {"name": says("calls"), "arguments": {"text": says("calls")}}
         extra["tool_calls"] = [{"type": "function", "function": function, **call_id}] * kind.num_calls

@@ -1,4 +1,4 @@
-"""Which chat template is used (a built-in one, the tokenizer's own, a jinja file), and conversations rendered by it."""
+"""Choosing a chat template (built-in, the tokenizer's own, or a Jinja file) and rendering conversations with it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sora_llm.files import user_path
 
 
 def resolve_template(tokenizer: Any, name: str | None) -> str:
-    """The jinja source of the chat template to use.
+    """The Jinja source of the chat template to use.
 
     Args:
-        name: a built-in (`TEMPLATES`), the path of a jinja file, or None for the tokenizer's own template and, where
-            it has none, `DEFAULT_TEMPLATE`.
+        name: a built-in (`TEMPLATES`), the path of a Jinja file, or None for the tokenizer's own template or, if it has
+            none, `DEFAULT_TEMPLATE`.
 
     Raises:
-        UserError: an unknown name, or a template that is not valid jinja.
+        UserError: an unknown name, or a template that is not valid Jinja.
     """
     source = _template_source(tokenizer, name)
     try:
@@ -40,7 +40,7 @@ def resolve_template(tokenizer: Any, name: str | None) -> str:
             f"chat template {name or 'of the tokenizer'}:{line} is not valid jinja: {error.message}"
         ) from None
     except BadRow:
-        pass  # a template may refuse this one message and still serve the data; rows that it refuses are counted
+        pass  # a template may refuse this one message and still work for the data; rows that it refuses are counted
     return source
 
 
@@ -78,8 +78,8 @@ def _own_template(tokenizer: Any) -> str | None:
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates expect them.  Alpaca's input is part of the content, and there by itself for the one
-    template that has a section for it; a content that is null is left out, as `apply_chat_template` leaves it out."""
+    """Messages as templates expect them.  Alpaca's input is part of the content, and also given separately for the one
+    template that has a section for it; null content is left out, as `apply_chat_template` does."""
     return [_as_dict(message) for message in messages]
 
 
@@ -92,7 +92,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
         as_dict |= {"instruction": message.content, "input": message.input}
     as_dict.update((key, value) for key, value in message.extra.items() if value is not None)
     if thoughts := next(filter(None, map(as_dict.get, REASONING)), None):
-        as_dict |= dict.fromkeys(REASONING, thoughts)  # templates read the one or the other
+        as_dict |= dict.fromkeys(REASONING, thoughts)  # templates read one or the other
     return as_dict
 
 
@@ -104,13 +104,13 @@ def render(
     tools: Sequence[dict[str, Any]] = (),
     prompt: bool = False,
 ) -> str:
-    """The text of a conversation, the same that `tokenizer.apply_chat_template` gives, but for the date: templates that
-    ask for today's get `_DATE`.
+    """The text of a conversation, identical to that from `tokenizer.apply_chat_template` except for the date: templates
+    that ask for today's get `_DATE`.
 
     Args:
         messages: from `as_dicts`.
-        template: jinja source, from `resolve_template`.
-        special_tokens: `tokenizer.special_tokens_map`, what templates call bos_token, eos_token and so on.
+        template: Jinja source, from `resolve_template`.
+        special_tokens: `tokenizer.special_tokens_map`, read by templates as bos_token, eos_token and so on.
         prompt: end where the assistant's next turn begins.
 
     Raises:
@@ -126,7 +126,7 @@ def render_marked(
     *,
     tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[str, list[tuple[int, int]]]:
-    """As `render`, and the stretches of characters that the template's generation markers enclose."""
+    """Like `render`, plus the character spans that the template's generation markers enclose."""
     return _render(messages, template, special_tokens, tools, return_assistant_tokens_mask=True)
 
 
@@ -140,13 +140,13 @@ def _render(
     if any("content" not in message for message in messages) and _needs_content(template):
         messages = [{"content": "", **message} for message in messages]
     try:
-        # What apply_chat_template calls, which costs a fifth more.  It compiles each template once.
+        # The function behind apply_chat_template, which costs a fifth more.  It compiles each template once.
         rendered: Any = render_jinja_template(
             [messages], tools=list(tools) or None, chat_template=_on_one_day(template), **{**special_tokens, **options}
         )
     except jinja2.TemplateSyntaxError:
         raise
-    except Exception as error:  # a template is a program: it may divide by zero, or recurse without an end
+    except Exception as error:  # a template is a program: it may divide by zero, or recurse endlessly
         if not messages:
             raise BadRow("the conversation begins with the assistant, which the chat template cannot render") from None
         raise BadRow(f"the chat template refuses the conversation: {error}") from None
@@ -154,20 +154,20 @@ def _render(
     return text, spans[0] if spans else []
 
 
-# Llama 3.2's template writes today's date, so that a row would have other tokens every day: a cache, a stream that is
-# resumed and other processes after midnight would differ.  This is the date that Llama's templates fall back to.
+# Llama 3.2's template writes today's date, so a row would have different tokens every day: caches, resumed streams and
+# other processes after midnight would differ.  This is the date that Llama's templates fall back to.
 _DATE = datetime(2024, 7, 26)
 _DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdejmyYFDHIMSpTRxX"))
 
 
 @functools.lru_cache(maxsize=8)
 def _on_one_day(template: str) -> str:
-    """The template with `strftime_now` as a macro that knows one date.  (Passed as a variable, transformers 5.23 would
-    replace the function by its name.)"""
+    """The template with `strftime_now` as a macro with a fixed date.  (If the function were passed as a variable,
+    transformers 5.23 would replace it by its name.)"""
     if "strftime_now" not in template:
         return template
     dates = "".join(f" | replace('{code}', '{_DATE.strftime(code)}')" for code in _DATE_CODES)
-    # The line break after a block is not rendered, and what begins a line in the template goes on doing so.
+    # The line break after a block is not rendered, and text that begins a line in the template still does.
     return f"{{%- macro strftime_now(format) -%}}{{{{- format{dates} -}}}}{{%- endmacro %}}\n{template}"
 
 
@@ -177,7 +177,7 @@ def _num_lines_before(template: str) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _needs_content(template: str) -> bool:
-    """Whether the template fails at a call without content.  Many do, that write an empty one as it should be."""
+    """Whether the template fails on a call without content.  Many that do handle empty content correctly."""
     call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"text": "?"}}}
     answer = Message("assistant", "", extra={"tool_calls": [call]}, has_content=False)
     dialogue = as_dicts([Message("user", "?"), answer])
@@ -190,14 +190,14 @@ def _needs_content(template: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def has_markers(template: str) -> bool:
-    """Whether the template marks by itself what the assistant writes, with {% generation %}."""
+    """Whether the template itself marks the assistant's text with {% generation %}."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
 @functools.lru_cache(maxsize=8)
 def ends_answers_visibly(template: str) -> bool:
-    """Whether the template writes more than blanks after an answer.  Where it does not, they are all that a model can
-    learn to stop with; elsewhere they lie between two turns and belong to none."""
+    """Whether the template writes more than blanks after an answer.  If it does not, they are all that a model can
+    learn to stop with; otherwise they separate two turns and belong to neither."""
     try:
         dialogue = as_dicts([Message("user", "?"), Message("assistant", "!")])
         return not render(dialogue, template, NAMES_OF_TOKENS).rstrip().endswith("!")

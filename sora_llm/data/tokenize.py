@@ -1,12 +1,12 @@
 """Examples → token ids and the weight of each as a target.
 
-A weight above 0 says that the token is trained on, predicted from the tokens before it: the model shifts, we do not.
-Which tokens belong to an answer is found by position: an answer is what the template's own markers enclose, or what
-the answer's message adds to the rendered conversation before it, and its tokens are those that reach into these
-characters.  Searching the text for role names would find them in what users write.
+A weight above 0 means that the token is trained on, predicted from the tokens before it: the model shifts, we do not.
+The tokens of an answer are found by position: an answer is the text that the template's own markers enclose, or that
+its message adds to the rendered conversation before it, and its tokens are those that overlap these characters.
+Searching the text for role names would also find them in users' messages.
 
-Texts are tokenised as the tokenizer does it and its vocabulary is never changed: under a base model the markers of
-chatml or llama-3 are then several ordinary tokens each, which the model learns like any text.
+Texts are tokenised by the unmodified tokenizer, and its vocabulary is never changed: on a base model, the markers of
+chatml or llama-3 are several ordinary tokens each, which the model learns like any text.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ def tokenize_examples(
     train_on_last_turn_only: bool = False,
     separator: str = "",
 ) -> list[TokenRow | BadRow]:
-    """Token ids and weights of some examples, all tokenised in one call; of an example that has none, the reason.
+    """Token ids and weights of some examples, all tokenised in one call; for an unusable example, the reason.
 
-    Conversations: `template` renders them; supervised are the assistant's turns with their end-of-turn token, but not
-    the line break after it.  A message's own weight comes before `train_on_inputs`; under `train_on_last_turn_only` it
-    counts for the last answer and for nothing else, so that an earlier one has 0 whatever it says.  Where a template
-    writes an answer differently once others follow, without the (empty) thoughts of the last one, the earlier answer
-    is supervised as it stands in the whole conversation.  Prompt and completion: joined as text
-    with `separator` and tokenised together, supervised from the end of the longest common prefix with the tokenised
-    prompt.  Texts: everything.  The latter two end with eos.  There is exactly one BOS at the start where the
-    tokenizer uses one, whether it or the template writes it, and its weight is 0, as that of whatever is at position 0,
-    which has nothing before it.
+    Conversations: `template` renders them; the assistant's turns are supervised with their end-of-turn token, but not
+    the line break after it.  A message's own weight takes precedence over `train_on_inputs`; under
+    `train_on_last_turn_only` it counts only for the last answer, and earlier turns have weight 0 regardless.  If a
+    template writes an answer differently once others follow, without the (empty) thoughts of the last one, the earlier
+    answer is supervised as it appears in the whole conversation.  Prompt and completion: joined as text with
+    `separator` and tokenised together, supervised from the end of the longest common prefix with the tokenised prompt.
+    Texts: everything.  The latter two end with eos.  There is exactly one BOS at the start if the tokenizer uses one,
+    whether it or the template writes it; its weight is 0, as is that of any token at position 0, which has nothing
+    before it.
 
-    A token that lies across the start or the end of a turn belongs to the turn.  Such a token is rare: it takes a
+    A token that straddles the start or the end of a turn belongs to the turn.  Such tokens are rare: they take a
     template that writes a line break before answers and does not trim them, an answer that begins with another, and a
-    tokenizer that has a token for both.  To split it would train on tokens that the tokenizer never gives.
+    tokenizer that has a token for both.  Splitting them would train on tokens that the tokenizer never produces.
 
     Args:
-        template: jinja source, from `resolve_template`.
+        template: Jinja source, from `resolve_template`.
         train_on_inputs: supervise prompts as well.
-        train_on_last_turn_only: supervise the last assistant turn alone.
+        train_on_last_turn_only: supervise only the last assistant turn.
         separator: between prompt and completion.
 
-    Bad rows: the template refuses the conversation, has no place for a part of it, or hides which tokens belong to a
-    turn.
+    Bad rows: the template refuses the conversation, has no place for a part of it, or renders it so that the tokens of
+    a turn cannot be located.
     """
     drafting = _Drafting(
         template,
@@ -75,10 +75,10 @@ def tokenize_examples(
 
 
 def special_tokens_written(examples: Sequence[Example], tokenizer: Any) -> list[str | None]:
-    """A special token that somebody has written into a message of each example (the <s> of old HTML, a transcript of a
-    chat), None where there is none.  Tokenizers take the name for the token, here as where the model is served: the row
-    has a second BOS, or an end of turn within an answer, and the model learns to stop there.  Prompts, completions and
-    texts are not looked at: in them a format's tokens are written out on purpose."""
+    """The first special token written out in a message of each example (the <s> of old HTML, a chat transcript), None
+    if there is none.  Tokenizers take the name for the token, here as in serving: the row has a second BOS, or an end
+    of turn within an answer, and the model learns to stop there.  Prompts, completions and texts are not checked:
+    there, a format's tokens are written out on purpose."""
     if getattr(tokenizer, "split_special_tokens", False):
         return [None] * len(examples)
     names = names_of_special_tokens(tokenizer)
@@ -102,26 +102,26 @@ def _texts_of(message: Message) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What is to be tokenised."""
+    """A text to tokenise, with the weights of its characters."""
 
     text: str
     weight: float
-    """Of every character that no span covers."""
+    """For every character that no span covers."""
     spans: Sequence[tuple[int, int, float]] = ()
     """(first character, one past the last, weight)."""
     prompt: str | None = None
-    """The beginning of the text whose tokens, as far as they are the same when it stands alone, have weight 0."""
+    """The beginning of the text; its leading tokens that are the same when it is tokenised alone have weight 0."""
     ends_with_eos: bool = False
 
 
 @dataclass(frozen=True)
 class _Drafting:
-    """How examples become texts; one for a chunk of examples."""
+    """The conversion of examples to texts; one object for a chunk of examples."""
 
     template: str
     special_tokens: Mapping[str, Any]
     closing_tokens: Sequence[str]
-    """Those that templates may write after the last turn of any conversation."""
+    """Tokens that templates may write after the last turn of any conversation."""
     special_texts: Sequence[str]
     """All special tokens, the longest first."""
     train_on_inputs: bool
@@ -163,7 +163,7 @@ class _Drafting:
         return _Draft(text, usual, spans)
 
     def _weights(self, messages: Sequence[Message]) -> list[float]:
-        """The weight of each turn: what the message says of itself, else what the options say."""
+        """The weight of each turn: the message's own, else the one that follows from the options."""
         last_answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
 
         def weight(i: int, message: Message) -> float:
@@ -178,7 +178,7 @@ class _Drafting:
     def _turn(
         self, i: int, messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[..., str]
     ) -> tuple[int, int]:
-        """Where turn i begins and ends in the rendered text, by what it adds to the conversation before it."""
+        """Where turn i begins and ends in the rendered text, by the text it adds to the conversation before it."""
         is_answer, content_at = messages[i]["role"] == "assistant", len(text)
         if i + 1 == len(messages):
             end = len(text)
@@ -206,9 +206,9 @@ class _Drafting:
         return start, max(start, end)
 
     def _end_token(self, i: int, text: str, end: int, alone: str, rendered: Callable[..., str]) -> str:
-        """The token that ends answer i where another one ends it at the end of a conversation (gpt-oss writes
-        <|return|> there and <|end|> elsewhere): it stands in the text after the answer, and in the prompt for the next
-        one, but does not open an answer."""
+        """The token that ends answer i, if a different one ends it at the end of a conversation (gpt-oss writes
+        <|return|> there and <|end|> elsewhere): it follows the answer in the text and in the prompt for the next one,
+        but does not open an answer."""
         if alone.rstrip() == text[:end].rstrip():
             return ""
         token = next((token for token in self.special_texts if token and text.startswith(token, end)), "")
@@ -220,12 +220,12 @@ class _Drafting:
     def _rewritten(
         self, i: int, messages: Sequence[Mapping[str, Any]], text: str, alone: str, rendered: Callable[..., str]
     ) -> tuple[int, int]:
-        """Where in the whole conversation the own text of an answer begins and its turn ends, of one that is written
-        differently as the last (`alone`: the conversation up to it): its text stands where renderings of other texts
-        differ, and what follows there is what follows in `alone`.
+        """Where an answer's own text begins and its turn ends in the whole conversation, for an answer that is written
+        differently when it is last (`alone`: the conversation up to it): its text is where renderings with replaced
+        texts differ, and the text after it is the same as in `alone`.
 
         Raises:
-            BadRow: the two do not say the same, or the answer has thoughts, which templates drop of earlier answers: it
+            BadRow: the two do not match, or the answer has thoughts, which templates drop from earlier answers: it
                 would be learned without them.
         """
         message = messages[i]
@@ -243,8 +243,8 @@ class _Drafting:
     def _place_of(
         self, i: int, messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[..., str]
     ) -> tuple[int, int]:
-        """Where a rendered conversation has what message i says (its text; the names of its calls and what is
-        between them), by what two replacements change, which differ in their first and in their last character."""
+        """The span of message i's content in a rendered conversation (its text; the names of its calls and everything
+        between them), found by rendering two replacements that differ in their first and last characters."""
         one, other = (
             rendered(0, of=[*messages[:i], _saying(words, messages[i]), *messages[i + 1 :]]) for words in _REPLACEMENTS
         )
@@ -256,10 +256,10 @@ class _Drafting:
         return first, last
 
     def _length_in(self, text: str, part: str) -> int:
-        """How much of the text a rendered part of its conversation is: all, but for what closes every text (some
-        templates end with eos whatever comes last).  Templates that move the system message or drop old thoughts
-        write a turn differently once others follow; what the two have in common then ends too early, and the loss
-        would miss the answer or cover the question."""
+        """How much of the text a rendered part of its conversation covers: all of the part except what closes every
+        text (some templates end with eos whatever comes last).  Templates that move the system message or drop old
+        thoughts write a turn differently once others follow; the common prefix then ends too early, and the loss would
+        miss the answer or cover the question."""
         while not text.startswith(part):
             closing = next((token for token in self.closing_tokens if token and part.endswith(token)), "")
             shorter = part.removesuffix(closing).rstrip() if closing else part.rstrip()
@@ -277,7 +277,7 @@ _REPLACEMENTS = ("Lorem ipsum", "Dolor sit.")
 
 
 def _saying(words: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with other words for its text and for the names of its calls."""
+    """A message with its text and the names of its calls replaced by other words."""
     other = dict(message)
     if message.get("content", "").strip():
         other["content"] = words
@@ -287,7 +287,8 @@ def _saying(words: str, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[float]) -> Sequence[float]:
-    """The weight of each marked span: of the answer that it is, or, where answers have several, of all of them."""
+    """The weight of each marked span: that of its answer, or, if answers have several spans, the one weight of all
+    answers."""
     if len(marked) == len(of_answers):
         return of_answers
     if len(marked) < len(of_answers) or len(set(of_answers)) != 1:
@@ -302,8 +303,8 @@ def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[f
 
 def _rows(drafts: Sequence[_Draft], tokenizer: Any) -> list[TokenRow]:
     tokenized = tokens_of([draft.text for draft in drafts], tokenizer)
-    # Where no token lies across a prompt's end, nothing has joined the two sides, and the prompt has the same tokens
-    # when it stands alone, unless it ends with several blanks, which tokenizers cut according to what follows.
+    # If no token straddles a prompt's end, nothing has joined the two sides, and the prompt has the same tokens on its
+    # own, unless it ends with several blanks, which tokenizers split according to what follows.
     uncertain = {
         i: draft.prompt
         for i, (draft, tokens) in enumerate(zip(drafts, tokenized, strict=True))

@@ -1,4 +1,4 @@
-"""Texts → tokens, and which characters of the text each of them stands for."""
+"""Texts → tokens, and which characters of the text each of them covers."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from typing import Any
 
 
 class Tokens:
-    """A tokenised text: its ids, and which of them stand for a stretch of its characters."""
+    """A tokenised text: its ids, and which of them cover a span of its characters."""
 
     def __init__(self, text: str, ids: list[int], num_added: int, encoding: Any, tokenizer: Any) -> None:
         """Args:
-        num_added: of the ids, those at the start that are no part of the text (its opening, a BOS mostly).
-        encoding: of the tokenizers library, None where the tokenizer is not one of its.
+        num_added: number of ids at the start that are not part of the text (its opening, usually a BOS).
+        encoding: from the tokenizers library, None if the tokenizer is not one of its own.
         """
         self.text, self.ids = text, ids
         self.num_added, self._encoding, self._tokenizer = num_added, encoding, tokenizer
 
     def of(self, start: int, end: int) -> slice:
-        """The tokens that reach into the characters from `start` to before `end`."""
+        """The tokens that overlap the characters from `start` to before `end`."""
         if self._encoding is None:
             return self._of_by_prefixes(start, end)
         first, last = self._token_at(start), self._token_at(end)
         if self._begins_before(start, first) and self._is_added(first):
-            first += 1  # a marker that swallows the blanks after it (Phi-3's do) stays with what is before
+            first += 1  # a marker that swallows the blanks after it (Phi-3's do) stays with the text before
         last += self._begins_before(end, last)
         return slice(first + self.num_added, last + self.num_added)
 
     def num_before(self, char: int) -> int:
-        """How many tokens end before this character begins; all, where the tokenizer does not say where they come
-        from."""
+        """How many tokens end before this character begins; all of them if the tokenizer does not report offsets."""
         return len(self.ids) if self._encoding is None else self._token_at(char) + self.num_added
 
     def begin_at(self, char: int) -> bool:
-        """Whether a token is known to begin with this character, so that none lies across its beginning."""
+        """Whether a token is known to begin at this character, so that none straddles its beginning."""
         if self._encoding is None:
             return False
         before = self._encoding.char_to_token(char - 1) if char else -1
@@ -49,7 +48,7 @@ class Tokens:
         if char >= len(self.text):
             return len(self._encoding)
         token = self._encoding.char_to_token(char)
-        if token is None:  # a blank that the tokenizer (GPT-NeoX's) leaves out of where it says that a token is
+        if token is None:  # a blank that the tokenizer (GPT-NeoX's) leaves out of its offsets
             token = bisect_right(self._encoding.offsets, char, key=itemgetter(1))
         return token
 
@@ -60,15 +59,15 @@ class Tokens:
         return self.ids[token + self.num_added] in self._tokenizer.get_added_vocab().values()
 
     def _of_by_prefixes(self, start: int, end: int) -> slice:
-        """For tokenizers that do not say where tokens come from: as far as the text tokenised up to a character has
-        the same tokens, they are before it."""
+        """`of` for tokenizers without offsets: the leading tokens shared with the text tokenised only up to a character
+        are before it."""
         before, until = (tokens.ids for tokens in tokens_of([self.text[:start], self.text[:end]], self._tokenizer))
         last = common_prefix_length(self.ids, until)
         return slice(common_prefix_length(self.ids, before), last + (last < len(until)))
 
 
 def tokens_of(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Tokens of texts, each after one `opening` of the tokenizer's; never an EOS (a prefix of a text has none)."""
+    """Tokens of texts, each preceded by one `opening` of the tokenizer; never an EOS (a prefix of a text has none)."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -81,15 +80,15 @@ def tokens_of(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before every text: a BOS, nothing, or several tokens as GLM's does.  Asked by
-    doing: in transformers 5 `add_bos_token` is False on LLaMA's tokenizers, which add it all the same."""
+    """The ids that the tokenizer puts before every text: a BOS, nothing, or several tokens as GLM's does.  Determined
+    by trial: in transformers 5 `add_bos_token` is False on LLaMA's tokenizers, which add it nevertheless."""
     whole, bare = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
     places = range(len(whole) - len(bare) + 1)
     return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many of their first items, or characters, two sequences share."""
+    """The length of the longest common prefix of two sequences or texts."""
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))
 
 
@@ -99,6 +98,6 @@ def names_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Those with a name (eos and so on) and those that the vocabulary calls special, the longest first."""
+    """The named special tokens (eos and so on) and those marked special in the vocabulary, the longest first."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
