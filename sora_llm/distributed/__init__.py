@@ -1,8 +1,7 @@
-"""Processes: the only place that touches process groups, accelerate and DeepSpeed.
+"""Processes: the only package that touches process groups, accelerate and DeepSpeed.
 
-`group` joins and leaves them, `collectives` are what all processes call together, `replicas` those that take local
-steps together, `engine` trains under a strategy.
+`group` joins and leaves process groups, `collectives` has the calls that all processes make together, `replicas` groups
+the processes that take local steps together, `engine` trains under a strategy.
 
-A collective must be called by all processes; a process by itself is all of them.  None stands inside a main-process
-branch.
+A collective must be called by all processes (a single process is all of them).  None is inside a main-process branch.
 """

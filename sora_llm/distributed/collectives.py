@@ -17,7 +17,7 @@ from sora_llm.hashes import disagreements, tensor_hash
 T = TypeVar("T")
 
 ALL: tuple[tuple[int, ...], ...] = ()
-"""Every process, where groups of them are asked for."""
+"""All processes, as an argument that lists groups of them."""
 
 
 def in_process_group() -> bool:
@@ -47,7 +47,8 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-    """Every process's integers, as many on each, in the order of processes: cheap, for every step (collective)."""
+    """Every process's integers, equally many on each, in the order of processes: cheap enough for every step
+    (collective)."""
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
     if not in_process_group():
         return [own.tolist()]
@@ -65,14 +66,14 @@ def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cp
 
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether `flag` is true on some process (collective)."""
+    """Whether `flag` is true on any process (collective)."""
     return sum_over_processes(float(flag), device=device)[0] > 0
 
 
 def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The main process's named tensors on every process, on the CPU; the others' argument is ignored (collective).
 
-    Their bits are hashed on every process afterwards.
+    Their bits are then hashed and compared across processes.
 
     Raises:
         RunFailed: the bits that arrived differ.
@@ -114,7 +115,7 @@ def require_agreement(
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` on the main process and give its (small, picklable) result to all (collective).
 
-    What it raises is raised on every process: a main process that failed alone would leave the others waiting.
+    Its exception is raised on every process: a main process that failed alone would leave the others waiting.
     """
     outcome, failure = _attempt(action) if is_main() else (None, None)
     outcomes = gather_objects((outcome, failure))
@@ -122,13 +123,13 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def on_every(action: Callable[[], T]) -> T:
-    """Run `action` on every process; what it raises on any of them is raised on all (collective)."""
+    """Run `action` on every process; an exception on any of them is raised on all (collective)."""
     outcome, failure = _attempt(action)
     return _unless_failed(outcome, gather_objects(failure))
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """The result or the error of an action; an error that is not ours goes to the others as a RunFailed."""
+    """The result or the error of an action; an error that is not ours is passed to the others as a RunFailed."""
     try:
         return action(), None
     except (UserError, RunFailed) as error:

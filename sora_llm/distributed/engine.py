@@ -28,7 +28,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`grad_norm` is the global L2 norm before clipping; a step with a non-finite one is skipped."""
+    """The outcome of a step: `grad_norm` is the global L2 norm before clipping; if it is not finite, the step is
+    skipped."""
 
     grad_norm: float
     skipped: bool
@@ -37,10 +38,10 @@ class StepOutcome:
 class Engine:
     """A model and its ProxAdamW under one strategy: the same four calls for one process, DDP and ZeRO-1/2/3.
 
-    `model` is what to call in the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
-    `param_groups` carry lr and λ.  With `replicas` (none and ddp alone) it is this replica's: values, moments and
-    gradients are its own until `write` makes them equal everywhere.  What is accumulated, reduced and clipped are
-    gradients without the `loss_scale`.
+    `model` is the callable for the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
+    `param_groups` carry lr and λ.  With `replicas` (only none and ddp) it belongs to this replica: values, moments and
+    gradients are its own until `write` makes them equal everywhere.  Gradients are accumulated, reduced and clipped
+    without the `loss_scale`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Engine:
             self.model, prepared_optimizer = within(replicas, model), accelerator.prepare(optimizer)
         inner = prepared_optimizer.optimizer
         if self.is_zero:
-            sharding, inner = inner, inner.optimizer  # DeepSpeed's sharding optimizer is around ours
+            sharding, inner = inner, inner.optimizer  # DeepSpeed's sharding optimizer wraps ours
             parameters, is_stage_3 = self._adapter_parameters, strategy == "zero3"
             self._zero = ZeroShards(accelerator, sharding, optimizer, parameters, is_stage_3=is_stage_3)
             assert self.model.zero_optimization_stage() == ZERO_STAGES[strategy]
@@ -90,11 +91,11 @@ class Engine:
 
     @property
     def zero_stage(self) -> int | None:
-        """The stage DeepSpeed's engine runs, None without it."""
+        """The stage that DeepSpeed's engine runs, None without DeepSpeed."""
         return int(self.model.zero_optimization_stage()) if self.is_zero else None
 
     def set_rates(self, learning_rate: float, gate_lr: float, sparse_lambda: float | Mapping[str, float]) -> None:
-        """Write this step's learning rates and λ, one or one per budget, into the optimizer's groups."""
+        """Write this step's learning rates and λ (one, or one per budget) into the optimizer's groups."""
         for group in self.optimizer.param_groups:
             gated = group["name"] == GATES
             group["lr"] = gate_lr if gated else learning_rate
@@ -102,14 +103,14 @@ class Engine:
             group["sparse_lambda"] = own if gated else 0.0
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward; gradients are reduced after the `last` one of a step."""
+        """Context of one forward and backward pass; gradients are reduced after the `last` one of a step."""
         if self.is_zero:
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`; over processes they are averaged."""
+        """Accumulate the gradients of `loss`; they are averaged over processes."""
         if self.loss_scale.is_needed:
             loss = loss * self.loss_scale.factor
         if self.is_zero:
@@ -118,7 +119,7 @@ class Engine:
             loss.backward()
 
     def step(self) -> StepOutcome:
-        """Clip, step, prox, zero the gradients; if the global gradient norm is not finite only the last of these."""
+        """Clip, step, prox, zero the gradients; only the last of these if the global gradient norm is not finite."""
         if self._zero is not None:
             self.model.step()
             return StepOutcome(float(self.model.get_global_grad_norm()), skipped=self._zero.is_skipped)
@@ -130,12 +131,12 @@ class Engine:
         return StepOutcome(norm, skipped=not finite)
 
     def _clip(self) -> float:
-        """Scale the gradients down to `max_grad_norm`; returns their norm before.  No gradients are too coarse for it:
-        torch's own clipping takes bfloat16's dtype for norm and factor, which are off by up to 0.4 % then."""
+        """Scale the gradients down to `max_grad_norm`; returns their norm before.  Computed in at least float32:
+        torch's own clipping uses bfloat16 gradients' dtype for norm and factor, which are then off by up to 0.4 %."""
         gradients = [p.grad for p in self._adapter_parameters.values() if p.grad is not None]
         fine = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
         norm = float(torch.nn.utils.get_total_norm(fine))
-        factor = (self.max_grad_norm or float("inf")) / (norm + 1e-6)  # as torch and DeepSpeed have it
+        factor = (self.max_grad_norm or float("inf")) / (norm + 1e-6)  # as in torch and DeepSpeed
         if factor < 1:
             for gradient in gradients:
                 gradient.mul_(factor)  # `_foreach_mul_` rounds the factor to the gradients' dtype
@@ -161,7 +162,7 @@ class Engine:
         }
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Give adapter tensors other float32 values, and lower precision its rounding of them; not ZeRO."""
+        """Set float32 values of adapter tensors; lower-precision tensors get them rounded; not ZeRO."""
         assert not self.is_zero
         with torch.no_grad():
             for name, value in values.items():
@@ -170,11 +171,11 @@ class Engine:
                 if "master" in (state := self.optimizer.state.get(p, {})):
                     state["master"].copy_(value)
                 elif p.dtype not in (torch.float32, torch.float64):
-                    # Before its first step, which would take the rounding for the value.
+                    # Before its first step, which would mistake the rounded value for the true one.
                     self.optimizer.state[p] = {**state, "master": value.detach().float().clone()}
 
     def take_thresholds(self) -> dict[str, Tensor]:
-        """{module: Σ τ_t (R,)} of the deferred proxes since it was called last, float32."""
+        """{module: Σ τ_t (R,)} of the proxes deferred since the last call, float32."""
         taken = {}
         for name, layer in adapters(self.module).items():
             if layer.gate is not None:
@@ -191,9 +192,9 @@ class Engine:
         return {name: value.cpu().clone() for name, value in self.values().items()}
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], int]:
-        """The optimizer's tensors of every adapter tensor as "<tensor>.exp_avg", ".exp_avg_sq" and, of gates under
-        "adaptive", ".importance", of gates whose prox is deferred ".tau_sum"; and the number of its steps (collective).
-        Empty before there are any."""
+        """The optimizer's tensors for every adapter tensor as "<tensor>.exp_avg", ".exp_avg_sq" and, for gates under
+        "adaptive", ".importance", for gates whose prox is deferred ".tau_sum"; and its number of steps (collective).
+        Empty before the first step."""
         if not any(MOMENTS[0] in state for state in self.optimizer.state.values()):
             return {}, 0
         found = {}
@@ -222,10 +223,10 @@ class Engine:
         return steps.pop() if steps else 0
 
     def load(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor], num_steps: int) -> None:
-        """Put back what `masters` and `optimizer_state` gave (collective under ZeRO).
+        """Restore the results of `masters` and `optimizer_state` (collective under ZeRO).
 
         Under ZeRO the module must have held `masters` before it was prepared: writing masters alone would leave the
-        model's copies old until the next step.  What `state` lacks is zero, as in a fresh optimizer.
+        model's copies stale until the next step.  Entries missing from `state` are zero, as in a fresh optimizer.
         """
         self._has_importance = any(name.endswith(f".{IMPORTANCE}") for name in state)
         if self._zero is not None:
@@ -253,7 +254,7 @@ class Engine:
                 self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
 
     def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Context in which ZeRO-3's partitioned parameters are whole."""
+        """Context in which ZeRO-3's partitioned parameters are gathered."""
         return gathered(parameters) if self.strategy == "zero3" else contextlib.nullcontext()
 
     def master_shards(self) -> list[Tensor]:
@@ -264,12 +265,12 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- agreement
 
     def check_agreement(self) -> None:
-        """Compare what this strategy replicates; call it between steps, before the next all-gather overwrites a copy
-        that is corrupt.
+        """Compare the state that this strategy replicates; call it between steps, before the next all-gather overwrites
+        a corrupt copy.
 
         DDP: parameters and moments (with replicas: within each of them).  ZeRO-1/2: the model copies, and each
-        process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3 keeps no replica: nothing can
-        be compared here.
+        process's master shard, cast, against its slice of the copy, bit for bit.  ZeRO-3 replicates nothing, so there
+        is nothing to compare.
 
         Raises:
             RunFailed: naming tensors and processes.
@@ -309,8 +310,9 @@ class Engine:
     def released(self, whole: bool = True) -> Iterator[nn.Module]:
         """The module without wrappers and hooks; the engine is closed and has freed its memory (collective).
 
-        Adapters may be given other parameters meanwhile, and the module to another engine afterwards.  Under ZeRO-3
-        and with `whole` the frozen weights are gathered for the duration: as much memory as when the model was loaded.
+        In this context adapters may be given other parameters, and afterwards the module may go to another engine.
+        Under ZeRO-3 with `whole`, the frozen weights are gathered for the duration: as much memory as when the model
+        was loaded.
         """
         module = self.module
         if not self.is_closed:
@@ -332,12 +334,12 @@ class Engine:
             group["params"] = []
         self.model = self._zero = None
         self._adapter_parameters = {}
-        self.accelerator.free_memory()  # it keeps every model and optimizer that it has prepared
+        self.accelerator.free_memory()  # it holds every model and optimizer it has prepared
 
 
 def refuse_old_wrappers(model: nn.Module) -> None:
-    """Among several processes, let the forward pass of `model` be an error inside a DistributedDataParallel that was
-    made before its parameters were."""
+    """With several processes, make the forward pass of `model` an error inside a DistributedDataParallel that was
+    created before its parameters."""
     if in_process_group():
         model.register_forward_pre_hook(_refuse_old_wrapper)
 

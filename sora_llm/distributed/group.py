@@ -33,7 +33,7 @@ _UNREACHABLE = re.compile(r"connect|closed by peer|timed out|timeout|rendezvous|
 
 
 def local_device() -> torch.device:
-    """The device of a command, which is one process by itself."""
+    """The device of a command, which runs as a single process."""
     return make_accelerator("none", ALONE).device
 
 
@@ -46,9 +46,9 @@ def make_accelerator(
     trackers: list[str] | None = None,
     project_dir: str | None = None,
 ) -> Accelerator:
-    """The Accelerator of a strategy, on CPU (gloo) or CUDA (nccl), with what goes wrong silently asserted.
+    """The Accelerator of a strategy, on CPU (gloo) or CUDA (nccl), with assertions against its silent failures.
 
-    Named backend: without it accelerate under DeepSpeed on a CPU reports one process on every process.
+    The backend is named: otherwise accelerate under DeepSpeed on a CPU reports one process on every process.
     `mixed_precision` is always "no": the config sets dtypes, nothing runs under autocast.
     """
     cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
@@ -69,31 +69,31 @@ def make_accelerator(
         options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)
     if strategy in ZERO_STAGES:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # What the launcher says of DeepSpeed: accelerate refuses it beside a config like ours, or cannot read it, and
-        # `resolve_strategy` and `refuse_other_step` have compared what of it counts.
+        # The launcher's DeepSpeed settings: accelerate refuses them next to a config like ours, or cannot read them,
+        # and `resolve_strategy` and `refuse_other_step` have already compared those that matter.
         for name in ("CONFIG_DS_FIELDS", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
             os.environ.pop(f"ACCELERATE_{name}", None)
         _quiet_deepspeed(cuda)
-        if not cuda:  # where it compiles an operator
+        if not cuda:  # there, it compiles an operator
             await_build(lambda text: say(text, sys.stderr) if world.is_main else None)
         # Not zero.Init: transformers skips it for quantised models, so every process loads the whole model anyway.
         options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config, zero3_init_flag=False)
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        options["cpu"] = not cuda  # without it several CPU processes are never synchronised
+        options["cpu"] = not cuda  # without it, several CPU processes are never synchronised
     if strategy == "none":
-        os.environ.pop("LOCAL_RANK", None)  # of torchrun with one process: accelerate would make a group of one
+        os.environ.pop("LOCAL_RANK", None)  # from torchrun with one process: accelerate would make a group of one
     with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
-        accelerator = _join(world, options)  # DeepSpeed says on every process what it compiled
+        accelerator = _join(world, options)  # DeepSpeed prints on every process what it compiled
     _assert_world(accelerator, strategy, world)
     return accelerator
 
 
 def _join(world: World, options: Mapping[str, Any]) -> Accelerator:
-    """The Accelerator, whose making forms the process group.
+    """The Accelerator, whose construction forms the process group.
 
     Raises:
-        RunFailed: another process has left meanwhile, or cannot be reached.
+        RunFailed: another process has left in the meantime, or cannot be reached.
     """
     try:
         return Accelerator(**options)
@@ -111,13 +111,13 @@ def _join(world: World, options: Mapping[str, Any]) -> Accelerator:
 def _quiet_deepspeed(cuda: bool) -> None:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with contextlib.redirect_stdout(sys.stderr):  # it prints while it is imported
+    with contextlib.redirect_stdout(sys.stderr):  # it prints on import
         from deepspeed.utils import logger
     logger.setLevel("ERROR")
 
 
 def _announce_single_process_world() -> None:
-    """DDP and ZeRO with one process and no launcher: give torch.distributed the environment it wants."""
+    """For DDP and ZeRO with one process and no launcher: set the environment that torch.distributed needs."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
@@ -148,11 +148,11 @@ def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
-        except Exception as error:  # of whatever library: what is finished stays finished
+        except Exception as error:  # from any library: a finished run stays finished
             say(f"warning: output.report_to: {tracker.name} could not be ended: {first_line(error)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if "deepspeed" in sys.modules:  # its groups belong to the process group that is gone
+    if "deepspeed" in sys.modules:  # its groups belong to the destroyed process group
         import deepspeed
 
         deepspeed.comm.comm.cdb = None

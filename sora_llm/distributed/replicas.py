@@ -17,7 +17,7 @@ from sora_llm.topology import World
 
 
 def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The processes of each machine, from every process's index on its own: a machine begins where that is 0.
+    """The processes of each machine, from every process's index on its machine: a machine begins wherever that is 0.
 
     Raises:
         UserError: they are not numbered machine by machine.
@@ -38,8 +38,8 @@ def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 class Replicas:
     """Which processes form a replica, and how adapters are exchanged between replicas.
 
-    `members` are the processes of every replica, the first of which speaks for it (its lead); `index` is this process's
-    replica.  Inside a replica gradients are averaged at every step.  `own_group` is None where it is one process.
+    `members` are the processes of every replica, the first of which represents it (its lead); `index` is this process's
+    replica.  Inside a replica gradients are averaged at every step.  `own_group` is None if it is a single process.
     """
 
     members: tuple[tuple[int, ...], ...] = ((0,),)
@@ -51,7 +51,7 @@ class Replicas:
     def make(
         cls, replica: str, world: World, device: torch.device | str = "cpu", timeout_minutes: float = 30
     ) -> Replicas:
-        """Every process a replica ("process"), or those of a machine together ("node") (collective).
+        """Make a replica of every process ("process"), or of the processes of each machine ("node") (collective).
 
         Raises:
             UserError: the launcher did not number the processes machine by machine.
@@ -61,8 +61,8 @@ class Replicas:
         local_indices = [found[0] for found in gather_integers([world.local_process_index], device)]
         members = machines(local_indices) if replica == "node" else tuple((p,) for p in range(world.num_processes))
         index = next(k for k, processes in enumerate(members) if world.process_index in processes)
-        timeout = timedelta(minutes=timeout_minutes)  # a new group takes its backend's, not that of the world
-        # Every process takes part in the making of every group, its own or not.
+        timeout = timedelta(minutes=timeout_minutes)  # a new group uses its backend's default, not the world's timeout
+        # Every process takes part in creating every group, its own or not.
         groups = [dist.new_group(list(own), timeout=timeout) if len(own) > 1 else None for own in members]
         lead_group = dist.new_group([own[0] for own in members], timeout=timeout)
         return cls(members, index, groups[index], lead_group)
@@ -73,14 +73,14 @@ class Replicas:
 
     @property
     def stride(self) -> int:
-        """By how many processes shares of rows move on from step to step, the same number everywhere: those of a
-        replica where all have as many, so that replicas pass whole shares on; else 1."""
+        """The number of processes by which shares of rows move on from step to step, the same everywhere: the size of a
+        replica if all are equal, so that replicas pass on whole shares; else 1."""
         sizes = {len(own) for own in self.members}
         return sizes.pop() if len(sizes) == 1 else 1
 
     @property
     def own_members(self) -> tuple[int, ...]:
-        """The processes of this one."""
+        """The processes of this process's replica."""
         return self.members[self.index]
 
     @property
@@ -88,15 +88,16 @@ class Replicas:
         return not in_process_group() or dist.get_rank() == self.own_members[0]
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Part k of every replica, in their order, on the lead of replica k; [] on who leads none (collective).
+        """Part k of every replica, in their order, on the lead of replica k; [] on other processes (collective).
 
-        Part k has one shape and dtype everywhere.
+        Part k has the same shape and dtype everywhere.
         """
         received = [self._gather(part, owner) for owner, part in enumerate(parts)]
         return received[self.index] if self.index < len(parts) else []
 
     def spread(self, own: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
-        """What each lead has, on every process (collective); `like` has the shapes and dtypes, leads give their own."""
+        """Each lead's tensor, on every process (collective); `like` has the shapes and dtypes, leads pass their
+        `own`."""
         if not in_process_group():
             assert own is not None
             return [own]
@@ -109,12 +110,12 @@ class Replicas:
         return spread
 
     def gather_on_main(self, tensor: Tensor) -> list[Tensor]:
-        """Every replica's tensor, of one shape and dtype, in their order on the main process; [] elsewhere
+        """Every replica's tensor (same shape and dtype), in replica order, on the main process; [] elsewhere
         (collective)."""
         return self._gather(tensor, 0)
 
     def _gather(self, tensor: Tensor, owner: int) -> list[Tensor]:
-        """Every replica's tensor on the lead of replica `owner`, process 0 being that of the first; [] elsewhere."""
+        """Every replica's tensor on the lead of replica `owner` (process 0 leads the first); [] elsewhere."""
         if not in_process_group():
             return [tensor]
         if not self.is_lead:
@@ -125,7 +126,7 @@ class Replicas:
 
 
 def within(replicas: Replicas, model: nn.Module) -> nn.Module:
-    """`model` as its replica trains it: in DDP over the replica's processes, where they are several."""
+    """`model` as its replica trains it: in DDP over the replica's processes, if there are several."""
     if replicas.own_group is None:
         return model
     return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, broadcast_buffers=False)

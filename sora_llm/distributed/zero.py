@@ -15,9 +15,9 @@ from sora_llm.optim import GATES, ProxAdamW
 
 
 class ZeroShards:
-    """This process's part of float32 masters and optimizer state under ZeRO-1/2/3, of `parameters` {name: p}.
+    """This process's part of the float32 masters and optimizer state of `parameters` {name: p} under ZeRO-1/2/3.
 
-    `sharding` is DeepSpeed's optimizer around ours, `optimizer` ours, whose state is by shard, not by parameter.
+    `sharding` is DeepSpeed's optimizer around ours, `optimizer` is ours, whose state is keyed by shard, not parameter.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ZeroShards:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the last step was, for a gradient norm that is not finite."""
+        """Whether the last step was skipped because of a non-finite gradient norm."""
         return bool(self.sharding.overflow)
 
     def masters(self) -> dict[str, Tensor]:
@@ -44,20 +44,20 @@ class ZeroShards:
         return {name: safe_get_full_fp32_param(p).float().cpu().clone() for name, p in self._parameters.items()}
 
     def state(self, p: nn.Parameter, key: str) -> Tensor:
-        """What the optimizer has of `p` under `key`, float32; call `link` before (collective)."""
+        """The optimizer's state of `p` under `key`, float32; call `link` first (collective)."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(p, key).float()
 
     def link(self) -> None:
-        """Let states of parameters be found.  DeepSpeed 0.19.8 links the fragments of ZeRO-1/2 once, after the first
-        group's step, so the moments of later groups (the gates) are not found; linking again is harmless."""
+        """Make the states of all parameters accessible.  DeepSpeed 0.19.8 links the fragments of ZeRO-1/2 once, after
+        the first group's step, so the moments of later groups (the gates) are not found; linking again is harmless."""
         if not self._is_stage_3:
             self.sharding._hp_optimizer_states_linked = False
             self.sharding._lazy_init_hp_params_optimizer_state()
 
     def begin_state(self, num_steps: int, keys: Sequence[str], keys_of_gates: Sequence[str]) -> None:
-        """Give every shard the state of an optimizer that has taken so many steps, all of it zero."""
+        """Give every shard the state of an optimizer that has taken `num_steps` steps, all of it zero."""
         for shard, has_gates in zip(self.flat(), self._hold_gates(), strict=True):
             self._optimizer.state[shard] = {
                 "step": torch.tensor(float(num_steps)),
@@ -66,15 +66,15 @@ class ZeroShards:
         self.link()
 
     def write(self, p: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Give this process its part of the float32 value of `p`, or of what the optimizer has of it under `key`."""
+        """Write this process's part of the float32 value of `p`, or of its optimizer state under `key`."""
         from deepspeed import utils
 
         value, of_key = value.to(self._accelerator.device), () if key is None else (key,)
         if self._is_stage_3:
-            # DeepSpeed 0.19.8's safe_set_full_* reads past the end of a size that the processes do not divide.
+            # DeepSpeed 0.19.8's safe_set_full_* reads past the end if the number of processes does not divide the size.
             size = p.ds_tensor.numel()  # type: ignore[attr-defined]  # ceil(size / number of processes)
             process, num_processes = self._accelerator.process_index, self._accelerator.num_processes
-            # Shards are those of all processes: anything else (MiCS) would be zeros here.
+            # Shards span all processes: anything else (MiCS) would be zeros here.
             assert 0 <= size * num_processes - value.numel() < num_processes, (size, num_processes, value.shape)
             whole = nn.functional.pad(value.flatten(), (0, size * num_processes - value.numel()))
             own = whole[process * size : (process + 1) * size]
@@ -91,7 +91,7 @@ class ZeroShards:
         return list(self.sharding.single_partition_of_fp32_groups)
 
     def _hold_gates(self) -> list[bool]:
-        """Which of the flat shards are of gates."""
+        """Which of the flat shards hold gates."""
         names = [group["name"] for group in self._optimizer.param_groups]
         groups = list(range(len(names)))
         if self._is_stage_3:
@@ -99,7 +99,7 @@ class ZeroShards:
         return [names[group] == GATES for group in groups]
 
     def mismatches_with_model(self) -> list[str]:
-        """Where this process's masters, cast, are not bit for bit what the model holds, in words (ZeRO-1/2)."""
+        """Where this process's masters, cast, differ bitwise from the model's tensors, in words (ZeRO-1/2)."""
         process, problems = self._accelerator.process_index, []
         for index, master in enumerate(self.flat()):
             copy = self.sharding.parallel_partitioned_bit16_groups[index][process]
@@ -121,7 +121,7 @@ class ZeroShards:
         return ", ".join(names[:3]) or "padding"
 
     def leave(self, engine: Any, module: nn.Module) -> None:
-        """Take away what DeepSpeed 0.19.8 leaves behind.  On the root two hooks that hold the engine; on every module
+        """Remove the leftovers of DeepSpeed 0.19.8: on the root, two hooks that hold the engine; on every module,
         ZeRO-3's backward functions, which the next engine would keep: the old one would gather its parameters in
         backward."""
         engine.module_forward_pre_hook.remove()
@@ -135,7 +135,7 @@ class ZeroShards:
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Context in which ZeRO-3's partitioned parameters are whole."""
+    """Context in which ZeRO-3's partitioned parameters are gathered."""
     if not parameters:
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
