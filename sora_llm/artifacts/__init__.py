@@ -1,1 +1,1 @@
-"""Files exchanged with other tools: LoRAs, llama.cpp's file, merged models, cards and certificates."""
+"""Files exchanged with other tools: LoRAs, llama.cpp's format, merged models, cards and certificates."""

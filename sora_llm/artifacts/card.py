@@ -21,7 +21,7 @@ TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
 
 
 def story_of_run(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The story of a run's adapter, and its notes for the certificate, from the line of metrics that tells of it."""
+    """The story of a run's adapter, and its notes for the certificate, from its line of metrics."""
     step = line.get("best_step")
     if step is None:
         return TRAINED, {}
@@ -30,50 +30,50 @@ def story_of_run(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the model card says about where an adapter comes from."""
+    """The origin of an adapter, as stated in its model card and certificate."""
 
     base_model: str = ""
     revision: str | None = None
     """Of the base; None for the default branch, and for a local folder."""
     data: Sequence[Mapping[str, Any]] = ()
-    """What it was trained on, that of the adapter that it started from included: path, type and, where they are said,
-    split and separator of each data set."""
+    """Its training data, including that of the adapter it started from: path, type and, if given, split and separator
+    of each data set."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     tokenizer_files: Sequence[Path] = ()
     chat_template: str | None = None
     separator: str | None = None
-    """What stood between prompt and completion in the rows; None where they were conversations, or nobody knows."""
+    """The separator between prompt and completion in the rows; None if they were conversations, or it is unknown."""
     load_options: str = ""
-    """How the base was loaded: the other arguments of from_pretrained, as Python text; then, in words, what else."""
+    """How the base was loaded: the other arguments of from_pretrained, as Python text, then anything else in words."""
     base_loading: Mapping[str, Any] | None = None
-    """The same for the certificate, by the names of our config."""
+    """The same for the certificate, under the names of our config."""
     base_digest: str | None = None
-    """Of the base's weights, for the certificate: `base_files.base_digest`."""
+    """`base_files.base_digest` of the base's weights, for the certificate."""
     story: str = TRAINED
     """How it was made: the beginning of a sentence."""
     is_base_quantised: bool = False
-    """Whether the base's own files are: llama.cpp converts unquantised ones only."""
+    """Whether the base's own files are quantised: llama.cpp converts only unquantised ones."""
     beside: str = "trained and evaluated"
-    """What was done beside the base as `load_options` load it."""
+    """What was done on the base as loaded with `load_options`."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What the certificate says beside the self-check, as JSON."""
+    """Entries of the certificate other than the self-check, as JSON."""
     details: str = ""
     """A section of the model card, in Markdown."""
     recipe: str = ""
-    """The config of the training, as far as it decides what is learned, as YAML."""
+    """The part of the training config that determines the result, as YAML."""
 
     def in_certificate(self) -> dict[str, Any]:
-        """What the certificate says beside the self-check."""
+        """Entries of the certificate other than the self-check."""
         names = ("separator", "base_loading", "base_digest")
         said = {name: getattr(self, name) for name in names} | {"data": list(self.data) or None}
         return {**self.notes, **{name: value for name, value in said.items() if value is not None}}
 
 
 def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> None:
-    """UserError unless an export may take the place of `folder`: it is missing, empty, or an earlier export with
-    nothing else in it.
+    """UserError unless an export may replace `folder`: it is missing, empty, or an earlier export with nothing else in
+    it.
 
-    With `may_have_additions` files that somebody put into an export are let pass: a finished run replaces nothing.
+    With `may_have_additions`, files added to an export are allowed: a finished run replaces nothing.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
@@ -94,18 +94,18 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is what an export of any layout left, by its certificate: a LoRA alone may be anybody's."""
+    """Whether a folder is an export of any layout, judging by its certificate: a LoRA alone may come from anywhere."""
     return {"layout", "modules"} <= certificate_in(folder).keys()
 
 
 def worst_delta_error(certificate: Mapping[str, Any]) -> float:
-    """The largest of all modules."""
+    """The largest delta_error of all modules."""
     errors: list[float] = [module["delta_error"] for module in certificate["modules"].values()]
     return max(errors)
 
 
 def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any], card: str) -> dict[str, Any]:
-    """Put certificate and model card beside what lies in `temporary`, and all of it in its place.
+    """Add certificate and model card to the files in `temporary`, and move it all to `folder`.
 
     Returns: the certificate, which also names the files.
     Raises:
@@ -134,11 +134,11 @@ def model_card(
     in_python: bool = False,
     template_use: str = "use the same (the tokenizer here does)",
 ) -> str:
-    """README.md of an adapter or a merged model: what it is, its ranks, where it works and how it is loaded there.
+    """README.md of an adapter or a merged model: what it is, its ranks, where it works and how to load it there.
 
-    `form` is what it was exported as, `checked` what its self-check saw; `verdicts` by engine ({} for a whole model);
-    `in_python` shows how PEFT loads it; `template_use` says how to render prompts with the chat template that lies
-    beside it, where provenance has one.
+    `form` describes the exported form, `checked` the result of its self-check; `verdicts` by engine ({} for a whole
+    model); `in_python` shows how PEFT loads it; `template_use` says how to render prompts with the chat template saved
+    with it, if provenance has one.
     """
     base = provenance.base_model or "the base model"
     metrics = "".join(f"* {name}: {value:.4f}\n" for name, value in provenance.metrics.items())
@@ -190,7 +190,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 
 def _where_it_works(verdicts: Mapping[str, Verdict]) -> str:
-    """A table of engines, by their rules of scale and shape, and a block with how to serve it in each."""
+    """A table of engines, by their rules of scale and shape, and a block with the commands to serve it in each."""
     if not verdicts:
         return ""
     rows = "".join(f"| {engine} | {verdict.reason or 'yes'} |\n" for engine, verdict in verdicts.items())
@@ -213,7 +213,7 @@ def _prompt_line(provenance: Provenance, use: str) -> str:
     lines = ""
     if separator := provenance.separator:
         how = "with it"
-        if (end := separator.removesuffix(" ")) != separator:  # most tokenizers join a blank with the word behind it
+        if (end := separator.removesuffix(" ")) != separator:  # most tokenizers join a blank with the word after it
             how = f"{f'with {end!r}' if end else 'without it'}, as the last blank begins the answer's first word"
         lines += f"Every prompt ended with {separator!r} (a Python string): end yours {how}.\n"
     if provenance.chat_template is not None:

@@ -1,9 +1,9 @@
-"""Which engines apply an adapter as it is: the scale that each would use and the shapes that it insists on, computed
-from the files alone by the rules that the engines' sources have.
+"""Which engines apply an adapter correctly: the scale that each would use and the shapes that it requires, computed
+from the files alone by the rules in the engines' sources.
 
     vLLM ≤ 0.31, SGLang, TGI, LoRAX   one scale for all modules, lora_alpha / r
-    PEFT, transformers, vLLM ≥ 0.32   alpha_pattern / rank_pattern where they name the module
-    llama.cpp, Ollama                 alpha / (rank of the tensor), 1 where alpha is 0
+    PEFT, transformers, vLLM ≥ 0.32   alpha_pattern / rank_pattern if they name the module
+    llama.cpp, Ollama                 alpha / (rank of the tensor), 1 if alpha is 0
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "v
 SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"
 CONSUMERS = (PEFT, TRANSFORMERS, VLLM, OLD_VLLM, SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes."""
+"""The values that vLLM's --max-lora-rank accepts."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine applies an adapter exactly: the first rule that it breaks, "" if none, and how to serve it."""
+    """Whether an engine applies an adapter exactly: the first rule violated, "" if none, and how to serve it."""
 
     reason: str
     serve: str = ""
@@ -60,17 +60,17 @@ class LoraFolder:
 
     @property
     def odd_rank(self) -> str | None:
-        """A module of another rank than r, None if there is none."""
+        """A module whose rank is not r, None if there is none."""
         return next((name for name, found in self.ranks.items() if found != (self.r, self.r)), None)
 
     @property
     def missing(self) -> str | None:
-        """One of them without tensors, None if there is none."""
+        """A target without tensors, None if there is none."""
         return next(iter(sorted(self.targets - self.ranks.keys())), None)
 
 
 def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
-    """Config and shapes of the LoRA in `folder`; `targets` are modules that engines look for beside those that have
+    """Config and shapes of the LoRA in `folder`; `targets` are modules that engines look for in addition to those with
     tensors.
 
     Raises:
@@ -104,8 +104,8 @@ def verdicts_for_folder(
     place: str = "path/to/this/folder",
     is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
-    """{engine: verdict} of a PEFT folder whose right scale is `scales` (1 in what is exported here); `base` and `place`
-    are what serve lines name, and files of the base that are quantised are none that llama.cpp converts."""
+    """{engine: verdict} of a PEFT folder whose correct scale is `scales` (1 in our exports); serve lines name `base`
+    and `place`, and llama.cpp cannot convert the base's files if they are quantised."""
     wanted = {name: scales[name] if isinstance(scales, Mapping) else scales for name in lora.ranks}
     note, original = _for_converter(base, is_base_quantised)
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= lora.r), None)
@@ -135,7 +135,7 @@ def verdicts_for_folder(
 
 
 def _for_converter(base: str, is_quantised: bool) -> tuple[str, str]:
-    """What llama.cpp's converters, which read unquantised models only, are given as the base, after a comment on it."""
+    """(comment, base) for llama.cpp's converters, which read only unquantised models."""
     if not is_quantised:
         return "", base
     return f"# ORIGINAL is the unquantised model that {base} was made from\n", "ORIGINAL"
@@ -147,7 +147,7 @@ def _verdict(problems: Iterator[str], serve: str) -> Verdict:
 
 
 def _peft(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
-    """Patterns decide scale and rank; a tensor whose module is not named is dropped without a word."""
+    """Patterns decide scale and rank; a tensor whose module is not named is silently dropped."""
     yield from _plain(lora)
     for name in lora.ranks:
         if not is_target(name, lora.config):
@@ -168,7 +168,7 @@ def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool
 
 
 def _sglang(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
-    """One rank and one scale; a projection that is there must be so in every layer.  It knows no rsLoRA."""
+    """One rank and one scale; a projection must be in every layer or in none.  It does not know rsLoRA."""
     yield from _plain(lora)
     if lora.odd_rank is not None:
         yield f"{lora.odd_rank} has rank {lora.ranks[lora.odd_rank][0]} and r is {lora.r}: it takes one rank"
@@ -178,7 +178,7 @@ def _sglang(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
 
 
 def _by_kind(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
-    """TGI and LoRAX stack a projection over all layers: of one rank, and dropped altogether where a layer lacks it."""
+    """TGI and LoRAX stack a projection over all layers: with one rank, and dropped altogether if a layer lacks it."""
     yield from _plain(lora)
     if lora.missing is not None:
         yield f"{lora.missing} has no tensors: it would drop that projection in every layer"
@@ -242,7 +242,7 @@ def verdicts_for_gguf(
     is_base_quantised: bool = False,
 ) -> dict[str, Verdict]:
     """{engine: verdict} of an adapter file of scale 1 for a base whose targets are {module: (I, O)}; only llama.cpp and
-    what is built on it read such files.  The rest as for `verdicts_for_folder`."""
+    engines built on it read such files.  Other arguments as in `verdicts_for_folder`."""
     verdict = _verdict(_llama_cpp(file, architecture, shapes), "")
     if not verdict.works:
         return {LLAMA_CPP: verdict, OLLAMA: verdict}
@@ -255,7 +255,7 @@ def verdicts_for_gguf(
 
 
 def _llama_cpp(file: GgufFile, architecture: Architecture, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """What its loader insists on: kind of file, architecture of the base, whole pairs, shapes of the base."""
+    """The requirements of its loader: kind of file, architecture of the base, complete pairs, shapes of the base."""
     for key, wanted in (("general.type", "adapter"), (TYPE_KEY, "lora"), ("general.architecture", architecture.name)):
         if file.keys.get(key) != wanted:
             yield f"{key} is {file.keys.get(key)!r} and must be {wanted!r}"

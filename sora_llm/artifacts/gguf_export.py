@@ -29,15 +29,15 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write plain factors of scale 1 as `folder`/adapter.gguf; the base's weights are not needed.
 
-    `config` is the base's transformers config.  Pruned modules are left out; the others keep their own ranks.  Where
-    provenance has a chat template it lies beside the file: the one in the base's file may be another.  The folder
+    `config` is the base's transformers config.  Pruned modules are left out; the others keep their own ranks.  If
+    provenance has a chat template, it is saved next to the file: the one in the base's file may differ.  The folder
     appears complete or not at all; an older one of the same name is replaced.
 
     Returns: the certificate.
     Raises:
-        UserError: an architecture or a module that is not known in llama.cpp, an adapter without a rank, or a folder
-            that holds something else than an export.
-        RunFailed: what was read back is not what was written, or the disk is full; nothing is left.
+        UserError: an architecture or a module unknown to llama.cpp, an adapter without ranks, or a folder that holds
+            anything other than an export.
+        RunFailed: the file read back differs from what was written, or the disk is full; nothing is left.
     """
     refuse_other_contents(folder)
     architecture = architecture_of(config)

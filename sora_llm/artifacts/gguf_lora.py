@@ -1,7 +1,7 @@
-"""A LoRA as llama.cpp's adapter file: which architectures, which names, in which order of rows; written and read back.
+"""A LoRA as llama.cpp's adapter file: its architectures, names and row order; writing it and reading it back.
 
-llama.cpp adds  scale · B (A x)  to W x, with scale = alpha / (rank of the tensor), and 1 where `adapter.lora.alpha` is
-0; so factors of scale 1 keep a rank of their own in every module.  A module without tensors is not adapted.
+llama.cpp adds  scale · B (A x)  to W x, with scale = alpha / (rank of the tensor), and 1 if `adapter.lora.alpha` is 0;
+so factors of scale 1 keep a rank of their own in every module.  A module without tensors is not adapted.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ OUTTYPES = {
     "f16": gguf.GGMLQuantizationType.F16,
     "bf16": gguf.GGMLQuantizationType.BF16,
 }
-ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}  # of one number, relative
+ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}  # relative, of one number
 ALPHA_KEY, TYPE_KEY = gguf.Keys.Adapter.LORA_ALPHA, gguf.Keys.Adapter.TYPE
 KINDS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp knows a model: its name there, its layers, and the heads of the projections whose rows it reorders
-    ({} where it reorders none)."""
+    """A model in llama.cpp's terms: its name there, its layers, and the heads of the projections whose rows it reorders
+    ({} if none)."""
 
     name: str
     num_layers: int
     reordered_heads: Mapping[str, int]
 
     def heads_of(self, module: str) -> int | None:
-        """The number of heads that the rows of a module's B are reordered in; None where they stay."""
+        """The number of heads by which the rows of a module's B are reordered; None if they are not."""
         return self.reordered_heads.get(module.rpartition(".")[2])
 
     def tensor_names(self, modules: Sequence[str]) -> dict[str, str]:
-        """{module: what llama.cpp calls its weight}.
+        """{module: llama.cpp's name of its weight}.
 
         Raises:
             UserError: a module that this architecture does not have there.
@@ -68,10 +68,10 @@ class Architecture:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """What llama.cpp makes of a base, from its transformers config.
+    """The llama.cpp architecture of a base, from its transformers config.
 
     Raises:
-        UserError: an architecture whose names or order of rows in llama.cpp are not known here.
+        UserError: an architecture whose names or row order in llama.cpp are not known here.
     """
     classes = getattr(config, "architectures", None) or [type(config).__name__]
     if classes[0] not in ARCHITECTURES:
@@ -97,7 +97,7 @@ def permute_rope_rows(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def unpermute_rope_rows(rows: Tensor, num_heads: int) -> Tensor:
-    """What `permute_rope_rows` undoes: rows (O, …) in the order of transformers."""
+    """The inverse of `permute_rope_rows`: rows (O, …) in the order of transformers."""
     order = permute_rope_rows(torch.arange(rows.shape[0]), num_heads)
     restored = torch.empty_like(rows)
     restored[order] = rows
@@ -105,7 +105,7 @@ def unpermute_rope_rows(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def write_gguf(path: Path, factors: PlainFactors, architecture: Architecture, outtype: str, name: str) -> None:
-    """Write the live modules of `factors` to the file `path`; `name` is what llama.cpp prints.
+    """Write the live modules of `factors` to the file `path`; llama.cpp prints `name`.
 
     Raises:
         UserError: a module that llama.cpp does not have.
@@ -134,7 +134,7 @@ def write_gguf(path: Path, factors: PlainFactors, architecture: Architecture, ou
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says: its keys, and its tensors in float32, shapes as in torch."""
+    """The content of a GGUF file: its keys, and its tensors in float32, shapes as in torch."""
 
     keys: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -144,7 +144,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Everything in a GGUF file.
 
     Raises:
-        UserError: it is none, or cannot be read.
+        UserError: it is not a GGUF file, or cannot be read.
     """
     try:
         reader = gguf.GGUFReader(path)
@@ -181,7 +181,7 @@ def factors_in(file: GgufFile, architecture: Architecture, modules: Sequence[str
 
 
 def compare(written: PlainFactors, read: PlainFactors, outtype: str) -> tuple[dict[str, float], list[str]]:
-    """{module: ‖ΔW − ΔW_file‖ / ‖ΔW‖} in float64, and a sentence about each that is more than rounding.
+    """{module: ‖ΔW − ΔW_file‖ / ‖ΔW‖} in float64, and a sentence about each error beyond rounding.
 
     Rounding either factor of b aᵀ changes it by a relative u at most, so ΔW by (2u + u²) Σ ‖a_i‖‖b_i‖; 3u leaves room
     for the arithmetic of the comparison.

@@ -1,4 +1,4 @@
-"""Compare a reloaded model with the trained one: logits, and the adapter's effect on them."""
+"""Comparing a reloaded model with the trained one: logits, and the adapter's effect on them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor, nn
 
 from sora_llm.errors import UserError
 
-# Relative, by the dtype that activations have: PEFT computes the branch in float32, the trained model in this dtype.
+# Relative, by the dtype of the activations: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 MIN_EFFECT = 1e-3
-# An adapter that is left out shows the base's own bits, a gain of 0.  Where an effect drowns in rounding, both sides of
-# the quotient hold the base's error and one the trained model's: a gain about 1/2 of a right adapter (seen: 0.54).
+# A missing adapter gives exactly the base's logits, a gain of 0.  If the effect drowns in rounding, both sides of the
+# quotient contain the base's error and one the trained model's: a gain of about 1/2 for a correct adapter (seen: 0.54).
 MIN_GAIN, MAX_GAIN = 0.25, 1.5
 
 
 def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, float | None]:
-    """How far the logits `found` are from those that they should be, and how much of the adapter's effect they show.
+    """How far the logits `found` are from the expected ones, and how much of the adapter's effect they show.
 
     off = ‖found − trained‖ / max(‖trained‖, ‖trained − base‖)
     gain = ⟨found − base, trained − base⟩ / ‖trained − base‖²
 
-    The gain is 1 if all of the effect is there, 0 if the adapter is left out, however small the effect is beside
+    The gain is 1 if all of the effect is there, 0 if the adapter is missing, however small the effect is relative to
     rounding; None if the effect is below `MIN_EFFECT` of the logits.
     """
     effect = trained - base
@@ -31,8 +31,8 @@ def logit_errors(found: Tensor, trained: Tensor, base: Tensor) -> tuple[float, f
 
 
 def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str) -> list[str]:
-    """What is wrong with logits that are `off`, `dtype` being the coarsest that they were computed in; `who` shows the
-    adapter's effect."""
+    """Problems of logits that are `off`; `dtype` is the coarsest they were computed in, and `who` (with its verb)
+    begins the sentence about the adapter's effect."""
     limit = MAX_LOGITS_ERROR.get(dtype, max(MAX_LOGITS_ERROR.values()))
     problems = [] if off <= limit else [f"logits are off by {off:.2e} (allowed {limit:g})"]
     if gain is not None and not MIN_GAIN <= gain <= MAX_GAIN:
@@ -48,7 +48,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def check_probe(model: nn.Module, ids: object) -> None:
-    """UserError for what are no token ids (B, T) of a model."""
+    """UserError unless `ids` are valid token ids (B, T) of a model."""
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0 and not ids.is_floating_point()
     if not is_ids or int(ids.min()) < 0 or int(ids.max()) >= size:  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from sora_llm.files import file_sha256
 CONFIG, WEIGHTS, CERTIFICATE = run_files.ADAPTER_CONFIG, run_files.ADAPTER_WEIGHTS, run_files.CERTIFICATE
 BASE = "base_model_name_or_path"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
-OTHER_METHODS = {  # options of adapter_config.json that make another product of the same factors, or another base
+OTHER_METHODS = {  # options of adapter_config.json that change the product of the factors, or the base
     "use_dora": "DoRA rescales the columns of the sum",
     "fan_in_fan_out": "its layers hold their weights transposed",
     "lora_bias": "it has biases of its own",
@@ -41,22 +41,22 @@ OTHER_METHODS = {  # options of adapter_config.json that make another product of
     "kasa_config": "it cuts the base's own singular values",
     "monteclora_config": "its factors are drawn at random",
 }
-_HARMLESS = {  # what PEFT writes beside a plain LoRA, whatever its value
+_HARMLESS = {  # options that a plain LoRA may have, whatever their value
     *("task_type", "peft_type", "peft_version", "auto_mapping", BASE, "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that change W beside the adapter
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change W
 
 
 @dataclass(frozen=True)
 class LoraFiles:
     """A saved LoRA: {module: (A (R, I), B (O, R), None)} in float32, and the scale of each module's product.
 
-    Slots that add nothing are left out.  `targets` are all modules that it was made for, also those pruned
-    and left out of the files, as far as a certificate tells.
+    Slots that add nothing are left out.  `targets` are all modules that it was made for, including pruned ones missing
+    from the files if a certificate names them.
     """
 
     base_model: str
@@ -65,17 +65,17 @@ class LoraFiles:
     scaling: dict[str, float]
     targets: frozenset[str]
     base_digest: str | None
-    """`base_files.base_digest` of the weights that it was trained beside, where a certificate says it."""
+    """`base_files.base_digest` of the base weights it was trained on, if a certificate records it."""
 
 
 def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     """The LoRA in `folder`.
 
-    Slots that add nothing yet and can learn, of one zero factor, as every LoRA has them before its first step, are kept
-    behind the others as far as a module has not more than `blank_up_to` slots with them.
+    Slots that add nothing yet but can learn (one factor is zero, as in every LoRA before its first step) are kept after
+    the others, as long as the module has at most `blank_up_to` slots with them.
 
     Raises:
-        UserError: no LoRA in safetensors, one that is more than plain LoRA on linear layers, or files that contradict
+        UserError: no LoRA in safetensors, one that is more than a plain LoRA of linear layers, or files that contradict
             each other.
     """
     config = _read_config(folder)
@@ -120,19 +120,19 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
 
 
 def saved_base(folder: Path) -> str:
-    """The base that the LoRA in `folder` names, "" if it names none; UserError as `read_lora`."""
+    """The base that the LoRA in `folder` names, "" if it names none; UserError as in `read_lora`."""
     base: str = _read_config(folder)[BASE]
     return base
 
 
 def saved_revision(folder: Path) -> str | None:
-    """The revision of it; UserError as `read_lora`."""
+    """The revision of the base; UserError as in `read_lora`."""
     revision: str | None = _read_config(folder).get("revision")
     return revision
 
 
 def is_same_base(one: str, other: str) -> bool:
-    """Whether two names mean one place: local folders by where they lie, hub ids by their name."""
+    """Whether two names refer to the same base: local folders by their real path, hub ids by their name."""
     return _place(one) == _place(other)
 
 
@@ -173,7 +173,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def more_than_lora(config: Mapping[str, Any]) -> Iterator[str]:
-    """What an adapter_config.json asks for beside factors of linear layers, in words; nothing of a plain LoRA."""
+    """Features in an adapter_config.json beyond factors of linear layers, in words; none for a plain LoRA."""
     for option, value in config.items():
         is_set = value is not None if option.endswith("_config") else bool(value)
         if is_set and option not in _HARMLESS:
@@ -217,17 +217,17 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     if (targets and not matches(targets)) or (excluded and matches(excluded)):
         return False
     if layers is None or layers == [] or isinstance(targets, str) or name in (targets or ()):
-        return True  # layers are for suffixes alone
+        return True  # layers only apply to suffixes
     own = config.get("layers_pattern") or ()
     patterns = [rf"(?:^|.*?\.){pattern}" for pattern in ([own] if isinstance(own, str) else own)]
-    # The first number of the name: behind it others may follow, of experts.
+    # The first number in the name: later ones may belong to experts.
     found = (re.match(rf"{pattern}\.(?P<number>\d+)\.", name) for pattern in patterns or [r".*?\.[^.]*"])
     number = next((int(match["number"]) for match in found if match), None)
     return number is not None and number in ([layers] if isinstance(layers, int) else layers)
 
 
 def certificate_in(folder: Path) -> dict[str, Any]:
-    """What a folder's certificate says; empty where there is none."""
+    """The content of a folder's certificate; empty if there is none."""
     try:
         certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -236,16 +236,16 @@ def certificate_in(folder: Path) -> dict[str, Any]:
 
 
 def certified_digest(folder: Path) -> str | None:
-    """The `base_files.base_digest` of the weights that a folder's certificate says it was trained beside."""
+    """The `base_files.base_digest` of the base weights that a folder's certificate says it was trained on."""
     digest = certificate_in(folder).get("base_digest")
     return digest if isinstance(digest, str) else None
 
 
 def _certified(folder: Path) -> frozenset[str]:
-    """The modules that our certificate in the same folder names.
+    """The modules named in our certificate in the same folder.
 
     Raises:
-        UserError: it is the certificate of other weights.
+        UserError: the certificate belongs to other weights.
     """
     certificate = certificate_in(folder)
     modules, sha256 = certificate.get("modules"), certificate.get("sha256")

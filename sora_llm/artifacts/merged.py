@@ -1,8 +1,8 @@
-"""The whole model with the adapter inside, W' = W + ΔW: written shard by shard, checked from disk.
+"""The whole model with the adapter merged in, W' = W + ΔW: written shard by shard, checked from disk.
 
-The sum is made in float32 and rounded once to the model's dtype.  W is what the base's files hold, or what 4-bit layers
-make of it (`dequantise`): those are the numbers that the adapter was trained beside, in every quantised layer and not
-only where there is an adapter.
+The sum is made in float32 and rounded once to the model's dtype.  W is as in the base's files, or after a round trip
+through 4-bit layers (`dequantise`): those are the numbers that the adapter was trained on, in every quantised layer,
+not only in adapted ones.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from sora_llm.targets import linear_layers
 
 MAX_SHARD_BYTES = 4 * 2**30
 MIN_KEPT = 0.5
-"""Of the adapter, after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  In a base of the model's own dtype, numbers
-that ΔW moves by less than half of their spacing stay where they are."""
+"""Share of the adapter left after rounding: ⟨W' − W, ΔW⟩ / ‖ΔW‖² over all layers.  In a base of the model's own dtype,
+numbers that ΔW moves by less than half their spacing do not change."""
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between a tensor that was written, W', and W + ΔW.
+    """The difference between a written tensor, W', and W + ΔW.
 
-    `worst`: of a number, in units of what rounding allows; 1 or less is right.
-    `error_norm`, `delta_norm`, `product`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 where there is no ΔW.
+    `worst`: the largest of any number, in units of the allowed rounding; correct if 1 or less.  `error_norm`,
+    `delta_norm`, `product`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 if there is no ΔW.
     """
 
     worst: float
@@ -55,9 +55,9 @@ class Difference:
 class Merge:
     """How a tensor of the base becomes one of the merged model.
 
-    `files` says where every tensor lies; `quantised` are the linear layers that are 4-bit ones in `spec`, and their
-    weights go through that where `dequantise`.  `packed` are the weights that the files hold in 4 bits; of
-    their constants the merged model has none.
+    `files` maps every tensor to its file; `quantised` are the linear layers that are 4-bit in `spec`, and with
+    `dequantise` their weights are quantised and dequantised first.  `packed` are the weights stored in 4 bits in the
+    files; their constants are not part of the merged model.
     """
 
     factors: PlainFactors
@@ -97,7 +97,7 @@ class Merge:
         """How far `found` is from base + ΔW, in float64.
 
         Rounding once moves a number x by u |x| at most; the float32 sum before it, of R + 1 terms, by (R + 2) 2⁻²⁴
-        times the sum of their sizes.
+        times the sum of their magnitudes.
         """
         base = self.base(key)
         if found.shape != base.shape or (base.is_floating_point() and found.dtype != self.dtype):
@@ -128,11 +128,11 @@ class Merge:
 def plan_merge(
     factors: PlainFactors, spec: BackboneSpec, bare_model: nn.Module, *, dequantise: bool, device: torch.device | str
 ) -> Merge:
-    """Look at the headers of the base's files, before anything is loaded.
+    """Plan the merge from the headers of the base's files, before anything is loaded.
 
     Raises:
-        UserError: weights that are no safetensors, are damaged, lack a layer's weight by its name or shape, or are
-            quantised ones where the original ones are asked for.
+        UserError: weights that are not safetensors, are damaged, lack a layer's weight by its name or shape, or are
+            quantised when the original ones are asked for.
     """
     files: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
@@ -193,7 +193,7 @@ def planned_shards(merge: Merge) -> list[list[str]]:
 
 
 def refuse_small_disk(merge: Merge, folder: Path) -> None:
-    """UserError if there is no room for the merged model in `folder`, which need not be there yet."""
+    """UserError if there is no room for the merged model in `folder`, which need not exist yet."""
     size = sum(merged_size(merge, key) for keys in planned_shards(merge) for key in keys)
     existing = nearest_existing(folder.parent)
     free = shutil.disk_usage(existing).free
@@ -204,7 +204,7 @@ def refuse_small_disk(merge: Merge, folder: Path) -> None:
 
 
 def write_shards(merge: Merge, shards: Sequence[Sequence[str]], folder: Path) -> list[str]:
-    """The names of the files, one for each shard."""
+    """Write one file per shard; returns the names of the files."""
     count = len(shards)
     names = [SINGLE if count == 1 else f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
     where: dict[str, str] = {}
@@ -221,7 +221,7 @@ def write_shards(merge: Merge, shards: Sequence[Sequence[str]], folder: Path) ->
 
 
 def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance: Provenance) -> None:
-    """Config, generation config, tokenizer, chat template and the base's own code, if it has any."""
+    """Write config, generation config, tokenizer, chat template and the base's own code, if it has any."""
     source = base_files(spec, ["config.json"])[0]
     content = json.loads(source.read_text(encoding="utf-8"))
     content.pop("quantization_config", None)
@@ -240,8 +240,8 @@ def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance:
 def check_shards(
     merge: Merge, shards: Sequence[Sequence[str]], names: Sequence[str], folder: Path
 ) -> tuple[dict[str, float], list[str]]:
-    """{module: share of ΔW that rounding took}, and a sentence about each tensor that is more than rounding off, and
-    about an adapter of which rounding has left less than MIN_KEPT."""
+    """{module: share of ΔW lost to rounding}, and a sentence about each tensor that is off by more than rounding, or
+    about an adapter of which rounding left less than MIN_KEPT."""
     lost, problems, product, energy = dict.fromkeys(merge.factors, 0.0), [], 0.0, 0.0
     for keys, tensors in zip(shards, _read(folder, names), strict=True):
         if sorted(keys) != sorted(tensors):
@@ -262,7 +262,7 @@ def check_shards(
 
 
 def _read(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Callable[[], Tensor]]]:
-    """{tensor: how to read it} of one file after the other."""
+    """{tensor: function that reads it} for one file after the other."""
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
             yield {key: _reader(file, key) for key in file.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The merged model, verified: from disk it has the weights base + ΔW, and the logits of base with adapter."""
+"""The merged model, verified from disk: its weights are base + ΔW, and its logits those of the base with adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.de
 
 
 def adapted(spec: BackboneSpec) -> str:
-    """What base + adapter is called: by the form in which the base is loaded."""
+    """The name of base + adapter, by the form in which the base is loaded."""
     form = "4-bit" if spec.load_in_4bit else "8-bit" if spec.load_in_8bit else "original"
     return f"{form} base + adapter"
 
@@ -50,12 +50,12 @@ def export_merged(
     """Write the merged model to `folder`, verified from disk; returns the certificate.
 
     `config` is the base's transformers config.  Memory: the base with the adapter, as it was trained; then a shard of
-    MAX_SHARD_BYTES and a few copies of one weight; then the merged model.  With `dev_loss_of` dev losses are measured:
-    of base with adapter, as it was trained and, if that is another, on the base that is merged; of the merged model; of
-    one merged from the other form of a 4-bit base.
+    MAX_SHARD_BYTES and a few copies of one weight; then the merged model.  With `dev_loss_of`, dev losses are measured:
+    of base with adapter, as it was trained and, if different, on the base that is merged; of the merged model; of one
+    merged from the other form of a 4-bit base.
 
     Raises:
-        UserError: no room on the disk, or a folder that holds something else than an export.
+        UserError: no room on the disk, or a folder that holds anything other than an export.
         RunFailed: the merged weights or logits are not base + ΔW, or the disk is full; nothing is left.
     """
     refuse_other_contents(folder)
@@ -100,7 +100,7 @@ def export_merged(
 
 @dataclass(frozen=True)
 class _Logits:
-    """Of the base and of base + adapter, on the same tokens, computed in `dtype` where it is coarsest."""
+    """Logits of the base and of base + adapter on the same tokens; `dtype` is the coarsest they were computed in."""
 
     ids: Tensor
     base: Tensor
@@ -111,7 +111,7 @@ class _Logits:
 def _beside_the_base(
     merge: Merge, dev_loss_of: Callable[[nn.Module], float] | None
 ) -> tuple[_Logits, dict[str, float]]:
-    """What base + adapter does on the base that is merged; its dev loss there, and as it was trained."""
+    """Logits of base + adapter for the base that is merged; its dev loss there, and as it was trained."""
     spec = merge.spec if merge.dequantise else _unquantised(merge.spec)
     model = load_backbone(spec, merge.device)
     if merge.dequantise:
@@ -149,13 +149,13 @@ def _prove_dequantised(merge: Merge, model: nn.Module) -> None:
 def _reload(
     merge: Merge, folder: Path, expected: _Logits, dev_loss_of: Callable[[nn.Module], float] | None
 ) -> tuple[float, float | None, dict[str, float]]:
-    """Error and gain of the logits of the model in `folder`, and its dev loss, beside that of the other form."""
+    """Error and gain of the logits of the model in `folder`, and dev losses of it and of the other form."""
     model = load_backbone(replace(_unquantised(merge.spec), name_or_path=str(folder), revision=None), merge.device)
     off, gain = logit_errors(logits_of(model, expected.ids), expected.adapted, expected.base)
     losses = {}
     if dev_loss_of is not None:
         losses[MERGED[merge.dequantise]] = dev_loss_of(model)
-        if merge.spec.load_in_4bit and not merge.packed:  # those have one form only
+        if merge.spec.load_in_4bit and not merge.packed:  # those have only one form
             other = replace(merge, dequantise=not merge.dequantise)
             with torch.no_grad():
                 for name in merge.quantised:
@@ -168,7 +168,7 @@ def _reload(
 
 
 def rounding_in_words(certificate: Mapping[str, Any]) -> str:
-    """How far the merged weights of the worst layer are from the sum: those of the base were rounded in it too."""
+    """How far the merged weights of the worst layer are from the sum, in which the base's weights were rounded too."""
     worst, dtype = worst_delta_error(certificate), certificate["dtype"]
     return f"rounding base + ΔW to {dtype} moved the weights of a layer by {worst:.1e} ‖ΔW‖ at most"
 
