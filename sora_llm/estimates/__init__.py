@@ -1,1 +1,1 @@
-"""How much memory and time a config takes: arithmetic on sizes."""
+"""How much memory and time a config takes, by arithmetic on sizes."""

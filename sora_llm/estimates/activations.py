@@ -1,22 +1,22 @@
-"""Memory of activations of a LLaMA-like decoder with adapters: arithmetic on its sizes, before anything is loaded.
+"""Activation memory of a LLaMA-like decoder with adapters, by arithmetic on its sizes, before anything is loaded.
 
-What a layer keeps for its backward pass, in bytes per token, with b bytes per element of the activations:
+A layer keeps for its backward pass, in bytes per token, with b bytes per element of the activations:
 
     residual stream, float32, before either norm     2 · 4 · H
-    norms' outputs, where an adapter reads them      b · H each
+    norms' outputs, if an adapter reads them         b · H each
     queries and the output of attention              2 · b · A
-    keys and values                                  2 · b · K, or 2 · b · A where they are repeated for every head
-    of attention itself                              4 · heads (sdpa, flash), heads · S · (4, + b under b < 4) (eager)
+    keys and values                                  2 · b · K, or 2 · b · A if they are repeated for every head
+    attention itself                                 4 · heads (sdpa, flash), heads · S · (4, + b under b < 4) (eager)
     mask of packed rows under sdpa                   b · S
-    gate, silu(gate), up; their product              3 · b · F; b · F where an adapter reads it
+    gate, silu(gate), up; their product              3 · b · F; b · F if an adapter reads it
     A x of every adapter                             b · Σ r
 
-(H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The
-loss keeps log-probabilities of 4 · V bytes and takes twice as much again when its backward pass begins, while all
-layers are alive; a layer's own backward pass takes about 2 · b · F + 4 · H, and the weight that it dequantises.  With
-gradient checkpointing the layers keep b · H each, and one at a time is whole.  8-bit layers keep what they read, also
-where no adapter reads it, and checkpointing does not free it (bitsandbytes 0.50 holds it past autograd): then every
-layer keeps b · (2 · H + A + F) besides.
+(H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The loss
+keeps log-probabilities of 4 · V bytes and takes twice as much again when its backward pass begins, while all layers are
+alive; a layer's own backward pass takes about 2 · b · F + 4 · H, plus the weight that it dequantises.  With gradient
+checkpointing the layers keep b · H each, and one at a time keeps everything.  8-bit layers keep their inputs, even if
+no adapter reads them, and checkpointing does not free them (bitsandbytes 0.50 holds them outside autograd): then every
+layer also keeps b · (2 · H + A + F).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """What activations depend on, of a model whose layers are attention and a gated MLP."""
+    """The sizes that determine the activations of a model whose layers are attention and a gated MLP."""
 
     num_layers: int
     hidden: int
@@ -40,11 +40,11 @@ class DecoderSizes:
 
 
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-"""The linear layers that the arithmetic is about: fused ones (qkv_proj, gate_up_proj) keep other tensors."""
+"""The linear layers that the arithmetic covers: fused ones (qkv_proj, gate_up_proj) keep other tensors."""
 
 
 def sizes_of(text_config: Any) -> DecoderSizes | None:
-    """From a transformers config; None for an architecture of another kind (experts, no gate, other names)."""
+    """Sizes from a transformers config; None for other kinds of architecture (experts, no gate, other names)."""
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     found: list[Any] = [getattr(text_config, name, None) for name in names]
     experts = [getattr(text_config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]

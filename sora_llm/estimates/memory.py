@@ -14,13 +14,13 @@ from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
 
 LIVE_ELEMENTS = 10**9
-"""Of frozen weights, those that ZeRO-3 may leave whole on a process, whatever the number of processes: DeepSpeed's
-default (0.19) of stage3_max_reuse_distance."""
+"""Number of frozen weights that ZeRO-3 may keep gathered on a process, however many processes there are: DeepSpeed's
+default (0.19) for stage3_max_reuse_distance."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per process.  `activation_bytes` is None where the architecture is not one that they are known of."""
+    """Bytes per process.  `activation_bytes` is None if it is not known for the architecture."""
 
     trainable_parameters: int
     frozen_parameters: int
@@ -30,11 +30,11 @@ class MemoryEstimate:
     optimizer_bytes: int
     activation_bytes: int | None = None
     gathered_bytes: int = 0
-    """Of weights that are sharded and whole for a while, beside the process's own part of them."""
+    """For sharded weights that are temporarily gathered, in addition to the process's own part of them."""
 
     @property
     def total_bytes(self) -> int:
-        """Without the activations where they are not known."""
+        """The sum, without the activations if they are not known."""
         fixed = self.weight_bytes + self.gathered_bytes
         fixed += self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
         return fixed + (self.activation_bytes or 0)
@@ -52,16 +52,16 @@ def estimate(
     batch: BatchShape | None = None,
     live_elements: int = LIVE_ELEMENTS,
 ) -> MemoryEstimate:
-    """Memory of weights, adapters, gradients, optimizer state and, of a `batch`, activations per process, from the
+    """Memory per process of weights, adapters, gradients, optimizer state and, given a `batch`, activations, from the
     model's shapes alone.
 
     `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
-    weights a block; 4 bytes a block, or 1 with double quantisation), 8-bit weights one byte plus 4 a row; what stays
-    unquantised (embeddings, head, norms) counts in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
-    with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2,
-    weights and adapters in stage 3, but for the constants of 4-bit weights).  In a step of stage 3 the weights that are
-    computed with, soon again or soon are whole: at most `live_elements`, which 4-bit weights count in their storage,
-    but in any case the largest tensor.
+    weights per block; 4 bytes per block, or 1 with double quantisation), 8-bit weights one byte plus 4 per row;
+    unquantised parts (embeddings, head, norms) count in spec.dtype.  Adam keeps two float32 moments, and under ZeRO or
+    with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2, weights
+    and adapters in stage 3, except the constants of 4-bit weights).  In a step of stage 3, weights in use or soon to be
+    used (again) are gathered: at most `live_elements`, counted in storage elements for 4-bit weights, but at least the
+    largest tensor.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
@@ -102,7 +102,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What one forward pass of a process is given."""
+    """The input of one forward pass of a process."""
 
     batch_size: int
     sequence_len: int
