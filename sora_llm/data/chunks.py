@@ -205,7 +205,7 @@ class Tokenizing:
         )
 
     def _fate_of_excess(self, spec: DatasetSpec) -> str:
-        """What a row beyond sequence_len is counted as."""
+        """The count to which a row longer than sequence_len is added."""
         if self.excess_length == "split" and spec.type == "completion":
             return "split"
         return "truncated" if self.excess_length == "truncate" else "too_long"

@@ -52,8 +52,7 @@ def local_files(name: str, type_: str) -> list[Path]:
     folder has a link to another of its files.
 
     Raises:
-        UserError: there are none, a folder holds several data sets (splits of one), or a file is there both packed and
-            unpacked.
+        UserError: there are none, a folder holds several data sets (splits), or a file is both packed and unpacked.
     """
     path = user_path(name, "the path of a data set")
     if _is_glob(name):

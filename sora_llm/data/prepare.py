@@ -70,8 +70,8 @@ def prepare(
         wait_first: seconds for which this process lets others become the writer.
 
     Raises:
-        UserError: invalid files (also one that changes meanwhile) or columns; a row too long if that is an error, too
-            many bad rows, a data set without a supervised token.
+        UserError: invalid files (or one that changes during reading) or columns; a row too long if that is an error,
+            too many bad rows, a data set without a supervised token.
         RunFailed: a process that tokenises was killed.
     """
     if num_proc is not None and num_proc < 1:

@@ -1,4 +1,4 @@
-"""Encoding prompts, and finding where answers end, by the chat template used in training."""
+"""Encoding prompts, and finding where answers end, with the chat template used in training."""
 
 from __future__ import annotations
 

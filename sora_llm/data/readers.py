@@ -29,8 +29,7 @@ class BadRow(Exception):
 Row = dict[str, Any]
 RowOrBad = Row | BadRow
 Placed = Iterator[tuple[str, Callable[[], RowOrBad]]]
-"""Where each row is (":line", from 1, or "#index", from 0) and a function that makes it: skipped rows are not
-made."""
+"""Where each row is (":line", from 1, or "#index", from 0) and what makes it: skipped rows are not made."""
 
 _MAX_DEPTH = 100
 TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep"

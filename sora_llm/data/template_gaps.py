@@ -18,7 +18,7 @@ class _Kind(NamedTuple):
     has_content: bool
     has_text: bool
     num_calls: int
-    """2 stands for several."""
+    """2 means several."""
     has_reasoning: bool
     has_thoughts: bool
     """Inside the text, closed by </think>."""

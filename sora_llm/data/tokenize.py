@@ -287,8 +287,7 @@ def _saying(words: str, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[float]) -> Sequence[float]:
-    """The weight of each marked span: that of its answer, or, if answers have several spans, the one weight of all
-    answers."""
+    """The weight of each marked span: its answer's, or, if answers have several spans, the weight of all answers."""
     if len(marked) == len(of_answers):
         return of_answers
     if len(marked) < len(of_answers) or len(set(of_answers)) != 1:
