@@ -47,8 +47,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-    """Every process's integers, equally many on each, in the order of processes: cheap enough for every step
-    (collective)."""
+    """Every process's integers, equally many each, in process order: cheap enough for every step (collective)."""
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
     if not in_process_group():
         return [own.tolist()]

@@ -28,8 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The outcome of a step: `grad_norm` is the global L2 norm before clipping; if it is not finite, the step is
-    skipped."""
+    """A step's outcome: `grad_norm` is the global L2 norm before clipping; if it is not finite, the step is skipped."""
 
     grad_norm: float
     skipped: bool
@@ -310,9 +309,8 @@ class Engine:
     def released(self, whole: bool = True) -> Iterator[nn.Module]:
         """The module without wrappers and hooks; the engine is closed and has freed its memory (collective).
 
-        In this context adapters may be given other parameters, and afterwards the module may go to another engine.
-        Under ZeRO-3 with `whole`, the frozen weights are gathered for the duration: as much memory as when the model
-        was loaded.
+        Inside, adapters may be given other parameters; afterwards the module may go to another engine.  Under ZeRO-3
+        with `whole`, the frozen weights are gathered for the duration: as much memory as when the model was loaded.
         """
         module = self.module
         if not self.is_closed:

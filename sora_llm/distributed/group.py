@@ -143,7 +143,7 @@ def _assert_world(accelerator: Accelerator, strategy: str, world: World) -> None
 def end(accelerator: Accelerator, environ: Mapping[str, str]) -> None:
     """Close trackers and the process group, and forget both, so that this process can run again.
 
-    `environ` is what os.environ held before `make_accelerator`.
+    `environ` is the content of os.environ before `make_accelerator`.
     """
     for tracker in accelerator.trackers:
         try:

@@ -96,8 +96,7 @@ class Replicas:
         return received[self.index] if self.index < len(parts) else []
 
     def spread(self, own: Tensor | None, like: Sequence[Tensor]) -> list[Tensor]:
-        """Each lead's tensor, on every process (collective); `like` has the shapes and dtypes, leads pass their
-        `own`."""
+        """Each lead's tensor, on every process (collective); `like` has the shapes and dtypes, leads pass `own`."""
         if not in_process_group():
             assert own is not None
             return [own]
