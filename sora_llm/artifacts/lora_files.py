@@ -1,4 +1,4 @@
-"""Any plain LoRA on disk, PEFT's or ours, as factors and scales: read from its files alone, without peft or a base.
+"""Any plain LoRA on disk, PEFT's or ours, as factors and scales: read only from its files, without peft or a base.
 
 PEFT applies to a module  ΔW = scale · B A,  scale = alpha / r, or alpha / √r with `use_rslora`; `rank_pattern` and
 `alpha_pattern` are regular expressions that the end of a module's name must match, and the first match wins.

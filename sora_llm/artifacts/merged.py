@@ -41,8 +41,8 @@ _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 class Difference:
     """The difference between a written tensor, W', and W + ΔW.
 
-    `worst`: the largest of any number, in units of the allowed rounding; correct if 1 or less.  `error_norm`,
-    `delta_norm`, `product`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 if there is no ΔW.
+    `worst`: the largest of any number, in units of the allowed rounding; correct if 1 or less.
+    `error_norm`, `delta_norm`, `product`: ‖W' − W − ΔW‖, ‖ΔW‖ and ⟨W' − W, ΔW⟩, 0 if there is no ΔW.
     """
 
     worst: float
