@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    """The public names, for who looks for them."""
+    """The public names, for completion and `dir`."""
     return [*__all__, "__version__"]
 
 

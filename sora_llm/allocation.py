@@ -1,4 +1,4 @@
-"""What a rank is worth and which ranks are kept: ΔW as singular components, chosen under a budget or a tolerance.
+"""The value of a rank and which ranks are kept: ΔW as singular components, chosen under a budget or a tolerance.
 
     ΔW = s · B diag(g) A = U diag(σ) Vᵀ        energy of a component: σ²        cost of a rank: c_m = I_m + O_m
 
@@ -20,18 +20,18 @@ from torch import Tensor
 from sora_llm.errors import NotFinite, UserError
 
 LIVE = 1e-9  # a component is live above this share of its module's largest singular value
-ROUNDING = 1e-14  # and above this share of its slots' sizes: below is what float64 leaves of slots that cancel
+ROUNDING = 1e-14  # and above this share of its slots' sizes: anything below is float64 residue of slots that cancel
 
-Energies = Mapping[str, Sequence[float] | Tensor]  # module → what each of its components or slots is worth, ≥ 0
-Kept = dict[str, list[int]]  # module → indices of what is kept, rising
-Order = list[tuple[str, int]]  # (module, index), the most worthy first
+Energies = Mapping[str, Sequence[float] | Tensor]  # module → the energy of each of its components or slots, ≥ 0
+Kept = dict[str, list[int]]  # module → kept indices, ascending
+Order = list[tuple[str, int]]  # (module, index), most valuable first
 
 # ---------------------------------------------------------------------------------------------------- components
 
 
 @dataclass(frozen=True)
 class Components:
-    """The live part of a ΔW (O, I) = U diag(σ) Vᵀ in float64: σ (K,) falling, U (O, K), Vᵀ (K, I).
+    """The live part of a ΔW (O, I) = U diag(σ) Vᵀ in float64: σ (K,) descending, U (O, K), Vᵀ (K, I).
 
     The entry of largest magnitude in each column of U is positive.
     """
@@ -42,7 +42,7 @@ class Components:
 
     @property
     def energies(self) -> list[float]:
-        """σ² of every component: what dropping it adds to ‖error‖_F²."""
+        """σ² of every component: the increase of ‖error‖_F² if it is dropped."""
         return (self.sigma**2).tolist()
 
     def first(self, count: int) -> Components:
@@ -54,8 +54,8 @@ def components(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float, name: 
     """The exact SVD of ΔW = s · B diag(g) A, without forming an O × I matrix.
 
     Thin QR of the live slots' Aᵀ = Q_A R_A and B = Q_B R_B, then the SVD of the core R_B diag(s·g) R_Aᵀ, which has at
-    most min(R, I) columns and min(R, O) rows.  Kept are σ > 1e-9 · σ₁; K = 0 where ΔW is 0, also where live slots
-    cancel to rounding (σ ≤ 1e-14 of the norm of all s·|g|·‖a‖·‖b‖).
+    most min(R, I) columns and min(R, O) rows.  Components with σ > 1e-9 · σ₁ are kept; K = 0 if ΔW is 0, also if live
+    slots cancel up to rounding (σ ≤ 1e-14 of the norm of all s·|g|·‖a‖·‖b‖).
 
     Args:
         A, B, gate: (R, I), (O, R), (R,) or None for ungated factors, of any dtype; R may exceed min(I, O).
@@ -85,7 +85,7 @@ def components(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float, name: 
 def balanced(parts: Components, scaling: float, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Plain factors of the components: A (K, I) = diag(√(σ/s))·Vᵀ, B (O, K) = U·diag(√(σ/s)), so ΔW = s · B A.
 
-    With `rank` zero components fill both factors up to that many slots.  float64, as the components are.
+    With `rank`, both factors are padded with zero components to that many slots.  float64, like the components.
 
     Raises:
         ValueError: s is not a positive number, or there are more than `rank` components.
@@ -115,16 +115,15 @@ def allocate(
 ) -> Kept:
     """Spend `budget` parameters on the components of all modules.
 
-    They are visited by falling energy / cost (ties: the modules' order, then the index).  One that does not fit
-    is passed over and the visit goes on, so the kept cost is never above the budget, and what stays unspent is less
-    than the cheapest component left out.  Before the visit every module gets its `min_rank` best ones, as far as it
-    has them.
+    They are visited by descending energy / cost (ties: the modules' order, then the index).  One that does not fit is
+    skipped and the visit continues, so the kept cost never exceeds the budget, and the unspent rest is less than the
+    cheapest component left out.  Before the visit every module gets its `min_rank` best ones, or all if it has fewer.
 
     Args:
-        energies: what each component is worth: σ², or a slot's (s·|g|·‖a‖·‖b‖)².
+        energies: the value of each component: σ², or a slot's (s·|g|·‖a‖·‖b‖)².
         costs: c_m = I_m + O_m, the parameters of one rank.
-        caps: min(I_m, O_m).  A module pays for no more ranks than that, so slots beyond are free: kept cost =
-            Σ c_m · min(#, cap_m).  Components need no caps, being never more.
+        caps: min(I_m, O_m).  A module pays for no more ranks than that, so further slots are free: kept cost =
+            Σ c_m · min(#, cap_m).  Components need no caps, since there are never more.
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
@@ -144,10 +143,10 @@ def allocate(
 
 
 def within_tolerance(energies: Energies, costs: Mapping[str, int], tolerance: float, min_rank: int = 0) -> Kept:
-    """Drop the components of least energy / cost while Σ dropped σ² ≤ t² · Σ σ², both over all modules.
+    """Drop the components with the least energy / cost while Σ dropped σ² ≤ t² · Σ σ², both over all modules.
 
-    So the relative error ‖ΔW − kept‖_F / ‖ΔW‖_F over all modules together is at most `tolerance` (up to rounding of
-    the sums); 0 is lossless.  The `min_rank` best components of every module stay.
+    So the relative error ‖ΔW − kept‖_F / ‖ΔW‖_F over all modules together is at most `tolerance` (up to rounding of the
+    sums); 0 is lossless.  The `min_rank` best components of every module stay.
 
     Raises:
         NotFinite: an energy is negative or not finite.
@@ -166,7 +165,7 @@ def within_tolerance(energies: Energies, costs: Mapping[str, int], tolerance: fl
 
 
 def _visit(energies: Energies, costs: Mapping[str, int]) -> Order:
-    """Everything by falling energy / cost; ties in the order of the modules, then of the indices."""
+    """All entries by descending energy / cost; ties in the order of the modules, then of the indices."""
     worth: list[tuple[float, str, int]] = []
     for name, values in energies.items():
         for index, value in enumerate(map(float, values)):

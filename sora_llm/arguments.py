@@ -12,13 +12,13 @@ OVERRIDES = "section.key=value"
 
 
 class Parser(argparse.ArgumentParser):
-    """One that raises UserError where others print how they are used and exit."""
+    """A parser that raises UserError where argparse would print the usage and exit."""
 
     def print_help(self, file: Any = None) -> None:
-        """On standard output, as what was asked for."""
+        """Print the help on standard output, as the requested result."""
         if not print_result(self.format_help().rstrip("\n")):
             self.exit(RunFailed.exit_code)
 
     def error(self, message: str) -> NoReturn:
-        # argparse calls arguments required that may be left out, where options stand between them
+        # argparse reports optional positionals as required if options come between them
         raise UserError(f"{message.replace(f', {OVERRIDES}', '')}; see {self.prog} --help")

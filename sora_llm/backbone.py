@@ -44,7 +44,7 @@ def load_model_config(spec: BackboneSpec) -> Any:
 
     Raises:
         UserError: no such folder or hub id, an unreadable config, damaged weights, not a decoder that can be loaded, or
-            files that are quantised already, otherwise than `spec` says.
+            files already quantised in a way that differs from `spec`.
     """
     config = _read_model_config(spec)
     files = quantised_files(config)
@@ -77,8 +77,8 @@ def _read_model_config(spec: BackboneSpec) -> Any:
 
 
 def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
-    """UserError unless files that are quantised are to be loaded as they are.  In which dtypes their weights are
-    multiplied and stored is free: neither changes a bit of them."""
+    """UserError unless quantised files are to be loaded as they are.  The dtypes in which their weights are multiplied
+    and stored may differ: neither changes a bit of them."""
     four = files.bits == 4
     wanted: dict[str, tuple[Any, Any]] = {
         "load_in_4bit": (four, spec.load_in_4bit),
@@ -96,10 +96,10 @@ def _refuse_other_form(spec: BackboneSpec, files: QuantisedFiles) -> None:
 
 
 def spec_from_files(spec: BackboneSpec) -> BackboneSpec:
-    """In the dtype that the base's files have, and quantised as they are: for a base that no run says how to load.
+    """`spec` with the dtype and quantisation of the base's files, for a base without a run that says how to load it.
 
     Raises:
-        UserError: as `load_model_config`.
+        UserError: as in `load_model_config`.
     """
     config = _read_model_config(spec)
     spec = replace(spec, dtype=dtype_name(config))
@@ -117,8 +117,8 @@ def spec_from_files(spec: BackboneSpec) -> BackboneSpec:
 
 
 def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
-    """A local checkpoint's files, as far as that costs nothing: headers of the weights, presence of a tokenizer.
-    Returns one of its files that holds 4-bit weights, if there is any."""
+    """Check a local checkpoint's files at no cost: headers of the weights, presence of a tokenizer.  Returns one of its
+    files that holds 4-bit weights, if any."""
     if spec.revision is not None:
         raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
     weights = sorted(folder.glob("*.safetensors"))
@@ -140,10 +140,10 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:
-    """The model's tokenizer, unchanged: no token is added, padding is masked by position and needs none.
+    """The model's tokenizer, unchanged: no token is added, since padding is masked by position and needs none.
 
     Raises:
-        UserError: it cannot be loaded, or was made from a tokenizer.model alone and does not tokenise as that does.
+        UserError: it cannot be loaded, or was built from a tokenizer.model alone and does not tokenise like it.
     """
     tokenizer = _from_pretrained(AutoTokenizer, spec, "tokenizer")
     files = {path.name: path for path in tokenizer_files(spec)}
@@ -153,7 +153,7 @@ def load_tokenizer(spec: BackboneSpec) -> Any:
 
 
 def _check_against_sentencepiece(tokenizer: Any, path: Path) -> None:
-    """transformers 5.23 converts some tokenizer.model files to a tokenizer that splits some texts differently."""
+    """Compare with sentencepiece: some tokenizers that transformers 5.23 converts split some texts differently."""
     from sentencepiece import SentencePieceProcessor
 
     reference = SentencePieceProcessor(model_file=str(path))
@@ -181,7 +181,7 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
         raise UserError(
             f"the {what} of model.name_or_path {spec.name_or_path} cannot be loaded: {reason[:300]}"
         ) from error
-    except Exception as error:  # safetensors and tokenizers raise types of their own for a damaged file
+    except Exception as error:  # safetensors and tokenizers raise their own types for a damaged file
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
             raise
         raise UserError(
@@ -199,13 +199,13 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def dtype_name(config: Any) -> str:
-    """The dtype of a model's files, as its transformers config says; bfloat16 where it does not."""
+    """The dtype of a model's files according to its transformers config; bfloat16 if it does not say."""
     dtype = _name_of(getattr(config, "dtype", None))
     return dtype if dtype in ("float16", "float32") else "bfloat16"
 
 
 def max_positions(config: Any) -> int | None:
-    """The most tokens that the model of a transformers config takes; None where it does not say."""
+    """The maximum number of tokens for the model of a transformers config; None if it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -238,7 +238,7 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
 
 
 def check_attention(spec: BackboneSpec) -> None:
-    """UserError if this machine cannot train through the attention; `skeleton` refuses what is not there at all."""
+    """UserError if this machine cannot train through the attention; `skeleton` refuses missing implementations."""
     if spec.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise UserError(
             "model.attn_implementation flex_attention cannot be used: torch has no backward pass of it without a GPU; "
@@ -260,7 +260,7 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     }
     config = _from_pretrained(AutoConfig, spec, "config")
     said = quantization_config_of(config)
-    if said is not None:  # quantised already; the files say the rest
+    if said is not None:  # already quantised; the rest is in the files
         config.quantization_config = {**said, "bnb_4bit_compute_dtype": spec.compute_dtype}
         options["config"] = config
     elif (quantization := _quantization(spec)) is not None:
@@ -281,8 +281,8 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
 
 
 def spec_from_model(model: Any) -> BackboneSpec | None:
-    """How a model of transformers that somebody loaded is held, as its layers say; None where that is in no form that
-    can be loaded here, or in several."""
+    """How an already loaded transformers model is held, judging by its layers; None if that is not a form that can be
+    loaded here, or several."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     dtype, head = _name_of(model.get_input_embeddings().weight.dtype), model.get_output_embeddings()
@@ -303,7 +303,7 @@ def spec_from_model(model: Any) -> BackboneSpec | None:
         return replace(whole, dtype=_name_of(layer.weight.dtype))
 
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    # A head that is not quantised says nothing: it is left as it was beside quantised layers.
+    # An unquantised head proves nothing: it is left as it was when other layers are quantised.
     said = [layer for layer in linears if layer is not head or isinstance(layer, Linear4bit | Linear8bitLt)]
     forms = {as_held(layer) for layer in said} or {whole}
     form = forms.pop()
@@ -317,8 +317,8 @@ def _name_of(dtype: Any) -> str:
 
 
 def module_names(model: nn.Module) -> set[str] | None:
-    """The names of the modules of a fresh model of the same class and config; None for a class that wants more than a
-    config to be made."""
+    """The names of the modules of a fresh model of the same class and config; None for a class that needs more than a
+    config to be constructed."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             fresh = type(model)(copy.deepcopy(model.config))
@@ -328,7 +328,7 @@ def module_names(model: nn.Module) -> set[str] | None:
 
 
 def free_unused() -> None:
-    """Give back the memory of models that nothing but cycles of their own holds: before the next one is loaded."""
+    """Free the memory of models held only by their own reference cycles, before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -359,8 +359,8 @@ def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig | None:
 
 
 def from_pretrained_args(spec: BackboneSpec, config: Any) -> str:
-    """The arguments of from_pretrained that load this backbone as it is trained beside, as Python text; and in words
-    what is to be done then, for files that say another compute dtype."""
+    """The arguments of from_pretrained that load this backbone as in training, as Python text; and, in words, what to
+    do afterwards if the files have another compute dtype."""
     options = f"dtype=torch.{spec.dtype}"
     files = quantised_files(config)
     if files is not None:
@@ -381,8 +381,8 @@ def from_pretrained_args(spec: BackboneSpec, config: Any) -> str:
 
 
 def dequantised(weight: Tensor, spec: BackboneSpec, device: torch.device | str) -> Tensor:
-    """What a 4-bit layer of `spec` makes of a weight (O, I) of the base's files: the numbers that it multiplies with,
-    bit for bit, on the CPU in spec.dtype."""
+    """A weight (O, I) of the base's files after quantisation by a 4-bit layer of `spec`: the numbers that it multiplies
+    with, bit for bit, on the CPU in spec.dtype."""
     from bitsandbytes import functional
 
     codes, state = functional.quantize_4bit(
@@ -398,10 +398,10 @@ def quiet_libraries() -> None:
     """Keep the libraries' progress bars and advice out of the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Announcements for the authors of the libraries that we call, not for who runs this one.
+    # Announcements for the authors of the libraries that we call, not for users of this one.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|deepspeed|accelerate|peft)\b")
-    # DDP's reducer tells (O, 1) with strides (1, O) from the same with (1, 1): the same bytes in the same order.
+    # DDP's reducer distinguishes (O, 1) with strides (1, O) and (1, 1): the same bytes in the same order.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

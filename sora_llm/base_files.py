@@ -29,7 +29,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files_in(folder: Path) -> list[Path]:
-    """The files of the tokenizer that lies in a local folder."""
+    """The files of the tokenizer in a local folder."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
@@ -39,7 +39,7 @@ def tokenizer_files(spec: BackboneSpec) -> list[Path]:
 
 
 def base_files(spec: BackboneSpec, names: Sequence[str]) -> list[Path]:
-    """The files of these names that the base has: in its folder, or in the hub's cache."""
+    """The base's files with these names, in its folder or in the hub's cache."""
     if spec.folder.is_dir():
         return [spec.folder / name for name in names if (spec.folder / name).is_file()]
     from transformers.utils import cached_file
@@ -61,9 +61,9 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
     """The base's weights in safetensors, one file or its shards.
 
     Raises:
-        UserError: there are none, or not all of them.
+        UserError: there are none, or some are missing.
     """
-    if single := base_files(spec, [SINGLE]):  # what transformers loads, also where an index is left of an earlier form
+    if single := base_files(spec, [SINGLE]):  # transformers loads it even if an index of an earlier form is left
         return single
     index = base_files(spec, [INDEX])
     if not index:
@@ -83,8 +83,8 @@ def weight_files(spec: BackboneSpec) -> list[Path]:
 
 
 def base_digest(spec: BackboneSpec) -> str | None:
-    """What tells the base's weights from others; None where they are no safetensors.  They are read in small
-    parts; files of the hub that are not in its cache are fetched.
+    """A digest that identifies the base's weights; None if they are not safetensors.  They are read in small parts; hub
+    files that are not in its cache are fetched.
 
     Raises:
         UserError: some of them are missing, or cannot be read.

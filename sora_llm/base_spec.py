@@ -47,11 +47,11 @@ class BackboneSpec:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """How the weights are loaded, for a certificate: by the names of our config."""
+        """How the weights are loaded, for a certificate, under the names of our config."""
         return {name: getattr(self, field) for name, field in _LOADING.items()}
 
     def loaded_as(self, loading: Any) -> BackboneSpec | None:
-        """This base, loaded as a certificate says; None for what is no `loading`."""
+        """This base, loaded as a certificate says; None if `loading` is invalid."""
         if not isinstance(loading, dict) or loading.keys() != _LOADING.keys():
             return None
         spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})

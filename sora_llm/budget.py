@@ -2,7 +2,7 @@
 
 A component of module m costs c_m = I_m + O_m parameters, so that
     kept = Σ c_m · min(#{g ≠ 0}, I_m, O_m)        F = Σ c_m · min(r, I_m, O_m)
-are exact integers.  Over the sparsify window, u ∈ (0, 1] being the progress in it, kept is led along
+are exact integers.  Over the sparsify window, with progress u ∈ (0, 1], kept is steered along
     R*(u) = goal + (F − goal)(1 − u)³
 to a goal a little above the budget: consensus cuts to the budget itself, and only from above.
 """
@@ -22,22 +22,22 @@ from sora_llm.errors import UserError
 from sora_llm.factors import Shapes, costs_of
 
 CONTROLLED_GOAL, QUANTILE_GOAL = 1.1, 1.01
-"""The goal in units of the budget: feedback swings by some percent, a quantile by single components."""
+"""The goal in units of the budget: feedback swings by a few percent, a quantile by single components."""
 GAIN = 1.5
 LAMBDA_START, LAMBDA_MIN, LAMBDA_MAX = 0.1, 1e-3, 1.0
-"""At λ = 1 the decoupled threshold prunes all that is noise; above, gates shrink whatever their gradient."""
+"""At λ = 1 the decoupled threshold prunes all noise; above, gates shrink whatever their gradient."""
 EVERY_MODULE = "all"
 ADAPTIVE = "adaptive"
 """The threshold that needs a budget: a quantile of the gates' importance."""
 SPARED = 1e9
 """Importance, in units of the median, of slots that no quantile reaches."""
 _NOTHING = 1e-30
-"""A threshold that only slots without a component do not pass."""
+"""A threshold passed by every slot that has a component."""
 
 
 @dataclass(frozen=True)
 class RankBudget:
-    """What a group of modules may keep: at most `params` parameters.
+    """The budget of a group of modules: it may keep at most `params` parameters.
 
     `costs` is {module: I + O}, `caps` {module: min(r, I, O)}; `name` is the pattern that chose the modules.
     """
@@ -50,7 +50,7 @@ class RankBudget:
 
     @property
     def full(self) -> int:
-        """F: what the group costs with every slot alive."""
+        """F: the cost of the group with every slot alive."""
         return sum(cost * self.caps[name] for name, cost in self.costs.items())
 
     def kept(self, counts: Mapping[str, int]) -> int:
@@ -58,7 +58,7 @@ class RankBudget:
         return sum(cost * min(counts[name], self.caps[name]) for name, cost in self.costs.items())
 
     def mean_rank(self, params: float) -> float:
-        """The cost-weighted mean rank that so many parameters are."""
+        """The cost-weighted mean rank equivalent to `params` parameters."""
         return params / sum(self.costs.values())
 
     def wanted(self, progress: float, goal_factor: float) -> float:
@@ -68,7 +68,7 @@ class RankBudget:
 
 
 def params_of(mean_rank: float, cost: int) -> int:
-    """The parameters that a mean rank allows modules which cost `cost` = Σ (I + O) together, exact as written."""
+    """The parameters that a mean rank allows modules with a total cost of `cost` = Σ (I + O), exact as written."""
     return math.floor(Fraction(str(mean_rank)) * cost)
 
 
@@ -85,12 +85,12 @@ def make_budgets(
 ) -> list[RankBudget]:
     """One budget per pattern of `budgets` (its mean rank), and one for the modules that none of them matches.
 
-    `shapes` is {module: (I, O)}.  Those others share `target_rank`, or what the patterns leave of `target_params`;
-    with `may_be_empty` that may be less than one rank.  `section` is what errors write before the settings that callers
-    without a config have too; patterns are a config's alone.
+    `shapes` is {module: (I, O)}.  The latter share `target_rank`, or what the patterns leave of `target_params`; with
+    `may_be_empty` that may be less than one rank.  Errors put `section` before settings that callers without a config
+    also have; only configs have patterns.
 
     Raises:
-        UserError: a module that two patterns match, a pattern without modules, a budget that is less than `min_rank`
+        UserError: a module that two patterns match, a pattern without modules, or a budget that is less than `min_rank`
             of every module, less than one rank, or more than r of every module.
     """
     owners = _owners_of(budgets, shapes)
@@ -108,7 +108,7 @@ def make_budgets(
 
 
 def _owners_of(patterns: Iterable[str], shapes: Shapes) -> dict[str, str]:
-    """{module: the pattern that matches it}, of modules that one does; UserError for patterns that cannot be."""
+    """{module: the pattern that matches it}, for matched modules only; UserError for invalid patterns."""
     owners: dict[str, str] = {}
     if EVERY_MODULE in patterns:
         raise UserError(
@@ -136,8 +136,8 @@ def _owners_of(patterns: Iterable[str], shapes: Shapes) -> dict[str, str]:
 def _params_of_rest(
     rest: Shapes, made: Sequence[RankBudget], target_rank: float | None, target_params: int | None, section: str
 ) -> tuple[int, str]:
-    """The parameters of the modules that no pattern matches, beside the budgets `made` of the others, and where they
-    were set; UserError where nothing says how many, or none are left."""
+    """The parameters for the modules that no pattern matches, given the budgets `made` for the others, and the key that
+    sets them; UserError if nothing sets them, or none are left."""
     if target_params is not None:
         taken = sum(budget.params for budget in made)
         if taken > target_params or (rest and taken == target_params):
@@ -173,7 +173,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _check(group: RankBudget, key: str, section: str, *, may_be_empty: bool = False) -> None:
-    """UserError for a budget that cannot be; `key` is where it was set."""
+    """UserError for an invalid budget; `key` is where it was set."""
     if group.params > group.full:
         raise UserError(
             f"{key} is {group.params:,} parameters (mean rank {group.mean_rank(group.params):.4g}), more than the "
@@ -208,11 +208,11 @@ def next_lambda(sparse_lambda: float, kept: int, wanted: float, full: int, num_s
 def importances(sigmas: Mapping[str, Tensor], budget: RankBudget) -> dict[str, Tensor]:
     """σ_i/√c_m of every slot {module: (R,)}, in units of their median over all slots that are not 0.
 
-    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0, and so has one that alone
-    costs more than the budget, which otherwise could end with nothing that fits into it.  The `min_rank` largest of
-    each module's falling `sigmas` are spared.
+    The reciprocal of `adaptive`'s weights w: a slot without a component has importance 0, as does one that alone costs
+    more than the budget; otherwise nothing that fits the budget might be left.  The `min_rank` largest of each module's
+    descending `sigmas` are spared.
     """
-    most = max(budget.params, min(budget.costs.values()))  # under a budget of nothing, which the cut will serve
+    most = max(budget.params, min(budget.costs.values()))  # for a budget of nothing, which the cut will enforce
     found = {name: sigmas[name].double() / math.sqrt(cost) * (cost <= most) for name, cost in budget.costs.items()}
     live = torch.cat([values[values > 0] for values in found.values()])
     median = float(live.median()) if len(live) else 1.0
@@ -225,13 +225,13 @@ def importances(sigmas: Mapping[str, Tensor], budget: RankBudget) -> dict[str, T
 def quantile_threshold(
     values: Mapping[str, Tensor], budget: RankBudget, wanted: float, within_reach: Mapping[str, Tensor] | None = None
 ) -> float:
-    """τ such that the slots with value > τ cost `wanted`, or less than one component more; slots of equal values stay
-    or go together, and stay where some have to.
+    """τ such that the slots with value > τ cost `wanted`, or less than one component more; slots of equal value stay or
+    go together, and stay if some of them have to.
 
-    `values` is {module: (R,)}, |g| · importance of each slot.  Where all live slots together cost less than `wanted`,
-    none of them is cut.  Where they cost less than the budget itself, τ lets dead slots come back: `within_reach`
-    {module: (R,)} is about what one step can raise a dead slot's value to, and those that can be raised highest make up
-    what is missing.  A step moves some gates further than that, so that rather more come back than fewer.
+    `values` is {module: (R,)}, |g| · importance of each slot.  If all live slots together cost less than `wanted`, none
+    of them is cut.  If they cost less than the budget itself, τ lets dead slots come back: `within_reach` {module:
+    (R,)} is roughly the value to which one step can raise a dead slot, and those that can be raised highest fill the
+    gap.  A step moves some gates further than that, so too many come back rather than too few.
     """
     flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)
@@ -253,14 +253,14 @@ def quantile_threshold(
 
 
 def _flat(values: Mapping[str, Tensor], budget: RankBudget) -> tuple[Tensor, Tensor]:
-    """The values of all slots of a budget's modules in a row, and what each of them costs."""
+    """The values of all slots of a budget's modules in one vector, and the cost of each."""
     flat = torch.cat([values[name].double().cpu() for name in budget.costs])
     cost = torch.cat([torch.full((len(values[name]),), each, dtype=torch.int64) for name, each in budget.costs.items()])
     return flat, cost
 
 
 def _weakest_of(values: Tensor, cost: Tensor, missing: float) -> float:
-    """A threshold that the best of `values` pass, as many as cost `missing` together, and the others do not."""
+    """A threshold passed only by the best of `values`, as many as together cost `missing`."""
     order = torch.argsort(values, descending=True, stable=True)
     num_wanted = int((torch.cumsum(cost[order], 0) < missing).sum()) + 1
     candidates = values[order][:num_wanted]

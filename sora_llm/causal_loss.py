@@ -19,11 +19,10 @@ def causal_loss_sum(
 ) -> Tensor:
     """Σ weight · cross-entropy (float32) over the supervised tokens of a right-padded batch.
 
-    All are (B, T).  `labels` are `IGNORED` where a token is not trained on; that of token t is predicted at t − 1;
-    `position_ids` begin at 0 with every row of a packed batch; `loss_weights` are of the labels, 1 where left out.
-    There is no attention mask: with causal attention no real token sees the padding behind it, and transformers keeps
-    packed rows apart only where there is none.  Where the model can, logits are computed for the supervised columns
-    alone.
+    All are (B, T).  `labels` are `IGNORED` for tokens that are not trained on; token t is predicted at t − 1;
+    `position_ids` restart at 0 for every row of a packed batch; `loss_weights` belong to the labels, 1 if omitted.
+    There is no attention mask: with causal attention no real token sees the padding after it, and transformers keeps
+    packed rows apart only without one.  If the model supports it, logits are computed only for the supervised columns.
     """
     options = {} if position_ids is None else {"position_ids": position_ids}
     targets = labels[:, 1:]
@@ -42,13 +41,13 @@ def causal_loss_sum(
 
 
 def packs_flat(attn_implementation: str) -> bool:
-    """Whether packed rows must lie in one sequence to be kept apart: flash attention reads the position ids of a
-    batch of one only (and lets the rows of a larger one see each other in silence)."""
+    """Whether packed rows must be in one sequence to be kept apart: flash attention reads the position ids only for a
+    batch of one (and silently lets the rows of a larger one see each other)."""
     return attn_implementation.startswith("flash")
 
 
 def takes_columns(model: nn.Module) -> bool:
-    """Whether the model's forward has `logits_to_keep` (LLaMA, Mistral, Qwen, Gemma have)."""
+    """Whether the model's forward has `logits_to_keep` (as in LLaMA, Mistral, Qwen, Gemma)."""
     peft_base = getattr(model, "get_base_model", None)
     inner = peft_base() if callable(peft_base) else model  # PEFT passes it on
     while isinstance(wrapped := getattr(inner, "module", None), nn.Module):

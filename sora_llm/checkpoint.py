@@ -1,11 +1,11 @@
 """Canonical checkpoints.
 
 A checkpoint holds the adapter's float32 masters and Adam moments by name in safetensors, the rest in JSON: nothing
-about processes or strategies, nothing of the frozen backbone, nothing that is unpickled.
+about processes or strategies, nothing from the frozen backbone, nothing that is unpickled.
 
     checkpoints/step-N/adapter.safetensors     "<module>.lora_A", "<module>.lora_A.exp_avg", …
     checkpoints/step-N/replica-K.safetensors   with local updates: each replica's own; the adapter is the agreed one
-    checkpoints/step-N/best.safetensors        the masters of the lowest dev loss so far, where patience counts
+    checkpoints/step-N/best.safetensors        the masters at the lowest dev loss so far, if patience is used
     checkpoints/step-N/state.json              step, counters, the resolved config
     checkpoints/step-N/COMPLETE                SHA-256 of the others, written last
 """
@@ -40,12 +40,11 @@ def save(
     num_replicas: int = 0,
     best: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write checkpoints/step-N beside its place, complete, and rename it there.  Call it on one process; where replicas
-    differ after `begin_replicas` and each one's `save_replica`.
+    """Write checkpoints/step-N under a temporary name, complete, and rename it.  Call it on one process; if replicas
+    differ, after `begin_replicas` and each replica's `save_replica`.
 
     Raises:
-        RunFailed: the disk is full or read-only, or a replica's file is not to be seen; older checkpoints are
-            untouched.
+        RunFailed: the disk is full or read-only, or a replica's file is not visible; older checkpoints are untouched.
     """
     folder = run_dir / run_files.CHECKPOINTS / f"step-{step}"
     temporary = _temporary(run_dir, step)
@@ -66,7 +65,7 @@ def save(
 
 
 def drop_older(folder: Path, keep: int | None) -> None:
-    """Drop all checkpoints of a run but this one and the newest `keep` − 1 others; None keeps them all."""
+    """Drop all checkpoints of a run except this one and the newest `keep` − 1 others; None keeps them all."""
     if keep is None:
         return
     others = [other for other in _folders(folder.parent.parent) if other != folder]
@@ -76,7 +75,7 @@ def drop_older(folder: Path, keep: int | None) -> None:
 
 
 def begin_replicas(run_dir: Path, step: int) -> None:
-    """Make the folder in which a checkpoint comes to be.  Call it on one process.
+    """Make the folder in which a checkpoint is assembled.  Call it on one process.
 
     Raises:
         RunFailed: as `save`.
@@ -88,7 +87,7 @@ def begin_replicas(run_dir: Path, step: int) -> None:
 
 
 def save_replica(run_dir: Path, step: int, index: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write what replica `index` holds for itself into the folder that `begin_replicas` has made.
+    """Write the own state of replica `index` into the folder made by `begin_replicas`.
 
     Raises:
         RunFailed: as `save`.
@@ -119,7 +118,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextlib.contextmanager
 def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
-    """RunFailed, and nothing left, where a checkpoint cannot be written."""
+    """RunFailed, with nothing left behind, if a checkpoint cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -132,7 +131,7 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a process that was killed had half written, or half deleted, among the checkpoints."""
+    """Remove checkpoints that a killed process left half written or half deleted."""
     for leftover in (run_dir / run_files.CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -155,7 +154,7 @@ def _step_of(folder: Path) -> int:
 
 
 def check_complete(folder: Path) -> None:
-    """UserError for a folder that holds no checkpoint, or one that was not finished."""
+    """UserError for a folder that holds no checkpoint, or an unfinished one."""
     if not (folder / COMPLETE).exists():
         raise UserError(f"{folder} is not a complete checkpoint: it has no {COMPLETE}, which is written last")
 
@@ -184,10 +183,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, file: str = TENSORS) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that `read_state` has accepted, perhaps on another machine: checked once more.
+    """The tensors of a checkpoint that `read_state` has accepted, perhaps on another machine, so checked again.
 
     Raises:
-        UserError: they cannot be read, on a machine that does not see the folder for example.
+        UserError: they cannot be read, for example on a machine that does not see the folder.
     """
     try:
         if file_sha256(folder / file) == json.loads((folder / COMPLETE).read_text(encoding="utf-8"))[file]:
@@ -198,7 +197,7 @@ def read_tensors(folder: Path, file: str = TENSORS) -> dict[str, Tensor]:
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete, undamaged checkpoint of a run, and why newer ones were passed over."""
+    """The newest complete, undamaged checkpoint of a run, and why newer ones were skipped."""
     warnings = []
     for folder in _folders(run_dir):
         try:
@@ -211,11 +210,11 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(run_dir: Path, step: int) -> None:
-    """Rename what is of later steps when a run goes on from `step`, so that it counts neither as the newest nor as one
-    of those to keep.
+    """Rename checkpoints of later steps when a run continues from `step`, so that they count neither as the newest nor
+    as ones to keep.
 
-    A later one, which the run has gone back from, becomes abandoned-step-N, or abandoned-step-N.2 and so on where there
-    is one already; what is no whole checkpoint damaged-step-N.  Earlier ones are not read.
+    A later one, which the run has abandoned, becomes abandoned-step-N, or abandoned-step-N.2 and so on if that exists;
+    an incomplete one becomes damaged-step-N.  Earlier ones are not read.
     """
     for folder in _folders(run_dir):
         if _step_of(folder) <= step:

@@ -1,4 +1,4 @@
-"""`sora-llm <command>`: finds a command and runs it.  Each is imported when it is called, so that --help is instant."""
+"""`sora-llm <command>`: finds a command and runs it.  Each is imported on use, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
-    except UserError as error:  # of its command line
+    except UserError as error:  # in its command line
         print_error(str(error))
         return error.exit_code
     return command
 
 
 def usage() -> str:
-    """The help page: the whole way from a config to an adapter that is served."""
+    """The help page: all the way from a config to a served adapter."""
     stages = "\n\n".join(
         "\n".join([f"{heading}:", *(f"  {name:<16} {what}" for name, (_, what) in commands.items())])
         for heading, commands in COMMAND_GROUPS.items()

@@ -31,12 +31,12 @@ from sora_llm.sora import keep_live_slots
 
 @dataclass(frozen=True)
 class CutReport:
-    """What a cut kept and what it cost.
+    """The result of a cut: what it kept and lost.
 
     `ranks` are kept slots or components per module; `energy` is Σ ‖ΔW‖_F² over all modules before the cut (Σ σ²) and
-    `dropped_energy` that of what was dropped, before the result is rounded to its dtype; `kept_params` is
-    Σ c_m · min(rank, I_m, O_m).  With a budget `unspent` is what is left of it, and `shortfall` what it has beyond the
-    cost of everything that is alive (0 where it had to choose); None without one.
+    `dropped_energy` that of the dropped part, before the result is rounded to its dtype; `kept_params` is
+    Σ c_m · min(rank, I_m, O_m).  With a budget, `unspent` is the rest of it, and `shortfall` its excess over the cost
+    of everything alive (0 if it had to choose); None without one.
     """
 
     ranks: dict[str, int]
@@ -48,17 +48,17 @@ class CutReport:
 
     @property
     def dropped_share(self) -> float:
-        """The share of Σ ‖ΔW‖² that was dropped; 0 where there was nothing."""
+        """The share of Σ ‖ΔW‖² that was dropped; 0 if there was nothing."""
         return self.dropped_energy / self.energy if self.energy else 0.0
 
     @property
     def relative_error(self) -> float:
-        """‖ΔW − what was kept‖_F / ‖ΔW‖_F over all modules together."""
+        """‖ΔW − kept part‖_F / ‖ΔW‖_F over all modules together."""
         return math.sqrt(self.dropped_share)
 
 
 def joined(reports: Sequence[CutReport]) -> CutReport:
-    """Cuts of different modules as one, under a budget each or all without."""
+    """Cuts of different modules as one; all with a budget or all without."""
     return CutReport(
         ranks={name: rank for report in reports for name, rank in report.ranks.items()},
         energy=sum(report.energy for report in reports),
@@ -78,9 +78,9 @@ def _sum_of_budgets(values: Sequence[int | None]) -> int | None:
 def cut_slots(
     factors: Factors, scaling: Scaling = 1.0, budget: int | None = None, min_rank: int = 0
 ) -> tuple[PlainFactors, CutReport]:
-    """Cut every module to slots it has, gates folded half into either factor (`keep_live_slots`).
+    """Cut every module to a subset of its slots, with gates folded half into each factor (`keep_live_slots`).
 
-    Without a budget every slot whose gate is not 0 is kept.  With one, `allocate` takes slots by
+    Without a budget every slot with a non-zero gate is kept.  With one, `allocate` picks slots by
     (s·|g|·‖a‖·‖b‖)² / c_m, and a module pays for at most min(I, O) of them; s only weighs the modules against each
     other and stays outside the result: ΔW = s · B A.
 
@@ -122,8 +122,8 @@ def cut_svd(
 ) -> tuple[PlainFactors, CutReport]:
     """Cut every module to the largest singular components of its ΔW = s · B diag(g) A, in balanced form.
 
-    With a budget components of all modules are kept by σ²/c_m (`allocate`), with a tolerance they are dropped up to
-    that relative error (`within_tolerance`), with neither the cut is lossless.  s stays outside the result:
+    With a budget, components of all modules are kept by σ²/c_m (`allocate`); with a tolerance, they are dropped up to
+    that relative error (`within_tolerance`); with neither, the cut is lossless.  s stays outside the result:
     ΔW = s · B A.  Computed in float64 and rounded once to the dtype of A; all modules' components are held at once,
     twice the size of live float32 factors.
 
@@ -149,7 +149,7 @@ def keep_components(
     tolerance: float | None,
     min_rank: int,
 ) -> tuple[PlainFactors, CutReport]:
-    """Choose among the components of all modules and make plain factors of those kept, as `cut_svd` says."""
+    """Choose among the components of all modules and make plain factors from those kept, as in `cut_svd`."""
     if budget is not None and tolerance is not None:
         raise ValueError("a budget and a tolerance are two ways to choose: give one of them")
     energies = {name: part.energies for name, part in parts.items()}
@@ -162,7 +162,7 @@ def keep_components(
         ranks = {name: len(kept) for name, kept in kept_within.items()}
     cut = {}
     for name, part in parts.items():
-        # σ falls, so the components kept are the first ones.
+        # σ is descending, so the components kept are the first ones.
         A, B = balanced(part.first(ranks[name]), scaling_of(scaling, name))
         cut[name] = A.to(dtypes[name]), B.to(dtypes[name])
     energy = math.fsum(value for values in energies.values() for value in values)
@@ -185,13 +185,13 @@ def _report(
 
 
 def _slot_energies(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) -> Tensor:
-    """(s·|g|·‖a‖·‖b‖)² of every slot (R,): the energy of what it adds to ΔW, whatever the gauge."""
+    """(s·|g|·‖a‖·‖b‖)² of every slot (R,): the energy of its part of ΔW, whatever the gauge."""
     size_R = scaling * A.detach().double().norm(dim=1) * B.detach().double().norm(dim=0)
     return (size_R if gate is None else size_R * gate.detach().double()) ** 2
 
 
 def _only(live_R: Tensor, chosen: Sequence[int]) -> Tensor:
-    """The mask of those live slots whose place among the live ones is in `chosen`."""
+    """The mask of the live slots whose index among the live ones is in `chosen`."""
     kept_R = torch.zeros_like(live_R)
     kept_R[live_R.nonzero()[:, 0][list(chosen)]] = True
     return kept_R

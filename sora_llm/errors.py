@@ -3,11 +3,11 @@
 from typing import Any
 
 EXIT_INTERRUPTED = 130
-"""Of a command that Ctrl-C ended before it could put anything in order."""
+"""Of a command that Ctrl-C ended before it could clean up."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line; its type where it says nothing."""
+    """The first line of a library error's message; its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -19,20 +19,20 @@ class UserError(ValueError):
 
 
 class NotFinite(ValueError):
-    """Values that are inf or nan where numbers are needed; the message names what holds them."""
+    """Values that are inf or nan where finite numbers are needed; the message says what holds them."""
 
 
 class RunFailed(RuntimeError):
-    """A run that started well cannot go on (processes disagree, losses stay non-finite).  The message says what
-    was seen and what to do next.  The commands print it, record it in status.json and exit with 1."""
+    """A run that started well cannot continue (processes disagree, losses stay non-finite).  The message says what
+    happened and what to do next.  The commands print it, record it in status.json and exit with 1."""
 
     exit_code = 1
 
 
 class Preempted(BaseException):
-    """The run was asked to stop, by a signal or a STOP file.  Not an `Exception`: no code between where it is
-    noticed and where it is saved may catch it as an error.  The commands exit with 75.  `status` is what was written
-    to status.json, None before a run is that far."""
+    """The run was asked to stop, by a signal or a STOP file.  Not an `Exception`: no code between noticing the request
+    and saving may catch it as an error.  The commands exit with 75.  `status` is the content written to status.json,
+    None if the run did not get that far."""
 
     exit_code = 75
     status: dict[str, Any] | None = None

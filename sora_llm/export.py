@@ -1,6 +1,6 @@
 """A plain, verified LoRA on disk: padded or ragged layout, certificate, model card.
 
-The gate and the scale s are folded into the factors, so the right scale is 1 in every engine whatever its rule.
+The gate and the scale s are folded into the factors, so 1 is the right scale in every engine, whatever its rule.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write the adapters of `model` as a plain LoRA that PEFT reloads with the same ΔW and logits.
 
-    No collective: one process of several is enough; if all call it, each checks for itself and the last one's stays.
+    Not a collective: one process of several is enough; if all call it, each checks for itself and the last one stays.
 
     `layout` is "padded" (every target module at one rank, for engines that read PEFT folders) or "ragged" (own ranks,
     pruned modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
     folder appears complete or not at all; an older export of the same name is replaced.  How the base was loaded is
-    read off the model where `provenance` does not say it.
+    read off the model unless `provenance` says it.
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, no adapters, a model that is no causal language model, in which more than the
-            adapters is trained or modules have other names than in the base, or a `folder` that holds something else
-            than an export.
+        UserError: unknown layout, no adapters, a model that is not a causal language model, trains more than the
+            adapters or has module names that differ from the base's, or a `folder` that holds anything other than an
+            export.
         RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
     """
     if not isinstance(folder, str | os.PathLike):
@@ -108,8 +108,8 @@ def export_adapter(
 
 
 def _check_model(model: nn.Module) -> None:
-    """UserError for a model of which a LoRA of a causal language model would not be all that was trained, or would not
-    be found."""
+    """UserError for a model whose training a LoRA of a causal language model would not fully capture, or could not be
+    matched to the base."""
     layers = adapters(model)
     if not layers:
         raise UserError("the model has no SoRA adapters to export: call inject_sora(model) first")
@@ -144,7 +144,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
-    """With how the base was loaded, as the model itself says it, unless the caller did."""
+    """`provenance` with how the base was loaded, read off the model itself, unless the caller gave it."""
     spec = None if provenance.base_loading is not None or provenance.load_options else spec_from_model(model)
     if spec is None:
         return provenance
@@ -161,7 +161,7 @@ def _as_loaded(provenance: Provenance, model: Any) -> Provenance:
 
 
 def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: bool, provenance: Provenance) -> Path:
-    """Write config, factors and tokenizer files into a temporary folder beside `folder`; returns that folder."""
+    """Write config, factors and tokenizer files into a temporary folder next to `folder`; returns that folder."""
     if layout not in LAYOUTS:
         others = "; gguf and merged are made from an export: sora-llm export FOLDER --layout … --out …"
         raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}{others}")
@@ -213,7 +213,7 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, provenanc
         inference_mode=True,
         **options,
     )
-    config.target_modules = options["target_modules"]  # PEFT makes a set of it, whose order is random
+    config.target_modules = options["target_modules"]  # PEFT turns it into a set, whose order is random
     return config
 
 
@@ -243,7 +243,7 @@ def _ragged(factors: PlainFactors) -> dict[str, Tensor]:
 
 
 def _ragged_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
-    """How many numbers `_ragged` leaves of factors of these ranks."""
+    """The number of values that `_ragged` stores for factors of these ranks."""
     return slot_params(ranks, shapes) or sum(next(iter(shapes.values())))
 
 
@@ -252,8 +252,8 @@ def _key(name: str, kind: str) -> str:
 
 
 def copy_adapter(source: Path, folder: Path) -> None:
-    """Put a copy of an exported adapter into `folder`; UserError where that holds something else, RunFailed where the
-    disk is full or read-only."""
+    """Put a copy of an exported adapter into `folder`; UserError if that holds anything else, RunFailed if the disk is
+    full or read-only."""
     refuse_other_contents(folder)
     try:
         copy_folder(source, folder)
@@ -306,14 +306,14 @@ def certify_and_publish(
 
 
 def _stored_params(weights: Path) -> int:
-    """How many numbers a file of factors holds, the zeros of padding included."""
+    """The number of values in a file of factors, padding zeros included."""
     with safe_open(weights, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def stored_in_words(certificate: Mapping[str, Any], shapes: Shapes, said: int) -> str:
-    """What to write behind a number of parameters that is `said`: " (N stored …)" where the file stores another number,
-    with the reason; else ""."""
+    """The suffix for a stated number of parameters, `said`: " (N stored …)" with the reason if the file stores a
+    different number, else ""."""
     ranks = {name: module["rank"] for name, module in certificate["modules"].items()}
     stored, ragged = certificate["stored_params"], _ragged_params(ranks, shapes)
     if stored > ragged:

@@ -15,8 +15,8 @@ from sora_llm.files import cache_home
 STALE_LOCK_SECONDS = 1800
 """An older lock was left by a killed build."""
 NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
-"""How the failure of such a trial begins."""
-OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # of ZeRO on a CPU, which takes a minute to compile
+"""The beginning of the message when that build fails."""
+OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # for ZeRO on a CPU; takes a minute to compile
 
 
 def extensions_folder() -> Path:
@@ -26,22 +26,22 @@ def extensions_folder() -> Path:
 
 
 def locks_by_existence() -> bool:
-    """Whether this torch takes a lock to be held for as long as its file exists; from 2.15 on the kernel holds it, for
-    a process that lives, and the file stays."""
+    """Whether this torch considers a lock held as long as its file exists; from 2.15 on, the kernel holds it while the
+    process lives, and the file stays."""
     from torch.utils import cpp_extension
 
     return hasattr(cpp_extension, "FileBaton")
 
 
 def locks(folder: Path) -> Iterator[tuple[Path, float]]:
-    """The locks of builds in `folder` and how many seconds old each is; later builds wait for them without an end."""
+    """The locks of builds in `folder` and the age of each in seconds; later builds wait for them forever."""
     for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
         if (age := _age(lock)) is not None:
             yield lock, age
 
 
 def _age(lock: Path) -> float | None:
-    """The age of a lock in seconds; None where it is gone."""
+    """The age of a lock in seconds; None if it is gone."""
     with contextlib.suppress(OSError):
         return time.time() - lock.stat().st_mtime
     return None
@@ -61,7 +61,7 @@ def operator_lock() -> Path:
 
 
 def await_build(say: Callable[[str], None]) -> None:
-    """Wait for a build of DeepSpeed's operator by somebody else, as torch would, but not for ever.
+    """Wait for another process's build of DeepSpeed's operator, as torch would, but not forever.
 
     Raises:
         UserError: that build was killed, and its lock is still there.
@@ -75,7 +75,7 @@ def await_build(say: Callable[[str], None]) -> None:
                 f"{lock} is {age / 60:,.0f} minutes old, left by a killed build, and DeepSpeed would wait for it "
                 f"forever: rm {lock}"
             )
-        if not has_said and age > 60:  # younger ones are as a rule of another process of this run
+        if not has_said and age > 60:  # younger ones usually belong to another process of this run
             say(f"waiting for a build of DeepSpeed's operator by another process; if there is none: rm {lock}")
             has_said = True
         time.sleep(0.5)

@@ -14,7 +14,7 @@ ModuleFactors = tuple[Tensor, Tensor, Tensor | None]  # A (R, I), B (O, R), g (R
 Factors = Mapping[str, ModuleFactors]  # by module
 PlainFactors = Mapping[str, tuple[Tensor, Tensor]]  # module → A (R, I), B (O, R)
 Shapes = Mapping[str, tuple[int, int]]  # module → (I, O)
-Scaling = float | Mapping[str, float]  # s: of all modules, or of each
+Scaling = float | Mapping[str, float]  # s: one for all modules, or one for each
 
 
 def kept_ranks(gates: Mapping[str, Tensor]) -> dict[str, int]:
@@ -34,15 +34,15 @@ def kept_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
 
 
 def slot_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
-    """Σ (I+O)·rank, exact: the numbers in the factors.  More than `kept_params` where a module has more slots than its
-    ΔW can have ranks."""
+    """Σ (I+O)·rank, exact: the number of values in the factors.  More than `kept_params` if a module has more slots
+    than its ΔW can have ranks."""
     return sum((i + o) * ranks[name] for name, (i, o) in shapes.items())
 
 
 def product_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> float:
     """‖B1 A1 − B2 A2‖_F / ‖B1 A1‖_F in float64, without forming an O × I matrix (QR of the stacked factors).
 
-    0 where both products are 0; infinite where only the first is.
+    0 if both products are 0; infinite if only the first is.
     """
     difference = product_norm(torch.cat([A1.double(), A2.double()]), torch.cat([B1.double(), -B2.double()], dim=1))
     size = product_norm(A1.double(), B1.double())
@@ -67,7 +67,7 @@ def product_energy(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float) ->
 
 
 def live_slots(A: Tensor, gate: Tensor | None) -> Tensor:
-    """Which slots have a gate that is not 0, (R,) of bool; all of ungated factors."""
+    """Which slots have a non-zero gate, (R,) bool; all slots of ungated factors."""
     return torch.ones(A.shape[0], dtype=torch.bool, device=A.device) if gate is None else gate.detach() != 0
 
 
@@ -77,7 +77,7 @@ def shapes_of(factors: Factors | PlainFactors) -> dict[str, tuple[int, int]]:
 
 
 def empty_factors(num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
-    """A (0, I) and B (O, 0): those of a module that was pruned."""
+    """A (0, I) and B (O, 0): the factors of a pruned module."""
     return torch.zeros(0, num_in), torch.zeros(num_out, 0)
 
 
@@ -87,5 +87,5 @@ def costs_of(shapes: Shapes) -> dict[str, int]:
 
 
 def scaling_of(scaling: Scaling, name: str) -> float:
-    """s of one module, where `scaling` is one number for all or one for each."""
+    """s of one module; `scaling` is one number for all modules or one for each."""
     return scaling[name] if isinstance(scaling, Mapping) else scaling

@@ -20,14 +20,14 @@ import psutil
 from sora_llm.errors import UserError
 
 _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
-"""What file systems say that cannot do it, or that do not let us read the folder."""
+"""Errors of file systems that cannot do it, or that do not let us read the folder."""
 
 _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-"""What they say of a path that is somebody else's, or that cannot be one."""
+"""Errors for a path that belongs to another user, or is invalid."""
 
 _ATTEMPTS = 20
 _OWN_TOKENS: set[str] = set()
-"""Of the staging folders of this process."""
+"""Tokens in the names of this process's staging folders."""
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -41,13 +41,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old or the new content, never half of one, even after a crash."""
+    """Replace `path` so that a reader sees the old or the new content, never a partial one, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         fsync(temporary)
         temporary.replace(path)
-    except OSError:  # a full disk needs the room
+    except OSError:  # a full disk needs the space
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
@@ -55,13 +55,13 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  What
-    a killed process had left aside is deleted too.  Of several processes that do so at once, the last one's stays.
-    Files are as open to others as the folder: safetensors makes its own for their owner alone."""
+    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  Folders
+    that a killed process left aside are deleted too.  If several processes do so at once, the last one's stays.  Files
+    get the folder's permissions: safetensors makes its own readable only by their owner."""
     mode = temporary.stat().st_mode & 0o666
     for path in (*temporary.iterdir(), temporary):
         if path.is_file() and not path.is_symlink():
-            with contextlib.suppress(PermissionError):  # of file systems without modes
+            with contextlib.suppress(PermissionError):  # on file systems without modes
                 path.chmod(mode)
         fsync(path)
     for attempt in range(_ATTEMPTS):
@@ -94,8 +94,8 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """`staging` for those who remove it themselves.  Each process has its own; what one left there when it was killed
-    is gone."""
+    """`staging` for callers that remove the folder themselves.  Each process has its own; those left by killed
+    processes are removed."""
     remove_abandoned(folder.parent, folder.name)
     token = secrets.token_hex(4)
     _OWN_TOKENS.add(token)
@@ -103,30 +103,30 @@ def staging_folder(folder: Path) -> Path:
 
 
 def remove_abandoned(place: Path, name: str = "*") -> None:
-    """Remove the staging folders in `place`, of all folders or of the one of that `name`, whose process is gone: of
-    this machine, or of any that has not touched them for a day."""
+    """Remove abandoned staging folders in `place`, for all folders or the one called `name`: those whose process on
+    this machine is gone, and any untouched for a day."""
     pattern = name if name == "*" else glob.escape(name)
     for leftover in place.glob(f".{pattern}.*-*-*.tmp"):
         if not leftover.is_dir():
             continue
         machine, process, token = leftover.name.removesuffix(".tmp").rsplit("-", 2)
         is_ours = machine.endswith(f".{socket.gethostname()}") and process.isdecimal()
-        with contextlib.suppress(PermissionError):  # somebody else's
+        with contextlib.suppress(PermissionError):  # another user's
             is_gone = is_ours and not _lives(leftover, int(process), token)
             if is_gone or time.time() - last_change(leftover) > _ABANDONED_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _lives(folder: Path, process: int, token: str) -> bool:
-    """Whether the process that made the folder lives.  In a container that is started again the next one often has its
-    number and its host's name; one beside it, which has them too, may have begun later than this process."""
+    """Whether the process that made the folder lives.  In a restarted container the next process often has the same
+    number and host name; a concurrent one that shares them may have begun later than this process."""
     if process != os.getpid() or token in _OWN_TOKENS:
         return psutil.pid_exists(process)
     return last_change(folder) >= psutil.Process().create_time()
 
 
 def last_change(folder: Path) -> float:
-    """When something in a folder was changed last, as `time.time` says it; now, where it is gone."""
+    """The time of the last change in a folder, as in `time.time`; now, if it is gone."""
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     except FileNotFoundError:  # it was renamed or removed just now
@@ -141,7 +141,7 @@ def copy_folder(source: Path, folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and what is missing above it, so that they are there after a crash too."""
+    """Make a folder and its missing parents so that they survive a crash."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -175,7 +175,7 @@ def path_errors_as_user_errors() -> Iterator[None]:
 
 
 def user_path(text: str, key: str) -> Path:
-    """A path as the config has it, ~ expanded; UserError for a home that does not exist and for what is no path."""
+    """A path from the config with ~ expanded; UserError for a home that does not exist or an invalid path."""
     if "\0" in text:
         raise UserError(f"{key} is {text!r}; a path cannot contain a NUL character")
     try:
@@ -185,12 +185,12 @@ def user_path(text: str, key: str) -> Path:
 
 
 def expand_home(text: str) -> str:
-    """A path with its ~ expanded, and as it is where that home is nobody's here: of a run that somebody else made."""
+    """A path with its ~ expanded, or unchanged if nobody here has that home, as in another user's run."""
     return os.path.expanduser(text)  # noqa: PTH111 - pathlib raises for such a home
 
 
 def cache_home() -> Path:
-    """$XDG_CACHE_HOME, ~/.cache where it is not set: the folder of everybody's caches; UserError without a home."""
+    """$XDG_CACHE_HOME, or ~/.cache if it is not set: the folder for all programs' caches; UserError without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -198,6 +198,6 @@ def cache_home() -> Path:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or what is nearest above it and there already."""
+    """The path itself, or its nearest existing parent."""
     whole = path.absolute()
     return next(place for place in (whole, *whole.parents) if place.exists())

@@ -26,7 +26,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends an answer beside the end of the sequence: tokens, and a text that is no token of its own ("": none)."""
+    """What ends an answer besides eos: tokens, and a text that is not a single token ("": none)."""
 
     ids: Sequence[int] = ()
     text: str = ""
@@ -34,7 +34,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Answer:
-    """`is_whole`: it came to its end, rather than to the limit of tokens or to an interruption."""
+    """An answer; `is_whole`: it reached its end, rather than the token limit or an interruption."""
 
     text: str
     is_whole: bool
@@ -51,15 +51,15 @@ def answer(
     on_text: Callable[[str], None] | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """What `model`, in eval mode, says after the token `ids`.
+    """Generate the answer of `model`, in eval mode, after the token `ids`.
 
-    `on_text` gets the answer in pieces while it is made, `is_interrupted` is asked after every token.
-    Draws from torch's global generator: seed it for a repeatable answer.
+    `on_text` receives the answer in pieces as it is generated, `is_interrupted` is called after every token.  Draws
+    from torch's global generator: seed it for a repeatable answer.
     """
     stop = stop or Stop()
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     ends = _ends(model, tokenizer, stop)
-    # Said in full: what is left open comes from the base's own generation_config.json.
+    # Given in full: options left open come from the base's own generation_config.json.
     options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -101,7 +101,7 @@ class _Interrupted(StoppingCriteria):
 
 
 class _Pieces(BaseStreamer):
-    """Hands on what is new in the answer after every token.
+    """Passes on the new part of the answer after every token.
 
     The whole answer is decoded each time: decoding from the middle drops spaces (of indented code) and splits
     multi-byte characters.  Text that may begin the stop string is held back until it cannot.
@@ -130,7 +130,7 @@ class _Pieces(BaseStreamer):
 
 
 def _said(tokenizer: Any, ids: Sequence[int], stop_text: str) -> tuple[str, bool]:
-    """The answer in some new tokens, and whether the stop text is behind it."""
+    """The answer in some new tokens, and whether the stop text follows it."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     said, found, _ = text.partition(stop_text) if stop_text else (text, "", "")
     return said.strip(), bool(found)

@@ -1,4 +1,4 @@
-"""Tensor hashes, with which processes check that they hold the same values."""
+"""Tensor hashes with which processes check that they hold the same values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def tensor_hash(*tensors: Tensor) -> str:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Dtype, shape and 64 bits of the bytes of each tensor, computed where it lies: for checks while training.
+    """Dtype, shape and a 64-bit hash of the bytes of each tensor, computed on its device: for checks during training.
 
-    The bytes, as 64-bit words x, become Σ w_i m(x_i) mod 2⁶⁴ with fixed odd weights w and a mixing bijection m, so that
-    one wrong word always changes it, and wrong words that have a pattern do not cancel.  Guards against faults, not
-    tampering: for that use `tensor_hash`.
+    The bytes, as 64-bit words x, become Σ w_i m(x_i) mod 2⁶⁴ with fixed odd weights w and a mixing bijection m, so one
+    wrong word always changes it, and wrong words with a pattern do not cancel.  Guards against faults, not tampering:
+    for that use `tensor_hash`.
     """
     words = [_weighted_words(tensor) for tensor in tensors.values()]
     sums = torch.stack(words).tolist() if words else []
@@ -34,11 +34,11 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-_BLOCK, _MIX = 1 << 16, -7046029254386353131  # 2⁶⁴ over the golden ratio, odd, as a signed number
+_BLOCK, _MIX = 1 << 16, -7046029254386353131  # 2⁶⁴ / golden ratio, odd, as a signed number
 
 
 def _weighted_words(tensor: Tensor) -> Tensor:
-    """Σ w_i x_i of one tensor's words, a scalar int64 on its device; w of a block times w of the place in it."""
+    """Σ w_i x_i of one tensor's words, a scalar int64 on its device; w is a block's weight times a place's."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     short = -len(data) % 8
     words = torch.nn.functional.pad(data, (0, short)).view(torch.int64) if short else data.view(torch.int64)
@@ -57,7 +57,7 @@ def _weighted_words(tensor: Tensor) -> Tensor:
 
 
 def _odd_weights(count: int, device: torch.device, first: int) -> Tensor:
-    """Fixed odd 64-bit numbers without a pattern: the counter through splitmix64's multiplications and shifts
+    """Fixed odd 64-bit numbers without a pattern: a counter passed through splitmix64's multiplications and shifts
     (Steele et al., "Fast splittable pseudorandom number generators", 2014)."""
     mixed = torch.arange(first, first + count, dtype=torch.int64, device=device) * _MIX
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687

@@ -1,7 +1,7 @@
 """The hub: checks before a run, model card metadata, and the upload of a finished adapter.
 
-The upload is a process of its own (`python -m sora_llm.hub FOLDER REPOSITORY`): the hub's client waits for an answer
-without a limit, and nothing that happens in there may touch a run that is finished.
+The upload is a separate process (`python -m sora_llm.hub FOLDER REPOSITORY`): the hub's client waits for an answer
+without a limit, and nothing that happens in it may affect a finished run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def repository(hub_model_id: str | None, run_dir: Path) -> str:
     """The repository of a run: `hub_model_id`, else the run directory's own name, in the user's namespace.
 
     Raises:
-        UserError: the hub allows no such name.
+        UserError: the hub does not allow such a name.
     """
     name = run_dir.absolute().name if hub_model_id is None else hub_model_id
     try:
@@ -47,7 +47,7 @@ def repository(hub_model_id: str | None, run_dir: Path) -> str:
 
 
 def check_target(hub_model_id: str | None, run_dir: Path) -> None:
-    """UserError if the upload that is to come cannot work: no such name, or the hub is switched off."""
+    """UserError if the later upload cannot work: an invalid name, or the hub is switched off."""
     repository(hub_model_id, run_dir)
     if is_offline_mode():
         raise UserError(
@@ -57,13 +57,13 @@ def check_target(hub_model_id: str | None, run_dir: Path) -> None:
 
 
 def has_token() -> bool:
-    """Whether somebody is logged in to the hub here."""
+    """Whether this user is logged in to the hub."""
     return get_token() is not None
 
 
 def card_metadata(base_model: str, library: str = "peft") -> str:
-    """The YAML on top of the model card of what `library` loads.  The hub refuses a base that is no repository, such as
-    a local folder."""
+    """The YAML header of the model card of a model that `library` loads.  The hub refuses a base that is not a
+    repository, such as a local folder."""
     try:
         validate_repo_id(base_model)
         on_hub = not Path(base_model).expanduser().exists()
@@ -79,12 +79,12 @@ def card_metadata(base_model: str, library: str = "peft") -> str:
 
 
 def push(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool] = lambda: False) -> str:
-    """Upload a finished adapter; whatever goes wrong is a sentence with the command that does it later.
+    """Upload a finished adapter; any failure becomes a sentence with the command to do it later.
 
     Args:
-        is_asked_to_stop: looked at while the upload goes on, which is ended then.
+        is_asked_to_stop: polled during the upload, which is then ended.
 
-    Returns: what to tell the user.
+    Returns: a message for the user.
     """
     try:
         url, problem = _upload(folder, repo_id, is_asked_to_stop)
@@ -98,7 +98,7 @@ def push(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool] = lamb
 
 
 def _upload(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool]) -> tuple[str | None, str]:
-    """(its address, "") or (None, what went wrong)."""
+    """(its address, "") or (None, the reason why it failed)."""
     if not has_token():
         return None, f"there is no hub token ({LOGIN})"
     command = [sys.executable, "-m", __name__, str(folder), repo_id]
@@ -125,7 +125,7 @@ def _upload(folder: Path, repo_id: str, is_asked_to_stop: Callable[[], bool]) ->
 
 
 def main(folder: str, repo_id: str) -> None:
-    """In the process of its own: create the repository if it is not there, upload, and print the outcome as JSON."""
+    """In the separate process: create the repository if it does not exist, upload, and print the outcome as JSON."""
     api = HfApi()
     try:
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id

@@ -1,4 +1,4 @@
-"""Wrap the linear layers of a decoder with SoRA, iterate over the adapters, cut them to their rank."""
+"""Wrapping the linear layers of a decoder with SoRA, iterating over the adapters, cutting them to their rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 SHARED_INPUT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers in transformers' decoders that read the same input."""
 OF_ZERO = ("ds_id", "_hp_mapping")
-"""Attributes by which DeepSpeed marks parameters, of stage 3 and of stages 1 and 2."""
+"""Attributes by which DeepSpeed marks parameters, in stage 3 and in stages 1 and 2."""
 WRAPPERS = {
     "_orig_mod": ("torch.compile", "compile layers in place, layer.compile()"),
     "_checkpoint_wrapped_module": ("checkpoint_wrapper", "use model.gradient_checkpointing_enable()"),
@@ -31,26 +31,25 @@ def inject_sora(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Wrap the target linears of `model` with SoRA adapters, in place, and freeze everything else; in train mode then.
+    """Wrap the target linears of `model` with SoRA adapters in place, freeze everything else and set train mode.
 
-    y = W x + s · B (g ⊙ (A x)), s = lora_alpha / r (SoRA, Ding et al. 2023); A (r, I) is drawn as PEFT does, B (O, r)
-    is 0, g (r,) is 1.  A comes from torch's global generator in the order of the modules: seed it for a repeatable
-    start.
+    y = W x + s · B (g ⊙ (A x)), s = lora_alpha / r (SoRA, Ding et al. 2023); A (r, I) is drawn as in PEFT, B (O, r) is
+    0, g (r,) is 1.  A comes from torch's global generator in the order of the modules: seed it for a repeatable start.
 
     Args:
-        target_modules: "all-linear" (all but the output head and what `targets.left_out` names), or suffixes of module
-            names such as "q_proj".
+        target_modules: "all-linear" (all but the output head and the layers in `targets.left_out`), or suffixes of
+            module names such as "q_proj".
         lora_dropout: probability of dropping an element of x before A, in train mode only; from 0 to below 1.
         dtype: of A, B and g; products are computed in the dtype of x.
 
     Returns: the same model.
     Raises:
-        UserError: no such target modules, a model that DistributedDataParallel or FSDP has wrapped, that is offloaded
-            in part or has adapters of another library, or one layer in two places.
-        ValueError: adapters are already there, or r, lora_alpha, lora_dropout or dtype cannot be.
+        UserError: no such target modules, a model that DistributedDataParallel or FSDP has wrapped, that is partly
+            offloaded or has another library's adapters, or one layer in two places.
+        ValueError: there already are adapters, or r, lora_alpha, lora_dropout or dtype is invalid.
 
-    Adapters of any model with linear layers can be trained; `export_adapter` writes those of causal language models of
-    transformers alone.
+    Adapters of any model with linear layers can be trained; `export_adapter` writes only those of transformers' causal
+    language models.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"inject_sora takes a torch.nn.Module, not {model!r}")
@@ -75,12 +74,12 @@ def inject_sora(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile and of data parallelism, whose modules have the base's names."""
+    """The model inside the wrappers of torch.compile and data parallelism, whose modules have the base's names."""
     return _layers_of(model)[-1]
 
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """The wrappers from the outermost on, and the model inside."""
+    """The wrappers, outermost first, and the model inside."""
     layers = [model]
     while True:
         outer = layers[-1]
@@ -93,8 +92,8 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_new_parameters(model: nn.Module, who: str) -> None:
-    """UserError where parameters that `who` makes would not be trained: in inference_mode, or in the place of adapters
-    that a DistributedDataParallel or an engine of ZeRO reduces, which go on with those that they were made with."""
+    """UserError if parameters that `who` makes would not be trained: in inference_mode, or in place of adapters that a
+    DistributedDataParallel or a ZeRO engine reduces, since those keep their original parameters."""
     if torch.is_inference_mode_enabled():
         raise UserError(f"{who} creates parameters, which cannot be trained if created in inference_mode")
     if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
@@ -117,7 +116,7 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
 
 
 def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:
-    """UserError for targets that the base knows by other names, or some of whose weights are not in memory."""
+    """UserError for targets whose names differ from the base's, or some of whose weights are not in memory."""
     for name in targets:
         for inner in WRAPPERS.keys() & set(name.split(".")):
             wrapper, instead = WRAPPERS[inner]
@@ -131,8 +130,8 @@ def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:
 
 
 def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
-    """UserError for a target that stands in two modules: its adapter would stand in one of them.  A whole block that
-    stands in two places is one module."""
+    """UserError for a target that is in two modules: its adapter would be in only one of them.  A whole block in two
+    places is one module."""
     first_name = {id(linear): name for name, linear in targets.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         first = first_name.get(id(module), name)
@@ -146,7 +145,7 @@ def link_shared_inputs(model: nn.Module) -> None:
         for names in SHARED_INPUT_LAYERS:
             layers = [getattr(parent, name, None) for name in names]
             found = [layer for layer in layers if isinstance(layer, SoraLinear)]
-            reads_two = "cross" in path or "encoder" in path  # where k and v read what q does not
+            reads_two = "cross" in path or "encoder" in path  # there, k and v read a different input from q
             if len({layer.in_features for layer in found}) == 1 and len(found) > 1 and not reads_two:
                 shared_input = SharedInput(found)
                 for layer in found:
@@ -155,14 +154,14 @@ def link_shared_inputs(model: nn.Module) -> None:
 
 def forbid_cpu_repack(model: nn.Module) -> None:
     """bitsandbytes repacks 4-bit weights in place at the first CPU forward in eval mode (AVX512-BF16 machines):
-    outputs change, and gradients of later training are wrong without any error.  Its layers can be told not to."""
+    outputs change, and gradients of later training are silently wrong.  Its layers can be told not to."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def adapters(model: nn.Module) -> dict[str, SoraLinear]:
-    """The SoRA layers by the name that their module has in the base model."""
+    """The SoRA layers by their modules' names in the base model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
 
 
@@ -194,7 +193,7 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
 def attach_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
     """Put plain factors of scale 1 {module: (A (R, I), B (O, R))} on a bare model, in place; returns it.
 
-    They keep their own dtype and ranks, R = 0 being a module without a branch.
+    They keep their own dtype and ranks; R = 0 is a module without a branch.
     """
     if not factors:
         return model.requires_grad_(False)
@@ -205,7 +204,7 @@ def attach_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
-    """A bare model with plain factors on it, as `attach_factors` puts them, in eval mode, for the duration."""
+    """A bare model with plain factors on it (see `attach_factors`), in eval mode, for the duration."""
     attach_factors(model, factors).eval()
     layers = adapters(model)
     try:
@@ -218,13 +217,13 @@ def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
 def init_from_lora(
     model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], scaling: Mapping[str, float]
 ) -> None:
-    """Let freshly injected adapters begin at a saved LoRA {module: (A (R', I), B (O, R'), None)}, ΔW = scaling · B A.
+    """Initialise fresh adapters from a saved LoRA {module: (A (R', I), B (O, R'), None)}, ΔW = scaling · B A.
 
-    Its factors become the first R' slots, with gates of 1: A as it is, B · scaling / s.  The slots that are left, and
+    Its factors become the first R' slots, with gates of 1: A as it is, B · scaling / s.  The remaining slots, and
     modules it does not name, stay fresh (B = 0).
 
     Raises:
-        UserError: as `check_init_factors`.
+        UserError: as in `check_init_factors`.
     """
     layers = adapters(model)
     check_init_factors(factors, layer_shapes(layers), max(layer.rank for layer in layers.values()))
@@ -249,7 +248,7 @@ def check_init_factors(
 
 
 def check_shape(who: str, name: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
-    """UserError if module `name` is (I, O) in the adapter `who` and another shape in the base."""
+    """UserError if the shape (I, O) of module `name` in the adapter `who` differs from that in the base."""
     if found != expected:
         raise UserError(
             f"{name} is {found[0]} → {found[1]} in {who} but {expected[0]} → {expected[1]} in the base; it is an "
@@ -259,7 +258,7 @@ def check_shape(who: str, name: str, found: tuple[int, int], expected: tuple[int
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode for the duration; every module comes back in the mode that it was in."""
+    """`model` in eval mode for the duration; every module returns to its previous mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -2,9 +2,9 @@
 
     A, B    θ ← θ₀ − η (Δ + μ v),  Δ = θ₀ − mean_k θ_k,  v ← μ v + Δ        (η = 1, μ = 0: plain averaging)
     g       g ← prox of mean_k g_k; soft: S_T with T = Σ of the round's τ_t, averaged over replicas (a replica that
-            skipped a step has no τ of it); adaptive: the quantile of what the mean gates weigh
+            skipped a step has no τ for it); adaptive: the quantile of the mean gates' importance
 
-θ₀ is what they agreed on last.  Gates are not thresholded inside a round: a prox in each replica would shrink by each
+θ₀ is the last agreed state.  Gates are not thresholded inside a round: a prox in each replica would shrink by each
 replica's noise, and the mean of different supports is dense.
 
 Sources: Stich, "Local SGD converges fast and communicates little", ICLR 2019; Douillard et al., "DiLoCo", 2023,
@@ -24,7 +24,7 @@ from sora_llm.factors import ModuleFactors
 
 @dataclass(frozen=True)
 class Drift:
-    """How far averaging slot by slot is from the mean of products: ‖mean(B g A) − mean(B) mean(g) mean(A)‖_F² and
+    """The distance of slot-by-slot averaging from the mean of products: ‖mean(B g A) − mean(B) mean(g) mean(A)‖_F² and
     ‖mean(B g A)‖_F², summed over modules of one scale."""
 
     error_energy: float = 0.0
@@ -35,7 +35,7 @@ class Drift:
 
     @property
     def relative(self) -> float:
-        """The error's norm in units of the mean's; 0 where both are 0."""
+        """The error's norm in units of the mean's; 0 if both are 0."""
         if self.error_energy <= 0.0:
             return 0.0
         return float("inf") if self.energy <= 0.0 else (self.error_energy / self.energy) ** 0.5
@@ -44,7 +44,7 @@ class Drift:
 def average(replicas: Sequence[ModuleFactors]) -> tuple[ModuleFactors, Drift]:
     """The slot-wise mean of one module's factors over replicas, rounded once to their dtype, and its drift.
 
-    No O × I matrix is formed; float64 inside, so that the drift is good to about 1e-8 relative.
+    No O × I matrix is formed; float64 inside, so the drift is accurate to about 1e-8 relative.
     """
     A_KRI = torch.stack([A for A, _, _ in replicas]).double()
     B_KOR = torch.stack([B for _, B, _ in replicas]).double()
@@ -71,14 +71,14 @@ def _energy(A_RI: Tensor, B_OR: Tensor, weight_R: Tensor) -> float:
 
 @dataclass
 class OuterOptimizer:
-    """SGD on Δ = θ₀ − mean θ with Nesterov momentum, as DiLoCo has it; `velocity` v by name, empty without momentum."""
+    """SGD on Δ = θ₀ − mean θ with Nesterov momentum, as in DiLoCo; `velocity` v by name, empty without momentum."""
 
     learning_rate: float = 1.0
     momentum: float = 0.0
     velocity: dict[str, Tensor] = field(default_factory=dict)
 
     def step(self, name: str, start: Tensor, mean: Tensor) -> Tensor:
-        """Where tensor `name` goes from `start` when the replicas' mean is `mean`; the mean itself for η = 1, μ = 0."""
+        """The new value of tensor `name` from `start` and the replicas' `mean`; the mean itself for η = 1, μ = 0."""
         if self.momentum == 0.0:
             return mean if self.learning_rate == 1.0 else start - self.learning_rate * (start - mean)
         gradient = start - mean
@@ -89,16 +89,16 @@ class OuterOptimizer:
 
 
 def shrink_gates(gate: Tensor, mean: Tensor, agreed: Tensor) -> Tensor:
-    """A replica's gate (R,) after the prox took the mean gate to `agreed`: shrunk in the same proportion.
+    """A replica's gate (R,) after the prox mapped the mean gate to `agreed`: shrunk in the same proportion.
 
-    So the mean over replicas is `agreed`, none lives that is 0 in it, and no gate changes its sign.  A gate that is 0
-    already stays so, also where others brought the mean to life.
+    So the mean over replicas is `agreed`, no gate lives that is 0 in it, and none changes sign.  A gate that is already
+    0 stays 0, even if others revived the mean.
     """
     return torch.where(agreed == 0, torch.zeros_like(gate), gate * (agreed / mean))
 
 
 def owners(sizes: Mapping[str, int], num_owners: int) -> list[list[str]]:
-    """Which modules each of `num_owners` averages: in falling size, each to who has least; the same everywhere."""
+    """The modules each of `num_owners` averages: in descending size, each to the least loaded; the same everywhere."""
     parts: list[list[str]] = [[] for _ in range(num_owners)]
     loads = [0] * num_owners
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -109,11 +109,11 @@ def owners(sizes: Mapping[str, int], num_owners: int) -> list[list[str]]:
 
 
 def round_bytes(num_values: int, num_replicas: int) -> int:
-    """What each replica sends in a round, and receives: float32 values to those who average them, and the averages
-    back, 2 (K − 1)/K of them.  An all-reduce moves as much, so DDP does every step."""
+    """Bytes each replica sends, and receives, in a round: float32 values to their owners, and the averages back,
+    2 (K − 1)/K of them.  An all-reduce moves as much, and DDP does one at every step."""
     return round(2 * 4 * num_values * (num_replicas - 1) / num_replicas)
 
 
 def transfer_seconds(num_bytes: int, gbit_per_second: float) -> float:
-    """Time on a link of so many Gbit/s in each direction that nobody else uses; latency is not counted."""
+    """Time on an otherwise idle link of `gbit_per_second` in each direction; latency is not counted."""
     return 8 * num_bytes / (gbit_per_second * 1e9)

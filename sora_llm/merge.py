@@ -1,4 +1,4 @@
-"""Merge diverged replicas of an adapter: the best low-rank approximation of the mean of their products.
+"""Merging diverged replicas of an adapter: the best low-rank approximation of the mean of their products.
 
     ΔW̄ = Σ_k w_k s_k B_k diag(g_k) A_k,  Σ w_k = 1        (the mean of products, not the product of means)
 
@@ -37,7 +37,7 @@ MOST_WEIGHT = 1e300
 class WeightedAdapter:
     """One of several adapters of the same base: its weight in the mean (≥ 0, any scale), its factors and its s.
 
-    A module that it does not name, or has no live slot of, adds 0 to the mean; its weight counts all the same.
+    A module that it does not name, or has no live slot for, adds 0 to the mean; its weight still counts.
     """
 
     weight: float
@@ -47,11 +47,11 @@ class WeightedAdapter:
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """How one replica stands to the mean of products ΔW̄, all modules together.
+    """How one replica relates to the mean of products ΔW̄, over all modules together.
 
-    `weight` is its share in the mean, `energy` ‖ΔW_k‖_F², `cosine` ⟨ΔW_k, ΔW̄⟩ / (‖ΔW_k‖ ‖ΔW̄‖) (None where either is
-    0), `distance` ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ (None where ΔW̄ is 0).  From inner products in float64: a distance between
-    different replicas is good to about 1e-8, that of an only replica is exactly 0.
+    `weight` is its share in the mean, `energy` ‖ΔW_k‖_F², `cosine` ⟨ΔW_k, ΔW̄⟩ / (‖ΔW_k‖ ‖ΔW̄‖) (None if either is 0),
+    `distance` ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ (None if ΔW̄ is 0).  Computed from inner products in float64: a distance between
+    different replicas is accurate to about 1e-8, that of a single replica is exactly 0.
     """
 
     weight: float
@@ -62,17 +62,17 @@ class ReplicaReport:
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged adapter and how far the replicas agreed, replicas of weight 0 left out.
+    """The merged adapter and the agreement of the replicas, without those of weight 0.
 
     Attributes:
-        factors: {module: (A (R', I), B (O, R'))}, modules in the order of their names; R' = 0 where nothing is kept.
-        report: ranks, energy of ΔW̄, what was dropped.
-        votes: {module: how many replicas keep slot i}, of modules whose slots correspond: all replicas that have it
-            have gates of one length.
+        factors: {module: (A (R', I), B (O, R'))}, modules sorted by name; R' = 0 if nothing is kept.
+        report: ranks, energy of ΔW̄, dropped energy.
+        votes: {module: how many replicas keep slot i}, for modules whose slots correspond: all replicas that have the
+            module have gates of one length.
         jaccard: |S_k ∩ S_l| / |S_k ∪ S_l| of the supports over those modules, mean over all pairs of replicas (1 for
             two empty supports); None without a pair or without such modules.
         replicas: in the order given.
-        num_distinct: how many of them differ in a bit.
+        num_distinct: the number of bitwise distinct ones.
     """
 
     factors: PlainFactors
@@ -84,12 +84,12 @@ class Merged:
 
 
 class _Distinct(NamedTuple):
-    """Replicas that differ in a bit, in the order of their hashes; `share` sums to 1, `copies` are counts."""
+    """Bitwise distinct replicas, in the order of their hashes; `shares` sum to 1, `copies` are counts."""
 
     replicas: list[WeightedAdapter]
     shares: list[float]
     copies: list[int]
-    place: list[int | None]  # of each replica given: its index here, None if its weight is 0
+    place: list[int | None]  # for each given replica: its index here, None if its weight is 0
 
 
 class _Stack(NamedTuple):
@@ -101,7 +101,7 @@ class _Stack(NamedTuple):
     owner_R: Tensor
 
     def in_mean(self, shares: Sequence[float]) -> Tensor:
-        """w_k · s · g of every slot (R,): what it adds to ΔW̄ is this times b aᵀ."""
+        """w_k · s · g of every slot (R,): it adds this times b aᵀ to ΔW̄."""
         return self.g_R.new_tensor(shares)[self.owner_R] * self.g_R
 
 
@@ -115,21 +115,21 @@ def merge(
 ) -> Merged:
     """The best low-rank form of the mean of products ΔW̄ = Σ_k w_k s_k B_k diag(g_k) A_k, Σ w_k = 1.
 
-    Bit-identical replicas become one with the summed weight before any arithmetic, weight 0 is dropped, the rest is
-    sorted by hash: K copies are one copy, and neither order nor replicas of weight 0 change a bit of the factors.
-    Then per module the components of the stacked slots (`components`); no O × I matrix is formed.  A module's merged
-    rank may exceed its rank in every replica.
+    Before any arithmetic, bit-identical replicas become one with the summed weight, weight 0 is dropped, and the rest
+    is sorted by hash: K copies equal one copy, and neither order nor replicas of weight 0 change a bit of the factors.
+    Then the components of the stacked slots are taken per module (`components`); no O × I matrix is formed.  A module's
+    merged rank may exceed its rank in every replica.
 
     Args:
-        budget, tolerance, min_rank: what is kept, as for `cut_svd`; with neither budget nor tolerance all.
-        max_ranks: the most components that a module may have, whatever they weigh; None is no limit.
-        scaling: the s that the result is for, outside its factors: ΔW̄ = s · B A.
+        budget, tolerance, min_rank: what to keep, as for `cut_svd`; everything with neither budget nor tolerance.
+        max_ranks: the maximum number of components per module, whatever their weight; None is no limit.
+        scaling: the s for the result, outside its factors: ΔW̄ = s · B A.
 
     The result has the widest dtype of the replicas' factors, rounded once.
 
     Raises:
         UserError: a weight that is negative or not finite, no positive weight, a module whose shape differs between
-            replicas, or `min_rank` costs more than the budget.
+            replicas, or a `min_rank` that costs more than the budget.
         NotFinite: a live value is not finite.
         ValueError: both a budget and a tolerance are given.
     """
@@ -164,7 +164,7 @@ def merge(
 def merge_errors(replicas: Sequence[WeightedAdapter], merged: PlainFactors) -> dict[str, float]:
     """{module: ‖ΔW̄ − B A‖_F / ‖ΔW̄‖_F} of merged factors against the mean of products, in float64.
 
-    0 where both are 0.  From the stacked factors again, so that it also holds for factors that went through a file.
+    0 if both are 0.  Computed from the stacked factors again, so it also covers factors that went through a file.
     """
     distinct = _collapse(replicas)
     errors = {}

@@ -1,8 +1,8 @@
 """AdamW with the proximal step of the gates inside `step()`.
 
-Inside, because that is the one place where every strategy (one process, DDP, ZeRO-1/2/3) has the reduced, clipped
-gradient and the float32 master values in hand: a threshold applied to `model.gate` afterwards is undone by ZeRO's
-master copy at the next step.  The prox is elementwise, so it is exact on any shard of a flattened group.
+Inside, because only there does every strategy (one process, DDP, ZeRO-1/2/3) have both the reduced, clipped gradient
+and the float32 master values: a threshold applied to `model.gate` afterwards is undone by ZeRO's master copy at the
+next step.  The prox is elementwise, so it is exact on any shard of a flattened group.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ FACTORS, GATES = "factors", "gates"  # the "name" of the parameter groups
 IMPORTANCE = "importance"
 """State of a gate under "adaptive": a tensor like a moment, so that it is sharded, read and saved by the same calls."""
 IMPORTANCE_SUFFIX = f".gate.{IMPORTANCE}"
-"""Behind a module's name, where states have names."""
+"""The suffix after a module's name in named states."""
 TAU_SUM = "tau_sum"
-"""State of a gate whose prox is deferred: Σ τ_t of the steps since."""
+"""State of a gate whose prox is deferred: Σ τ_t of the steps since then."""
 
 
 class ProxAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, then g ← S_τ(g) on every group that has a "sparse_lambda" λ > 0 (proximal gradient as in SoRA,
+    """torch.optim.AdamW, then g ← S_τ(g) on every group with a "sparse_lambda" λ > 0 (proximal gradient as in SoRA,
     Ding et al. 2023).
 
     Give it `parameter_groups(model, …)`; its own arguments are AdamW's (lr, betas, eps, weight_decay, amsgrad, …) and
-    are what a group does not say.  Weight decay shrinks gates too, wherever a group of them does not say 0.
+    are the defaults of the groups.  Weight decay shrinks gates too, unless their group sets it to 0.
 
     τ by the group's "threshold", lr being the group's learning rate at this step:
         decoupled   lr · λ                   λ is a signal-to-noise level, useful in (0, 1)
         proxgen     lr · λ / (√v̂ + ε)        the L1 prox in Adam's metric (Yun et al. 2021, "Adaptive proximal
                                              gradient methods for structured neural networks")
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
-        adaptive    λ / importance, hard: what is above it is not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
+        adaptive    λ / importance, hard: gates above it are not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
                     that the caller chooses, importance a tensor of the gate's state.
-    With λ = 0 the step is torch's AdamW bit for bit.  In a group that says "deferred" nothing is cut: τ is summed in
-    the state of each gate, for a caller that takes local updates and cuts when replicas meet.
+    With λ = 0 the step is torch's AdamW bit for bit.  In a group with "deferred", nothing is cut: τ is summed in the
+    state of each gate, for a caller that takes local updates and cuts when replicas synchronise.
 
     Parameters of lower precision than float32 (bf16 adapters without ZeRO) get float32 masters, kept in the state as
-    "master": AdamW and the prox act on those, and the parameter is their rounding (1 − 1e-3 is 1 in bf16).  A parameter
-    whose values were written since (load_state_dict, a gate set by hand) goes on from those.
+    "master": AdamW and the prox act on those, and the parameter is their rounded value (1 − 1e-3 is 1 in bf16).  A
+    parameter whose values were written since (load_state_dict, a gate set by hand) continues from those.
 
     Raises:
-        ValueError: from `step` too, before anything is changed: no such threshold, a rate or λ that is no number from
-            0, adaptive gates that are deferred with a λ > 0, or without an importance in their state.
-        RuntimeError: from `step`: the adapters were cut since, and this optimizer holds parameters from before.
+        ValueError: also from `step`, before anything is changed: an unknown threshold, a rate or λ that is not a number
+            >= 0, adaptive gates that are deferred with a λ > 0, or that have no importance in their state.
+        RuntimeError: from `step`: the adapters have been cut, and this optimizer holds the parameters from before.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -73,20 +73,20 @@ class ProxAdamW(torch.optim.AdamW):
         low_precision = self._swap_in_masters()
         try:
             _step_of_adamw()(self)
-            found_inf = getattr(self, "found_inf", None)  # of a GradScaler, which leaves skipping to fused optimizers
+            found_inf = getattr(self, "found_inf", None)  # from a GradScaler, which leaves skipping to fused optimizers
             if found_inf is None or not bool(found_inf):
                 for group in self.param_groups:
                     gates = [gate for gate in group["params"] if gate.grad is not None]
                     if group["sparse_lambda"] > 0 and gates:
                         self._prox(gates, group)
-        finally:  # a loop that goes on after an error (no memory) would train the masters alone
+        finally:  # a loop that continues after an error (out of memory) would train only the masters
             self._swap_out_masters(low_precision)
         return loss
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which however casts the state to each parameter's dtype: masters and moments stay float32.  What
-        the state of another AdamW does not say of a group, such as λ, stays as it is."""
+        """Like torch's, which however casts the state to each parameter's dtype: here masters and moments stay float32.
+        Group options missing from the state of another AdamW, such as λ, stay as they are."""
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, own, strict=True):
@@ -100,8 +100,8 @@ class ProxAdamW(torch.optim.AdamW):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def _check_groups(self) -> None:
-        """ValueError for a group that was edited into what cannot be, RuntimeError for parameters that the model does
-        not have any more; before anything is changed."""
+        """ValueError for a group that was edited into an invalid state, RuntimeError for parameters that the model no
+        longer has; before anything is changed."""
         for group in self.param_groups:
             _check_group(group)
             if any(map(is_sharded, group["params"])):
@@ -122,7 +122,7 @@ class ProxAdamW(torch.optim.AdamW):
                     )
 
     def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:
-        """The prox of a group's gates, all of a device in one vector: apart, each would be some launches on a GPU."""
+        """The prox of a group's gates, one vector per device: separately, each would take several launches on a GPU."""
         if group.get("deferred", False):
             for gate in gates:
                 self._defer(gate, self._tau(gate, group))
@@ -160,7 +160,7 @@ class ProxAdamW(torch.optim.AdamW):
         return torch.where(second_moment == 0, 0.0, lr * sparse_lambda / denominator)
 
     def _swap_in_masters(self) -> list[tuple[list[Tensor], int, Tensor, Tensor]]:
-        """Put a float32 master in the place of each low-precision parameter; returns what to put back."""
+        """Put a float32 master in the place of each low-precision parameter; returns what to swap back."""
         swapped = []
         for group in self.param_groups:
             params = group["params"]
@@ -168,11 +168,11 @@ class ProxAdamW(torch.optim.AdamW):
                 if param.grad is None:
                     continue
                 if param.dtype in (torch.float32, torch.float64):
-                    self.state[param].pop("master", None)  # of when it was lower
+                    self.state[param].pop("master", None)  # from when it was lower
                     continue
                 state = self.state.pop(param, {})
                 master, value = state.pop("master", None), param.detach().float()
-                # Where a parameter is no longer its master's rounding, somebody else has written to it.
+                # If a parameter is no longer its master rounded, something else has written to it.
                 master = value if master is None else torch.where(master.to(param.dtype) == param, master, value)
                 master.grad = param.grad.float()
                 if state:
@@ -190,13 +190,13 @@ class ProxAdamW(torch.optim.AdamW):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
-    """ValueError for no such threshold, a rate, λ or decay that is no number from 0, or an adaptive λ > 0 deferred."""
+    """ValueError for an unknown threshold, a rate, λ or decay that is not a number >= 0, or adaptive λ > 0 deferred."""
     if group["threshold"] not in THRESHOLDS:
         raise ValueError(f"threshold {group['threshold']!r} is not one of {', '.join(THRESHOLDS)}")
     for key in ("lr", "sparse_lambda", "weight_decay"):
-        value = group.get(key, 0.0)  # what a group does not say is checked by torch
+        value = group.get(key, 0.0)  # torch checks the defaults
         if key == "lr" and isinstance(value, Tensor) and not value.is_cpu:
-            continue  # for CUDA graphs: to look at it would wait for the device
+            continue  # for CUDA graphs: reading it would wait for the device
         if (not isinstance(value, Tensor) and not is_number(value)) or not 0 <= value < math.inf:
             of_group = f" of the group {group['name']}" if "name" in group else ""
             raise ValueError(f"{key}{of_group} is {value!r}; it must be a number >= 0")
@@ -218,7 +218,7 @@ def _together(tensors: list[Any]) -> Tensor:
 
 
 def importance_by_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{module: (R,)} of what is importance in `state`, whose names are "MODULE.gate.importance" and others'."""
+    """{module: (R,)}, the entries of `state` named "MODULE.gate.importance"."""
     return {
         name.removesuffix(IMPORTANCE_SUFFIX): values
         for name, values in state.items()
@@ -239,18 +239,18 @@ def parameter_groups(
     """Parameter groups of an injected model: the factors A and B, then the gates (own rate, λ, no weight decay).
 
     Args:
-        learning_rate, gate_lr: of the factors, of the gates; "lr" of their groups, for a schedule to change.
+        learning_rate, gate_lr: of the factors and of the gates; "lr" of their groups, for a schedule to change.
         sparse_lambda: λ ≥ 0 of the gates, the "sparse_lambda" of their group.
-        threshold: what λ means, as `ProxAdamW` lists it.
+        threshold: the meaning of λ, as listed in `ProxAdamW`.
         weight_decay: of the factors.
-        budgets: {name: modules}; the gates of each are a group of their own, with its name as "budget".
+        budgets: {name: modules}; the gates of each form their own group, with its name as "budget".
         deferred: leave the prox to the caller (`ProxAdamW`).
 
-    Returns: groups of "name" "factors" and "gates", for ProxAdamW.  After cutting there are no gates, and the first
-    group alone.  The order of parameters is that of the model's modules, the same on every process.
+    Returns: groups with "name" "factors" and "gates", for ProxAdamW.  After cutting there are no gates, so only the
+    first group.  The order of parameters is that of the model's modules, the same on every process.
     Raises:
-        ValueError: the model has no SoRA adapters, every rank of them was cut or all are frozen, or budgets that do not
-            name every gated module once.
+        ValueError: the model has no SoRA adapters, all their ranks were cut or all are frozen, or budgets that do not
+            name every gated module exactly once.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
     factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]

@@ -1,4 +1,4 @@
-"""Reload an adapter with PEFT on the base it was trained on, and measure how far it is from the trained one."""
+"""Reloading an adapter with PEFT on the base it was trained on, and measuring how far it is from the trained one."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Errors:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the adapter, in words."""
+        """The problems of the adapter, in words."""
         off = [f"ΔW of {name} is off by {e:.2e}" for name, e in self.delta.items() if not e <= MAX_DELTA_ERROR]
         return off + logit_problems(self.logits, self.gain, self.dtype, "PEFT's forward shows")
 
 
 def worst_of(errors: Sequence[Errors]) -> Errors:
-    """What the least favourable of several processes saw (each reloads and compares for itself)."""
+    """The worst errors over several processes (each reloads and compares for itself)."""
 
     def worst(values: Sequence[float]) -> float:
         return next((value for value in values if value != value), max(values))  # NaN is the worst
@@ -71,7 +71,7 @@ class Reloaded:
 
 @contextlib.contextmanager
 def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Reloaded]:
-    """The adapter in `folder` on the base inside `model`, whose own adapters step aside meanwhile.
+    """The adapter in `folder` on the base inside `model`, whose own adapters are removed for the duration.
 
     `probe_ids` (B, T) are the tokens that logits are compared on.
     """
@@ -99,7 +99,7 @@ def _logits_and_dtype(
     model: nn.Module, layers: Mapping[str, SoraLinear], probe_ids: Tensor
 ) -> tuple[Tensor, torch.dtype]:
     """Logits of the trained model, and the coarsest dtype that it computed them in: under autocast, which accelerate
-    puts into a model's forward and leaves there, another one than its weights have."""
+    puts into a model's forward and leaves there, it differs from that of the weights."""
     seen: list[torch.dtype] = []
     watched = next(iter(layers.values()))
     hook = watched.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
@@ -112,8 +112,8 @@ def _logits_and_dtype(
 
 @contextlib.contextmanager
 def _hooks_kept(model: nn.Module) -> Iterator[None]:
-    """The forward hooks of all modules as they are now, afterwards: under checkpointing PEFT adds one that lets what
-    embeddings give ask for gradients, each time that it takes a model, and transformers would remove the last alone."""
+    """Restore the forward hooks of all modules afterwards: under checkpointing, PEFT adds one that makes the output of
+    embeddings require gradients each time it wraps a model, and transformers would remove only the last."""
     hooks = {module: module._forward_hooks.copy() for module in model.modules()}
     names = ("_require_grads_hook", "_require_grads_hooks")
     handles = {name: vars(model)[name] for name in names if name in vars(model)}
@@ -130,7 +130,7 @@ def _hooks_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_not_finite(base: Tensor, trained: Tensor) -> None:
-    """RunFailed for logits that nothing can be compared with."""
+    """RunFailed for logits that cannot be compared."""
     if not bool(base.isfinite().all()):
         raise RunFailed("the base's logits are not finite, so no adapter can be checked; nothing was exported")
     if not bool(trained.isfinite().all()):

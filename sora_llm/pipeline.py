@@ -49,7 +49,7 @@ from sora_llm.values import is_integer, is_number
 
 @dataclass(frozen=True)
 class RankReport:
-    """`ranks` {module: kept slots}, their cost-weighted mean, and the parameters they stand for."""
+    """`ranks` {module: kept slots}, their cost-weighted mean, and their number of parameters."""
 
     ranks: dict[str, int]
     mean_rank: float
@@ -57,17 +57,17 @@ class RankReport:
 
     @property
     def fields(self) -> dict[str, float]:
-        """The ranks as a line of metrics.jsonl has them."""
+        """The ranks as in a line of metrics.jsonl."""
         return {"mean_rank": self.mean_rank, "kept_params": self.kept_params}
 
 
 def full_params(layers: Mapping[str, SoraLinear]) -> int:
-    """What the adapters cost with every slot alive."""
+    """The parameters of the adapters with every slot alive."""
     return kept_params({name: layer.rank for name, layer in layers.items()}, layer_shapes(layers))
 
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
-    """Ranks by the gates given, or by the number of slots where there are none (after the cut)."""
+    """Ranks by the given gates, or by the number of slots if there are none (after the cut)."""
     shapes = layer_shapes(layers)
     if not gates:
         ranks = {name: layer.rank for name, layer in layers.items()}
@@ -78,20 +78,20 @@ def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | 
 
 @dataclass(frozen=True)
 class Cut:
-    """What consensus left; `report` and `spread` as in `CutFactors`."""
+    """The result of consensus; `report` and `spread` as in `CutFactors`."""
 
     ranks: RankReport
     masters: dict[str, Tensor]
-    """The float32 factors that are left, by "<module>.lora_A|lora_B"."""
+    """The remaining float32 factors, by "<module>.lora_A|lora_B"."""
     report: CutReport | None
     spread: float | None
 
 
 @dataclass(frozen=True)
 class CutFactors:
-    """What is left of adapters; `report` says how they were cut, None where they had no gates, having been cut already.
+    """The remaining factors of adapters; `report` says how they were cut, None if they had already been cut (no gates).
 
-    `spread` is the largest ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ over replicas that had drifted apart; None where there were none.
+    `spread` is the largest ‖ΔW_k − ΔW̄‖ / ‖ΔW̄‖ over replicas that had drifted apart; None if there were none.
     """
 
     factors: PlainFactors
@@ -100,7 +100,7 @@ class CutFactors:
 
 
 def factors_of(layers: Mapping[str, SoraLinear], masters: Mapping[str, Tensor]) -> dict[str, ModuleFactors]:
-    """{module: A (R, I), B (O, R), gate or None} of the float32 `masters`; a module without a branch has R = 0."""
+    """{module: A (R, I), B (O, R), gate or None} from the float32 `masters`; a module without a branch has R = 0."""
     return {
         name: (
             masters.get(f"{name}.lora_A", torch.zeros(0, layer.in_features)),
@@ -121,11 +121,11 @@ def cut_by_consensus(
     device: torch.device | str,
     replicas: Replicas | None = None,
 ) -> Cut:
-    """Cut `model` to what the agreed float32 `masters` keep; all processes end with the same bits.
+    """Cut `model` by consensus on the agreed float32 `masters`; all processes end with the same bits.
 
     The main process cuts, its factors are broadcast, and their hashes are compared on every process (collective).
-    Adapters without gates have been cut already and stay as they are.  With `replicas` the `masters` of each are its
-    own, and what is cut is the mean of their products; the main process holds all of them.
+    Adapters without gates have already been cut and stay as they are.  With `replicas` each has its own `masters`, and
+    the mean of their products is cut; the main process holds all of them.
 
     Raises:
         RunFailed: the bits that arrived differ.
@@ -160,10 +160,10 @@ def _cut_everywhere(
     dtypes: Mapping[str, torch.dtype],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """Cut `model` to the main process's `plain` factors: linear algebra may differ in a bit between machines, and with
-    it a rank (collective).
+    """Cut `model` to the main process's `plain` factors: linear algebra may differ by a bit between machines, and so
+    may a rank (collective).
 
-    Returns: their values by name, of modules that have a rank left.
+    Returns: their values by name, for modules with ranks left.
     Raises:
         RunFailed: the bits that arrived differ.
     """
@@ -199,7 +199,7 @@ def cut_factors(
     consensus: str,
     budgets: Sequence[RankBudget],
 ) -> CutFactors:
-    """Plain factors by `consensus`, group by group where there are budgets; several replicas go by svd."""
+    """Plain factors by `consensus`, group by group if there are budgets; several replicas always use svd."""
     factors = replicas[0]
     if all(gate is None for _, _, gate in factors.values()):
         assert len(replicas) == 1, "replicas are merged while they have gates"
@@ -226,11 +226,11 @@ def cut_factors(
 def _merge(
     replicas: Sequence[Factors], scaling: Mapping[str, float], budget: int | None, min_rank: int
 ) -> tuple[PlainFactors, CutReport, float]:
-    """Replicas as one adapter, and how far the farthest of them is from it.
+    """Replicas merged into one adapter, and the distance of the farthest of them from it.
 
-    Without a budget every module keeps as many components as it has gates that live in some replica: one that took
-    no step in the last round has no part in what came back to life there.  The mean of products has up to K times as
-    many components, which nobody asked for.
+    Without a budget every module keeps as many components as it has gates that live in any replica: a replica that took
+    no step in the last round lacks those that were revived in it.  The mean of products has up to K times as many
+    components, which are not wanted.
     """
     members = [WeightedAdapter(1.0, factors, scaling) for factors in replicas]
     max_ranks = None
@@ -256,9 +256,9 @@ def balance(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put every adapter of `model` into balanced SVD form with gates of 1 (collective).
 
-    A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's ΔW, which stays.
+    A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's unchanged ΔW.
 
-    Returns: the float32 values by name, and the optimizer's state to go on with, {"<module>.gate.importance": (R,)}:
+    Returns: the float32 values by name, and the optimizer's state to continue with, {"<module>.gate.importance": (R,)}:
     σ_i/√c_m in units of the median of the module's budget.
     Raises:
         RunFailed: nothing was learned yet, or values are not finite.
@@ -295,7 +295,7 @@ def balance(
 
 
 def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Give every adapter its gated `masters` back, after a copy of them was cut."""
+    """Restore the gated `masters` of every adapter, after a copy of them was cut."""
     for name, layer in adapters(model).items():
         A, B, gate = (masters[f"{name}.{kind}"].to(dtype) for kind in ("lora_A", "lora_B", "gate"))
         layer.replace(A, B, gate)
@@ -310,18 +310,18 @@ def consensus_prune(
 ) -> nn.Module:
     """Cut the adapters of an injected model, in place; the gates are folded into the factors.
 
-    `svd` keeps singular components of each module's ΔW, `slots` the slots themselves; without a budget both keep all
-    that is alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params` those of all modules with
-    the most energy per parameter are kept, σ² / (I + O), never more than the budget, and `min_rank` in every module.
-    Factors of lower precision than float32 are cut as they are, not from an optimizer's masters.
+    `svd` keeps singular components of each module's ΔW, `slots` the slots themselves; without a budget both keep
+    everything alive.  With `target_rank` (the mean rank, weighted by I + O) or `target_params`, those with the most
+    energy per parameter, σ² / (I + O), are kept across all modules, never more than the budget, and `min_rank` in every
+    module.  Factors in lower precision than float32 are cut as they are, not from an optimizer's masters.
 
     For loops of your own (one process, or DDP: every process must hold the same adapter, which is checked).  The
-    parameters are new ones: make a new optimizer afterwards, and under DDP give `model.module` here and wrap it anew;
-    the forward pass of a wrapper that does not know them is an error.
+    parameters are new: make a new optimizer afterwards, and under DDP pass `model.module` here and wrap it again; the
+    forward pass of a wrapper that does not know them is an error.
 
     Returns: the same model.
     Raises:
-        UserError: a model without gated adapters, or a budget that cannot be.
+        UserError: a model without gated adapters, or an invalid budget.
         RunFailed: processes hold different adapters, or values are not finite.
     """
     refuse_new_parameters(model, "consensus_prune")
@@ -360,7 +360,7 @@ def consensus_prune(
 
     if not any(bool(B.any()) for name, B in masters.items() if name.endswith(".lora_B")):
         warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
-    cut = on_every(plain)  # the main process's is taken; an error on one is raised on all
+    cut = on_every(plain)  # the main process's is used; an error on one is raised on all
     _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)
     return model

@@ -1,4 +1,4 @@
-"""How prompts are formatted at inference: as in training."""
+"""Formatting prompts at inference as in training."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from sora_llm.row_types import WITHOUT_TEMPLATE
 
 
 def has_conversations(datasets: Sequence[Dataset]) -> bool:
-    """Whether rows of one of them are rendered with a chat template."""
+    """Whether the rows of any data set are rendered with a chat template."""
     return any(dataset.type not in WITHOUT_TEMPLATE for dataset in datasets)
 
 
 def template_is_named(config: Config, tokenizer: Any) -> bool:
-    """Whether the config or the tokenizer says which chat template rows are rendered with."""
+    """Whether the config or the tokenizer specifies the chat template for rows."""
     return config.data.chat_template is not None or bool(tokenizer.chat_template)
 
 
 def names_template_file(config: Config) -> bool:
-    """Whether rows are rendered with a jinja file that the config names, which may change later."""
+    """Whether rows are rendered with a Jinja file named in the config, which may change later."""
     return config.data.chat_template not in (None, *TEMPLATES) and has_conversations(config.data.datasets)
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a prompt was written in training: through the chat template (None: as it is), or with a separator behind it;
-    and what ends the answer."""
+    """How a prompt was written in training: with the chat template (None: as it is), or followed by a separator; and
+    what ends the answer."""
 
     template: str | None
     separator: str = ""
@@ -42,19 +42,19 @@ class PromptFormat:
 
 
 def prompt_format(config: Config, tokenizer: Any, chat_template: str) -> PromptFormat:
-    """How prompts of the first data set were written."""
+    """The format of the first data set's prompts."""
     separator = plain_separator(config)
     return format_of_template(tokenizer, chat_template) if separator is None else PromptFormat(None, separator)
 
 
 def plain_separator(config: Config) -> str | None:
-    """What stood behind prompts that were plain text, by the first data set; None where they were conversations."""
+    """The separator after plain text prompts, from the first data set; None if they were conversations."""
     first = config.data.datasets[0]
     return first.separator if first.type in WITHOUT_TEMPLATE else None
 
 
 def recorded_separator(config: Config | None, folder: Path | None) -> str | None:
-    """`plain_separator` of the run that an adapter comes from, or what the certificate in its folder says of it."""
+    """`plain_separator` of the run that an adapter comes from, or the one in the certificate in its folder."""
     if config is not None:
         return plain_separator(config)
     separator = None if folder is None else certificate_in(folder).get("separator")
@@ -62,14 +62,14 @@ def recorded_separator(config: Config | None, folder: Path | None) -> str | None
 
 
 def format_of_template(tokenizer: Any, chat_template: str) -> PromptFormat:
-    """Through a chat template."""
+    """The format of prompts written with a chat template."""
     token, text = answer_end(tokenizer, chat_template)
     return PromptFormat(chat_template, stop=Stop(() if token is None else (token,), text))
 
 
 def exported_template(config: Config, tokenizer: Any) -> str | None:
-    """The chat template to put beside the adapter: the one that was used, completed with the BOS that training put
-    before it, unless the tokenizer has it already."""
+    """The chat template to save with the adapter: the one that was used, completed with the BOS that training put
+    before it, unless the tokenizer already has it."""
     if not has_conversations(config.data.datasets):
         return None
     template = served_template(tokenizer, resolve_template(tokenizer, config.data.chat_template))
@@ -77,6 +77,6 @@ def exported_template(config: Config, tokenizer: Any) -> str | None:
 
 
 def prompt_ids(config: Config, tokenizer: Any, chat_template: str, prompt: str) -> list[int]:
-    """A sample prompt as tokens: through the chat template where the first data set is made of conversations."""
+    """A sample prompt as tokens: with the chat template if the first data set consists of conversations."""
     form = prompt_format(config, tokenizer, chat_template)
     return encode_prompt(tokenizer, prompt + form.separator, form.template)

@@ -1,7 +1,7 @@
 """Bases already quantised by bitsandbytes: their settings, and the values in their files.
 
-The files of such a base hold, for a 4-bit weight (O, I), its codes under the weight's own name and the constants of its
-blocks beside it, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.bitsandbytes__nf4, …
+The files of such a base hold, for a 4-bit weight (O, I), its codes under the weight's own name and, next to it, the
+constants of its blocks, as <weight>.absmax, <weight>.quant_map, <weight>.quant_state.bitsandbytes__nf4, …
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STATE = ".quant_state.bitsandbytes__"
 
 @dataclass(frozen=True)
 class QuantisedFiles:
-    """What a base's config.json says of its quantised weights; dtypes by name.
+    """The quantisation settings in a base's config.json; dtypes by name.
 
-    `skipped` names the modules that are left as they were, as transformers matches them; None: the head alone.
+    `skipped` names the unquantised modules, as transformers matches them; None: only the head.
     """
 
     bits: int
@@ -47,10 +47,10 @@ class QuantisedFiles:
 
 
 def quantised_files(config: Any) -> QuantisedFiles | None:
-    """What the transformers config of a base, as it was read, says of its files; None where they are not quantised.
+    """The settings of a base's files from its transformers config, as it was read; None if they are not quantised.
 
     Raises:
-        UserError: it is quantised by something else than bitsandbytes, or in a way that cannot be loaded.
+        UserError: it is quantised by anything other than bitsandbytes, or in a way that cannot be loaded.
     """
     said = quantization_config_of(config)
     if said is None:
@@ -87,18 +87,18 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a base's files are, by whatever means, from its transformers config as it was read."""
+    """Whether a base's files are quantised, by any method, from its transformers config as it was read."""
     return quantization_config_of(config) is not None
 
 
 def quantization_config_of(config: Any) -> dict[str, Any] | None:
-    """The quantization_config of a transformers config, as a dict; None where there is none."""
+    """The quantization_config of a transformers config, as a dict; None if there is none."""
     said = getattr(config, "quantization_config", None)
     return said if said is None or isinstance(said, dict) else dict(said.to_dict())
 
 
 def quantised_linears(skeleton: Any) -> dict[str, nn.Linear]:
-    """{name: layer} of those that are quantised in a base that is: all but the head, or what its files do not skip."""
+    """{name: layer} of a quantised base's quantised layers: all but the head, or those that its files do not skip."""
     files = quantised_files(skeleton.config)
     if files is None or files.skipped is None:
         return linear_layers(skeleton)
@@ -113,14 +113,14 @@ def has_4bit_weights(file: Any) -> bool:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight that lies in the files in 4 bits: its shape [O, I] and the names of the constants beside it."""
+    """A weight stored in the files in 4 bits: its shape [O, I] and the names of the constants stored with it."""
 
     shape: list[int]
     constants: tuple[str, ...]
 
 
 def packed_weights(files: Mapping[str, Path]) -> dict[str, PackedWeight]:
-    """{name: weight} of those among the tensors of a base's files, which are given by name.
+    """{name: weight} of the packed weights in a base's files, given as {tensor name: file}.
 
     Raises:
         UserError: constants that are damaged.
@@ -153,7 +153,7 @@ def unpacked(files: Mapping[str, Path], key: str, packed: PackedWeight, device: 
 
 
 def dequantised_weight(layer: nn.Linear) -> Tensor | None:
-    """The numbers that a loaded 4-bit layer multiplies with; None for another layer."""
+    """The numbers that a loaded 4-bit layer multiplies with; None for any other layer."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return None
@@ -169,8 +169,8 @@ def _read(files: Mapping[str, Path], key: str) -> Tensor:
 
 
 def coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """The coarsest dtype that a model computes in: that of its embeddings, or of 4-bit layers, whatever activations are
-    between them.  8-bit layers, which round what they read to so many, count as bfloat16."""
+    """The coarsest dtype that a model computes in: that of its embeddings, or of 4-bit layers, whatever the activations
+    between them are.  8-bit layers, which round their inputs to 8 bits, count as bfloat16."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     dtypes = [model.get_input_embeddings().weight.dtype]  # type: ignore[operator]
@@ -183,16 +183,16 @@ def coarsest_dtype(model: nn.Module) -> torch.dtype:
 
 
 def coarser(*dtypes: torch.dtype) -> torch.dtype:
-    """The coarsest of them."""
+    """The coarsest of some dtypes."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def match_loading_format(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
-    """Bring a model from quantised files into the form of one that is quantised while it is loaded: what is not
-    quantised in `dtype`, the same bits of every 4-bit weight in tensors of `storage` (ZeRO-3 shards one dtype only).
+    """Convert a model from quantised files to the form of one quantised on loading: unquantised tensors in `dtype`, the
+    same bits of every 4-bit weight in tensors of `storage` (ZeRO-3 shards only one dtype).
 
-    transformers does neither: 5.23 leaves all in the dtypes of the files, whatever it is told, and with another storage
-    in the config it converts the codes as if they were numbers.
+    transformers does neither: 5.23 leaves everything in the dtypes of the files, whatever is requested, and with
+    another storage in the config it converts the codes as if they were numbers.
 
     Raises:
         UserError: a weight whose bytes do not fill tensors of `storage`.
@@ -216,14 +216,14 @@ def _store_as(module: nn.Module, weight: Any, storage: torch.dtype) -> None:
     weight.quant_storage = module.quant_storage = storage  # type: ignore[assignment]
 
 
-# ------------------------------------------------------------------------------- weights that are put away and fetched
+# --------------------------------------------------------------------------- weights that are released and read again
 
 
 def reread_weights_in_backward(model: nn.Module) -> None:
     """Let frozen 4-bit layers re-read their weight in the backward pass, until `keep_weights`.
 
     bitsandbytes keeps the tensor that the forward pass read (0.50: `ctx.tensors`), which checkpointing does not see.
-    ZeRO-3 gathers a weight for each pass of its module and gives the parameter other memory every time: what was kept
+    ZeRO-3 gathers a weight for each pass of its module and gives the parameter new memory every time: the kept tensors
     would be the whole model, on every process, from a step's forward to its backward pass.
     """
     from bitsandbytes.nn import Linear4bit
@@ -242,11 +242,11 @@ def keep_weights(model: nn.Module) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _reading_again(kind: type) -> type:
-    """The class of layers that are of this kind of 4-bit layers, and read again."""
+    """A subclass of this kind of 4-bit layer that re-reads its weight."""
     if hasattr(kind, "reads_again"):
         return kind
 
-    @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # by its module `targets` knows what it computes
+    @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # its module tells `targets` what it computes
     def forward(self: Any, x: Tensor) -> Tensor:
         product = functools.partial(kind.forward, self)  # type: ignore[attr-defined]
         if torch.is_grad_enabled() and x.requires_grad:
@@ -257,13 +257,13 @@ def _reading_again(kind: type) -> type:
 
 
 class _Product(torch.autograd.Function):
-    """The answer of a 4-bit layer, dx = dy W; bit for bit as bitsandbytes computes both."""
+    """The output of a 4-bit layer, and dx = dy W; both bit for bit as in bitsandbytes."""
 
     @staticmethod
     def forward(ctx, x, layer, product):
         y = product(x)
         # The parameter as an attribute: saved for the backward pass, it would be one more tensor that checkpointing has
-        # to compute again, and as ZeRO-3 left it when that was done.
+        # to recompute, and in the state in which ZeRO-3 left it afterwards.
         ctx.weight, ctx.state = layer.weight, layer.weight.quant_state
         ctx.compute_dtype, ctx.dtype = layer.compute_dtype or x.dtype, x.dtype
         return y

@@ -15,13 +15,13 @@ from sora_llm.terminal import end_progress, is_terminal, say, show_progress
 
 
 class JsonLines:
-    """An append-only file of one JSON object per line; every line is on the disk when `write` returns."""
+    """An append-only file of one JSON object per line; every line is on disk when `write` returns."""
 
     def __init__(self, path: Path, last_step: int, *, exports_again: bool = True):
         """Continue `path` after `last_step`.
 
-        Dropped are later lines, a torn last one, and, unless `exports_again` is false, the line that an export wrote at
-        `last_step` itself: it is going to be made again.
+        Dropped are later lines, a torn last one and, unless `exports_again` is false, the line that an export wrote at
+        `last_step` itself, since the export will be repeated.
         """
         self.path = path
         kept: list[str] = []
@@ -35,7 +35,7 @@ class JsonLines:
         write_text_atomically(path, "".join(kept))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Append a line, leaving out fields without a value (None or not finite, which JSON cannot say)."""
+        """Append a line, leaving out fields without a value (None or not finite, which JSON cannot express)."""
         line = {key: _finite(value) for key, value in line.items()}
         line = {key: value for key, value in line.items() if value is not None}
         with self.path.open("a") as file:
@@ -46,7 +46,7 @@ class JsonLines:
 
 
 def _finite(value: Any) -> Any:
-    """The value, without those in it that are not finite; None for one that is not."""
+    """The value without its non-finite entries; None if it is itself non-finite."""
     if isinstance(value, dict):
         found = {key: _finite(inner) for key, inner in value.items()}
         return {key: inner for key, inner in found.items() if inner is not None}
@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, [] where it is missing; reading stops at a torn line or one that is no object."""
+    """The objects in a .jsonl file, [] if it is missing; reading stops at a torn line or one that is not an object."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
@@ -76,14 +76,14 @@ class Progress:
 
     def __init__(self, total_steps: int, first_step: int, stream: TextIO | None = None):
         self.total_steps, self.first_step = total_steps, first_step
-        self.stream: TextIO | None = stream or sys.stdout  # None where it was closed before Python began
+        self.stream: TextIO | None = stream or sys.stdout  # None if it was closed before Python started
         self.started = time.monotonic()
 
     def show(self, line: dict[str, Any]) -> None:
         """Print a metrics line."""
         parts = [f"step {line['step']}/{self.total_steps} {line['phase']}"]
         done = line["step"] - self.first_step
-        if done > 0 and line["step"] < self.total_steps:  # early in the line, which a narrow terminal cuts
+        if done > 0 and line["step"] < self.total_steps:  # early in the line, which a narrow terminal truncates
             left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
             parts.append(f"{duration(left)} left")
         for key, label, form in (
@@ -93,7 +93,7 @@ class Progress:
             ("lambda", "λ", ".3g"),
             ("tokens_per_second", "tokens/s", ",.0f"),
         ):
-            if key in line and (key != "lambda" or line[key] != 0):  # 0 is said of steps that cut no gate
+            if key in line and (key != "lambda" or line[key] != 0):  # 0 is logged for steps that cut no gate
                 parts.append(f"{label} {line[key]:{form}}")
         text = "  ".join(parts)
         if is_terminal(self.stream):

@@ -12,10 +12,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Each type and its fields, the keys that `columns` may map."""
 
 IN_PARTS = {"messages": ("prompt", "completion")}
-"""A field and the columns that say the same in parts, where a row lacks it: TRL's conversations of two lists."""
+"""A field and the columns that hold its parts if a row lacks it: TRL's conversations of two lists."""
 
 WITHOUT_TEMPLATE = frozenset({"completion", "prompt_completion"})
-"""Types whose text is taken as it stands; rows of all others are conversations, rendered with a chat template."""
+"""Types whose text is used as it is; rows of all others are conversations, rendered with a chat template."""
 
 ROW_OUTCOMES = (
     ("malformed", "num_bad_rows"),
@@ -25,4 +25,4 @@ ROW_OUTCOMES = (
     ("untrained", "no_supervised"),
     ("repeated", "duplicates"),
 )
-"""What becomes of rows that are not kept as they are: heads of columns, and the counts of a data report in them."""
+"""What happens to rows that are not kept as they are: column headings, and the counts of a data report under them."""

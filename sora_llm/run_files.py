@@ -5,13 +5,13 @@ from __future__ import annotations
 CONFIG = "config.yaml"
 ENV = "env.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-"""As the run read it, where its config names a file."""
+"""As the run read it, if its config names a file."""
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 RANKS = "ranks.jsonl"
 SAMPLES = "samples.jsonl"
 DATA_REPORT = "data_report.json"
-"""Which `preprocess` may leave before there is a run."""
+"""May be left by `preprocess` before there is a run."""
 REPORT = "report.html"
 FILES = (CONFIG, ENV, CHAT_TEMPLATE, STATUS, METRICS, RANKS, SAMPLES, DATA_REPORT, REPORT)
 
@@ -28,5 +28,5 @@ FOLDERS = (ADAPTER, CHECKPOINTS, PATH, PLOTS, TRACKERS)
 
 
 def stage_name(sparse_lambda: float) -> str:
-    """The folder of a stage in path/, and how it is asked for."""
+    """The folder of a stage in path/, and the name by which it is requested."""
     return f"{sparse_lambda:.6g}"

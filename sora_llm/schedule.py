@@ -1,4 +1,4 @@
-"""Learning rate, λ and phases as pure functions of the step: nothing here holds state, so resuming is calling again."""
+"""Learning rate, λ and phases as pure functions of the step: without state, so resuming is just calling again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Phases:
     total_steps: int
 
     def progress(self, step: int) -> float:
-        """u ∈ (0, 1], how far `step` leads through the sparsify window, which has a step (as every plan sees to)."""
+        """u ∈ (0, 1], the progress after `step` in the sparsify window, which every plan gives at least one step."""
         return (step - self.dense_end + 1) / (self.sparsify_end - self.dense_end)
 
     def at(self, step: int) -> str:
@@ -41,7 +41,7 @@ def round_bounds(step: int, length: int, bounds: Sequence[int]) -> tuple[int, in
 
 
 def phases(total_steps: int, dense_ratio: float, consensus_at: float) -> Phases:
-    """Boundaries at floor(ratio · total_steps), the ratio taken as the decimal that was written (0.29 · 100 is 29)."""
+    """Boundaries at floor(ratio · total_steps), with the ratio taken as the decimal written (0.29 · 100 is 29)."""
     dense_end = math.floor(Fraction(str(dense_ratio)) * total_steps)
     sparsify_end = math.floor(Fraction(str(consensus_at)) * total_steps)
     return Phases(dense_end, sparsify_end, total_steps)
@@ -96,7 +96,7 @@ def path_lambdas(kind: str, first: float, last: float, count: int) -> list[float
     linear: evenly spaced; log_linear: log of evenly spaced e^λ; exp_linear: evenly spaced log λ, from above 0.
 
     Raises:
-        ValueError: no such kind, or exp_linear from 0.
+        ValueError: unknown kind, or exp_linear from 0.
     """
     if kind == "exp_linear" and not first > 0:
         raise ValueError(f"exp_linear multiplies λ from stage to stage and begins above 0, not at {first}")

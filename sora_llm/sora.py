@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def soft_threshold(z: Tensor, tau: float | Tensor) -> Tensor:
     """S_τ(z) = sign(z) · max(|z| − τ, 0), the proximal map of τ|·|; `tau` ≥ 0 is a number or broadcasts with `z`.
 
-    What dies becomes +0, never −0: ZeRO's gathers would turn that into +0, and bits are compared between strategies.
+    Dead gates become +0, never −0: ZeRO's gathers would turn that into +0, and bits are compared between strategies.
     """
     return z - z.clamp(min=-tau, max=tau)  # type: ignore[arg-type]  # both bounds are of one type
 
@@ -46,7 +46,7 @@ def hard_threshold(z: Tensor, importance: Tensor, tau: float) -> Tensor:
 
 
 def _autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast, which would cast some products of a branch and leave others; the base layer keeps it."""
+    """Context without autocast, which would cast only some products of a branch; the base layer keeps it."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # torch has no autocast of meta
         return torch.autocast(device, enabled=False)
@@ -54,7 +54,7 @@ def _autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _without_autocast(backward: F) -> F:
-    """A backward pass as `_autocast_disabled`: some people call it inside autocast."""
+    """A backward pass under `_autocast_disabled`: some users call it inside autocast."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
@@ -74,13 +74,13 @@ def add_branch(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """base_layer(x) + s · B (g ⊙ (A drop(x))), for a base layer that keeps neither x nor its output for itself.
+    """base_layer(x) + s · B (g ⊙ (A drop(x))), for a base layer that keeps neither x nor its output.
 
-    Two autograd nodes, one on either side of the base layer.  The branch's answer is added into the base layer's own,
-    and its gradient into the base layer's own gradient of x, so nothing as wide as x or y is allocated or summed for
-    it.  Saved for the backward pass are x itself (the tensor its neighbours q/k/v or gate/up also hold, never a copy
-    or a float32 cast of it) and the narrow u = A drop(x); the dropout mask is drawn again from its seed.  The factors
-    are cast to x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
+    Two autograd nodes, one on either side of the base layer.  The branch's output is added into the base layer's own,
+    and its gradient into the base layer's gradient of x, so nothing as wide as x or y is allocated or summed for it.
+    Saved for the backward pass are x itself (the tensor that its neighbours q/k/v or gate/up also hold, never a copy or
+    a float32 cast) and the narrow u = A drop(x); the dropout mask is redrawn from its seed.  The factors are cast to
+    x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
     """
     x_to_base, u_RT = _down(x, dropout, seed, lora_A)
     return _between(base_layer, x, x_to_base, u_RT, lora_B, gate, scaling)
@@ -96,21 +96,21 @@ def _between(
     scaling: float,
 ) -> Tensor:
     """The base layer between the two nodes of its branch."""
-    y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always asks for a gradient
+    y = base_layer(x_to_base if x.requires_grad else x)  # x_to_base always requires a gradient
     hooks = getattr(base_layer, "_forward_hooks", None) or _of_all_modules._global_forward_hooks
     if hooks and not is_partitioned(getattr(base_layer, "weight", None)):
-        y = y.clone()  # a hook may have kept it; those of ZeRO-3, which are on every module, do not
+        y = y.clone()  # a hook may have kept it; ZeRO-3's, which are on every module, do not
     with _autocast_disabled(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
 
 def is_partitioned(parameter: object) -> bool:
-    """Whether ZeRO-3 holds a parameter, which has its values only while its own module computes."""
+    """Whether ZeRO-3 holds a parameter, which then has its values only while its own module computes."""
     return hasattr(parameter, "ds_id")
 
 
 def is_sharded(parameter: object) -> bool:
-    """Whether fully_shard has left this process a part of a parameter alone (a DTensor)."""
+    """Whether fully_shard has left this process only a part of a parameter (a DTensor)."""
     return hasattr(parameter, "placements")
 
 
@@ -121,8 +121,8 @@ def _down(x: Tensor, dropout: float, seed: int, *factors: Tensor) -> tuple[Tenso
 
 
 class _Down(torch.autograd.Function):
-    """x, and u = A drop(x) as (R, T) for each A: with T last every product reads rows as they lie, also of a few odd
-    ranks.  Several A are one product, which reads x once."""
+    """x, and u = A drop(x) as (R, T) for each A: with T last, every product reads rows as stored, even for a few odd
+    ranks.  Several A form one product, which reads x once."""
 
     @staticmethod
     def forward(ctx, x, dropout, seed, *factors):
@@ -140,7 +140,7 @@ class _Down(torch.autograd.Function):
     def backward(ctx, dx, *parts):
         x, *factors = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
-        asked = [place for place, part in enumerate(parts) if part is not None]  # a u may have met no loss
+        asked = [place for place, part in enumerate(parts) if part is not None]  # a u may not have reached a loss
         if not asked:
             return dx, *[None] * (2 + len(factors))
         factors = [factors[place] for place in asked]
@@ -171,18 +171,18 @@ def _split_rows(rows: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class _Up(torch.autograd.Function):
-    """y + s · B (g ⊙ u), in the place of y.
+    """y + s · B (g ⊙ u), in place of y.
 
-    g goes into B and s into the products, which takes few kernels: at some thousand tokens it is their number that an
-    adapter costs on a GPU.
+    g is folded into B and s into the products, which takes few kernels: at a few thousand tokens, their number is what
+    an adapter costs on a GPU.
     """
 
     @staticmethod
     def forward(ctx, y, u_RT, lora_B, gate, scaling, dtype):
         ctx.save_for_backward(u_RT, lora_B, gate)
         ctx.scaling = scaling
-        # Detached, y shares its memory and its version: a base layer that needs its output for its own gradient makes
-        # the backward pass fail with a message.
+        # Detached, y shares its memory and its version: if a base layer needs its output for its own gradient, the
+        # backward pass fails with a message.
         return _add_product(y.detach(), u_RT.T, _gated(lora_B, gate, dtype).T, y.shape, alpha=scaling)
 
     @staticmethod
@@ -204,7 +204,7 @@ class _Up(torch.autograd.Function):
 
 
 def _gated(columns_OR: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """columns ⊙ g in `dtype`, computed in the widest of the three and rounded once, in rows that follow each other."""
+    """columns ⊙ g in `dtype`, computed in the widest of the three and rounded once, with contiguous rows."""
     if gate is None:
         return columns_OR.to(dtype, memory_format=torch.contiguous_format)
     out = torch.empty(columns_OR.shape, dtype=dtype, device=columns_OR.device)
@@ -224,7 +224,7 @@ def _add_product(
     mask: Tensor | None = None,
     alpha: float = 1.0,
 ) -> Tensor:
-    """wide + mask ⊙ (alpha · left @ right), in the place of `wide` where its memory allows it; None is 0."""
+    """wide + mask ⊙ (alpha · left @ right), in place of `wide` if its memory allows it; None is 0."""
     if wide is not None and wide.dtype == left.dtype and wide.is_contiguous():
         rows = wide.view(-1, shape[-1])
         if mask is None:
@@ -234,21 +234,21 @@ def _add_product(
         return wide
     product = _product(left, right, alpha)
     product = (product if mask is None else product.mul_(mask)).view(shape)
-    # A quantised layer may answer in another dtype than it was asked in.
+    # A quantised layer's output may have a different dtype from its input.
     return product if wide is None else wide + product.to(wide.dtype)
 
 
 def _dropout_mask(x_TI: Tensor, dropout: float, seed: int) -> Tensor:
-    """1 where dropout keeps x, else 0: a function of `seed` alone, so backward draws it again instead of keeping it.
+    """1 where dropout keeps x, else 0: a function of `seed` alone, so backward redraws it instead of keeping it.
 
-    Sixteen random bits decide for an element (a third of the time of `bernoulli_` on a CPU).
+    Sixteen random bits decide per element (a third of the time of `bernoulli_` on a CPU).
     """
     generator = torch.Generator(device=x_TI.device)
     generator.manual_seed(seed)
     words = torch.empty((x_TI.numel() + 3) // 4, dtype=torch.int64, device=x_TI.device)
     draws_TI = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x_TI.numel()].view_as(x_TI)
     dropped = min(round(dropout * 2**16), 2**16 - 1)
-    return torch.ge(draws_TI, dropped - 2**15, out=torch.empty_like(x_TI))  # a cast of booleans takes as long again
+    return torch.ge(draws_TI, dropped - 2**15, out=torch.empty_like(x_TI))  # casting booleans would take as long again
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes a second
@@ -263,20 +263,20 @@ class SoraLinear(nn.Module):
     Args:
         base_layer: nn.Linear or a bitsandbytes 4-bit / 8-bit linear, I = in_features, O = out_features; it is frozen.
         r: number of slots R at the start.
-        lora_alpha: s = lora_alpha / r, fixed for the layer's life, also after cutting.
+        lora_alpha: s = lora_alpha / r, fixed for the layer's lifetime, also after cutting.
         lora_dropout: probability of dropping an element of x before A, in training mode only.
         dtype: of `lora_A` (R, I), `lora_B` (O, R) and `gate` (R,); they are cast to x's dtype inside the forward.
 
     A starts Kaiming-uniform as in LoRA, B at 0, the gate at 1, so the wrapped layer starts as the base layer.
     After `cut`, `gate` is None (folded into the factors), and a layer cut to rank 0 has no branch at all.  `rank` is
-    the number of slots, which a parameter that ZeRO-3 has partitioned no longer tells.
+    the number of slots, which a parameter partitioned by ZeRO-3 no longer shows.
     """
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     gate: nn.Parameter | None
     shared_input: SharedInput | None = None
-    """Those that read the same x, itself among them."""
+    """The layers that read the same x, including this one."""
 
     def __init__(
         self,
@@ -309,7 +309,7 @@ class SoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen base weight: some models look at `proj.weight.dtype`."""
+        """The frozen base weight: some models read `proj.weight.dtype`."""
         return self.base_layer.weight
 
     @property
@@ -317,7 +317,7 @@ class SoraLinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = W x + b + s · B (g ⊙ (A x)) of x (…, I): (…, O), in the dtype that the base layer gives."""
+        """y = W x + b + s · B (g ⊙ (A x)) for x (…, I): (…, O), in the dtype of the base layer's output."""
         if self.lora_A is None or self.lora_B is None:
             return self.base_layer(x)
         if self.shared_input is not None and not torch.compiler.is_compiling():
@@ -329,12 +329,12 @@ class SoraLinear(nn.Module):
 
     @property
     def dropout(self) -> float:
-        """The probability of dropping an element of x now: 0 in eval mode."""
+        """The current probability of dropping an element of x: 0 in eval mode."""
         return self.lora_dropout if self.training else 0.0
 
     def cut(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Replace the branch by plain factors A (R', I), B (O, R') without a gate; R' = 0 removes it. s stays, and
-        what was frozen stays so.
+        frozen factors stay frozen.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -359,7 +359,7 @@ class SoraLinear(nn.Module):
         self.gate, self.rank = None, rank
 
     def replace(self, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
-        """Replace the branch by a gated one of A (R, I), B (O, R) and gate (R,), R ≥ 1, in their dtype; s stays.
+        """Replace the branch by a gated one with A (R, I), B (O, R) and gate (R,), R ≥ 1, in their dtype; s stays.
 
         Raises:
             ValueError: shapes that do not fit, or no slot.
@@ -375,21 +375,21 @@ class SoraLinear(nn.Module):
 
 
 class SharedInput:
-    """Layers that read one x, such as q, k and v: the first that is asked computes u = A x for all of them.
+    """Layers that read one x, such as q, k and v: the first one called computes u = A x for all of them.
 
-    One product reads x once where each of them would, forward, for dA and for dx; so their backward passes are one,
-    and activation checkpointing takes them together.  What was computed for a neighbour waits until it is asked with
-    the very same tensor; anything else begins anew, so that layers which are called in another way are slower and not
-    wrong.  Factors that ZeRO-3 has partitioned are there one at a time and stay apart.
+    One product reads x once instead of once per layer, forward, for dA and for dx; so they share one backward pass, and
+    activation checkpointing treats them together.  A result for a neighbour waits until it is called with the very same
+    tensor; anything else starts over, so layers called in another way are slower but not wrong.  Factors that ZeRO-3
+    has partitioned are available one at a time and stay separate.
 
-    Dropout is one mask of x for all of them, also where they stay apart, so that strategies drop the same (but under
-    torch.compile, and in the replicas of DataParallel, where each has its own).
+    All of them share one dropout mask of x, even if they stay separate, so that strategies drop the same elements
+    (except under torch.compile, and in DataParallel's replicas, where each layer has its own).
 
-    A copy of one of the layers brings copies of the others, whom it knows.
+    Copying one of the layers also copies the others, to which it refers.
     """
 
     def __init__(self, layers: Sequence[SoraLinear]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]  # no cycle: a model ends with its last user
+        self._layers = [weakref.ref(layer) for layer in layers]  # no cycle: a model is freed with its last reference
         self._waiting: _Waiting | None = None
         self._seed, self._to_mask = 0, set[int]()
         self._masked: StorageWeakRef | None = None
@@ -397,10 +397,10 @@ class SharedInput:
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and u = A drop(x) as (R, T) of `layer`."""
         dropout, seed = layer.dropout, self._seed_for(layer, x)
-        # An x of inference mode counts no changes; only to look at another layer's A makes ZeRO-3 gather it.
+        # An inference-mode x counts no changes; merely looking at another layer's A makes ZeRO-3 gather it.
         by_layer = {} if x.is_inference() or is_partitioned(layer.lora_A) else self._factors(layer)
         if self._waiting is not None and self._waiting.x is not x:
-            self._waiting = None  # nobody will ask for it
+            self._waiting = None  # nothing will ask for it
         if id(layer) not in by_layer or len(by_layer) == 1:  # alone, or a replica that DataParallel makes for a pass
             x_to_base, u_RT = _down(x, dropout, seed, layer.lora_A)  # type: ignore[arg-type]
             return x_to_base, u_RT
@@ -416,8 +416,8 @@ class SharedInput:
         return waiting.x_to_base, u_RT
 
     def _seed_for(self, layer: SoraLinear, x: Tensor) -> int:
-        """The seed of its dropout mask: drawn when the first of them asks about an x, and handed once to each of the
-        others that ask about it.  ZeRO-3 gives each of them a tensor of its own, in the same memory."""
+        """The seed of a layer's dropout mask: drawn when the first layer asks about an x, and given once to each other
+        layer that asks about it.  ZeRO-3 gives each of them its own tensor, in the same memory."""
         if layer.dropout == 0:
             return 0
         memory = StorageWeakRef(x.untyped_storage())
@@ -430,7 +430,7 @@ class SharedInput:
         return self._seed
 
     def _factors(self, asking: SoraLinear) -> dict[int, Tensor]:
-        """{id of a layer: its A} of those that go into one product with the A of `asking`."""
+        """{id of a layer: its A} for the layers that share one product with the A of `asking`."""
         own: Any = asking.lora_A
         found: dict[int, Tensor] = {}
         for reference in self._layers:
@@ -443,7 +443,7 @@ class SharedInput:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the layers themselves, nothing that waits."""
+        """For copies and pickles: the layers themselves, without waiting results."""
         return {"layers": [layer for reference in self._layers if (layer := reference()) is not None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -451,14 +451,14 @@ class SharedInput:
 
 
 def _state_of(tensor: Tensor) -> tuple[int, bool]:
-    """Changes in place, and whether a gradient is asked for.  A step of ZeRO-1/2, which writes through other views of
-    the memory, is not counted: it comes between forward passes, whose x are other tensors."""
+    """The count of in-place changes, and whether a gradient is required.  A step of ZeRO-1/2, which writes through
+    other views of the memory, is not counted: it happens between forward passes, whose x are different tensors."""
     return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad and torch.is_grad_enabled()
 
 
 @dataclass
 class _Waiting:
-    """What was computed from x for neighbours that have not asked yet: {id of the layer: u (R, T)}."""
+    """Results from x for neighbours that have not asked yet; `parts` is {id of the layer: u (R, T)}."""
 
     x: Tensor
     factors: list[Tensor]
@@ -473,9 +473,9 @@ class _Waiting:
 
 
 def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Drop the slots whose gate is exactly 0 and fold the other gates into the factors, half on either side.
+    """Drop the slots whose gate is exactly 0 and fold the other gates into the factors, half on each side.
 
-    A ← diag(√|g|)·A, B ← B·diag(sign(g)·√|g|): B A is unchanged, and both factors go on training at one scale.
+    A ← diag(√|g|)·A, B ← B·diag(sign(g)·√|g|): B A is unchanged, and both factors continue training at one scale.
     Shapes (R, I), (O, R), (R,) → (R', I), (O, R').  Without a gate the factors come back as they are.
     """
     if gate is None:

@@ -19,8 +19,8 @@ from sora_llm.factors import Factors, Scaling, costs_of, scaling_of, shapes_of
 
 @dataclass(frozen=True)
 class Spectrum:
-    """ΔW (O, I) of one module: its `shape` (I, O), `slots` of its factors whose gates are not 0, and its singular
-    values, falling."""
+    """ΔW (O, I) of one module: its `shape` (I, O), `slots` of its factors with non-zero gates, and its singular values,
+    descending."""
 
     shape: tuple[int, int]
     slots: int
@@ -29,7 +29,7 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """Singular values that are more than rounding."""
+        """The number of singular values above rounding."""
         return len(self.sigma)
 
     @property
@@ -68,8 +68,8 @@ def spectra(factors: Factors, scaling: Scaling) -> dict[str, Spectrum]:
 def ranks_within(
     found: Mapping[str, Spectrum], *, budget: int | None = None, tolerance: float | None = None, min_rank: int = 0
 ) -> dict[str, int]:
-    """{module: rank} that keeps the components worth most by σ²/(I + O): within `budget` parameters, or up to the
-    relative error `tolerance` of all ΔW together; with neither all that are there.
+    """{module: rank} that keeps the most valuable components by σ²/(I + O): within `budget` parameters, or up to the
+    relative error `tolerance` of all ΔW together; with neither, all of them.
 
     Raises:
         UserError: `min_rank` alone costs more than the budget.
@@ -87,8 +87,8 @@ def ranks_within(
 def lora_options(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
     """The arguments of a PEFT LoraConfig whose modules have exactly these ranks above 0 and these scales (alpha / r).
 
-    Modules of rank 0, which PEFT refuses, are no targets.  Names are whole, and those in the patterns too: PEFT takes
-    the first pattern that the end of a module's name matches, and sorts them when it saves.
+    Modules of rank 0, which PEFT refuses, are not targets.  Names are full, also in the patterns: PEFT uses the first
+    pattern that the end of a module's name matches, and sorts them on saving.
     """
     live = {name: rank for name, rank in ranks.items() if rank}
     alphas = {name: _plain(scaling[name] * rank) for name, rank in live.items()}
@@ -104,7 +104,7 @@ def lora_options(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> dict
 
 
 def _plain(value: float) -> float | int:
-    """A whole number as one, in spite of rounding."""
+    """The value, as an integer if it is one up to rounding."""
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, value) else value
 
 

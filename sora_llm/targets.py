@@ -23,11 +23,11 @@ READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
     """The linear layers to adapt, by name, in the model's order.
 
-    `target_modules` is "all-linear" (every nn.Linear, 4-bit and 8-bit ones included, never the output head nor what
-    `left_out` names), or one or several suffixes of module names ("q_proj", "mlp.down_proj").
+    `target_modules` is "all-linear" (every nn.Linear, 4-bit and 8-bit ones included, never the output head or the
+    layers in `left_out`), or one or several suffixes of module names ("q_proj", "mlp.down_proj").
 
     Raises:
-        UserError: no suffix, one that matches no linear layer or only such as `left_out` names, or a model without any.
+        UserError: no suffix, one that matches no linear layer or only those in `left_out`, or a model without any.
     """
     found = linear_layers(model)
     without = left_out(model)
@@ -61,12 +61,12 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
 
 
 def matches(name: str, suffixes: Iterable[str]) -> bool:
-    """Whether the name of a module, or the end of it from a dot on, is one of these."""
+    """Whether the name of a module, or its end after a dot, is one of these suffixes."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear by name, but for the output head."""
+    """Every nn.Linear by name, except the output head."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
     return {
@@ -77,7 +77,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """{linear layer: why no adapter is put on it}, the reason as it goes on behind the layer's name."""
+    """{linear layer: why no adapter is put on it}, the reason phrased to follow the layer's name."""
     found = linear_layers(model)
     experts = _names_of_experts(model, found)
     reasons = {}
@@ -94,34 +94,33 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _computes_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a class of linear layers answers x Wᵀ + b, in whatever way it writes that (Falcon's does, a router's
-    does not)."""
+    """Whether a class of linear layers computes x Wᵀ + b, however written (Falcon's does, a router's does not)."""
     if kind.forward is nn.Linear.forward or kind.forward.__module__.startswith("bitsandbytes"):
         return True
     with torch.random.fork_rng([]):
         try:
             layer, x = kind(3, 2), torch.randn(4, 3)
             return torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
-        except Exception:  # it is made of something else, or answers no tensor
+        except Exception:  # it takes other arguments, or does not return a tensor
             return False
 
 
 def _is_bypassed(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer's weight is used past its forward."""
+    """Whether a linear layer's weight is used without its forward."""
     parent, child = parent_of(model, name), name.rpartition(".")[2]
     if isinstance(parent, READS_WEIGHTS):
         return True
     if not hasattr(parent, "A_log"):
         return False
-    # A state-space mixer, whose fused kernels are handed weights: which ones is in its source alone.
+    # A state-space mixer, whose fused kernels receive weights: only its source shows which.
     source = _source_of(type(parent))  # type: ignore[arg-type]  # classes are hashable
     return re.search(rf"self\.{child}\.weight\b(?!\.(?:dtype|device|shape)\b)", source) is not None
 
 
 @functools.lru_cache(maxsize=64)
 def _source_of(kind: type) -> str:
-    """The source of a module's class and of those that it inherits from, as far as it can be had.  Python parses a
-    whole file for each, tens of milliseconds."""
+    """The source of a module's class and of its base classes, where available.  Python parses a whole file for each,
+    which takes tens of milliseconds."""
     sources = []
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with contextlib.suppress(OSError, TypeError):
@@ -132,8 +131,8 @@ def _source_of(kind: type) -> str:
 def _names_of_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The last names of layers that PEFT takes for experts.
 
-    In some architectures it reads the names that experts' layers once had ("up_proj") as those of the tensors that hold
-    all experts, also where a dense layer is called the same (PEFT 0.20, 0.21).
+    In some architectures it reads the former names of experts' layers ("up_proj") as those of the tensors that hold all
+    experts, even if a dense layer has the same name (PEFT 0.20, 0.21).
     """
     config = getattr(model, "config", None)
     if config is None or not stacked_weights(model):  # without experts: PEFT's import takes a second
@@ -158,8 +157,8 @@ def _peft_adapts(config: object, name: str) -> bool:
 
 
 def stacked_weights(model: nn.Module) -> list[str]:
-    """The last names of weights of several matrices in one, such as "experts.down_proj": they are in no linear layer,
-    and no adapter is put on them."""
+    """The last names of weights that stack several matrices, such as "experts.down_proj": they are not in a linear
+    layer, and no adapter is put on them."""
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
     names = (name for name, p in model.named_parameters() if p.ndim > 2 and id(p) not in convolutions)
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TextIO, TypeGuard
 
 _open_on: TextIO | None = None
-"""Where a line of progress waits to be overwritten: of the process, as its terminal is."""
+"""The stream with a progress line that waits to be overwritten: one per process, like its terminal."""
 
 
 def escape_unencodable() -> None:
@@ -21,18 +21,18 @@ def escape_unencodable() -> None:
 
 
 def is_terminal(stream: TextIO | None) -> TypeGuard[TextIO]:
-    """Whether a person looks at a stream; None is one that was closed before Python began."""
+    """Whether a stream is a terminal; None is one that was closed before Python started."""
     return stream is not None and stream.isatty()
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a message, below a line of progress that is there; without a reader it goes nowhere."""
+    """Print a message, below an open progress line if there is one; without a reader it goes nowhere."""
     end_progress()
     _write(f"{text}\n", stream or sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A sentence of a command, beside what it prints."""
+    """Print a warning on stderr, separate from a command's output."""
     say(f"warning: {text}", sys.stderr)
 
 
@@ -49,7 +49,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int, gap: str = "  ") -> list[str]:
-    """Lines of columns of one width each: the first `left` of them flush left, the others right."""
+    """Lines with columns of equal width: the first `left` of them flush left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -60,8 +60,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int, gap: str = "  ") -> list[s
 
 
 def print_result(text: str) -> bool:
-    """Print what a command was asked for, and say on stderr why that cannot be done; returns whether it was, or nobody
-    reads on."""
+    """Print a command's result, or on stderr why it cannot be printed; returns False only in the latter case, not if
+    the reader has gone."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -74,8 +74,8 @@ def print_result(text: str) -> bool:
 
 
 def show_progress(text: str, stream: TextIO) -> None:
-    """Put a line of progress in the place of the last one, no wider than the terminal: of a line that wraps only the
-    last row would be overwritten."""
+    """Replace the progress line, no wider than the terminal: of a line that wraps, only the last row would be
+    overwritten."""
     global _open_on
     width = shutil.get_terminal_size().columns - 1
     _write(f"\r\033[K{text[:width]}", stream)
@@ -83,12 +83,12 @@ def show_progress(text: str, stream: TextIO) -> None:
 
 
 def is_progress_open() -> bool:
-    """Whether a line of progress is there that what comes next would be glued to."""
+    """Whether there is an open progress line, to which further output would be appended."""
     return _open_on is not None
 
 
 def end_progress() -> None:
-    """Leave the line of progress as it is; what comes next is below it."""
+    """Leave the progress line as it is; further output goes below it."""
     global _open_on
     stream, _open_on = _open_on, None
     if stream is not None:

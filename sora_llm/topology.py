@@ -23,15 +23,15 @@ OWN_KEYS = {
     "gradient_accumulation_steps": "set train.gradient_accumulation_steps",
     "gradient_clipping": "set train.max_grad_norm",
 }
-"""Of a DeepSpeed config, and what to set instead."""
+"""Keys of a DeepSpeed config, and what to set instead."""
 NEEDED = {"communication_data_type": (None, "fp32"), "compute_grad_norm": (True,)}
-"""Of a DeepSpeed config, keys that change gradients, and the values that do not; the first is the default."""
+"""Keys of a DeepSpeed config that change gradients, and the values that do not; the first is the default."""
 _PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
 @dataclass(frozen=True)
 class World:
-    """The process group as the launcher announced it in the environment."""
+    """The process group as announced by the launcher in the environment."""
 
     num_processes: int
     process_index: int
@@ -44,19 +44,19 @@ class World:
 
 
 ALONE = World(num_processes=1, process_index=0, local_process_index=0)
-"""Of a command that is one process by itself, whatever the environment says."""
+"""For a command that is a single process, whatever the environment says."""
 
 
 def is_main_process(environ: Mapping[str, str]) -> bool:
-    """Whether this is process 0, by what the launcher said, be it right or wrong."""
+    """Whether this is process 0 according to the launcher, right or wrong."""
     return environ.get("RANK", "0") == "0"
 
 
 def launched_world(environ: Mapping[str, str]) -> World:
-    """Read WORLD_SIZE, RANK and LOCAL_RANK (torchrun, accelerate); one process where they are missing.
+    """Read WORLD_SIZE, RANK and LOCAL_RANK (torchrun, accelerate); one process if they are missing.
 
-    SORA_EXPECTED_WORLD_SIZE, where set, must agree: a multi-node launch whose nodes did not find each other starts
-    several complete little worlds otherwise.
+    SORA_EXPECTED_WORLD_SIZE, if set, must agree: otherwise a multi-node launch whose nodes did not find each other
+    starts several complete small worlds.
     """
     try:
         world = World(
@@ -78,11 +78,11 @@ def launched_world(environ: Mapping[str, str]) -> World:
 def refuse_lone_process(
     environ: Mapping[str, str], told: Mapping[str, str] | None = None, launcher: Mapping[str, str] | None = None
 ) -> None:
-    """UserError in the one process that `accelerate launch --num_processes N` starts of N where it finds no devices for
-    them: it then says where they would meet, and nothing else.
+    """UserError in the only process that `accelerate launch --num_processes N` starts if it finds no devices for N: it
+    then sets their rendezvous address, and nothing else.
 
-    `told` is the environment that this process was started with, `launcher` what its launcher was, both by default as
-    the system has them; an address that both have alike, or a launcher that cannot be read, says nothing.
+    `told` is the environment this process was started with, `launcher` that of its launcher, both read from the system
+    by default; an address that is the same in both, or a launcher that cannot be read, proves nothing.
     """
     told = _environment_of(os.getpid()) if told is None else told
     if "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" not in told or "MASTER_ADDR" not in told:
@@ -96,7 +96,7 @@ def refuse_lone_process(
 
 
 def _environment_of(process: int) -> dict[str, str]:
-    """What a process of this machine was started with; {} where that cannot be read."""
+    """The environment that a process of this machine was started with; {} if it cannot be read."""
     try:
         content = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
     except OSError:
@@ -114,7 +114,7 @@ def resolve_strategy(
     run under ddp: ZeRO's processes hold shards of one optimizer and have to step together.
 
     Raises:
-        UserError: the launcher states something else than the config (both are named).
+        UserError: the launcher contradicts the config (both are named).
     """
     under_deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _refuse_other_precision(environ, dtype)
@@ -156,8 +156,8 @@ def resolve_strategy(
 def refuse_other_step(
     environ: Mapping[str, str], gradient_accumulation_steps: int, max_grad_norm: float | None
 ) -> None:
-    """UserError if the launcher, as accelerate does under --use_deepspeed, sets accumulation or clipping to another
-    value than the config; its default, 1 of either, does not count."""
+    """UserError if the launcher, as accelerate does under --use_deepspeed, sets accumulation or clipping to a value
+    that differs from the config; its default, 1 for either, does not count."""
     for flag, key, own in (
         ("gradient_accumulation_steps", "gradient_accumulation_steps", gradient_accumulation_steps),
         ("gradient_clipping", "max_grad_norm", max_grad_norm or 0),
@@ -229,18 +229,18 @@ def deepspeed_config(
     """The DeepSpeed config of a run: the user's, merged under ours.
 
     Gradient accumulation is 1 here: the loop sets the boundary itself, so the last, smaller step of an epoch can have
-    fewer micro-batches.  bf16 is enabled for bf16 adapters alone; float32 adapters train as they are beside a
-    backbone of any dtype.
+    fewer micro-batches.  bf16 is enabled only for bf16 adapters; float32 adapters train as they are on a backbone of
+    any dtype.
 
     Raises:
-        UserError: a key of the user's that contradicts ours, or optimizer offload.
+        UserError: a user's key that contradicts ours, or optimizer offload.
     """
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # an accounting figure only: batches are cut by the loader
+        "train_micro_batch_size_per_gpu": 1,  # only for accounting: the loader cuts the batches
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
         "zero_optimization": {"stage": ZERO_STAGES[strategy]},
-        # check_grad_overflow: with it a non-finite gradient is agreed by all processes and the step is skipped
+        # check_grad_overflow: with it, all processes agree on a non-finite gradient and skip the step
         "bf16": {"enabled": adapter_dtype == "bfloat16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,

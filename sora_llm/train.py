@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
                 ignore_signals()
                 return Preempted.exit_code
     except (UserError, RunFailed) as error:
-        if not is_main and not in_process_group():  # in it, errors are agreed and the main process's too
+        if not is_main and not in_process_group():  # in a group, errors are agreed on, so the main process has them
             defer_to_main()
         if is_main or not in_process_group():
             terminal.print_error(str(error))
@@ -108,24 +108,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
 
 
 def defer_to_main() -> None:
-    """Wait: if the main process has the same error, the launcher ends all processes meanwhile (on a busy machine, after
-    seconds).  The first process of a machine waits less, and so reports for the others there."""
+    """Wait: if the main process has the same error, the launcher ends all processes in the meantime (on a busy machine,
+    after seconds).  The first process of a machine waits less, and so reports for the others there."""
     time.sleep(5.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 15.0)
 
 
 def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool = False) -> RunResult:
-    """Run a config to its end, in this process or as one of the processes that a launcher started.
+    """Run a config to its end, in this process or as one of a launcher's processes.
 
-    `config` is a YAML file, or what it would hold: {section: {key: value}}.  `overrides` are "section.key=value", the
-    value read as YAML.  Every process returns the same result; the main one writes the run directory.  Of a run that
-    was stopped, or was finished before, `status["state"]` says so.
+    `config` is a YAML file, or its content as {section: {key: value}}.  `overrides` are "section.key=value", with the
+    value read as YAML.  Every process returns the same result; the main one writes the run directory.  For a run that
+    was stopped, or had already finished, `status["state"]` says so.
 
-    In the main thread TERM, USR1, INT and HUP (unless it is ignored, as under nohup), anywhere a file STOP in the run
-    directory, make it stop with a checkpoint and the status "preempted".
+    In the main thread TERM, USR1, INT and HUP (unless ignored, as under nohup), and in any thread a file STOP in the
+    run directory, make it stop with a checkpoint and the status "preempted".
 
     Raises:
-        UserError: bad input; nothing was written, but where streamed rows turned out to be bad later on.
-        RunFailed: a run that could not go on; status.json says so too.
+        UserError: bad input; nothing was written, unless streamed rows turned out to be bad later on.
+        RunFailed: a run that could not continue; also recorded in status.json.
     """
     if not isinstance(config, str | os.PathLike | Mapping) or not all(isinstance(text, str) for text in overrides):
         raise UserError(
@@ -155,7 +155,7 @@ def run(config: str | Path | Mapping[str, Any], *overrides: str, dry_run: bool =
 
 
 def push_to_hub(result: RunResult, repo_id: str, stop: StopRequest) -> None:
-    """Upload the adapter of a finished run, now that its processes do not wait for each other any more."""
+    """Upload the adapter of a finished run, now that its processes no longer wait for each other."""
     if result.status["state"] == "finished" and result.adapter is not None and launched_world(os.environ).is_main:
         terminal.say(f"uploading {result.adapter} to the hub as {repo_id}")
         terminal.say(hub.push(result.adapter, repo_id, stop.is_asked))
@@ -166,7 +166,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
 
     Raises:
         UserError: bad input, before the run directory is touched where possible.
-        RunFailed: a run that could not go on.
+        RunFailed: a run that could not continue.
         Preempted: a request to stop.
     """
     world = launched_world(os.environ)
@@ -188,7 +188,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
         shapes = target_shapes(config, inputs.skeleton)
         check_layout(config.output.export_layout, inputs, shapes, run_dir)
 
-        data = load_data(config, inputs, world)  # before the process group, whose timeout it may outlast
+        data = load_data(config, inputs, world)  # before the process group, whose timeout it may exceed
         order = training_order(config, inputs, data, rows_in_step(config, world))
         plan = make_plan(config, strategy, world, order.steps_in, shapes)
 
@@ -208,7 +208,7 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
         if dry_run:
             return perform_dry_run(job)
         lock = hold_directory(job, run_dir, stack)
-        if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # while this one waited
+        if finished := on_main(lambda: finished_before(plan, run_dir, world)):  # by another run while this one waited
             return finished
         on_main(lambda: check_place(plan, inputs, run_dir))
         return run_in(job, run_dir, lock)
@@ -218,9 +218,9 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
 
 
 def run_in(job: Job, run_dir: Path, lock: RunLock | None) -> RunResult:
-    """Train, cut and export into `run_dir`, of which the main process holds the `lock`.
+    """Train, cut and export into `run_dir`, whose `lock` the main process holds.
 
-    An exception leaves the status "failed", a request to stop a checkpoint and the status "preempted".
+    An exception leaves the status "failed"; a request to stop leaves a checkpoint and the status "preempted".
     """
     job.raise_if_stop_requested()
     start = resume_point(job, run_dir)
@@ -247,11 +247,11 @@ def run_in(job: Job, run_dir: Path, lock: RunLock | None) -> RunResult:
 
 
 def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> BaseException:
-    """Say in the status and in the report that the run failed.  Returns what to raise: the error, or what is behind it,
-    a process that died or that did not come."""
+    """Record in the status and in the report that the run failed.  Returns the exception to raise: the error, or its
+    cause, a process that died or did not arrive."""
     lost = None if isinstance(error, UserError | RunFailed) else job.liveness.wait_for_lost_process()
     if lost is not None:
-        if job.world.is_main:  # which says what it raises
+        if job.world.is_main:  # which prints what it raises
             directory.record_lost_process(lost)
         else:
             report_lost_process(directory, lost)
@@ -261,14 +261,14 @@ def note_failure(job: Job, directory: RunDirectory, error: BaseException) -> Bas
     if is_timeout(error):
         failure = timeout_failure(job.world.process_index, job.config.distributed.timeout_minutes)
     if (directory.is_begun or not isinstance(error, UserError)) and not directory.is_finished:
-        with contextlib.suppress(RunFailed):  # a full disk is said by the error itself
+        with contextlib.suppress(RunFailed):  # the error itself reports a full disk
             directory.status("failed", error=str(failure) or type(failure).__name__)
         directory.report(to_dict(job.config))
     return failure
 
 
 def report_lost_process(directory: RunDirectory, sentence: str) -> None:
-    """Let one of the remaining processes report who died, in the status and on the terminal."""
+    """Let one of the remaining processes report which one died, in the status and on the terminal."""
     if directory.record_lost_process(sentence):
         print_final_error(sentence)
 
@@ -276,7 +276,7 @@ def report_lost_process(directory: RunDirectory, sentence: str) -> None:
 def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
     """Load the model, then write the first files (collective).
 
-    Before anything is written: a stream without its place, or a model that cannot be loaded, is bad input.
+    Before anything is written: a stream that cannot find its position, or a model that cannot be loaded, is bad input.
     """
     zero_stage = ZERO_STAGES.get(job.plan.strategy)
     env = environment(num_processes=job.world.num_processes, strategy=job.plan.strategy, zero_stage=zero_stage)
@@ -305,7 +305,7 @@ def begin(job: Job, directory: RunDirectory, start: StartPoint) -> Training:
 
 
 def start_trackers(job: Job, run_dir: Path) -> None:
-    """Those of output.report_to; on the main process, the only one that logs.
+    """Start the trackers of output.report_to; on the main process, the only one that logs.
 
     Raises:
         RunFailed: one of them cannot be started, for example without a login.
@@ -313,7 +313,7 @@ def start_trackers(job: Job, run_dir: Path) -> None:
     own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
     try:
         job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
-    except Exception as error:  # of whatever library it is
+    except Exception as error:  # from any library
         names = ", ".join(job.config.output.report_to)
         raise RunFailed(
             f"output.report_to {names} could not be started: {first_line(error)}; fix it, or set output.report_to=[]"
@@ -321,7 +321,7 @@ def start_trackers(job: Job, run_dir: Path) -> None:
 
 
 def hyperparameters(config: Config) -> dict[str, int | float | str]:
-    """The config as trackers take it: one flat dict of plain values."""
+    """The config in the form for trackers: one flat dict of plain values."""
     return {
         f"{section}.{key}": value if isinstance(value, int | float | str) else json.dumps(value)
         for section, values in to_dict(config).items()
@@ -330,10 +330,10 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
 
 
 def finish_preempted(run_dir: Path, stop: StopRequest, request: Preempted, dry_run: bool) -> RunResult:
-    """What is left to do after a request to stop, once its checkpoint is complete: say so, remove the STOP file.
+    """The last steps after a request to stop, once its checkpoint is complete: report it, remove the STOP file.
 
-    A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.  Where
-    another run is in the directory, status and file are left to that.
+    A run that was stopped before it began has nothing to save: its status names the newest checkpoint, if any.  If
+    another run uses the directory, status and file are left to that run.
     """
     status, in_use = request.status, False
     is_main = launched_world(os.environ).is_main

@@ -1,4 +1,4 @@
-"""A digest that tells one base's weights from another's without reading them in full."""
+"""A digest that distinguishes one base's weights from another's without reading them in full."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ SAMPLE_BYTES = 4096
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """A hash of the names, dtypes, shapes and samples of the bytes of the tensors in some safetensors files, however
-    they are spread over them.  Of a base of 7 B parameters these are 4 MB; weights that were trained on differ in
-    nearly all places.
+    """A hash of the names, dtypes, shapes and byte samples of the tensors in some safetensors files, however these are
+    split.  For a base of 7 B parameters the samples are 4 MB; weights after further training differ nearly everywhere.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is none of safetensors.
+        OSError, ValueError: a file cannot be read, or is not a safetensors file.
     """
     found: dict[str, str] = {}
     for path in files:
