@@ -38,7 +38,7 @@ _BLOCK, _MIX = 1 << 16, -7046029254386353131  # 2⁶⁴ / golden ratio, odd, as 
 
 
 def _weighted_words(tensor: Tensor) -> Tensor:
-    """Σ w_i x_i of one tensor's words, a scalar int64 on its device; w is a block's weight times a place's."""
+    """Σ w_i m(x_i) over one tensor's words, a scalar int64 on its device; w is a block's weight times a place's."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     short = -len(data) % 8
     words = torch.nn.functional.pad(data, (0, short)).view(torch.int64) if short else data.view(torch.int64)

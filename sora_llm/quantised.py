@@ -140,7 +140,9 @@ def _shape(files: Mapping[str, Path], constants: Sequence[str]) -> list[int]:
     try:
         return [int(size) for size in unpack_tensor_to_dict(_read(files, state))["shape"]]
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"the weights {files[state]} are damaged: {state} says nothing ({first_line(error)})") from None
+        raise UserError(
+            f"the weights {files[state]} are damaged: {state} cannot be read ({first_line(error)})"
+        ) from None
 
 
 def unpacked(files: Mapping[str, Path], key: str, packed: PackedWeight, device: torch.device) -> Tensor:

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "the first; train for 3 steps",
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
-    "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "exclude each other"),
+    "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "are mutually exclusive"),
     "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
     "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),
     "empty data file": (lambda tmp: [_dataset(_file(tmp, "empty.jsonl", ""))], "is empty"),

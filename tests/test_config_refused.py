@@ -90,7 +90,7 @@ BAD_OVERRIDES = [
     ("sora.target_modules=[q_proj, '']", "names no module"),
     ("evaluation.eval_steps=10", "needs dev rows; set data.val_set_size or data.val_datasets"),
     ("data.val_datasets=[]", "data.val_datasets is empty"),
-    ("quantization.load_in_8bit=true", "exclude each other"),
+    ("quantization.load_in_8bit=true", "are mutually exclusive"),
     ("data.datasets.0.columns={question: q}", "not a field of type alpaca; its fields are instruction, input, output"),
     ("data.datasets.0.separator='\\n'", "separator is only for type prompt_completion"),
 ]

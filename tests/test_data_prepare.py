@@ -242,7 +242,7 @@ def test_a_data_set_of_which_only_repeated_rows_are_left_is_named(tmp_path, byte
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"train_on_inputs": True, "train_on_last_turn_only": True}, "exclude each other"),
+        ({"train_on_inputs": True, "train_on_last_turn_only": True}, "are mutually exclusive"),
         ({"sequence_len": 1}, "at least 2 tokens"),
         ({"excess_length": "cut"}, "known are drop, truncate, split, error"),
         ({"num_proc": 0}, "at least 1"),

@@ -129,7 +129,7 @@ PLAIN = "<|{{ m.role }}|>{{ m.content }}<|end|>"
 LEAVES_OUT = {
     "the text of system messages": "{% if m.role != 'system' %}" + PLAIN + "{% endif %}",
     "the text of tool messages": "{% if m.role != 'tool' %}" + PLAIN + "{{ m.tool_calls }}{% endif %}",
-    "the text beside tool calls": "{% if m.tool_calls %}<|call|>{{ m.tool_calls }}<|end|>{% else %}"
+    "the text that accompanies tool calls": "{% if m.tool_calls %}<|call|>{{ m.tool_calls }}<|end|>{% else %}"
     + PLAIN
     + "{% endif %}",
     "the thoughts before </think>": "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}{{ m.tool_calls }}<|end|>",
@@ -143,7 +143,7 @@ def test_what_a_template_leaves_out_is_a_bad_row_and_what_it_writes_is_not(byte,
         "the text of tool messages": chat(
             ("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}), ("tool", "3"), ("assistant", "3")
         ),
-        "the text beside tool calls": chat(
+        "the text that accompanies tool calls": chat(
             ("user", "Q"), Message("assistant", "Wait.", extra={"tool_calls": [call(1)]}), ("tool", "3")
         ),
         "the thoughts before </think>": chat(("user", "Q"), ("assistant", "<think>\nHm\n</think>\n\nA")),

@@ -201,7 +201,7 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         (["--data", "{rows}", "--type", "custom"], "--function"),
         (["--data", "/nope.jsonl", "--type", "alpaca"], "/nope.jsonl"),
         (["--data", "{rows}", *FORM, "--adapter", "/nope"], "/nope does not exist"),
-        (["--data", "{rows}", *FORM, "--adapter", "/nope", "--no-adapter"], "exclude each other"),
+        (["--data", "{rows}", *FORM, "--adapter", "/nope", "--no-adapter"], "are mutually exclusive"),
     ],
 )
 def test_bad_input_is_a_sentence(lora, rows, capsys, arguments, said):

@@ -165,7 +165,7 @@ def flipped(values: np.ndarray) -> np.ndarray:
         (lambda values: values * np.float32(1.001), r"ΔW of .* is off by"),
         (flipped, r"ΔW of .* is off by"),
         (np.zeros_like, r"ΔW of .* is off by"),
-        (lambda values: values[:, :-1].copy(), "has another shape"),
+        (lambda values: values[:, :-1].copy(), "has a different shape"),
     ],
     ids=["scaled", "reordered", "zeroed", "cut"],
 )

@@ -176,7 +176,7 @@ def _python(base: str, provenance: Provenance) -> str:
         if "BitsAndBytesConfig" in provenance.load_options:
             wanted += ", `from transformers import BitsAndBytesConfig`"
         beside = (
-            f"The adapter was {provenance.beside} beside the base loaded with ({wanted})\n\n"
+            f"The adapter was {provenance.beside} on the base loaded with ({wanted})\n\n"
             f"    {provenance.load_options}\n\n"
         )
     return f"""## Load it

@@ -88,7 +88,7 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
     for key, shape in shapes.items():
         found = TENSOR.fullmatch(key)
         if found is None:
-            raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
+            raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {key}")
         A, B = ranks.get(found["module"], (0, 0))
         ranks[found["module"]] = (shape[0], B) if found["kind"] == "A" else (A, shape[1])
     return LoraFolder(config, ranks, frozenset(targets) | ranks.keys())
@@ -162,7 +162,7 @@ def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool
         yield f"r is {lora.r}, above its largest --max-lora-rank, {VLLM_RANKS[-1]}"
     for name, found in lora.ranks.items():
         if max(found) > lora.r:
-            yield f"{name} has rank {max(found)}, more than r {lora.r}, for which it makes room"
+            yield f"{name} has rank {max(found)}, more than r {lora.r}, which is what it allocates"
     own = {name: _scale_by_pattern(lora, name) if reads_patterns else _global_scale(lora) for name in lora.ranks}
     yield from _wrong_scale(own, wanted)
 
@@ -173,7 +173,7 @@ def _sglang(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
     if lora.odd_rank is not None:
         yield f"{lora.odd_rank} has rank {lora.ranks[lora.odd_rank][0]} and r is {lora.r}: it takes one rank"
     if lora.missing is not None:
-        yield f"{lora.missing} has no tensors: it stacks projections and wants every target in every layer"
+        yield f"{lora.missing} has no tensors: it stacks projections and needs every target in every layer"
     yield from _wrong_scale(dict.fromkeys(lora.ranks, lora.alpha / lora.r), wanted)
 
 
@@ -185,7 +185,7 @@ def _by_kind(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
     kinds: dict[str, tuple[int, int]] = {}
     for name, found in lora.ranks.items():
         if kinds.setdefault(name.rpartition(".")[2], found) != found:
-            yield f"{name} has another rank than in other layers: it stacks layers"
+            yield f"{name} has a different rank in other layers, but it stacks layers"
     yield from _wrong_scale(dict.fromkeys(lora.ranks, _global_scale(lora)), wanted)
 
 

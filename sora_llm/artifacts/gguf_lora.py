@@ -191,7 +191,7 @@ def compare(written: PlainFactors, read: PlainFactors, outtype: str) -> tuple[di
         nothing = (A.new_zeros(0, A.shape[1]), B.new_zeros(B.shape[0], 0))
         file_A, file_B = read.get(module, nothing)
         if (file_A.shape[1], file_B.shape[0], len(file_A)) != (A.shape[1], B.shape[0], file_B.shape[1]):
-            problems.append(f"{module} has another shape")
+            problems.append(f"{module} has a different shape")
             continue
         errors[module] = error = product_distance(A, B, file_A, file_B)
         slots = float((A.double().norm(dim=1) * B.double().norm(dim=0)).sum())

@@ -88,7 +88,7 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     for key, tensor in tensors.items():
         found = TENSOR.fullmatch(key)
         if found is None:
-            raise UserError(f"{folder} is no plain LoRA of linear layers: it holds {key}")
+            raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {key}")
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
     if not pairs:
         raise UserError(f"{folder / WEIGHTS} holds no factors")

@@ -173,7 +173,7 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
     named = ref = resolve_model(arguments.config, arguments.overrides)
     other: ModelRef | None = None
     if arguments.adapter is not None and arguments.no_adapter:
-        raise UserError("--adapter and --no-adapter exclude each other; give one of them")
+        raise UserError("--adapter and --no-adapter are mutually exclusive; give one of them")
     if arguments.adapter is not None:
         other = other_adapter(arguments, ref)
         ref = replace(ref, adapter=other.adapter)

@@ -152,7 +152,8 @@ def _replica_problems(config: Config, origin: Origin) -> Iterator[str]:
 def _backbone_problems(config: Config, origin: Origin) -> Iterator[str]:
     four, eight = "quantization.load_in_4bit", "quantization.load_in_8bit"
     if config.quantization.load_in_4bit and config.quantization.load_in_8bit:
-        yield f"{origin.state(config, four)} and {origin.state(config, eight)} exclude each other; set one to false."
+        both = f"{origin.state(config, four)} and {origin.state(config, eight)}"
+        yield f"{both} are mutually exclusive; set one to false."
     if config.quantization.load_in_8bit and config.distributed.strategy == "zero3":
         yield f"{eight} under distributed.strategy zero3 gives wrong losses; use zero2, or 4 bits."
 

@@ -140,7 +140,9 @@ class Tokenizing:
     def __post_init__(self) -> None:
         """Raise UserError for invalid options."""
         if self.train_on_inputs and self.train_on_last_turn_only:
-            raise UserError("data.train_on_inputs and data.train_on_last_turn_only exclude each other: set one of them")
+            raise UserError(
+                "data.train_on_inputs and data.train_on_last_turn_only are mutually exclusive: set one of them"
+            )
         if self.sequence_len < 2:
             raise UserError(f"data.sequence_len is {self.sequence_len}; a row needs at least 2 tokens")
         if self.excess_length not in get_args(ExcessLength):

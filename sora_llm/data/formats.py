@@ -283,7 +283,7 @@ def _message(turn: Any, place: str, keys: tuple[tuple[str, str], ...], roles: Ma
     else:
         calls = _calls_beside_content(turn, place)
     if calls and roles[role] != "assistant":
-        raise BadRow(f"{place} calls a tool, which a turn of role {role} cannot do")
+        raise BadRow(f"{place} calls a tool, but a turn of role {role} cannot")
     text = "" if calls and content is None else _content(content, f"{place}.{content_key}")
     if roles[role] == "assistant" and not calls and not text.strip():
         raise BadRow(f"{place}.{content_key}, an assistant's turn, is empty")
@@ -318,7 +318,7 @@ def _weight(turn: dict[str, Any], place: str) -> float | None:
     for key, weight in weights.items():
         # A comparison with nan is false; true and false are 1 and 0.
         if not isinstance(weight, int | float) or not 0 <= weight <= _LARGEST_WEIGHT:
-            raise BadRow(f"{place}.{key} is {reprlib.repr(weight)}; allowed are true, false and numbers from 0 on")
+            raise BadRow(f"{place}.{key} is {reprlib.repr(weight)}; it must be true, false or a number >= 0")
     if len(set(weights.values())) > 1:
         raise BadRow(f"{place} contradicts itself: {weights}")
     return float(next(iter(weights.values()))) if weights else None

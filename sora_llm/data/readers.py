@@ -208,8 +208,8 @@ def _csv_records(file: Path, stream: IO[str]) -> Iterator[tuple[int, list[str] |
         except csv.Error as error:
             if reader.line_num > first_line:
                 raise UserError(
-                    f"data set {file}:{first_line} is not valid csv: a quote of this row is closed wrongly or never, "
-                    f"so that it goes on to line {reader.line_num} ({error})"
+                    f"data set {file}:{first_line} is not valid csv: a quote in this row is unterminated or closed "
+                    f"incorrectly, so the row continues to line {reader.line_num} ({error})"
                 ) from None
             yield first_line, BadRow(f"not valid csv: {error}")
             continue

@@ -123,7 +123,7 @@ def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
     if kind.has_text and kind.role != "assistant":
         yield "text", _LEAVES_OUT.format(f"the text of {kind.role} messages", "what answers refer to")
     elif kind.has_text and kind.num_calls:
-        yield "text", _LEAVES_OUT.format("the text beside tool calls", "a part of an answer")
+        yield "text", _LEAVES_OUT.format("the text that accompanies tool calls", "a part of an answer")
 
 
 def _sample(kind: _Kind, changed: str = "") -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,4 +129,6 @@ def within(replicas: Replicas, model: nn.Module) -> nn.Module:
     """`model` as its replica trains it: in DDP over the replica's processes, if there are several."""
     if replicas.own_group is None:
         return model
-    return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, broadcast_buffers=False)
+    with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones do not know
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, broadcast_buffers=False)

@@ -55,7 +55,7 @@ class TrainingData:
 
 def differing_parts(one: Mapping[str, int | str], other: Mapping[str, int | str]) -> str:
     """How two fingerprints differ, in words: "rows of data.datasets (24 now, 25 then) are"; "" if they do not.  Keys
-    that only one of them has, because another version wrote it, are not compared."""
+    that only one of them has are not compared."""
     odd = [key for key in one.keys() & other.keys() if one[key] != other[key]]
     if not odd:
         return ""
