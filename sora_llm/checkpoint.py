@@ -126,7 +126,7 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
         earlier = "earlier checkpoints are intact: " if _folders(run_dir) else ""
         raise RunFailed(
             f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); {earlier}free "
-            "some space and start the same command again"
+            "some space and run the same command again"
         ) from error
 
 

@@ -238,7 +238,7 @@ def test_a_process_that_dies_before_the_run_begins_is_named(process_index, tmp_p
         World(num_processes=3, process_index=process_index, local_process_index=0),
     )
     with (
-        pytest.raises(RunFailed, match=f"process {dead} on vm died; start the same command again"),
+        pytest.raises(RunFailed, match=f"process {dead} on vm died; run the same command again"),
         processes.process_group(config, "ddp", world, tmp_path, None, liveness),
     ):
         raise RuntimeError("Connection closed by peer")

@@ -84,7 +84,7 @@ def process_group(
         if lost is not None:  # before the run had begun, or it would have been reported there
             if world.process_index == 1 and lost.startswith("process 0 "):  # which prints for all
                 print_final_error(lost)
-            raise RunFailed(f"{lost}; start the same command again") from error
+            raise RunFailed(f"{lost}; run the same command again") from error
         # The others may be in a collective that this process will never join: let the group end with this process.
         if world.num_processes == 1:
             group.end(accelerator, environ)
