@@ -13,7 +13,8 @@ from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_co
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import options_for_keys, run_command
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_output_folder, check_size, refuse_empty_result
+from sora_llm.commands.output_folder import check_output_folder
+from sora_llm.commands.sizes import add_size_arguments, refuse_empty_result, size_in
 from sora_llm.commands.sources import (
     SavedAdapter,
     SharedTokenizer,
@@ -91,7 +92,7 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
     merged = merge(
         replicas,
-        budget_of(arguments.target_rank, arguments.target_params, shapes),
+        size_in(arguments).params(shapes),
         arguments.tolerance,
         arguments.min_rank,
     )
@@ -116,7 +117,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise UserError(f"--weights has {len(weights)} numbers for {count} sources; give one for each")
     if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
         raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: weights must be 0 or more, and not all 0")
-    check_size(arguments)
+    size_in(arguments)  # invalid numbers are refused before a file is read
 
 
 # ----------------------------------------------------------------------------------------------------------- result

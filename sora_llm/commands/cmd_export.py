@@ -23,8 +23,9 @@ from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import options_for_keys, run_command
 from sora_llm.commands.eval_data import dev_rows, eval_config, has_dev_rows
+from sora_llm.commands.output_folder import check_output_folder
 from sora_llm.commands.path_arguments import resolve_path, trained_config
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_output_folder, check_size, refuse_empty_result
+from sora_llm.commands.sizes import add_size_arguments, refuse_empty_result, size_in
 from sora_llm.commands.sources import (
     SavedAdapter,
     base_of,
@@ -102,7 +103,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: an invalid source, size or layout, or a folder that is taken.
         RunFailed: the files read back are not what was to be written; nothing is left behind.
     """
-    check_size(arguments)
+    size_in(arguments)  # invalid numbers are refused before a file is read
     check_options(arguments)
     source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
     out = user_path(str(arguments.out), "--out").absolute()
@@ -242,7 +243,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
     source = source.on(bare_model)
     shapes = shapes_in(spec, bare_model, [source])
     factors = plain_factors(source, shapes)
-    budget, tolerance = budget_of(arguments.target_rank, arguments.target_params, shapes), arguments.tolerance
+    budget, tolerance = size_in(arguments).params(shapes), arguments.tolerance
     if budget is None and tolerance is None:
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from sora_llm.arguments import Parser
 from sora_llm.commands.adapter_view import shapes_in_files, spectra_of, target_shapes_of
 from sora_llm.commands.common import options_for_keys, run_command
-from sora_llm.commands.sizes import add_size_arguments, budget_of, check_size, refuse_empty_result
+from sora_llm.commands.sizes import add_size_arguments, refuse_empty_result, size_in
 from sora_llm.commands.sources import SavedAdapter, read_source
 from sora_llm.errors import UserError
 from sora_llm.factors import kept_params, mean_rank, scaling_of, shapes_of
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm recommend-rank
 
 def find_source(arguments: argparse.Namespace) -> SavedAdapter:
     """The adapter that the command line names; UserError if there is none, or for invalid options."""
-    check_size(arguments)
+    size_in(arguments)  # invalid numbers are refused before a file is read
     if arguments.scaling is not None and not 0 < arguments.scaling < math.inf:
         raise UserError(f"--scaling is {arguments.scaling:g}; it is a number above 0")
     return read_source(arguments.place)
@@ -71,7 +71,7 @@ def recommended(source: SavedAdapter, arguments: argparse.Namespace) -> dict[str
     found = spectra_of(source)
     own_shapes = shapes_of(source.factors)
     shapes, pruned, is_whole = all_targets(source, arguments)
-    budget = budget_of(arguments.target_rank, arguments.target_params, shapes)
+    budget = size_in(arguments).params(shapes)
     ranks = ranks_within(found, budget=budget, tolerance=arguments.tolerance, min_rank=arguments.min_rank)
     energy = sum(spectrum.energy for spectrum in found.values())
     kept = kept_params(ranks, own_shapes)

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from sora_llm.commands.model_ref import ModelRef, factors_on
-from sora_llm.commands.sizes import budget_of, check_budget, refuse_empty_result
+from sora_llm.commands.sizes import Size, refuse_empty_result
 from sora_llm.consensus import cut_svd
 from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
 from sora_llm.inject import with_factors
 from sora_llm.terminal import aligned
-
-
-@dataclass(frozen=True)
-class Size:
-    """A budget, as a mean rank or as a number of parameters."""
-
-    target_rank: float | None = None
-    target_params: int | None = None
-
-    def as_dict(self) -> dict[str, float | int]:
-        """The given value, keyed by the option's name."""
-        if self.target_rank is not None:
-            return {"target_rank": self.target_rank}
-        assert self.target_params is not None
-        return {"target_params": self.target_params}
 
 
 def add_size_list(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +34,6 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
     """The sizes that a command line asks for, from the largest down; UserError for invalid numbers."""
     sizes = [Size(target_rank=rank) for rank in sorted(set(arguments.target_rank or ()), reverse=True)]
     sizes += [Size(target_params=params) for params in sorted(set(arguments.target_params or ()), reverse=True)]
-    for size in sizes:
-        check_budget(size.target_rank, size.target_params)
     return sizes
 
 
@@ -70,14 +53,15 @@ def cut_losses(
     whole = factors_on(model, ref)
     shapes = shapes_of(whole)
     gateless = {name: (A, B, None) for name, (A, B) in whole.items()}
-    cuts = [cut_svd(gateless, 1.0, budget_of(size.target_rank, size.target_params, shapes)) for size in sizes]
+    cuts = [cut_svd(gateless, 1.0, size.params(shapes)) for size in sizes]
     for _, report in cuts:
         refuse_empty_result(report.kept_params, report.energy, shapes)
     lines = []
     for size, (factors, report) in zip(sizes, cuts, strict=True):
         with with_factors(model, factors):
             losses = loss_of(model)
-        lines.append({**size.as_dict(), **_size_of(factors), "relative_error": report.relative_error, **losses})
+        asked = {name: value for name, value in asdict(size).items() if value is not None}
+        lines.append({**asked, **_size_of(factors), "relative_error": report.relative_error, **losses})
     return {**_size_of(whole), "cuts": lines}
 
 

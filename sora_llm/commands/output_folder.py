@@ -1,0 +1,26 @@
+"""What the --out of `consensus` and `export` would replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sora_llm.artifacts.card import refuse_other_contents
+from sora_llm.errors import UserError
+from sora_llm.files import nearest_existing
+from sora_llm.running.run_folders import run_of_adapter
+
+
+def check_output_folder(out: Path, sources: Sequence[Path]) -> None:
+    """UserError if a result would replace a source (an adapter, a base), the adapter of a run, or anything but an
+    earlier export."""
+    if out.resolve() in [folder.resolve() for folder in sources]:
+        raise UserError(f"--out {out} is one of the inputs; name another folder")
+    if run_of_adapter(out) is not None:
+        raise UserError(f"--out {out} is a run's adapter and would be overwritten; name another folder")
+    if not (existing := nearest_existing(out)).is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, not a folder; name another one")
+    try:
+        refuse_other_contents(out)
+    except UserError as error:
+        raise UserError(f"--out {error}") from None
