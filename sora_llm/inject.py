@@ -210,8 +210,7 @@ def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
     try:
         yield model
     finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.base_layer)
+        _put_bases_back(model, layers)
 
 
 def init_from_lora(
@@ -268,12 +267,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _put_bases_back(model: nn.Module, layers: Mapping[str, SoraLinear]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+
+
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its base layers back in place of the adapters, for the duration."""
     layers = adapters(model)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
+    _put_bases_back(model, layers)
     try:
         yield model
     finally:

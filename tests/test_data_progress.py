@@ -35,7 +35,7 @@ def show_progress(monkeypatch, stderr: Any, silent_seconds: float = 0.0, seconds
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
     monkeypatch.setattr(progress, "_SECONDS_PER_LINE", seconds_per_line)
-    shown = progress.Progress()
+    shown = progress.RowProgress()
     for _ in range(5):
         time.sleep(0.05)
         shown.add(10)

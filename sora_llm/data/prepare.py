@@ -29,7 +29,7 @@ from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenWriter
 from sora_llm.data.order import fill_rate
 from sora_llm.data.pool import map_in_order
-from sora_llm.data.progress import Progress
+from sora_llm.data.progress import RowProgress
 from sora_llm.data.report import (
     REPORTED_BAD_ROWS,
     DataReport,
@@ -162,7 +162,7 @@ def _fill(folder: Path, work: Tokenizing, num_proc: int | None, rows_each: int |
     tally, seen, digest, rows_read = _Tally(work), _SeenBefore(), _Digest(), 0
     with (
         closing(TokenWriter(folder)) as writer,
-        closing(Progress()) as progress,
+        closing(RowProgress()) as progress,
         closing(_tokenized(work, num_proc, rows_each)) as chunks,  # ends its processes also when this one is stopped
     ):
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Progress of data preparation: `Progress`."""
+"""Progress of data preparation: `RowProgress`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SILENT_SECONDS = 2.0  # anything shorter needs no bar
 _SECONDS_PER_LINE = 10.0
 
 
-class Progress:
+class RowProgress:
     """Rows so far and rows per second on stderr: a bar on a terminal, elsewhere an occasional line."""
 
     def __init__(self) -> None:
