@@ -45,7 +45,7 @@ def plural(count: int, noun: str) -> str:
     """A count and its noun: "1 step", "2 steps", "2 processes"."""
     if count == 1:
         return f"1 {noun}"
-    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int, gap: str = "  ") -> list[str]:

@@ -15,7 +15,7 @@ from sora_llm.terminal import plural
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 OWN_KEYS = {
     "optimizer": "set train.learning_rate, train.weight_decay and sora.gate_lr",
-    "scheduler": "set train.lr_scheduler_type and train.warmup_ratio",
+    "scheduler": "set train.lr_scheduler_type and train.warmup_ratio (or warmup_steps)",
     "amp": "set model.dtype",
     "torch_autocast": "set model.dtype",
     "train_batch_size": "set train.per_device_train_batch_size and train.gradient_accumulation_steps",

@@ -91,7 +91,7 @@ def test_adapters_of_every_kind_become_the_mean_of_their_products(
     certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
     assert certificate["merge"]["modules"] == result["modules"] and len(certificate["merge"]["sources"]) == 4
     assert certificate["data"] == taught, "of all that were merged, each once"
-    assert "Who kept what" in (tmp_path / "merged" / "README.md").read_text()
+    assert "Ranks of each source" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_budget_is_met_and_its_error_is_that_of_the_best_choice(

@@ -82,7 +82,7 @@ def test_a_trial_that_hangs_is_ended_with_all_it_started(scripts, name):
         "time.sleep(600)"
     )
     begin = time.monotonic()
-    found = cmd_doctor.trial(name, 6.0, "the remedy", module="hangs")
+    found = cmd_doctor.run_check(name, 6.0, "the remedy", module="hangs")
     assert found == CheckResult(name, FAILED, "no result within 6 s", "the remedy")
     assert time.monotonic() - begin < 120
     pids = [int(path.name.removeprefix("pid-")) for path in scripts.glob("pid-*")]
@@ -106,8 +106,8 @@ def test_a_trial_says_what_it_found_in_a_world_of_its_own(scripts, monkeypatch):
         "assert 'ACCELERATE_USE_CPU' not in os.environ\n"
         "print('noise'); print(json.dumps({'said': os.environ.get('WORLD_SIZE', 'alone')}))"
     )
-    assert cmd_doctor.trial("group", 60, "", module="says") == CheckResult("group", OK, "2")
-    assert cmd_doctor.trial("nf4", 60, "", module="says") == CheckResult("nf4", OK, "alone")
+    assert cmd_doctor.run_check("group", 60, "", module="says") == CheckResult("group", OK, "2")
+    assert cmd_doctor.run_check("nf4", 60, "", module="says") == CheckResult("nf4", OK, "alone")
 
 
 def test_a_trial_that_fails_says_why_for_both_processes(scripts):
@@ -116,7 +116,7 @@ def test_a_trial_that_fails_says_why_for_both_processes(scripts):
         "if os.environ['RANK'] == '0': time.sleep(600)\n"
         "print('noise'); sys.exit('the network is gone')"
     )
-    found = cmd_doctor.trial("group", 60, "the remedy", module="fails")
+    found = cmd_doctor.run_check("group", 60, "the remedy", module="fails")
     assert found == CheckResult("group", FAILED, "the network is gone", "the remedy")
 
 
@@ -145,14 +145,14 @@ def test_a_user_without_a_home_is_a_finding(monkeypatch):
     monkeypatch.setattr(cmd_doctor.Path, "home", homeless)
     for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: CheckResult(name, OK, "fine"))
+    monkeypatch.setattr(cmd_doctor, "run_check", lambda name, *_: CheckResult(name, OK, "fine"))
     found = {finding.name: finding for finding in cmd_doctor.examine(60.0)}
     assert found["caches"].state == FAILED and "set HOME or XDG_CACHE_HOME" in found["caches"].said
 
 
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
     states, said = {"zero2": FAILED}, [f"{NOT_BUILT}: c++: not found"]
-    monkeypatch.setattr(cmd_doctor, "trial", lambda name, *_: CheckResult(name, states.get(name, OK), said[0]))
+    monkeypatch.setattr(cmd_doctor, "run_check", lambda name, *_: CheckResult(name, states.get(name, OK), said[0]))
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
 def test_a_step_that_fails_for_another_reason_is_a_failure_without_a_compiler_too(monkeypatch, capsys):
     said = "a step under ZeRO-2 is not the step of one process (off by 3.0e-01)"
     monkeypatch.setattr(
-        cmd_doctor, "trial", lambda name, *_: CheckResult(name, FAILED if name == "zero2" else OK, said)
+        cmd_doctor, "run_check", lambda name, *_: CheckResult(name, FAILED if name == "zero2" else OK, said)
     )
     monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
     assert cli.main(["doctor"]) == 1

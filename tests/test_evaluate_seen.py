@@ -222,7 +222,7 @@ def test_a_run_of_another_version_where_a_config_goes_hides_only_what_it_was_tra
     assert cli.main(["evaluate", str(own), "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["adapter"] == expected["adapter"]
-    assert output.err.count("nothing says which rows") == 1 and "of_another_version" in output.err
+    assert output.err.count("unknown which rows") == 1 and "of_another_version" in output.err
     assert cli.main(["generate", str(own), "--prompt", "Count", "--max-new-tokens", "2"]) == 0
     assert "of_another_version" not in capsys.readouterr().err
 

@@ -42,6 +42,7 @@ def test_a_right_adapter_passes_under_autocast_on_a_float32_base(stories, tmp_pa
     """Trainer and TRL leave bf16 autocast in the model's forward; the check compared as if all were float32."""
     model = trained_model("float32", stories)
     if how == "accelerate":
+        AcceleratorState._reset_state(reset_partial_state=True)  # a run in this process may have left its own
         model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
         assert logits(model).dtype == torch.float32 and "_original_forward" in vars(model)
         certificate = export_adapter(model, tmp_path / "adapter")

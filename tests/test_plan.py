@@ -11,7 +11,7 @@ from torch import nn
 from sora_llm import schedule
 from sora_llm.config import Config, Output, Sora, Train
 from sora_llm.errors import UserError
-from sora_llm.running.config_warnings import warnings
+from sora_llm.running.config_warnings import config_warnings
 from sora_llm.running.plan import Plan, Stage, make_plan
 from sora_llm.running.summary import pruning_in_words
 from sora_llm.topology import ALONE
@@ -150,5 +150,7 @@ def planned(steps: int, train: Train | None = None, **sora: Any) -> Plan:
 
 def said(plan: Plan) -> list[str]:
     return [
-        line for line in warnings(plan, nn.Linear(1, 1)) if "the sparsify phase ends before pruning can begin" in line
+        line
+        for line in config_warnings(plan, nn.Linear(1, 1))
+        if "the sparsify phase ends before pruning can begin" in line
     ]

@@ -25,7 +25,7 @@ def test_a_size_has_the_loss_of_the_adapter_that_is_exported_at_it(stories, lora
     whole, *cuts = found["cuts"]
     assert whole["loss"] == pytest.approx(found["adapter"]["loss"], abs=1e-5), "all of it fits"
     assert whole["relative_error"] == 0 and whole["kept_params"] == found["kept_params"]
-    assert found["adapter"]["loss"] == evaluated(capsys, lora, *data)["adapter"]["loss"]
+    assert found["adapter"]["loss"] == pytest.approx(evaluated(capsys, lora, *data)["adapter"]["loss"], abs=1e-5)
     for cut in cuts:
         out = tmp_path / f"cut{cut['target_rank']}"
         arguments = [str(lora), "--out", str(out), "--target-rank", str(cut["target_rank"]), "--json"]

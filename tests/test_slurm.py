@@ -209,7 +209,7 @@ def test_an_old_status_says_nothing_about_this_run(slurm: PretendedSlurm) -> Non
 
 def test_who_stops_it_by_hand_does_not_get_it_back(slurm: PretendedSlurm) -> None:
     code, output = slurm("saves 7; says preempted; exit 1")
-    assert (code, slurm.requeued) == (75, 0) and "somebody" in output
+    assert (code, slurm.requeued) == (75, 0) and "stopped on request" in output
 
 
 def test_what_slurm_preempts_within_a_grace_time_comes_back(slurm: PretendedSlurm) -> None:
@@ -507,7 +507,7 @@ def test_a_stop_file_of_a_person_ends_the_job_with_a_checkpoint(cluster: Cluster
     (job.directory / "STOP").touch()
     assert job.wait_for_end() == "FAILED" and job.restarts == 0, job.story()
     assert job.status["state"] == "preempted" and job.checkpoints() == [job.status["step"]]
-    assert "somebody's wish" in job.output.read_text() and not (job.directory / "STOP").exists()
+    assert "stopped on request" in job.output.read_text() and not (job.directory / "STOP").exists()
 
 
 @on_a_real_slurm

@@ -14,7 +14,7 @@ from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.running.config_warnings import warnings
+from sora_llm.running.config_warnings import config_warnings
 from sora_llm.running.plan import make_plan
 from sora_llm.running.unpack import target_modules, target_shapes
 from sora_llm.targets import left_out, stacked_weights, target_linears
@@ -174,7 +174,7 @@ def test_a_run_warns_of_one_suffix_as_of_a_list_of_it(suffix, is_warned_of, tmp_
         config = load_config(CONFIG, [f"sora.target_modules={written}", f"output.output_dir={tmp_path}"])
         skeleton = with_an_odd_up_proj()
         plan = make_plan(config, "none", ALONE, lambda _: 100, target_shapes(config, skeleton))
-        return list(warnings(plan, skeleton))
+        return list(config_warnings(plan, skeleton))
 
     assert said(suffix) == said(f"[{suffix}]")
     assert any("no adapter on up_proj, a Doubled" in line for line in said(suffix)) == is_warned_of

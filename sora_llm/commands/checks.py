@@ -1,6 +1,6 @@
-"""Small trials of a machine, each in a process of its own: `python -m sora_llm.commands.checks NAME`.
+"""Small checks of a machine, each in a process of its own: `python -m sora_llm.commands.checks NAME`.
 
-A trial reports one line of JSON at the end of its output; a failed one ends with a sentence and exit code 1.
+A check reports one line of JSON at the end of its output; a failed one ends with a sentence and exit code 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_QUANTISATION_ERROR = 0.15
 
 
 def main() -> int:
-    """Run the trial that the command line names."""
+    """Run the check that the command line names."""
     quiet_libraries()
     torch.set_num_threads(1)
     if 0 < torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1")):  # too few GPUs: use the CPU

@@ -52,7 +52,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per source, any scale (default: 1)")
     add_size_arguments(parser)
     parser.add_argument("--layout", choices=LAYOUTS, default="padded")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, where the sources name another place for it")
+    parser.add_argument("--base", metavar="MODEL", help="the base model, if it has moved")
     parser.add_argument(
         "--allow-missing", action="store_true", help="a module that only some sources have counts as 0 in the others"
     )
@@ -190,7 +190,7 @@ def export_consensus(
         beside="verified",
         notes={"merge": dict(result)},
         details="## Merge\n"
-        + "".join(f"{part}\n\n" for part in (_sources_table(result), *_warnings(result), "Who kept what:"))
+        + "".join(f"{part}\n\n" for part in (_sources_table(result), *_warnings(result), "Ranks of each source:"))
         + f"{_modules_table(result)}\n\n",
     )
     return export_adapter(model, out, layout, allow_empty=True, provenance=provenance)

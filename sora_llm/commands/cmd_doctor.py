@@ -1,4 +1,4 @@
-"""`sora-llm doctor`: check whether this machine can train, with small trials and remedies."""
+"""`sora-llm doctor`: check whether this machine can train, with remedies for what fails."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ REMEDIES = {
     "variables, or train with one process",
     "nf4": "install the versions of constraints.txt, or train with quantization.load_in_4bit: false",
     "packing": "install the versions of constraints.txt, or set data.sample_packing: false",
-    "zero2": "fix the findings above, or train with distributed.strategy: ddp",
+    "zero2": "fix the problems above, or train with distributed.strategy: ddp",
 }
-"""What to do if a trial fails, by its name."""
+"""What to do if a check fails, by its name."""
 BETWEEN_TWO = ("group", "zero2")
-"""The trials that run in two processes."""
+"""The checks that run in two processes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_parser(prog: str) -> Parser:
         "packing, a step under ZeRO-2.  The exit code is 1 if something needed fails.",
     )
     parser.add_argument(
-        "--time-limit", type=float, default=300.0, metavar="SECONDS", help="of every trial; default %(default)g"
+        "--time-limit", type=float, default=300.0, metavar="SECONDS", help="of every check; default %(default)g"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -75,43 +75,45 @@ def main(argv: Sequence[str] | None = None, prog: str = "sora-llm doctor") -> in
     arguments = parser.parse_args(argv)
     if not arguments.time_limit > 0:
         parser.error(f"--time-limit is {arguments.time_limit:g}; it is a number of seconds above 0")
-    findings: list[CheckResult] = []
+    results: list[CheckResult] = []
 
     def command() -> dict[str, Any]:
-        for finding in examine(arguments.time_limit):
-            findings.append(finding)
+        for result in examine(arguments.time_limit):
+            results.append(result)
             if not arguments.json:
-                print(as_text(finding), flush=True)
-        ready = all(finding.state != FAILED for finding in findings)
-        return {"ready": ready, "findings": [asdict(finding) for finding in findings]}
+                print(as_text(result), flush=True)
+        ready = all(result.state != FAILED for result in results)
+        return {"ready": ready, "findings": [asdict(result) for result in results]}
 
-    code = run_command(command, arguments.json, lambda _: f"\n{verdict(findings)}")
-    return code or int(any(finding.state == FAILED for finding in findings))
+    code = run_command(command, arguments.json, lambda _: f"\n{verdict(results)}")
+    return code or int(any(result.state == FAILED for result in results))
 
 
-def verdict(findings: Sequence[CheckResult]) -> str:
+def verdict(results: Sequence[CheckResult]) -> str:
     """Whether this machine is ready, in one line."""
-    failed = [finding.name for finding in findings if finding.state == FAILED]
+    failed = [result.name for result in results if result.state == FAILED]
     if failed:
         return f"not ready: {', '.join(failed)}"
-    if any(finding.name == "zero2" and finding.state == WARNING for finding in findings):
+    if any(result.name == "zero2" and result.state == WARNING for result in results):
         return "ready to train with one process or under distributed.strategy: ddp; not under ZeRO on the CPU"
     return "ready to train"
 
 
-def as_text(finding: CheckResult) -> str:
+def as_text(result: CheckResult) -> str:
     """A line for the result, and one more for its remedy, if any."""
-    line = f"{finding.state:<8} {finding.name:<14} {finding.said}"
-    return f"{line}\n{'':<24}→ {finding.remedy}" if finding.remedy else line
+    line = f"{result.state:<8} {result.name:<14} {result.said}"
+    return f"{line}\n{'':<24}→ {result.remedy}" if result.remedy else line
 
 
 def examine(time_limit: float) -> Iterator[CheckResult]:
-    """All findings, cheap ones first; trials that cannot succeed are skipped."""
+    """All results, cheap ones first; checks that cannot succeed are skipped."""
     found = list(versions())
     yield from found
-    if any(finding.state == FAILED for finding in found):
+    if any(result.state == FAILED for result in found):
         return
-    yield trial("devices", time_limit, "install a torch and a driver that fit each other, or set CUDA_VISIBLE_DEVICES=")
+    yield run_check(
+        "devices", time_limit, "install a torch and a driver that fit each other, or set CUDA_VISIBLE_DEVICES="
+    )
     compiles = compiler()
     yield compiles
     try:
@@ -120,12 +122,12 @@ def examine(time_limit: float) -> Iterator[CheckResult]:
     except UserError as error:
         yield CheckResult("caches", FAILED, str(error))
     for name, remedy in REMEDIES.items():
-        tried = trial(name, time_limit, remedy)
+        tried = run_check(name, time_limit, remedy)
         yield without_compiler(tried, compiles) if name == "zero2" and compiles.state != OK else tried
 
 
 def without_compiler(found: CheckResult, compiles: CheckResult) -> CheckResult:
-    """The result of the ZeRO trial if a compiler is missing: a warning if that is why it failed, since the installation
+    """The result of the ZeRO check if a compiler is missing: a warning if that is why it failed, since the installation
     is fine and all other strategies train.  Any other failure stays one."""
     if found.state != FAILED or not found.said.startswith(NOT_BUILT):
         return found
@@ -228,8 +230,8 @@ def disks() -> Iterator[CheckResult]:
 # --------------------------------------------------------------------------------------------------------- in others
 
 
-def trial(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.checks") -> CheckResult:
-    """The result of a trial in processes of its own, which are killed when its time is up."""
+def run_check(name: str, time_limit: float, remedy: str, module: str = "sora_llm.commands.checks") -> CheckResult:
+    """The result of a check in processes of its own, which are killed when its time is up."""
     count = 2 if name in BETWEEN_TWO else 1
     with tempfile.TemporaryDirectory(prefix="sora_llm_doctor_") as folder:
         outputs = [Path(folder) / str(index) for index in range(count)]

@@ -13,8 +13,8 @@ from sora_llm.arguments import Parser
 from sora_llm.commands.common import config_parser, options_for_keys, run_command
 from sora_llm.commands.eval_data import DevRows, dev_rows
 from sora_llm.commands.eval_plan import plan_evaluation, refuse_guessed_template
-from sora_llm.commands.model_ref import add_base_arguments, attach_adapter, load_base
-from sora_llm.commands.size_curve import add_size_list, curve_as_text, cut_losses, sizes_in
+from sora_llm.commands.model_ref import add_base_arguments, load
+from sora_llm.commands.size_curve import add_size_list, curve_as_text, losses_by_size, sizes_in
 from sora_llm.config import Config
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.dataset import TokenDataset
@@ -82,16 +82,17 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = found_rows.rows
     if measured.held_out_alike:
         found_rows.warn_of_leak()
-    model = load_base(ref)
     result: dict[str, Any] = {"base_model": ref.spec.name_or_path, "base_form": ref.spec.form}
     result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": outcomes_of(found_rows)}
-    is_alone = ref.is_full_model and ref.adapter is None
-    result["model" if is_alone else "base"] = loss_of(model, rows, inputs, config)
-    if ref.adapter is None:
-        return result
-    cuts = cut_losses(model, ref, sizes, lambda cut: loss_of(cut, rows, inputs, config)) if sizes else {}
-    result["adapter"] = loss_of(attach_adapter(model, ref).model, rows, inputs, config)
-    return result | cuts
+    if sizes:
+        return result | losses_by_size(ref, sizes, lambda model: loss_of(model, rows, inputs, config))
+    loaded = load(ref)
+    with loaded.as_base():
+        is_alone = ref.is_whole_model and ref.adapter is None
+        result["model" if is_alone else "base"] = loss_of(loaded.model, rows, inputs, config)
+    if ref.adapter is not None:
+        result["adapter"] = loss_of(loaded.model, rows, inputs, config)
+    return result
 
 
 def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:

@@ -83,7 +83,7 @@ def make_parser(prog: str) -> Parser:
         "(default of a 4-bit run), or as they are in the base's files",
     )
     parser.add_argument("--skip-dev-loss", action="store_true", help="do not measure a merged model on the dev rows")
-    parser.add_argument("--base-model", metavar="MODEL", help="the base model, where SOURCE names another place for it")
+    parser.add_argument("--base-model", metavar="MODEL", help="the base model, if it has moved")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

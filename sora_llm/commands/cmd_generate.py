@@ -69,7 +69,7 @@ def answered(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = sampling_of(arguments, DEFAULT)
     prompts = [with_system(prompt, arguments.system) for prompt in read_prompts(arguments)]
     prompter = prepare_prompter(arguments)
-    if arguments.compare and prompter.ref.is_full_model:
+    if arguments.compare and prompter.ref.is_whole_model:
         raise UserError(f"--compare needs an adapter, and {arguments.place} is a whole model; leave it out")
     ids = [ids_of(prompter, prompt) for prompt in prompts]
     responder = load_responder(prompter, sampling, arguments.seed or 0)

@@ -24,6 +24,7 @@ from sora_llm.report_page import read_record, write_page
 from sora_llm.report_page.reading import MARKERS, is_run_directory
 from sora_llm.report_page.record import Record, summary
 from sora_llm.running.run_state import lost_holder, read_status
+from sora_llm.terminal import plural
 
 
 def make_parser(prog: str) -> Parser:
@@ -214,7 +215,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kept", f"{content['kept_params']:,} of {content['all_params']:,} parameters ({share:.1%})"
     for cost in content["phases"]:
         speed, memory = cost["median_tokens_per_second"], cost["peak_memory_gib"]
-        parts = [f"{cost['steps']:,} step{'s' if cost['steps'] != 1 else ''}"]
+        parts = [plural(cost["steps"], "step")]
         parts += [] if speed is None else [f"{speed:,.0f} tokens/s"]
         parts += [] if memory is None else [f"peak {memory:.2f} GiB"]
         yield cost["phase"], ", ".join(parts)

@@ -59,7 +59,7 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
         ref = replace(ref, adapter=other.adapter)
     elif arguments.no_adapter:
         ref = replace(ref, adapter=None)
-    elif ref.adapter is None and not ref.is_full_model and Path(arguments.config).is_dir():
+    elif ref.adapter is None and not ref.is_whole_model and Path(arguments.config).is_dir():
         raise UserError(
             f"{arguments.config} has no adapter yet: let the run finish, name one of its checkpoints, or evaluate the "
             "base alone with --no-adapter"
@@ -89,7 +89,7 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
     if other is not None:
         other_trained = trained_as(other)
         warn_of_seen_rows(arguments.adapter, lineage_behind(other, other_trained), splitting)
-        if named.is_full_model:
+        if named.is_whole_model:
             warn_of_seen_rows(arguments.config, lineage_behind(named, trained), splitting)
         warn_of_other_form(arguments.adapter, other, named)
         held_out_alike = other_trained is not None and has_same_split(other_trained, splitting)
@@ -113,7 +113,7 @@ def trained_as(ref: ModelRef) -> Config | None:
     try:
         return trained_config(ref.place)
     except UserError as error:
-        warn(f"{str(error).rstrip('.')} (so that nothing says which rows {ref.place.name} was trained on)")
+        warn(f"{str(error).rstrip('.')} (so it is unknown which rows {ref.place.name} was trained on)")
         return None
 
 

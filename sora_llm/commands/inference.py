@@ -171,7 +171,7 @@ def prepare_prompter(arguments: argparse.Namespace) -> Prompter:
     named = ref = resolve_model(arguments.place, arguments.overrides)
     if arguments.no_adapter:
         ref = replace(ref, adapter=None)
-    elif ref.adapter is None and not ref.is_full_model:
+    elif ref.adapter is None and not ref.is_whole_model:
         raise UserError(
             f"{arguments.place} has no adapter yet: let the run finish, name one of its checkpoints, or ask the base "
             "alone with --no-adapter"
@@ -232,7 +232,7 @@ def title(ref: ModelRef) -> str:
     """One line that names base and adapter."""
     spec = ref.spec
     base = f"{spec.name_or_path} ({spec.form})"
-    if ref.is_full_model:
+    if ref.is_whole_model:
         return base
     if ref.adapter is None:
         return f"{base} without an adapter"

@@ -41,13 +41,13 @@ from sora_llm.running.unpack import backbone_spec
 @dataclass(frozen=True)
 class ModelRef:
     """A base and an adapter on it.  `config` is the run's, None for an adapter that no run here made; `adapter` is the
-    folder of a LoRA or of a checkpoint, None if there is none.  `is_full_model` says that the base itself was named: a
+    folder of a LoRA or of a checkpoint, None if there is none.  `is_whole_model` says that the base itself was named: a
     model with an adapter merged into it, or without any."""
 
     spec: BackboneSpec
     config: Config | None
     adapter: Path | None
-    is_full_model: bool = False
+    is_whole_model: bool = False
     is_loading_known: bool = False
     """Whether `spec` records how the base was loaded: from a run's config, or from the certificate of an adapter."""
     place: ResolvedPath | None = None
@@ -56,7 +56,7 @@ class ModelRef:
     @property
     def certificate_folder(self) -> Path | None:
         """The folder whose certificate describes it."""
-        return self.spec.folder if self.is_full_model else self.adapter
+        return self.spec.folder if self.is_whole_model else self.adapter
 
 
 def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
@@ -67,7 +67,7 @@ def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
         UserError: nothing of that kind.
     """
     if not overrides and _is_whole_model(folder := user_path(path, "the path")):
-        return ModelRef(BackboneSpec(str(folder)), None, None, is_full_model=True)
+        return ModelRef(BackboneSpec(str(folder)), None, None, is_whole_model=True)
     place = resolve_path(path, overrides)
     if place.config is not None:
         spec = backbone_spec(place.config, "none")
@@ -99,7 +99,7 @@ def with_base_options(ref: ModelRef, base: str | None, load_in_4bit: bool, trust
     """
     quiet_libraries()
     spec = ref.spec
-    if base is not None and ref.is_full_model:
+    if base is not None and ref.is_whole_model:
         raise UserError(f"{spec.name_or_path} is a whole model without a separate base; leave out --base")
     if base is not None:
         spec = replace(spec, name_or_path=base, revision=None)
@@ -152,28 +152,27 @@ def load(ref: ModelRef) -> LoadedModel:
     Raises:
         UserError: weights that cannot be loaded, or an adapter for another base.
     """
-    return attach_adapter(load_base(ref), ref)
-
-
-def load_base(ref: ModelRef) -> nn.Module:
-    """The base alone, in eval mode, on this machine's device; UserError for weights that cannot be loaded."""
-    return load_backbone(ref.spec, local_device()).eval()
-
-
-def attach_adapter(model: nn.Module, ref: ModelRef) -> LoadedModel:
-    """Attach the adapter, if there is one, to the base `model` in place; warns if it was trained on other base weights.
-
-    Raises:
-        UserError: an adapter for another base.
-    """
+    model = load_base(ref)
     if ref.adapter is None:
         return LoadedModel(model, None)
-    for name in beside_other_weights({str(ref.adapter): recorded_digest(ref.adapter)}, ref.spec):
-        warn_of_other_weights(name, ref.spec)
     if (ref.adapter / CONFIG).is_file():
         adapted = load_adapter(model, ref.adapter)
         return LoadedModel(adapted, adapted.disable_adapter)
     return LoadedModel(attach_factors(model, factors_on(model, ref)).eval(), partial(without_adapters, model))
+
+
+def load_base(ref: ModelRef) -> nn.Module:
+    """The base alone, in eval mode, on this machine's device; warns if its weights are not those that the adapter of
+    `ref` was trained on.
+
+    Raises:
+        UserError: weights that cannot be loaded.
+    """
+    model = load_backbone(ref.spec, local_device()).eval()
+    if ref.adapter is not None:
+        for name in beside_other_weights({str(ref.adapter): recorded_digest(ref.adapter)}, ref.spec):
+            warn_of_other_weights(name, ref.spec)
+    return model
 
 
 def factors_on(model: nn.Module, ref: ModelRef) -> PlainFactors:

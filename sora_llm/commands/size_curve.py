@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from sora_llm.commands.model_ref import ModelRef, factors_on
+from sora_llm.allocation import components
+from sora_llm.commands.model_ref import ModelRef, factors_on, load_base
 from sora_llm.commands.sizes import Size, refuse_empty_result
-from sora_llm.consensus import cut_svd
+from sora_llm.consensus import CutReport, keep_components
 from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
 from sora_llm.inject import with_factors
 from sora_llm.terminal import aligned
@@ -25,7 +26,8 @@ def add_size_list(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="N",
-        help="measure the adapter cut to each of these mean ranks as well (weighted by I + O; nothing is written)",
+        help="measure the adapter cut to each of these mean ranks as well (weighted by I + O; nothing is written); "
+        "goes after RUN and its overrides",
     )
     sizes.add_argument("--target-params", type=int, nargs="+", metavar="N", help="the same, by numbers of parameters")
 
@@ -37,32 +39,40 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
     return sizes
 
 
-def cut_losses(
-    model: nn.Module, ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
+def losses_by_size(
+    ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """The size of the adapter of `ref`, and its losses by `loss_of` when cut to each of `sizes`.
+    """What `loss_of` finds for the base, for the adapter of `ref` on it, and for the adapter cut to each of `sizes`.
 
     A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
 
-    Args:
-        model: the base without an adapter; restored afterwards.
-
     Raises:
-        UserError: an adapter for another base, or a size below one rank.
+        UserError: a base that cannot be loaded, an adapter for another base, or a size below one rank.
     """
+    model = load_base(ref)
     whole = factors_on(model, ref)
-    shapes = shapes_of(whole)
-    gateless = {name: (A, B, None) for name, (A, B) in whole.items()}
-    cuts = [cut_svd(gateless, 1.0, size.params(shapes)) for size in sizes]
-    for _, report in cuts:
-        refuse_empty_result(report.kept_params, report.energy, shapes)
-    lines = []
+    cuts = _cuts(whole, sizes)
+    result: dict[str, Any] = {"base": loss_of(model)}
+    with with_factors(model, whole):
+        result |= {"adapter": loss_of(model), **_size_of(whole), "cuts": []}
     for size, (factors, report) in zip(sizes, cuts, strict=True):
         with with_factors(model, factors):
             losses = loss_of(model)
         asked = {name: value for name, value in asdict(size).items() if value is not None}
-        lines.append({**asked, **_size_of(factors), "relative_error": report.relative_error, **losses})
-    return {**_size_of(whole), "cuts": lines}
+        result["cuts"].append({**asked, **_size_of(factors), "relative_error": report.relative_error, **losses})
+    return result
+
+
+def _cuts(whole: PlainFactors, sizes: Sequence[Size]) -> list[tuple[PlainFactors, CutReport]]:
+    """An adapter cut to each size; UserError for a size below one rank."""
+    shapes, dtypes = shapes_of(whole), {name: A.dtype for name, (A, _) in whole.items()}
+    parts = {name: components(A, B, None, 1.0, name) for name, (A, B) in whole.items()}
+    cuts = []
+    for size in sizes:
+        cut = keep_components(parts, shapes, 1.0, dtypes, budget=size.params(shapes), tolerance=None, min_rank=0)
+        refuse_empty_result(cut[1].kept_params, cut[1].energy, shapes)
+        cuts.append(cut)
+    return cuts
 
 
 def _size_of(factors: PlainFactors) -> dict[str, Any]:

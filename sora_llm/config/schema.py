@@ -117,10 +117,10 @@ class Train:
     learning_rate: Annotated[float, "> 0"] = 2e-4  # peak, of A and B
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     # transformers' formulas; one schedule for all phases, with a ramp after each change of the adapters
-    warmup_ratio: Annotated[float, ">= 0", "<= 1"] = (
-        0.03  # share of the steps, and of the remaining steps after a change
-    )
-    warmup_steps: Annotated[int, ">= 0"] | None = None  # instead of warmup_ratio: optimizer steps (of each stage)
+    warmup_ratio: Annotated[float, ">= 0", "<= 1"] = 0.03
+    # share of the steps, and of the remaining steps after a change of the adapters
+    warmup_steps: Annotated[int, ">= 0"] | None = None
+    # instead of warmup_ratio: optimizer steps (of each stage); a change takes the same share of the remaining steps
     weight_decay: Annotated[float, ">= 0"] = 0.0  # of A and B, never of the gates
     adam_beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # decay of AdamW's mean of gradients
     adam_beta2: Annotated[float, ">= 0", "< 1"] = 0.999  # decay of AdamW's mean of squared gradients
@@ -153,7 +153,7 @@ class Evaluation:
     per_device_eval_batch_size: Count = 8  # rows of a process in a forward pass without gradients
     sample_prompts: tuple[str, ...] = ()  # answered by base and adapter after the export
     early_stopping_patience: Count | None = None  # evaluations without improvement before finetune, or a stage,
-    # ends; finetune always keeps the best adapter, even if the number is never reached (on a path the last)
+    # ends; if set, finetune keeps the best adapter, even if the number is never reached (on a path the last)
 
 
 @dataclass(frozen=True)

@@ -180,9 +180,9 @@ class Tokenizing:
             pieces = [(ids, weights)]
             if is_cut:
                 first_too_long = first_too_long or (rows[i][0], len(ids))
-                fate = self._fate_of_excess(spec)
-                counts[fate] += 1
-                pieces = _cut(ids, weights, self.sequence_len, fate)
+                outcome = self._outcome_of_excess(spec)
+                counts[outcome] += 1
+                pieces = _cut(ids, weights, self.sequence_len, outcome)
             found = [piece for piece in pieces if piece[1].any()]
             kept += found
             origins += [i] * len(found)
@@ -206,7 +206,7 @@ class Tokenizing:
             first_special_written=first_special_written,
         )
 
-    def _fate_of_excess(self, spec: DatasetSpec) -> str:
+    def _outcome_of_excess(self, spec: DatasetSpec) -> str:
         """The count to which a row longer than sequence_len is added."""
         if self.excess_length == "split" and spec.type == "completion":
             return "split"
@@ -229,12 +229,12 @@ def _examples_of(
     return examples, reasons
 
 
-def _cut(ids: np.ndarray, weights: np.ndarray, length: int, fate: str) -> list[TokenRow]:
+def _cut(ids: np.ndarray, weights: np.ndarray, length: int, outcome: str) -> list[TokenRow]:
     """The pieces kept of a row longer than `length`.  A piece that was split off begins with the last token of the
     previous one, so that every token but the row's first is predicted once."""
-    if fate == "too_long":
+    if outcome == "too_long":
         return []
-    if fate == "truncated":
+    if outcome == "truncated":
         return [(ids[:length], weights[:length])]
     pieces = []
     for start in range(0, len(ids) - 1, length - 1):

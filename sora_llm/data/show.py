@@ -114,19 +114,19 @@ def _dropped_lines(section: Section) -> list[str]:
     lines = []
     if section["first_too_long"] is not None:
         location, tokens = section["first_too_long"]
-        row_outcomes = (("dropped", "too_long"), ("cut", "truncated"), ("split", "split"))
-        fate = ", ".join(f"{section[key]:,} {word}" for word, key in row_outcomes if section[key])
+        excess_counts = (("dropped", "too_long"), ("cut", "truncated"), ("split", "split"))
+        outcome = ", ".join(f"{section[key]:,} {word}" for word, key in excess_counts if section[key])
         lines.append(
-            f"  too long    {fate} at sequence_len = {section['sequence_len']:,}, the first {location} with {tokens:,} "
-            "tokens"
+            f"  too long    {outcome} at sequence_len = {section['sequence_len']:,}, the first {location} with "
+            f"{tokens:,} tokens"
         )
     for dataset in section["datasets"]:
         for reason, count in dataset["unsupervised"].items():
             of = f" ({_short_path(dataset['path'])})" if len(section["datasets"]) > 1 else ""
             lines.append(f"  untrained   {count:,} dropped: {reason}{of}")
     if section["duplicates"]:
-        fate = "dropped" if section["drop_duplicates"] else "kept; data.drop_duplicates drops them"
-        lines.append(f"  repeated    {section['duplicates']:,} the same as earlier rows ({fate})")
+        outcome = "dropped" if section["drop_duplicates"] else "kept; data.drop_duplicates drops them"
+        lines.append(f"  repeated    {section['duplicates']:,} the same as earlier rows ({outcome})")
     if section["first_special_written"] is not None:
         location, token = section["first_special_written"]
         lines.append(

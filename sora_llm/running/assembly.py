@@ -27,7 +27,7 @@ from sora_llm.running.packing_check import check_packing
 from sora_llm.running.processes import refuse_differing
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
-from sora_llm.running.snapshot import read_into, refuse_other_base, restore
+from sora_llm.running.snapshot import read_into, refuse_other_base, restore_training
 from sora_llm.running.start import StartPoint
 from sora_llm.running.training import Training, make_controller
 from sora_llm.running.unpack import target_modules
@@ -76,7 +76,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         base=base,
     )
     if saved is not None:
-        restore(training, saved)
+        restore_training(training, saved)
     elif training.rounds is not None:
         training.rounds.begin(engine)
     return training

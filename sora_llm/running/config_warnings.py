@@ -20,7 +20,7 @@ from sora_llm.running.unpack import target_modules
 from sora_llm.targets import ALL_LINEAR, left_out, matches, stacked_weights
 
 
-def warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
+def config_warnings(plan: Plan, skeleton: nn.Module) -> Iterator[str]:
     """Sentences about settings that are allowed but probably unintended."""
     config = plan.config
     if config.model.adapter is not None:

@@ -35,7 +35,7 @@ def lineage_of(
     found = [LineageEntry(config.data.datasets, config), lineage_of_base(config)]
     if config.model.adapter is not None:
         found += lineage_in(Path(expand_home(config.model.adapter)), visited)
-    known = [dataset for lesson in found if lesson.config is not None for dataset in lesson.datasets]
+    known = [dataset for entry in found if entry.config is not None for dataset in entry.datasets]
     claims = [] if folder is None else _claims(folder)
     return [*found, LineageEntry([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
 
@@ -94,8 +94,8 @@ def lineage_for_certificate(config: Config | None, folder: Path | None = None) -
     else the lineage of a run's config; paths as they were written."""
     if folder is not None and (claims := _claims(folder)):
         return deduplicated([_entry(claim) for claim in claims])
-    lessons = lineage_of(config) if config is not None else []
-    return deduplicated([_entry(dataset) for lesson in lessons for dataset in lesson.datasets])
+    lineage = lineage_of(config) if config is not None else []
+    return deduplicated([_entry(dataset) for entry in lineage for dataset in entry.datasets])
 
 
 def deduplicated(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -108,8 +108,8 @@ def _entry(dataset: Dataset) -> dict[str, str]:
     return {"path": dataset.path, "type": dataset.type} | {name: value for name, value in more.items() if value}
 
 
-def trained_separator(lessons: Iterable[LineageEntry]) -> str | None:
+def trained_separator(lineage: Iterable[LineageEntry]) -> str | None:
     """The separator after the prompts of all prompt_completion rows; None if there were none, or several."""
-    datasets = [dataset for lesson in lessons for dataset in lesson.datasets]
+    datasets = [dataset for entry in lineage for dataset in entry.datasets]
     found = {dataset.separator for dataset in datasets if dataset.type == "prompt_completion"}
     return found.pop() if len(found) == 1 else None

@@ -157,7 +157,7 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
             continue
         names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
         left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
-        cut = [f"{fate} {counts[fate]:,}" for fate in ("truncated", "split") if counts[fate]]
+        cut = [f"{outcome} {counts[outcome]:,}" for outcome in ("truncated", "split") if counts[outcome]]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *left_out, *cut])]
         lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)

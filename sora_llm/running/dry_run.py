@@ -22,7 +22,7 @@ from sora_llm.running.training_loop import set_rates
 
 
 @contextlib.contextmanager
-def rehearsal_folder(job: Job) -> Iterator[Path]:
+def dry_run_folder(job: Job) -> Iterator[Path]:
     """A temporary folder that all processes see, as they will see the run directory (collective)."""
     run_dir = user_path(job.config.output.output_dir, "output.output_dir")
     above = nearest_existing(run_dir.parent)
@@ -36,7 +36,7 @@ def rehearsal_folder(job: Job) -> Iterator[Path]:
 
 def perform_dry_run(job: Job) -> RunResult:
     """The dry run: one step and one save into a temporary folder, then an estimate of what a real run would take."""
-    with rehearsal_folder(job) as folder:
+    with dry_run_folder(job) as folder:
         directory = RunDirectory(folder, is_main=job.world.is_main)
         training = load_and_inject(job, directory, StartPoint())
         engine, tally = training.engine, training.tally

@@ -32,20 +32,20 @@ def _what_decides(data: Data) -> Data:
     return replace(data, chat_template=template, datasets=datasets, **usual)
 
 
-def seen_dataset(lessons: Iterable[LineageEntry], measured: Config) -> str | None:
+def seen_dataset(lineage: Iterable[LineageEntry], measured: Config) -> str | None:
     """The path of a data set that supplies dev rows of `measured` and that an adapter may have seen in training; None
     if there is none.  Files are compared by path, not by content."""
     data = measured.data
     if data.val_datasets is None and data.val_set_size is None:
         return None
     datasets = data.val_datasets or data.datasets
-    for lesson in lessons:
-        if lesson.config is None:
-            shared = [one for one in datasets if any(_may_mean(claim, one) for claim in lesson.datasets)]
-        elif data.val_datasets is None and has_same_split(lesson.config, measured):
+    for entry in lineage:
+        if entry.config is None:
+            shared = [one for one in datasets if any(_may_mean(claim, one) for claim in entry.datasets)]
+        elif data.val_datasets is None and has_same_split(entry.config, measured):
             shared = []
         else:
-            shared = sharing_rows(datasets, lesson.datasets)
+            shared = sharing_rows(datasets, entry.datasets)
         if shared:
             return shared[0].path
     return None

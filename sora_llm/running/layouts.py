@@ -1,4 +1,4 @@
-"""Exports next to adapter/: gguf/ for llama.cpp, or merged/, the full model (output.export_layout)."""
+"""Exports next to adapter/: gguf/ for llama.cpp, or merged/, the whole model (output.export_layout)."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def _star(process_index: int, num_processes: int, exchange: Callable[[Any], list
 
 def _listen(host: str) -> socket.socket:
     """Listen on every address, like torch's own store: the main machine may resolve its name to 127.0.1.1, or not at
-    all.  A run that declares itself local to one machine listens on that address only."""
+    all.  A run that declares itself local to one machine listens on loopback only."""
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, 0))
     if socket.has_dualstack_ipv6():

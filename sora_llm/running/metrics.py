@@ -49,7 +49,7 @@ def log_step(training: Training, seen: Mapping[str, Any]) -> None:
     if phase != DENSE:
         training.directory.ranks(done, ranks.ranks, training.labels)
     counts = phase == FINETUNE or (job.plan.is_path and phase != DENSE)
-    if evaluated and counts and training.patience.update(evaluated["eval_loss"]):
+    if evaluated and counts and training.early_stopping.update(evaluated["eval_loss"]):
         training.stage_is_done = True
         patience = job.config.evaluation.early_stopping_patience
         job.say(f"stopping after step {done}: {patience} evaluation(s) in a row brought no lower dev loss")
@@ -91,7 +91,7 @@ def measure(training: Training) -> float:
     rounds, engine = training.rounds, training.engine
     with contextlib.nullcontext() if rounds is None else rounds.averaged(engine):
         loss = dev_loss(training.job, engine.model)
-        if keeps_best(training) and training.patience.is_better(loss):
+        if keeps_best(training) and training.early_stopping.is_better(loss):
             masters = engine.masters()
             training.best = Best(training.done, loss, masters if training.job.world.is_main else {})
     training.measured = training.done
@@ -100,7 +100,7 @@ def measure(training: Training) -> float:
 
 def keeps_best(training: Training) -> bool:
     """Whether the best adapter is kept: only once ranks are final, since removing ranks raises the dev loss."""
-    return training.patience.is_enabled and training.phase == FINETUNE
+    return training.early_stopping.is_enabled and training.phase == FINETUNE
 
 
 def final_masters(training: Training) -> Mapping[str, Tensor]:

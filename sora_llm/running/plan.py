@@ -208,7 +208,8 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
     """A stage per λ, each of `steps` steps; only the first one begins with a dense phase."""
     sora, train = config.sora, config.train
     if train.warmup_steps is not None and train.warmup_steps > steps:
-        raise UserError(f"train.warmup_steps {train.warmup_steps} exceeds the {plural(steps, 'step')} of training")
+        of = "a stage" if sora.lambda_num > 1 else "training"
+        raise UserError(f"train.warmup_steps {train.warmup_steps} exceeds the {plural(steps, 'step')} of {of}")
     warmup = _warmup_ratio(train, steps)
     lambdas: list[float | None] = [sora.sparse_lambda]
     if sora.lambda_num > 1:

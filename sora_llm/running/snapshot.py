@@ -81,7 +81,10 @@ class Saved:
 def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, Any]) -> None:
     """UserError if this run, in `run_dir`, cannot resume from the checkpoint `folder`, whose state.json is `state`."""
     if state.get("format") != FORMAT:
-        raise UserError(f"{folder} was written by another version, whose checkpoints cannot be resumed by this one")
+        raise UserError(
+            f"{folder} was written by another version, whose checkpoints cannot be resumed by this one; resume it with "
+            "that version, or use a new output.output_dir (sora-llm export writes its adapter, for model.adapter)"
+        )
     if state["stage"]["number"] > 0 and folder.resolve().parent.parent != run_dir.resolve():
         raise UserError(
             f"{folder} is from a later stage of a sparsity path, whose earlier adapters are in "
@@ -124,8 +127,8 @@ def read_into(model: nn.Module, job: Job, folder: Path, state: Mapping[str, Any]
 
 
 def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, float] | None) -> dict[str, Any]:
-    """The state that a checkpoint stores apart from the tensors, as JSON: the values that `restore` puts back and those
-    that a resuming run is compared with (collective)."""
+    """The state that a checkpoint stores apart from the tensors, as JSON: the values for `restore_training`, and
+    those that a resuming run is compared with (collective)."""
     job, engine, rounds, best = training.job, training.engine, training.rounds, training.best
     state: dict[str, Any] = {
         "format": FORMAT,
@@ -135,7 +138,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
         "tally": training.tally.state(),
         "steering": training.controller.state(),
         "alarms": training.alarms.state(),
-        "patience": training.patience.state(),
+        "patience": training.early_stopping.state(),
         "best": None if best is None else {"step": best.step, "eval_loss": best.eval_loss},
         "unlogged": unlogged,
         "late_round": dict(training.unlogged_round),
@@ -155,7 +158,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
     return state
 
 
-def restore(training: Training, saved: Saved) -> None:
+def restore_training(training: Training, saved: Saved) -> None:
     """Restore the rest of the state into a new training, whose module already has its values (collective)."""
     job, engine, process = training.job, training.engine, training.job.world.process_index
     state, moments, replica = saved.state, saved.moments, 0 if job.replicas is None else job.replicas.index
@@ -167,7 +170,7 @@ def restore(training: Training, saved: Saved) -> None:
     training.controller.load(state["steering"], importance_by_module(moments))
     training.tally.load(state["tally"], process)
     training.alarms.load(state["alarms"])
-    training.patience.load(state["patience"])
+    training.early_stopping.load(state["patience"])
     engine.loss_scale.load(state["loss_scale"][replica])
     training.best = read_best(job, saved.folder, state)
     training.done = state["step"]

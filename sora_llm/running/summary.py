@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.local_updates import round_bytes, transfer_seconds
-from sora_llm.running.config_warnings import warnings
+from sora_llm.running.config_warnings import config_warnings
 from sora_llm.running.data_summary import describe_data
 from sora_llm.running.job import Job
 from sora_llm.running.plan import Stage
@@ -35,7 +35,7 @@ def print_summary(job: Job) -> None:
             f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
             f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
-    for line in warnings(plan, job.inputs.skeleton):
+    for line in config_warnings(plan, job.inputs.skeleton):
         job.say(f"warning: {line}")
 
 

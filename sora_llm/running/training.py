@@ -38,7 +38,7 @@ class Training:
     tally: Tally
     controller: SparsityController
     alarms: Alarms
-    patience: EarlyStopping
+    early_stopping: EarlyStopping
     rounds: Rounds | None = None
     """Rounds of local updates; None if all processes step together."""
     stage_number: int = 0

@@ -62,7 +62,9 @@ def train_stage(training: Training) -> None:
         training.stage_is_done = step_of_stage + 1 == stage.total_steps
         # Checked before the step, after which ZeRO's all-gather overwrites a corrupt copy.
         due = training.stage_is_done or is_due(config.distributed.check_every, done)
-        due |= step_of_stage + 1 in stage.form_changes or (training.patience.is_enabled and evaluation_due(job, done))
+        due |= step_of_stage + 1 in stage.form_changes or (
+            training.early_stopping.is_enabled and evaluation_due(job, done)
+        )
         if training.rounds is not None:
             training.rounds.part()
         loss_sum, outcome = train_step(
@@ -214,4 +216,4 @@ def next_stage(training: Training, masters: Mapping[str, Tensor]) -> None:
     training.stage_number += 1
     training.stage_start, training.stage_is_done, training.unlogged = training.done, False, None
     training.controller = make_controller(job, training.stage_number)
-    training.patience.reset()
+    training.early_stopping.reset()
