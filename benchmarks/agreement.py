@@ -1,10 +1,10 @@
-"""What it costs to prove that processes agree: `Engine.check_agreement` against an optimizer step.
+"""The cost of checking that processes agree: `Engine.check_agreement` against an optimizer step.
 
     python benchmarks/agreement.py [--rank 64] [--tokens 512] [--rounds 15]
 
-Two processes (gloo) train a LLaMA of random weights (two layers, hidden 1024, float32) with adapters of rank 64 on all
-linears under each strategy that can prove something.  Steps and proofs take turns; medians of their times, and what a
-proof costs per step at distributed.check_every 100.  Printed beside it: bytes compared, and their speed.
+Two processes (gloo) train a LLaMA with random weights (two layers, hidden 1024, float32) with rank-64 adapters on all
+linears under each strategy that can check something.  Steps and checks (proofs) take turns; prints medians of their
+times, the cost of a check per step at distributed.check_every 100, the bytes compared, and their speed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def measure(strategy: str, rank: int, num_tokens: int, rounds: int) -> None:
-    """One process: steps and proofs in turn; the main one prints its medians."""
+    """One process: steps and checks in turn; the main one prints its medians."""
     world = launched_world(os.environ)
     options = None
     if strategy in ZERO_STAGES:

@@ -1,23 +1,22 @@
-"""Two-process ZeRO-2 runs that are hurt at every turn and must end as if nothing had happened.
+"""Two-process ZeRO-2 runs with faults injected at every stage, which must end as if nothing had happened.
 
     python benchmarks/chaos.py [--faults 200] [--seed 0] [--keep FOLDER] [--json]
 
 from the project's root, as root (it mounts a small disk to fill it up).  A supervisor starts the same command again and
-again until status.json says "finished", and does something to every start:
+again until status.json says "finished", and injects a fault into every start:
 
-    KILL        of the main process, of the other one, of both, of the launcher
+    KILL        to the main process, the other one, both, or the launcher
     requests    TERM to one or both, USR1, a STOP file; TERM and soon after it KILL, as schedulers do
-    disks       a disk that is full, or read-only, from some moment on
-    crashes     the main process dies before and after every operation on files of a save, before every one of a logged
-                step and of an export, and with half of a file written; or there is no space for that operation (all
-                of them as an undisturbed run lists them)
+    disks       a disk that becomes full or read-only
+    crashes     the main process dies before and after every file operation of a save, before every one of a logged
+                step and of an export, and with half of a file written; or there is no space for that operation (the
+                operations are those listed by an undisturbed run)
 
-`--faults` of them at random moments: some time after the start, or after the run came to a random place.  Crashes come
+`--faults` of them at random moments: some time after the start, or after the run reached a random place.  Crashes come
 on top of these.  Trainers are forked from a process that has imported everything (tests/nursery.py); a few more faults
-go through torchrun and accelerate.  After each one it is checked that all processes end soon, that no checkpoint is
-damaged, that at most one save interval is lost, and nothing by a request, and that no step has two lines; at the end of
-each run that adapter, metrics and ranks are those of an undisturbed run.  What is not as it should be is printed, and
-the exit code is 1.  Prints the tables of chaos.md.
+go through torchrun and accelerate.  Checked after each fault: all processes end soon, no checkpoint is damaged, at most
+one save interval is lost, nothing on a request, and no step has two lines; at the end of each run: adapter, metrics and
+ranks are those of an undisturbed run.  Problems are printed, and the exit code is 1.  Prints the tables of chaos.md.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ from sora_llm import checkpoint
 BENCHMARKS = ROOT / "benchmarks"
 STEPS, SAVE_STEPS, EVAL_STEPS = 40, 4, 16
 PHASES = {"dense": (0, 8), "sparsify": (8, 24), "finetune": (24, STEPS)}
-"""Their first steps, and the first ones that are no more theirs."""
+"""Each phase's first step, and the first step after it."""
 OPTIONS: dict[str, Any] = {
     "distributed.strategy": "zero2",
     "train.max_steps": STEPS,
@@ -75,7 +74,7 @@ OPTIONS: dict[str, Any] = {
 }
 DISK_MIB = 8
 END_SECONDS = 30
-"""In which all processes end after a fault."""
+"""The longest that processes may take to end after a fault."""
 START_SECONDS = 180
 """The longest a start may take from its beginning to its end."""
 POLL_SECONDS = 0.004
@@ -101,10 +100,10 @@ CRASHES_AFTER_TOO = ("save",)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a start.
+    """The fault for a start.
 
-    `place`: what the main process must have come to, for the `nth` time, None: to its beginning.  `delay`: how long
-    after that.  `gap`: from TERM to KILL.  `crash`: given to the trainer, which does it itself.
+    `place`: where the main process must have arrived, for the `nth` time; None: at its beginning.  `delay`: how long
+    after that.  `gap`: from TERM to KILL.  `crash`: passed to the trainer, which crashes itself.
     """
 
     kind: str
@@ -119,7 +118,7 @@ class Fault:
 
 
 def random_fault(chooser: random.Random, places: Sequence[str], seconds: dict[str, float]) -> Fault:
-    """At a random moment of a random place; of four, one at some time after the start, wherever that is."""
+    """At a random moment of a random place; one in four at some time after the start, wherever that is."""
     kind = chooser.choice([*DEATHS, *REQUESTS, *MIXED, *DISKS])
     gap = chooser.uniform(0, 0.3)
     if places is IN_TRAINING and chooser.random() < 0.25:
@@ -131,7 +130,7 @@ def random_fault(chooser: random.Random, places: Sequence[str], seconds: dict[st
 
 
 def crashes(operations: Sequence[str], chooser: random.Random) -> list[Fault]:
-    """One at each of them, at least."""
+    """At least one at each of them."""
     faults = []
     for operation in operations:
         place, what, _ = operation.split(" ", 2)
@@ -145,22 +144,22 @@ def crashes(operations: Sequence[str], chooser: random.Random) -> list[Fault]:
 
 
 ONLY_FIRST_SAVE = ("save mkdir checkpoints #1", "save fsync . #1")
-"""When checkpoints/ is made."""
+"""When checkpoints/ is created."""
 
 
 LAST_STEP_BEFORE = {**{phase: end for phase, (_, end) in PHASES.items()}, "balance": PHASES["dense"][1] + 1}
-"""A start that goes on from there, or from later, does not come to these places."""
+"""A start that resumes from there, or from later, does not reach these places."""
 
 
 class Deck:
-    """The faults that are left, dealt in the order of a shuffle; one that cannot happen yet waits for its turn."""
+    """The remaining faults, dealt in shuffled order; one that cannot happen yet waits for its turn."""
 
     def __init__(self, faults: Sequence[Fault], chooser: random.Random) -> None:
         self.faults = list(faults)
         chooser.shuffle(self.faults)
 
     def deal(self, step: int, has_saved: bool) -> Fault | None:
-        """The next one that can happen to a start that goes on from `step`; `has_saved`: checkpoints/ is there."""
+        """The next one that can happen to a start that resumes from `step`; `has_saved`: checkpoints/ exists."""
         for index, fault in enumerate(self.faults):
             is_past = step >= LAST_STEP_BEFORE.get(fault.place or "", STEPS + 1)
             is_past |= fault.place == "line" and fault.nth > STEPS - step
@@ -178,25 +177,25 @@ class Deck:
 
 @dataclass
 class Start:
-    """One start of the command: its processes, what was done to it, and what it noted."""
+    """One start of the command: its processes, its fault, and its trace."""
 
     folder: Path
     fault: Fault | None
     launcher: psutil.Popen | int
     began: float
     children: list[Child] = field(default_factory=list)
-    """None where a real launcher has started them, with an interpreter that imports everything anew."""
+    """None if a real launcher started them, with an interpreter that imports everything again."""
     fired: float | None = None
     missed: bool = False
     ended: float = 0.0
     overdue: bool = False
     codes: list[int | None] = field(default_factory=list)
-    """Exit codes; through a real launcher what `main` returned, None where it did not."""
+    """Exit codes; with a real launcher the return value of `main`, None if it did not return."""
     _lines: dict[int, list[list[Any]]] = field(default_factory=lambda: {0: [], 1: []})
     _read: dict[int, int] = field(default_factory=lambda: {0: 0, 1: 0})
 
     def events(self, process: int = 0) -> list[list[Any]]:
-        """[seconds, what, value] of everything that a process has noted so far."""
+        """[seconds, what, value] of all events a process has noted so far."""
         path = self.folder / f"trace.{process}"
         if path.exists():
             with path.open("rb") as file:
@@ -225,7 +224,7 @@ class Start:
 
     @property
     def output(self) -> str:
-        """What the processes have printed."""
+        """The output of the processes."""
         if self.is_cold:
             return (self.folder / "output").read_text(errors="replace")
         return "".join(child.output for child in self.children)
@@ -237,12 +236,12 @@ class Start:
 
     @property
     def resumed(self) -> int | None:
-        """The step it went on from, None if it did not come so far."""
+        """The step it resumed from, None if it did not get that far."""
         return next(iter(self.values("resume")), None)
 
     @property
     def last_step(self) -> int | None:
-        """The last one it took, or went on from."""
+        """The last step it took, or resumed from."""
         return (self.values("done") or [self.resumed])[-1]
 
     def place(self) -> str:
@@ -281,14 +280,14 @@ def _is_alive(pid: int) -> bool:
 
 
 class Ground:
-    """A disk for run directories, rows, a nursery; starts trainers and does things to them."""
+    """A disk for run directories, rows, a nursery; starts trainers and injects faults into them."""
 
     def __init__(self, folder: Path, disk: Path, nursery: Nursery) -> None:
         self.folder, self.disk, self.nursery = folder, disk, nursery
         self._count = itertools.count()
 
     def start(self, run_dir: Path, fault: Fault | None, launcher: str | None = None) -> Start:
-        """Start the command, with something that is going to happen to it, and wait for the end of it all."""
+        """Start the command with a fault to come, and wait until all of it has ended."""
         folder = self.folder / "starts" / f"{next(self._count)}"
         folder.mkdir(parents=True)
         arguments = [CONFIG, *overrides(self.folder, run_dir, 2, **OPTIONS)]
@@ -327,7 +326,7 @@ class Ground:
         start.ended = time.monotonic()
 
     def _hurt(self, start: Start, fault: Fault, run_dir: Path, now: float) -> None:
-        """Let the fault happen if it is time."""
+        """Inject the fault if it is time."""
         if fault.crash is not None:
             start.fired = start.time_of("crash")
         elif not start.missed and (reached := _reached(start, fault)) is not None and now >= reached + fault.delay:
@@ -335,7 +334,7 @@ class Ground:
             start.fired = None if start.missed else now
 
     def _happen(self, start: Start, fault: Fault, run_dir: Path) -> bool:
-        """Whether there was somebody left to whom it could happen."""
+        """Whether a process was left for it to happen to."""
         kind, gap = fault.kind, fault.gap
         main, other = start.pids
         what, _, whom = kind.partition(" ")
@@ -399,7 +398,7 @@ def _send(pid: int, number: int) -> bool:
 
 
 def _fill(filler: Path) -> None:
-    """Take all the room."""
+    """Fill the disk."""
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
             with contextlib.suppress(OSError):
@@ -411,19 +410,19 @@ def _make_read_only(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-    for _ in range(100):  # it is refused while a file is open for writing
+    for _ in range(100):  # refused while a file is open for writing
         if not subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], capture_output=True).returncode:
             return True
         time.sleep(0.01)
     return False
 
 
-# ----- one run, and what must be true of it ---------------------------------------------------------------------------
+# ----- one run, and its checks ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Record:
-    """A fault that happened.  `lost`: steps to be taken again; `next_step`: seconds from it to the end of a step."""
+    """A fault that happened.  `lost`: steps to be repeated; `next_step`: seconds from it to the end of a step."""
 
     run: int
     kind: str
@@ -439,9 +438,9 @@ class Record:
 
 @dataclass
 class Tally:
-    """What a campaign comes to.
+    """Totals of a campaign.
 
-    Of the forked trainers, in seconds: `wall` from each start to the end of all its processes, which is `starting` (to
+    For the forked trainers, in seconds: `wall` from each start to the end of all its processes, which is `starting` (to
     the training loop) + `training` + `exporting` + `ending` (after a fault); `to_step`, from a start to its first step.
     """
 
@@ -471,7 +470,7 @@ def run_until_finished(
     tally: Tally,
     launcher: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Start the command until the run is finished, and check each time what must be true."""
+    """Start the command until the run is finished, with all checks after each start."""
     run_dir = ground.disk / name
     step = 0
     waiting: list[Record] = []
@@ -494,7 +493,7 @@ def run_until_finished(
             tell(start.output[-6000:])
         tally.problems += [f"run {tally.runs}, {fault and fault.kind} at {start.place()}: {p}" for p in problems]
         step = found
-        if is_finished(run_dir) or problems:  # with problems it is no evidence any more
+        if is_finished(run_dir) or problems:  # with problems it is no longer evidence
             break
     if is_finished(run_dir):
         differing = compare(run_dir, reference)
@@ -509,7 +508,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def inspect(start: Start, run_dir: Path, before: int) -> tuple[int, list[str]]:
-    """The step of the newest checkpoint, and what should not be so after a start; `before` it was at another step."""
+    """The step of the newest checkpoint, and the problems after a start; `before`: the newest step before it."""
     newest, warnings = checkpoint.newest(run_dir)
     step = 0 if newest is None else checkpoint.read_state(newest)["step"]
     problems = [f"a damaged checkpoint: {warning}" for warning in warnings]
@@ -538,7 +537,7 @@ def inspect(start: Start, run_dir: Path, before: int) -> tuple[int, list[str]]:
 
 
 def _refused(start: Start, run_dir: Path, reached: int, step: int) -> list[str]:
-    """What shows that a request to stop was not obeyed in order."""
+    """Signs that a request to stop was not obeyed properly."""
     if is_finished(run_dir):
         return []  # nothing was left to do
     problems = [] if step == reached else [f"a request to stop lost {reached - step} steps"]
@@ -559,7 +558,7 @@ def _repeated_lines(run_dir: Path) -> list[str]:
 
 
 def compare(run_dir: Path, reference: dict[str, Any]) -> list[str]:
-    """What is not as in an undisturbed run, and what is left lying about."""
+    """Differences from an undisturbed run, and leftover files."""
     found = result(run_dir)
     problems = [f"{name} is not that of an undisturbed run" for name in found if found[name] != reference[name]]
     names = [*run_dir.iterdir(), *(run_dir / "checkpoints").iterdir()]
@@ -584,7 +583,7 @@ def _record(run: int, start: Start, fault: Fault, found: int, before: int) -> Re
 
 
 def _account(tally: Tally, start: Start, waiting: list[Record]) -> list[Record]:
-    """Add the times of a start; gives the records that still wait for a step."""
+    """Add the times of a start; returns the records that still wait for a step."""
     tally.steps += len(start.values("done"))
     if not start.is_cold:
         hurt = start.fired or start.ended
@@ -619,7 +618,7 @@ def spans(start: Start, place: str) -> list[float]:
 
 
 def undisturbed(ground: Ground, name: str) -> tuple[Start, dict[str, Any]]:
-    """A run that nothing happens to, and its result."""
+    """A run without faults, and its result."""
     run_dir = ground.disk / name
     start = ground.start(run_dir, None)
     if start.codes != [0, 0]:
@@ -639,13 +638,13 @@ def typical_seconds(start: Start) -> dict[str, float]:
 
 
 def operations_of(start: Start) -> dict[str, list[str]]:
-    """The names of all operations on files, in the order of their first time, by place."""
+    """The names of all file operations by place, in order of first occurrence."""
     names = list(dict.fromkeys(start.values("operation")))
     return {place: [name for name in names if name.split(" ")[0] == place] for place in ("save", "line", *IN_EXPORT)}
 
 
 def useful_seconds(start: Start) -> float:
-    """The steps of a whole run, without its saves."""
+    """The steps of a complete run, without its saves."""
     return sum(spans(start, "training")) - sum(spans(start, "save"))
 
 
@@ -663,9 +662,9 @@ COLD = (
 
 
 def campaign(ground: Ground, num_faults: int, seed: int) -> dict[str, Any]:
-    """All of it; the figures of the tables."""
+    """The entire campaign; returns the figures of the tables."""
     chooser = random.Random(seed)
-    undisturbed(ground, "first")  # while the nursery still imports
+    undisturbed(ground, "first")  # while the nursery is importing
     quiet, reference = undisturbed(ground, "second")
     seconds, operations = typical_seconds(quiet), operations_of(quiet)
     quiets = [quiet, undisturbed(ground, "third")[0]]
@@ -715,7 +714,7 @@ def run_cold(ground: Ground, reference: dict[str, Any], tally: Tally) -> None:
 
 
 def figures(tally: Tally, quiets: Sequence[Start], num_runs: int) -> dict[str, Any]:
-    """Everything that the tables say; times in seconds."""
+    """All figures of the tables; times in seconds."""
     warm = [record for record in tally.records if not record.is_cold]
     cold = [record for record in tally.records if record.is_cold]
     saves = [seconds for quiet in quiets for seconds in spans(quiet, "save")]
@@ -765,7 +764,7 @@ def model(save: float, interval: float, down: float, between_faults: float) -> f
 
 
 def summaries(records: Sequence[Record], key: Callable[[Record], str]) -> dict[str, dict[str, Any]]:
-    """By kind or place: how many, steps lost, seconds to the end of all processes and to the next step."""
+    """By kind or place: count, steps lost, seconds to the end of all processes and to the next step."""
     found = {}
     for name in sorted({key(record) for record in records}):
         chosen = [record for record in records if key(record) == name]
@@ -786,7 +785,7 @@ def summaries(records: Sequence[Record], key: Callable[[Record], str]) -> dict[s
 
 
 def tell(text: str) -> None:
-    """Progress, apart from the tables."""
+    """Progress, separate from the tables."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -832,7 +831,7 @@ def report(found: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own with little room."""
+    """A separate, small file system."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)], check=True)
     try:

@@ -1,10 +1,10 @@
-"""A trainer that notes when it is where, and that dies at an operation on files when it is told to.
+"""A trainer that records when it is where, and dies at a given file operation.
 
     trainer([CONFIG, ...], folder=…, run_dir=…, crash={"operation": "save fsync checkpoints #1", "when": "before"})
 
 `folder`/trace.<process> gets a JSON line [seconds, what, value] per event, by the machine's monotonic clock: "pid";
-"begin" and "end" of one of `PLACES`; "resume", the step it goes on from; "done", a step; "operation", which the main
-process is about to carry out on files of the run directory; "crash"; "exit", with the code.
+"begin" and "end" of one of `PLACES`; "resume", the step it resumes from; "done", a step; "operation", a file operation
+that the main process is about to carry out in the run directory; "crash"; "exit", with the code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PLACES = {
 }
 RESUME = "sora_llm.train:resume_point"
 CHANGES = ("mkdir", "fsync", "rename", "replace", "unlink", "remove", "rmdir")
-"""Functions of `os` that change what is on the disk."""
+"""Functions of `os` that change files on disk."""
 
 
 def trainer(arguments: Sequence[str], folder: str, run_dir: str, crash: dict[str, Any] | None = None) -> int:
@@ -67,7 +67,7 @@ def trainer(arguments: Sequence[str], folder: str, run_dir: str, crash: dict[str
 
 
 class Trace:
-    """A file of events, each of them there when `note` returns, even if the process is killed right afterwards."""
+    """A file of events, each on disk when `note` returns, even if the process is killed right afterwards."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -105,11 +105,11 @@ class Trace:
 
 
 class Files:
-    """The operations on the files below `run_dir`, by name: "<place> <what> <path, numbers as N> #<nth in this place>".
+    """The operations on files below `run_dir`, by name: "<place> <what> <path, numbers as N> #<nth in this place>".
 
     `crash` is {"operation": such a name, "when": …, "visit": 1}.  "before", "after" and "torn": the process kills
     itself before or after it, or when half of the bytes are written; "no space": the operation fails.  It happens when
-    the process comes to the operation for the visit-th time.
+    the process reaches the operation for the visit-th time.
     """
 
     def __init__(self, trace: Trace, run_dir: str, crash: dict[str, Any] | None) -> None:
@@ -117,7 +117,7 @@ class Files:
         self._visits = 0
 
     def watch(self) -> None:
-        """Patch `os`, `open` and the writer of safetensors, which is none of Python's."""
+        """Patch `os`, `open` and the writer of safetensors, which does not use Python's."""
         import safetensors.torch
 
         for name in CHANGES:
@@ -174,7 +174,7 @@ class Files:
         return serialize_file
 
     def _at(self, what: str, path: str) -> str | None:
-        """Notes the operation; when to die in it, if so."""
+        """Notes the operation; returns when to die in it, if at all."""
         if not (self._trace.places and path.startswith(self._run_dir)):
             return None
         place, seen = self._trace.places[-1]

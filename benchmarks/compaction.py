@@ -2,11 +2,11 @@
 
     python benchmarks/compaction.py [--tokens 512] [--hidden 1024] [--layers 2] [--r 64] [--share 0.25] [--rounds 7]
 
-LLaMA blocks of random weights in bfloat16, SoRA on all linears with float32 adapters.  Three copies take steps in turn
-(A B C A B C), in one process; medians of the ratios of neighbouring steps:
+LLaMA blocks with random weights in bfloat16, SoRA on all linears with float32 adapters.  Three copies take turns
+(A B C A B C) in one process; medians of the ratios of neighbouring steps:
 
-    gated     r slots and their gates, as a run is that never compacts
-    cut       the same after consensus to `share` of the parameters (svd), as the finetune phase of a run is
+    gated     r slots and their gates, as in a run that never compacts
+    cut       the same after consensus to `share` of the parameters (svd), as in the finetune phase of a run
     floor     the frozen blocks alone, forward and backward to their inputs
 
 Prints a table and writes nothing.  On CUDA the same with synchronised clocks.
@@ -96,7 +96,7 @@ def main() -> int:
     models = {"gated": gated, "cut": cut, "floor": floor}
     steps = {name: step_of(model, ids, optimizers.get(name)) for name, model in models.items()}
     for step in steps.values():
-        step()  # the optimizer's state is made, kernels are chosen
+        step()  # creates the optimizer's state, chooses kernels
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(arguments.rounds):
         for name, step in steps.items():

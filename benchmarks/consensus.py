@@ -3,7 +3,7 @@
 K LoRA replicas of one square layer become one adapter of the same rank: `sora_llm.merge` under a budget against PEFT's
 `add_weighted_adapter(combination_type="svd")`, which forms every O × I product and takes the SVD of their sum.  Each
 round starts a process per side, in turn (A B A B); it builds the inputs, warms up on a small layer, and then measures
-the one call: seconds, and how far resident memory rose above what it was before.  Medians over the rounds.  The parent
+the one call: seconds, and by how much resident memory rose.  Medians over the rounds.  The parent
 compares both results with the exact mean and with each other.
 """
 
@@ -61,7 +61,7 @@ def exact_mean(pairs: list[Pair]) -> Pair:
     return A, torch.cat([scale * B.double() for scale, (_, B) in zip(scales, pairs, strict=True)], dim=1)
 
 
-# ----- one side, in a process of its own ------------------------------------------------------------------------------
+# ----- one side, in its own process -----------------------------------------------------------------------------------
 
 
 def our_side(pairs: list[Pair]) -> Callable[[], Pair]:
@@ -143,7 +143,7 @@ def compare(size: int, num_replicas: int, rank: int, rounds: int, threads: int) 
 
 
 def child(side: str, size: int, num_replicas: int, rank: int, threads: int, file: str) -> dict[str, float]:
-    """What one side prints, run alone."""
+    """The output of one side, run alone."""
     numbers = map(str, (size, num_replicas, rank))
     command = [sys.executable, __file__, "--side", side, file, *numbers]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

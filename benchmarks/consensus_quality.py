@@ -1,21 +1,21 @@
-"""Does meeting rarely cost quality, and what is a merge at the end worth?
+"""Does infrequent synchronisation cost quality, and what is a final merge worth?
 
     python benchmarks/consensus_quality.py [--steps 160] [--seeds 1 2 3] [--out benchmarks/consensus_quality]
-        [--arms ddp H30 H30:0.7:0.9 merge]                                         a part of the arms, or other ones
+        [--arms ddp H30 H30:0.7:0.9 merge]                                         a selection of arms, or others
 
 Four replicas train base5m (LLaMA, 5 M parameters; SORA_TEST_DATA, default ../shared) on GSM8K answers, r = 16 on all
-linears, to a quarter of the parameters; every arm takes the same number of steps and of rows:
+linears, to a quarter of the parameters; every arm takes the same number of steps and rows:
 
     ddp                   gradients are averaged at every step
-    H8, H30, H100         local updates: adapters are averaged every so many steps and at the ends of phases
+    H8, H30, H100         local updates: adapters are averaged every H steps and at the ends of phases
     H30:1:0.5             the same with an outer optimizer, outer_learning_rate 1 and outer_momentum 0.5
-    merge                 four runs, each on a shard of its own, merged at the end by the mean of their products
-    average               the same four, their factors averaged slot by slot (ranks filled up with zeros)
+    merge                 four runs, each on its own shard, merged at the end by the mean of their products
+    average               the same four, their factors averaged slot by slot (ranks padded with zeros)
     votes                 four runs with gates to the end (decoupled, slots as they began); slots are kept by votes,
                           then by size, and averaged
 
 The last three end at the budget too.  One learning rate for all, tuned for one process (sparsity.md).  Every run leaves
-one line in <out>.jsonl; one that is there is not made again.  At the end the table of consensus_quality.md is printed.
+one line in <out>.jsonl; an existing one is not rerun.  Finally the table of consensus_quality.md is printed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def overrides(folder: Path, shards: Sequence[int], seed: int, steps: int, **othe
 
 
 def train(arguments: Sequence[str], run_dir: Path, num_processes: int = 1) -> list[dict[str, Any]]:
-    """Run it; its lines of metrics."""
+    """Run it; returns its lines of metrics."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]
     command = [sys.executable, *(launcher if num_processes > 1 else ["-m"]), "sora_llm.train", CONFIG, *arguments]
     command.append(f"output.output_dir={json.dumps(str(run_dir))}")
@@ -140,13 +140,13 @@ def together(arm: str, folder: Path, seed: int, steps: int) -> dict[str, Any]:
 
 
 def ddp_bytes(lines: Sequence[Mapping[str, Any]], steps: int) -> int:
-    """What an all-reduce of the gradients moves in all steps: of every slot until the cut, of the kept ones after."""
+    """Bytes that all-reducing the gradients moves in all steps: every slot until the cut, the kept ones after."""
     cut = int(0.4 * steps)
     return cut * round_bytes(lines[0]["kept_params"], K) + (steps - cut) * round_bytes(lines[-1]["kept_params"], K)
 
 
 def apart(folder: Path, seed: int, steps: int) -> list[dict[str, Any]]:
-    """Four runs on a shard each, and three ways of making one adapter of them."""
+    """Four runs on a shard each, and three ways to make one adapter from them."""
     with_gates = {"sora.consensus_at": 1.0, "sora.consensus": "slots", "sora.threshold": "decoupled"}
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
 
@@ -187,7 +187,7 @@ def by_products(replicas: Sequence[WeightedAdapter]) -> tuple[Plain, dict[str, A
 
 
 def by_factors(replicas: Sequence[WeightedAdapter]) -> tuple[Plain, dict[str, Any]]:
-    """A and B averaged, as if slots of one number belonged together; cut to the size."""
+    """A and B averaged, as if slots with the same number belonged together; cut to the size."""
     averaged = {}
     for name in replicas[0].factors:
         rank = max(len(replica.factors[name][0]) for replica in replicas)
@@ -202,7 +202,7 @@ def by_factors(replicas: Sequence[WeightedAdapter]) -> tuple[Plain, dict[str, An
 
 
 def by_votes(checkpoints: Sequence[Path]) -> tuple[Plain, dict[str, Any]]:
-    """Slots that most replicas keep, larger ones first among equals; A, B, g averaged over those who keep them."""
+    """Slots that most replicas keep, larger ones first among equals; A, B, g averaged over those replicas."""
     from safetensors.torch import load_file
 
     replicas = [load_file(folder / TENSORS) for folder in checkpoints]

@@ -3,8 +3,8 @@
 `tokenise`: rows → token ids and weights (our formats, template, masks) against `datasets.map` with the bare tokenizer
 over the same texts, already rendered.  Both on one core, in turn, medians of several rounds.
 
-`start`: preparing a data set, and the time from there to the first batch of a run that finds it in the cache, with the
-memory of both, for data sets of several sizes.
+`start`: preparing a data set, and the time to the first batch of a run that finds it in the cache, with the memory of
+both, for data sets of several sizes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from sora_llm.data.templates import as_dicts, render
 from sora_llm.data.tokenize import tokenize_examples
 
 SHARED = Path(os.environ.get("SORA_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared"))
-ROWS_PER_CALL = 200  # as preparation cuts them
+ROWS_PER_CALL = 200  # the same cut as in preparation
 
 # ----- tokenise -------------------------------------------------------------------------------------------------------
 
 
 def tokenise(num_rows: int, rounds: int) -> None:
-    """Prints rows per second of both sides and their ratio, for every kind of rows and every tokenizer."""
+    """Prints rows per second of both sides and their ratio, for every kind of row and every tokenizer."""
     lines = (SHARED / "data/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in itertools.islice(itertools.cycle(lines), num_rows)]
     specs = {
@@ -67,7 +67,7 @@ def tokenise(num_rows: int, rounds: int) -> None:
 
 
 def tokenise_rows(rows: list[dict[str, Any]], spec: DatasetSpec, tokenizer: Any) -> None:
-    """Our side: what a row says, rendered, tokenised, masked."""
+    """Our side: a row read, rendered, tokenised, masked."""
     for start in range(0, len(rows), ROWS_PER_CALL):
         examples = [example for row in rows[start : start + ROWS_PER_CALL] for example in to_examples(row, spec)]
         tokenize_examples(examples, tokenizer, TEMPLATES["alpaca"], separator=spec.separator)
@@ -94,7 +94,7 @@ def base5m() -> Any:
 
 
 def byte_level(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer as GPT-2's, Llama 3's and Qwen's are built, trained on what text there is."""
+    """A tokenizer as GPT-2's, Llama 3's and Qwen's are built, trained on the available text."""
     files = ("gsm8k_train.jsonl", "gutenberg_sherlock_holmes.txt", "wikitext2_valid.txt", "mlx_wikisql_train.jsonl")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,7 +155,7 @@ print(json.dumps({"code": code, "mib": peak() - imported}))
 
 
 def start(num_rows: Sequence[int]) -> None:
-    """Prints what preparing takes, and what it takes to have the first batch of what was prepared."""
+    """Prints the cost of preparing, and of reaching the first batch of the prepared data."""
     print(
         "\nprepared with two processes, then: from the end of the imports to the first packed batch of 4 × 1,024 tokens"
     )
@@ -173,7 +173,7 @@ def start(num_rows: Sequence[int]) -> None:
 
 
 def write_config(folder: Path, num_rows: int) -> Path:
-    """A config on so many different rows, made of GSM8K's, with a cache of its own."""
+    """A config with this many different rows, made from GSM8K's, with its own cache."""
     lines = (SHARED / "data/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
     with (folder / f"{num_rows}.jsonl").open("w") as file:
         for number, line in enumerate(itertools.islice(itertools.cycle(lines), num_rows)):
@@ -193,7 +193,7 @@ def write_config(folder: Path, num_rows: int) -> Path:
 
 
 def child(command: list[str]) -> dict[str, Any]:
-    """What a process of its own prints last, as JSON."""
+    """The last line that a separate process prints, as JSON."""
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found

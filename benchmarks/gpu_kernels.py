@@ -1,10 +1,10 @@
-"""Is it the processor or the GPU that a step waits for?
+"""Does a step wait for the CPU or for the GPU?
 
     python benchmarks/gpu_kernels.py [--layers 8] [--r 64] [--rows 1,4]
 
-Forward and backward of some layers of a LLaMA-7B shape in NF4, 2,048 tokens a sequence (CUDA alone): milliseconds until
-Python has queued a step (issued), until it is done, and that its kernels take on the GPU, with their number, as torch's
-profiler sees them.  Least of --rounds steps.  One JSON line for every arm, the arms of step.py.
+Forward and backward of some layers of a LLaMA-7B shape in NF4, 2,048 tokens a sequence (CUDA only): milliseconds until
+Python has queued a step (issued), until it is done, and of its kernels on the GPU, with their number, from torch's
+profiler.  Fastest of --rounds steps.  One JSON line for each arm; the arms are those of step.py.
 """
 
 from __future__ import annotations

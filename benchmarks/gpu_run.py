@@ -1,12 +1,12 @@
-"""A whole run at a LLaMA's real size, started as a user starts it: tokens/s of the loop, peak memory, seconds.
+"""A complete run at a LLaMA's real size, started as a user would: tokens/s of the loop, peak memory, seconds.
 
     python benchmarks/gpu_run.py --shape 7b --folder outputs/gpu_run [--steps 16] [section.key=value ...]
 
-Writes a checkpoint of random bfloat16 weights (kept for the next time) with base5m's tokenizer, and trains it on GSM8K
-(both of SORA_TEST_DATA, default ../shared) with configs/llama7b.yaml, packed: dense steps, pruning, the cut, steps of
-the smaller adapter, the export and its check, the first quarter of the steps dense and the cut at half of them.  Prints
-one JSON line: medians of the logged steps of every phase, the first left out; the peak beside what `sora-llm estimate`
-says of the same config.  Overrides are those of a run, whose directory is kept where it fails.
+Writes a checkpoint of random bfloat16 weights (kept for the next run) with base5m's tokenizer, and trains it on GSM8K
+(both from SORA_TEST_DATA, default ../shared) with configs/llama7b.yaml, packed: dense steps, pruning, the cut, steps
+with the smaller adapter, the export and its check; a quarter of the steps is dense, the cut is halfway.  Prints
+one JSON line: medians of the logged steps of every phase, except the first; the peak, and that of `sora-llm estimate`
+for the same config.  Overrides are those of a run, whose directory is kept if it fails.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIG = "configs/llama7b.yaml"
 
 
 def make_checkpoint(folder: Path, shape: str, layers: int | None, device: torch.device) -> Path:
-    """A LLaMA of random weights on disk, with a real tokenizer."""
+    """A LLaMA with random weights on disk, with a real tokenizer."""
     if not (folder / "config.json").exists():
         vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
         model = make_backbone(shape, layers, "bf16", device, vocabulary_of_at_least=vocabulary)
@@ -49,7 +49,7 @@ def overrides(checkpoint: Path, run_dir: Path, steps: int) -> dict[str, Any]:
         "data.val_set_size": 64,
         "train.num_train_epochs": None,
         "train.max_steps": steps,
-        "sora.dense_ratio": 0.25,  # of a few steps a config's tenth is one, and a phase's first is left out
+        "sora.dense_ratio": 0.25,  # the config's tenth would be one step here, and a phase's first is left out
         "sora.consensus_at": 0.5,
         "output.output_dir": str(run_dir),
         "output.logging_steps": 1,

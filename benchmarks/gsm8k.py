@@ -1,4 +1,4 @@
-"""GSM8K's answers and the small base that benchmarks train on them; SORA_TEST_DATA names the folder of both."""
+"""GSM8K's answers and the small base that benchmarks train on them; both are in the folder SORA_TEST_DATA."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What processes send each other in a step, counted; and what that predicts for many GPUs, calculated.
+"""Communication between processes in a step, counted; and predictions for many GPUs, calculated.
 
-    python benchmarks/scaling.py                    # both: starts 1, 2 and 4 processes by strategy, some minutes
+    python benchmarks/scaling.py                    # both: starts 1, 2 and 4 processes per strategy; minutes
     python benchmarks/scaling.py --processes ''     # the prediction alone
 
-Counted is every call of the process group (gloo) while the engine is made and during steps of a tiny float32 LLaMA,
-whoever makes it: the loop, DDP or DeepSpeed; the bytes are those that one process gives, or takes of a broadcast.
-Predicted is the time of a step from the model of `sora_llm.estimates.step_time`, which `sora-llm estimate` uses for a
+Counts every call of the process group (gloo) while the engine is created and during steps of a tiny float32 LLaMA,
+whether by the loop, DDP or DeepSpeed; the bytes are those that one process contributes, or receives in a broadcast.
+Predicts the time of a step with the model of `sora_llm.estimates.step_time`, which `sora-llm estimate` uses for a
 config.
 """
 
@@ -33,7 +33,7 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
-    """A Markdown table of a step's collectives, the last of three, when everything has settled, and of the start's."""
+    """A Markdown table of the collectives of a step, the last of three, when all has settled, and of the start."""
     columns = "processes, strategy, calls, reduced, adapter gathered, frozen gathered, scalars, all bytes, at the start"
     names = columns.split(", ")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -68,7 +68,7 @@ def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
 
 
 def work_of(shape: str, r: int, tokens: int) -> Work:
-    """A step with r on all linears, gradient checkpointing, float32 adapters and an NF4 backbone."""
+    """A step with rank r on all linears, gradient checkpointing, float32 adapters and an NF4 backbone."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     kv = hidden * kv_heads // heads
     attention = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]

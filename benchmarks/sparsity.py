@@ -6,12 +6,12 @@
 Trains base5m (LLaMA, 5 M parameters; SORA_TEST_DATA, default ../shared) on GSM8K answers, r = 16 on all linears:
 
     svd     SoRA with a budget as shipped: adaptive, cut by singular components at 40 % of the steps, finetuned
-    slots   the same, but whole slots are kept
+    slots   the same, but complete slots are kept
     lora    LoRA of that size: the same rank everywhere, gates frozen, nothing pruned
 
-Learning rates are tuned once at 25 % on a seed of their own (slots takes svd's).  Every run is a process and leaves one
-line in <out>/runs.jsonl; a run that is there already is not made again, so the command can be stopped and started.  At
-the end it prints the tables of sparsity.md and draws <out>/loss.png and <out>/tracking.png.
+Learning rates are tuned once at 25 % on a separate seed (slots uses svd's).  Every run is a process and leaves one
+line in <out>/runs.jsonl; an existing run is not repeated, so the command can be stopped and restarted.  At the end
+it prints the tables of sparsity.md and draws <out>/loss.png and <out>/tracking.png.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Cell:
         }
 
     def run(self) -> dict[str, Any]:
-        """Train it; returns what is kept of it."""
+        """Train it; returns its record."""
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder) / "run"
             values = [f"{key}={json.dumps(value)}" for key, value in self.overrides(run_dir).items()]
@@ -125,7 +125,7 @@ class Results:
         self.by_key = {line["key"]: line for line in map(json.loads, lines)}
 
     def of(self, cells: Sequence[Cell], workers: int) -> list[dict[str, Any]]:
-        """The results of `cells`, made where they are missing; those that failed are said and left out."""
+        """The results of `cells`, run if missing; failed ones are reported and left out."""
         missing = [cell for cell in cells if cell.key not in self.by_key]
         with ThreadPoolExecutor(workers) as pool:
             try:
@@ -231,7 +231,7 @@ def budget_table(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: S
 
 
 def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], shares: Sequence[float], out: Path) -> None:
-    """loss.png: dev loss against kept parameters; tracking.png: kept and wanted mean rank over the window, and their
+    """loss.png: dev loss against kept parameters; tracking.png: actual and target mean rank over the window, and their
     difference."""
     import matplotlib
 

@@ -1,11 +1,11 @@
-"""What passes before a run's first step: seconds of each part, in a fresh process.
+"""Time before a run's first step: seconds of each part, in a fresh process.
 
     python benchmarks/startup.py [--rounds 3] [CONFIG section.key=value ...]     (default: the demo's config and base)
 
 One process with one thread.  Parts: *imports* of `sora_llm.train`, *checks* of config and inputs before weights,
-*data*, *group* (accelerate, and DeepSpeed's import under ZeRO), *model* (weights, injection, the proof that packed rows
+*data*, *group* (accelerate, and DeepSpeed's import under ZeRO), *model* (weights, injection, the check that packed rows
 do not see each other, prepare, first files), *dev loss* before the first step, *first step*.  Medians over processes
-started one after the other; CPU seconds beside the wall's, which other jobs on the machine lengthen.
+started one after the other; CPU seconds and wall time, which other jobs on the machine lengthen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Clock = tuple[float, float]
 
 
 def now() -> Clock:
-    """Of the wall and of this process's threads, seconds."""
+    """Wall time and CPU time of this process's threads, in seconds."""
     return time.perf_counter(), time.process_time()
 
 
@@ -39,7 +39,7 @@ class Done(Exception):
 
 
 def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Start a run in this process and leave it after its first step."""
+    """Start a run in this process and exit it after its first step."""
     marks: list[tuple[str, Clock]] = [("start", now())]
     from sora_llm import train
     from sora_llm.running import training_loop

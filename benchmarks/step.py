@@ -1,31 +1,30 @@
-"""What an adapter costs beside its frozen backbone: time and peak memory of a step, against PEFT and against the floor.
+"""The cost of an adapter on a frozen backbone: time and peak memory of a step, against PEFT and against the floor.
 
     python benchmarks/step.py                                  # bf16 and NF4, r 8 and 64, 512 tokens: some minutes
     python benchmarks/step.py --tokens 512,2048 --checkpointing off,on      # the whole grid
     python benchmarks/step.py --device cuda --shape 7b --layers 32 --backbones nf4 --tokens 2048 --checkpointing on
 
-A LLaMA of random weights; every arm is a copy of it that shares the frozen weights, with adapters on all linears and,
-where arms are one function, with the same factors (their losses and gradient norms are compared, so that nobody times a
-broken step).  A step is the forward pass, the loss and the backward pass down to the embedded inputs:
+A LLaMA with random weights; every arm is a copy that shares the frozen weights, with adapters on all linears and, if
+arms compute the same function, the same factors (their losses and gradient norms are compared, so that no broken step
+is timed).  A step is the forward pass, the loss and the backward pass down to the embedded inputs:
 
     floor           the frozen blocks alone
-    peft            PEFT's LoRA as it is by default (float32 factors, x cast to float32)
+    peft            PEFT's LoRA with its defaults (float32 factors, x cast to float32)
     peft_bf16       PEFT's LoRA with factors in the backbone's dtype
     peft_dropout    peft with a dropout of 0.05
     adalora         PEFT's AdaLoRA without its orthogonality loss
-    gated           the formula of SoRA as one writes it down, left to autograd
+    gated           SoRA's formula as written, left to autograd
     ours            inject_sora
-    ungated         ours without gates: LoRA by our layer, so that ours − ungated is what gates cost
+    ungated         ours without gates: LoRA by our layer, so that ours − ungated is the cost of gates
     ours_dropout    ours with a dropout of 0.05
     cut             ours after consensus_prune to a quarter of the ranks
 
-Arms take steps in turn (A B C A B C …) in one process; what is reported is the median over rounds of the ratio to the
-floor's step of the same round, with quartiles, and beside it the ratio of the least times of all rounds: neighbours on
-a shared machine only ever add to a time, so with many rounds the least is what the work itself takes.  The clock on a
-CPU is that of the process where it has one thread (other people's jobs count less), else the wall's; on CUDA events.
-Memory of a step, above what is there before it: `saved` for the backward pass by unique storage, frozen weights aside;
-`peak` of the allocator (on a CPU as torch's profiler sees it); `RSS` as the kernel sees it.  --out appends JSON lines;
-the table is printed.
+Arms take steps in turn (A B C A B C …) in one process; reported are the median over rounds of the ratio to the floor's
+step of the same round, with quartiles, and the ratio of the minimum times over all rounds: other jobs on a shared
+machine can only add time, so with many rounds the minimum is the time of the work itself.  The clock on a CPU is the
+process's if it has one thread (less affected by other jobs), else wall time; on CUDA events.  Memory of a step, above
+its start: `saved` for the backward pass by unique storage, without frozen weights; `peak` of the allocator (on a CPU by
+torch's profiler); `RSS` by the kernel.  --out appends JSON lines; the table is printed.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def make_backbone(
     quant_storage: torch.dtype = torch.uint8,
     vocabulary_of_at_least: int = 0,
 ) -> LlamaForCausalLM:
-    """Frozen LLaMA blocks of random weights in bfloat16, their linears quantised under "nf4"."""
+    """Frozen LLaMA blocks with random weights in bfloat16, their linears quantised under "nf4"."""
     hidden, intermediate, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=max(vocabulary, vocabulary_of_at_least),
@@ -106,15 +105,15 @@ def make_backbone(
 
 
 def use_liger(model: nn.Module) -> None:
-    """Liger's kernels for norms, rotary embedding and SwiGLU; loss and adapters stay what they are."""
+    """Liger's kernels for norms, rotary embedding and SwiGLU; loss and adapters are unchanged."""
     from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model)
 
 
 def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
-    """The same layer in NF4 with double quantisation and bfloat16 compute, of the weight as it is, as a run has it: a
-    layer that loads it rounds float32, and dequantises to that."""
+    """The same layer in NF4 with double quantisation and bfloat16 compute, from the weight as is, as in a run: a layer
+    that loads it rounds float32, and dequantises to that."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
@@ -143,7 +142,7 @@ def quantised(linear: nn.Linear, quant_storage: torch.dtype) -> nn.Linear:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A model of its own that shares the frozen tensors."""
+    """A separate model that shares the frozen tensors."""
     return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
 
 
@@ -151,7 +150,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 class PlainGated(nn.Module):
-    """y = W x + s · B (g ⊙ (A x)) as the equation says it, in the factors' dtype, and autograd's gradient."""
+    """y = W x + s · B (g ⊙ (A x)) as in the equation, in the factors' dtype, with autograd's gradient."""
 
     def __init__(self, base_layer: nn.Linear, A: Tensor, B: Tensor, scaling: float):
         super().__init__()
@@ -169,7 +168,7 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def random_factors(model: nn.Module, r: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{module: (A (R, I), B (O, R))} of the size that they have some time into a training, float32."""
+    """{module: (A (R, I), B (O, R))} of typical size after some training, float32."""
     found = {}
     generator: torch.Generator | None = None
     for name, linear in target_linears(model).items():
@@ -255,7 +254,7 @@ class Arm:
             self.optimizer.step()
 
     def note_gradients(self) -> None:
-        """Keep loss and gradient norms of the step that was taken."""
+        """Keep the loss and gradient norms of the last step."""
         self.loss = float(self.loss_tensor)
         assert self.inputs.grad is not None
         self.input_grad_norm = float(self.inputs.grad.float().norm())
@@ -302,12 +301,12 @@ def seconds_of(action: Callable[[], None], device: torch.device, clock: Callable
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as CUDA's caching allocator does: else page faults are a tenth of a step, and more
-    in whatever arm happens to cross a threshold."""
+    """Let glibc keep freed memory, as CUDA's caching allocator does: else page faults are a tenth of a step, and more
+    in any arm that happens to cross a threshold."""
     with contextlib.suppress(OSError):
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        libc.mallopt(m_mmap_threshold, 2**25)  # the most it takes
+        libc.mallopt(m_mmap_threshold, 2**25)  # the maximum it accepts
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 2**28)
 
@@ -330,7 +329,7 @@ def saved_bytes(arm: Arm) -> int:
 
 
 def peak_bytes(arm: Arm, device: torch.device) -> int:
-    """Peak of what the allocator gave out during forward and backward, above the start."""
+    """Peak of allocated memory during forward and backward, above the start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -345,7 +344,7 @@ def peak_bytes(arm: Arm, device: torch.device) -> int:
 
 
 def rss_bytes(arm: Arm) -> int | None:
-    """Peak of resident memory during forward and backward, above the start; None where the kernel does not tell."""
+    """Peak of resident memory during forward and backward, above the start; None if the kernel does not report it."""
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -353,7 +352,7 @@ def rss_bytes(arm: Arm) -> int | None:
 
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = status("VmRSS")
     except OSError:
         return None
@@ -370,13 +369,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def limit_of(model: nn.Module, r: float) -> float:
-    """Σ 6 T r (I + O) / Σ 4 T I O: what adapters of rank r add to the products of the linears they stand beside."""
+    """Σ 6 T r (I + O) / Σ 4 T I O: operations that adapters of rank r add to those of their linears."""
     sizes = [(linear.in_features, linear.out_features) for linear in target_linears(model).values()]
     return 1.5 * r * sum(i + o for i, o in sizes) / sum(i * o for i, o in sizes)
 
 
 def compare_same_functions(arms: Mapping[str, Arm]) -> None:
-    """Stop where arms that are one function disagree by more than bfloat16 explains."""
+    """Stop if arms that compute the same function disagree by more than bfloat16 explains."""
     same = [arms[name] for name in SAME_FUNCTION if name in arms]
     for arm in arms.values():
         values = [arm.loss, arm.input_grad_norm, *([arm.grad_norm] if arm.trained else [])]
@@ -455,7 +454,7 @@ def frozen_bytes(model: nn.Module) -> int:
 
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs beside it."""
+    """The context that a number needs."""
     cuda = options.device.startswith("cuda")
     return {
         "date": datetime.date.today().isoformat(),
@@ -477,7 +476,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
 
     def overhead(record: Mapping[str, Any]) -> tuple[float, float]:
-        """Above the floor: by the median, by the least times."""
+        """Above the floor: by the median, by the minimum times."""
         return record["ratio"][1] - 1, record["least_ratio"] - 1
 
     of_all = overhead(by_arm["peft"]) if "peft" in by_arm else None

@@ -1,4 +1,4 @@
-"""Whole jobs: supervised tokens/s beside TRL with PEFT, what the loop adds to its steps, memory over many steps.
+"""End-to-end jobs: supervised tokens/s against TRL with PEFT, the loop's overhead, memory over many steps.
 
     python benchmarks/throughput.py [--rounds 3] [--steps 30]      jobs in turn (A B C D A B C D ...), then the others
     python benchmarks/throughput.py --only jobs|loop|memory
@@ -6,14 +6,14 @@
 base5m (LLaMA, 5 M parameters, NF4, bfloat16) on GSM8K, answers supervised, r = 16 on all linears, dropout 0.05, one
 thread (SORA_TEST_DATA, default ../shared; TRL: pip install 'sora_llm[examples]').  Every job is a process:
 
-    packed, padded            this package: configs/llama7b.yaml, sequences of 512 tokens packed full, or 8 rows padded
+    packed, padded            this package: configs/llama7b.yaml, packed sequences of 512 tokens, or 8 padded rows
     trl_packed, trl_padded    TRL's SFTTrainer on PEFT's LoRA of the same size: no gates, nothing is cut
 
-A job's rate is its supervised tokens over the seconds from the end of step 2 to the end of the last one, data included,
-evaluation and checkpoints not; this package's before and after the cut.
+A job's rate is its supervised tokens over the seconds from the end of step 2 to the end of the last, including data,
+without evaluation and checkpoints; this package's before and after the cut.
 
-*loop*: the share of the time of `sora_llm.train`'s steps that lies outside of forward, backward and optimizer; a bare
-step takes the same batches with the same model, the two in turn.  *memory*: resident memory over 2,000 steps.
+*loop*: the share of `sora_llm.train`'s step time spent outside forward, backward and optimizer; a bare step takes the
+same batches with the same model, the two in turn.  *memory*: resident memory over 2,000 steps.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def run_trl(packed: bool, steps: int, folder: Path) -> dict[str, float]:
         peft_config=LoraConfig(r=R, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
     )
     trainer.train()
-    # From the end of one backward pass to that of another lie as many whole steps.
+    # Between the ends of two backward passes there is a whole number of steps.
     tokens = sum(count for _, count in seen[WARM_UP:-1])
     return {"rate": tokens / (seen[-1][0] - seen[WARM_UP][0]), "peak_gib": peak_memory_gib(torch.device("cpu"))}
 
@@ -144,7 +144,7 @@ def job(name: str, steps: int) -> dict[str, float]:
 
 
 def jobs(rounds: int, steps: int) -> None:
-    """All of them in turn, each in a process of its own; prints a line for each and the table."""
+    """All of them in turn, each in its own process; prints a line for each and the table."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for _ in range(rounds):
@@ -172,7 +172,7 @@ def jobs(rounds: int, steps: int) -> None:
 
 
 def loop(steps: int) -> None:
-    """Time steps of `sora_llm.train` whole and bare, the same batches, in turn."""
+    """Time complete and bare steps of `sora_llm.train` on the same batches, in turn."""
     import torch
 
     from sora_llm import train
@@ -186,7 +186,7 @@ def loop(steps: int) -> None:
     state = {"ended": 0.0}
 
     def timed(engine: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
-        """A step of the loop; and after it the bare one, whose seconds the loop is not charged with."""
+        """A step of the loop, then the bare one, whose seconds are not charged to the loop."""
         result = real(engine, batches, *arguments, **options)
         started = time.thread_time()
         for batch in batches.micro_batches:
@@ -220,7 +220,7 @@ def loop(steps: int) -> None:
 
 
 def memory(steps: int) -> None:
-    """Resident memory of a run of many short steps on stories260k, every tenth of it."""
+    """Resident memory of a run of many short steps on stories260k, after each tenth of it."""
     import psutil
     import torch
 

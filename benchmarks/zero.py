@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 8 benchmarks/zero.py zero2 --shape 7b --tokens 2048
 
-LLaMA blocks of random weights in NF4 with SoRA on all linears, gradient checkpointing, one sequence of random tokens
-for each process; the engine, loss and optimizer are those of a run.  The main process prints one JSON line.
+LLaMA blocks with random weights in NF4 with SoRA on all linears, gradient checkpointing, one sequence of random tokens
+per process; the engine, loss and optimizer are those of a run.  The main process prints one JSON line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = deepspeed_config(options.strategy, max_grad_norm=1.0, adapter_dtype="float32")
     accelerator = make_accelerator(options.strategy, world, deepspeed_config=config)
     device = options.device = str(accelerator.device)
-    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would shard while it builds, as backbone.py says
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would shard while building (see backbone.py)
     storage = DTYPES[resolve_quant_storage("auto", "bfloat16", options.strategy)]
     model = make_backbone(options.shape, options.layers, "nf4", torch.device(device), storage)
     enable_checkpointing(model)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds: list[float] = []
     for round_number in range(-options.warm_up, options.rounds):
         started = time.perf_counter()
-        _, outcome = train_step(engine, batches, world.num_processes)  # ends with the norm in hand: synchronised
+        _, outcome = train_step(engine, batches, world.num_processes)  # computes the norm, which synchronises
         assert outcome.grad_norm > 0 and not outcome.skipped, f"gradient norm {outcome.grad_norm}"
         if round_number >= 0:
             seconds.append(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What the examples share that is not SoRA: arguments, a (4-bit) base, rows as tokens; and the check at their end."""
+"""Shared by the examples, unrelated to SoRA: arguments, a (4-bit) base, rows as tokens; and the final check."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def load_base(args: argparse.Namespace) -> nn.Module:
-    """The base, quantised where asked, on this process's device."""
+    """The base, quantised if asked, on this process's device."""
     dtype = getattr(torch, args.dtype)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     quantization = BitsAndBytesConfig(
@@ -61,12 +61,12 @@ def load_base(args: argparse.Namespace) -> nn.Module:
         device_map={"": device},
         quantization_config=quantization if args.load_in_4bit else None,
     )
-    forbid_cpu_repack(model)  # else an evaluation on a CPU changes a 4-bit base, and with it what is trained on it
+    forbid_cpu_repack(model)  # else an evaluation on a CPU changes a 4-bit base, and the training on it
     return model
 
 
 def text_rows(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training, dev) rows of "prompt" and "completion", in an order that the seed decides."""
+    """(training, dev) rows of "prompt" and "completion", in an order set by the seed."""
     try:
         lines = [json.loads(line) for line in args.data.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [{"prompt": line[args.prompt], "completion": line[args.completion]} for line in lines]
@@ -88,7 +88,7 @@ def token_rows(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(prompt) < args.sequence_len:  # else nothing of it would be supervised
+        if len(prompt) < args.sequence_len:  # else none of it would be supervised
             ids, labels = prompt + completion, [-100] * len(prompt) + completion
             tokenized.append({"input_ids": ids[: args.sequence_len], "labels": labels[: args.sequence_len]})
     if not tokenized:
@@ -97,7 +97,7 @@ def token_rows(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows padded on the right, (B, T).  No mask is needed: no token sees the padding behind it, and it has no loss."""
+    """Rows padded on the right, (B, T).  No mask is needed: no token sees the padding after it, which has no loss."""
 
     def padded(key: str, value: int) -> Tensor:
         tensors = [torch.tensor(row[key]) for row in rows]
@@ -107,7 +107,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def live_gates(model: nn.Module) -> str:
-    """How many gates are not 0, as the end of a line; nothing after the cut."""
+    """The number of gates that are not 0, as the end of a line; empty after the cut."""
     gates = [m.gate.detach() for m in model.modules() if isinstance(m, SoraLinear) and m.gate is not None]
     if not gates:
         return ""
@@ -128,7 +128,7 @@ def loss_of(model: Any, rows: Sequence[Row], batch_size: int) -> float:
 
 
 def export_and_reload(model: nn.Module, dev: Sequence[Row], args: argparse.Namespace) -> None:
-    """Write out/adapter, then load it as anybody would, on a fresh base, and compare the dev loss."""
+    """Write out/adapter, then load it as any user would, on a fresh base, and compare the dev loss."""
     trained = loss_of(model, dev, args.batch_size)
     certificate = export_adapter(model, args.out / "adapter", layout="padded")
     reloaded = loss_of(PeftModel.from_pretrained(load_base(args), args.out / "adapter"), dev, args.batch_size)

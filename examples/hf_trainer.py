@@ -1,9 +1,9 @@
-"""SoRA in transformers' Trainer: one Trainer up to the cut, another one after it; on one process or several (DDP).
+"""SoRA in transformers' Trainer: one Trainer up to the cut, another after it; on one process or several (DDP).
 
     python examples/hf_trainer.py MODEL DATA.jsonl OUT --load-in-4bit
     torchrun --nproc-per-node 2 examples/hf_trainer.py MODEL DATA.jsonl OUT --load-in-4bit
 
-The same command goes on from the newest checkpoint of the phase that it was in.
+The same command resumes from the newest checkpoint of the phase it was in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, cut = sparse_phase(args)
     trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args)
     go_on(trainer)
-    consensus_prune(model, target_rank=args.target_rank)  # proves first that all processes hold the same adapter
+    consensus_prune(model, target_rank=args.target_rank)  # first checks that all processes hold the same adapter
 
     seen = cut * args.batch_size * args.accumulate * trainer.args.world_size % len(train_rows)
     trainer = make_trainer(model, train_rows[seen:] + train_rows[:seen], args.out / "finetune", args.steps - cut, args)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def go_on(trainer: Trainer) -> None:
     """Train from the newest checkpoint of this phase, if there is one.
 
-    The cut is a function of the adapter alone, so a second phase that is resumed has the ranks it had.
+    The cut is a function of the adapter alone, so a resumed second phase has the same ranks.
     """
     folder = Path(str(trainer.args.output_dir))
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -61,15 +61,15 @@ def go_on(trainer: Trainer) -> None:
 
 
 def accept_adapters(model: Any) -> None:
-    """Tell transformers that this model has adapters to train: Trainer refuses a quantised model without.
+    """Tell transformers that this model has adapters to train: Trainer refuses a quantised model without them.
 
-    The flag makes `model.save_pretrained` look for adapters of PEFT's, so saving is the part of `AdapterCheckpoints`.
+    The flag makes `model.save_pretrained` look for PEFT adapters, so `AdapterCheckpoints` does the saving.
     """
     model._hf_peft_config_loaded = True
 
 
 class AdapterCheckpoints:
-    """Lets the checkpoints of a Trainer hold what is trained, instead of the whole quantised base."""
+    """Makes a Trainer's checkpoints hold the trained parameters instead of the entire quantised base."""
 
     model: Any
     args: TrainingArguments
@@ -84,7 +84,7 @@ class AdapterCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self.model, resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:  # of load_best_model_at_end
+    def _load_best_model(self) -> None:  # for load_best_model_at_end
         load_adapter(self.model, self.state.best_model_checkpoint)
 
 
@@ -93,7 +93,7 @@ class SoraTrainer(AdapterCheckpoints, Trainer):
 
 
 class SparseLambda(TrainerCallback):
-    """λ of every step; the gates that are left, beside the loss."""
+    """Sets λ at every step; logs the remaining gates next to the loss."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -107,14 +107,14 @@ class SparseLambda(TrainerCallback):
 
 
 def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, num_steps: int, args) -> Trainer:
-    """A phase.  Clipping, accumulation and the loss over all processes' tokens are Trainer's own."""
+    """A phase.  Clipping, accumulation and the loss over all processes' tokens are Trainer's."""
     options = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
         max_grad_norm=1.0,
-        train_sampling_strategy="sequential",  # the rows are in a random order already
+        train_sampling_strategy="sequential",  # the rows are already in random order
         remove_unused_columns=False,
         logging_steps=10,
         save_steps=max(1, num_steps // 2),
@@ -140,7 +140,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, checkpoint: str) -> None:
-    """Take the adapter's values from a checkpoint of the same phase."""
+    """Load the adapter's values from a checkpoint of the same phase."""
     tensors, parameters = load_file(Path(checkpoint) / WEIGHTS), trained(model)
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(f"{checkpoint} holds an adapter of other modules or ranks; name another folder, or remove it")

@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py MODEL DATA.jsonl OUT --load-in-4bit
 
-The data are JSON lines with a prompt and a completion; --prompt and --completion give the names of these fields.
+The data are JSON lines with a prompt and a completion; --prompt and --completion name these fields.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(model: Any, batches: Iterator[list[common.Row]], num_steps: int, args) -> None:
-    """One phase, with an optimizer of its own: after the cut the parameters are new ones."""
+    """One phase, with its own optimizer: after the cut the parameters are new."""
     optimizer, schedule = make_optimizer(model, args, num_steps)
     for step in range(num_steps):
         set_sparse_lambda(optimizer, step, args)
         rows = [next(batches) for _ in range(args.accumulate)]
-        # The mean is over the supervised tokens of the whole step, or short rows would weigh more than long ones.
+        # The mean is over all supervised tokens of the step, or tokens of short rows would weigh more.
         count = sum(label != -100 for micro_batch in rows for row in micro_batch for label in row["labels"][1:])
         loss = 0.0
         for micro_batch in rows:
@@ -53,7 +53,7 @@ def train(model: Any, batches: Iterator[list[common.Row]], num_steps: int, args)
             part.backward()
             loss += part.item()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm=1.0)
-        optimizer.step()  # the prox of the gates is part of it
+        optimizer.step()  # includes the prox of the gates
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 10 == 0:
@@ -67,7 +67,7 @@ def micro_batches(rows: Sequence[common.Row], batch_size: int) -> Iterator[list[
 
 
 def sparse_phase(args: argparse.Namespace) -> tuple[int, int]:
-    """(steps before pruning begins, steps before the cut): first B has to leave 0, and what is cut has to heal."""
+    """(steps before pruning begins, steps before the cut): B has to leave 0 first, and a cut has to heal."""
     if args.steps < 2:
         raise SystemExit(f"--steps is {args.steps}; it takes 2 or more, one with λ and one after the cut")
     if args.sparse_lambda <= 0:
@@ -78,7 +78,7 @@ def sparse_phase(args: argparse.Namespace) -> tuple[int, int]:
 def make_optimizer(model: nn.Module, args: argparse.Namespace, num_steps: int) -> tuple[ProxAdamW, Any]:
     """ProxAdamW for `num_steps`: a cosine for the factors, a constant rate for the gates, so that λ keeps its strength.
 
-    The gates' rate takes a gate without a gradient from 1 to 0 in half of the steps that have λ.
+    The gates' rate takes a gate without a gradient from 1 to 0 in half of the steps with λ > 0.
     """
     dense, cut = sparse_phase(args)
     gate_lr = 2 / (args.sparse_lambda * (cut - dense))
@@ -93,7 +93,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, num_steps: int) -
 
 
 def set_sparse_lambda(optimizer: Any, step: int, args: argparse.Namespace) -> None:
-    """λ of a step of the first phase; afterwards there are no gates."""
+    """λ for a step of the first phase; afterwards there are no gates."""
     dense, _ = sparse_phase(args)
     for group in optimizer.param_groups:
         if group["name"] == "gates":

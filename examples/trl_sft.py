@@ -3,7 +3,7 @@
     pip install 'sora_llm[examples]'
     python examples/trl_sft.py MODEL DATA.jsonl OUT --load-in-4bit --packing
 
-The same command goes on from the newest checkpoint of the phase that it was in.
+The same command resumes from the newest checkpoint of the phase it was in.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class SoraSFTTrainer(AdapterCheckpoints, SFTTrainer):
 def make_trainer(
     model: Any, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args, seed: int
 ) -> SoraSFTTrainer:
-    """A phase; its `seed` is that of the order of rows, which a second phase would repeat from the first row on.
+    """A phase; `seed` sets the order of rows, which a second phase would otherwise repeat from the start.
 
-    The loss covers the completions, as TRL does with rows of prompt and completion.
+    The loss covers the completions, as TRL does for rows of prompt and completion.
     """
     options = SFTConfig(
         output_dir=str(folder),
@@ -66,7 +66,7 @@ def make_trainer(
         save_steps=max(1, num_steps // 2),
         seed=seed,
         report_to=[],
-        bf16=False,  # no autocast: the base has its dtype, the adapter its own
+        bf16=False,  # no autocast: base and adapter have their own dtypes
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,

@@ -1,12 +1,12 @@
-"""Makes the demo's base model and data, offline, from the documentation that every Python installation carries.
+"""Makes the demo's base model and data, offline, from the documentation in every Python installation.
 
     python launch/demo_base.py [--out outputs/demo] [--seconds 60]
 
     <out>/data/train.jsonl, dev.jsonl    questions and answers about the standard library, alpaca form
     <out>/base/                          a LLaMA of 2 M parameters with its tokenizer, for AutoModel and AutoTokenizer
 
-The base reads documentation pages and never a question: answering is what the adapter has to learn. A second run
-finds both folders and ends at once; they appear complete or not at all.
+The base is trained on documentation pages, never on questions: the adapter has to learn to answer. A second run
+finds both folders and exits at once; they appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-VERSION = "1"  # raise it when the result should change: an older <out> is then made anew
+VERSION = "1"  # raise it when the result should change: an older <out> is then rebuilt
 MARKER = "demo_base_version"
 
 VOCAB_SIZE = 2048
-CONTEXT_TOKENS = 512  # what the model accepts
-WINDOW_TOKENS = 256  # what it is trained on: pages and questions are shorter
+CONTEXT_TOKENS = 512  # the model's limit
+WINDOW_TOKENS = 256  # in training: pages and questions are shorter
 MODEL: dict[str, Any] = {  # every side of every linear is a multiple of 64, the block size of NF4
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 192,
@@ -39,7 +39,7 @@ MODEL: dict[str, Any] = {  # every side of every linear is a multiple of 64, the
     "head_dim": 32,
     "max_position_embeddings": CONTEXT_TOKENS,
     "tie_word_embeddings": True,
-    "initializer_range": 0.07,  # about 1/sqrt(hidden_size); LLaMA's 0.02 loses half of so short a training
+    "initializer_range": 0.07,  # about 1/sqrt(hidden_size); LLaMA's 0.02 wastes half of such a short training
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
@@ -79,14 +79,14 @@ def main() -> int:
             (made / MARKER).write_text(VERSION + "\n")
             final = out / made.name
             if final.exists():
-                shutil.move(final, Path(folder, "old-" + made.name))  # goes with the temporary folder
+                shutil.move(final, Path(folder, "old-" + made.name))  # removed with the temporary folder
             made.rename(final)
     print(f"Base model in {out / 'base'}, data in {out / 'data'}.")
     return 0
 
 
 def is_complete(folder: Path) -> bool:
-    marker = folder / MARKER  # put in before the folder gets its name
+    marker = folder / MARKER  # added before the folder gets its name
     return marker.is_file() and marker.read_text().strip() == VERSION
 
 
@@ -110,10 +110,10 @@ def make_data(folder: Path) -> tuple[list[str], list[str]]:
 def make_tokenizer(corpus: list[str], held_out: list[str], folder: Path) -> Any:
     """Trains a sentencepiece BPE with LLaMA's settings and saves it in both forms; returns transformers' tokenizer.
 
-    Both are needed: llama.cpp and others read tokenizer.model, while transformers reads tokenizer.model alone into a
-    tokenizer that splits some texts differently and is right with tokenizer.json beside it. That the two agree is
-    checked on a few hundred pages and on awkward strings. (They differ by design on a text that begins with a space:
-    LlamaTokenizer puts no second one before it.)
+    Both are needed: llama.cpp and others read tokenizer.model, while transformers, given tokenizer.model alone, makes
+    a tokenizer that splits some texts differently, and is correct with tokenizer.json. Their agreement is checked on a
+    few hundred pages and on awkward strings. (They differ by design on a text that begins with a space: LlamaTokenizer
+    adds no second one.)
     """
     import sentencepiece
     from transformers import AutoTokenizer
@@ -184,8 +184,8 @@ def build_fast_tokenizer(reference: Any) -> Any:
     """The tokenizer of a sentencepiece BPE model as transformers' LlamaTokenizer writes it to tokenizer.json.
 
     sentencepiece joins whichever neighbours form the known piece of the best score; the tokenizers library wants a
-    list of merges in order. Pieces are numbered by score, so the list is: for each piece, every way to make it of two.
-    (transformers 5.23 lists them in another order when it converts tokenizer.model by itself.)
+    list of merges in order. Pieces are numbered by score, so the list is: for each piece, all ways to make it from two.
+    (transformers 5.23 lists them in a different order when it converts tokenizer.model itself.)
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -210,11 +210,11 @@ def train_base(tokenizer: Any, corpus: list[str], held_out: list[str], folder: P
     """Trains the model from scratch for `seconds` and saves it in bfloat16.
 
     The learning rate follows the clock (short linear warm-up, cosine to zero), so a slow machine gets a finished
-    model of fewer steps.
+    model from fewer steps.
     """
     import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed where it is installed, which would ask
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, if installed, which would ask
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -282,8 +282,8 @@ def mean_loss(model: Any, windows: Any) -> float:
 
 
 def num_threads() -> int:
-    """All cores this process may use but one (at most four): more do not help a model this small, and threads that
-    wait for a core that something else uses make a step many times slower."""
+    """All cores this process may use but one (at most four): more do not help a model this small, and threads waiting
+    for a busy core make a step many times slower."""
     return max(1, min(len(os.sched_getaffinity(0)) - 1, 4))
 
 

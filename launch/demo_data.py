@@ -1,4 +1,4 @@
-"""Text and instruction data for the demo, made of what every Python installation documents about itself.
+"""Text and instruction data for the demo, made from the documentation in every Python installation.
 
     documented objects ──> pages of plain text (the base model's corpus)
                       └──> questions and answers (the adapter's data), a few kinds per object
@@ -19,8 +19,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-# Safe to import (no window, no terminal, no printing) and in every CPython 3.10-3.13; a module that this installation
-# lacks is skipped. Earlier modules come first when two of them export the same object.
+# Safe to import (no window, no terminal, no printing) and in every CPython 3.10-3.13; missing modules are skipped.
+# Earlier modules come first when two of them export the same object.
 MODULES = """
 builtins abc argparse array ast asyncio atexit base64 bdb binascii bisect bz2 calendar cmath cmd code codecs codeop
 collections collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg
@@ -52,13 +52,13 @@ class Entry:
     name: str
     kind: str  # module, class, function, method or attribute
     doc: str
-    summary: str  # "" where the docstring does not open with a sentence
+    summary: str  # "" if the docstring does not open with a sentence
     signature: inspect.Signature | None = None
-    methods: tuple[str, ...] = ()  # of a class: its public, documented methods
+    methods: tuple[str, ...] = ()  # for a class: its public, documented methods
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is documented here
+# The documented objects
 
 
 def documented_objects() -> list[Entry]:
@@ -100,7 +100,7 @@ def documented_objects() -> list[Entry]:
             for member_name, static in sorted(vars(obj).items()):
                 if member_name.startswith("_"):
                     continue
-                member = getattr(static, "__func__", static)  # what a static or class method wraps
+                member = getattr(static, "__func__", static)  # the function a static or class method wraps
                 if inspect.isroutine(member) and add(f"{prefix}{short}.{member_name}", "method", member):
                     methods.append(member_name)
                 elif inspect.isdatadescriptor(member):
@@ -118,7 +118,7 @@ def public_members(module: Any) -> list[tuple[str, Any]]:
 
 
 def clean_signature(obj: Any) -> inspect.Signature | None:
-    """The call signature without `self` and annotations; None where Python does not know it or cannot print it."""
+    """The call signature without `self` and annotations; None if Python does not know it or cannot print it."""
     try:
         signature = inspect.signature(obj)
     except (ValueError, TypeError, AttributeError):  # the last of Python 3.13.0: the signature of epoll.register
@@ -128,7 +128,7 @@ def clean_signature(obj: Any) -> inspect.Signature | None:
         parameters = parameters[1:]
     signature = inspect.Signature(parameters)
     text = str(signature)
-    unprintable = any(part in text for part in ("<", "0x", "{", sys.prefix, sys.base_prefix))  # or true here alone
+    unprintable = any(part in text for part in ("<", "0x", "{", sys.prefix, sys.base_prefix))  # or true here only
     return None if unprintable or len(text) > 160 else signature
 
 
@@ -159,7 +159,7 @@ def summary_of(doc: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is asked about it
+# Questions about them
 
 
 def questions(entry: Entry, num_same_short_name: int) -> list[tuple[str, str]]:
@@ -191,7 +191,7 @@ def questions(entry: Entry, num_same_short_name: int) -> list[tuple[str, str]]:
         listed = [stars.get(p.kind, "") + p.name + " (optional)" * (p.default is not p.empty) for p in parameters]
         if listed:
             pairs.append((f"Which arguments does {name} take?", ", ".join(listed) + "."))
-        elif kind == "function":  # so many methods take none that the answer would be learned blindly
+        elif kind == "function":  # many methods take none: the answer would be learned blindly
             pairs.append((f"Which arguments does {name} take?", "It takes no arguments."))
         with_default = [p for p in parameters if p.default is not p.empty]
         if with_default:
@@ -210,8 +210,8 @@ def questions(entry: Entry, num_same_short_name: int) -> list[tuple[str, str]]:
 def make_demo_data() -> tuple[list[str], list[str], list[dict[str, str]], list[dict[str, str]]]:
     """Returns (corpus pages, held-out pages, train rows, dev rows).
 
-    Objects that say the same about themselves (many methods of related classes do) form one group, and a whole group
-    goes to one side, so that no dev answer was read in training under another object's name.
+    Objects with the same docstring (many methods of related classes) form one group, and each group goes to one
+    side, so that no dev answer was seen in training under a different object's name.
     """
     entries = documented_objects()
     short_names = Counter(e.name.rpartition(".")[2] for e in entries)
@@ -239,7 +239,7 @@ def make_demo_data() -> tuple[list[str], list[str], list[dict[str, str]], list[d
 
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart; the docstrings are enough
+    except ImportError:  # some distributions package it separately; the docstrings are enough
         topics: dict[str, str] = {}  # type: ignore[no-redef]
     for topic in sorted(topics):  # cut at paragraphs into pages of about 2000 characters, like the others
         page = ""

@@ -1,4 +1,4 @@
-"""The end of the demo: what came out of a run, in a few lines.
+"""The end of the demo: the result of a run, in a few lines.
 
 python launch/demo_summary.py <run directory>
 """
