@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Builds docker/Dockerfile without a container engine or registry, and looks into the image.  README.md beside this file
-# says what that proves and what it does not.
+# Builds docker/Dockerfile without a container engine or registry, and checks the image.  See README.md for
+# what that proves and what it does not.
 #
 #   bash docker/validate.sh            PyTorch for the CPU, Debian 12 as the base (Python 3.11)
-#   bash docker/validate.sh --cuda     what the Dockerfile builds by default: PyPI's PyTorch, which is for CUDA, with
+#   bash docker/validate.sh --cuda     the Dockerfile's default: PyPI's PyTorch, which is for CUDA, with
 #                                      Ubuntu 24.04 as the base (Python 3.12)
-#       --skip-training                do not train in the image, nor stop a training there
+#       --skip-training                do not train, or stop a training, in the image
 #
-# buildah runs the Dockerfile in a chroot; a debootstrap system under the name of the Dockerfile's FROM is its base.
+# buildah runs the Dockerfile in a chroot; a debootstrap system under the name in FROM is its base.
 # Needs root on Debian or Ubuntu (x86_64), apt and a package index; installs buildah and debootstrap where missing.
-# pip's settings on this machine (index, mirror, certificate) hold for the build and stay out of the image.
-# Everything else lies in one temporary folder and is gone afterwards.
+# This machine's pip settings (index, mirror, certificate) apply to the build and stay out of the image.
+# Everything else is in one temporary folder, which is removed afterwards.
 #
 #   TMPDIR            where that folder is made (default /var/tmp): 8 GB free, 20 GB with --cuda
-#   TORCH_INDEX_URL   index of PyTorch's CPU builds (default https://download.pytorch.org/whl/cpu; where that cannot be
-#                     reached, an index is made of the CPU build that pip's settings offer)
+#   TORCH_INDEX_URL   index of PyTorch's CPU builds (default https://download.pytorch.org/whl/cpu; if that cannot be
+#                     reached, an index is made from the CPU build that pip's settings offer)
 #   SORA_MIRROR       mirror for debootstrap
 set -euo pipefail
 self=docker/$(basename "${BASH_SOURCE[0]}")
@@ -108,7 +108,7 @@ check() { # check <what> <function>: the function fails, or prints what it found
 
 in_image() { store run "$container" -- "$@"; } # as the image's user, in its folder, with its environment
 
-# ----- a base under the name of the Dockerfile's FROM -----------------------------------------------------------------
+# ----- a base under the name in the Dockerfile's FROM -----------------------------------------------------------------
 
 make_base() {
   local suite mirror script=() options=() keyring deb
@@ -147,8 +147,8 @@ make_base() {
 
 # ----- this machine's pip settings, for the build alone ---------------------------------------------------------------
 
-# Writes pip.conf, which the build gets as a secret, and private, what must not be found in the image.  Folders that the
-# settings name are bound below pip/, which the build sees as /mnt: that exists in every base and stays empty.
+# Writes pip.conf, which the build gets as a secret, and private, strings that must not be in the image.  Folders
+# named in the settings are bound below pip/, which the build sees as /mnt: that exists in every base and stays empty.
 pip_settings() {
   mkdir "$folder/pip"
   python3 - "$folder" <<'PYTHON'
@@ -202,7 +202,7 @@ for number, path in enumerate(folders, start=1):
 PYTHON
 }
 
-# What TORCH_INDEX_URL points to where no index of CPU builds can be reached: the one wheel that pip's settings offer.
+# For TORCH_INDEX_URL if no index of CPU builds can be reached: an index of the one wheel that pip's settings offer.
 local_torch_index() {
   local wheels=$folder/pip/torch-index/torch wheel
   mkdir -p "$wheels"
@@ -233,7 +233,7 @@ build() { # build <tag> <log>: what somebody would give to docker build, and thi
     -f docker/Dockerfile -t "$1" "$context" >"$2" 2>&1 || { tail -n 40 "$2" >&2; stop "the build failed"; }
 }
 
-# layers <tag> <base>: a line per layer above the base, top last: id, MB, what made it
+# layers <tag> <base>: a line per layer above the base, top last: id, MB, the instruction that made it
 layers() {
   store inspect --type image "$1" >"$folder/inspect.json"
   python3 - "$folder" "$1" "docker.io/$base" <<'PYTHON'
@@ -261,7 +261,7 @@ for layer, step in zip(above, history[-len(above):], strict=True):
 PYTHON
 }
 
-# ----- what is checked ------------------------------------------------------------------------------------------------
+# ----- checks ---------------------------------------------------------------------------------------------------------
 
 the_build_context() {
   local listing unwanted
@@ -313,12 +313,12 @@ no_leftovers() { # in any layer above the base: what a later layer deletes is st
   local id diff
   while IFS=$'\t' read -r id _ _; do
     diff=$folder/store/overlay/$id/diff
-    # A character device marks what the layer deletes.
+    # A character device marks a file deleted by the layer.
     find "$diff" ! -type c \( -name .git -o -name .env -o -name .netrc -o -name .pypirc -o -name .ssh -o -name .docker \
       -o -name 'id_rsa*' -o -name '*.deb' -o -name 'pip.conf' -o -name .cache -o -name 'decoy*' \
       -o -path "$diff/var/lib/apt/lists/?*" -o -path "$diff/var/cache/apt/?*" -o -path "$diff/tmp/?*" \
       -o -path "$diff/cache/?*" -o -path "$diff/mnt/?*" -o -path "$diff/src" -o -path "$diff/installed" \) -print
-    # grep ends with 1 without a hit and with 2 where a layer has no such folder; what counts is what it prints.
+    # grep exits with 1 without a match and with 2 if a layer has no such folder; only its output counts.
     grep -rsIlF -f "$folder/private" "$diff"/{etc,home,root,usr/local,var,workspace,opt/sora_llm,opt/venv/bin} || true
     find "$diff" -type d -name '*.dist-info' -prune -exec grep -rsIlF -f "$folder/private" {} + || true
   done <"$folder/layers.1" >"$folder/leftovers"
@@ -443,8 +443,8 @@ assert certificate[\"passed\"], certificate
 print(environment[\"strategy\"], \"on\", environment[\"num_processes\"], \"processes, 12 steps, adapter verified\")"'
 }
 
-# docker stop: tini passes TERM on.  One process ends with 75; of two, accelerate's launcher hands it to both and ends
-# with a code of its own.
+# docker stop: tini passes TERM on.  One process ends with 75; of two, accelerate's launcher passes it to both and
+# exits with its own code.
 a_stop() {
   in_image bash -ec '
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on an embedded default: no hub, no GPU, about five minutes on two cores, the installation included.
+# The main job with built-in inputs: no hub, no GPU, about five minutes on two cores, including installation.
 #
 #   bash launch/demo.sh [section.key=value ...]
 #
@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 install_into_venv .
-export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also where there is one GPU
+export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, even if there is a GPU
 
 echo "base model and data (once, about a minute; outputs/demo)"
 warm_deepspeed &

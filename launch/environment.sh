@@ -1,6 +1,6 @@
-# Sourced by the other scripts here: makes .venv once, installs what constraints.txt pins, and activates it.
+# Sourced by the other scripts here: creates .venv once, installs constraints.txt's pins, activates it.
 #
-#   SORA_PYTHON   the Python to make it with (3.10 to 3.13; default: the first of these on the PATH)
+#   SORA_PYTHON   the Python to use (3.10 to 3.13; default: the first of these on the PATH)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +19,7 @@ find_python() {
 install_into_venv() { # the first argument: what to install, e.g. ".[dev]"
   local wanted stamp=.venv/installed.txt
   wanted="$1 $(cat pyproject.toml constraints.txt | cksum)"
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # a venv that failed half-way has a python and no pip
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # a venv that failed half-way has python but no pip
     local python
     python=$(find_python) || exit 1
     echo "making .venv with $("$python" --version)"

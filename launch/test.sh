@@ -18,8 +18,8 @@ else
 fi
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions_tests"
 warm_deepspeed
-# Two at a time, file by file: many tests wait for processes that they have started.
-# A worker that dies fails its test and ends the suite: replaced, as it is by default, it lets the suite hang for ever
-# at the end (pytest-xdist 3.8.0, https://github.com/pytest-dev/pytest-xdist/issues/1378).
+# Two at a time, file by file: many tests wait for processes they start.
+# A worker that dies fails its test and ends the suite: replacing it, the default, makes the suite hang at the end
+# (pytest-xdist 3.8.0, https://github.com/pytest-dev/pytest-xdist/issues/1378).
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile --max-worker-restart 0 --durations 15
 python -m pytest "$@"
