@@ -38,7 +38,7 @@ PLACES = {
     "export": "sora_llm.train:cut_and_export",
     "balance": "sora_llm.pipeline:balance",
     "cut": "sora_llm.pipeline:cut_by_consensus",
-    "reload": "sora_llm.export:load_adapter",
+    "reload": "sora_llm.peft_check:load_adapter",
     "publish": "sora_llm.export:certify_and_publish",
 }
 RESUME = "sora_llm.train:resume_point"
