@@ -236,7 +236,7 @@ def test_launched_in_every_way(
             [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16"],
             "zero2",
             {},
-            "the launcher states --mixed_precision bf16 but model.dtype is float32",
+            "the launcher sets --mixed_precision bf16 but model.dtype is float32",
         ),
         (
             [*DEEPSPEED, "--num_processes", "2", "--offload_optimizer_device", "cpu"],
