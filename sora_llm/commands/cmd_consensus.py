@@ -74,7 +74,8 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: sources that do not belong together, an invalid size, or a folder that is taken.
         RunFailed: the files read back are not what was to be written; nothing is left behind.
     """
-    check_numbers(arguments)
+    check_weights(arguments)
+    size = size_in(arguments)
     folders = [user_path(text, "SOURCE") for text in arguments.sources]
     out = user_path(str(arguments.out), "--out").absolute()
     check_output_folder(out, folders)
@@ -92,7 +93,7 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]
     merged = merge(
         replicas,
-        size_in(arguments).params(shapes),
+        size.params(shapes),
         arguments.tolerance,
         arguments.min_rank,
     )
@@ -110,14 +111,13 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
-    """UserError for invalid numbers, before any file is read."""
+def check_weights(arguments: argparse.Namespace) -> None:
+    """UserError for invalid --weights, before any file is read."""
     weights, count = arguments.weights, len(arguments.sources)
     if weights is not None and len(weights) != count:
         raise UserError(f"--weights has {len(weights)} numbers for {count} sources; give one for each")
     if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
         raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: weights must be 0 or more, and not all 0")
-    size_in(arguments)  # invalid numbers are refused before a file is read
 
 
 # ----------------------------------------------------------------------------------------------------------- result

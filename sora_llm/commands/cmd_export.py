@@ -25,7 +25,7 @@ from sora_llm.commands.common import options_for_keys, run_command
 from sora_llm.commands.eval_data import dev_rows, eval_config, has_dev_rows
 from sora_llm.commands.output_folder import check_output_folder
 from sora_llm.commands.path_arguments import resolve_path, trained_config
-from sora_llm.commands.sizes import add_size_arguments, refuse_empty_result, size_in
+from sora_llm.commands.sizes import Size, add_size_arguments, refuse_empty_result, size_in
 from sora_llm.commands.sources import (
     SavedAdapter,
     base_of,
@@ -103,7 +103,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: an invalid source, size or layout, or a folder that is taken.
         RunFailed: the files read back are not what was to be written; nothing is left behind.
     """
-    size_in(arguments)  # invalid numbers are refused before a file is read
+    size = size_in(arguments)
     check_options(arguments)
     source, line = chosen(arguments.source, arguments.stage, arguments.max_params)
     out = user_path(str(arguments.out), "--out").absolute()
@@ -115,7 +115,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
     dequantise = of_dequantised(spec, arguments.base) if arguments.layout == "merged" else False
     if arguments.layout != "gguf":  # gguf reads no weights of the base
         refuse_other_weights([source], spec, arguments.base_model, "--base-model")
-    adapter = prepared(source, spec, arguments)
+    adapter = prepared(source, spec, size, arguments)
     provenance = provenance_of(source, spec, line, adapter)
     if arguments.layout == "gguf":
         architecture_of(adapter.config).tensor_names(list(adapter.factors))
@@ -232,7 +232,7 @@ class PreparedAdapter:
         return shapes_of(self.factors)
 
 
-def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Namespace) -> PreparedAdapter:
+def prepared(source: SavedAdapter, spec: BackboneSpec, size: Size, arguments: argparse.Namespace) -> PreparedAdapter:
     """The source's adapter as plain factors, cut to the requested size.
 
     Raises:
@@ -243,7 +243,7 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, arguments: argparse.Names
     source = source.on(bare_model)
     shapes = shapes_in(spec, bare_model, [source])
     factors = plain_factors(source, shapes)
-    budget, tolerance = size_in(arguments).params(shapes), arguments.tolerance
+    budget, tolerance = size.params(shapes), arguments.tolerance
     if budget is None and tolerance is None:
         return PreparedAdapter(factors, config, bare_model, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}

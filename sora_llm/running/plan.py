@@ -230,13 +230,14 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
                 f"sora.consensus_at {sora.consensus_at}; {_longer(config, steps, is_adaptive)}, or widen the window "
                 "between the two"
             )
-        gate_lr = sora.gate_lr
-        if gate_lr == "auto":
-            travel = schedule.window_sum(phases, schedule.warmup_steps(steps, warmup), train.lr_scheduler_type)
-            gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         learns = sora.retrain or number == 0
         starts_blank = number == 0 and config.model.adapter is None
-        stage = Stage(sparse_lambda, phases, warmup, train, gate_lr, is_adaptive, learns, starts_blank)
+        stage = Stage(sparse_lambda, phases, warmup, train, 1.0, is_adaptive, learns, starts_blank)
+        gate_lr = sora.gate_lr
+        if gate_lr == "auto":
+            travel = stage.gate_travel  # at a gate_lr of 1
+            gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
+        stage = replace(stage, gate_lr=gate_lr)
         if not stage.can_prune:
             raise UserError(
                 f"nothing is learned before the cut: {plural(steps, 'step')}, cut at "
