@@ -3,8 +3,9 @@
     python benchmarks/scaling.py                    # both: starts 1, 2 and 4 processes per strategy; minutes
     python benchmarks/scaling.py --processes ''     # the prediction alone
 
-Counts every call of the process group (gloo) while the engine is created and during steps of a tiny float32 LLaMA,
-whether by the loop, DDP or DeepSpeed; the bytes are those that one process contributes, or receives in a broadcast.
+Counts every call of the process group (gloo) while the engine is created, during steps of a tiny float32 LLaMA, and
+while the engine is created again after a cut, whether by the loop, DDP or DeepSpeed; the bytes are those that one
+process contributes, or receives in a broadcast.
 Predicts the time of a step with the model of `sora_llm.estimates.step_time`, which `sora-llm estimate` uses for a
 config.
 """
@@ -33,9 +34,10 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
-    """A Markdown table of the collectives of a step, the last of three, when all has settled, and of the start."""
-    columns = "processes, strategy, calls, reduced, adapter gathered, frozen gathered, scalars, all bytes, at the start"
-    names = columns.split(", ")
+    """A Markdown table of the collectives of a step, the last of three, when all has settled, of the start, and of
+    preparing the model again after a cut to half the ranks."""
+    columns = "processes, strategy, calls, reduced, adapter gathered, frozen gathered, scalars, all bytes"
+    names = [*columns.split(", "), "at the start", "after a cut"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     warm_deepspeed()
     for number in num_processes:
@@ -55,10 +57,10 @@ def counted(num_processes: Sequence[int], strategies: Sequence[str]) -> str:
                 found["frozen_bytes"] / (found["frozen_bytes"] + found["adapter_bytes"]) if strategy == "zero3" else 0
             )
             frozen = round(kinds["gathered"] * share)
-            start = sum(size for _, size in found["start"])
+            start, renewed = (sum(size for _, size in found[key]) for key in ("start", "renewed"))
             lines.append(
                 f"| {number} | {strategy} | {len(last)} | {kinds['reduced']:,} | {kinds['gathered'] - frozen:,} | "
-                f"{frozen:,} | {kinds['scalars']} | {sum(kinds.values()):,} | {start:,} |"
+                f"{frozen:,} | {kinds['scalars']} | {sum(kinds.values()):,} | {start:,} | {renewed:,} |"
             )
     sizes = f"Adapter: {found['adapter_bytes']:,} bytes; frozen weights: {found['frozen_bytes']:,} bytes."
     return "\n".join([*lines, "", sizes])

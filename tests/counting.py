@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sora_llm.distributed.collectives import any_process
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
-from sora_llm.inject import adapter_parameters, inject_sora
+from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.running.optimizer_step import StepBatches, train_step
 from sora_llm.topology import ZERO_STAGES, deepspeed_config, launched_world
@@ -74,7 +74,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
-    """Collectives of a tiny float32 LLaMA, while it is prepared and in every step; the bytes of what could travel."""
+    """Collectives of a tiny float32 LLaMA, while it is prepared, in every step, and while it is prepared again after a
+    cut to half the ranks; the bytes of what could travel."""
     world = launched_world(os.environ)
     options = None
     if strategy in ZERO_STAGES:
@@ -104,7 +105,16 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
         steps.append(seen.calls)
     with CountCollectives() as accumulated:
         train_step(engine, StepBatches(2 * rows, 2 * tokens, 2 * (NUM_TOKENS - 1), tokens, tokens), world.num_processes)
+    sizes["num_parameters"] = len(adapter_parameters(model))
+    masters = engine.masters()
+    with CountCollectives() as renewed:
+        with engine.released(whole=False):
+            for name, layer in adapters(model).items():
+                layer.cut(masters[f"{name}.lora_A"][: r // 2], masters[f"{name}.lora_B"][:, : r // 2])
+        optimizer = ProxAdamW(parameter_groups(model, 1e-3, 1e-2, sparse_lambda=0))
+        engine = Engine(accelerator, model, optimizer, strategy, 1.0)
+    sizes["cut_bytes"] = sum(value.nbytes for value in engine.masters().values())
     with engine.released():
         pass
-    calls = {"start": start.calls, "steps": steps, "accumulated": accumulated.calls}
-    return {**sizes, "num_parameters": len(adapter_parameters(model)), **calls}
+    calls = {"start": start.calls, "steps": steps, "accumulated": accumulated.calls, "renewed": renewed.calls}
+    return {**sizes, **calls}

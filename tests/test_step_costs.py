@@ -205,3 +205,13 @@ def test_before_the_first_step_every_weight_travels_once(worlds):
             shapes = 32 * process["num_parameters"]  # which DDP compares first
             assert whole <= sent <= whole + shapes
             assert sum(size for _, size in process["start"]) - sent <= 8
+
+
+def test_an_engine_rebuilt_after_a_cut_sends_what_the_cut_left_and_no_frozen_weight(worlds):
+    """The base of a 7B model is 4 GB in NF4; the first engine has made it equal everywhere."""
+    for processes in worlds.values():
+        for process in processes:
+            sent = sum(size for _, size in process["renewed"])
+            shapes = 32 * process["num_parameters"]  # which DDP compares first
+            assert process["cut_bytes"] <= sent <= process["cut_bytes"] + shapes
+            assert sent < process["frozen_bytes"] / 2

@@ -327,12 +327,22 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self._zero is not None:
             self._zero.leave(self.model, self.module)
+        keep_frozen_at_home(self.module)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["params"] = []
         self.model = self._zero = None
         self._adapter_parameters = {}
         self.accelerator.free_memory()  # it holds every model and optimizer it has prepared
+
+
+def keep_frozen_at_home(model: nn.Module) -> None:
+    """Leave frozen weights out of what DDP and DeepSpeed broadcast when they wrap `model` again: the first wrapper has
+    made them equal everywhere, and nothing has changed them since."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    model._ddp_params_and_buffers_to_ignore = list(frozen)  # type: ignore[assignment]  # DDP's own name for the list
+    for p in frozen.values():
+        p.ds_optim_param = True  # type: ignore[attr-defined]  # how DeepSpeed's own layers say so
 
 
 def refuse_old_wrappers(model: nn.Module) -> None:
