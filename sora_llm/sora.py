@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,13 +52,17 @@ def _autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _without_autocast(backward: F) -> F:
-    """A backward pass under `_autocast_disabled`: some users call it inside autocast."""
+def _differentiable_once(backward: F) -> F:
+    """A backward pass that refuses to be differentiated itself, under `_autocast_disabled`: some users call it inside
+    autocast.  torch's own decorator is used only with create_graph, as it takes time."""
+    refusing = once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
-        with _autocast_disabled(next(gradient for gradient in gradients if gradient is not None)):
-            return backward(ctx, *gradients)
+        chosen = refusing if torch.is_grad_enabled() else backward
+        given = gradients[0] if gradients[0] is not None else next(one for one in gradients if one is not None)
+        with _autocast_disabled(given):
+            return chosen(ctx, *gradients)
 
     return run  # type: ignore[return-value]
 
@@ -135,8 +138,7 @@ class _Down(torch.autograd.Function):
         return x, *_split_rows(u_RT, factors)
 
     @staticmethod
-    @once_differentiable
-    @_without_autocast
+    @_differentiable_once
     def backward(ctx, dx, *parts):
         x, *factors = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
@@ -162,12 +164,16 @@ class _Down(torch.autograd.Function):
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One (Σ R, I) in `dtype`."""
-    return (torch.cat(list(factors)) if len(factors) > 1 else factors[0]).to(dtype)
+    return _cast(torch.cat(factors) if len(factors) > 1 else factors[0], dtype)  # type: ignore[arg-type]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _split_rows(rows: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The rows of each factor."""
-    return rows.split([len(factor) for factor in factors]) if len(factors) > 1 else (rows,)
+    return torch.split_with_sizes(rows, [factor.shape[0] for factor in factors]) if len(factors) > 1 else (rows,)
 
 
 class _Up(torch.autograd.Function):
@@ -186,20 +192,19 @@ class _Up(torch.autograd.Function):
         return _add_product(y.detach(), u_RT.T, _gated(lora_B, gate, dtype).T, y.shape, alpha=scaling)
 
     @staticmethod
-    @once_differentiable
-    @_without_autocast
+    @_differentiable_once
     def backward(ctx, dy):
         u_RT, lora_B, gate = ctx.saved_tensors
         need_y, need_u, need_B, need_g = ctx.needs_input_grad[:4]
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(u_RT.dtype)
+        dy_TO = _cast(dy.reshape(-1, dy.shape[-1]), u_RT.dtype)
         dB = _gated(_product(u_RT, dy_TO, ctx.scaling).T, gate, lora_B.dtype) if need_B else None
         du_RT = dg = None
         if need_u or need_g:
-            dh_RT = _product(lora_B.to(u_RT.dtype).T, dy_TO.T, ctx.scaling)
-            if need_u:
-                du_RT = dh_RT if gate is None else dh_RT * gate.to(dh_RT.dtype)[:, None]
+            dh_RT = _product(_cast(lora_B, u_RT.dtype).T, dy_TO.T, ctx.scaling)
             if need_g:
-                dg = (dh_RT * u_RT).sum(1, dtype=torch.promote_types(gate.dtype, torch.float32)).to(gate.dtype)
+                dg = _cast((dh_RT * u_RT).sum(1, dtype=torch.promote_types(gate.dtype, torch.float32)), gate.dtype)
+            if need_u:
+                du_RT = dh_RT if gate is None else dh_RT.mul_(gate[:, None])
         return dy if need_y else None, du_RT, dB, dg, None, None
 
 
@@ -207,8 +212,8 @@ def _gated(columns_OR: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tenso
     """columns ⊙ g in `dtype`, computed in the widest of the three and rounded once, with contiguous rows."""
     if gate is None:
         return columns_OR.to(dtype, memory_format=torch.contiguous_format)
-    out = torch.empty(columns_OR.shape, dtype=dtype, device=columns_OR.device)
-    return torch.mul(columns_OR, gate.to(torch.promote_types(gate.dtype, dtype)), out=out)
+    out = torch.empty_like(columns_OR, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(columns_OR, _cast(gate, torch.promote_types(gate.dtype, dtype)), out=out)
 
 
 def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
@@ -318,14 +323,15 @@ class SoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = W x + b + s · B (g ⊙ (A x)) for x (…, I): (…, O), in the dtype of the base layer's output."""
-        if self.lora_A is None or self.lora_B is None:
-            return self.base_layer(x)
+        base_layer, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B  # each lookup in a module takes time
+        if lora_A is None or lora_B is None:
+            return base_layer(x)
         if self.shared_input is not None and not torch.compiler.is_compiling():
             x_to_base, u_RT = self.shared_input.down(self, x)
-            return _between(self.base_layer, x, x_to_base, u_RT, self.lora_B, self.gate, self.scaling)
+            return _between(base_layer, x, x_to_base, u_RT, lora_B, self.gate, self.scaling)
         dropout = self.dropout
         seed = _draw_seed() if dropout > 0 else 0
-        return add_branch(self.base_layer, x, self.lora_A, self.lora_B, self.gate, self.scaling, dropout, seed)
+        return add_branch(base_layer, x, lora_A, lora_B, self.gate, self.scaling, dropout, seed)
 
     @property
     def dropout(self) -> float:
@@ -396,30 +402,27 @@ class SharedInput:
 
     def down(self, layer: SoraLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         """x for the base layer, and u = A drop(x) as (R, T) of `layer`."""
-        dropout, seed = layer.dropout, self._seed_for(layer, x)
-        # An inference-mode x counts no changes; merely looking at another layer's A makes ZeRO-3 gather it.
-        by_layer = {} if x.is_inference() or is_partitioned(layer.lora_A) else self._factors(layer)
+        own_A, dropout = layer.lora_A, layer.dropout
+        assert own_A is not None
+        seed = self._seed_for(layer, x) if dropout > 0 else 0
         if self._waiting is not None and self._waiting.x is not x:
             self._waiting = None  # nothing will ask for it
-        if id(layer) not in by_layer or len(by_layer) == 1:  # alone, or a replica that DataParallel makes for a pass
-            x_to_base, u_RT = _down(x, dropout, seed, layer.lora_A)  # type: ignore[arg-type]
-            return x_to_base, u_RT
-        waiting, self._waiting = self._waiting, None
-        factors = list(by_layer.values())
-        state = (dropout, seed, *map(_state_of, (x, *factors)))
-        if waiting is None or not waiting.serves(layer, x, factors, state):
-            x_to_base, *parts = _down(x, dropout, seed, *factors)
-            waiting = _Waiting(x, factors, state, x_to_base, dict(zip(by_layer, parts, strict=True)))
-        u_RT = waiting.parts.pop(id(layer))
-        if waiting.parts:
-            self._waiting = waiting
+        waiting = self._waiting
+        u_RT = None if waiting is None else waiting.take(layer, own_A, x, dropout, seed)
+        if waiting is None or u_RT is None:
+            # An inference-mode x counts no changes; merely looking at another layer's A makes ZeRO-3 gather it.
+            factors = {} if x.is_inference() or is_partitioned(own_A) else self._factors(own_A, dropout)
+            if id(layer) not in factors or len(factors) == 1:  # alone, or a replica that DataParallel makes for a pass
+                x_to_base, u_RT = _down(x, dropout, seed, own_A)
+                return x_to_base, u_RT
+            waiting = _Waiting.compute(x, dropout, seed, factors)
+            u_RT = waiting.parts.pop(id(layer))[-1]
+        self._waiting = waiting if waiting.parts else None
         return waiting.x_to_base, u_RT
 
     def _seed_for(self, layer: SoraLinear, x: Tensor) -> int:
         """The seed of a layer's dropout mask: drawn when the first layer asks about an x, and given once to each other
         layer that asks about it.  ZeRO-3 gives each of them its own tensor, in the same memory."""
-        if layer.dropout == 0:
-            return 0
         memory = StorageWeakRef(x.untyped_storage())
         if id(layer) not in self._to_mask or memory != self._masked:
             ids = {id(other) for reference in self._layers if (other := reference()) is not None}
@@ -429,16 +432,14 @@ class SharedInput:
         self._to_mask.discard(id(layer))
         return self._seed
 
-    def _factors(self, asking: SoraLinear) -> dict[int, Tensor]:
-        """{id of a layer: its A} for the layers that share one product with the A of `asking`."""
-        own: Any = asking.lora_A
-        found: dict[int, Tensor] = {}
+    def _factors(self, own_A: Tensor, dropout: float) -> dict[int, Tensor]:
+        """{id of a layer: its A} for the layers that share one product with `own_A`."""
+        like, found = (own_A.dtype, own_A.device, own_A.shape[1]), dict[int, Tensor]()
         for reference in self._layers:
             layer = reference()
-            if layer is None or layer.lora_A is None or layer.dropout != asking.dropout:
+            if layer is None or layer.dropout != dropout or (A := layer.lora_A) is None:
                 continue
-            A = layer.lora_A
-            if (A.dtype, A.device, A.shape[1]) == (own.dtype, own.device, own.shape[1]) and not is_partitioned(A):
+            if (A.dtype, A.device, A.shape[1]) == like and not is_partitioned(A):
                 found[id(layer)] = A
         return found
 
@@ -458,18 +459,26 @@ def _state_of(tensor: Tensor) -> tuple[int, bool]:
 
 @dataclass
 class _Waiting:
-    """Results from x for neighbours that have not asked yet; `parts` is {id of the layer: u (R, T)}."""
+    """Results from x for neighbours that have not asked yet: `parts` is {id of the layer: (A, its state, u (R, T))}."""
 
     x: Tensor
-    factors: list[Tensor]
     state: tuple[Any, ...]
     x_to_base: Tensor
-    parts: dict[int, Tensor]
+    parts: dict[int, tuple[Tensor, tuple[int, bool], Tensor]]
 
-    def serves(self, layer: SoraLinear, x: Tensor, factors: list[Tensor], state: tuple[Any, ...]) -> bool:
-        """Whether `layer` would compute the same from x."""
-        is_same = self.x is x and self.state == state and len(self.factors) == len(factors)
-        return is_same and id(layer) in self.parts and all(map(operator.is_, self.factors, factors))
+    @classmethod
+    def compute(cls, x: Tensor, dropout: float, seed: int, factors: Mapping[int, Tensor]) -> _Waiting:
+        """For all of `factors`, {id of the layer: its A}, in one product."""
+        x_to_base, *us = _down(x, dropout, seed, *factors.values())
+        parts = {one: (A, _state_of(A), u_RT) for (one, A), u_RT in zip(factors.items(), us, strict=True)}
+        return cls(x, (dropout, seed, _state_of(x)), x_to_base, parts)
+
+    def take(self, layer: SoraLinear, own_A: Tensor, x: Tensor, dropout: float, seed: int) -> Tensor | None:
+        """The u of `layer`, which then has it; None if it would compute something else from x now."""
+        if x is not self.x or id(layer) not in self.parts or self.state != (dropout, seed, _state_of(x)):
+            return None
+        A, state, u_RT = self.parts.pop(id(layer))
+        return u_RT if A is own_A and state == _state_of(A) else None
 
 
 def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

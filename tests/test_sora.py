@@ -185,6 +185,14 @@ def test_a_dead_gate_gives_its_row_of_a_and_column_of_b_exactly_zero_gradient_an
     assert (layer.lora_A.grad[1:] != 0).all() and (layer.lora_B.grad[:, 1:] != 0).all()
 
 
+@pytest.mark.parametrize("of", ["x", "lora_B"])
+def test_a_gradient_of_a_gradient_is_refused_instead_of_being_zero(of):
+    layer, x = layer_of(), torch.randn(6, IN, requires_grad=True)
+    first = torch.autograd.grad(layer(x).square().sum(), x if of == "x" else layer.lora_B, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_a_new_layer_starts_as_its_base_layer_and_freezes_it():
     base = nn.Linear(IN, OUT)
     x = torch.randn(4, IN)

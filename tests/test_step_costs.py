@@ -55,7 +55,8 @@ def test_a_layer_adds_six_products_to_its_base_and_sums_nothing_wide(gated):
     assert seen.total("add", "add_", "clone") == 0
     # The rest is narrow: casts of factors and gradients, and the gate.  On a GPU each is a kernel, and at a few
     # thousand tokens the time to start them is what an adapter costs (benchmarks/gpu.md).
-    assert seen.total() - seen.total("empty", "new_empty", "promote_types") <= 2 + (16 if gated else 12)
+    made = seen.total("empty", "empty_like", "new_empty", "promote_types")
+    assert seen.total() - made <= 2 + (15 if gated else 12)
 
 
 def test_an_input_that_needs_no_gradient_costs_no_gradient_of_it():
