@@ -172,6 +172,15 @@ def test_a_stop_file_that_is_there_at_the_start_ends_the_run_at_once(
     assert ground.codes(name) == [0] and result(run_dir) == result(undisturbed[1])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stop_file_that_comes_too_late_is_gone_when_the_run_has_finished(ground: Playground, world: int) -> None:
+    name, faults = f"asked too late {world}", [{"place": "publish", "do": "stop file"}]
+    codes = ground.codes(name, world, faults=faults, **WORLDS[world])
+    assert codes == [0] * world and status(ground.run_dir(name))["state"] == "finished"
+    assert not (ground.run_dir(name) / "STOP").exists()
+    assert ground.codes(name, world, **WORLDS[world]) == [0] * world, "the next launch is not stopped by it"
+
+
 def test_a_stop_file_is_left_to_the_run_that_holds_the_directory(ground: Playground) -> None:
     """A second start of the same command, which waits for the first run to end, would swallow its request."""
     name = "stopped while another runs"

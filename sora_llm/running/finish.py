@@ -25,9 +25,7 @@ from sora_llm.run_files import ADAPTER
 from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.data_lineage import lineage_for_certificate
-from sora_llm.running.job import (
-    Job,
-)
+from sora_llm.running.job import Job
 from sora_llm.running.layouts import adapter_layout, export_beside
 from sora_llm.running.metrics import dev_loss, final_masters, loss_over, say_alarms
 from sora_llm.running.rundir import RunDirectory
@@ -152,6 +150,8 @@ def finish(training: Training, result: StageResult) -> RunResult:
     directory.adapter = adapter
     export_extra_layout(training, result)
     directory.status("finished", phase="done")
+    if job.world.is_main:
+        job.stop.remove_file()  # it came too late, and would stop the next launch, which says what is finished
     directory.report(to_dict(job.config), plots=True)
     metrics, status = on_main(lambda: (directory.last_metrics, directory.last_status))
     return RunResult(adapter, metrics, status)
