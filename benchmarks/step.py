@@ -18,6 +18,8 @@ is timed).  A step is the forward pass, the loss and the backward pass down to t
     ungated         ours without gates: LoRA by our layer, so that ours − ungated is the cost of gates
     ours_dropout    ours with a dropout of 0.05
     cut             ours after consensus_prune to a quarter of the ranks
+    …_compiled      floor, peft_bf16 or ours with its blocks under torch.compile, as train.torch_compile does it; only
+                    if named in --arms, and with a warm-up of seconds to minutes each
 
 Arms take steps in turn (A B C A B C …) in one process; reported are the median over rounds of the ratio to the floor's
 step of the same round, with quartiles, and the ratio of the minimum times over all rounds: other jobs on a shared
@@ -54,10 +56,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sora_llm import ProxAdamW, consensus_prune, inject_sora, parameter_groups
 from sora_llm.backbone import enable_checkpointing
+from sora_llm.compiled import CompiledBlocks
 from sora_llm.inject import adapters, forbid_cpu_repack
 from sora_llm.targets import target_linears
 
 ARMS = ("floor", "peft", "peft_bf16", "peft_dropout", "adalora", "gated", "ours", "ungated", "ours_dropout", "cut")
+COMPILED = "_compiled"
+COMPILED_ARMS = tuple(name + COMPILED for name in ("floor", "peft_bf16", "ours"))
 SAME_FUNCTION = ("peft", "peft_bf16", "gated", "ours", "ungated")
 DROPOUT, LORA_ALPHA, KEPT_SHARE = 0.05, 16, 0.25
 LEARNING_RATE = 1e-8  # the optimizer does its work and every step is the same
@@ -182,7 +187,7 @@ def random_factors(model: nn.Module, r: int) -> dict[str, tuple[Tensor, Tensor]]
 
 def make_arm(arm: str, model: nn.Module, factors: Factors, r: int) -> nn.Module:
     """The arm's model: a copy of `model` with adapters of these factors."""
-    model = copy_of(model)
+    model, arm = copy_of(model), arm.removesuffix(COMPILED)
     if arm == "floor":
         return model
     if arm in ("ours", "ungated", "ours_dropout", "cut"):
@@ -230,6 +235,7 @@ class Arm:
     inputs: Tensor
     ids: Tensor
     optimizer: torch.optim.Optimizer | None
+    blocks: CompiledBlocks | None
     loss: float = math.nan
     grad_norm: float = math.nan
     input_grad_norm: float = math.nan
@@ -237,16 +243,22 @@ class Arm:
     @classmethod
     def make(cls, name: str, model: nn.Module, inputs: Tensor, ids: Tensor) -> Arm:
         trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer | None = None
         if adapters(model):
-            groups = parameter_groups(model, LEARNING_RATE, LEARNING_RATE, sparse_lambda=0.5)
-            return cls(name, model, inputs, ids, ProxAdamW(groups))
-        return cls(name, model, inputs, ids, torch.optim.AdamW(trained, lr=LEARNING_RATE) if trained else None)
+            optimizer = ProxAdamW(parameter_groups(model, LEARNING_RATE, LEARNING_RATE, sparse_lambda=0.5))
+        elif trained:
+            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        return cls(name, model, inputs, ids, optimizer, CompiledBlocks(model) if name.endswith(COMPILED) else None)
+
+    def compiled(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.blocks is None else self.blocks.active()
 
     def forward_backward(self) -> None:
         torch.manual_seed(0)
-        logits = self.model(inputs_embeds=self.inputs, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[:, 1:].flatten())
-        loss.backward()
+        with self.compiled():
+            logits = self.model(inputs_embeds=self.inputs, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[:, 1:].flatten())
+            loss.backward()
         self.loss_tensor = loss.detach()
 
     def update(self) -> None:
@@ -322,7 +334,7 @@ def saved_bytes(arm: Arm) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), arm.compiled():
         logits = arm.model(inputs_embeds=arm.inputs, use_cache=False).logits
     del logits
     return sum(kept.values())
@@ -376,7 +388,7 @@ def limit_of(model: nn.Module, r: float) -> float:
 
 def compare_same_functions(arms: Mapping[str, Arm]) -> None:
     """Stop if arms that compute the same function disagree by more than bfloat16 explains."""
-    same = [arms[name] for name in SAME_FUNCTION if name in arms]
+    same = [arm for name, arm in arms.items() if name.removesuffix(COMPILED) in SAME_FUNCTION]
     for arm in arms.values():
         values = [arm.loss, arm.input_grad_norm, *([arm.grad_norm] if arm.trained else [])]
         assert all(math.isfinite(v) and v > 0 for v in values), f"{arm.name}: loss and gradient norms are {values}"
@@ -434,7 +446,7 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
                 "step_seconds": statistics.median(seconds[name]),
                 "ratio": [q1, ratio, q3],
                 "least_ratio": min(seconds[name]) / min(seconds["floor"]),
-                "limit": 0.0 if name == "floor" else limit_of(model, rank),
+                "limit": 0.0 if name.startswith("floor") else limit_of(model, rank),
                 "optimizer_seconds": statistics.median(updates[name]),
                 "tokens_per_second": ids.numel() / statistics.median(seconds[name]),
                 **{f"{key}_mib": None if value is None else value / 2**20 for key, value in memory.items()},
@@ -494,7 +506,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             q1, _, q3 = (value - 1 for value in record["ratio"])
             found = overhead(record)
             above, least = f"{found[0]:+.1%} ({q1:+.1%} … {q3:+.1%})", f"{found[1]:+.1%}"
-            times = " · ".join(f"{value / record['limit']:.1f}" for value in found)
+            times = " · ".join(f"{value / record['limit']:.1f}" for value in found if record["limit"])
             if of_all is not None:
                 of_peft = " · ".join(f"{value / whole:.0%}" for value, whole in zip(found, of_all, strict=True))
         rss = "" if record["rss_mib"] is None else f"{record['rss_mib']:.0f}"
@@ -525,12 +537,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     options = parser.parse_args(argv)
-    for name, allowed in (("backbones", ("bf16", "nf4")), ("checkpointing", ("off", "on")), ("arms", ARMS)):
+    arms = (*ARMS, *COMPILED_ARMS)
+    for name, allowed in (("backbones", ("bf16", "nf4")), ("checkpointing", ("off", "on")), ("arms", arms)):
         values = getattr(options, name).split(",")
         if unknown := [value for value in values if value not in allowed]:
             parser.error(f"--{name}: {unknown[0]!r} is none of {', '.join(allowed)}")
         setattr(options, name, values)
-    options.arms = [arm for arm in ARMS if arm == "floor" or arm in options.arms]
+    options.arms = [arm for arm in arms if arm == "floor" or arm in options.arms]
     options.ranks, options.tokens = (
         [int(v) for v in getattr(options, name).split(",")] for name in ("ranks", "tokens")
     )

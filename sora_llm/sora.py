@@ -107,6 +107,26 @@ def _between(
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
 
 
+def _traced(
+    base_layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """`add_branch` for torch.compile, which makes better kernels of the equation itself than of our backward pass; its
+    dropout masks are torch's."""
+    y = base_layer(x)
+    with _autocast_disabled(x):
+        u_TR = nn.functional.dropout(x, dropout).reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).T
+        B_OR = (lora_B if gate is None else lora_B * gate).to(x.dtype)
+        if y.dtype != x.dtype:
+            return y + (scaling * (u_TR @ B_OR.T)).to(y.dtype).view(y.shape)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), u_TR, B_OR.T, alpha=scaling).view(y.shape)
+
+
 def is_partitioned(parameter: object) -> bool:
     """Whether ZeRO-3 holds a parameter, which then has its values only while its own module computes."""
     return hasattr(parameter, "ds_id")
@@ -326,10 +346,12 @@ class SoraLinear(nn.Module):
         base_layer, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B  # each lookup in a module takes time
         if lora_A is None or lora_B is None:
             return base_layer(x)
-        if self.shared_input is not None and not torch.compiler.is_compiling():
+        dropout = self.dropout
+        if torch.compiler.is_compiling():
+            return _traced(base_layer, x, lora_A, lora_B, self.gate, self.scaling, dropout)
+        if self.shared_input is not None:
             x_to_base, u_RT = self.shared_input.down(self, x)
             return _between(base_layer, x, x_to_base, u_RT, lora_B, self.gate, self.scaling)
-        dropout = self.dropout
         seed = _draw_seed() if dropout > 0 else 0
         return add_branch(base_layer, x, lora_A, lora_B, self.gate, self.scaling, dropout, seed)
 

@@ -20,8 +20,10 @@ from typing import Any
 from sora_llm import checkpoint, hub, run_files, terminal
 from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.backbone import check_attention
+from sora_llm.compiled import check_compilable
 from sora_llm.config import Config, from_dict, load_config, to_dict, to_yaml
 from sora_llm.distributed.collectives import in_process_group, is_timeout, on_every, on_main
+from sora_llm.distributed.group import uses_cuda
 from sora_llm.distributed.replicas import Replicas
 from sora_llm.errors import EXIT_INTERRUPTED, Preempted, RunFailed, UserError, first_line
 from sora_llm.files import path_errors_as_user_errors, user_path
@@ -182,6 +184,8 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
             hub.check_target(config.output.hub_model_id, run_dir)
         inputs = check_inputs(config, strategy)
         check_attention(inputs.backbone)
+        if config.train.torch_compile:
+            check_compilable(inputs.skeleton, strategy, cuda=uses_cuda())
         check_output(
             run_dir, config.output.resume, [dataset.path for dataset in (*inputs.datasets, *inputs.val_datasets)]
         )

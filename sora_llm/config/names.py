@@ -96,7 +96,6 @@ NO_EQUIVALENT = {
     "metric_for_best_model": "leave it out; it is the dev loss",
     "neftune_noise_alpha": "leave it out; no noise is added to embeddings",
     "use_liger_kernel": "leave it out; logits are computed for supervised tokens alone",
-    "torch_compile": "leave it out; the adapter is one fused function",
     "fsdp": "set distributed.strategy: zero3",
     "fsdp_config": "set distributed.strategy: zero3",
     "device_map": "leave it out; every process has its own device, and distributed.strategy: zero3 shards the base",

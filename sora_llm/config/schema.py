@@ -127,6 +127,8 @@ class Train:
     adam_epsilon: Annotated[float, "> 0"] = 1e-8  # AdamW's ε, added to the root of the latter
     max_grad_norm: Annotated[float, ">= 0"] | None = 1.0  # null or 0: no clipping
     gradient_checkpointing: bool = False  # less memory, about a third more compute
+    torch_compile: bool = False
+    # compile the blocks: faster steps, after minutes at the start and after each change of the adapters; not zero3
     max_skipped_steps: Count = 10  # non-finite steps in a row that end the run
     seed: Annotated[int, ">= 0", "< 4294967296"] = 42  # of the order of rows, fresh adapters and dropout
 

@@ -37,6 +37,11 @@ def local_device() -> torch.device:
     return make_accelerator("none", ALONE).device
 
 
+def uses_cuda() -> bool:
+    """Whether processes run on GPUs, as far as this machine and the launcher say."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
 def make_accelerator(
     strategy: str,
     world: World,
@@ -51,7 +56,7 @@ def make_accelerator(
     The backend is named: otherwise accelerate under DeepSpeed on a CPU reports one process on every process.
     `mixed_precision` is always "no": the config sets dtypes, nothing runs under autocast.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    cuda = uses_cuda()
     if cuda and world.local_process_index >= torch.cuda.device_count():
         raise UserError(
             f"process {world.local_process_index} of this machine has no GPU of its own (there are "

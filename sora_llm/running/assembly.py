@@ -11,6 +11,7 @@ from sora_llm import pipeline
 from sora_llm.backbone import load_backbone
 from sora_llm.base_files import base_digest
 from sora_llm.base_spec import DTYPES, computes_in_float16
+from sora_llm.compiled import CompiledBlocks
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
 from sora_llm.inject import adapters, init_from_lora, inject_sora
@@ -94,9 +95,9 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
         )
 
 
-def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
-    """`model` and a fresh optimizer under the run's strategy, with the loss scale of the previous engine, if there was
-    one (collective).  Peak memory is measured from here."""
+def make_engine(job: Job, model: nn.Module, previous: Engine | None = None) -> Engine:
+    """`model` and a fresh optimizer under the run's strategy, with the loss scale and the compiled blocks of the
+    previous engine, if there was one (collective).  Peak memory is measured from here."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
@@ -108,10 +109,13 @@ def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None)
         deferred=job.replicas is not None,
     )
     optimizer = ProxAdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon)
-    if loss_scale is None:
+    if previous is not None:
+        loss_scale, blocks = previous.loss_scale, previous.blocks
+    else:
         loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
+        blocks = CompiledBlocks(model) if settings.torch_compile else None
     engine = Engine(
-        job.accelerator, model, optimizer, job.plan.strategy, settings.max_grad_norm, job.replicas, loss_scale
+        job.accelerator, model, optimizer, job.plan.strategy, settings.max_grad_norm, job.replicas, loss_scale, blocks
     )
     forget_peak(engine.device)
     return engine
@@ -121,7 +125,7 @@ def renew_engine(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
     """Continue with a fresh optimizer, in a new round, from `masters` that all processes hold (collective)."""
-    training.engine = make_engine(training.job, model, training.engine.loss_scale)
+    training.engine = make_engine(training.job, model, training.engine)
     training.engine.load(masters, state, 0)
     if training.rounds is not None:
         training.rounds.begin(training.engine)

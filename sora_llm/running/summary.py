@@ -35,6 +35,8 @@ def print_summary(job: Job) -> None:
             f"budget{of}: mean rank {budget.mean_rank(budget.params):.4g} of {budget.mean_rank(budget.full):.4g} "
             f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
+    if plan.config.train.torch_compile:
+        job.say("compiling in the first steps, and again after the adapters have been cut, which takes minutes")
     for line in config_warnings(plan, job.inputs.skeleton):
         job.say(f"warning: {line}")
 
