@@ -9,8 +9,10 @@
 #   r16 r64                  step.py on a LLaMA-7B shape in NF4, 4 x 2,048 tokens, without recompute: time, tokens/s, peak
 #                            memory, what adapters cost above the frozen backbone and beside PEFT
 #   short recompute bf16     1 x 2,048 tokens; with recompute; on the unquantised backbone
+#   compiled compiled_short  the same under torch.compile, 4 x and 1 x 2,048 tokens
 #   liger                    with Liger's kernels in the backbone; needs liger-kernel, not one of all parts
 #   run run_open             gpu_run.py: whole runs of the product, with and without recompute, memory against `estimate`
+#   run_compiled             the latter with train.torch_compile
 #   zero2 zero3              zero.py over all GPUs, or in one process
 #
 # It goes on where a part fails, says so, and ends with 1 then; what a failed run left in FOLDER/model is kept.  The part
@@ -20,7 +22,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
 shift
-parts=${*:-tests kernels r16 r64 short recompute bf16 run run_open zero2 zero3}
+parts=${*:-tests kernels r16 r64 short recompute bf16 compiled compiled_short run run_open run_compiled zero2 zero3}
 if [[ " $parts " == *" tests "* ]]; then
   if ! python3 -c 'import pytest, xdist'; then
     echo "benchmarks/gpu.sh: the part tests needs pytest and pytest-xdist: pip install -e '.[dev]', or name other parts" >&2
@@ -69,6 +71,7 @@ fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 step=(python3 benchmarks/step.py --device "$device" "${shape[@]}" "${rounds[@]}" --tokens "$tokens")
 step+=(--out "$folder/step.jsonl")
+compiled=floor_compiled,peft_bf16_compiled,ours_compiled
 processes=$((gpus > 1 ? gpus : 1))
 
 run=(python3 benchmarks/gpu_run.py "${shape[@]}" --folder "$folder/model")
@@ -88,6 +91,8 @@ for name in $parts; do
     short) part short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours ;;
     recompute) part recompute "${step[@]}" --rows 4 --checkpointing on --backbones nf4 --ranks 16 --arms peft_bf16,ours ;;
     bf16) part bf16 "${step[@]}" --rows 4 --backbones bf16 --ranks 16 --arms peft_bf16,ours ;;
+    compiled) part compiled "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms "ours,$compiled" ;;
+    compiled_short) part compiled_short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms "ours,$compiled" ;;
     liger) part liger "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft_bf16,ours --liger ;;
     kernels)
       if [ "$gpus" = 0 ]; then
@@ -98,6 +103,7 @@ for name in $parts; do
       ;;
     run) part run "${run[@]}" train.gradient_accumulation_steps=4 "${small[@]}" ;;
     run_open) part run_open "${run[@]}" "${open[@]}" "${small[@]}" ;;
+    run_compiled) part run_compiled "${run[@]}" "${open[@]}" train.torch_compile=true "${small[@]}" ;;
     zero2 | zero3)
       part "$name" torchrun --standalone --nproc_per_node "$processes" benchmarks/zero.py "$name" "${shape[@]}" \
         "${rounds[@]}" --tokens "$tokens"

@@ -163,6 +163,15 @@ def test_a_4bit_run_learns_is_cut_and_exports_what_peft_reloads(nf4_run: Finishe
         assert json.loads(evaluated.stdout)["adapter"]["loss"] == pytest.approx(last["eval_loss"], rel=2e-3)
 
 
+def test_a_compiled_run_ends_with_the_ranks_and_the_loss_of_one_that_is_not(
+    float32_run: Finished, tmp_path: Path
+) -> None:
+    compiled = train(tmp_path / "compiled", **FLOAT32, **{"train.torch_compile": True})
+    own, other = (run.lines("metrics.jsonl")[-1] for run in (float32_run, compiled))
+    assert own["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)
+    assert float32_run.lines("ranks.jsonl")[-1]["ranks"] == compiled.lines("ranks.jsonl")[-1]["ranks"]
+
+
 def test_a_gpu_and_a_cpu_train_the_same_adapter(float32_run: Finished, tmp_path: Path) -> None:
     on_cpu = train(tmp_path / "cpu", HIDDEN, **FLOAT32)
     own, other = (run.lines("metrics.jsonl")[-1] for run in (float32_run, on_cpu))
