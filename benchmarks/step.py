@@ -18,8 +18,8 @@ is timed).  A step is the forward pass, the loss and the backward pass down to t
     ungated         ours without gates: LoRA by our layer, so that ours − ungated is the cost of gates
     ours_dropout    ours with a dropout of 0.05
     cut             ours after consensus_prune to a quarter of the ranks
-    …_compiled      floor, peft_bf16 or ours with its blocks under torch.compile, as train.torch_compile does it; only
-                    if named in --arms, and with a warm-up of seconds to minutes each
+    …_compiled      floor, peft_bf16, ours or cut with its blocks under torch.compile, as train.torch_compile does it;
+                    only if named in --arms, and with a warm-up of seconds to minutes each
 
 Arms take steps in turn (A B C A B C …) in one process; reported are the median over rounds of the ratio to the floor's
 step of the same round, with quartiles, and the ratio of the minimum times over all rounds: other jobs on a shared
@@ -62,7 +62,7 @@ from sora_llm.targets import target_linears
 
 ARMS = ("floor", "peft", "peft_bf16", "peft_dropout", "adalora", "gated", "ours", "ungated", "ours_dropout", "cut")
 COMPILED = "_compiled"
-COMPILED_ARMS = tuple(name + COMPILED for name in ("floor", "peft_bf16", "ours"))
+COMPILED_ARMS = tuple(name + COMPILED for name in ("floor", "peft_bf16", "ours", "cut"))
 SAME_FUNCTION = ("peft", "peft_bf16", "gated", "ours", "ungated")
 DROPOUT, LORA_ALPHA, KEPT_SHARE = 0.05, 16, 0.25
 LEARNING_RATE = 1e-8  # the optimizer does its work and every step is the same
@@ -438,7 +438,7 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
         memory["rss"] = rss_bytes(arm) if device.type == "cpu" else None
         arm.clear()
         q1, ratio, q3 = quartiles([own / floor for own, floor in zip(seconds[name], seconds["floor"], strict=True)])
-        rank = KEPT_SHARE * cell["r"] if name == "cut" else cell["r"]
+        rank = KEPT_SHARE * cell["r"] if name.startswith("cut") else cell["r"]
         records.append(
             {
                 **cell,

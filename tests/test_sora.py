@@ -156,7 +156,8 @@ def test_autocast_and_compilation_go_together():
             y = run(x)
         y.float().square().sum().backward()
         found.append([y.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].dtype == found[1][0].dtype == torch.bfloat16  # the base layer's, to which the branch is added
+    assert all(relative_error(a, b) < ROUNDING[torch.bfloat16] for a, b in zip(*found, strict=True))
 
 
 def test_a_layer_without_memory_has_the_shape_of_its_answer():
