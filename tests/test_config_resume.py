@@ -36,6 +36,7 @@ def conflicts(load, *overrides: str, processes: tuple[int, int] = (1, 1)) -> lis
         "data.num_proc=2",
         "data.cache_dir=/tmp/cache",
         "quantization.bnb_4bit_quant_storage=bfloat16",
+        "train.torch_compile=true",
     ],
 )
 def test_a_resumed_run_may_change_where_it_runs_and_what_it_logs(load, override):

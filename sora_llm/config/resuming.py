@@ -17,6 +17,7 @@ FREE_ON_RESUME = (
     "data.num_proc",
     "data.cache_dir",
     "quantization.bnb_4bit_quant_storage",
+    "train.torch_compile",
 )
 FIXED_ON_RESUME = (
     "evaluation.early_stopping_patience",
