@@ -1,29 +1,29 @@
 """A model's blocks under torch.compile: fewer kernels, and fewer operations issued from Python, for the same
-mathematics in another order of rounding."""
+mathematics rounded in another order."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sora_llm.errors import UserError
+from sora_llm.extensions import COMPILER, HEADERS, missing_tools
 
-_GRAPHS_PER_BLOCK = 4
-"""Limit on the graphs that may be compiled, beyond which a block runs as it is: blocks whose ranks are all 2 or more
-share one, every other combination of pruned, rank-1 and larger adapters is a graph of its own."""
+_GRAPHS_PER_BLOCK = 8
+"""Limit on graphs, beyond which torch runs a block as it is.  Blocks whose ranks are all 2 or more share theirs, every
+other combination of pruned, rank-1 and larger adapters has its own: up to three, for the first length of sequences, for
+all others, and for another batch size."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformers model: the modules that gradient checkpointing would recompute."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -36,38 +36,35 @@ def check_compilable(model: nn.Module, strategy: str, *, cuda: bool) -> None:
             f"train.torch_compile: {type(model).__name__} has no blocks of transformers' GradientCheckpointingLayer, "
             "which are what is compiled; leave it out"
         )
-    tools = {"a C++ compiler": "apt install g++", "Python's headers": "apt install python3-dev"}
-    found = {
-        "a C++ compiler": any(map(shutil.which, ("g++", "clang++"))),
-        "Python's headers": Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
-    }
-    if cuda:
-        tools["Triton"], found["Triton"] = "pip install triton", find_spec("triton") is not None
-    for name in tools:
-        if not found[name]:
-            raise UserError(f"train.torch_compile needs {name}: {tools[name]}, or leave it out")
+    missing = missing_tools(COMPILER, HEADERS)
+    if cuda and find_spec("triton") is None:
+        missing["Triton"] = "pip install triton"
+    for name, remedy in missing.items():
+        raise UserError(f"train.torch_compile needs {name}: {remedy}, or leave it out")
 
 
 class CompiledBlocks:
-    """The blocks of `model`, compiled when a training pass first needs them.
+    """The blocks of `model`, compiled when a training pass first needs them; what was compiled before, for adapters of
+    other shapes, is forgotten.
 
     Only inside `active`: evaluation, generation and export see the model as it is.  They would meet other shapes, each
     of which takes seconds to compile, and their results stay those of any other run.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        torch.compiler.reset()  # what an earlier run in this process compiled would count towards the limit
+        torch.compiler.reset()  # old graphs would count towards the limit
         self._compiled: list[tuple[Any, Any]] = [(block, torch.compile(block._call_impl)) for block in blocks(model)]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which the blocks run compiled, in both directions."""
+        """Context in which the blocks run compiled.  A backward pass in another thread, as on CUDA, finds the graphs of
+        the forward pass; from torch 2.13 on, the options below hold in this thread alone."""
         options = {
             "recompile_limit": _GRAPHS_PER_BLOCK * len(self._compiled),
             "accumulated_recompile_limit": _GRAPHS_PER_BLOCK * len(self._compiled),
             # Ranks are shapes of parameters: by default each combination of them would be a graph of its own.
             "force_parameter_static_shapes": False,
-            "optimize_ddp": False,  # it refuses autograd functions such as ours
+            "optimize_ddp": False,  # it splits graphs where DDP's buckets end, and refuses those with checkpointing
         }
         for block, compiled in self._compiled:
             block._compiled_call_impl = compiled  # where nn.Module.compile() puts it

@@ -1,10 +1,12 @@
-"""Operators that torch compiles at run time, and the lock files of such builds."""
+"""Operators that torch compiles at run time, the tools for it, and the lock files of such builds."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,22 @@ STALE_LOCK_SECONDS = 1800
 NOT_BUILT = "DeepSpeed's operator for ZeRO on a CPU could not be compiled"
 """The beginning of the message when that build fails."""
 OPERATOR, OPERATOR_SECONDS = "deepspeed_shm_comm", 600  # for ZeRO on a CPU; takes a minute to compile
+
+
+COMPILER, NINJA, HEADERS = "a C++ compiler", "ninja", "Python's headers"
+_REMEDIES = {COMPILER: "apt install g++", NINJA: "pip install ninja", HEADERS: "apt install python3-dev"}
+
+
+def missing_tools(*names: str) -> dict[str, str]:
+    """{tool: how to install it} of those `names`, of the three above, that this machine lacks."""
+    # PATH as if the environment of this Python were activated
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = {
+        COMPILER: shutil.which((os.environ.get("CXX") or "g++").split()[0], path=path) is not None,  # which torch takes
+        NINJA: shutil.which("ninja", path=path) is not None,
+        HEADERS: Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
+    }
+    return {name: _REMEDIES[name] for name in names if not found[name]}
 
 
 def extensions_folder() -> Path:

@@ -14,7 +14,7 @@ import torch
 from helpers import linear4bit
 from spawn import warm_deepspeed
 
-from sora_llm import cli
+from sora_llm import cli, extensions
 from sora_llm.commands import checks, cmd_doctor
 from sora_llm.commands.cmd_doctor import FAILED, OK, WARNING, CheckResult
 from sora_llm.data.prepare import default_cache_dir
@@ -153,7 +153,7 @@ def test_a_user_without_a_home_is_a_finding(monkeypatch):
 def test_a_machine_without_a_compiler_trains_all_but_zero(monkeypatch, capsys):
     states, said = {"zero2": FAILED}, [f"{NOT_BUILT}: c++: not found"]
     monkeypatch.setattr(cmd_doctor, "run_check", lambda name, *_: CheckResult(name, states.get(name, OK), said[0]))
-    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "warning  zero2" in shown and shown.count("apt install g++") == 2 and said[0] in shown
@@ -169,7 +169,7 @@ def test_a_step_that_fails_for_another_reason_is_a_failure_without_a_compiler_to
     monkeypatch.setattr(
         cmd_doctor, "run_check", lambda name, *_: CheckResult(name, FAILED if name == "zero2" else OK, said)
     )
-    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert f"failed   zero2          {said}" in shown and shown.endswith("not ready: zero2\n")
@@ -216,10 +216,13 @@ def test_a_full_disk_a_missing_compiler_and_a_stale_lock_are_found(tmp_path, mon
         assert {found.state for found in cmd_doctor.disks()} == {state}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     assert str(default_cache_dir().parent) in next(iter(cmd_doctor.disks())).said, "where training puts its tokens"
-    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: str(tmp_path))
-    assert cmd_doctor.compiler().state == WARNING
-    monkeypatch.setattr(cmd_doctor, "_path_with_scripts", lambda: None)
-    monkeypatch.setattr(cmd_doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        assert cmd_doctor.compiler().state == WARNING and "apt install g++" in cmd_doctor.compiler().remedy
+        (tmp_path / "my-g++").touch(mode=0o755)
+        without.setenv("CXX", "my-g++ -v")
+        assert cmd_doctor.compiler().state == OK
+    monkeypatch.setattr(extensions.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "apt install python3-dev" in cmd_doctor.compiler().remedy
     monkeypatch.setattr(cmd_doctor, "locks_by_existence", lambda: True)
     lock = tmp_path / "deepspeed_shm_comm" / "lock"

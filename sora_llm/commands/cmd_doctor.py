@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,17 @@ from packaging.requirements import Requirement
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import run_command
 from sora_llm.errors import UserError
-from sora_llm.extensions import NOT_BUILT, STALE_LOCK_SECONDS, extensions_folder, locks, locks_by_existence
+from sora_llm.extensions import (
+    COMPILER,
+    HEADERS,
+    NINJA,
+    NOT_BUILT,
+    STALE_LOCK_SECONDS,
+    extensions_folder,
+    locks,
+    locks_by_existence,
+    missing_tools,
+)
 from sora_llm.files import cache_home, nearest_existing
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -168,25 +177,17 @@ def versions() -> Iterator[CheckResult]:
 
 
 def compiler() -> CheckResult:
-    """Check for a compiler: DeepSpeed compiles one small operator when it runs on the CPU."""
-    ways = {"g++": "apt install g++", "ninja": "pip install ninja", "Python.h": "apt install python3-dev"}
-    has_header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    path = _path_with_scripts()
-    missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
-    missing += [] if has_header else ["Python.h"]
+    """Check for a compiler: DeepSpeed compiles one small operator when it runs on the CPU, train.torch_compile blocks
+    everywhere."""
+    missing = missing_tools(COMPILER, NINJA, HEADERS)
     if not missing:
-        return CheckResult("compiler", OK, "g++, ninja and Python's headers")
+        return CheckResult("compiler", OK, "a C++ compiler, ninja and Python's headers")
     return CheckResult(
         "compiler",
         WARNING,
-        f"no {' and no '.join(missing)}, needed to compile an operator for ZeRO on a CPU",
-        f"{' and '.join(ways[name] for name in missing)}, or use distributed.strategy: ddp there",
+        f"no {' and no '.join(missing)}, needed for ZeRO on a CPU and for train.torch_compile",
+        f"{' and '.join(missing.values())}, or use distributed.strategy: ddp there",
     )
-
-
-def _path_with_scripts() -> str:
-    """PATH with the folder of this Python in front, as if its environment were activated."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def build_lock(folder: Path) -> CheckResult:

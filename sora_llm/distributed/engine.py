@@ -41,7 +41,7 @@ class Engine:
     `model` is the callable for the loop, `module` the same without wrappers, `optimizer` the ProxAdamW itself, whose
     `param_groups` carry lr and λ.  With `replicas` (only none and ddp) it belongs to this replica: values, moments and
     gradients are its own until `write` makes them equal everywhere.  Gradients are accumulated, reduced and clipped
-    without the `loss_scale`.  `blocks` run compiled in micro-batches.
+    without the `loss_scale`.  `compiled_blocks` are those of `model`, for micro-batches.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Engine:
         max_grad_norm: float | None,
         replicas: Replicas | None = None,
         loss_scale: LossScale | None = None,
-        blocks: CompiledBlocks | None = None,
+        compiled_blocks: CompiledBlocks | None = None,
     ):
         gates_before = {
             name: p.detach().clone() for name, p in adapter_parameters(model).items() if name.endswith(".gate")
@@ -64,7 +64,7 @@ class Engine:
         self._zero: ZeroShards | None = None
         self._adapter_parameters = adapter_parameters(model)
         self.loss_scale = LossScale(is_needed=False) if loss_scale is None else loss_scale
-        self.blocks = blocks
+        self._compiled_blocks = compiled_blocks
         self._unscaling: list[Any] = []
         if self.loss_scale.is_needed:
             self._unscaling = [p.register_hook(self.loss_scale.unscale) for p in self._adapter_parameters.values()]
@@ -104,16 +104,17 @@ class Engine:
             own = sparse_lambda[group["budget"]] if gated and isinstance(sparse_lambda, Mapping) else sparse_lambda
             group["sparse_lambda"] = own if gated else 0.0
 
-    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Context of one forward and backward pass; gradients are reduced after the `last` one of a step."""
-        context = contextlib.ExitStack()
-        if self.blocks is not None:
-            context.enter_context(self.blocks.active())
-        if self.is_zero:
-            self.model.set_gradient_accumulation_boundary(is_boundary=last)
-        elif not last:
-            context.enter_context(self.accelerator.no_sync(self.model))
-        return context
+        with contextlib.ExitStack() as contexts:
+            if self._compiled_blocks is not None:
+                contexts.enter_context(self._compiled_blocks.active())
+            if self.is_zero:
+                self.model.set_gradient_accumulation_boundary(is_boundary=last)
+            elif not last:
+                contexts.enter_context(self.accelerator.no_sync(self.model))
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of `loss`; they are averaged over processes."""

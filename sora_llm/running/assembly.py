@@ -95,9 +95,9 @@ def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
         )
 
 
-def make_engine(job: Job, model: nn.Module, previous: Engine | None = None) -> Engine:
-    """`model` and a fresh optimizer under the run's strategy, with the loss scale and the compiled blocks of the
-    previous engine, if there was one (collective).  Peak memory is measured from here."""
+def make_engine(job: Job, model: nn.Module, loss_scale: LossScale | None = None) -> Engine:
+    """`model` and a fresh optimizer under the run's strategy, with the loss scale of the previous engine, if there was
+    one (collective).  Peak memory is measured from here."""
     settings, budgets = job.config.train, job.plan.budgets
     groups = parameter_groups(
         model,
@@ -109,13 +109,17 @@ def make_engine(job: Job, model: nn.Module, previous: Engine | None = None) -> E
         deferred=job.replicas is not None,
     )
     optimizer = ProxAdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon)
-    if previous is not None:
-        loss_scale, blocks = previous.loss_scale, previous.blocks
-    else:
+    if loss_scale is None:
         loss_scale = LossScale(computes_in_float16(job.inputs.backbone))
-        blocks = CompiledBlocks(model) if settings.torch_compile else None
     engine = Engine(
-        job.accelerator, model, optimizer, job.plan.strategy, settings.max_grad_norm, job.replicas, loss_scale, blocks
+        job.accelerator,
+        model,
+        optimizer,
+        job.plan.strategy,
+        settings.max_grad_norm,
+        job.replicas,
+        loss_scale,
+        CompiledBlocks(model) if settings.torch_compile else None,
     )
     forget_peak(engine.device)
     return engine
@@ -125,7 +129,7 @@ def renew_engine(
     training: Training, model: nn.Module, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
     """Continue with a fresh optimizer, in a new round, from `masters` that all processes hold (collective)."""
-    training.engine = make_engine(training.job, model, training.engine)
+    training.engine = make_engine(training.job, model, training.engine.loss_scale)
     training.engine.load(masters, state, 0)
     if training.rounds is not None:
         training.rounds.begin(training.engine)

@@ -160,11 +160,13 @@ class StopRequest:
         """Remove the file after obeying it, once other processes that look for it themselves must have seen it."""
         if self._file_is_there():
             time.sleep(2 * LOOK_SECONDS)
-            if self.file.is_dir():  # `mkdir STOP` is a request too
-                with contextlib.suppress(OSError):
+            try:
+                if self.file.is_dir():  # `mkdir STOP` is a request too
                     self.file.rmdir()
-            else:
-                self.file.unlink(missing_ok=True)
+                else:
+                    self.file.unlink(missing_ok=True)
+            except OSError as error:
+                terminal.say(f"warning: {self.file}, which stops every start, cannot be removed: {error.strerror}")
 
 
 def ignore_signals() -> None:

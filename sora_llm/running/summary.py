@@ -36,7 +36,10 @@ def print_summary(job: Job) -> None:
             f"({budget.params:,} of {budget.full:,} parameters), {plan.config.sora.threshold}",
         )
     if plan.config.train.torch_compile:
-        job.say("compiling in the first steps and again after the cut: these take seconds to minutes longer")
+        job.say(
+            "compiling in the first steps, and again after the adapters have changed their form or were cut: these "
+            "take seconds to minutes longer, which their tokens/s include"
+        )
     for line in config_warnings(plan, job.inputs.skeleton):
         job.say(f"warning: {line}")
 
