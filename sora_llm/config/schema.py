@@ -128,7 +128,7 @@ class Train:
     max_grad_norm: Annotated[float, ">= 0"] | None = 1.0  # null or 0: no clipping
     gradient_checkpointing: bool = False  # less memory, about a third more compute
     torch_compile: bool = False
-    # run the model's blocks compiled: faster steps after some slow ones, at the start and after the cut; not with zero3
+    # run the model's blocks compiled: faster steps after slow first ones, also after the cut; other dropout masks
     max_skipped_steps: Count = 10  # non-finite steps in a row that end the run
     seed: Annotated[int, ">= 0", "< 4294967296"] = 42  # of the order of rows, fresh adapters and dropout
 
