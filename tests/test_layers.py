@@ -16,7 +16,8 @@ GROUPS = ("artifacts", "estimates", "running")
 LAYERS = """
 errors terminal row_types values run_files
 arguments files hub running.stop running.liveness
-extensions compiled
+extensions
+compiled
 topology sora schedule factors hashes weights_digest allocation loss_scale
 budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
