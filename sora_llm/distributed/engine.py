@@ -335,7 +335,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self._zero is not None:
             self._zero.leave(self.model, self.module)
-        keep_frozen_at_home(self.module)
+        _keep_frozen_at_home(self.module)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["params"] = []
@@ -344,7 +344,7 @@ class Engine:
         self.accelerator.free_memory()  # it holds every model and optimizer it has prepared
 
 
-def keep_frozen_at_home(model: nn.Module) -> None:
+def _keep_frozen_at_home(model: nn.Module) -> None:
     """Leave frozen weights out of what DDP and DeepSpeed broadcast when they wrap `model` again: the first wrapper has
     made them equal everywhere, and nothing has changed them since."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
