@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.extensions import COMPILER, HEADERS, missing_tools
 
 _GRAPHS_PER_BLOCK = 8
@@ -58,7 +58,11 @@ class CompiledBlocks:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Context in which the blocks run compiled.  A backward pass in another thread, as on CUDA, finds the graphs of
-        the forward pass; from torch 2.13 on, the options below hold in this thread alone."""
+        the forward pass; from torch 2.13 on, the options below hold in this thread alone.
+
+        Raises:
+            RunFailed: they cannot be compiled.
+        """
         options = {
             "recompile_limit": _GRAPHS_PER_BLOCK * len(self._compiled),
             "accumulated_recompile_limit": _GRAPHS_PER_BLOCK * len(self._compiled),
@@ -71,6 +75,11 @@ class CompiledBlocks:
         try:
             with torch._dynamo.config.patch(options):
                 yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = first_line(getattr(error, "inner_exception", error))
+            raise RunFailed(
+                f"train.torch_compile: blocks could not be compiled ({why}); set it to false, also for a resumed run"
+            ) from error
         finally:
             for block, _ in self._compiled:
                 block._compiled_call_impl = None

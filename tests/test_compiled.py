@@ -17,7 +17,7 @@ from torch import nn
 from sora_llm import compiled
 from sora_llm.backbone import enable_checkpointing
 from sora_llm.compiled import CompiledBlocks, blocks, check_compilable
-from sora_llm.errors import UserError
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.sora import SoraLinear
 from sora_llm.train import run
@@ -151,6 +151,22 @@ def test_blocks_are_compiled_anew_however_often_the_adapters_have_been_cut(monke
                 model(torch.arange(length)[None], use_cache=False).logits.sum().backward()
         assert counters["stats"]["unique_graphs"] >= 2, "each of two blocks with other ranks"
         assert not counters["unimplemented"] and not counters["recompile_limit"]
+
+
+def test_a_compiler_that_fails_ends_the_run_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no such instruction\nand much more")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    model = inject_sora(tiny_llama(), r=2)
+    found = CompiledBlocks(model)
+    with (
+        pytest.raises(RunFailed, match=r"could not be compiled \(.*no such instruction.*set it to false") as caught,
+        found.active(),
+    ):
+        model(torch.arange(6)[None], use_cache=False)
+    assert "\n" not in str(caught.value) and "much more" not in str(caught.value)
+    assert model(torch.arange(6)[None], use_cache=False).logits.isfinite().all()
 
 
 def test_what_cannot_be_compiled_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
