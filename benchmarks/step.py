@@ -235,7 +235,7 @@ class Arm:
     inputs: Tensor
     ids: Tensor
     optimizer: torch.optim.Optimizer | None
-    blocks: CompiledBlocks | None
+    compiled_blocks: CompiledBlocks | None
     loss: float = math.nan
     grad_norm: float = math.nan
     input_grad_norm: float = math.nan
@@ -251,7 +251,7 @@ class Arm:
         return cls(name, model, inputs, ids, optimizer, CompiledBlocks(model) if name.endswith(COMPILED) else None)
 
     def compiled(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.blocks is None else self.blocks.active()
+        return contextlib.nullcontext() if self.compiled_blocks is None else self.compiled_blocks.active()
 
     def forward_backward(self) -> None:
         torch.manual_seed(0)
@@ -438,7 +438,8 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
         memory["rss"] = rss_bytes(arm) if device.type == "cpu" else None
         arm.clear()
         q1, ratio, q3 = quartiles([own / floor for own, floor in zip(seconds[name], seconds["floor"], strict=True)])
-        rank = KEPT_SHARE * cell["r"] if name.startswith("cut") else cell["r"]
+        kind = name.removesuffix(COMPILED)
+        rank = KEPT_SHARE * cell["r"] if kind == "cut" else cell["r"]
         records.append(
             {
                 **cell,
@@ -446,7 +447,7 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
                 "step_seconds": statistics.median(seconds[name]),
                 "ratio": [q1, ratio, q3],
                 "least_ratio": min(seconds[name]) / min(seconds["floor"]),
-                "limit": 0.0 if name.startswith("floor") else limit_of(model, rank),
+                "limit": 0.0 if kind == "floor" else limit_of(model, rank),
                 "optimizer_seconds": statistics.median(updates[name]),
                 "tokens_per_second": ids.numel() / statistics.median(seconds[name]),
                 **{f"{key}_mib": None if value is None else value / 2**20 for key, value in memory.items()},

@@ -39,7 +39,8 @@ def check_compilable(model: nn.Module, strategy: str, *, cuda: bool) -> None:
     missing = missing_tools(COMPILER, HEADERS)
     if cuda and find_spec("triton") is None:
         missing["Triton"] = "pip install triton"
-    for name, remedy in missing.items():
+    if missing:
+        name, remedy = next(iter(missing.items()))
         raise UserError(f"train.torch_compile needs {name}: {remedy}, or leave it out")
 
 

@@ -184,3 +184,11 @@ def delta_weights(run_dir: Path) -> dict[str, torch.Tensor]:
         for name, A in factors.items()
         if "lora_A" in name
     }
+
+
+def delta_error(run_dir: Path, expected: Path) -> float:
+    """Relative error of all ΔW of an exported adapter together, against another of the same modules."""
+    ours, theirs = delta_weights(run_dir), delta_weights(expected)
+    assert ours.keys() == theirs.keys()
+    size = torch.stack([delta.norm() for delta in theirs.values()]).norm()
+    return float(torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm() / size)

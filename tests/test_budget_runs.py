@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import Playground, delta_weights, interrupt, lines, overrides, result
+from small_runs import Playground, delta_error, delta_weights, interrupt, lines, overrides, result
 
 from sora_llm.running import optimizer_step
 from sora_llm.train import run
@@ -127,11 +127,7 @@ DELTA_TOLERANCE = 1e-4
 
 
 def assert_equal_adapters(one: Path, other: Path, tolerance: float = DELTA_TOLERANCE) -> None:
-    ours, theirs = delta_weights(one), delta_weights(other)
-    assert ours.keys() == theirs.keys()
-    size = torch.stack([delta.norm() for delta in ours.values()]).norm()
-    error = torch.stack([(ours[name] - theirs[name]).norm() for name in ours]).norm()
-    assert error < tolerance * size, float(error / size)
+    assert delta_error(other, one) < tolerance
 
 
 INTERRUPTED_AT = (DENSE_END - 1, DENSE_END, DENSE_END + 2, CUT_AT, CUT_AT + 2, STEPS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import linear4bit, linear8bit, randomise, relative_error, tiny_llama
-from small_runs import CONFIG, PREEMPTED, Playground, delta_weights, lines, overrides
+from small_runs import CONFIG, PREEMPTED, Playground, delta_error, delta_weights, lines, overrides
 from torch import nn
 
 from sora_llm import compiled
@@ -205,13 +205,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization.load_in_4bit": True, "quantization.bnb_4bit_compute_dtype": "float32"},
     "padded, recompute": {"data.sample_packing": False, "train.gradient_checkpointing": True},
 }
+SHORT = {"sora.threshold": "decoupled", "sora.dense_ratio": 0.25, "sora.consensus_at": 0.5, "train.max_steps": 4}
 CELLS = [(form, *world) for form in FORMS for world in (("none", 1), ("ddp", 2), ("zero2", 2))]
-FORMS["short"] = {
-    "sora.threshold": "decoupled",
-    "sora.dense_ratio": 0.25,
-    "sora.consensus_at": 0.5,
-    "train.max_steps": 4,
-}
 TOLERANCE = 1e-4
 """Relative error of ΔW: as between strategies, float32 sums in another order, through ten steps and two SVDs."""
 
@@ -223,7 +218,7 @@ def plain(ground: Playground) -> Callable[[str], Path]:
     def make(form: str) -> Path:
         name = f"not compiled, {form}"
         if not ground.run_dir(name).exists():
-            assert ground.codes(name, **{**RUN, **FORMS[form]}) == [0]
+            assert ground.codes(name, **{**RUN, **{**FORMS, "short": SHORT}[form]}) == [0]
         return ground.run_dir(name)
 
     return make
@@ -235,7 +230,7 @@ def test_a_traced_run_ends_with_the_adapter_of_one_that_is_not(
     """Shorter than below, and without the minute that generating code takes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    run(CONFIG, *overrides(ground.folder, tmp_path, **{**RUN, **FORMS["short"], "train.torch_compile": True}))
+    run(CONFIG, *overrides(ground.folder, tmp_path, **{**RUN, **SHORT, "train.torch_compile": True}))
     assert_same_adapter(tmp_path, plain("short"))
     stats = torch._dynamo.utils.counters["stats"]
     num_blocks = len({name.partition("layers.")[2].split(".")[0] for name in delta_weights(tmp_path)})
@@ -272,8 +267,6 @@ def test_a_compiled_run_that_was_stopped_goes_on_to_the_same_adapter(
 def assert_same_adapter(run_dir: Path, expected: Path) -> float:
     """The same ranks at every line and the same ΔW; returns its relative error."""
     assert lines(run_dir, "ranks.jsonl") == lines(expected, "ranks.jsonl")
-    ours, theirs = delta_weights(run_dir), delta_weights(expected)
-    size = torch.stack([delta.norm() for delta in theirs.values()]).norm()
-    error = torch.stack([(ours[module] - theirs[module]).norm() for module in theirs]).norm() / size
+    error = delta_error(run_dir, expected)
     assert error < TOLERANCE
-    return float(error)
+    return error
