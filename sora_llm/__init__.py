@@ -9,6 +9,7 @@ _HOME = {
     "SoraLinear": "sora",
     "inject_sora": "inject",
     "ProxAdamW": "optim",
+    "RankScheduler": "rank_scheduler",
     "parameter_groups": "optim",
     "consensus_prune": "pipeline",
     "export_adapter": "export",
@@ -17,6 +18,7 @@ _HOME = {
 }
 __all__ = [
     "ProxAdamW",
+    "RankScheduler",
     "RunFailed",
     "SoraLinear",
     "UserError",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sora_llm.inject import inject_sora
     from sora_llm.optim import ProxAdamW, parameter_groups
     from sora_llm.pipeline import consensus_prune
+    from sora_llm.rank_scheduler import RankScheduler
     from sora_llm.sora import SoraLinear
 
 

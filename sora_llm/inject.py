@@ -101,17 +101,22 @@ def refuse_new_parameters(model: nn.Module, who: str) -> None:
             f"{who} creates new parameters, which DistributedDataParallel would not know: pass model.module, and "
             "wrap it again afterwards"
         )
+    refuse_sharded(model, f"{who} creates new parameters")
+
+
+def refuse_sharded(model: nn.Module, who_does_what: str) -> None:
+    """UserError for parameters held by FSDP or by a ZeRO engine, where others cannot replace or write them."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         map(is_sharded, model.parameters())
     ):
         raise UserError(
-            f"{who} creates new parameters, but FSDP has sharded the current ones; train under DDP, or with "
-            "sora_llm.train under ZeRO, which takes the model out of its engine"
+            f"{who_does_what}, but FSDP has sharded the current ones; train under DDP, or with sora_llm.train under "
+            "ZeRO, which takes the model out of its engine"
         )
     if any(hasattr(parameter, mark) for parameter in adapter_parameters(model).values() for mark in OF_ZERO):
         raise UserError(
-            f"{who} creates new parameters, but DeepSpeed's ZeRO holds the current ones; sora_llm.train rebuilds the "
-            "engine around the model, which a loop of your own cannot"
+            f"{who_does_what}, but DeepSpeed's ZeRO holds the current ones; sora_llm.train rebuilds the engine around "
+            "the model, which a loop of your own cannot"
         )
 
 

@@ -41,7 +41,7 @@ class ProxAdamW(torch.optim.AdamW):
                                              gradient methods for structured neural networks")
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
         adaptive    λ / importance, hard: gates above it are not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
-                    that the caller chooses, importance a tensor of the gate's state.
+                    that `RankScheduler` chooses, importance a tensor of the gate's state.
     With λ = 0 the step is torch's AdamW bit for bit.  In a group with "deferred", nothing is cut: τ is summed in the
     state of each gate, for a caller that takes local updates and cuts when replicas synchronise.
 
@@ -99,6 +99,30 @@ class ProxAdamW(torch.optim.AdamW):
                 if name != "step" and param.dtype not in (torch.float32, torch.float64):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
+    def master(self, param: Tensor) -> Tensor:
+        """The float32 value of a parameter: what the next step continues from."""
+        master: Tensor = self.state.get(param, {}).get("master", param)
+        return master.detach().float()
+
+    @torch.no_grad()
+    def restart(self, values: Mapping[Tensor, Tensor], importance: Mapping[Tensor, Tensor]) -> None:
+        """Give parameters other float32 `values`, and AdamW's state of before the first step; gates also the
+        `importance` that adaptive thresholds need."""
+        for group in self.param_groups:
+            on_device = group["fused"] or group["capturable"]
+            moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+            for param in (param for param in group["params"] if param in values):
+                value = values[param].to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
+                param.copy_(value)
+                self.state[param] = {
+                    "step": torch.zeros((), device=param.device if on_device else None),
+                    **{moment: torch.zeros_like(value) for moment in moments},
+                }
+                if param.dtype not in (torch.float32, torch.float64):
+                    self.state[param]["master"] = value
+                if param in importance:
+                    self.state[param][IMPORTANCE] = importance[param].to(value)
+
     def _check_groups(self) -> None:
         """ValueError for a group that was edited into an invalid state, RuntimeError for parameters that the model no
         longer has; before anything is changed."""
@@ -117,8 +141,8 @@ class ProxAdamW(torch.optim.AdamW):
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):
                     raise ValueError(
-                        "adaptive thresholds need an importance in the state of each gate, as sora_llm.train puts "
-                        "there; use decoupled, proxgen or constant in a loop of your own"
+                        "adaptive thresholds need an importance in the state of each gate, which RankScheduler puts "
+                        "there and chooses the thresholds: set its budget, not sparse_lambda"
                     )
 
     def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:

@@ -176,11 +176,11 @@ def _cut_everywhere(
         for name, dtype in dtypes.items()
     }
     cut_adapters(model, cut)
-    require_agreement(_hashes(model), "the cut adapter")
+    require_agreement(_hashes_of_parameters(model), "the cut adapter")
     return {name: tensor for name, tensor in received.items() if tensor.numel()}
 
 
-def _hashes(model: nn.Module) -> dict[str, str]:
+def _hashes_of_parameters(model: nn.Module) -> dict[str, str]:
     return {name: tensor_hash(parameter) for name, parameter in adapter_parameters(model).items()}
 
 
@@ -254,16 +254,33 @@ def balance(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Put every adapter of `model` into balanced SVD form with gates of 1 (collective).
+    """Give every adapter of `model` new parameters, its `balanced_values` (collective).
+
+    Returns, raises: as `balanced_values`.
+    """
+    remedy = "raise sora.dense_ratio or train.learning_rate, or train longer"
+    values, importance = balanced_values(adapters(model), masters, budgets=budgets, device=device, remedy=remedy)
+    restore(model, values, dtype)
+    return values, importance
+
+
+def balanced_values(
+    layers: Mapping[str, SoraLinear],
+    masters: Mapping[str, Tensor],
+    *,
+    budgets: Sequence[RankBudget],
+    device: torch.device | str,
+    remedy: str,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The float32 `masters` of adapters in balanced SVD form with gates of 1, the same on every process (collective).
 
     A = diag(√(σ/s))·Vᵀ, B = U·diag(√(σ/s)): slot i is the i-th singular component of the module's unchanged ΔW.
 
     Returns: the float32 values by name, and the optimizer's state to continue with, {"<module>.gate.importance": (R,)}:
     σ_i/√c_m in units of the median of the module's budget.
     Raises:
-        RunFailed: nothing was learned yet, or values are not finite.
+        RunFailed: nothing was learned yet (ends with the `remedy`), or values are not finite.
     """
-    layers = adapters(model)
     flat: dict[str, Tensor] = {}
 
     def decompose() -> None:
@@ -277,17 +294,13 @@ def balance(
 
     on_main(decompose)
     received = broadcast_tensors(flat, device)
-    for name, layer in layers.items():
-        A, B = received[f"{name}.lora_A"].to(dtype), received[f"{name}.lora_B"].to(dtype)
-        layer.replace(A, B, torch.ones(layer.rank, dtype=dtype))
     weights: dict[str, Tensor] = {}
     for budget in budgets:
         sigmas = {name: received[f"{name}.sigma"] for name in budget.costs}
         weights |= importances(sigmas, budget)
     if not any(bool(values.any()) for values in weights.values()):
         raise RunFailed(
-            "nothing was learned before the sparsify phase: every ΔW is 0, so pruning would be arbitrary; raise "
-            "sora.dense_ratio or train.learning_rate, or train longer"
+            f"nothing was learned before the sparsify phase: every ΔW is 0, so pruning would be arbitrary; {remedy}"
         )
     values = {name: tensor for name, tensor in received.items() if not name.endswith(".sigma")}
     values |= {f"{name}.gate": torch.ones(layer.rank) for name, layer in layers.items()}
@@ -295,10 +308,47 @@ def balance(
 
 
 def restore(model: nn.Module, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Restore the gated `masters` of every adapter, after a copy of them was cut."""
+    """Give every adapter new parameters with the values of gated `masters`."""
     for name, layer in adapters(model).items():
         A, B, gate = (masters[f"{name}.{kind}"].to(dtype) for kind in ("lora_A", "lora_B", "gate"))
         layer.replace(A, B, gate)
+
+
+def gated_adapters(model: nn.Module) -> dict[str, SoraLinear]:
+    """The adapters of a model by module; UserError if there are none, or if they have been cut."""
+    layers = adapters(model)
+    if not layers:
+        raise UserError("the model has no SoRA adapters: call inject_sora(model) and train it first")
+    if any(layer.gate is None for layer in layers.values()):
+        raise UserError("the model's adapters have no gates: they were already cut")
+    return layers
+
+
+def model_budget(
+    layers: Mapping[str, SoraLinear], target_rank: float | None, target_params: int | None, min_rank: int
+) -> list[RankBudget]:
+    """The one budget of adapters in loops of your own, [] without a target; UserError for an invalid one."""
+    if target_rank is not None and target_params is not None:
+        raise UserError("target_rank and target_params both set the budget; give only one")
+    if target_params is not None and not is_integer(target_params):
+        raise UserError(f"target_params is {target_params!r}; it is a whole number of parameters")
+    for name, value in (("target_rank", target_rank), ("target_params", target_params)):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise UserError(f"{name} is {value!r}; it must be a number above 0")
+    if not is_integer(min_rank) or min_rank < 0:
+        raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
+    if target_rank is None and target_params is None:
+        if min_rank:
+            raise UserError("min_rank needs a budget; give target_rank or target_params")
+        return []
+    rank = max(layer.rank for layer in layers.values())
+    return make_budgets(layer_shapes(layers), rank, target_rank, target_params, {}, min_rank, section="")
+
+
+def require_equal_adapters(model: nn.Module) -> None:
+    """RunFailed if processes hold different adapters (collective)."""
+    remedy = "make them equal (load one checkpoint everywhere), and reduce all gradients"
+    require_agreement(_hashes_of_parameters(model), "the adapter", remedy=remedy)
 
 
 def consensus_prune(
@@ -327,29 +377,10 @@ def consensus_prune(
     refuse_new_parameters(model, "consensus_prune")
     if consensus not in ("svd", "slots"):
         raise UserError(f"consensus is {consensus!r}; use 'svd' or 'slots'")
-    if target_rank is not None and target_params is not None:
-        raise UserError("target_rank and target_params both set the budget; give only one")
     inner = unwrapped(model)
-    layers = adapters(inner)
-    if not layers:
-        raise UserError("the model has no SoRA adapters: call inject_sora(model) and train it first")
-    if any(layer.gate is None for layer in layers.values()):
-        raise UserError("the model's adapters have no gates: they were already cut")
-    has_budget = target_rank is not None or target_params is not None
-    if target_params is not None and not is_integer(target_params):
-        raise UserError(f"target_params is {target_params!r}; it is a whole number of parameters")
-    for name, value in (("target_rank", target_rank), ("target_params", target_params)):
-        if value is not None and not (is_number(value) and 0 < value < math.inf):
-            raise UserError(f"{name} is {value!r}; it must be a number above 0")
-    if not is_integer(min_rank) or min_rank < 0:
-        raise UserError(f"min_rank is {min_rank!r}; it must be an integer from 0")
-    if min_rank and not has_budget:
-        raise UserError("min_rank needs a budget; give target_rank or target_params")
-    remedy = "make them equal (load one checkpoint everywhere), and reduce all gradients"
-    require_agreement(_hashes(inner), "the adapter", remedy=remedy)
-    shapes = layer_shapes(layers)
-    rank = max(layer.rank for layer in layers.values())
-    budgets = make_budgets(shapes, rank, target_rank, target_params, {}, min_rank, section="") if has_budget else []
+    layers = gated_adapters(inner)
+    budgets = model_budget(layers, target_rank, target_params, min_rank)
+    require_equal_adapters(inner)
     masters = {name: p.detach().float() for name, p in adapter_parameters(inner).items()}
     dtypes = {name: layer.gate.dtype for name, layer in layers.items() if layer.gate is not None}
     scaling = {name: layer.scaling for name, layer in layers.items()}

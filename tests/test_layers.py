@@ -26,14 +26,14 @@ merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card artifacts.logit_check
 distributed
-base_spec
+sparsity_controller base_spec
 base_files
 backbone
 peft_check
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export
 pipeline estimates.memory running.evaluation running.packing_check running.verified_export
-generation running.optimizer_step running.rundir running.sparsity_controller running.rounds running.unpack
+rank_scheduler generation running.optimizer_step running.rundir running.rounds running.unpack
 prompt_format
 running.run_folders
 running.inputs

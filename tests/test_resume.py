@@ -239,6 +239,8 @@ def test_a_queued_job_that_goes_back_to_a_checkpoint_goes_on_when_it_is_started_
     options |= {"output.resume": str(folder / "step-2")}
     code, _ = start(interrupted, **options)
     assert code == 0 and (folder / "step-2").exists() == (limit is None)
+    code, output = start(interrupted, **options)
+    assert code == 0 and "already finished" in output and "resuming" not in output
     shutil.rmtree(folder / "step-6")  # as if it had been stopped at step 5
     (interrupted / "status.json").write_text('{"state": "preempted"}')
     shutil.rmtree(interrupted / "adapter")

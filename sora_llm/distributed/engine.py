@@ -163,10 +163,7 @@ class Engine:
     def values(self) -> dict[str, Tensor]:
         """The float32 values of every adapter tensor by name, on the device, as the optimizer holds them; not ZeRO."""
         assert not self.is_zero
-        return {
-            name: self.optimizer.state.get(p, {}).get("master", p).detach().float()
-            for name, p in self._adapter_parameters.items()
-        }
+        return {name: self.optimizer.master(p) for name, p in self._adapter_parameters.items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Set float32 values of adapter tensors; lower-precision tensors get them rounded; not ZeRO."""

@@ -43,10 +43,10 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
     Raises:
         UserError: the directory belongs to a run with another config.
     """
-    saved, env = run_dir / run_files.CONFIG, run_dir / run_files.ENV
+    saved, env, resume = run_dir / run_files.CONFIG, run_dir / run_files.ENV, plan.config.output.resume
     if not saved.exists() or not env.exists():
         return None
-    if plan.config.output.resume == "never":
+    if resume == "never":
         raise UserError(f"output.output_dir {run_dir} already holds a run and output.resume is never; name another")
     try:
         num_processes = json.loads(env.read_text(encoding="utf-8"))["num_processes"]
@@ -54,8 +54,10 @@ def finished_before(plan: Plan, run_dir: Path, world: World) -> RunResult | None
         raise UserError(f"{env} is damaged; move {run_dir} aside, or name a new output.output_dir") from None
     refuse_other_config(plan, to_dict(load_config(saved)), num_processes, world, str(run_dir))
     status = run_state.read_status(run_dir)
-    if status is None or status.get("state") != "finished" or plan.config.output.resume != "auto":
+    if status is None or status.get("state") != "finished":
         return None
+    if resume != "auto" and written_since(run_dir, resume) is None:
+        return None  # it goes back to that checkpoint
     adapter = run_dir / status["adapter"]
     if not adapter.is_dir():
         return None

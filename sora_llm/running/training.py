@@ -15,7 +15,7 @@ from sora_llm.running.optimizer_step import Tally
 from sora_llm.running.plan import Stage
 from sora_llm.running.rounds import Rounds
 from sora_llm.running.rundir import RunDirectory
-from sora_llm.running.sparsity_controller import SparsityController
+from sora_llm.sparsity_controller import SparsityController
 
 
 @dataclass(frozen=True)
