@@ -37,7 +37,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--r", type=int, default=16, help="rank of every adapter before pruning")
     parser.add_argument("--target-rank", type=float, default=4, help="mean rank that is kept")
-    parser.add_argument("--sparse-lambda", type=float, default=0.6, help="signal-to-noise that keeps a gate, in (0, 1)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps, both phases together")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per process and forward pass")
     parser.add_argument("--accumulate", type=int, default=2, help="forward passes per optimizer step")

@@ -15,13 +15,13 @@ from typing import Any
 
 import common
 import torch
-from plain_loop import make_optimizer, set_sparse_lambda, sparse_phase
+from plain_loop import gated_steps, make_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sora_llm import consensus_prune, inject_sora
+from sora_llm import ProxAdamW, RankScheduler, consensus_prune, inject_sora
 
 WEIGHTS = "adapter.safetensors"
 
@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     inject_sora(model, r=args.r, lora_alpha=16)
     accept_adapters(model)
 
-    _, cut = sparse_phase(args)
-    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args)
+    cut = sum(gated_steps(args))
+    trainer = make_trainer(model, train_rows, args.out / "sparsify", range(cut), args)
     go_on(trainer)
     consensus_prune(model, target_rank=args.target_rank)  # first checks that all processes hold the same adapter
 
     seen = cut * args.batch_size * args.accumulate * trainer.args.world_size % len(train_rows)
-    trainer = make_trainer(model, train_rows[seen:] + train_rows[:seen], args.out / "finetune", args.steps - cut, args)
+    rows = train_rows[seen:] + train_rows[:seen]
+    trainer = make_trainer(model, rows, args.out / "finetune", range(cut, args.steps), args)
     go_on(trainer)
     if trainer.is_world_process_zero():
         common.export_and_reload(model, dev_rows, args)
@@ -92,32 +93,44 @@ class SoraTrainer(AdapterCheckpoints, Trainer):
     """Trainer with checkpoints of the adapter alone."""
 
 
-class SparseLambda(TrainerCallback):
-    """Sets λ at every step; logs the remaining gates next to the loss."""
+class Ranks(TrainerCallback):
+    """Lets a RankScheduler follow a Trainer's steps."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
+    def __init__(self, model: nn.Module, optimizer: ProxAdamW, arguments: argparse.Namespace) -> None:
+        dense_steps, sparsify_steps = gated_steps(arguments)
+        self.ranks = RankScheduler(
+            model, optimizer, arguments.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps
+        )
 
-    def on_step_begin(self, args, state, control, optimizer=None, **_others):
-        set_sparse_lambda(optimizer, state.global_step, self.arguments)
+    def on_train_begin(self, args, state, control, **_others):
+        if state.global_step > 0:  # resumed; the model and the optimizer are loaded by now
+            self.ranks.load_state_dict({"step": state.global_step})
+
+    def on_step_end(self, args, state, control, **_others):
+        self.ranks.step()
+
+
+class LiveGates(TrainerCallback):
+    """Logs the remaining gates next to the loss."""
 
     def on_log(self, args, state, control, model=None, logs=None, **_others):
         if state.is_world_process_zero and "loss" in logs:
             print(f"step {state.global_step}: loss {logs['loss']:.4f}{common.live_gates(model)}", flush=True)
 
 
-def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, num_steps: int, args) -> Trainer:
-    """A phase.  Clipping, accumulation and the loss over all processes' tokens are Trainer's."""
+def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, steps: range, args) -> Trainer:
+    """A Trainer for `steps`.  Clipping, accumulation and the loss over all processes' tokens are Trainer's."""
+    optimizers, callbacks = optimizers_and_callbacks(model, steps, args)
     options = TrainingArguments(
         output_dir=str(folder),
-        max_steps=num_steps,
+        max_steps=len(steps),
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
         max_grad_norm=1.0,
         train_sampling_strategy="sequential",  # the rows are already in random order
         remove_unused_columns=False,
         logging_steps=10,
-        save_steps=max(1, num_steps // 2),
+        save_steps=max(1, len(steps) // 2),
         seed=args.seed,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
@@ -128,9 +141,16 @@ def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, num
         options,
         data_collator=common.collate,
         train_dataset=rows,
-        optimizers=make_optimizer(model, args, num_steps),
-        callbacks=[SparseLambda(args)],
+        optimizers=optimizers,
+        callbacks=callbacks,
     )
+
+
+def optimizers_and_callbacks(model: nn.Module, steps: range, args) -> tuple[Any, list[TrainerCallback]]:
+    """A Trainer's `optimizers` and `callbacks` for `steps`, which begin at 0 or after the cut."""
+    optimizers = make_optimizer(model, args, first_step=steps.start)
+    with_gates = [Ranks(model, optimizers[0], args)] if steps.start == 0 else []
+    return optimizers, [*with_gates, LiveGates()]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

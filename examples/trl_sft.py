@@ -15,8 +15,8 @@ from typing import Any
 import common
 import torch
 from datasets import Dataset
-from hf_trainer import AdapterCheckpoints, SparseLambda, accept_adapters, go_on, trained
-from plain_loop import make_optimizer, sparse_phase
+from hf_trainer import AdapterCheckpoints, accept_adapters, go_on, optimizers_and_callbacks, trained
+from plain_loop import gated_steps
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     inject_sora(model, r=args.r, lora_alpha=16)
     accept_adapters(model)
 
-    _, cut = sparse_phase(args)
-    trainer = make_trainer(model, train_rows, args.out / "sparsify", cut, args, seed=args.seed)
+    cut = sum(gated_steps(args))
+    trainer = make_trainer(model, train_rows, args.out / "sparsify", range(cut), args, seed=args.seed)
     go_on(trainer)
     consensus_prune(model, target_rank=args.target_rank)
-    trainer = make_trainer(model, train_rows, args.out / "finetune", args.steps - cut, args, seed=args.seed + 1)
+    trainer = make_trainer(model, train_rows, args.out / "finetune", range(cut, args.steps), args, seed=args.seed + 1)
     go_on(trainer)
     if trainer.is_world_process_zero():
         common.export_and_reload(model, common.token_rows(dev_rows, args), args)
@@ -48,22 +48,23 @@ class SoraSFTTrainer(AdapterCheckpoints, SFTTrainer):
 
 
 def make_trainer(
-    model: Any, rows: Sequence[dict[str, str]], folder: Path, num_steps: int, args, seed: int
+    model: Any, rows: Sequence[dict[str, str]], folder: Path, steps: range, args, seed: int
 ) -> SoraSFTTrainer:
-    """A phase; `seed` sets the order of rows, which a second phase would otherwise repeat from the start.
+    """A trainer for `steps`; `seed` sets the order of rows, which a second phase would otherwise repeat from the start.
 
     The loss covers the completions, as TRL does for rows of prompt and completion.
     """
+    optimizers, callbacks = optimizers_and_callbacks(model, steps, args)
     options = SFTConfig(
         output_dir=str(folder),
         max_length=args.sequence_len,
         packing=args.packing,
-        max_steps=num_steps,
+        max_steps=len(steps),
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
         max_grad_norm=1.0,
         logging_steps=10,
-        save_steps=max(1, num_steps // 2),
+        save_steps=max(1, len(steps) // 2),
         seed=seed,
         report_to=[],
         bf16=False,  # no autocast: base and adapter have their own dtypes
@@ -76,8 +77,8 @@ def make_trainer(
         options,
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        optimizers=make_optimizer(model, args, num_steps),
-        callbacks=[SparseLambda(args)],
+        optimizers=optimizers,
+        callbacks=callbacks,
     )
     for parameter in trained(model).values():  # SFTTrainer rounds the adapter of a quantised base to bfloat16
         parameter.data = parameter.data.float()

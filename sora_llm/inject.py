@@ -184,6 +184,16 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def gate_values(model: nn.Module) -> dict[str, Tensor]:
+    """{module: gate (R,)}, float32 copies on the CPU, in one transfer; {} after the cut."""
+    gates = {name: layer.gate.detach() for name, layer in adapters(model).items() if layer.gate is not None}
+    if not gates:
+        return {}
+    device = next(iter(gates.values())).device
+    together = torch.stack([gate.float().to(device) for gate in gates.values()]).cpu()
+    return dict(zip(gates, together.unbind(), strict=True))
+
+
 def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Give every adapter its plain factors {module: (A (R', I), B (O, R'))}; R' = 0 removes the branch.
 

@@ -9,12 +9,14 @@ from torch import nn
 
 from sora_llm.budget import ADAPTIVE
 from sora_llm.errors import UserError
-from sora_llm.inject import adapter_parameters, refuse_sharded, unwrapped
+from sora_llm.inject import adapter_parameters, gate_values, refuse_sharded, unwrapped
 from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW, importance_by_module
 from sora_llm.pipeline import balanced_values, gated_adapters, model_budget, require_equal_adapters
 from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.sparsity_controller import SparsityController
 from sora_llm.values import is_integer
+
+WRITES = "RankScheduler writes parameters"
 
 
 class RankScheduler:
@@ -68,6 +70,7 @@ class RankScheduler:
             if not is_integer(value) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be an integer from 1")
         self._model = unwrapped(model)
+        refuse_sharded(self._model, WRITES)
         layers = gated_adapters(self._model)
         budgets = model_budget(layers, target_rank, target_params, min_rank)
         if not budgets:
@@ -120,7 +123,7 @@ class RankScheduler:
         self._choose()
 
     def _balance(self) -> None:
-        refuse_sharded(self._model, "RankScheduler writes parameters")
+        refuse_sharded(self._model, WRITES)  # it may have been sharded since
         parameters = adapter_parameters(self._model)
         require_equal_adapters(self._model)
         values, importance = balanced_values(
@@ -141,11 +144,11 @@ class RankScheduler:
         if self._phases.at(self._step) != SPARSIFY:
             self._set_threshold(0.0)
             return
-        layers = gated_adapters(self._model)
-        gates = {name: layer.gate.detach().float().cpu() for name, layer in layers.items() if layer.gate is not None}
-        device = next(layer.gate.device for layer in layers.values() if layer.gate is not None)
-        rate = float(self._gate_groups[0]["lr"])
-        chosen = self._controller.choose(gates, self._phases.progress(self._step), device, gate_lr=rate)
+        gated_adapters(self._model)  # an error if they have been cut in the meantime
+        group = self._gate_groups[0]
+        gates, device = gate_values(self._model), group["params"][0].device
+        progress, rate = self._phases.progress(self._step), float(group["lr"])
+        chosen = self._controller.choose(gates, progress, device, gate_lr=rate)
         assert isinstance(chosen, dict), "there is one budget"
         self._set_threshold(next(iter(chosen.values())))
 

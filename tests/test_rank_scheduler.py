@@ -143,6 +143,15 @@ def test_ranks_fall_to_just_above_the_budget_and_the_change_of_form_changes_noth
     ranks.step()  # a loop that goes on with the old scheduler
 
 
+def test_a_model_that_is_cut_too_early_is_a_sentence():
+    model = toy()
+    optimizer, ranks = made(model)
+    train_on(model, optimizer, ranks, range(5))
+    consensus_prune(model, target_rank=2)
+    with pytest.raises(UserError, match="already cut"):
+        ranks.step()
+
+
 def test_gates_that_fell_below_the_budget_come_back():
     """A slot at 0 moves by about its learning rate in a step, and the threshold lets the best of those through."""
     model = toy()
