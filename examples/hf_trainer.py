@@ -93,23 +93,6 @@ class SoraTrainer(AdapterCheckpoints, Trainer):
     """Trainer with checkpoints of the adapter alone."""
 
 
-class Ranks(TrainerCallback):
-    """Lets a RankScheduler follow a Trainer's steps."""
-
-    def __init__(self, model: nn.Module, optimizer: ProxAdamW, arguments: argparse.Namespace) -> None:
-        dense_steps, sparsify_steps = gated_steps(arguments)
-        self.ranks = RankScheduler(
-            model, optimizer, arguments.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps
-        )
-
-    def on_train_begin(self, args, state, control, **_others):
-        if state.global_step > 0:  # resumed; the model and the optimizer are loaded by now
-            self.ranks.load_state_dict({"step": state.global_step})
-
-    def on_step_end(self, args, state, control, **_others):
-        self.ranks.step()
-
-
 class LiveGates(TrainerCallback):
     """Logs the remaining gates next to the loss."""
 
@@ -120,7 +103,6 @@ class LiveGates(TrainerCallback):
 
 def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, steps: range, args) -> Trainer:
     """A Trainer for `steps`.  Clipping, accumulation and the loss over all processes' tokens are Trainer's."""
-    optimizers, callbacks = optimizers_and_callbacks(model, steps, args)
     options = TrainingArguments(
         output_dir=str(folder),
         max_steps=len(steps),
@@ -141,16 +123,18 @@ def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, ste
         options,
         data_collator=common.collate,
         train_dataset=rows,
-        optimizers=optimizers,
-        callbacks=callbacks,
+        optimizers=optimizers(model, steps, args),
+        callbacks=[LiveGates()],
     )
 
 
-def optimizers_and_callbacks(model: nn.Module, steps: range, args) -> tuple[Any, list[TrainerCallback]]:
-    """A Trainer's `optimizers` and `callbacks` for `steps`, which begin at 0 or after the cut."""
-    optimizers = make_optimizer(model, args, first_step=steps.start)
-    with_gates = [Ranks(model, optimizers[0], args)] if steps.start == 0 else []
-    return optimizers, [*with_gates, LiveGates()]
+def optimizers(model: nn.Module, steps: range, args: argparse.Namespace) -> tuple[ProxAdamW, Any]:
+    """A Trainer's `optimizers` for `steps`, which begin at 0, with gates to prune, or after the cut."""
+    optimizer, schedule = make_optimizer(model, args, first_step=steps.start)
+    if steps.start == 0:
+        dense_steps, sparsify_steps = gated_steps(args)
+        RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
+    return optimizer, schedule
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -30,20 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = micro_batches(train_rows, args.batch_size)
     dense_steps, sparsify_steps = gated_steps(args)
     optimizer, schedule = make_optimizer(model, args)
-    ranks = RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
+    RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
     cut = dense_steps + sparsify_steps
-    train(model, batches, range(cut), optimizer, [schedule, ranks], args)
+    train(model, batches, range(cut), optimizer, schedule, args)
     print(f"before the cut: dev loss {common.loss_of(model, dev_rows, args.batch_size):.4f}{common.live_gates(model)}")
 
     consensus_prune(model, target_rank=args.target_rank)
     print(f"after the cut: dev loss {common.loss_of(model, dev_rows, args.batch_size):.4f}")
     optimizer, schedule = make_optimizer(model, args, first_step=cut)  # the parameters are new
-    train(model, batches, range(cut, args.steps), optimizer, [schedule], args)
+    train(model, batches, range(cut, args.steps), optimizer, schedule, args)
     common.export_and_reload(model, dev_rows, args)
 
 
 def train(
-    model: Any, batches: Iterator[list[common.Row]], steps: range, optimizer: ProxAdamW, schedulers: list[Any], args
+    model: Any, batches: Iterator[list[common.Row]], steps: range, optimizer: ProxAdamW, schedule: Any, args
 ) -> None:
     """Steps before the cut, or after it."""
     for step in steps:
@@ -57,9 +57,8 @@ def train(
             part.backward()
             loss += part.item()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm=1.0)
-        optimizer.step()  # includes the prox of the gates
-        for scheduler in schedulers:
-            scheduler.step()
+        optimizer.step()  # with the prox of the gates, and what RankScheduler does before and after it
+        schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 10 == 0:
             print(f"step {step + 1}: loss {loss:.4f}{common.live_gates(model)}", flush=True)
@@ -80,13 +79,10 @@ def gated_steps(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, first_step: int = 0) -> tuple[ProxAdamW, Any]:
-    """ProxAdamW and its rates from `first_step` on: one cosine for the factors, a constant for the gates, which lets
-    a gate go from 1 to 0 and back while there is pruning.
-
-    The cosine ramps up at the start and wherever the optimizer starts afresh: with pruning, and after the cut.
-    """
+    """ProxAdamW, and from `first_step` on one cosine for all rates, which ramps up at the start and wherever the
+    optimizer starts afresh: with pruning, and after the cut."""
     dense_steps, sparsify_steps = gated_steps(args)
-    optimizer = ProxAdamW(parameter_groups(model, args.learning_rate, gate_lr=4 / sparsify_steps))
+    optimizer = ProxAdamW(parameter_groups(model, args.learning_rate, gate_lr=1e-2))
     fresh, ramp_steps = (0, dense_steps, dense_steps + sparsify_steps), max(1, args.steps // 40)
 
     def cosine(step: int) -> float:
@@ -94,8 +90,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, first_step: int =
         since = whole - max(start for start in fresh if start <= whole)
         return min(1.0, (since + 1) / ramp_steps) * 0.5 * (1 + math.cos(math.pi * whole / args.steps))
 
-    rates = [cosine if group["name"] == "factors" else lambda _step: 1.0 for group in optimizer.param_groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import common
 import torch
 from datasets import Dataset
-from hf_trainer import AdapterCheckpoints, accept_adapters, go_on, optimizers_and_callbacks, trained
+from hf_trainer import AdapterCheckpoints, LiveGates, accept_adapters, go_on, optimizers, trained
 from plain_loop import gated_steps
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -54,7 +54,6 @@ def make_trainer(
 
     The loss covers the completions, as TRL does for rows of prompt and completion.
     """
-    optimizers, callbacks = optimizers_and_callbacks(model, steps, args)
     options = SFTConfig(
         output_dir=str(folder),
         max_length=args.sequence_len,
@@ -77,8 +76,8 @@ def make_trainer(
         options,
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        optimizers=optimizers,
-        callbacks=callbacks,
+        optimizers=optimizers(model, steps, args),
+        callbacks=[LiveGates()],
     )
     for parameter in trained(model).values():  # SFTTrainer rounds the adapter of a quantised base to bfloat16
         parameter.data = parameter.data.float()

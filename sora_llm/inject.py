@@ -185,13 +185,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gate_values(model: nn.Module) -> dict[str, Tensor]:
-    """{module: gate (R,)}, float32 copies on the CPU, in one transfer; {} after the cut."""
-    gates = {name: layer.gate.detach() for name, layer in adapters(model).items() if layer.gate is not None}
-    if not gates:
+    """{module: gate (R,)}, float32 copies on the CPU; {} after the cut."""
+    return on_cpu({name: layer.gate for name, layer in adapters(model).items() if layer.gate is not None})
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 copies on the CPU of tensors of one shape, in one transfer."""
+    if not tensors:
         return {}
-    device = next(iter(gates.values())).device
-    together = torch.stack([gate.float().to(device) for gate in gates.values()]).cpu()
-    return dict(zip(gates, together.unbind(), strict=True))
+    device = next(iter(tensors.values())).device
+    together = torch.stack([tensor.detach().float().to(device) for tensor in tensors.values()]).cpu()
+    return dict(zip(tensors, together.unbind(), strict=True))
 
 
 def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -55,6 +55,9 @@ class ProxAdamW(torch.optim.AdamW):
         RuntimeError: from `step`: the adapters have been cut, and this optimizer holds the parameters from before.
     """
 
+    rank_scheduler: Any = None
+    """The RankScheduler that follows the steps of this optimizer."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         param_group.setdefault("threshold", "decoupled")
         param_group.setdefault("sparse_lambda", 0.0)

@@ -1,58 +1,62 @@
-"""The adaptive threshold for loops of your own: a scheduler that brings adapters down to a rank budget."""
+"""The adaptive threshold for loops of your own: brings adapters down to a rank budget, step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sora_llm.budget import ADAPTIVE
-from sora_llm.errors import UserError
-from sora_llm.inject import adapter_parameters, gate_values, refuse_sharded, unwrapped
-from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW, importance_by_module
+from sora_llm.distributed.collectives import gather_objects
+from sora_llm.errors import RunFailed, UserError
+from sora_llm.inject import adapter_parameters, gate_values, on_cpu, refuse_sharded, unwrapped
+from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW
 from sora_llm.pipeline import balanced_values, gated_adapters, model_budget, require_equal_adapters
-from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.sparsity_controller import SparsityController
 from sora_llm.values import is_integer
 
+STEPS_TAKEN = "rank_scheduler_steps"
+"""Option of the gates' groups, which an optimizer saves and loads: the number of its steps."""
 WRITES = "RankScheduler writes parameters"
 
 
 class RankScheduler:
     """Brings the adapters of an injected model down to a rank budget while they are trained, as `sora_llm.train` does
-    by default.  Used like a learning-rate scheduler:
+    by default:
 
-        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=4 / 300))
-        ranks = RankScheduler(model, optimizer, target_rank=16, dense_steps=100, sparsify_steps=300)
-        for step in range(400):
-            ...
-            optimizer.step()
-            ranks.step()  # after the step of a learning-rate scheduler
+        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=1e-2))
+        RankScheduler(model, optimizer, target_rank=16, dense_steps=100, sparsify_steps=300)
+        ...  # 400 optimizer steps
         consensus_prune(model, target_rank=16)
 
-    After `dense_steps` every ΔW is put into singular components, one per slot, with gates of 1: the parameters are the
-    same objects with other values, and AdamW starts afresh (a learning rate that ramps up there avoids a jump).  From
-    then on a gate survives a step while |g| · σ/√(I + O) is above the quantile, over all modules, that keeps what a
-    cubic schedule asks for; it ends 1 % or a component above the budget after `sparsify_steps`, when `consensus_prune`
-    should cut to the budget itself.  Before and after, nothing is pruned.  A gate has to be able to move from 1 to 0:
-    the gates' rate, summed over `sparsify_steps`, should be about 4.
+    It follows the steps of the optimizer by itself (hooks before and after `optimizer.step`), so accumulated batches
+    and skipped steps are none of its business, and its state is saved and loaded with the optimizer's.
 
-    On several processes, under DDP, every one of them calls it; that they hold the same adapter is checked.
+    Nothing is pruned in the first `dense_steps`.  Then every ΔW is put into singular components, one per slot, with
+    gates of 1: the parameters are the same objects with other values, and AdamW starts afresh (a learning rate that
+    ramps up there avoids a jump; averages of weights such as EMA have to start later).  From then on a gate survives a
+    step while |g| · σ/√(I + O) is above the quantile, over all modules, that keeps what a cubic schedule asks for.
+    After `sparsify_steps` that is a little more than the budget, 1 % or a component, and stays so until
+    `consensus_prune` cuts to the budget itself; give it the same target and `min_rank`.
+
+    Gates only decide which components go next, so `gate_lr` may be small: a run's is 1e-2, scaled by the schedule of
+    the learning rate.  On several processes, under DDP, that all hold the same adapter is checked.
 
     Args:
         model: with gated adapters; a DistributedDataParallel or compiled one, too.
-        optimizer: a ProxAdamW with the model's gates, or a wrapper of it, such as accelerate's.  Their "threshold"
-            becomes "adaptive", and their "sparse_lambda" this scheduler's to set.
+        optimizer: a ProxAdamW with all of its adapters, or a wrapper of it, such as accelerate's.  The gates'
+            "threshold" becomes "adaptive", and their "sparse_lambda" is set at every step.
         target_rank: the budget as mean rank, weighted by I + O; or `target_params`: as a number of parameters.
         dense_steps: optimizer steps before pruning begins, at least 1: at first B is 0, and pruning would be blind.
         sparsify_steps: optimizer steps of pruning, at least 1.
         min_rank: ranks that every module keeps.
 
     Raises:
-        UserError: a model without gated adapters or one that FSDP or DeepSpeed has sharded, another optimizer, or an
-            invalid budget or number of steps.
-        RunFailed: from `step`: processes hold different adapters, nothing was learned, or values are not finite.
+        UserError: a model without gated adapters or one that FSDP or DeepSpeed has sharded, another optimizer or one
+            with another scheduler, frozen gates, or an invalid budget or number of steps.
+        RunFailed: from the optimizer's step: processes hold different adapters or settings, nothing was learned, or
+            gates are not finite.
     """
 
     def __init__(
@@ -76,51 +80,64 @@ class RankScheduler:
         if not budgets:
             raise UserError("RankScheduler needs a budget; give target_rank or target_params")
         self._optimizer = _prox_adamw(optimizer)
-        held = {gate for group in self._gate_groups for gate in group["params"]}
-        if held != {layer.gate for layer in layers.values()}:
-            raise UserError("the optimizer does not hold the model's gates: make it from parameter_groups(model, …)")
-        self._phases = Phases(dense_steps, dense_steps + sparsify_steps, dense_steps + sparsify_steps)
+        _check_groups(self._model, self._optimizer)
+        self._dense_steps, self._sparsify_steps = dense_steps, sparsify_steps
         self._controller = SparsityController(ADAPTIVE, budgets, None)
-        self._step = 0
-        for group in self._gate_groups:
-            group["threshold"] = ADAPTIVE
-        self._set_threshold(0.0)
+        self._is_agreed = False
+        for group in self._gate_groups:  # it may have loaded a state that has them
+            group.setdefault(STEPS_TAKEN, 0)
+        self._optimizer.rank_scheduler = self
+        self._optimizer.register_step_pre_hook(self._before_step)
+        self._optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def steps_taken(self) -> int:
+        """The number of optimizer steps taken, those before a resume included."""
+        return int(self._gate_groups[0][STEPS_TAKEN])
 
     @property
     def _gate_groups(self) -> list[dict[str, Any]]:
         """Read each time: an optimizer that loads a state gets new groups."""
         return [group for group in self._optimizer.param_groups if group.get("name") == GATES]
 
-    def step(self) -> None:
-        """Prepare the next optimizer step; call it after every one (collective)."""
-        self._step += 1
-        if self._step == self._phases.dense_end:
+    def _before_step(self, *_: Any) -> None:
+        """Set the threshold of the step that follows (collective)."""
+        if not self._is_agreed:  # not on creation, which may precede the process group
+            self._require_equal_settings()
+        gates = gate_values(self._model)
+        if not gates:
+            return  # they have been cut, and the optimizer will say so
+        threshold = 0.0
+        if self.steps_taken >= self._dense_steps:
+            if not all(bool(gate.isfinite().all()) for gate in gates.values()):
+                raise RunFailed("gates are not finite; lower the learning rate, or skip steps whose loss is not finite")
+            group = self._gate_groups[0]
+            progress = min(1.0, (self.steps_taken - self._dense_steps + 1) / self._sparsify_steps)
+            self._controller.importance = self._importance()
+            device, rate = group["params"][0].device, float(group["lr"])
+            chosen = self._controller.choose(gates, progress, device, gate_lr=rate)
+            assert isinstance(chosen, dict), "there is one budget"
+            threshold = next(iter(chosen.values()))
+        for group in self._gate_groups:
+            group.update({"threshold": ADAPTIVE, "sparse_lambda": threshold})
+
+    def _require_equal_settings(self) -> None:
+        budget = self._controller.budgets[0]
+        named = {"dense_steps": self._dense_steps, "sparsify_steps": self._sparsify_steps, "budget": budget.params}
+        named |= {"min_rank": budget.min_rank, "steps taken": self.steps_taken}
+        first, *others = gather_objects(named)
+        for process, other in enumerate(others, start=1):
+            if other != first:
+                raise RunFailed(f"RankScheduler differs between processes: 0 has {first}, {process} has {other}")
+        self._is_agreed = True
+
+    def _after_step(self, *_: Any) -> None:
+        """Count the step; after the last dense one, change the form of the adapters (collective)."""
+        steps = self.steps_taken + 1
+        for group in self._gate_groups:
+            group[STEPS_TAKEN] = steps
+        if steps == self._dense_steps:
             self._balance()
-        self._choose()
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of optimizer steps taken; all else is in the states of the model and of the optimizer."""
-        return {"step": self._step}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue after that many optimizer steps; load the model and the optimizer first (collective).
-
-        Raises:
-            UserError: the optimizer's state is not that of a run that has begun to prune.
-        """
-        step = state_dict["step"]
-        if self._phases.at(step) == SPARSIFY:
-            found = {name: self._optimizer.state.get(p, {}) for name, p in adapter_parameters(self._model).items()}
-            self._controller.importance = importance_by_module(
-                {f"{name}.{IMPORTANCE}": state[IMPORTANCE] for name, state in found.items() if IMPORTANCE in state}
-            )
-            if self._controller.importance.keys() != gated_adapters(self._model).keys():
-                raise UserError(
-                    f"after {step} steps the optimizer's state holds the importance of every gate, but this one does "
-                    "not: load the state_dict that was saved at that step, before the scheduler's"
-                )
-        self._step = step
-        self._choose()
 
     def _balance(self) -> None:
         refuse_sharded(self._model, WRITES)  # it may have been sharded since
@@ -137,24 +154,17 @@ class RankScheduler:
             {parameters[name]: value for name, value in values.items()},
             {parameters[name.removesuffix(f".{IMPORTANCE}")]: value for name, value in importance.items()},
         )
-        self._controller.importance = importance_by_module(importance)
 
-    def _choose(self) -> None:
-        """Set the threshold of the next optimizer step."""
-        if self._phases.at(self._step) != SPARSIFY:
-            self._set_threshold(0.0)
-            return
-        gated_adapters(self._model)  # an error if they have been cut in the meantime
-        group = self._gate_groups[0]
-        gates, device = gate_values(self._model), group["params"][0].device
-        progress, rate = self._phases.progress(self._step), float(group["lr"])
-        chosen = self._controller.choose(gates, progress, device, gate_lr=rate)
-        assert isinstance(chosen, dict), "there is one budget"
-        self._set_threshold(next(iter(chosen.values())))
-
-    def _set_threshold(self, threshold: float) -> None:
-        for group in self._gate_groups:
-            group["sparse_lambda"] = threshold
+    def _importance(self) -> dict[str, torch.Tensor]:
+        """{module: (R,)}, from the optimizer's state."""
+        gates = {name: layer.gate for name, layer in gated_adapters(self._model).items() if layer.gate is not None}
+        states = {name: self._optimizer.state.get(gate, {}) for name, gate in gates.items()}
+        if any(IMPORTANCE not in state for state in states.values()):
+            raise UserError(
+                f"after {self.steps_taken} steps the optimizer's state should hold the importance of every gate, and "
+                "does not: load the one that was saved with the model"
+            )
+        return on_cpu({name: state[IMPORTANCE] for name, state in states.items()})
 
 
 def _prox_adamw(optimizer: Any) -> ProxAdamW:
@@ -165,3 +175,21 @@ def _prox_adamw(optimizer: Any) -> ProxAdamW:
             raise UserError(f"RankScheduler needs a ProxAdamW, not {type(optimizer).__name__}")
         inner = inner.optimizer
     return inner
+
+
+def _check_groups(model: nn.Module, optimizer: ProxAdamW) -> None:
+    """UserError unless the optimizer trains all adapters of the model, and no other scheduler their gates."""
+    parameters = adapter_parameters(model)
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if parameter not in held]
+    if missing:
+        raise UserError(f"the optimizer does not hold {missing[0]}: make it from parameter_groups(model, …)")
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise UserError(
+                f"{name} is frozen, so it could not be pruned: train it, or leave its module out of target_modules"
+            )
+    if any(group.get("deferred", False) for group in optimizer.param_groups):
+        raise UserError("the optimizer's gates are deferred, so that no step prunes them; leave out deferred=True")
+    if optimizer.rank_scheduler is not None:
+        raise UserError("this optimizer already has a RankScheduler; make a new optimizer and its scheduler")

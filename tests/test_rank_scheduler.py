@@ -1,11 +1,10 @@
-"""In a loop of one's own RankScheduler does what a run does, and stops and resumes like a learning-rate scheduler."""
+"""In a loop of one's own RankScheduler does what a run does, whatever the loop does between steps."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from helpers import dense_delta, randomise_all, relative_error, tiny_llama
 from runs import gsm8k_overrides
 from small_runs import delta_weights
+from spawn import spawn
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -60,18 +60,17 @@ def test_a_loop_of_ones_own_gives_the_adapter_of_a_run(tmp_path: Path, monkeypat
         for name, parameter in adapter_parameters(model).items():
             parameter.copy_(seen[0]["values"][name])
     optimizer = ProxAdamW(parameter_groups(model, *seen[0]["lr"]))
-    ranks = RankScheduler(model, optimizer, TARGET, dense_steps=DENSE, sparsify_steps=STEPS - DENSE)
+    RankScheduler(model, optimizer, TARGET, dense_steps=DENSE, sparsify_steps=STEPS - DENSE)
     thresholds = []
-    for step, of_run in enumerate(seen):
-        thresholds.append(optimizer.param_groups[1]["sparse_lambda"])
+    for of_run in seen:
+        for group, rate in zip(optimizer.param_groups, of_run["lr"], strict=True):
+            group["lr"] = rate
         for batch in of_run["batches"].micro_batches:
             (causal_loss_sum(model, **batch) / of_run["batches"].weight).backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, seen[min(step + 1, STEPS - 1)]["lr"], strict=True):
-            group["lr"] = rate
-        ranks.step()
+        thresholds.append(optimizer.param_groups[1]["sparse_lambda"])
 
     assert thresholds == pytest.approx([of_run["λ"] for of_run in seen], rel=1e-4)
     assert sum(threshold > 0 for threshold in thresholds) == STEPS - DENSE
@@ -89,19 +88,24 @@ def toy(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     return inject_sora(tiny_llama(), r=4, lora_alpha=8, dtype=dtype)
 
 
-def train_on(model: nn.Module, optimizer: ProxAdamW, ranks: RankScheduler, steps: range) -> None:
-    """Steps on random tokens, the same for the same numbers."""
+def made(model: nn.Module, gate_lr: float = 0.4, **options: Any) -> ProxAdamW:
+    """An optimizer with a scheduler: 3 dense steps, 10 of pruning to rank 2."""
+    optimizer = ProxAdamW(parameter_groups(model, 1e-2, gate_lr), amsgrad=True)
+    RankScheduler(model, optimizer, **{"target_rank": 2, "dense_steps": 3, "sparsify_steps": 10, **options})
+    return optimizer
+
+
+def backward(model: nn.Module, number: int) -> None:
+    """The gradients of random tokens, the same for the same number."""
+    ids = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(number))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def train_on(model: nn.Module, optimizer: ProxAdamW, steps: range) -> None:
     for step in steps:
-        ids = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(step))
-        model(input_ids=ids, labels=ids).loss.backward()
+        backward(model, step)
         optimizer.step()
-        ranks.step()
         optimizer.zero_grad()
-
-
-def made(model: nn.Module, **options: Any) -> tuple[ProxAdamW, RankScheduler]:
-    optimizer = ProxAdamW(parameter_groups(model, 1e-2, 0.4), amsgrad=True)
-    return optimizer, RankScheduler(model, optimizer, 2, **{"dense_steps": 3, "sparsify_steps": 10, **options})
 
 
 def kept(model: nn.Module) -> int:
@@ -109,95 +113,130 @@ def kept(model: nn.Module) -> int:
     return rank_report(layers, {name: layer.gate for name, layer in layers.items()}).kept_params
 
 
+def costs(model: nn.Module) -> list[int]:
+    return [sum(shape) for shape in layer_shapes(adapters(model)).values()]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranks_fall_to_just_above_the_budget_and_the_change_of_form_changes_nothing(dtype):
+def test_the_change_of_form_changes_no_delta_and_no_object(dtype):
     model = toy(dtype)
-    optimizer, ranks = made(model)
-    train_on(model, optimizer, ranks, range(2))
-    full, layers, parameters = kept(model), adapters(model), adapter_parameters(model)
+    parameters, layers = adapter_parameters(model), adapters(model)
+    optimizer = ProxAdamW(parameter_groups(model, 1e-2, 0.4), amsgrad=True)
+    before: dict[str, Tensor] = {}
 
     def masters_of_delta(name: str) -> Tensor:
         A, B, gate = (optimizer.master(parameters[f"{name}.{kind}"]).double() for kind in ("lora_A", "lora_B", "gate"))
         return (B * gate) @ A
 
-    before: dict[str, Tensor] = {}
-
-    def step() -> None:  # between the third optimizer step and what the scheduler does after it
-        before.update({name: masters_of_delta(name) for name in layers})
-        ranks.step()
-
-    train_on(model, optimizer, SimpleNamespace(step=step), range(2, 3))
+    # Hooks are called in the order in which they are registered: this one sees what the scheduler's finds.
+    optimizer.register_step_post_hook(lambda *_: before.update({name: masters_of_delta(name) for name in layers}))
+    RankScheduler(model, optimizer, 2, dense_steps=3, sparsify_steps=10)
+    train_on(model, optimizer, range(3))
     assert all(parameters[name] is p for name, p in adapter_parameters(model).items()), "DDP would not know new ones"
     for name, layer in layers.items():
         assert torch.equal(layer.gate, torch.ones_like(layer.gate))
         assert relative_error(masters_of_delta(name), before[name]) < 1e-5, "in float32, if they are bfloat16 as well"
-    assert kept(model) == full
+    assert kept(model) == 4 * sum(costs(model))
 
-    train_on(model, optimizer, ranks, range(3, 13))
-    budget = 2 * sum(map(sum, layer_shapes(layers).values()))
-    largest = max(map(sum, layer_shapes(layers).values()))
-    assert budget < kept(model) <= 1.01 * budget + 2 * largest
-    assert all(group["sparse_lambda"] == 0 for group in optimizer.param_groups), "nothing is pruned afterwards"
+
+def test_ranks_fall_to_just_above_the_budget_and_stay_there_until_they_are_cut():
+    model = toy()
+    optimizer = made(model)
+    train_on(model, optimizer, range(13))
+    budget = 2 * sum(costs(model))
+    assert budget < kept(model) <= 1.01 * budget + 2 * max(costs(model))
+    optimizer.param_groups[1]["lr"] = 0.02  # a dead gate may move by that much in one step, past the threshold
+    train_on(model, optimizer, range(13, 20))
+    assert budget < kept(model) <= 1.01 * budget + 2 * max(costs(model)), "a step without a threshold revives all gates"
     consensus_prune(model, target_rank=2)
     assert rank_report(adapters(model)).kept_params <= budget
-    ranks.step()  # a loop that goes on with the old scheduler
+    with pytest.raises(RuntimeError, match="from before the adapters were cut"):
+        optimizer.step()
 
 
-def test_a_model_that_is_cut_too_early_is_a_sentence():
-    model = toy()
-    optimizer, ranks = made(model)
-    train_on(model, optimizer, ranks, range(5))
-    consensus_prune(model, target_rank=2)
-    with pytest.raises(UserError, match="already cut"):
-        ranks.step()
+def test_steps_are_the_optimizers_own():
+    """Accumulated micro-batches, and steps that are not taken, do not count: as under accelerate or a GradScaler."""
+    plain, accumulated = toy(), toy()
+    train_on(plain, made(plain), range(13))
+    optimizer = made(accumulated)
+    for number in range(26):
+        backward(accumulated, number // 2)
+        if number % 2:
+            for parameter in adapter_parameters(accumulated).values():
+                parameter.grad /= 2
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.rank_scheduler.steps_taken == 13
+    expected = adapter_parameters(plain)
+    assert all(torch.equal(p == 0, expected[name] == 0) for name, p in adapter_parameters(accumulated).items())
 
 
 def test_gates_that_fell_below_the_budget_come_back():
     """A slot at 0 moves by about its learning rate in a step, and the threshold lets the best of those through."""
     model = toy()
-    optimizer, ranks = made(model, sparsify_steps=30)
-    train_on(model, optimizer, ranks, range(20))
+    optimizer = made(model, sparsify_steps=30)
+    train_on(model, optimizer, range(20))
     with torch.no_grad():
         for layer in list(adapters(model).values())[2:]:
             layer.gate.zero_()
-    budget = 2 * sum(map(sum, layer_shapes(adapters(model)).values()))
+    budget = 2 * sum(costs(model))
     assert kept(model) < 0.5 * budget
-    train_on(model, optimizer, ranks, range(20, 22))
+    train_on(model, optimizer, range(20, 22))
     assert kept(model) >= budget
 
 
+@pytest.mark.parametrize("first", ["scheduler", "state"])
 @pytest.mark.parametrize("stop", [2, 3, 8])
-def test_a_loop_that_resumes_from_its_state_dicts_ends_with_the_same_bits(stop):
+def test_a_loop_that_resumes_ends_with_the_same_bits(stop, first):
+    """Model and optimizer hold all of it, whether the scheduler is made before they are loaded or afterwards."""
     straight = toy()
-    train_on(straight, *made(straight), range(13))
-    first = toy()
-    optimizer, ranks = made(first)
-    train_on(first, optimizer, ranks, range(stop))
-    saved = copy.deepcopy([first.state_dict(), optimizer.state_dict(), ranks.state_dict()])
-    second = toy(seed=1)
-    optimizer, ranks = made(second)
-    for part, state in zip((second, optimizer, ranks), saved, strict=True):
-        part.load_state_dict(state)
-    train_on(second, optimizer, ranks, range(stop, 13))
+    train_on(straight, made(straight), range(13))
+    broken = toy()
+    optimizer = made(broken)
+    train_on(broken, optimizer, range(stop))
+    saved = copy.deepcopy([broken.state_dict(), optimizer.state_dict()])
+    resumed = toy(seed=1)
+    optimizer = ProxAdamW(parameter_groups(resumed, 1e-2, 0.4), amsgrad=True)
+    budget = {"target_rank": 2, "dense_steps": 3, "sparsify_steps": 10}
+    if first == "scheduler":
+        RankScheduler(resumed, optimizer, **budget)
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    if first == "state":
+        RankScheduler(resumed, optimizer, **budget)
+    train_on(resumed, optimizer, range(stop, 13))
     expected = adapter_parameters(straight)
-    assert all(torch.equal(p, expected[name]) for name, p in adapter_parameters(second).items())
+    assert all(torch.equal(p, expected[name]) for name, p in adapter_parameters(resumed).items())
     assert any(bool((p == 0).any()) for name, p in expected.items() if name.endswith("gate"))
 
 
-def test_a_loop_that_resumes_without_the_optimizers_state_is_told_so():
+def test_a_state_from_before_the_scheduler_begins_its_steps():
+    """Its groups have another threshold, which would use a quantile as a λ."""
     model = toy()
-    _, ranks = made(model)
-    with pytest.raises(UserError, match="load the state_dict that was saved at that step"):
-        ranks.load_state_dict({"step": 5})
+    optimizer = ProxAdamW(parameter_groups(model, 1e-2, 0.4), amsgrad=True)
+    train_on(model, optimizer, range(4))
+    saved, optimizer = copy.deepcopy(optimizer.state_dict()), made(model, dense_steps=1)
+    optimizer.load_state_dict(saved)
+    train_on(model, optimizer, range(4, 15))
+    assert optimizer.rank_scheduler.steps_taken == 11 and optimizer.param_groups[1]["threshold"] == "adaptive"
+    assert 2 * sum(costs(model)) < kept(model) <= 2.02 * sum(costs(model)) + 2 * max(costs(model))
+
+
+def test_a_state_without_the_importance_of_gates_is_refused():
+    model = toy()
+    optimizer = made(model)
+    for group in optimizer.param_groups:
+        group["rank_scheduler_steps"] = 5
+    with pytest.raises(UserError, match="load the one that was saved with the model"):
+        train_on(model, optimizer, range(1))
 
 
 def without_adapters() -> tuple[nn.Module, ProxAdamW]:
-    model = toy()
-    return tiny_llama(), ProxAdamW(parameter_groups(model, 1e-2, 0.4))
+    return tiny_llama(), fitting()[1]
 
 
 def of_another_model() -> tuple[nn.Module, ProxAdamW]:
-    return toy(), ProxAdamW(parameter_groups(toy(), 1e-2, 0.4))
+    return toy(), fitting()[1]
 
 
 def of_torch() -> tuple[nn.Module, Any]:
@@ -205,14 +244,30 @@ def of_torch() -> tuple[nn.Module, Any]:
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
-def fitting() -> tuple[nn.Module, ProxAdamW]:
+def fitting(**options: Any) -> tuple[nn.Module, ProxAdamW]:
     model = toy()
-    return model, ProxAdamW(parameter_groups(model, 1e-2, 0.4))
+    return model, ProxAdamW(parameter_groups(model, 1e-2, 0.4, **options))
 
 
 def already_cut() -> tuple[nn.Module, ProxAdamW]:
     model, optimizer = fitting()
     return consensus_prune(randomise_all(model), target_rank=2), optimizer
+
+
+def with_one() -> tuple[nn.Module, ProxAdamW]:
+    model = toy()
+    return model, made(model)
+
+
+def of_gates_alone() -> tuple[nn.Module, ProxAdamW]:
+    model = toy()
+    return model, ProxAdamW(parameter_groups(model, 1e-2, 0.4)[1:])
+
+
+def with_a_frozen_gate() -> tuple[nn.Module, ProxAdamW]:
+    model, optimizer = fitting()
+    next(iter(adapters(model).values())).gate.requires_grad_(False)
+    return model, optimizer
 
 
 @pytest.mark.parametrize(
@@ -227,7 +282,11 @@ def already_cut() -> tuple[nn.Module, ProxAdamW]:
         (fitting, {"min_rank": 3}, "min_rank"),
         (without_adapters, {}, "no SoRA adapters"),
         (already_cut, {}, "already cut"),
-        (of_another_model, {}, "does not hold the model's gates"),
+        (of_another_model, {}, "does not hold"),
+        (of_gates_alone, {}, "does not hold .*lora_A"),
+        (with_a_frozen_gate, {}, "gate is frozen"),
+        (lambda: fitting(deferred=True), {}, "deferred"),
+        (with_one, {}, "already has a RankScheduler"),
         (of_torch, {}, "needs a ProxAdamW, not AdamW"),
     ],
 )
@@ -241,16 +300,37 @@ def test_what_cannot_be_scheduled_is_a_sentence(
 
 def test_a_model_that_has_learned_nothing_is_not_pruned_blindly():
     model = toy()
-    optimizer, ranks = made(model, dense_steps=1)
+    optimizer = made(model, dense_steps=1)
+    optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(RunFailed, match="take more dense_steps"):
-        ranks.step()
-    assert all(isinstance(group["sparse_lambda"], float) for group in optimizer.param_groups)
+        train_on(model, optimizer, range(1))
 
 
-def test_it_sees_the_optimizer_in_a_wrapper_and_the_model_in_ddp():
-    model, optimizer = fitting()
-    wrapped = SimpleNamespace(module=model, optimizer=optimizer)
-    ranks = RankScheduler(model, wrapped, 2, dense_steps=1, sparsify_steps=2)
-    train_on(model, optimizer, ranks, range(2))
-    threshold: Tensor | float = optimizer.param_groups[1]["sparse_lambda"]
-    assert threshold > 0
+def test_gates_that_are_not_finite_end_the_loop():
+    """They would count as live, and nothing would be pruned."""
+    model = toy()
+    optimizer = made(model)
+    train_on(model, optimizer, range(5))
+    with torch.no_grad():
+        next(iter(adapters(model).values())).gate[0] = torch.nan
+    with pytest.raises(RunFailed, match="gates are not finite"):
+        train_on(model, optimizer, range(5, 6))
+
+
+def two_with_other_settings() -> str:
+    """Worker: what the first step says on processes that were given other budgets."""
+    torch.distributed.init_process_group("gloo")
+    model = toy()
+    optimizer = made(model, target_rank=2 + torch.distributed.get_rank())
+    try:
+        train_on(model, optimizer, range(1))
+    except RunFailed as error:
+        return str(error)
+    finally:
+        torch.distributed.destroy_process_group()
+    return "nothing"
+
+
+def test_processes_with_other_settings_are_told_so():
+    said = spawn("test_rank_scheduler:two_with_other_settings", 2, {})
+    assert len(set(said)) == 1 and "RankScheduler differs between processes" in said[0] and "'budget'" in said[0]
