@@ -67,12 +67,13 @@ def full_params(layers: Mapping[str, SoraLinear]) -> int:
 
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
-    """Ranks by the given gates, or by the number of slots if there are none (after the cut)."""
+    """Ranks by the given gates, at most min(I, O) in a module, as budgets count them; or by the number of slots if
+    there are none (after the cut)."""
     shapes = layer_shapes(layers)
     if not gates:
         ranks = {name: layer.rank for name, layer in layers.items()}
     else:
-        ranks = kept_ranks(gates)
+        ranks = {name: min(kept, *shapes[name]) for name, kept in kept_ranks(gates).items()}
     return RankReport(ranks, mean_rank(ranks, shapes), kept_params(ranks, shapes))
 
 

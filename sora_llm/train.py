@@ -63,7 +63,7 @@ from sora_llm.topology import (
 )
 
 EXIT_FINISHED = 0
-AGAIN = "run the same command again to resume from the newest checkpoint"
+AGAIN = "run the same command again: it resumes from the newest checkpoint, if there is one"
 
 
 def make_parser(prog: str) -> Parser:

@@ -337,3 +337,11 @@ def test_a_model_that_has_learned_nothing_is_cut_with_a_warning():
     with pytest.warns(UserWarning, match="nothing was learned yet"):
         consensus_prune(model, target_rank=1)
     assert {layer.rank for layer in adapters(model).values()} == {0}
+
+
+def test_more_slots_than_a_module_can_have_ranks_count_as_its_ranks_like_in_a_budget() -> None:
+    model = inject_sora(tiny_llama(), r=100)
+    shapes = shapes_of(model)
+    report = pipeline.rank_report(adapters(model), {name: layer.gate for name, layer in adapters(model).items()})
+    assert report.ranks == {name: min(shape) for name, shape in shapes.items()}
+    assert report.mean_rank == pytest.approx(report.kept_params / sum(map(sum, shapes.values())))
