@@ -17,6 +17,15 @@ Shapes = Mapping[str, tuple[int, int]]  # module → (I, O)
 Scaling = float | Mapping[str, float]  # s: one for all modules, or one for each
 
 
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 copies on the CPU of tensors of one shape, in one transfer."""
+    if not tensors:
+        return {}
+    device = next(iter(tensors.values())).device
+    together = torch.stack([tensor.detach().float().to(device) for tensor in tensors.values()]).cpu()
+    return dict(zip(tensors, together.unbind(), strict=True))
+
+
 def kept_ranks(gates: Mapping[str, Tensor]) -> dict[str, int]:
     """{module: number of gates that are not exactly 0}."""
     return {name: int(torch.count_nonzero(gate)) for name, gate in gates.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
+from sora_llm.factors import on_cpu
 from sora_llm.sora import SharedInput, SoraLinear, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
@@ -187,15 +188,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def gate_values(model: nn.Module) -> dict[str, Tensor]:
     """{module: gate (R,)}, float32 copies on the CPU; {} after the cut."""
     return on_cpu({name: layer.gate for name, layer in adapters(model).items() if layer.gate is not None})
-
-
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 copies on the CPU of tensors of one shape, in one transfer."""
-    if not tensors:
-        return {}
-    device = next(iter(tensors.values())).device
-    together = torch.stack([tensor.detach().float().to(device) for tensor in tensors.values()]).cpu()
-    return dict(zip(tensors, together.unbind(), strict=True))
 
 
 def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

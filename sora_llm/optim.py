@@ -26,6 +26,8 @@ IMPORTANCE_SUFFIX = f".gate.{IMPORTANCE}"
 """The suffix after a module's name in named states."""
 TAU_SUM = "tau_sum"
 """State of a gate whose prox is deferred: Σ τ_t of the steps since then."""
+STEPS_TAKEN = "rank_scheduler_steps"
+"""Option of the gates' groups that a RankScheduler follows: the number of steps taken."""
 
 
 class ProxAdamW(torch.optim.AdamW):
@@ -41,7 +43,7 @@ class ProxAdamW(torch.optim.AdamW):
                                              gradient methods for structured neural networks")
         constant    λ                        the released SoRA script's rule; not scaled by the learning rate
         adaptive    λ / importance, hard: gates above it are not shrunk (the prox of an ℓ0 penalty).  λ is a quantile
-                    that `RankScheduler` chooses, importance a tensor of the gate's state.
+                    that the caller chooses (a run, or `RankScheduler`), importance a tensor of the gate's state.
     With λ = 0 the step is torch's AdamW bit for bit.  In a group with "deferred", nothing is cut: τ is summed in the
     state of each gate, for a caller that takes local updates and cuts when replicas synchronise.
 
@@ -52,11 +54,12 @@ class ProxAdamW(torch.optim.AdamW):
     Raises:
         ValueError: also from `step`, before anything is changed: an unknown threshold, a rate or λ that is not a number
             >= 0, adaptive gates that are deferred with a λ > 0, or that have no importance in their state.
-        RuntimeError: from `step`: the adapters have been cut, and this optimizer holds the parameters from before.
+        RuntimeError: from `step`: the adapters have been cut, and this optimizer holds the parameters from before, or
+            its state is from one with a RankScheduler, which this one lacks.
     """
 
     rank_scheduler: Any = None
-    """The RankScheduler that follows the steps of this optimizer."""
+    """The RankScheduler that follows its steps."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         param_group.setdefault("threshold", "decoupled")
@@ -89,12 +92,13 @@ class ProxAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, which however casts the state to each parameter's dtype: here masters and moments stay float32.
-        Group options missing from the state of another AdamW, such as λ, stay as they are."""
+        Group options missing from the state of another AdamW, such as λ, stay as they are; steps followed by a
+        RankScheduler begin anew."""
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, own, strict=True):
             for key, value in options.items():
-                group.setdefault(key, value)
+                group.setdefault(key, 0 if key == STEPS_TAKEN else value)
         saved_keys = (key for group in state_dict["param_groups"] for key in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for key, param in zip(saved_keys, params, strict=True):
@@ -103,7 +107,7 @@ class ProxAdamW(torch.optim.AdamW):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def master(self, param: Tensor) -> Tensor:
-        """The float32 value of a parameter: what the next step continues from."""
+        """The float32 value of a parameter, from which the next step continues if nothing else writes it."""
         master: Tensor = self.state.get(param, {}).get("master", param)
         return master.detach().float()
 
@@ -118,7 +122,7 @@ class ProxAdamW(torch.optim.AdamW):
                 value = values[param].to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
                 param.copy_(value)
                 self.state[param] = {
-                    "step": torch.zeros((), device=param.device if on_device else None),
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else None),
                     **{moment: torch.zeros_like(value) for moment in moments},
                 }
                 if param.dtype not in (torch.float32, torch.float64):
@@ -140,12 +144,17 @@ class ProxAdamW(torch.optim.AdamW):
                     "this optimizer holds the parameters from before the adapters were cut and would train nothing: "
                     "make a new one from parameter_groups(model, …)"
                 )
+            if STEPS_TAKEN in group and self.rank_scheduler is None:
+                raise RuntimeError(
+                    "this optimizer's state is from one with a RankScheduler, without which no threshold would be "
+                    "chosen: make one for this optimizer, too (copies of an optimizer have none)"
+                )
             if group["threshold"] == "adaptive" and group["sparse_lambda"] > 0:
                 gates = [gate for gate in group["params"] if gate.grad is not None]
                 if not all(IMPORTANCE in self.state.get(gate, {}) for gate in gates):
                     raise ValueError(
-                        "adaptive thresholds need an importance in the state of each gate, which RankScheduler puts "
-                        "there and chooses the thresholds: set its budget, not sparse_lambda"
+                        "adaptive thresholds need an importance in the state of each gate, and a λ for each step: "
+                        "leave both to a RankScheduler"
                     )
 
     def _prox(self, gates: list[Tensor], group: dict[str, Any]) -> None:

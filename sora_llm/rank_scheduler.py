@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
 from sora_llm.budget import ADAPTIVE
-from sora_llm.distributed.collectives import gather_objects
+from sora_llm.distributed.collectives import gather_integers, gather_objects
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.inject import adapter_parameters, gate_values, on_cpu, refuse_sharded, unwrapped
-from sora_llm.optim import GATES, IMPORTANCE, ProxAdamW
+from sora_llm.factors import on_cpu
+from sora_llm.inject import adapter_parameters, adapters, gate_values, refuse_sharded, unwrapped
+from sora_llm.optim import GATES, IMPORTANCE, STEPS_TAKEN, ProxAdamW
 from sora_llm.pipeline import balanced_values, gated_adapters, model_budget, require_equal_adapters
 from sora_llm.sparsity_controller import SparsityController
 from sora_llm.values import is_integer
 
-STEPS_TAKEN = "rank_scheduler_steps"
-"""Option of the gates' groups, which an optimizer saves and loads: the number of its steps."""
+DENSE_STEPS = "rank_scheduler_dense_steps"
+"""Option of the gates' groups, beside STEPS_TAKEN: when their form changes, or changed."""
 WRITES = "RankScheduler writes parameters"
 
 
@@ -25,38 +26,43 @@ class RankScheduler:
     """Brings the adapters of an injected model down to a rank budget while they are trained, as `sora_llm.train` does
     by default:
 
-        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=1e-2))
+        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=4 / 300))
         RankScheduler(model, optimizer, target_rank=16, dense_steps=100, sparsify_steps=300)
         ...  # 400 optimizer steps
         consensus_prune(model, target_rank=16)
 
-    It follows the steps of the optimizer by itself (hooks before and after `optimizer.step`), so accumulated batches
-    and skipped steps are none of its business, and its state is saved and loaded with the optimizer's.
+    It follows the steps of the optimizer by itself (hooks before and after `optimizer.step`): accumulated batches and
+    skipped steps do not count.  Its state is in the optimizer's, which saves and loads it; a resumed loop makes both
+    again, in any order.
 
     Nothing is pruned in the first `dense_steps`.  Then every ΔW is put into singular components, one per slot, with
     gates of 1: the parameters are the same objects with other values, and AdamW starts afresh (a learning rate that
     ramps up there avoids a jump; averages of weights such as EMA have to start later).  From then on a gate survives a
     step while |g| · σ/√(I + O) is above the quantile, over all modules, that keeps what a cubic schedule asks for.
-    After `sparsify_steps` that is a little more than the budget, 1 % or a component, and stays so until
-    `consensus_prune` cuts to the budget itself; give it the same target and `min_rank`.
+    After `sparsify_steps` that is a little more than the budget (1 % or a component, and what comes back in one step of
+    the gates), and stays so until `consensus_prune` cuts to the budget itself; give it the same target and `min_rank`.
 
-    Gates only decide which components go next, so `gate_lr` may be small: a run's is 1e-2, scaled by the schedule of
-    the learning rate.  On several processes, under DDP, that all hold the same adapter is checked.
+    The gates' rate decides how fast components can gain or lose weight; a run's, scaled by the schedule of the learning
+    rate, adds up to 4 over the steps of pruning (at most 0.25, at least 1e-2).
+
+    On several processes, under DDP, all processes of the default group take every step, and none alone (no `join`).
+    They compare their settings at the first step, the adapter's bits at the change of form, and the number of kept
+    parameters at every step of pruning.
 
     Args:
         model: with gated adapters; a DistributedDataParallel or compiled one, too.
-        optimizer: a ProxAdamW with all of its adapters, or a wrapper of it, such as accelerate's.  The gates'
-            "threshold" becomes "adaptive", and their "sparse_lambda" is set at every step.
+        optimizer: a ProxAdamW of `parameter_groups(model, …)`, or a wrapper of it, such as accelerate's.  The gates'
+            "threshold" and "sparse_lambda" are set at every step.
         target_rank: the budget as mean rank, weighted by I + O; or `target_params`: as a number of parameters.
         dense_steps: optimizer steps before pruning begins, at least 1: at first B is 0, and pruning would be blind.
         sparsify_steps: optimizer steps of pruning, at least 1.
         min_rank: ranks that every module keeps.
 
     Raises:
-        UserError: a model without gated adapters or one that FSDP or DeepSpeed has sharded, another optimizer or one
-            with another scheduler, frozen gates, or an invalid budget or number of steps.
-        RunFailed: from the optimizer's step: processes hold different adapters or settings, nothing was learned, or
-            gates are not finite.
+        UserError: a model without gated adapters or one that FSDP or DeepSpeed has sharded (also from the optimizer's
+            step), another optimizer or one with another scheduler or a λ of its own, frozen gates, an invalid budget or
+            number of steps; from the optimizer's step, a state that was made with other dense_steps.
+        RunFailed: from the optimizer's step: processes differ, nothing was learned, or gates are not finite.
     """
 
     def __init__(
@@ -79,92 +85,112 @@ class RankScheduler:
         budgets = model_budget(layers, target_rank, target_params, min_rank)
         if not budgets:
             raise UserError("RankScheduler needs a budget; give target_rank or target_params")
-        self._optimizer = _prox_adamw(optimizer)
-        _check_groups(self._model, self._optimizer)
+        inner = _prox_adamw(optimizer)
+        _check_groups(self._model, inner)
         self._dense_steps, self._sparsify_steps = dense_steps, sparsify_steps
         self._controller = SparsityController(ADAPTIVE, budgets, None)
         self._is_agreed = False
-        for group in self._gate_groups:  # it may have loaded a state that has them
+        for group in _gate_groups(inner):  # it may have loaded a state that has them
             group.setdefault(STEPS_TAKEN, 0)
-        self._optimizer.rank_scheduler = self
-        self._optimizer.register_step_pre_hook(self._before_step)
-        self._optimizer.register_step_post_hook(self._after_step)
+            group.setdefault(DENSE_STEPS, dense_steps)
+        self._optimizer = weakref.ref(inner)  # which holds this scheduler, and is free after the cut
+        inner.rank_scheduler = self
+        inner.register_step_pre_hook(self._before_step)
+        inner.register_step_post_hook(self._after_step)
 
     @property
     def steps_taken(self) -> int:
         """The number of optimizer steps taken, those before a resume included."""
-        return int(self._gate_groups[0][STEPS_TAKEN])
+        optimizer = self._optimizer()
+        assert optimizer is not None, "the optimizer is gone"
+        return _steps_taken(optimizer)
 
-    @property
-    def _gate_groups(self) -> list[dict[str, Any]]:
-        """Read each time: an optimizer that loads a state gets new groups."""
-        return [group for group in self._optimizer.param_groups if group.get("name") == GATES]
-
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: ProxAdamW, *_: Any) -> None:
         """Set the threshold of the step that follows (collective)."""
-        if not self._is_agreed:  # not on creation, which may precede the process group
-            self._require_equal_settings()
-        gates = gate_values(self._model)
-        if not gates:
+        if any(layer.gate is None for layer in adapters(self._model).values()):
             return  # they have been cut, and the optimizer will say so
-        threshold = 0.0
-        if self.steps_taken >= self._dense_steps:
-            if not all(bool(gate.isfinite().all()) for gate in gates.values()):
-                raise RunFailed("gates are not finite; lower the learning rate, or skip steps whose loss is not finite")
-            group = self._gate_groups[0]
-            progress = min(1.0, (self.steps_taken - self._dense_steps + 1) / self._sparsify_steps)
-            self._controller.importance = self._importance()
-            device, rate = group["params"][0].device, float(group["lr"])
-            chosen = self._controller.choose(gates, progress, device, gate_lr=rate)
-            assert isinstance(chosen, dict), "there is one budget"
-            threshold = next(iter(chosen.values()))
-        for group in self._gate_groups:
+        if not self._is_agreed:  # not on creation, which may precede the process group and wrappers
+            refuse_sharded(self._model, WRITES)
+            self._require_equal_settings(optimizer)
+        steps, threshold = _steps_taken(optimizer), 0.0
+        if (made_with := _gate_groups(optimizer)[0][DENSE_STEPS]) != self._dense_steps:
+            raise UserError(
+                f"the optimizer's state is from a RankScheduler with dense_steps {made_with}, not {self._dense_steps}"
+            )
+        if steps >= self._dense_steps:
+            progress = min(1.0, (steps - self._dense_steps + 1) / self._sparsify_steps)
+            threshold = self._choose(optimizer, progress)
+        for group in _gate_groups(optimizer):
             group.update({"threshold": ADAPTIVE, "sparse_lambda": threshold})
 
-    def _require_equal_settings(self) -> None:
+    def _choose(self, optimizer: ProxAdamW, progress: float) -> float:
+        """The threshold of a step of pruning (collective)."""
+        gates = gate_values(self._model)
+        parameters = adapter_parameters(self._model)
+        states = {name: optimizer.state.get(parameters[f"{name}.gate"], {}) for name in gates}
+        is_finite = all(bool(gate.isfinite().all()) for gate in gates.values())
+        is_whole = all(IMPORTANCE in state for state in states.values())
+        group = _gate_groups(optimizer)[0]
+        device, rate = group["params"][0].device, float(group["lr"])
+        found = gather_integers([group[STEPS_TAKEN], is_finite, is_whole], device)
+        if not all(other[1] for other in found):
+            raise RunFailed("gates are not finite; lower the learning rate, or skip steps whose loss is not finite")
+        if not all(other[2] for other in found):
+            raise UserError(
+                f"after {group[STEPS_TAKEN]} steps the optimizer's state should hold the importance of every gate, and "
+                "does not: load the one that was saved with the model"
+            )
+        if any(other[0] != found[0][0] for other in found):
+            raise RunFailed(f"processes have taken different numbers of steps: {[other[0] for other in found]}")
+        self._controller.importance = on_cpu({name: state[IMPORTANCE] for name, state in states.items()})
+        chosen = self._controller.choose(gates, progress, device, gate_lr=rate)
+        assert isinstance(chosen, dict), "there is one budget"
+        return next(iter(chosen.values()))
+
+    def _after_step(self, optimizer: ProxAdamW, *_: Any) -> None:
+        """Count the step; after the last dense one, change the form of the adapters (collective)."""
+        found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler calls fused optimizers to skip the step inside
+        if found_inf is not None and bool(found_inf):
+            return
+        steps = _steps_taken(optimizer) + 1
+        if steps == self._dense_steps:
+            self._balance(optimizer)
+        for group in _gate_groups(optimizer):
+            group[STEPS_TAKEN] = steps
+
+    def _require_equal_settings(self, optimizer: ProxAdamW) -> None:
         budget = self._controller.budgets[0]
         named = {"dense_steps": self._dense_steps, "sparsify_steps": self._sparsify_steps, "budget": budget.params}
-        named |= {"min_rank": budget.min_rank, "steps taken": self.steps_taken}
+        named |= {"min_rank": budget.min_rank, "steps taken": _steps_taken(optimizer)}
         first, *others = gather_objects(named)
         for process, other in enumerate(others, start=1):
             if other != first:
                 raise RunFailed(f"RankScheduler differs between processes: 0 has {first}, {process} has {other}")
         self._is_agreed = True
 
-    def _after_step(self, *_: Any) -> None:
-        """Count the step; after the last dense one, change the form of the adapters (collective)."""
-        steps = self.steps_taken + 1
-        for group in self._gate_groups:
-            group[STEPS_TAKEN] = steps
-        if steps == self._dense_steps:
-            self._balance()
-
-    def _balance(self) -> None:
-        refuse_sharded(self._model, WRITES)  # it may have been sharded since
+    def _balance(self, optimizer: ProxAdamW) -> None:
         parameters = adapter_parameters(self._model)
         require_equal_adapters(self._model)
         values, importance = balanced_values(
             gated_adapters(self._model),
-            {name: self._optimizer.master(parameter).cpu() for name, parameter in parameters.items()},
+            {name: optimizer.master(parameter).cpu() for name, parameter in parameters.items()},
             budgets=self._controller.budgets,
             device=next(iter(parameters.values())).device,
             remedy="take more dense_steps, or raise the learning rate",
         )
-        self._optimizer.restart(
+        optimizer.restart(
             {parameters[name]: value for name, value in values.items()},
             {parameters[name.removesuffix(f".{IMPORTANCE}")]: value for name, value in importance.items()},
         )
 
-    def _importance(self) -> dict[str, torch.Tensor]:
-        """{module: (R,)}, from the optimizer's state."""
-        gates = {name: layer.gate for name, layer in gated_adapters(self._model).items() if layer.gate is not None}
-        states = {name: self._optimizer.state.get(gate, {}) for name, gate in gates.items()}
-        if any(IMPORTANCE not in state for state in states.values()):
-            raise UserError(
-                f"after {self.steps_taken} steps the optimizer's state should hold the importance of every gate, and "
-                "does not: load the one that was saved with the model"
-            )
-        return on_cpu({name: state[IMPORTANCE] for name, state in states.items()})
+
+def _gate_groups(optimizer: ProxAdamW) -> list[dict[str, Any]]:
+    """Read each time: an optimizer that loads a state gets new groups."""
+    return [group for group in optimizer.param_groups if group.get("name") == GATES]
+
+
+def _steps_taken(optimizer: ProxAdamW) -> int:
+    return int(_gate_groups(optimizer)[0][STEPS_TAKEN])
 
 
 def _prox_adamw(optimizer: Any) -> ProxAdamW:
@@ -178,18 +204,20 @@ def _prox_adamw(optimizer: Any) -> ProxAdamW:
 
 
 def _check_groups(model: nn.Module, optimizer: ProxAdamW) -> None:
-    """UserError unless the optimizer trains all adapters of the model, and no other scheduler their gates."""
-    parameters = adapter_parameters(model)
+    """UserError unless the optimizer trains all adapters of the model, and nobody else sets the thresholds."""
+    parameters, groups = adapter_parameters(model), _gate_groups(optimizer)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in parameters.items() if parameter not in held]
-    if missing:
-        raise UserError(f"the optimizer does not hold {missing[0]}: make it from parameter_groups(model, …)")
+    gates = {gate for group in groups for gate in group["params"]}
     for name, parameter in parameters.items():
+        if parameter not in held or (name.endswith(".gate") and parameter not in gates):
+            raise UserError(f"the optimizer does not hold {name} as it should: make it from parameter_groups(model, …)")
         if not parameter.requires_grad:
             raise UserError(
                 f"{name} is frozen, so it could not be pruned: train it, or leave its module out of target_modules"
             )
-    if any(group.get("deferred", False) for group in optimizer.param_groups):
+    if any(group.get("deferred", False) for group in groups):
         raise UserError("the optimizer's gates are deferred, so that no step prunes them; leave out deferred=True")
     if optimizer.rank_scheduler is not None:
         raise UserError("this optimizer already has a RankScheduler; make a new optimizer and its scheduler")
+    if any(STEPS_TAKEN not in group and group["sparse_lambda"] > 0 for group in groups):
+        raise UserError("a RankScheduler sets sparse_lambda at every step; leave it out of parameter_groups")

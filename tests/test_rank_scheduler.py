@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import dense_delta, randomise_all, relative_error, tiny_llama
 from runs import gsm8k_overrides
 from small_runs import delta_weights
@@ -84,8 +88,9 @@ def test_a_loop_of_ones_own_gives_the_adapter_of_a_run(tmp_path: Path, monkeypat
 
 
 def toy(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    model = tiny_llama()  # which has a seed of its own
     torch.manual_seed(seed)
-    return inject_sora(tiny_llama(), r=4, lora_alpha=8, dtype=dtype)
+    return inject_sora(model, r=4, lora_alpha=8, dtype=dtype)
 
 
 def made(model: nn.Module, gate_lr: float = 0.4, **options: Any) -> ProxAdamW:
@@ -95,10 +100,10 @@ def made(model: nn.Module, gate_lr: float = 0.4, **options: Any) -> ProxAdamW:
     return optimizer
 
 
-def backward(model: nn.Module, number: int) -> None:
+def backward(model: nn.Module, number: int, take: Callable[[Tensor], None] = Tensor.backward) -> None:
     """The gradients of random tokens, the same for the same number."""
     ids = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(number))
-    model(input_ids=ids, labels=ids).loss.backward()
+    take(model(input_ids=ids, labels=ids).loss)
 
 
 def train_on(model: nn.Module, optimizer: ProxAdamW, steps: range) -> None:
@@ -154,21 +159,41 @@ def test_ranks_fall_to_just_above_the_budget_and_stay_there_until_they_are_cut()
         optimizer.step()
 
 
-def test_steps_are_the_optimizers_own():
-    """Accumulated micro-batches, and steps that are not taken, do not count: as under accelerate or a GradScaler."""
+def test_micro_batches_that_accelerate_accumulates_are_no_steps():
+    """In its loop every micro-batch calls step, and only every second call is one."""
     plain, accumulated = toy(), toy()
     train_on(plain, made(plain), range(13))
-    optimizer = made(accumulated)
-    for number in range(26):
-        backward(accumulated, number // 2)
-        if number % 2:
-            for parameter in adapter_parameters(accumulated).values():
-                parameter.grad /= 2
-            optimizer.step()
-            optimizer.zero_grad()
-    assert optimizer.rank_scheduler.steps_taken == 13
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    try:
+        inner = ProxAdamW(parameter_groups(accumulated, 1e-2, 0.4), amsgrad=True)
+        wrapped, optimizer = accelerator.prepare(accumulated, inner)
+        RankScheduler(wrapped, optimizer, 2, dense_steps=3, sparsify_steps=10)
+        for number in range(26):
+            with accelerator.accumulate(wrapped):
+                backward(wrapped, number // 2, accelerator.backward)
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert inner.rank_scheduler.steps_taken == 13
     expected = adapter_parameters(plain)
     assert all(torch.equal(p == 0, expected[name] == 0) for name, p in adapter_parameters(accumulated).items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_grad_scaler_skips_are_none(fused):
+    """It does not call step then, or, of a fused optimizer, calls it to skip the step inside."""
+    model = toy()
+    optimizer = ProxAdamW(parameter_groups(model, 1e-2, 0.4), fused=fused)
+    RankScheduler(model, optimizer, 2, dense_steps=2, sparsify_steps=10)
+    scaler = torch.amp.GradScaler("cpu")
+    for step, factor in enumerate((float("inf"), 1.0, float("inf"), 1.0, 1.0)):
+        backward(model, step, lambda loss, factor=factor: scaler.scale(loss * factor).backward())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert optimizer.rank_scheduler.steps_taken == (0, 1, 1, 2, 3)[step]
+    assert all(bool(p.isfinite().all()) for p in adapter_parameters(model).values())
 
 
 def test_gates_that_fell_below_the_budget_come_back():
@@ -182,20 +207,22 @@ def test_gates_that_fell_below_the_budget_come_back():
     budget = 2 * sum(costs(model))
     assert kept(model) < 0.5 * budget
     train_on(model, optimizer, range(20, 22))
-    assert kept(model) >= budget
+    assert budget <= kept(model) < 1.5 * budget, "full is 2"
 
 
 @pytest.mark.parametrize("first", ["scheduler", "state"])
-@pytest.mark.parametrize("stop", [2, 3, 8])
-def test_a_loop_that_resumes_ends_with_the_same_bits(stop, first):
+@pytest.mark.parametrize(
+    ("stop", "dtype"), [(2, torch.float32), (3, torch.float32), (8, torch.float32), (8, torch.bfloat16)]
+)
+def test_a_loop_that_resumes_ends_with_the_same_bits(stop, dtype, first):
     """Model and optimizer hold all of it, whether the scheduler is made before they are loaded or afterwards."""
-    straight = toy()
+    straight = toy(dtype)
     train_on(straight, made(straight), range(13))
-    broken = toy()
+    broken = toy(dtype)
     optimizer = made(broken)
     train_on(broken, optimizer, range(stop))
     saved = copy.deepcopy([broken.state_dict(), optimizer.state_dict()])
-    resumed = toy(seed=1)
+    resumed = toy(dtype, seed=1)
     optimizer = ProxAdamW(parameter_groups(resumed, 1e-2, 0.4), amsgrad=True)
     budget = {"target_rank": 2, "dense_steps": 3, "sparsify_steps": 10}
     if first == "scheduler":
@@ -220,6 +247,61 @@ def test_a_state_from_before_the_scheduler_begins_its_steps():
     train_on(model, optimizer, range(4, 15))
     assert optimizer.rank_scheduler.steps_taken == 11 and optimizer.param_groups[1]["threshold"] == "adaptive"
     assert 2 * sum(costs(model)) < kept(model) <= 2.02 * sum(costs(model)) + 2 * max(costs(model))
+
+
+def test_an_older_state_takes_its_steps_back():
+    model = toy()
+    optimizer = made(model)
+    before = copy.deepcopy([model.state_dict(), ProxAdamW(parameter_groups(model, 1e-2, 0.4)).state_dict()])
+    train_on(model, optimizer, range(5))
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    assert optimizer.rank_scheduler.steps_taken == 0
+    train_on(model, optimizer, range(2))
+
+
+def test_a_state_with_a_scheduler_is_not_trained_on_without_one():
+    """Its last threshold would stay, and the budget never be reached."""
+    model = toy()
+    optimizer = made(model)
+    train_on(model, optimizer, range(5))
+    alone = ProxAdamW(parameter_groups(model, 1e-2, 0.4))
+    alone.load_state_dict(optimizer.state_dict())
+    for copied in (alone, copy.deepcopy(optimizer)):
+        with pytest.raises(RuntimeError, match="is from one with a RankScheduler"):
+            train_on(model, copied, range(5, 6))
+
+
+def test_a_state_from_a_scheduler_with_other_dense_steps_is_refused():
+    """The gates that it has pruned would come back in a second dense phase."""
+    model = toy()
+    optimizer = made(model)
+    train_on(model, optimizer, range(5))
+    saved, optimizer = copy.deepcopy(optimizer.state_dict()), made(model, dense_steps=8)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(UserError, match="dense_steps 3, not 8"):
+        train_on(model, optimizer, range(5, 6))
+
+
+def test_every_module_keeps_min_rank():
+    model = toy()
+    train_on(model, made(model, target_rank=1, min_rank=1), range(13))
+    assert all(int(layer.gate.count_nonzero()) >= 1 for layer in adapters(model).values())
+    consensus_prune(model, target_rank=1, min_rank=1)
+    assert set(rank_report(adapters(model)).ranks.values()) == {1}
+
+
+def test_the_optimizer_is_free_once_the_loop_has_another():
+    """Its moments would take memory beside those of the cut adapters until Python looks for cycles."""
+    model = toy()
+    optimizer = made(model)
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_state_without_the_importance_of_gates_is_refused():
@@ -264,6 +346,11 @@ def of_gates_alone() -> tuple[nn.Module, ProxAdamW]:
     return model, ProxAdamW(parameter_groups(model, 1e-2, 0.4)[1:])
 
 
+def of_one_group() -> tuple[nn.Module, ProxAdamW]:
+    model = toy()
+    return model, ProxAdamW([p for p in model.parameters() if p.requires_grad])
+
+
 def with_a_frozen_gate() -> tuple[nn.Module, ProxAdamW]:
     model, optimizer = fitting()
     next(iter(adapters(model).values())).gate.requires_grad_(False)
@@ -284,6 +371,8 @@ def with_a_frozen_gate() -> tuple[nn.Module, ProxAdamW]:
         (already_cut, {}, "already cut"),
         (of_another_model, {}, "does not hold"),
         (of_gates_alone, {}, "does not hold .*lora_A"),
+        (of_one_group, {}, r"does not hold .*\.gate"),
+        (lambda: fitting(sparse_lambda=0.5), {}, "leave it out of parameter_groups"),
         (with_a_frozen_gate, {}, "gate is frozen"),
         (lambda: fitting(deferred=True), {}, "deferred"),
         (with_one, {}, "already has a RankScheduler"),
@@ -302,8 +391,9 @@ def test_a_model_that_has_learned_nothing_is_not_pruned_blindly():
     model = toy()
     optimizer = made(model, dense_steps=1)
     optimizer.param_groups[0]["lr"] = 0.0
-    with pytest.raises(RunFailed, match="take more dense_steps"):
-        train_on(model, optimizer, range(1))
+    for _ in range(2):  # and says so again to a loop that goes on
+        with pytest.raises(RunFailed, match="take more dense_steps"):
+            train_on(model, optimizer, range(1))
 
 
 def test_gates_that_are_not_finite_end_the_loop():
@@ -317,20 +407,34 @@ def test_gates_that_are_not_finite_end_the_loop():
         train_on(model, optimizer, range(5, 6))
 
 
-def two_with_other_settings() -> str:
-    """Worker: what the first step says on processes that were given other budgets."""
+def processes_that_differ() -> dict[str, str]:
+    """Worker: what a step says on each of two processes that do not hold the same."""
     torch.distributed.init_process_group("gloo")
+    process, found = torch.distributed.get_rank(), {}
+
+    def said(differs: str, train: Callable[[], None]) -> None:
+        try:
+            train()
+        except RunFailed as error:
+            found[differs] = str(error)
+
     model = toy()
-    optimizer = made(model, target_rank=2 + torch.distributed.get_rank())
-    try:
-        train_on(model, optimizer, range(1))
-    except RunFailed as error:
-        return str(error)
-    finally:
-        torch.distributed.destroy_process_group()
-    return "nothing"
+    said("settings", lambda: train_on(model, made(model, target_rank=2 + process), range(1)))
+    other = toy(seed=process)
+    said("adapters", lambda: train_on(other, made(other), range(3)))
+    model = toy()
+    optimizer = made(model)
+    train_on(model, optimizer, range(5))
+    with torch.no_grad():
+        next(iter(adapters(model).values())).gate[:process] = torch.nan
+    said("a gate of one is not finite", lambda: train_on(model, optimizer, range(5, 6)))
+    torch.distributed.destroy_process_group()
+    return found
 
 
-def test_processes_with_other_settings_are_told_so():
-    said = spawn("test_rank_scheduler:two_with_other_settings", 2, {})
-    assert len(set(said)) == 1 and "RankScheduler differs between processes" in said[0] and "'budget'" in said[0]
+def test_processes_that_differ_are_told_so_on_all_of_them():
+    one, other = spawn("test_rank_scheduler:processes_that_differ", 2, {})
+    assert one == other
+    assert "RankScheduler differs between processes" in one["settings"] and "'budget'" in one["settings"]
+    assert "the adapter differs between processes" in one["adapters"]
+    assert "gates are not finite" in one["a gate of one is not finite"]

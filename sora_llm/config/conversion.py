@@ -141,8 +141,9 @@ def _instead(key: str, name: str, cls: type) -> str:
     parent = key.rpartition(".")[0]
     own = {field_.name: f"{parent}.{field_.name}".lstrip(".") for field_ in fields(cls)}
     own |= {alias.partition(".")[2]: to for alias, to in ALIASES.items() if alias.partition(".")[0] == parent}
-    nearest = difflib.get_close_matches(name, own, n=1) or [word for word in own if name in word.split("_")]
-    known = elsewhere(name) or (own[nearest[0]] if nearest else None)
+    close = [own[other] for other in difflib.get_close_matches(name, own, n=1)]
+    with_it = {to for other, to in own.items() if name in other.split("_")}
+    known = elsewhere(name) or next(iter(close or (with_it if len(with_it) == 1 else ())), None)
     return f"did you mean {known}?" if known else f"allowed there: {names_of(cls)}."
 
 
