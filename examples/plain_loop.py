@@ -82,7 +82,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, first_step: int =
     """ProxAdamW, and from `first_step` on one cosine for all rates, which ramps up at the start and wherever the
     optimizer starts afresh: with pruning, and after the cut."""
     dense_steps, sparsify_steps = gated_steps(args)
-    gate_lr = min(0.25, max(1e-2, 4 / sparsify_steps))
+    gate_lr = min(0.25, max(1e-2, 4 / sparsify_steps))  # above a run's 1e-2 if there are few steps
     optimizer = ProxAdamW(parameter_groups(model, args.learning_rate, gate_lr))
     fresh, ramp_steps = (0, dense_steps, dense_steps + sparsify_steps), max(1, args.steps // 40)
 

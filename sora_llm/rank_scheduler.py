@@ -26,7 +26,7 @@ class RankScheduler:
     """Brings the adapters of an injected model down to a rank budget while they are trained, as `sora_llm.train` does
     by default:
 
-        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=4 / 300))
+        optimizer = ProxAdamW(parameter_groups(model, learning_rate=2e-4, gate_lr=1e-2))
         RankScheduler(model, optimizer, target_rank=16, dense_steps=100, sparsify_steps=300)
         ...  # 400 optimizer steps
         consensus_prune(model, target_rank=16)
@@ -42,8 +42,8 @@ class RankScheduler:
     After `sparsify_steps` that is a little more than the budget (1 % or a component, and what comes back in one step of
     the gates), and stays so until `consensus_prune` cuts to the budget itself; give it the same target and `min_rank`.
 
-    The gates' rate decides how fast components can gain or lose weight; a run's, scaled by the schedule of the learning
-    rate, adds up to 4 over the steps of pruning (at most 0.25, at least 1e-2).
+    The gates' rate decides how fast components gain or lose weight; a run's is 1e-2, scaled by the schedule of the
+    learning rate.  In short runs a higher one may be better (benchmarks/LOG.md).
 
     On several processes, under DDP, all processes of the default group take every step, and none alone (no `join`).
     They compare their settings at the first step, the adapter's bits at the change of form, and the number of kept

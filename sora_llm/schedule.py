@@ -85,9 +85,9 @@ def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
     return math.fsum(lr_factor(step, run_phases.total_steps, warmup, kind) for step in window)
 
 
-def auto_gate_lr(least: float, factor_sum: float) -> float:
-    """`gate_lr: auto` = min(0.25, max(least, 4 / Σ f_t)): gates are able to travel from 1 to 0."""
-    return 0.25 if factor_sum == 0 else min(0.25, max(least, 4.0 / factor_sum))
+def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:
+    """`gate_lr: auto` = min(0.25, max(learning_rate, 4 / Σ f_t)): gates must be able to travel from 1 to 0."""
+    return 0.25 if factor_sum == 0 else min(0.25, max(learning_rate, 4.0 / factor_sum))
 
 
 def path_lambdas(kind: str, first: float, last: float, count: int) -> list[float]:

@@ -54,7 +54,6 @@ ARMS = {
         Arm("svd", cuts=(0.4,)),
         Arm("svd4", cuts=(0.2, 0.3, 0.4, 0.5)),
         Arm("sora", sora={}),
-        Arm("slow_gates", sora={"gate_lr": 1e-2}),
         Arm("svd4early", cuts=(0.1, 0.2, 0.3, 0.4)),
         Arm("balanced", sora={}, is_whole=True),
         Arm("random", cuts=(0.4,), keeps="random"),
@@ -62,7 +61,7 @@ ARMS = {
         Arm("slots", sora={"consensus": "slots"}),
         Arm("late", sora={"consensus_at": 0.7}),
         Arm("end", sora={"consensus_at": 1.0}),
-        Arm("gates", sora={**NEVER_CUT, "gate_lr": 1e-2}, is_whole=True),  # the rate that adaptive gates had
+        Arm("gates", sora={**NEVER_CUT, "gate_lr": 1e-2}, is_whole=True),  # the rate that adaptive gates have
         Arm("restart", cuts=CHANGES, keeps="all", is_whole=True),
         Arm("components", cuts=CHANGES, is_whole=True),
     )

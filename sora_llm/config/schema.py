@@ -48,8 +48,7 @@ class Sora:
     lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask per shared input
     target_modules: str | tuple[str, ...] = "all-linear"  # all-linear (never the output head), a suffix, or suffixes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the adapter's parameters; auto: float32
-    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"
-    # auto: 4 / the sum of the schedule while pruning, at most 0.25, at least 1e-2 (adaptive) or learning_rate
+    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"  # auto: high enough for a gate to reach 0
     threshold: Literal["auto", "adaptive", "decoupled", "proxgen", "constant"] = "auto"
     # auto: adaptive with a budget, decoupled with sparse_lambda
     target_rank: Annotated[float, "> 0"] | None = None

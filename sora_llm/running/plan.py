@@ -17,8 +17,8 @@ from sora_llm.schedule import SPARSIFY, Phases
 from sora_llm.terminal import plural
 from sora_llm.topology import World
 
-LEAST_ADAPTIVE_GATE_LR = 1e-2
-"""The floor of `gate_lr: auto` if a quantile cuts: in a long run gates would hardly tell components apart below it."""
+ADAPTIVE_GATE_LR = 1e-2
+"""`gate_lr: auto` if a quantile cuts: gates only decide which is cut next, they do not have to travel to 0."""
 MOST_TRIED = 1000
 """How many numbers of steps are tried to find one that an error message can recommend."""
 
@@ -236,7 +236,7 @@ def _stages(config: Config, steps: int, is_adaptive: bool) -> tuple[Stage, ...]:
         gate_lr = sora.gate_lr
         if gate_lr == "auto":
             travel = stage.gate_travel  # at a gate_lr of 1
-            gate_lr = schedule.auto_gate_lr(LEAST_ADAPTIVE_GATE_LR if is_adaptive else train.learning_rate, travel)
+            gate_lr = ADAPTIVE_GATE_LR if is_adaptive else schedule.auto_gate_lr(train.learning_rate, travel)
         stage = replace(stage, gate_lr=gate_lr)
         if not stage.can_prune:
             raise UserError(
