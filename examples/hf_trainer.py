@@ -8,7 +8,6 @@ The same command resumes from the newest checkpoint of the phase it was in.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sora_llm import ProxAdamW, RankScheduler, consensus_prune, inject_sora
+from sora_llm import consensus_prune, inject_sora
 
 WEIGHTS = "adapter.safetensors"
 
@@ -123,18 +122,9 @@ def make_trainer(model: nn.Module, rows: Sequence[common.Row], folder: Path, ste
         options,
         data_collator=common.collate,
         train_dataset=rows,
-        optimizers=optimizers(model, steps, args),
+        optimizers=make_optimizer(model, args, first_step=steps.start),
         callbacks=[LiveGates()],
     )
-
-
-def optimizers(model: nn.Module, steps: range, args: argparse.Namespace) -> tuple[ProxAdamW, Any]:
-    """A Trainer's `optimizers` for `steps`, which begin at 0, with gates to prune, or after the cut."""
-    optimizer, schedule = make_optimizer(model, args, first_step=steps.start)
-    if steps.start == 0:
-        dense_steps, sparsify_steps = gated_steps(args)
-        RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
-    return optimizer, schedule
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"base: dev loss {common.loss_of(model, dev_rows, args.batch_size):.4f}")  # B is 0: nothing has changed yet
 
     batches = micro_batches(train_rows, args.batch_size)
-    dense_steps, sparsify_steps = gated_steps(args)
+    cut = sum(gated_steps(args))
     optimizer, schedule = make_optimizer(model, args)
-    RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
-    cut = dense_steps + sparsify_steps
     train(model, batches, range(cut), optimizer, schedule, args)
     print(f"before the cut: dev loss {common.loss_of(model, dev_rows, args.batch_size):.4f}{common.live_gates(model)}")
 
@@ -79,11 +77,13 @@ def gated_steps(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, first_step: int = 0) -> tuple[ProxAdamW, Any]:
-    """ProxAdamW, and from `first_step` on one cosine for all rates, which ramps up at the start and wherever the
-    optimizer starts afresh: with pruning, and after the cut."""
+    """ProxAdamW, with a RankScheduler before the cut, and from `first_step` on one cosine for all rates, which ramps up
+    at the start and wherever the optimizer starts afresh: with pruning, and after the cut."""
     dense_steps, sparsify_steps = gated_steps(args)
     gate_lr = min(0.25, max(1e-2, 4 / sparsify_steps))  # above a run's 1e-2 if there are few steps
     optimizer = ProxAdamW(parameter_groups(model, args.learning_rate, gate_lr))
+    if first_step == 0:
+        RankScheduler(model, optimizer, args.target_rank, dense_steps=dense_steps, sparsify_steps=sparsify_steps)
     fresh, ramp_steps = (0, dense_steps, dense_steps + sparsify_steps), max(1, args.steps // 40)
 
     def cosine(step: int) -> float:

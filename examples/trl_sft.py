@@ -15,8 +15,8 @@ from typing import Any
 import common
 import torch
 from datasets import Dataset
-from hf_trainer import AdapterCheckpoints, LiveGates, accept_adapters, go_on, optimizers, trained
-from plain_loop import gated_steps
+from hf_trainer import AdapterCheckpoints, LiveGates, accept_adapters, go_on, trained
+from plain_loop import gated_steps, make_optimizer
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -76,7 +76,7 @@ def make_trainer(
         options,
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        optimizers=optimizers(model, steps, args),
+        optimizers=make_optimizer(model, args, first_step=steps.start),
         callbacks=[LiveGates()],
     )
     for parameter in trained(model).values():  # SFTTrainer rounds the adapter of a quantised base to bfloat16

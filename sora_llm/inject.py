@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
-from sora_llm.factors import on_cpu
 from sora_llm.sora import SharedInput, SoraLinear, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
@@ -183,11 +182,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in adapters(model).items()
         for kind, parameter in layer.named_parameters(recurse=False)
     }
-
-
-def gate_values(model: nn.Module) -> dict[str, Tensor]:
-    """{module: gate (R,)}, float32 copies on the CPU; {} after the cut."""
-    return on_cpu({name: layer.gate for name, layer in adapters(model).items() if layer.gate is not None})
 
 
 def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

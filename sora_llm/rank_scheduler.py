@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from sora_llm.budget import ADAPTIVE
 from sora_llm.distributed.collectives import gather_integers, gather_objects
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import on_cpu
-from sora_llm.inject import adapter_parameters, adapters, gate_values, refuse_sharded, unwrapped
+from sora_llm.inject import adapter_parameters, refuse_sharded, unwrapped
 from sora_llm.optim import GATES, IMPORTANCE, STEPS_TAKEN, ProxAdamW
 from sora_llm.pipeline import balanced_values, gated_adapters, model_budget, require_equal_adapters
 from sora_llm.sparsity_controller import SparsityController
@@ -86,7 +87,9 @@ class RankScheduler:
         if not budgets:
             raise UserError("RankScheduler needs a budget; give target_rank or target_params")
         inner = _prox_adamw(optimizer)
-        _check_groups(self._model, inner)
+        self._parameters = adapter_parameters(self._model)
+        self._gates = {name: layer.gate for name, layer in layers.items() if layer.gate is not None}
+        _check_groups(self._parameters, inner)
         self._dense_steps, self._sparsify_steps = dense_steps, sparsify_steps
         self._controller = SparsityController(ADAPTIVE, budgets, None)
         self._is_agreed = False
@@ -107,8 +110,8 @@ class RankScheduler:
 
     def _before_step(self, optimizer: ProxAdamW, *_: Any) -> None:
         """Set the threshold of the step that follows (collective)."""
-        if any(layer.gate is None for layer in adapters(self._model).values()):
-            return  # they have been cut, and the optimizer will say so
+        if any(getattr(gate, "was_cut", False) for gate in self._gates.values()):
+            return  # the optimizer will say so
         if not self._is_agreed:  # not on creation, which may precede the process group and wrappers
             refuse_sharded(self._model, WRITES)
             self._require_equal_settings(optimizer)
@@ -125,9 +128,8 @@ class RankScheduler:
 
     def _choose(self, optimizer: ProxAdamW, progress: float) -> float:
         """The threshold of a step of pruning (collective)."""
-        gates = gate_values(self._model)
-        parameters = adapter_parameters(self._model)
-        states = {name: optimizer.state.get(parameters[f"{name}.gate"], {}) for name in gates}
+        gates = on_cpu(self._gates)
+        states = {name: optimizer.state.get(gate, {}) for name, gate in self._gates.items()}
         is_finite = all(bool(gate.isfinite().all()) for gate in gates.values())
         is_whole = all(IMPORTANCE in state for state in states.values())
         group = _gate_groups(optimizer)[0]
@@ -169,7 +171,7 @@ class RankScheduler:
         self._is_agreed = True
 
     def _balance(self, optimizer: ProxAdamW) -> None:
-        parameters = adapter_parameters(self._model)
+        parameters = self._parameters
         require_equal_adapters(self._model)
         values, importance = balanced_values(
             gated_adapters(self._model),
@@ -203,9 +205,9 @@ def _prox_adamw(optimizer: Any) -> ProxAdamW:
     return inner
 
 
-def _check_groups(model: nn.Module, optimizer: ProxAdamW) -> None:
-    """UserError unless the optimizer trains all adapters of the model, and nobody else sets the thresholds."""
-    parameters, groups = adapter_parameters(model), _gate_groups(optimizer)
+def _check_groups(parameters: Mapping[str, nn.Parameter], optimizer: ProxAdamW) -> None:
+    """UserError unless the optimizer trains all of an adapter's parameters, and nobody else sets the thresholds."""
+    groups = _gate_groups(optimizer)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     gates = {gate for group in groups for gate in group["params"]}
     for name, parameter in parameters.items():

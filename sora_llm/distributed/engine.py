@@ -17,8 +17,9 @@ from sora_llm.distributed.collectives import ALL, gather_objects, in_process_gro
 from sora_llm.distributed.replicas import Replicas, within
 from sora_llm.distributed.zero import ZeroShards, gathered
 from sora_llm.errors import RunFailed
+from sora_llm.factors import on_cpu
 from sora_llm.hashes import fingerprints
-from sora_llm.inject import adapter_parameters, adapters, gate_values
+from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
 from sora_llm.quantised import keep_weights, reread_weights_in_backward
@@ -153,9 +154,9 @@ class Engine:
 
     def gates(self) -> dict[str, Tensor]:
         """{module: gate (R,)} on the CPU, as the model uses them (collective under ZeRO-3)."""
-        gates = [layer.gate for layer in adapters(self.module).values() if layer.gate is not None]
-        with self._whole(gates):
-            return gate_values(self.module)
+        gates = {name: layer.gate for name, layer in adapters(self.module).items() if layer.gate is not None}
+        with self._whole(list(gates.values())):
+            return on_cpu(gates)
 
     def values(self) -> dict[str, Tensor]:
         """The float32 values of every adapter tensor by name, on the device, as the optimizer holds them; not ZeRO."""
