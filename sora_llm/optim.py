@@ -112,23 +112,34 @@ class ProxAdamW(torch.optim.AdamW):
         return master.detach().float()
 
     @torch.no_grad()
-    def restart(self, values: Mapping[Tensor, Tensor], importance: Mapping[Tensor, Tensor]) -> None:
-        """Give parameters other float32 `values`, and AdamW's state of before the first step; gates also the
-        `importance` that adaptive thresholds need."""
+    def write(self, param: Tensor, value: Tensor) -> None:
+        """Set the float32 value of a parameter, from which the next step continues; its state is kept."""
+        value = value.to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
+        param.copy_(value)
+        if value.dtype != param.dtype:
+            self.state[param] = {**self.state.get(param, {}), "master": value}
+
+    @torch.no_grad()
+    def restore(
+        self,
+        values: Mapping[Tensor, Tensor],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        num_steps: int = 0,
+    ) -> None:
+        """Set float32 `values` of parameters and their state after `num_steps` steps; moments that `state` lacks are 0,
+        as before the first step."""
         for group in self.param_groups:
             on_device = group["fused"] or group["capturable"]
             moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
             for param in (param for param in group["params"] if param in values):
-                value = values[param].to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
-                param.copy_(value)
+                own = {key: value.to(param.device, copy=True) for key, value in state.get(param, {}).items()}
+                zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
                 self.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else None),
-                    **{moment: torch.zeros_like(value) for moment in moments},
+                    "step": torch.tensor(float(num_steps), device=param.device if on_device else None),
+                    **{moment: zeros.clone() for moment in moments},
+                    **own,
                 }
-                if param.dtype not in (torch.float32, torch.float64):
-                    self.state[param]["master"] = value
-                if param in importance:
-                    self.state[param][IMPORTANCE] = importance[param].to(value)
+                self.write(param, values[param])
 
     def _check_groups(self) -> None:
         """ValueError for a group that was edited into an invalid state, RuntimeError for parameters that the model no

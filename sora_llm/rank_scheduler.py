@@ -180,9 +180,9 @@ class RankScheduler:
             device=next(iter(parameters.values())).device,
             remedy="take more dense_steps, or raise the learning rate",
         )
-        optimizer.restart(
+        optimizer.restore(
             {parameters[name]: value for name, value in values.items()},
-            {parameters[name.removesuffix(f".{IMPORTANCE}")]: value for name, value in importance.items()},
+            {parameters[name.removesuffix(f".{IMPORTANCE}")]: {IMPORTANCE: v} for name, v in importance.items()},
         )
 
 

@@ -166,15 +166,8 @@ class Engine:
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Set float32 values of adapter tensors; lower-precision tensors get them rounded; not ZeRO."""
         assert not self.is_zero
-        with torch.no_grad():
-            for name, value in values.items():
-                p = self._adapter_parameters[name]
-                p.copy_(value)
-                if "master" in (state := self.optimizer.state.get(p, {})):
-                    state["master"].copy_(value)
-                elif p.dtype not in (torch.float32, torch.float64):
-                    # Before its first step, which would mistake the rounded value for the true one.
-                    self.optimizer.state[p] = {**state, "master": value.detach().float().clone()}
+        for name, value in values.items():
+            self.optimizer.write(self._adapter_parameters[name], value)
 
     def take_thresholds(self) -> dict[str, Tensor]:
         """{module: Σ τ_t (R,)} of the proxes deferred since the last call, float32."""
@@ -242,18 +235,14 @@ class Engine:
                     if f"{name}.{key}" in state:
                         self._zero.write(p, state[f"{name}.{key}"], key)
             return
-        with torch.no_grad():
-            for name, p in self._adapter_parameters.items():
-                p.copy_(masters[name])
-                if not state and p.dtype == torch.float32:
-                    continue
-                zeros = torch.zeros_like(masters[name])
-                own = {key: state.get(f"{name}.{key}", zeros).to(p.device).clone() for key in self._state_of(name)}
-                if p.dtype != torch.float32:
-                    own["master"] = masters[name].to(p.device).clone()
-                if f"{name}.{TAU_SUM}" in state:
-                    own[TAU_SUM] = state[f"{name}.{TAU_SUM}"].to(p.device).clone()
-                self.optimizer.state[p] = {"step": torch.tensor(float(num_steps)), **own}
+        if not state:
+            self.write(masters)
+            return
+        saved: dict[Tensor, dict[str, Tensor]] = {
+            p: {key: state[f"{name}.{key}"] for key in (*self._state_of(name), TAU_SUM) if f"{name}.{key}" in state}
+            for name, p in self._adapter_parameters.items()
+        }
+        self.optimizer.restore({p: masters[name] for name, p in self._adapter_parameters.items()}, saved, num_steps)
 
     def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         """Context in which ZeRO-3's partitioned parameters are gathered."""
