@@ -133,13 +133,10 @@ def test_no_launcher_flag_is_one_process(alone: Finished) -> None:
     assert (env["strategy"], env["num_processes"]) == ("none", 1) and "zero_stage" not in env
 
 
-def test_a_finished_run_says_so_and_changes_nothing(alone: Finished) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(alone: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     before = _snapshot(alone.directory)
-    arguments = gsm8k_overrides(
-        alone.directory, **{"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
-    )
-    again = start(PLAIN, [CONFIG, *arguments], alone.directory)
-    assert again.returncode == 0 and "is already finished" in again.stdout
+    assert main([CONFIG, *gsm8k_overrides(alone.directory, **SHORT)]) == 0
+    assert "is already finished" in capsys.readouterr().out
     assert _snapshot(alone.directory) == before
 
 
@@ -191,37 +188,40 @@ def _without_clocks(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
 
 
-def test_a_dry_run_reports_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_reports_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "dry"
-    dry = start(PLAIN, [CONFIG, *gsm8k_overrides(directory), "--dry-run"], directory)
-    assert dry.returncode == 0, dry.output
+    assert main([CONFIG, *gsm8k_overrides(directory), "--dry-run"]) == 0
+    said = capsys.readouterr().out
     for words in ("trainable parameters", "optimizer state", "supervised", "30 of 2 packed sequences"):
-        assert words in dry.stdout
+        assert words in said
     assert not directory.exists()
 
 
-def test_print_config_prints_every_key_and_runs_nothing(tmp_path: Path) -> None:
-    printed = start(PLAIN, [CONFIG, "--print-config", "sora.r=32"], tmp_path / "none")
-    shown = yaml.safe_load(printed.stdout)
+def test_print_config_prints_every_key_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([CONFIG, "--print-config", "sora.r=32"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
     assert (
         shown["sora"]["r"] == 32 and shown["distributed"]["check_every"] == 100 and shown["model"]["revision"] is None
     )
 
 
-def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "empty"
     options = {"train.max_steps": 8, "sora.threshold": "constant", "sora.sparse_lambda": 5.0, "output.report_to": []}
-    failed = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **options)], directory)
-    assert failed.returncode == 1 and "every rank" in failed.stderr and "Traceback" not in failed.stderr
+    assert main([CONFIG, *gsm8k_overrides(directory, **options)]) == 1
+    complaints = capsys.readouterr().err
+    assert "every rank" in complaints and "Traceback" not in complaints
     status = json.loads((directory / "status.json").read_text())
     assert (
         status["state"] == "failed" and "every rank" in status["error"] and status["checkpoint"] == "checkpoints/step-8"
     )
     assert not (directory / "adapter").exists()
     options["output.allow_empty_adapter"] = True
-    allowed = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **options)], directory)
-    assert allowed.returncode == 0, allowed.output
-    assert set(allowed.lines("ranks.jsonl")[-1]["ranks"].values()) == {0}
+    assert main([CONFIG, *gsm8k_overrides(directory, **options)]) == 0
+    last = json.loads((directory / "ranks.jsonl").read_text().splitlines()[-1])
+    assert set(last["ranks"].values()) == {0}
 
 
 def test_a_tracker_that_cannot_end_costs_the_run_nothing(
@@ -262,9 +262,11 @@ def _snapshot(directory: Path) -> dict[str, str]:
     }
 
 
-def test_rows_that_are_left_out_for_their_length_are_a_warning(tmp_path: Path) -> None:
-    short = start(PLAIN, [CONFIG, *gsm8k_overrides(tmp_path / "run"), "data.sequence_len=256", "--dry-run"], tmp_path)
-    assert "warning: 73% of the rows are longer than data.sequence_len 256" in short.stdout
+def test_rows_that_are_left_out_for_their_length_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run"), "data.sequence_len=256", "--dry-run"]) == 0
+    assert "warning: 73% of the rows are longer than data.sequence_len 256" in capsys.readouterr().out
 
 
 def test_the_card_says_how_the_base_was_loaded_and_the_adapter_trained(zero2: Finished) -> None:
