@@ -6,8 +6,7 @@ import inspect
 
 from torch import Tensor, nn
 
-IGNORED = -100
-"""The label of tokens that are not trained on: torch's cross-entropy skips it."""
+from sora_llm.head_loss import IGNORED, frozen_head, token_losses
 
 
 def causal_loss_sum(
@@ -22,9 +21,15 @@ def causal_loss_sum(
     All are (B, T).  `labels` are `IGNORED` for tokens that are not trained on; token t is predicted at t − 1;
     `position_ids` restart at 0 for every row of a packed batch; `loss_weights` belong to the labels, 1 if omitted.
     There is no attention mask: with causal attention no real token sees the padding after it, and transformers keeps
-    packed rows apart only without one.  If the model supports it, logits are computed only for the supervised columns.
+    packed rows apart only without one.  Logits exist for a few supervised tokens at a time (`head_loss`), or, if the
+    model's head does not allow that, for the supervised columns, if the model supports it.
     """
     options = {} if position_ids is None else {"position_ids": position_ids}
+    if (head := frozen_head(model)) is not None:
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        losses = token_losses(model, head, targets, input_ids=input_ids, **options)
+        if losses is not None:
+            return losses.sum() if loss_weights is None else (losses[:, :-1] * loss_weights[:, 1:]).sum()
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero().flatten()
     if columns.numel() == 0:  # a process without rows joins with zero weight, its gradients exactly 0

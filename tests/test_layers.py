@@ -18,7 +18,7 @@ errors terminal row_types values run_files
 arguments files hub running.stop running.liveness
 extensions
 compiled
-topology sora schedule factors hashes weights_digest allocation loss_scale
+topology sora schedule factors hashes weights_digest allocation loss_scale head_loss
 budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
 inject quantised causal_loss

@@ -72,7 +72,7 @@ def test_the_gradient_of_packed_rows_is_that_of_the_rows_alone(stories, rows, pr
     for micro_batch_size in (1, 3):
         packed_loss, packed = gradients(model, packed_step, micro_batch_size, packed=True)
         assert packed_loss == pytest.approx(loss, rel=1e-6)
-        assert max(relative_error(packed[name], alone[name]) for name in alone) < 1e-5  # float32 sums in another order
+        assert max(relative_error(packed[name], alone[name]) for name in alone) < 2e-5  # float32 sums in another order
     leaked_loss, leaked = gradients(model, packed_step, 1)  # without position ids the rows see each other
     assert leaked_loss != pytest.approx(loss, rel=1e-3)
     assert max(relative_error(leaked[name], alone[name]) for name in alone) > 1e-2

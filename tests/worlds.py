@@ -36,6 +36,7 @@ from sora_llm.distributed.group import make_accelerator
 from sora_llm.errors import RunFailed
 from sora_llm.export import export_adapter
 from sora_llm.hashes import tensor_hash
+from sora_llm.head_loss import frozen_head
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
@@ -698,3 +699,13 @@ def export_everywhere(folder: str) -> list[Any]:
     is."""
     model = randomise_all(inject_sora(tiny_llama(num_hidden_layers=1), r=2, lora_alpha=4), seed=1)
     return [export_adapter(model, folder)["sha256"] for _ in range(4)]
+
+
+def head_in_use(strategy: str, model: str, data: str) -> bool:
+    """Whether losses still come from the head after two steps."""
+    place = Place.make(strategy, model, data)
+    engine = place.engine()
+    place.train(engine, range(2))
+    found = frozen_head(engine.model) is not None
+    finish(engine)
+    return found

@@ -12,8 +12,9 @@ A layer keeps for its backward pass, in bytes per token, with b bytes per elemen
     A x of every adapter                             b · Σ r
 
 (H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The loss
-keeps log-probabilities of 4 · V bytes and takes twice as much again when its backward pass begins, while all layers are
-alive; a layer's own backward pass takes about 2 · b · F + 4 · H, plus the weight that it dequantises.  With gradient
+takes b · H while all layers are alive, and another b · H + 8 · V for the tokens whose logits exist at a time
+(`head_loss`), or 12 · V for all of them if the head does not allow that.  A layer's own backward pass takes about
+2 · b · F + 4 · H, plus the weight that it dequantises.  With gradient
 checkpointing the layers keep b · H each, and one at a time keeps everything.  8-bit layers keep their inputs, even if
 no adapter reads them, and checkpointing does not free them (bitsandbytes 0.50 holds them outside autograd): then every
 layer also keeps b · (2 · H + A + F).
@@ -24,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+
+from sora_llm.head_loss import tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,16 @@ class DecoderSizes:
     num_kv_heads: int
     head_dim: int
     vocabulary: int
+    changes_logits: bool = False
+    """After the output head, so that the loss takes all of them at once."""
 
 
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """The linear layers that the arithmetic covers: fused ones (qkv_proj, gate_up_proj) keep other tensors."""
+
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Names in transformers configs of what is done to logits (Gemma 2, Cohere, Granite)."""
 
 
 def sizes_of(text_config: Any) -> DecoderSizes | None:
@@ -62,6 +71,7 @@ def sizes_of(text_config: Any) -> DecoderSizes | None:
         getattr(text_config, "num_key_value_heads", None) or heads,
         getattr(text_config, "head_dim", None) or hidden // heads,
         vocabulary,
+        any(getattr(text_config, name, None) for name in LOGIT_CHANGES),
     )
 
 
@@ -78,6 +88,7 @@ def activation_bytes(
     checkpointing: bool = False,
     dequantised_bytes: int = 0,
     keeps_inputs: bool = False,
+    is_float16: bool = False,
 ) -> int:
     """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
 
@@ -86,6 +97,7 @@ def activation_bytes(
         targets: last parts of the names of the adapted modules ("q_proj", …); `total_rank` is Σ r in a layer.
         dequantised_bytes: of the largest weight that is dequantised for its product.
         keeps_inputs: the linear layers are 8-bit ones.
+        is_float16: the head computes in float16, whose loss takes all logits at once.
     """
     tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
     attention, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
@@ -105,11 +117,15 @@ def activation_bytes(
         + b * total_rank
         + 8
     )
-    loss, passing = 12 * sizes.vocabulary, 2 * b * sizes.intermediate + 4 * H
+    if sizes.changes_logits or is_float16:
+        loss = tokens * 12 * sizes.vocabulary
+    else:
+        loss = tokens * b * H + min(tokens, tokens_at_once(sizes.vocabulary)) * (8 * sizes.vocabulary + b * H)
+    passing = 2 * b * sizes.intermediate + 4 * H
     if checkpointing:
         kept, passing = (sizes.num_layers * b + 4) * H, passing + layer
         if keeps_inputs:
             kept += sizes.num_layers * b * (2 * H + attention + sizes.intermediate)
     else:
         kept = sizes.num_layers * layer
-    return tokens * kept + max(tokens * loss, tokens * passing + dequantised_bytes)
+    return tokens * kept + max(loss, tokens * passing + dequantised_bytes)

@@ -1,0 +1,218 @@
+"""The loss of a frozen head in parts is cross-entropy over whole logits; heads that do not allow it are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import shared
+from helpers import linear4bit, randomise_all, relative_error, tiny_llama
+from spawn import spawn, warm_deepspeed
+from torch import Tensor, nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig
+from transformers.models.cohere import CohereForCausalLM
+from transformers.models.gemma2 import Gemma2ForCausalLM
+from transformers.models.granite import GraniteForCausalLM
+
+from sora_llm import causal_loss, head_loss
+from sora_llm.backbone import load_backbone
+from sora_llm.base_spec import BackboneSpec
+from sora_llm.causal_loss import IGNORED, causal_loss_sum
+from sora_llm.head_loss import frozen_head, try_head
+from sora_llm.inject import adapter_parameters, inject_sora
+
+TOKENS = 24
+
+
+def batch(vocabulary: int, weighted: bool = False, packed: bool = False) -> dict[str, Tensor]:
+    """Two rows of random tokens, a third of which are not trained on, the end of one row padded."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, TOKENS), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, IGNORED, ids)
+    labels[1, -5:] = IGNORED
+    found = {"input_ids": ids, "labels": labels}
+    if weighted:
+        found["loss_weights"] = torch.rand(ids.shape, generator=generator)
+    if packed:
+        found["position_ids"] = (torch.arange(TOKENS) % (TOKENS // 2)).expand_as(ids)
+    return found
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor], scale: float = 0.37) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and its gradient by every adapter tensor, multiplied by `scale`."""
+    model.zero_grad(set_to_none=True)
+    loss = causal_loss_sum(model, **inputs)
+    (loss * scale).backward()
+    return loss.item(), {name: p.grad.clone() for name, p in adapter_parameters(model).items() if p.grad is not None}
+
+
+@pytest.fixture
+def whole_logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes every head one that is left."""
+    return lambda: monkeypatch.setattr(causal_loss, "frozen_head", lambda model: None)
+
+
+@pytest.mark.parametrize("options", [{}, {"weighted": True}, {"packed": True}], ids=["plain", "weighted", "packed"])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_loss_and_gradients_are_those_of_whole_logits(
+    options: dict[str, bool], at_once: int, whole_logits: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().requires_grad_(False)
+    randomise_all(inject_sora(model, r=4), size=0.1)
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", at_once * vocabulary)
+    assert frozen_head(model) is model.lm_head
+    loss, ours = gradients(model, batch(vocabulary, **options))
+    assert frozen_head(model) is model.lm_head, "LLaMA hands logits on as they are"
+    whole_logits()
+    expected, theirs = gradients(model, batch(vocabulary, **options))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert ours.keys() == theirs.keys()
+    assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 2e-6
+
+
+def test_in_bfloat16_gradients_are_as_near_to_those_in_float32(whole_logits: Callable[[], None]) -> None:
+    model = tiny_llama(hidden_size=64, vocab_size=512).to(torch.bfloat16).requires_grad_(False)
+    randomise_all(inject_sora(model, r=4), size=0.1)
+    inputs = batch(512)
+    _, ours = gradients(model, inputs)
+    whole_logits()
+    _, theirs = gradients(model, inputs)
+    _, exact = gradients(model.float(), inputs)
+    errors = [sum(relative_error(found[name], exact[name]) for name in exact) / len(exact) for found in (ours, theirs)]
+    print(errors)
+    assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_checkpoint_has_the_same_loss_in_an_evaluation(dtype: str, whole_logits: Callable[[], None]) -> None:
+    model = load_backbone(BackboneSpec(str(shared("models/base5m")), dtype=dtype), "cpu")
+    with torch.no_grad():
+        ours = causal_loss_sum(model, **batch(4096))
+        whole_logits()
+        torch.testing.assert_close(ours, causal_loss_sum(model, **batch(4096)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [5, 1000])
+def test_logits_never_exist_in_full(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widest = 0
+
+    class Note(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal widest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.ndim > 1 and out.shape[-1] == vocabulary:
+                widest = max(widest, out.numel() // vocabulary)
+            return out
+
+    model = inject_sora(tiny_llama(vocab_size=91).requires_grad_(False), r=2)
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", at_once * vocabulary)
+    inputs = batch(vocabulary)
+    num_supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
+    with Note():
+        causal_loss_sum(model, **inputs).backward()
+    assert widest == min(at_once, num_supervised)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
+        lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+    ],
+    ids=["caps", "multiplies", "divides"],
+)
+def test_a_model_that_changes_its_logits_is_noticed_and_keeps_them(
+    make: Callable[[], nn.Module], whole_logits: Callable[[], None]
+) -> None:
+    torch.manual_seed(0)
+    model: Any = make().eval().requires_grad_(False)
+    randomise_all(inject_sora(model, r=2), size=0.1)
+    assert frozen_head(model) is not None
+    loss, ours = gradients(model, batch(48))
+    assert frozen_head(model) is None, "known from then on"
+    whole_logits()
+    expected, theirs = gradients(model, batch(48))
+    assert loss == expected and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_model_that_changes_its_logits_in_place_is_noticed_before_training() -> None:
+    model = tiny_llama().requires_grad_(False)
+    plain = model.forward
+
+    def halved(*arguments: Any, **options: Any) -> Any:
+        out = plain(*arguments, **options)
+        out.logits.mul_(0.5)
+        return out
+
+    model.forward = halved
+    try_head(model, "cpu")
+    assert frozen_head(model) is None
+
+
+def trained(model: Any) -> None:
+    model.lm_head.weight.requires_grad_(True)
+
+
+def quantised(model: Any) -> None:
+    model.lm_head = linear4bit(model.lm_head.weight.detach())
+
+
+def replaced(model: Any) -> None:
+    model.lm_head = nn.Sequential(model.lm_head)
+
+
+def in_float16(model: Any) -> None:
+    model.lm_head.half()
+
+
+@pytest.mark.parametrize("change", [trained, quantised, replaced, in_float16])
+def test_heads_that_are_left(change: Callable[[Any], None]) -> None:
+    model = tiny_llama().requires_grad_(False)
+    assert frozen_head(model) is model.lm_head
+    change(model)
+    assert frozen_head(model) is None
+
+
+def test_under_autocast_a_head_is_left() -> None:
+    model = tiny_llama().requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_head(model) is None
+
+
+def test_after_an_error_in_the_model_its_head_gives_logits_again() -> None:
+    model = tiny_llama().requires_grad_(False)
+    inputs = batch(model.config.vocab_size)
+    with pytest.raises(IndexError):
+        causal_loss_sum(model, **{**inputs, "input_ids": inputs["input_ids"] + 1000})
+    assert model(input_ids=inputs["input_ids"]).logits.shape == (2, TOKENS, model.config.vocab_size)
+    assert not model.lm_head._forward_hooks
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_under_every_strategy_the_losses_arrive(strategy: str) -> None:
+    """Wrappers and hooks hand on another tensor than the head's; a fallback would be right, and not noticed."""
+    warm_deepspeed()
+    for found in spawn("worlds:head_in_use", 2, {"strategy": strategy, **locations()}):
+        assert found
+
+
+def locations() -> dict[str, str]:
+    return {"model": str(shared("models/stories260k")), "data": str(shared("data/gsm8k_train.jsonl"))}
