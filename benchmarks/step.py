@@ -34,23 +34,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import datetime
 import gc
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import keep_freed_memory, machine, peak_bytes, quartiles, rss_bytes, seconds_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -298,31 +295,6 @@ class Arm:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds_of(action: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        action()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    started = clock()
-    action()
-    return clock() - started
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory, as CUDA's caching allocator does: else page faults are a tenth of a step, and more
-    in any arm that happens to cross a threshold."""
-    with contextlib.suppress(OSError):
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        libc.mallopt(m_mmap_threshold, 2**25)  # the maximum it accepts
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 2**28)
-
-
 def saved_bytes(arm: Arm) -> int:
     """Bytes of unique storages that the forward pass keeps for the backward pass, frozen weights aside."""
     weights = {t.untyped_storage().data_ptr() for t in [*arm.model.parameters(), *arm.model.buffers()]}
@@ -338,46 +310,6 @@ def saved_bytes(arm: Arm) -> int:
         logits = arm.model(inputs_embeds=arm.inputs, use_cache=False).logits
     del logits
     return sum(kept.values())
-
-
-def peak_bytes(arm: Arm, device: torch.device) -> int:
-    """Peak of allocated memory during forward and backward, above the start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        arm.forward_backward()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        arm.forward_backward()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
-
-
-def rss_bytes(arm: Arm) -> int | None:
-    """Peak of resident memory during forward and backward, above the start; None if the kernel does not report it."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = status("VmRSS")
-    except OSError:
-        return None
-    arm.forward_backward()
-    return status("VmHWM") - before
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    q1, q2, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, q2, q3
 
 
 def limit_of(model: nn.Module, r: float) -> float:
@@ -433,9 +365,9 @@ def measure(cell: Mapping[str, Any], options: argparse.Namespace) -> list[dict[s
     records = []
     for name, arm in arms.items():
         gc.collect()
-        memory: dict[str, float | None] = {"saved": saved_bytes(arm), "peak": peak_bytes(arm, device)}
+        memory: dict[str, float | None] = {"saved": saved_bytes(arm), "peak": peak_bytes(arm.forward_backward, device)}
         arm.clear()
-        memory["rss"] = rss_bytes(arm) if device.type == "cpu" else None
+        memory["rss"] = rss_bytes(arm.forward_backward) if device.type == "cpu" else None
         arm.clear()
         q1, ratio, q3 = quartiles([own / floor for own, floor in zip(seconds[name], seconds["floor"], strict=True)])
         kind = name.removesuffix(COMPILED)
@@ -468,13 +400,8 @@ def frozen_bytes(model: nn.Module) -> int:
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """The context that a number needs."""
-    cuda = options.device.startswith("cuda")
     return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_average": round(os.getloadavg()[0], 1),
+        **machine(options.device),
         "shape": options.shape,
         "layers": options.layers or SHAPES[options.shape][2],
     }
