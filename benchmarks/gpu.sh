@@ -5,6 +5,7 @@
 #   SORA_GPU_REHEARSAL=1 bash benchmarks/gpu.sh         the same on a CPU with a toy model: proves the script
 #
 #   tests                    the tests that need a CUDA device
+#   head                     head_loss.py: the loss in parts against whole logits
 #   kernels                  gpu_kernels.py: whether the processor or the GPU is what a step waits for
 #   r16 r64                  step.py on a LLaMA-7B shape in NF4, 4 x 2,048 tokens, without recompute: time, tokens/s, peak
 #                            memory, what adapters cost above the frozen backbone and beside PEFT
@@ -22,7 +23,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 folder=${1:-outputs/gpu}
 shift
-parts=${*:-tests kernels r16 r64 short recompute bf16 compiled compiled_short run run_open run_compiled zero2 zero3}
+parts=${*:-tests head kernels r16 r64 short recompute bf16 compiled compiled_short run run_open run_compiled zero2 zero3}
 if [[ " $parts " == *" tests "* ]]; then
   if ! python3 -c 'import pytest, xdist'; then
     echo "benchmarks/gpu.sh: the part tests needs pytest and pytest-xdist: pip install -e '.[dev]', or name other parts" >&2
@@ -57,6 +58,7 @@ if [ -n "${SORA_GPU_REHEARSAL:-}" ]; then
   device=cpu shape=(--shape tiny) rounds=(--rounds 1 --warm-up 1)
   tokens=64
   small=(data.sequence_len=512)
+  head=(--rounds 1 --tokens 64 --hidden 64 --words 500)
 else
   gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())') || exit 1
   if [ "$gpus" = 0 ]; then
@@ -67,6 +69,7 @@ else
   device=cuda shape=(--shape 7b) rounds=(--rounds 5)
   tokens=2048
   small=()
+  head=(--rounds 9 --tokens 2048,8192 --hidden 4096 --words 32000,128256 --dtypes bf16)
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 step=(python3 benchmarks/step.py --device "$device" "${shape[@]}" "${rounds[@]}" --tokens "$tokens")
@@ -86,6 +89,7 @@ for name in $parts; do
         part tests python3 -m pytest -q -m gpu -n 12 tests/test_gpu.py
       fi
       ;;
+    head) part head python3 benchmarks/head_loss.py --device "$device" "${head[@]}" ;;
     r16) part r16 "${step[@]}" --rows 4 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours,ungated ;;
     r64) part r64 "${step[@]}" --rows 4 --backbones nf4 --ranks 64 --arms peft_bf16,ours,ungated,ours_dropout,cut ;;
     short) part short "${step[@]}" --rows 1 --backbones nf4 --ranks 16 --arms peft,peft_bf16,ours ;;

@@ -97,6 +97,10 @@ NO_EQUIVALENT = {
     "neftune_noise_alpha": "leave it out; no noise is added to embeddings",
     "use_liger_kernel": "set train.torch_compile, which fuses norms, rotary embedding and activations too",
     "enable_liger_kernel": "set train.torch_compile, which fuses norms, rotary embedding and activations too",
+    **dict.fromkeys(
+        ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
+        "leave it out; logits never exist in full anyway",
+    ),
     "torch_compile_backend": "leave it out; train.torch_compile uses torch's own",
     "torch_compile_mode": "leave it out; train.torch_compile uses torch's own",
     "fsdp": "set distributed.strategy: zero3",
