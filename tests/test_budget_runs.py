@@ -303,7 +303,9 @@ def test_patterns_have_their_own_budgets_in_a_run(
     assert all(set(found) == {*pattern, "all"} for found in thresholds)
 
 
-@pytest.mark.parametrize(("min_rank", "target_rank"), [(1, TARGET_RANK), (2, 2.2)])
+@pytest.mark.parametrize(
+    ("min_rank", "target_rank"), [(1, TARGET_RANK), pytest.param(2, 2.2, marks=pytest.mark.matrix)]
+)
 def test_min_rank_is_kept_all_along(min_rank: int, target_rank: float, ground: Playground, tmp_path: Path) -> None:
     """Also where the budget leaves little beside it, and nearly every gate would be below the quantile."""
     options = {**BUDGET, "sora.r": 8, "sora.min_rank": min_rank, "sora.target_rank": target_rank, "train.max_steps": 24}

@@ -135,6 +135,7 @@ def test_blocks_run_compiled_in_training_passes_alone() -> None:
     assert calls == blocks(model), "also after an error"
 
 
+@pytest.mark.matrix
 def test_blocks_are_compiled_anew_however_often_the_adapters_have_been_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the stages of a sparsity path do: graphs of adapters that are gone do not use up the limit."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

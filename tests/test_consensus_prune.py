@@ -209,7 +209,7 @@ def inside_fsdp(version: int, folder: str) -> dict[str, str]:
     return report
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_model_that_fsdp_shards_is_refused_with_a_sentence_and_exported_once_it_is_whole(
     version: int, tmp_path: Path
 ) -> None:

@@ -23,7 +23,6 @@ from strategies import (
     SHORT_RUN,
     STRATEGIES,
     ZERO,
-    assert_same_run,
     delta_error,
     launched,
     whole_error,
@@ -34,8 +33,7 @@ from strategies import run_config as run_config
 from worlds import NUM_STEPS, SHORT
 
 IN_THE_ORDINARY_RUN = STRATEGIES[:4]  # zero1 is zero2's code but for who adds gradients up
-IN_NF4 = ("none", "zero2", "zero3")  # the others: test_matrix.py
-RESUMED = ("none", "zero2")  # the others: test_matrix.py
+IN_NF4 = ("none", "zero2")  # the others: test_matrix.py
 WORLD_TIMEOUT = 900  # seconds; about 60 on an idle machine with 2 cores
 pytestmark = pytest.mark.timeout(3 * WORLD_TIMEOUT)  # a test may be the first to ask for two of them
 
@@ -78,10 +76,9 @@ def worlds(folder: Path, run_config: Path) -> Worlds:
                         "data": data,
                         "folder": str(folder),
                         "precisions": ["fp32", "nf4"] if strategy in IN_NF4 else ["fp32"],
-                        "evaluations": EVALUATIONS if strategy == "none" else EVALUATIONS[-1:],
+                        "evaluations": EVALUATIONS[-1:],
                         "load_from": earlier,
                         "run_config": None if strategy == "zero1" else str(run_config),
-                        "resume": strategy in RESUMED,
                     },
                     timeout=WORLD_TIMEOUT,
                 )
@@ -218,6 +215,12 @@ def test_preparing_changes_no_gate(worlds: Worlds, strategy: str) -> None:
         assert report["prepared"] == {"model": True, "masters": True}
 
 
+@pytest.mark.parametrize("strategy", cases(STRATEGIES))
+def test_the_head_gives_losses_under_every_wrapper(worlds: Worlds, strategy: str) -> None:
+    """Hooks of DeepSpeed hand on another tensor; without the guard the loss would be right, of logits in full."""
+    assert all(report["saved"]["from_head"] for report in worlds(strategy))
+
+
 # --------------------------------------------------------------------------------------------------- agreeing on a step
 
 
@@ -291,12 +294,6 @@ def test_a_state_saved_under_one_strategy_goes_on_under_another(worlds: Worlds, 
     if source != "none":
         here, there = worlds(target)[0]["loaded"][source], worlds(target)[0]["loaded"]["none"]
         assert delta_error(here["further"], there["further"]) < DELTA_TOLERANCE
-
-
-@pytest.mark.parametrize("strategy", RESUMED)
-def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(worlds: Worlds, folder: Path, strategy: str) -> None:
-    assert all(report["resumed"]["died"] for report in worlds(strategy))
-    assert_same_run(folder / f"resumed-{strategy}" / "straight", folder / f"resumed-{strategy}" / "broken")
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers

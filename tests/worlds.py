@@ -231,7 +231,6 @@ def strategy_world(
     evaluations: Sequence[Sequence[Any]],
     load_from: Sequence[str],
     run_config: str | None = None,
-    resume: bool = False,
 ) -> dict[str, Any]:
     """Everything about one strategy: long runs on base5m, the rest on stories260k, which is fast.
 
@@ -259,8 +258,6 @@ def strategy_world(
         questions["packed"] = lambda: [packed_bytes_held(small, checkpointing) for checkpointing in (False, True)]
     if run_config is not None:
         questions["stopped"] = lambda: never_finite(small, run_config, run_folder.format("stopped"))
-    if run_config is not None and resume:
-        questions["resumed"] = lambda: interrupted_and_resumed(small, run_config, run_folder.format("resumed"))
     for name, ask in questions.items():
         started = time.monotonic()
         report[name] = ask()
@@ -269,15 +266,17 @@ def strategy_world(
 
 
 def short_run_saved(place: Place, path: Path) -> dict[str, int]:
-    """Leave the state of a short run in `path`; λ is large, so that some gates are zero in it."""
+    """Leave the state of a short run in `path`; λ is large, so that some gates are zero in it.  Returns how many are,
+    and whether its losses came from the head (`head_loss`)."""
     engine = place.engine()
     place.train(engine, range(SHORT), sparse_lambda=2.0)
-    state = state_of(engine)
+    state, from_head = state_of(engine), frozen_head(engine.model) is not None
     finish(engine)
     if place.world.is_main:
         torch.save(state, path)
     gates = [tensor for name, tensor in state["masters"].items() if name.endswith(".gate")]
-    return {"zero": sum(int((gate == 0).sum()) for gate in gates), "all": sum(gate.numel() for gate in gates)}
+    num_zero = sum(int((gate == 0).sum()) for gate in gates)
+    return {"zero": num_zero, "all": sum(gate.numel() for gate in gates), "from_head": from_head}
 
 
 def long_run(place: Place, precision: str, *, adapter_dtype: str = "float32", micro_batch: int = MICRO_BATCH) -> Any:
@@ -626,35 +625,6 @@ def never_finite(place: Place, config: str, folder: str) -> dict[str, Any]:
     return {"error": error, "steps": steps}
 
 
-class Interrupted(Exception):
-    """Stands for a process that dies."""
-
-
-def interrupted_and_resumed(place: Place, config: str, folder: str, at: int = 4) -> dict[str, Any]:
-    """One run straight through and one that dies after the checkpoint of step `at` and is started again."""
-    save_often = "output.save_steps=2"
-    broken = [*run_overrides(place, f"{folder}/broken"), save_often]
-    plain_save = training_loop.save_checkpoint
-
-    def save_and_die(training: train.Training) -> None:
-        plain_save(training)
-        if training.done == at:
-            raise Interrupted
-
-    with one_process_group(place):
-        train.run(config, *run_overrides(place, f"{folder}/straight"), save_often)
-        training_loop.save_checkpoint = save_and_die
-        try:
-            train.run(config, *broken)
-            died = False
-        except (Interrupted, RunFailed) as failure:  # the other process may have been a little earlier, and said so
-            died = isinstance(failure, Interrupted) or "Interrupted" in str(failure)
-        finally:
-            training_loop.save_checkpoint = plain_save
-        train.run(config, *broken)
-    return {"died": died}
-
-
 # ------------------------------------------------------------------------------------------------------ the full matrix
 
 
@@ -699,13 +669,3 @@ def export_everywhere(folder: str) -> list[Any]:
     is."""
     model = randomise_all(inject_sora(tiny_llama(num_hidden_layers=1), r=2, lora_alpha=4), seed=1)
     return [export_adapter(model, folder)["sha256"] for _ in range(4)]
-
-
-def head_in_use(strategy: str, model: str, data: str) -> bool:
-    """Whether losses still come from the head after two steps."""
-    place = Place.make(strategy, model, data)
-    engine = place.engine()
-    place.train(engine, range(2))
-    found = frozen_head(engine.model) is not None
-    finish(engine)
-    return found
