@@ -58,8 +58,9 @@ class _TokenLosses(torch.autograd.Function):
 def frozen_head(model: nn.Module) -> nn.Linear | None:
     """The output head of a model, in wrappers or not, if `token_losses` can take it.
 
-    None for a head that is trained, quantised, replaced or absent; under autocast; in float16, whose small gradients
-    need the loss scale before they are rounded; and if the model was seen to change its logits.
+    None for a head that is trained, quantised, replaced or absent; in float16, whose small gradients need the loss
+    scale before they are rounded; if the model was seen to change its logits; under autocast, and in inference_mode,
+    whose tensors do not count changes.
     """
     while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel's, DeepSpeed's
         model = inner
@@ -69,7 +70,8 @@ def frozen_head(model: nn.Module) -> nn.Linear | None:
         return None
     if any(parameter.requires_grad for parameter in head.parameters()) or head.weight.dtype == torch.float16:
         return None
-    return None if torch.is_autocast_enabled(head.weight.device.type) else head
+    is_other_mode = torch.is_autocast_enabled(head.weight.device.type) or torch.is_inference_mode_enabled()
+    return None if is_other_mode else head
 
 
 def token_losses(model: nn.Module, head: nn.Linear, targets_BT: Tensor, **inputs: Any) -> Tensor | None:

@@ -190,10 +190,12 @@ def test_heads_that_are_left(change: Callable[[Any], None]) -> None:
     assert frozen_head(model) is None
 
 
-def test_under_autocast_a_head_is_left() -> None:
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+def test_under_autocast_and_in_inference_mode_a_head_is_left(mode: Callable[[], Any]) -> None:
     model = tiny_llama().requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mode():
         assert frozen_head(model) is None
+        assert causal_loss_sum(model, **batch(model.config.vocab_size)).isfinite()
 
 
 def test_after_an_error_in_the_model_its_head_gives_logits_again() -> None:
