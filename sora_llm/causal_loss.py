@@ -6,7 +6,7 @@ import inspect
 
 from torch import Tensor, nn
 
-from sora_llm.head_loss import IGNORED, frozen_head, token_losses
+from sora_llm.head_loss import IGNORED, bare_model, frozen_head, token_losses
 
 
 def causal_loss_sum(
@@ -53,8 +53,7 @@ def packs_flat(attn_implementation: str) -> bool:
 
 def takes_columns(model: nn.Module) -> bool:
     """Whether the model's forward has `logits_to_keep` (as in LLaMA, Mistral, Qwen, Gemma)."""
-    peft_base = getattr(model, "get_base_model", None)
-    inner = peft_base() if callable(peft_base) else model  # PEFT passes it on
-    while isinstance(wrapped := getattr(inner, "module", None), nn.Module):
-        inner = wrapped
+    inner = bare_model(model)
+    peft_base = getattr(inner, "get_base_model", None)
+    inner = peft_base() if callable(peft_base) else inner  # PEFT passes it on
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

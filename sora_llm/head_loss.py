@@ -9,21 +9,24 @@ Shape suffixes: B batch, T tokens (N in all), H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100
 """The label of tokens that are not trained on: torch's cross-entropy skips it."""
 
 LOGITS_AT_ONCE = 2**25
-"""How many logits exist at a time: 128 MiB in float32, a thousand tokens of a vocabulary of 32,000."""
+"""How many logits exist at a time: a thousand tokens of a vocabulary of 32,000; 8 bytes each, with their gradient."""
 
-_CHANGED: WeakSet[nn.Module] = WeakSet()
-"""Heads whose logits were seen to be changed by their model."""
+_GIVES_LOGITS = "sora_llm_gives_logits"
+"""Name of a mark on heads that were tried: whether the model hands on what the head returns."""
 
 
 def tokens_at_once(vocabulary: int) -> int:
@@ -31,42 +34,55 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-class _TokenLosses(torch.autograd.Function):
-    """−log softmax(h Wᵀ + b) at the targets, (N,) float32, and 0 where they are `IGNORED`; h (N, H), W (V, H)."""
+def head_losses(h_NH: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
+    """The cross-entropy (N,) float32 of a frozen head at the targets, 0 where they are `IGNORED`."""
+    losses_N: Tensor = _HeadLosses.apply(h_NH, head.weight, head.bias, targets_N)
+    return losses_N
 
+
+class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
         losses_N = h_NH.new_zeros(len(h_NH), dtype=torch.float32)
         gradient_NH = torch.zeros_like(h_NH) if ctx.needs_input_grad[0] else None
         supervised = (targets_N != IGNORED).nonzero().flatten()
-        for some in supervised.split(tokens_at_once(len(weight_VH))):
-            log_p, target = F.linear(h_NH[some], weight_VH, bias_V).float().log_softmax(-1), targets_N[some, None]
-            losses_N[some] = -log_p.gather(1, target).squeeze(1)
+        for rows in supervised.split(tokens_at_once(len(weight_VH))):
+            log_p, target = F.linear(h_NH[rows], weight_VH, bias_V).float().log_softmax(-1), targets_N[rows, None]
+            losses_N[rows] = -log_p.gather(1, target).squeeze(1)
             if gradient_NH is not None:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                gradient_NH[some] = p.to(h_NH.dtype) @ weight_VH
-        ctx.gradient_NH = gradient_NH
+                dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+                gradient_NH[rows] = dlogits.to(h_NH.dtype) @ weight_VH
+                del dlogits
+            del log_p  # before the next ones are made
+        if gradient_NH is not None:
+            ctx.save_for_backward(gradient_NH)
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        gradient_NH: Tensor = ctx.gradient_NH
-        return (gradient_NH * dlosses[0][:, None]).to(gradient_NH.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NH,) = ctx.saved_tensors
+        out = torch.empty_like(gradient_NH)
+        return torch.mul(gradient_NH, dlosses_N[:, None], out=out), None, None, None  # in float32, rounded once
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model in wrappers such as DistributedDataParallel's and DeepSpeed's."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 def frozen_head(model: nn.Module) -> nn.Linear | None:
     """The output head of a model, in wrappers or not, if `token_losses` can take it.
 
     None for a head that is trained, quantised, replaced or absent; in float16, whose small gradients need the loss
-    scale before they are rounded; if the model was seen to change its logits; under autocast, and in inference_mode,
-    whose tensors do not count changes.
+    scale before they are rounded; if the model was seen to do anything to its logits; under autocast, and in
+    inference_mode, whose tensors do not count changes.
     """
-    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel's, DeepSpeed's
-        model = inner
-    get_head = getattr(model, "get_output_embeddings", None)  # of PEFT's models, too
+    get_head = getattr(bare_model(model), "get_output_embeddings", None)  # of PEFT's models, too
     head = get_head() if callable(get_head) else None
-    if type(head) is not nn.Linear or head in _CHANGED or "forward" in vars(head):
+    if type(head) is not nn.Linear or "forward" in vars(head) or not getattr(head, _GIVES_LOGITS, True):
         return None
     if any(parameter.requires_grad for parameter in head.parameters()) or head.weight.dtype == torch.float16:
         return None
@@ -74,43 +90,67 @@ def frozen_head(model: nn.Module) -> nn.Linear | None:
     return None if is_other_mode else head
 
 
+def try_head(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether a model's logits are what its head returns, neither scaled (Cohere), capped (Gemma 2) nor cut to fewer
+    words: by a forward pass of two tokens, once for each head."""
+    if not hasattr(head, _GIVES_LOGITS):
+        device = head.weight.device
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        returned: list[_Place] = []
+
+        def as_ever(hidden: Tensor) -> Tensor:
+            logits = F.linear(hidden, head.weight, head.bias)
+            if hidden.shape[:-1] == ids.shape and not torch.is_autocast_enabled(device.type):
+                returned.append(_place(logits))
+            return logits
+
+        own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.no_grad(), own_random_state, _forward_of(head, as_ever):
+            logits = model(input_ids=ids, use_cache=False).logits
+        setattr(head, _GIVES_LOGITS, returned == [_place(logits)])
+    return bool(getattr(head, _GIVES_LOGITS))
+
+
 def token_losses(model: nn.Module, head: nn.Linear, targets_BT: Tensor, **inputs: Any) -> Tensor | None:
     """A model's cross-entropy (B, T) float32 at `targets_BT`, 0 where they are `IGNORED`, by its `frozen_head`.
 
-    During the forward pass the head returns losses (B, T, 1) in place of logits.  None if the model does not pass them
-    on as they are (Gemma 2 caps logits, Cohere scales them); its head is then no longer a `frozen_head`.
+    During the forward pass the head returns losses (B, T, 1) in place of logits, to whoever calls it: also to another
+    thread.  None if the model does not pass them on as they are.
     """
-    returned: list[tuple[Any, ...]] = []
+    if not try_head(model, head):
+        return None
+    returned: list[_Place] = []
 
     def losses_for_logits(h_BTH: Tensor) -> Tensor:
-        losses_N = _TokenLosses.apply(h_BTH.flatten(0, 1), head.weight, head.bias, targets_BT.flatten())
-        return losses_N.view(*targets_BT.shape, 1)
+        losses = head_losses(h_BTH.flatten(0, 1), head, targets_BT.flatten()).view(*targets_BT.shape, 1)
+        returned.append(_place(losses))
+        return losses
 
-    def note(_head: nn.Module, _inputs: Any, losses: Tensor) -> None:
-        returned.append(_identity(losses))
-
-    head.forward = losses_for_logits  # type: ignore[assignment, method-assign]
-    hook = head.register_forward_hook(note)  # after DeepSpeed's, whose result is another tensor of the same memory
-    try:
+    with _forward_of(head, losses_for_logits):
         losses = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-        del head.forward
-    if returned != [_identity(losses)]:
-        _CHANGED.add(head)
+    if returned != [_place(losses)]:
+        setattr(head, _GIVES_LOGITS, False)
         return None
-    return losses[..., 0]
+    return losses[..., 0]  # not `returned`: hooks of ZeRO-3 on the way belong to the graph
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What differs between two tensors unless they are views of the same, unchanged numbers."""
-    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor._version
+@contextlib.contextmanager
+def _forward_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    head.forward = forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
-def try_head(model: nn.Module, device: torch.device | str) -> None:
-    """Find out on two tokens whether a model changes its logits, before a training step does, which would then draw the
-    dropout masks of two forward passes."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    if (head := frozen_head(model)) is not None:
-        with torch.no_grad():
-            token_losses(model, head, ids, input_ids=ids)
+@dataclass(frozen=True)
+class _Place:
+    """The numbers that a tensor had, and where: two are equal if one tensor is the other, or a view of all of it, and
+    nobody has written to it since."""
+
+    tensor: Tensor = field(compare=False)  # while it lives nobody else gets its memory
+    place: tuple[Any, ...]
+
+
+def _place(tensor: Tensor) -> _Place:
+    return _Place(tensor, (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version))

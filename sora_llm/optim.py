@@ -116,8 +116,8 @@ class ProxAdamW(torch.optim.AdamW):
         """Set the float32 value of a parameter, from which the next step continues; its state is kept."""
         value = value.to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
         param.copy_(value)
-        if value.dtype != param.dtype:
-            self.state[param] = {**self.state.get(param, {}), "master": value}
+        own = {key: kept for key, kept in self.state.get(param, {}).items() if key != "master"}
+        self.state[param] = own | ({} if value.dtype == param.dtype else {"master": value})
 
     @torch.no_grad()
     def restore(
@@ -135,7 +135,7 @@ class ProxAdamW(torch.optim.AdamW):
                 own = {key: value.to(param.device, copy=True) for key, value in state.get(param, {}).items()}
                 zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
                 self.state[param] = {
-                    "step": torch.tensor(float(num_steps), device=param.device if on_device else None),
+                    "step": torch.tensor(num_steps, dtype=torch.float32, device=param.device if on_device else None),
                     **{moment: zeros.clone() for moment in moments},
                     **own,
                 }

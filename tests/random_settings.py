@@ -18,7 +18,7 @@ CONTEXT = 512
 
 
 def write_rows(folder: Path) -> list[Settings]:
-    """Small files of every type of row, the shortest of each; returns them as entries of data.datasets."""
+    """Small files of every type of row but custom, the shortest of each; returns them as entries of data.datasets."""
     alpaca = json.loads(shared("data/gpteacher_roleplay.json").read_text())
     sharegpt = json.loads(shared("data/fastchat_dummy_conversation.json").read_text())
     text = shared("data/wikitext2_valid.txt").read_text()[:12_000]

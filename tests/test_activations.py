@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
+from sora_llm import head_loss
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
@@ -99,6 +100,15 @@ def test_the_estimate_is_the_measured_peak(name, form, batch, targets):
     inject_sora(model, r=8, target_modules=targets)
     found = measured(model, shape.batch_size, shape.sequence_len, shape.is_packed)
     assert expected == pytest.approx(found, rel=0.05), f"{expected / found - 1:+.1%}"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("form", ["fp32", "bf16"])
+def test_so_it_is_where_the_loss_is_taken_in_parts(
+    form: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", 96 * 4096)
+    test_the_estimate_is_the_measured_peak("base5m", form, (1, 384, False, checkpointing), "all-linear")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from conftest import shared
 from helpers import linear4bit, randomise_all, relative_error, tiny_llama
 from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.cohere import CohereForCausalLM
 from transformers.models.gemma2 import Gemma2ForCausalLM
 from transformers.models.granite import GraniteForCausalLM
@@ -19,7 +20,7 @@ from sora_llm import causal_loss, head_loss
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import IGNORED, causal_loss_sum
-from sora_llm.head_loss import frozen_head, try_head
+from sora_llm.head_loss import frozen_head, head_losses, try_head
 from sora_llm.inject import adapter_parameters, inject_sora
 
 TOKENS = 24
@@ -81,7 +82,6 @@ def test_in_bfloat16_gradients_are_as_near_to_those_in_float32(whole_logits: Cal
     _, theirs = gradients(model, inputs)
     _, exact = gradients(model.float(), inputs)
     errors = [sum(relative_error(found[name], exact[name]) for name in exact) / len(exact) for found in (ours, theirs)]
-    print(errors)
     assert errors[0] < 1.1 * errors[1]
 
 
@@ -152,9 +152,72 @@ def test_a_model_that_changes_its_logits_is_noticed_and_keeps_them(
     assert loss == expected and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_model_that_changes_its_logits_in_place_is_noticed_before_training() -> None:
+def in_place(model: Any, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden).mul_(0.5)
+
+
+def cut_to_fewer_words(model: Any, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden)[..., :40]
+
+
+def in_the_memory_of_the_first(model: Any, hidden: Tensor) -> Tensor:
+    logits = model.lm_head(hidden) * 0.5
+    logits = logits * 0.5
+    return logits.clamp_(-1, 1)
+
+
+def of_flat_tokens(model: Any, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+def token_by_token(model: Any, hidden: Tensor) -> Tensor:
+    return torch.cat([model.lm_head(one) for one in hidden.split(1, dim=1)], dim=1)
+
+
+def under_autocast(model: Any, hidden: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.lm_head(hidden)
+
+
+def with_a_hook(model: Any, hidden: Tensor) -> Tensor:
+    hook = model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logits * 0.5)
+    logits = model.lm_head(hidden)
+    hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        in_place,
+        cut_to_fewer_words,
+        in_the_memory_of_the_first,
+        of_flat_tokens,
+        token_by_token,
+        under_autocast,
+        with_a_hook,
+    ],
+)
+def test_whatever_a_model_does_to_its_head_its_loss_is_that_of_its_logits(
+    answer: Callable[[Any, Tensor], Tensor], whole_logits: Callable[[], None]
+) -> None:
+    model = inject_sora(tiny_llama().requires_grad_(False), r=2)
+    model.forward = lambda input_ids, use_cache: CausalLMOutput(
+        logits=answer(model, model.model(input_ids).last_hidden_state)
+    )
+    inputs = batch(40)
+    head = frozen_head(model)
+    assert head is not None and not try_head(model, head)
+    loss, ours = gradients(model, inputs)
+    whole_logits()
+    expected, theirs = gradients(model, inputs)
+    assert loss == expected and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_changes_after_it_was_tried_is_noticed_too(whole_logits: Callable[[], None]) -> None:
     model = tiny_llama().requires_grad_(False)
-    plain = model.forward
+    plain, inputs = model.forward, batch(48)
+    causal_loss_sum(model, **inputs)
 
     def halved(*arguments: Any, **options: Any) -> Any:
         out = plain(*arguments, **options)
@@ -162,8 +225,17 @@ def test_a_model_that_changes_its_logits_in_place_is_noticed_before_training() -
         return out
 
     model.forward = halved
-    try_head(model, "cpu")
+    loss = causal_loss_sum(model, **inputs)
     assert frozen_head(model) is None
+    whole_logits()
+    assert loss == causal_loss_sum(model, **inputs)
+
+
+def test_trying_a_head_draws_no_random_number() -> None:
+    model = inject_sora(tiny_llama().requires_grad_(False), r=2, lora_dropout=0.5).train()
+    before = torch.get_rng_state()
+    assert try_head(model, model.lm_head)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def trained(model: Any) -> None:
@@ -196,6 +268,14 @@ def test_under_autocast_and_in_inference_mode_a_head_is_left(mode: Callable[[], 
     with mode():
         assert frozen_head(model) is None
         assert causal_loss_sum(model, **batch(model.config.vocab_size)).isfinite()
+
+
+def test_a_gradient_of_a_gradient_is_refused_instead_of_wrong() -> None:
+    hidden = torch.randn(5, 32, requires_grad=True)
+    losses = head_losses(hidden, tiny_llama().lm_head.requires_grad_(False), torch.arange(5))
+    (gradient,) = torch.autograd.grad((losses**2).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 def test_after_an_error_in_the_model_its_head_gives_logits_again() -> None:

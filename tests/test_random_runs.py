@@ -26,6 +26,10 @@ pytestmark = pytest.mark.matrix
 
 FIRST, LAST = map(int, os.environ.get("SORA_TEST_SEEDS", "1-16").split("-"))
 CONFIG = "configs/llama7b.yaml"
+COMPARED = {
+    *("loss", "eval_loss", "grad_norm", "learning_rate", "gate_learning_rate", "lambda", "mean_rank", "kept_params"),
+    *("threshold", "thresholds", "epoch"),
+}
 TOLERANCE = 1e-3
 """Relative error of ΔW: float32 sums in another order, through up to twelve steps."""
 FAILED, REFUSED, PREEMPTED, KILLED = 1, 2, 75, -9
@@ -144,9 +148,9 @@ def assert_same(case: Case, straight: Path, broken: Path) -> None:
     assert lines(broken, "ranks.jsonl")[-1]["ranks"] == lines(straight, "ranks.jsonl")[-1]["ranks"]
     assert [line["step"] for line in other["metrics"]] == [line["step"] for line in one["metrics"]]
     for theirs, ours in zip(one["metrics"], other["metrics"], strict=True):
-        for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "gate_lr", "sparse_lambda", "mean_rank"):
-            if theirs.get(key) is not None:
-                assert ours[key] == pytest.approx(theirs[key], rel=TOLERANCE, abs=1e-6), (key, ours, theirs)
+        assert ours.keys() == theirs.keys()
+        for key in COMPARED & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=TOLERANCE, abs=1e-6), (key, ours, theirs)
     if any(lines(straight, "ranks.jsonl")[-1]["ranks"].values()):
         assert delta_error(broken, straight) < TOLERANCE
 

@@ -375,7 +375,7 @@ def straight(ground: Playground) -> Callable[[str, int], Path]:
 
 
 SEVERAL = [(strategy, step) for strategy in ("ddp", "zero1", "zero2", "zero3") for step in INTERRUPTED_AT]
-QUICK = [("ddp", 1), ("zero3", DENSE_STEPS + 2)]  # zero2: test_stopping.py
+QUICK = [("ddp", 1), ("zero3", DENSE_STEPS + 2)]  # zero2: test_budget_runs.py
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from helpers import randomise_all, tiny_llama
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sora_llm import train
+from sora_llm import causal_loss, train
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import DTYPES, BackboneSpec, computes_in_float16, resolve_quant_storage
 from sora_llm.data.batches import collate
@@ -36,7 +36,6 @@ from sora_llm.distributed.group import make_accelerator
 from sora_llm.errors import RunFailed
 from sora_llm.export import export_adapter
 from sora_llm.hashes import tensor_hash
-from sora_llm.head_loss import frozen_head
 from sora_llm.inject import adapter_parameters, adapters, inject_sora
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
@@ -265,18 +264,32 @@ def strategy_world(
     return report
 
 
-def short_run_saved(place: Place, path: Path) -> dict[str, int]:
+def short_run_saved(place: Place, path: Path) -> dict[str, Any]:
     """Leave the state of a short run in `path`; λ is large, so that some gates are zero in it.  Returns how many are,
-    and whether its losses came from the head (`head_loss`)."""
-    engine = place.engine()
-    place.train(engine, range(SHORT), sparse_lambda=2.0)
-    state, from_head = state_of(engine), frozen_head(engine.model) is not None
+    and whether all of its losses came from the head (`head_loss`)."""
+    engine, plain, from_head = place.engine(), causal_loss.token_losses, list[bool]()
+
+    def noted_losses(*arguments: Any, **options: Any) -> Tensor | None:
+        losses = plain(*arguments, **options)
+        from_head.append(losses is not None)
+        return losses
+
+    causal_loss.token_losses = noted_losses
+    try:
+        place.train(engine, range(SHORT), sparse_lambda=2.0)
+    finally:
+        causal_loss.token_losses = plain
+    state = state_of(engine)
     finish(engine)
     if place.world.is_main:
         torch.save(state, path)
     gates = [tensor for name, tensor in state["masters"].items() if name.endswith(".gate")]
     num_zero = sum(int((gate == 0).sum()) for gate in gates)
-    return {"zero": num_zero, "all": sum(gate.numel() for gate in gates), "from_head": from_head}
+    return {
+        "zero": num_zero,
+        "all": sum(gate.numel() for gate in gates),
+        "from_head": len(from_head) > SHORT and all(from_head),
+    }
 
 
 def long_run(place: Place, precision: str, *, adapter_dtype: str = "float32", micro_batch: int = MICRO_BATCH) -> Any:

@@ -99,7 +99,7 @@ NO_EQUIVALENT = {
     "enable_liger_kernel": "set train.torch_compile, which fuses norms, rotary embedding and activations too",
     **dict.fromkeys(
         ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
-        "leave it out; logits never exist in full anyway",
+        "leave it out; the loss never holds all logits anyway, where the model allows that",
     ),
     "torch_compile_backend": "leave it out; train.torch_compile uses torch's own",
     "torch_compile_mode": "leave it out; train.torch_compile uses torch's own",

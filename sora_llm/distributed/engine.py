@@ -221,7 +221,7 @@ class Engine:
         """Restore the results of `masters` and `optimizer_state` (collective under ZeRO).
 
         Under ZeRO the module must have held `masters` before it was prepared: writing masters alone would leave the
-        model's copies stale until the next step.  Entries missing from `state` are zero, as in a fresh optimizer.
+        model's copies stale until the next step.  Moments missing from `state` are zero, as in a fresh optimizer.
         """
         self._has_importance = any(name.endswith(f".{IMPORTANCE}") for name in state)
         if self._zero is not None:

@@ -123,7 +123,7 @@ def activation_bytes(
         loss = tokens * b * H + min(tokens, tokens_at_once(sizes.vocabulary)) * (8 * sizes.vocabulary + b * H)
     passing = 2 * b * sizes.intermediate + 4 * H
     if checkpointing:
-        kept, passing = (sizes.num_layers * b + 4) * H, passing + layer
+        kept, passing, loss = sizes.num_layers * b * H, passing + layer, loss + tokens * 4 * H
         if keeps_inputs:
             kept += sizes.num_layers * b * (2 * H + attention + sizes.intermediate)
     else:

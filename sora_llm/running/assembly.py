@@ -14,7 +14,7 @@ from sora_llm.base_spec import DTYPES, computes_in_float16
 from sora_llm.compiled import CompiledBlocks
 from sora_llm.distributed.collectives import on_every
 from sora_llm.distributed.engine import Engine
-from sora_llm.head_loss import try_head
+from sora_llm.head_loss import frozen_head, try_head
 from sora_llm.inject import adapters, init_from_lora, inject_sora
 from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loss_scale import LossScale
@@ -39,7 +39,8 @@ def load_model(job: Job) -> nn.Module:
     """The frozen backbone on this process's device."""
     spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
     model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
-    try_head(model, device)
+    if (head := frozen_head(model)) is not None:
+        try_head(model, head)
     if data.sample_packing:
         check_packing(model, spec.attn_implementation, device, is_8bit=spec.load_in_8bit)
     return model
