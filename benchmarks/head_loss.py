@@ -23,7 +23,7 @@ from measuring import keep_freed_memory, machine, peak_bytes, quartiles, seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sora_llm.head_loss import IGNORED, head_losses
+from sora_llm.head_loss import IGNORED, head_losses, supervised_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -34,7 +34,7 @@ def whole(h_NH: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
 
 
 def in_parts(h_NH: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
-    return head_losses(h_NH, head, targets_N).sum()
+    return head_losses(h_NH, head, targets_N, supervised_tokens(targets_N)).sum()
 
 
 def measure(tokens: int, hidden: int, words: int, dtype: str, share: float, options: argparse.Namespace) -> str:

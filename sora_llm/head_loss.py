@@ -34,18 +34,24 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def head_losses(h_NH: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
-    """The cross-entropy (N,) float32 of a frozen head at the targets, 0 where they are `IGNORED`."""
-    losses_N: Tensor = _HeadLosses.apply(h_NH, head.weight, head.bias, targets_N)
+def supervised_tokens(targets_N: Tensor) -> Tensor:
+    """The numbers of the tokens whose targets are not `IGNORED`.  A GPU's queue runs empty until they are known."""
+    return (targets_N != IGNORED).nonzero().flatten()
+
+
+def head_losses(h_NH: Tensor, head: nn.Linear, targets_N: Tensor, supervised: Tensor) -> Tensor:
+    """The cross-entropy (N,) float32 of a frozen head at the targets of the `supervised_tokens`, 0 at others."""
+    losses_N: Tensor = _HeadLosses.apply(h_NH, head.weight, head.bias, targets_N, supervised)
     return losses_N
 
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, supervised: Tensor
+    ) -> Tensor:
         losses_N = h_NH.new_zeros(len(h_NH), dtype=torch.float32)
         gradient_NH = torch.zeros_like(h_NH) if ctx.needs_input_grad[0] else None
-        supervised = (targets_N != IGNORED).nonzero().flatten()
         for rows in supervised.split(tokens_at_once(len(weight_VH))):
             log_p, target = F.linear(h_NH[rows], weight_VH, bias_V).float().log_softmax(-1), targets_N[rows, None]
             losses_N[rows] = -log_p.gather(1, target).squeeze(1)
@@ -63,7 +69,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
         out = torch.empty_like(gradient_NH)
-        return torch.mul(gradient_NH, dlosses_N[:, None], out=out), None, None, None  # in float32, rounded once
+        return torch.mul(gradient_NH, dlosses_N[:, None], out=out), None, None, None, None  # in float32, rounded once
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -119,10 +125,12 @@ def token_losses(model: nn.Module, head: nn.Linear, targets_BT: Tensor, **inputs
     """
     if not try_head(model, head):
         return None
+    targets_N = targets_BT.flatten()
+    supervised = supervised_tokens(targets_N)  # before anything is queued
     returned: list[_Place] = []
 
     def losses_for_logits(h_BTH: Tensor) -> Tensor:
-        losses = head_losses(h_BTH.flatten(0, 1), head, targets_BT.flatten()).view(*targets_BT.shape, 1)
+        losses = head_losses(h_BTH.flatten(0, 1), head, targets_N, supervised).view(*targets_BT.shape, 1)
         returned.append(_place(losses))
         return losses
 

@@ -272,7 +272,7 @@ def test_under_autocast_and_in_inference_mode_a_head_is_left(mode: Callable[[], 
 
 def test_a_gradient_of_a_gradient_is_refused_instead_of_wrong() -> None:
     hidden = torch.randn(5, 32, requires_grad=True)
-    losses = head_losses(hidden, tiny_llama().lm_head.requires_grad_(False), torch.arange(5))
+    losses = head_losses(hidden, tiny_llama().lm_head.requires_grad_(False), torch.arange(5), torch.arange(5))
     (gradient,) = torch.autograd.grad((losses**2).sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
