@@ -50,10 +50,11 @@ class _HeadLosses(torch.autograd.Function):
     def forward(
         ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, supervised: Tensor
     ) -> Tensor:
-        losses_N = h_NH.new_zeros(len(h_NH), dtype=torch.float32)
+        fine = torch.promote_types(h_NH.dtype, torch.float32)
+        losses_N = h_NH.new_zeros(len(h_NH), dtype=fine)
         gradient_NH = torch.zeros_like(h_NH) if ctx.needs_input_grad[0] else None
         for rows in supervised.split(tokens_at_once(len(weight_VH))):
-            log_p, target = F.linear(h_NH[rows], weight_VH, bias_V).float().log_softmax(-1), targets_N[rows, None]
+            log_p, target = F.linear(h_NH[rows], weight_VH, bias_V).to(fine).log_softmax(-1), targets_N[rows, None]
             losses_N[rows] = -log_p.gather(1, target).squeeze(1)
             if gradient_NH is not None:
                 dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
