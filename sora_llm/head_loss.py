@@ -40,7 +40,8 @@ def supervised_tokens(targets_N: Tensor) -> Tensor:
 
 
 def head_losses(h_NH: Tensor, head: nn.Linear, targets_N: Tensor, supervised: Tensor) -> Tensor:
-    """The cross-entropy (N,) float32 of a frozen head at the targets of the `supervised_tokens`, 0 at others."""
+    """The cross-entropy (N,) of a frozen head at the targets of the `supervised_tokens`, 0 at others: float32, or
+    float64 if the head is."""
     losses_N: Tensor = _HeadLosses.apply(h_NH, head.weight, head.bias, targets_N, supervised)
     return losses_N
 

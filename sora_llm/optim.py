@@ -103,7 +103,7 @@ class ProxAdamW(torch.optim.AdamW):
         params = (param for group in self.param_groups for param in group["params"])
         for key, param in zip(saved_keys, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and param.dtype not in (torch.float32, torch.float64):
+                if name != "step" and _has_master(param):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def master(self, param: Tensor) -> Tensor:
@@ -114,10 +114,11 @@ class ProxAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def write(self, param: Tensor, value: Tensor) -> None:
         """Set the float32 value of a parameter, from which the next step continues; its state is kept."""
-        value = value.to(param.device, torch.promote_types(param.dtype, torch.float32), copy=True)
         param.copy_(value)
-        own = {key: kept for key, kept in self.state.get(param, {}).items() if key != "master"}
-        self.state[param] = own | ({} if value.dtype == param.dtype else {"master": value})
+        if _has_master(param):
+            self.state[param]["master"] = value.to(param.device, torch.float32, copy=True)
+        else:
+            self.state.get(param, {}).pop("master", None)  # from when it was lower
 
     @torch.no_grad()
     def restore(
@@ -133,12 +134,12 @@ class ProxAdamW(torch.optim.AdamW):
             moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
             for param in (param for param in group["params"] if param in values):
                 own = {key: value.to(param.device, copy=True) for key, value in state.get(param, {}).items()}
-                zeros = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
-                self.state[param] = {
-                    "step": torch.tensor(num_steps, dtype=torch.float32, device=param.device if on_device else None),
-                    **{moment: zeros.clone() for moment in moments},
-                    **own,
-                }
+                for moment in moments:
+                    if moment not in own:
+                        dtype = torch.promote_types(param.dtype, torch.float32)
+                        own[moment] = torch.zeros_like(param, dtype=dtype)
+                own["step"] = torch.tensor(num_steps, dtype=torch.float32, device=param.device if on_device else None)
+                self.state[param] = own
                 self.write(param, values[param])
 
     def _check_groups(self) -> None:
@@ -214,7 +215,7 @@ class ProxAdamW(torch.optim.AdamW):
             for index, param in enumerate(params):
                 if param.grad is None:
                     continue
-                if param.dtype in (torch.float32, torch.float64):
+                if not _has_master(param):
                     self.state[param].pop("master", None)  # from when it was lower
                     continue
                 state = self.state.pop(param, {})
@@ -234,6 +235,11 @@ class ProxAdamW(torch.optim.AdamW):
             param.copy_(master)
             params[index] = param
             self.state[param] = {**self.state.pop(master, {}), "master": master}
+
+
+def _has_master(param: Tensor) -> bool:
+    """Whether a float32 master is kept of a parameter: its precision is lower."""
+    return param.dtype not in (torch.float32, torch.float64)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

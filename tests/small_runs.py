@@ -96,9 +96,7 @@ class Playground:
     ) -> list[Child]:
         """The processes of a run into the directory `name`."""
         call = self.call(name, num_processes, faults, **others) | {"audit": audit}
-        if num_processes == 1:
-            return [self.nursery.start("faults:trainer", call)]
-        return self.nursery.world("faults:trainer", num_processes, call)
+        return start_trainers(self.nursery, num_processes, call)
 
     def call(
         self, name: str, num_processes: int = 1, faults: Sequence[dict[str, Any]] = (), **others: Any
@@ -106,8 +104,7 @@ class Playground:
         """The arguments of `faults.trainer`."""
         run_dir = self.run_dir(name)
         run_dir.parent.mkdir(exist_ok=True)
-        arguments = [CONFIG, *overrides(self.folder, run_dir, num_processes, **others)]
-        return {"arguments": arguments, "faults": list(faults), "folder": str(run_dir.parent), "run_dir": str(run_dir)}
+        return trainer_call(overrides(self.folder, run_dir, num_processes, **others), run_dir, faults)
 
     def codes(self, *arguments: Any, **options: Any) -> list[int]:
         """The exit codes of `start`."""
@@ -131,6 +128,19 @@ class Playground:
     def run_dir(self, name: str) -> Path:
         """Of a run; reports of faults lie beside it."""
         return self.folder / name / "run"
+
+
+def trainer_call(overrides: Sequence[str], run_dir: Path, faults: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The arguments of `faults.trainer` for a run of CONFIG; reports of faults lie beside its directory."""
+    folder = str(run_dir.parent)
+    return {"arguments": [CONFIG, *overrides], "faults": list(faults), "folder": folder, "run_dir": str(run_dir)}
+
+
+def start_trainers(nursery: Nursery, num_processes: int, call: dict[str, Any]) -> list[Child]:
+    """The processes of a run: of one alone, or of a world."""
+    if num_processes == 1:
+        return [nursery.start("faults:trainer", call)]
+    return nursery.world("faults:trainer", num_processes, call)
 
 
 def status(run_dir: Path) -> dict[str, Any]:

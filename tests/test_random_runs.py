@@ -20,19 +20,18 @@ import pytest
 from nursery import Nursery
 from random_settings import Case, Settings, World, draw_case, draw_commands, write_rows
 from safetensors.torch import load_file
-from small_runs import MODULES, delta_error, lines, result, status
+from small_runs import MODULES, PREEMPTED, delta_error, lines, result, start_trainers, status, trainer_call
 
 pytestmark = pytest.mark.matrix
 
 FIRST, LAST = map(int, os.environ.get("SORA_TEST_SEEDS", "1-16").split("-"))
-CONFIG = "configs/llama7b.yaml"
 COMPARED = {
     *("loss", "eval_loss", "grad_norm", "learning_rate", "gate_learning_rate", "lambda", "mean_rank", "kept_params"),
     *("threshold", "thresholds", "epoch"),
 }
 TOLERANCE = 1e-3
 """Relative error of ΔW: float32 sums in another order, through up to twelve steps."""
-FAILED, REFUSED, PREEMPTED, KILLED = 1, 2, 75, -9
+FAILED, REFUSED, KILLED = 1, 2, -9
 
 
 class Ground:
@@ -55,16 +54,9 @@ class Ground:
             "output.save_total_limit": None,
             "output.report_to": [],
         }
-        call = {
-            "arguments": [CONFIG, *(f"{key}={json.dumps(value)}" for key, value in values.items())],
-            "faults": [] if fault is None else [fault],
-            "folder": str(run_dir.parent),
-            "run_dir": str(run_dir),
-        }
-        if world.processes == 1:
-            children = [self.nursery.start("faults:trainer", call)]
-        else:
-            children = self.nursery.world("faults:trainer", world.processes, call)
+        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        call = trainer_call(overrides, run_dir, [] if fault is None else [fault])
+        children = start_trainers(self.nursery, world.processes, call)
         codes = {child.wait() for child in children}
         return codes, "\n".join(child.output for child in children)
 
@@ -103,7 +95,7 @@ def test_a_run_keeps_its_promises(seed: int, ground: Ground, tmp_path: Path) -> 
         assert "Traceback" not in output, output
         assert not (straight / "checkpoints").exists()
         print(f"| {seed} | refused: {sentence} |")
-        pytest.skip(sentence)
+        pytest.skip(sentence)  # settings may be drawn that do not go together: there is nothing more to compare
     assert codes == {0}, output
     assert_files_agree(straight)
     for world, fault in zip(case.worlds, [*case.faults, None], strict=True):
@@ -130,11 +122,10 @@ def assert_files_agree(run_dir: Path) -> None:
         if name.endswith("lora_A.weight")
     }
     assert {name: rank for name, rank in ranks[-1]["ranks"].items() if rank} == {k: v for k, v in kept.items() if v}
-    size = sum(
-        rank * (factors[f"base_model.model.{n}.lora_A.weight"].shape[1]
-                + factors[f"base_model.model.{n}.lora_B.weight"].shape[0])
-        for n, rank in kept.items()
-    )  # fmt: skip
+    size = 0
+    for name, rank in kept.items():
+        A, B = (factors[f"base_model.model.{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        size += rank * (A.shape[1] + B.shape[0])
     assert size == metrics[-1]["kept_params"]
     if (budget := metrics[-1].get("budget_params")) is not None:
         assert size <= budget
@@ -157,12 +148,9 @@ def assert_same(case: Case, straight: Path, broken: Path) -> None:
 
 def assert_evaluated(ground: Ground, case: Case, run_dir: Path) -> None:
     """`evaluate` finds the loss that the run has reported."""
-    first, *_, last = [line for line in lines(run_dir, "metrics.jsonl") if line.get("eval_loss") is not None] or [
-        {},
-        {},
-    ]
+    losses = [line["eval_loss"] for line in lines(run_dir, "metrics.jsonl") if "eval_loss" in line]
     assert ground.answer("inspect", str(run_dir))["state"] == "finished"
-    if last:
+    if losses:
         found = ground.answer("evaluate", str(run_dir))
-        assert found["adapter"]["loss"] == pytest.approx(last["eval_loss"], rel=case.loss_tolerance)
-        assert found["base"]["loss"] == pytest.approx(first["eval_loss"], rel=case.loss_tolerance)
+        assert found["adapter"]["loss"] == pytest.approx(losses[-1], rel=case.loss_tolerance)
+        assert found["base"]["loss"] == pytest.approx(losses[0], rel=case.loss_tolerance)

@@ -41,7 +41,7 @@ class DecoderSizes:
     head_dim: int
     vocabulary: int
     changes_logits: bool = False
-    """After the output head, so that the loss takes all of them at once."""
+    """After the output head."""
 
 
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -88,7 +88,7 @@ def activation_bytes(
     checkpointing: bool = False,
     dequantised_bytes: int = 0,
     keeps_inputs: bool = False,
-    is_float16: bool = False,
+    whole_logits: bool = False,
 ) -> int:
     """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
 
@@ -97,7 +97,7 @@ def activation_bytes(
         targets: last parts of the names of the adapted modules ("q_proj", …); `total_rank` is Σ r in a layer.
         dequantised_bytes: of the largest weight that is dequantised for its product.
         keeps_inputs: the linear layers are 8-bit ones.
-        is_float16: the head computes in float16, whose loss takes all logits at once.
+        whole_logits: the loss takes all logits at once.
     """
     tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
     attention, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
@@ -117,7 +117,7 @@ def activation_bytes(
         + b * total_rank
         + 8
     )
-    if sizes.changes_logits or is_float16:
+    if whole_logits:
         loss = tokens * 12 * sizes.vocabulary
     else:
         loss = tokens * b * H + min(tokens, tokens_at_once(sizes.vocabulary)) * (8 * sizes.vocabulary + b * H)
