@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from sora_llm.head_loss import IGNORED, head_losses, supervised_tokens
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def whole(h_NH: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:

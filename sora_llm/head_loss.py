@@ -58,6 +58,7 @@ class _HeadLosses(torch.autograd.Function):
             log_p, target = F.linear(h_NH[rows], weight_VH, bias_V).to(fine).log_softmax(-1), targets_N[rows, None]
             losses_N[rows] = -log_p.gather(1, target).squeeze(1)
             if gradient_NH is not None:
+                # Of one token and between −1 and 1: float16 holds it without the loss scale, which comes later.
                 dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
                 gradient_NH[rows] = dlogits.to(h_NH.dtype) @ weight_VH
                 del dlogits
@@ -84,15 +85,14 @@ def bare_model(model: nn.Module) -> nn.Module:
 def frozen_head(model: nn.Module) -> nn.Linear | None:
     """The output head of a model, in wrappers or not, if `token_losses` can take it.
 
-    None for a head that is trained, quantised, replaced or absent; in float16, whose small gradients need the loss
-    scale before they are rounded; if the model was seen to do anything to its logits; under autocast, and in
-    inference_mode, whose tensors do not count changes.
+    None for a head that is trained, quantised, replaced or absent; if the model was seen to do anything to its logits;
+    under autocast, and in inference_mode, whose tensors do not count changes.
     """
     get_head = getattr(bare_model(model), "get_output_embeddings", None)  # of PEFT's models, too
     head = get_head() if callable(get_head) else None
     if type(head) is not nn.Linear or "forward" in vars(head) or not getattr(head, _GIVES_LOGITS, True):
         return None
-    if any(parameter.requires_grad for parameter in head.parameters()) or head.weight.dtype == torch.float16:
+    if any(parameter.requires_grad for parameter in head.parameters()):
         return None
     is_other_mode = torch.is_autocast_enabled(head.weight.device.type) or torch.is_inference_mode_enabled()
     return None if is_other_mode else head

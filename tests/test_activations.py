@@ -64,6 +64,7 @@ def measured(model: Any, batch_size: int, sequence_len: int, is_packed: bool) ->
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
     "nf4": {"dtype": "bfloat16", "load_in_4bit": True},
     "int8": {"dtype": "bfloat16", "load_in_8bit": True},
     "eager": {"dtype": "bfloat16", "attn_implementation": "eager"},
@@ -79,6 +80,7 @@ FORMS: dict[str, dict[str, Any]] = {
             for form in ("fp32", "bf16")
             for length, checkpointing in ((64, False), (384, False), (384, True))
         ),
+        ("base5m", "fp16", (1, 384, False, False), "all-linear"),
         ("base5m", "nf4", (1, 384, False, False), "all-linear"),
         ("stories260k", "nf4", (1, 384, False, True), "all-linear"),
         ("base5m", "int8", (1, 384, False, False), "all-linear"),

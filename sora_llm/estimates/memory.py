@@ -130,7 +130,7 @@ def _activation_bytes(
         checkpointing=batch.checkpointing,
         dequantised_bytes=largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
         keeps_inputs=spec.load_in_8bit,
-        whole_logits=sizes.changes_logits or spec.dtype == "float16",  # as `head_loss` decides
+        whole_logits=sizes.changes_logits,
     )
 
 
