@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,28 +60,40 @@ def answer(
     stop = stop or Stop()
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     ends = _ends(model, tokenizer, stop)
-    # Given in full: options left open come from the base's own generation_config.json.
     options: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    output = model.generate(  # type: ignore[operator]
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        generation_config=GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            use_cache=True,
-            pad_token_id=pad_token_id(tokenizer),
-            eos_token_id=ends or None,
-            stop_strings=[stop.text] if stop.text else None,
-            **options,
-        ),
-        stopping_criteria=StoppingCriteriaList([_Interrupted(is_interrupted)]),
-        streamer=None if on_text is None else _Pieces(tokenizer, stop.text, on_text),
-        tokenizer=tokenizer if stop.text else None,
-    )
+    with _without_own_options(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                use_cache=True,
+                pad_token_id=pad_token_id(tokenizer),
+                eos_token_id=ends or None,
+                stop_strings=[stop.text] if stop.text else None,
+                **options,
+            ),
+            stopping_criteria=StoppingCriteriaList([_Interrupted(is_interrupted)]),
+            streamer=None if on_text is None else _Pieces(tokenizer, stop.text, on_text),
+            tokenizer=tokenizer if stop.text else None,
+        )
     new = output[0, len(ids) :].tolist()
     text, is_stopped = _said(tokenizer, new, stop.text)
     return Answer(text, is_stopped or new[-1] in ends)
+
+
+@contextlib.contextmanager
+def _without_own_options(model: nn.Module) -> Iterator[None]:
+    """Without the base's generation_config.json, from which transformers takes every option that is left open: beams,
+    suppressed tokens, a shortest length, …"""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: nn.Module, tokenizer: Any, stop: Stop) -> list[int]:

@@ -21,6 +21,12 @@ def chat(row):
 def with_tools(row):
     return {{"messages": chat(row), "tools": [{{"name": "weather"}}]}}
 
+def with_system(row):
+    return {{"messages": chat(row), "system": "Be brief.", "source": "a"}}
+
+def leaves(row):
+    raise SystemExit(3)
+
 def returns_text(row):
     return "text"
 
@@ -57,6 +63,8 @@ def test_a_custom_function_of_the_current_folder_makes_messages_of_rows(custom_m
         to_examples(bad, spec)
     with_tools = example_of(good, "custom", function=f"{custom_module}:with_tools")
     assert with_tools == Conversation(messages, ({"type": "function", "function": {"name": "weather"}},))
+    with_system = example_of(good, "custom", function=f"{custom_module}:with_system")
+    assert with_system == Conversation((Message("system", "Be brief."), *messages))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,7 @@ def test_a_custom_function_of_the_current_folder_makes_messages_of_rows(custom_m
     [
         ("returns_text", "returned text, neither a list of messages nor an object"),
         ("returns_nothing", "returned null, neither"),
+        ("leaves", "raised SystemExit: 3"),
         ("returns_wizard", r"returned cannot be used: messages\[0\].role is 'wizard'"),
         ("returns_nan", r"returned cannot be used: messages\[0\].weight is nan"),
     ],

@@ -206,6 +206,33 @@ def test_generation_markers_are_used_where_a_template_has_them(byte):
     assert byte.decode(ids) == "<bos>> Hi;# Hello!;> Two?;# Yes.;"
 
 
+def test_marked_answers_that_lose_their_thoughts_when_others_follow_are_trained_on_only_where_they_have_them(byte):
+    """LFM2.5's, whose markers find every answer."""
+    thoughts = "{{ '<' + m.reasoning_content + '>' if m.reasoning_content and loop.last }}"
+    template = MARKED.replace("{% generation %}", "{% generation %}" + thoughts)
+    assert thoughts in template
+    thinking = [
+        Message("assistant", text, extra={"reasoning_content": "Hm"}, weight=weight)
+        for text, weight in (("Hello!", None), ("Hello!", 0.0), ("Yes.", None))
+    ]
+    first, unlearned = (chat(("user", "Hi"), one, ("user", "Two?"), thinking[2]) for one in thinking[:2])
+    with pytest.raises(BadRow, match="leaves out the reasoning of an answer that others follow"):
+        tokens_and_weights(first, byte, template)
+    assert answers(first, byte, template, train_on_last_turn_only=True) == ["<Hm>Yes.;"]
+    assert answers(unlearned, byte, template) == ["<Hm>Yes.;"]
+    assert answers(chat(("user", "Hi"), ("assistant", "Ho"), ("user", "Two?"), thinking[2]), byte, template) == [
+        "Ho;",
+        "<Hm>Yes.;",
+    ]
+
+
+def test_spans_that_touch_are_one_answer_if_there_are_more_of_them_than_answers(byte):
+    """Phi-3's last answer and its eos."""
+    template = MARKED + "{% generation %}{{ eos_token }}{% endgeneration %}"
+    assert answers(TWO_TURNS, byte, template) == ["Hello!;", "Yes.;<eos>"]
+    assert answers(TWO_TURNS, byte, template, train_on_last_turn_only=True) == ["Yes.;<eos>"]
+
+
 def test_weights_hold_under_generation_markers(byte):
     half = Message("assistant", "Hello!", weight=0.5)
     example = chat(Message("user", "Hi", weight=2.0), half, *TWO_TURNS.messages[2:])

@@ -19,7 +19,7 @@ from sora_llm.data.prompts import (
     served_template,
     untrained_eos,
 )
-from sora_llm.running.data_summary import template_warnings
+from sora_llm.running.data_summary import separator_warnings, template_warnings
 
 
 def test_the_prompt_of_a_sample_is_what_an_answer_follows_in_training(byte):
@@ -119,6 +119,15 @@ THINKS_FIRST = (
     "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
 )
 
+CLOSES_EMPTY_THOUGHTS = (  # Nemotron-3
+    "{% for m in messages %}{{ m.role + ': ' + ('<think></think>' if m.role == 'assistant' else '') + m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
+BREAKS_AFTER_THE_END = (  # LFM2.5: the markers include a line break, which a client does not wait for
+    "{% for m in messages %}{{ m.role + ':' }}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
 
 @pytest.mark.parametrize(
     ("template", "options", "said"),
@@ -131,6 +140,8 @@ THINKS_FIRST = (
             "servers, which tokenise the rendered chat template",
         ),
         (THINKS_FIRST, {}, "the chat template opens the answer with '<think>'"),
+        (CLOSES_EMPTY_THOUGHTS, {}, r"the chat template opens the answer with 'assistant: <think>\n'"),
+        (BREAKS_AFTER_THE_END, {"special": ("<|im_end|>",)}, None),
         (TEMPLATES["alpaca"], {"merges": (("Ċ", "a"),)}, "the chat template ends prompts with whitespace"),
     ],
 )
@@ -138,9 +149,20 @@ def test_a_run_is_warned_of_what_a_template_does_to_those_who_ask(template, opti
     config = Config(data=Data(datasets=(Dataset(path="a.jsonl", type="alpaca"),)))
     inputs = SimpleNamespace(tokenizer=byte_tokenizer(**options), chat_template=template)
     found = template_warnings(config, inputs)
-    assert [said in line for line in found] == ([] if said is None else [True])
+    assert len(found) == (said is not None) and all(said in line for line in found)
     plain = Config(data=Data(datasets=(Dataset(path="a.jsonl", type="completion"),)))
     assert template_warnings(plain, inputs) == [], "nothing is rendered"
+
+
+def test_a_separator_whose_line_break_is_two_characters_is_a_warning():
+    names = {r"\n": "a.jsonl", "\n": "b.jsonl", r" \n\n": "c.jsonl"}
+    given = [Dataset(path=name, type="prompt_completion", separator=text) for text, name in names.items()]
+    found = separator_warnings(Config(data=Data(datasets=tuple(given[:2]), val_datasets=tuple(given[2:]))))
+    assert [line.partition(" holds ")[0] for line in found] == [
+        "warning: the separator of data.datasets a.jsonl",
+        "warning: the separator of data.val_datasets c.jsonl",
+    ]
+    assert found[0].endswith(r"""write "\n" in double quotes in YAML, $'\n' in bash""")
 
 
 def test_a_template_says_whether_generation_finds_the_end_of_an_answer():

@@ -110,6 +110,28 @@ def test_a_file_is_read_once_however_often_a_folder_has_it(tmp_path, pattern):
     assert len(rows_of(str(tmp_path / "b.jsonl.gz"))) == 1
 
 
+def test_links_are_followed_and_one_that_leads_nowhere_is_refused(tmp_path):
+    write(tmp_path / "elsewhere" / "a.jsonl", json_lines(ROWS[0]))
+    write(tmp_path / "rows" / "b.jsonl", json_lines(ROWS[1]))
+    (tmp_path / "rows" / "more").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../rows")
+    assert sorted(row["text"] for _, row in rows_of(str(tmp_path / "rows"))) == ["one", "two\nlines"]
+    (tmp_path / "rows" / "gone.jsonl").symlink_to("nowhere.jsonl")
+    for path in ("rows", "rows/*.jsonl", "rows/gone.jsonl"):
+        with refused("gone.jsonl is a link to nowhere.jsonl, which does not exist"):
+            rows_of(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.zst", "b.ndjson", "part/b.TSV"])
+def test_rows_in_a_folder_that_cannot_be_read_are_not_left_out_in_silence(tmp_path, name):
+    write(tmp_path / "a.jsonl", json_lines(ROWS[0]))
+    write(tmp_path / "notes.md", "about the rows")
+    assert len(rows_of(str(tmp_path))) == 1
+    write(tmp_path / name, "x")
+    with refused(f"holds {name}, whose rows cannot be read: convert it"):
+        rows_of(str(tmp_path))
+
+
 @pytest.mark.parametrize("names", [("train.jsonl", "gsm8k_test.jsonl"), ("train/0.jsonl", "validation/0.jsonl")])
 def test_a_folder_of_several_splits_is_not_all_trained_on(tmp_path, names):
     for name in names:

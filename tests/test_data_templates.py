@@ -115,6 +115,25 @@ def test_what_a_template_would_pass_over_in_silence_is_a_bad_row(byte, name):
     assert len(answers(names_alone, byte, TEMPLATES[name])) == 1
 
 
+def test_arguments_are_json_text_for_a_template_that_takes_no_objects(byte):
+    """DeepSeek-V3's puts them between two strings."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for one in m.tool_calls or [] %}"
+    template += "{{ '[' + one.function.name + ' ' + one.function.arguments + ']' }}{% endfor %}{% endfor %}"
+    example = chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1), call(2)]}))
+    assert answers(example, byte, template) == ['<|assistant|>[add {"a": 1}][add {"a": 2}]']
+    null = chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": [call(1)]}, has_content=False))
+    assert answers(null, byte, template.replace("{{ m.content }}", "{{ '' + m.content }}"))[-1].endswith('{"a": 1}]')
+
+
+def test_a_template_that_writes_one_of_several_calls_is_refused_for_several(byte):
+    """gpt-oss'."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ (m.tool_calls or [])[:1] }}{% endfor %}"
+    calls = [call(1), call(2)]
+    with pytest.raises(BadRow, match="cannot render several tool calls in one answer"):
+        tokens_and_weights(chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": calls})), byte, template)
+    tokens_and_weights(chat(("user", "Q"), Message("assistant", "", extra={"tool_calls": calls[:1]})), byte, template)
+
+
 def test_reasoning_reaches_a_template_under_each_of_its_names(byte):
     for given in ("reasoning_content", "thinking", "reasoning"):
         for read in ("reasoning_content", "thinking", "reasoning"):

@@ -110,6 +110,24 @@ def test_prompts_come_from_files_and_standard_input(lora, tmp_path, capsys, monk
     assert [answer["prompt"] for answer in found] == [odd, "Tim"]
     monkeypatch.setattr("sys.stdin", (tmp_path / "b.jsonl").open())
     assert generate(capsys, lora)["answers"][0]["prompt"] == json.dumps({"prompt": PROMPT})
+    (tmp_path / "D.JSONL").write_text((tmp_path / "b.jsonl").read_text())
+    assert generate(capsys, lora, "--prompts-file", tmp_path / "D.JSONL")["answers"] == [expected]
+    (tmp_path / "e.json").write_text(json.dumps([{"prompt": PROMPT}]))
+    assert cli.main(["generate", str(lora), "--prompts-file", str(tmp_path / "e.json")]) == 2
+    assert "is neither .txt (a prompt per line) nor .jsonl" in capsys.readouterr().err
+
+
+def test_a_prompt_of_a_file_may_have_a_system_message(lora, tmp_path, capsys):
+    row, asked = {"system": "Be brief.", "prompt": PROMPT}, tmp_path / "a.jsonl"
+    form = ("--chat-template", "chatml", "--prompts-file", asked)
+    asked.write_text(json.dumps(row))
+    (found,) = generate(capsys, lora, *form)["answers"]
+    roles = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    asked.write_text(json.dumps({"messages": roles}))
+    (expected,) = generate(capsys, lora, *form)["answers"]
+    assert found == {**row, "answer": expected["answer"], "finish_reason": expected["finish_reason"]}
+    asked.write_text(json.dumps({"system": "", "prompt": PROMPT}))
+    assert generate(capsys, lora, *form)["answers"][0]["answer"] != found["answer"]
 
 
 def test_a_run_is_asked_as_it_was_trained(stories, lora, tmp_path, capsys):

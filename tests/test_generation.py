@@ -61,11 +61,12 @@ def test_the_pieces_of_an_answer_are_the_answer_without_what_ends_it(stories, te
     assert len(pieces) > 3 or not said
 
 
-def test_draws_are_repeatable_and_the_bases_own_sampling_is_not_used(stories):
+def test_draws_are_repeatable_and_the_bases_own_options_are_not_used(stories):
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(stories)
     plain = answer(model, tokenizer, [1, 403], Sampling(16)).text
     model.generation_config.update(temperature=50.0, do_sample=True, repetition_penalty=9.0, top_k=1)
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=1, suppress_tokens=[403], min_p=0.9, max_time=0.0)
 
     def said(sampling: Sampling, seed: int) -> str:
         torch.manual_seed(seed)
@@ -74,6 +75,10 @@ def test_draws_are_repeatable_and_the_bases_own_sampling_is_not_used(stories):
     assert plain == said(Sampling(16), 0) == said(Sampling(16), 1) == said(Sampling(16, 1.0, 1e-6), 2)
     drawn = [said(Sampling(16, 1.0), seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert model.generation_config.num_beams == 4, "they stay the model's"
+    pieces: list[str] = []
+    answer(model, tokenizer, [1, 403], Sampling(16), on_text=pieces.append)  # transformers streams no beams
+    assert "".join(pieces) == plain
 
 
 HUMAN = HEADINGS.replace("m.role }}", "'Human' if m.role == 'user' else m.role }}")

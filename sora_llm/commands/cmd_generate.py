@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def make_parser(prog: str) -> Parser:
         type=Path,
         metavar="FILE",
         help='.txt: a prompt per line; .jsonl: {"prompt": …}, {"messages": […]} or {"instruction": …, "input": …} per '
-        "line, as in a file of training rows",
+        "line, as in a file of training rows, each with its system message or without",
     )
     parser.add_argument("--compare", action="store_true", help="also print the base's answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -140,6 +140,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 def read_file(file: Path) -> list[Prompt]:
     """A prompt for every line that is not empty."""
+    kind = file.suffix.lower()
+    if kind not in ("", ".txt", ".jsonl"):  # "": a pipe
+        raise UserError(f"--prompts-file {file} is neither .txt (a prompt per line) nor .jsonl (an object per line)")
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")  # as in data files: U+2028 does not end a line
     except (OSError, UnicodeDecodeError) as error:
@@ -147,7 +150,7 @@ def read_file(file: Path) -> list[Prompt]:
     filled = [(f"{file}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise UserError(f"--prompts-file {file} has no prompt in it")
-    if file.suffix == ".jsonl":
+    if kind == ".jsonl":
         return [_of_row(line, place) for place, line in filled]
     return [of_text(line, place) for place, line in filled]
 
@@ -158,7 +161,7 @@ def _of_row(line: str, place: str) -> Prompt:
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return of_text(row["prompt"], place)
+        return _with_systems_of(row, of_text(row["prompt"], place))
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} must be {{"prompt": "…"}}, {{"messages": […]}} or {{"instruction": "…"}}')
     if row.get("messages") is None:  # an alpaca row; its answer is ignored
@@ -168,6 +171,16 @@ def _of_row(line: str, place: str) -> Prompt:
     if conversation.messages[-1].role not in ("user", "tool"):
         raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")
     return Prompt(conversation.messages, {"messages": row["messages"]}, place)
+
+
+def _with_systems_of(row: dict[str, Any], prompt: Prompt) -> Prompt:
+    """The prompt after the row's system message, if it has one."""
+    system = row.get("system")
+    if system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise UserError(f"{prompt.place}: system is not text")
+    return with_system(replace(prompt, said={"system": system, **prompt.said}), system)
 
 
 def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:

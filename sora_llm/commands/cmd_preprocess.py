@@ -18,7 +18,7 @@ from sora_llm.data.prepare import sample
 from sora_llm.data.show import table
 from sora_llm.errors import UserError
 from sora_llm.files import user_path, write_text_atomically
-from sora_llm.running.data_summary import template_warnings
+from sora_llm.running.data_summary import form_warnings
 from sora_llm.running.inputs import Inputs, check_inputs
 from sora_llm.running.run_state import read_status
 from sora_llm.running.training_data import (
@@ -62,7 +62,7 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
     found = report_on_data(config, inputs)
     content = {
         **found,
-        "warnings": template_warnings(config, inputs),
+        "warnings": form_warnings(config, inputs),
         "report": None if file is None else str(file),
     }
     if file is not None:

@@ -165,12 +165,13 @@ def _sharegpt(row: Row, spec: DatasetSpec) -> list[Example]:
 
 
 def _custom(row: Row, spec: DatasetSpec) -> list[Example]:
-    """Messages, with or without tools, as the data set's own function makes them from the row."""
+    """Messages, with or without tools and a system message beside them, as the data set's own function makes them from
+    the row."""
     name = str(spec.function)
     function = load_function(name)
     try:
         returned = function(row)
-    except Exception as error:  # whatever its code raises
+    except (Exception, SystemExit) as error:  # whatever its code raises
         raise BadRow(f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(returned, list):
         returned = {"messages": returned}
@@ -180,7 +181,8 @@ def _custom(row: Row, spec: DatasetSpec) -> list[Example]:
             "perhaps tools"
         )
     try:
-        return [Conversation(_messages(returned, "messages", _OPENAI_KEYS, _OPENAI_ROLES), _tools(returned))]
+        messages = _messages(returned, "messages", _OPENAI_KEYS, _OPENAI_ROLES)
+        return [Conversation(_with_system(returned, messages, "messages"), _tools(returned))]
     except BadRow as bad:
         raise BadRow(f"what {name} returned cannot be used: {bad}") from None
 

@@ -17,6 +17,8 @@ SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
 """The files that `save_to_disk` of datasets writes next to the rows, and next to the folders of several splits."""
 ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
 """Files that accompany the rows of a hub data set."""
+_OTHER_ROWS = {".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".ndjson", ".tsv", ".orc", ".avro"}
+"""Suffixes of files that may hold rows, but which are not read."""
 SPLIT_NAMES = (
     {"train", "training"},
     {"validation", "valid", "dev", "val"},
@@ -35,6 +37,8 @@ def is_local(path: str) -> bool:
 
 def check_file(file: Path) -> None:
     """UserError if a file does not exist, is empty or cannot be read."""
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"data set {file} is a link to {file.readlink()}, which does not exist")
     if not file.is_file():
         raise UserError(f"data set {file} does not exist" if not file.exists() else f"data set {file} is not a file")
     if not os.access(file, os.R_OK):
@@ -57,7 +61,7 @@ def local_files(name: str, type_: str) -> list[Path]:
     path = user_path(name, "the path of a data set")
     if _is_glob(name):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute patterns
-        files = sorted(Path(name) for name in found if Path(name).is_file())
+        files = sorted(Path(name) for name in found if not Path(name).is_dir())
         if not files:
             raise UserError(f"data set {name}: no file matches this pattern")
     elif path.is_dir():
@@ -84,30 +88,44 @@ def _refuse_packed_copies(name: str, files: Collection[Path]) -> None:
 
 
 def _folder_files(folder: Path, type_: str) -> list[Path]:
-    """The data files anywhere below a folder, except hidden ones and those behind links to other folders.  Text files
-    count only if text is expected: the README next to conversations is not data.  Of the files that `save_to_disk` of
-    datasets left, only the rows count, not what `map` and others cached next to them."""
+    """The data files anywhere below a folder, except hidden ones.  Text files count only if text is expected: the
+    README next to conversations is not data.  Of the files that `save_to_disk` of datasets left, only the rows count,
+    not what `map` and others cached next to them."""
 
     def refuse(error: OSError) -> None:
         raise error  # else the files in a folder that may not be listed would silently be left out
 
-    files = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    files, seen = [], set[str]()  # a link may lead back
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if SPLITS in names:
             raise UserError(f"data set {place} has splits: name the folder of one ({', '.join(sorted(folders))})")
         if SAVED.issubset(names):
             names = _saved_files(Path(place, "state.json"))
         files += [Path(place, name) for name in names if not name.startswith(".") and name not in ABOUT_DATA]
+    _refuse_unreadable_rows(folder, sorted(files))
     files = [
         file
         for file in sorted(files)
-        if kind_of(file) is not None and (type_ == "completion" or kind_of(file) != ".txt") and file.is_file()
+        if kind_of(file) is not None and (type_ == "completion" or kind_of(file) != ".txt")
     ]
     if not files:
         raise UserError(f"data set {folder}: the folder holds no {_kinds_in_words()} file")
     _refuse_splits(folder, files)
     return files
+
+
+def _refuse_unreadable_rows(folder: Path, files: Sequence[Path]) -> None:
+    """UserError if a folder holds rows in a form that cannot be read: left out, nobody would miss them."""
+    if (other := next((file for file in files if file.suffix.lower() in _OTHER_ROWS), None)) is not None:
+        raise UserError(
+            f"data set {folder} holds {other.relative_to(folder)}, whose rows cannot be read: convert it to "
+            f"{_kinds_in_words()}, or name the other files by a pattern"
+        )
 
 
 def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:

@@ -107,7 +107,7 @@ def has_visible_end(tokenizer: Any, template: str) -> bool:
     knows where to stop.  Otherwise (chatml on a base model) the end is ordinary text that a client must look for.  True
     also if the template refuses a question and an answer, since nothing can be inferred then."""
     row = _answered(tokenizer, template)
-    return isinstance(row, BadRow) or _last_learned(row) in _ending_tokens(tokenizer)
+    return isinstance(row, BadRow) or _last_learned(row, tokenizer) in _ending_tokens(tokenizer)
 
 
 def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
@@ -118,7 +118,7 @@ def answer_end(tokenizer: Any, template: str) -> tuple[int | None, str]:
     row = _answered(tokenizer, template)
     if isinstance(row, BadRow):
         return None, ""
-    last = _last_learned(row)
+    last = _last_learned(row, tokenizer)
     if last in _ending_tokens(tokenizer):
         return last, ""
     closing = _behind_an_answer(template, tokenizer)
@@ -146,10 +146,11 @@ def _behind_an_answer(template: str, tokenizer: Any) -> str:
     return ""
 
 
-def _last_learned(row: TokenRow) -> int:
-    """The last token of a row that is trained on."""
+def _last_learned(row: TokenRow, tokenizer: Any) -> int:
+    """The last token of a row that is trained on, before the blanks after it that some templates' markers include."""
     ids, weights = row
-    return int(ids[weights > 0][-1])
+    learned = [int(token) for token in ids[weights > 0]]
+    return next((token for token in reversed(learned) if tokenizer.decode([token]).strip()), learned[-1])
 
 
 def untrained_eos(tokenizer: Any, template: str) -> str | None:
@@ -180,11 +181,14 @@ def merges_trailing_whitespace(tokenizer: Any, template: str) -> bool:
 
 def generation_prefix(tokenizer: Any, template: str) -> str:
     """The text with which the template opens an answer in a prompt (thoughts, in DeepSeek-R1's), but which it does not
-    write before an answer without it; "" if both are the same."""
+    write before an answer without it; "" if both are the same.  If only blanks differ (Nemotron-3 closes empty thoughts
+    without the line break that it opens them with), all that opens an answer."""
     with suppress(BadRow):
         asked = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map, prompt=True)
         answered = render(as_dicts(_ASKED), template, tokenizer.special_tokens_map)
-        return asked[common_prefix_length(asked, answered) :].strip()
+        differing = asked[common_prefix_length(asked, answered) :]
+        question = render(as_dicts(_ASKED[:1]), template, tokenizer.special_tokens_map)
+        return differing.strip() or (differing and asked[common_prefix_length(asked, question) :])
     return ""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from sora_llm.data.formats import REASONING, Conversation, Message
 from sora_llm.data.readers import BadRow
-from sora_llm.data.templates import NAMES_OF_TOKENS, as_dicts, render
+from sora_llm.data.templates import NAMES_OF_TOKENS, as_dicts, has_markers, render
 
 
 class _Kind(NamedTuple):
@@ -23,25 +24,35 @@ class _Kind(NamedTuple):
     has_thoughts: bool
     """Inside the text, closed by </think>."""
     has_id: bool
+    must_stay: bool
+    """Whether it is an answer whose parts must also be written where others follow."""
 
 
-def check_has_place(conversation: Conversation, template: str) -> None:
+def check_has_place(conversation: Conversation, template: str, is_trained: Sequence[bool] = ()) -> None:
     """Refuse a conversation if the template renders it the same whatever one of its parts says.
 
     Templates silently skip parts they do not know, and the model would learn answers without their reason.
     (Phi-3-mini's drops the system message, Llama 3.1's the text alongside a call, those of R1's distillates the
     thoughts.)  An answer's parts are checked as in the last answer: templates drop parts of earlier ones, mostly
-    thoughts, on purpose, and if such an answer is trained on, its turn is not found.
+    thoughts, on purpose, and if such an answer is trained on, its turn is not found.  Generation markers do find it, so
+    with them answers that are trained on are checked where they are.
+
+    Args:
+        is_trained: for every message, whether it is trained on; empty: none is.
 
     Raises:
         BadRow: it does; the message names the part.
     """
-    kinds = tuple([_kind(message) for message in conversation.messages])
+    is_marked = has_markers(template)
+    kinds = tuple(
+        _kind(message, is_marked and trained)
+        for message, trained in zip(conversation.messages, is_trained or repeat(False), strict=False)
+    )
     if reason := _left_out_of_any(template, bool(conversation.tools), kinds):
         raise BadRow(reason)
 
 
-def _kind(message: Message) -> _Kind:
+def _kind(message: Message, must_stay: bool) -> _Kind:
     content, extra = message.content, message.extra
     calls = extra.get("tool_calls") or ()
     return _Kind(
@@ -52,6 +63,7 @@ def _kind(message: Message) -> _Kind:
         any(map(extra.get, REASONING)),
         message.role == "assistant" and "</think>" in content,
         bool(extra.get("tool_call_id") or any(call.get("id") for call in calls)),
+        must_stay and message.role == "assistant",
     )
 
 
@@ -103,8 +115,11 @@ def _left_out(template: str, has_tools: bool, kinds: tuple[_Kind, ...], is_last:
     for i, kind in enumerate(kinds):
         around = messages[: i + 1] if kind.role == "assistant" else whole
         for part, reason in _parts(kind):
-            if writes_the_same(around, [*around[:i], _sample(kind, part), *around[i + 1 :]]):
+            changed = _sample(kind, part)
+            if writes_the_same(around, [*around[:i], changed, *around[i + 1 :]]):
                 return reason
+            if kind.must_stay and writes_the_same(whole, [*whole[:i], changed, *whole[i + 1 :]]):
+                return _LEAVES_OUT_OF_EARLIER.format(_NAMES_OF_PARTS[part])
     return None
 
 
@@ -113,6 +128,8 @@ def _parts(kind: _Kind) -> Iterator[tuple[str, str]]:
     answer's own text is not included: a missing turn is noticed when it is located.)"""
     if kind.num_calls:
         yield "calls", _NO_PLACE.format("tool calls")
+    if kind.num_calls > 1:
+        yield "later calls", _NO_PLACE.format("several tool calls in one answer")
     if kind.has_reasoning:
         yield (
             "reasoning",
@@ -138,8 +155,9 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
     extra: dict[str, Any] = {}
     call_id = {"id": "call00001"} if kind.has_id else {}  # nine characters, as Mistral's templates require
     if kind.num_calls:
-        function = {"name": says("calls"), "arguments": {"text": says("calls")}}
-        extra["tool_calls"] = [{"type": "function", "function": function, **call_id}] * kind.num_calls
+        words = [says("calls"), says("later calls")][: kind.num_calls]
+        functions = [{"name": word, "arguments": {"text": word}} for word in words]
+        extra["tool_calls"] = [{"type": "function", "function": function, **call_id} for function in functions]
     elif kind.has_id:
         extra["tool_call_id"] = call_id["id"]
     if kind.has_reasoning:
@@ -149,3 +167,14 @@ def _sample(kind: _Kind, changed: str = "") -> Message:
 
 _NO_PLACE = "the chat template cannot render {}: choose one that can, such as chatml"
 _LEAVES_OUT = "the chat template leaves out {}, {}: choose one that writes it, such as chatml, or leave it out"
+_LEAVES_OUT_OF_EARLIER = (
+    "the chat template leaves out {} of an answer that others follow, which would be learned without: use "
+    "train_on_last_turn_only, or choose a template that writes it"
+)
+_NAMES_OF_PARTS = {
+    "calls": "the tool calls",
+    "later calls": "all but the first tool call",
+    "reasoning": "the reasoning",
+    "thoughts": "the thoughts before </think>",
+    "text": "the text that accompanies the tool calls",
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -137,6 +138,8 @@ def _render(
     tools: Sequence[dict[str, Any]],
     **options: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
+    if any("tool_calls" in message for message in messages) and _needs_text_arguments(template):
+        messages = [_with_text_arguments(message) for message in messages]
     if any("content" not in message for message in messages) and _needs_content(template):
         messages = [{"content": "", **message} for message in messages]
     try:
@@ -178,14 +181,41 @@ def _num_lines_before(template: str) -> int:
 @functools.lru_cache(maxsize=8)
 def _needs_content(template: str) -> bool:
     """Whether the template fails on a call without content.  Many that do handle empty content correctly."""
+    return not _renders_call(template, has_content=False, as_text=_needs_text_arguments(template))
+
+
+@functools.lru_cache(maxsize=8)
+def _needs_text_arguments(template: str) -> bool:
+    """Whether the template takes the arguments of calls only as JSON text, as they are in OpenAI's files, and not as
+    objects (DeepSeek-V3's)."""
+    return not _renders_call(template) and _renders_call(template, as_text=True)
+
+
+def _renders_call(template: str, *, has_content: bool = True, as_text: bool = False) -> bool:
+    """Whether the template renders a question and a call, with its arguments as JSON text or as an object."""
     call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"text": "?"}}}
-    answer = Message("assistant", "", extra={"tool_calls": [call]}, has_content=False)
+    answer = Message("assistant", "", extra={"tool_calls": [call]}, has_content=has_content)
     dialogue = as_dicts([Message("user", "?"), answer])
+    if as_text:
+        dialogue = [_with_text_arguments(message) for message in dialogue]
     try:
         render_jinja_template([dialogue], chat_template=_on_one_day(template), **NAMES_OF_TOKENS)
     except Exception:  # as in _render
-        return True
-    return False
+        return False
+    return True
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+    calls = [
+        {**call, "function": {**function, "arguments": text}}
+        for call, function, text in zip(message["tool_calls"], functions, texts, strict=True)
+    ]
+    return {**message, "tool_calls": calls}
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -141,14 +141,14 @@ class _Drafting:
         return _Draft(example.text, 1.0, ends_with_eos=True)
 
     def _conversation(self, conversation: Conversation) -> _Draft:
-        check_has_place(conversation, self.template)
+        weights = self._weights(conversation.messages)
+        check_has_place(conversation, self.template, [weight > 0 for weight in weights])
         dicts, usual = as_dicts(conversation.messages), float(self.train_on_inputs)
 
         def rendered(num_messages: int, prompt: bool = False, of: Any = None) -> str:
             part = dicts[:num_messages] if of is None else of
             return render(part, self.template, self.special_tokens, tools=conversation.tools, prompt=prompt)
 
-        weights = self._weights(conversation.messages)
         turns = {i: weight for i, weight in enumerate(weights) if weight != usual}
         spans: list[tuple[int, int, float]] = []
         if has_markers(self.template):
@@ -290,6 +290,10 @@ def _weights_of_marked(marked: Sequence[tuple[int, int]], of_answers: Sequence[f
     """The weight of each marked span: its answer's, or, if answers have several spans, the weight of all answers."""
     if len(marked) == len(of_answers):
         return of_answers
+    # Spans that touch belong to one answer (Phi-3's last one and its eos).
+    touching = [0, *accumulate(int(start > end) for (_, end), (start, _) in pairwise(marked))] if marked else []
+    if len(set(touching)) == len(of_answers):
+        return [of_answers[i] for i in touching]
     if len(marked) < len(of_answers) or len(set(of_answers)) != 1:
         raise BadRow(
             f"the template's generation markers give {len(marked)} spans for {len(of_answers)} assistant turns"

@@ -36,7 +36,7 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     elif data.dev is not None:
         lines.append(f"dev data: {len(data.dev)} of these rows are held out")
         lines += repetition_warning(data.train_report)
-    return lines + mixture(config, data) + assumed_template(config, inputs) + template_warnings(config, inputs)
+    return [*lines, *mixture(config, data), *assumed_template(config, inputs), *form_warnings(config, inputs)]
 
 
 def mixture(config: Config, data: TrainingData) -> list[str]:
@@ -62,6 +62,24 @@ def assumed_template(config: Config, inputs: Inputs) -> list[str]:
     return [
         f"chat template: {DEFAULT_TEMPLATE}, as the tokenizer has none; data.chat_template selects another "
         f"({', '.join(TEMPLATES)}, or a jinja file)"
+    ]
+
+
+def form_warnings(config: Config, inputs: Inputs) -> list[str]:
+    """A line for everything about the form of prompts that is probably unintended."""
+    return separator_warnings(config) + template_warnings(config, inputs)
+
+
+def separator_warnings(config: Config) -> list[str]:
+    """A line for each separator with a line break that a shell or YAML has left in two characters."""
+    named = {"data.datasets": config.data.datasets, "data.val_datasets": config.data.val_datasets or ()}
+    return [
+        f"warning: the separator of {key} {one.path} holds a backslash and an n, not a line break: "
+        r'write "\n" in double quotes in YAML, '
+        r"$'\n' in bash"
+        for key, datasets in named.items()
+        for one in datasets
+        if r"\n" in one.separator
     ]
 
 
