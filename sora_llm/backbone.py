@@ -190,10 +190,16 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
         ) from error
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """An id to fill rows with; any will do, since padding is masked by position and never enters the loss."""
+def num_embeddings(model: Any) -> int:
+    """How many token ids a model has an embedding for."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def pad_token_id(tokenizer: Any, model: nn.Module) -> int:
+    """An id to fill rows with; any that the model has an embedding for will do, since padding is masked by position and
+    never enters the loss.  (Tokenizers with a [PAD] of their own often come with models that have none for it.)"""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < num_embeddings(model):
             return int(candidate)
     return 0
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sora_llm.backbone import pad_token_id
+from sora_llm.backbone import num_embeddings, pad_token_id
+from sora_llm.errors import UserError
 from sora_llm.inject import evaluating, without_adapters
 
 
@@ -56,7 +57,15 @@ def answer(
 
     `on_text` receives the answer in pieces as it is generated, `is_interrupted` is called after every token.  Draws
     from torch's global generator: seed it for a repeatable answer.
+
+    Raises:
+        UserError: a token that the model has no embedding for.
     """
+    if (largest := max(ids)) >= num_embeddings(model):
+        raise UserError(
+            f"the prompt's token {tokenizer.convert_ids_to_tokens(largest)!r} is number {largest}, and the base has "
+            f"only {num_embeddings(model)} embeddings; leave it out"
+        )
     stop = stop or Stop()
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     ends = _ends(model, tokenizer, stop)
@@ -70,7 +79,7 @@ def answer(
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 use_cache=True,
-                pad_token_id=pad_token_id(tokenizer),
+                pad_token_id=pad_token_id(tokenizer, model),
                 eos_token_id=ends or None,
                 stop_strings=[stop.text] if stop.text else None,
                 **options,

@@ -79,10 +79,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def left_out(model: nn.Module) -> dict[str, str]:
     """{linear layer: why no adapter is put on it}, the reason phrased to follow the layer's name."""
     found = linear_layers(model)
-    experts = _names_of_experts(model, found)
+    experts, decoder = _names_of_experts(model, found), _name_of_decoder(model)
     reasons = {}
     for name, linear in found.items():
-        if _is_bypassed(model, name):
+        if not name.startswith(decoder):
+            reasons[name] = "which no text passes: it is for other input, such as images"
+        elif _is_bypassed(model, name):
             reader = type(parent_of(model, name)).__name__
             reasons[name] = f"whose weight {reader} reads without calling it: an adapter would do nothing there"
         elif not _computes_linear(type(linear)):  # type: ignore[arg-type]  # classes are hashable
@@ -90,6 +92,13 @@ def left_out(model: nn.Module) -> dict[str, str]:
         elif name.rpartition(".")[2] in experts:
             reasons[name] = "which PEFT takes for stacked experts in this architecture: it could load no adapter there"
     return reasons
+
+
+def _name_of_decoder(model: nn.Module) -> str:
+    """How the names of a model's text layers begin, with the dot; "" if it does not say."""
+    find_decoder = getattr(model, "get_decoder", None)
+    decoder = find_decoder() if callable(find_decoder) else None
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
 
 
 @functools.lru_cache(maxsize=64)

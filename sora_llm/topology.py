@@ -24,8 +24,17 @@ OWN_KEYS = {
     "gradient_clipping": "set train.max_grad_norm",
 }
 """Keys of a DeepSpeed config, and what to set instead."""
-NEEDED = {"communication_data_type": (None, "fp32"), "compute_grad_norm": (True,)}
+NEEDED = {
+    "communication_data_type": (None, "fp32"),
+    "compute_grad_norm": (True,),
+    "data_types.grad_accum_dtype": (None, "auto", "fp32"),
+}
 """Keys of a DeepSpeed config that change gradients, and the values that do not; the first is the default."""
+REDUCE_BUCKET_ELEMENTS = 2**24
+"""Gradients that ZeRO reduces at a time, in a buffer that it allocates for that many.  DeepSpeed's own default is 5e8,
+2 GB in float32, and adapters have far fewer."""
+DDP_OPTIONS: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+"""Options of DistributedDataParallel: gradients lie in the buckets that are reduced, or each would exist twice."""
 _PRECISION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
@@ -239,7 +248,10 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,  # only for accounting: the loader cuts the batches
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": {"stage": ZERO_STAGES[strategy]},
+        "zero_optimization": {
+            "stage": ZERO_STAGES[strategy],
+            "reduce_bucket_size": reduce_bucket_elements(user_config),
+        },
         # check_grad_overflow: with it, all processes agree on a non-finite gradient and skip the step
         "bf16": {"enabled": adapter_dtype == "bfloat16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
@@ -259,12 +271,20 @@ def deepspeed_config(
                 f"the DeepSpeed config sets {key}{to}, which belongs to this run's YAML; remove it there, and {own}"
             )
     for key, needed in NEEDED.items():
-        if user_config.get(key, needed[0]) not in needed:
+        section, _, name = key.rpartition(".")
+        value = (_section(user_config, section) if section else user_config).get(name, needed[0])
+        if value not in needed:
             raise UserError(
-                f"the DeepSpeed config sets {key} to {user_config[key]!r}, which would change gradients compared to "
-                "the other strategies; remove that key"
+                f"the DeepSpeed config sets {key} to {value!r}, which would change gradients compared to the other "
+                "strategies; remove that key"
             )
     return quiet | _merged_under(user_config, ours, "")
+
+
+def reduce_bucket_elements(user_config: Mapping[str, Any] | None) -> int:
+    """How many gradients ZeRO reduces at a time, by the user's DeepSpeed config or ours."""
+    said = _section(user_config or {}, "zero_optimization").get("reduce_bucket_size", "auto")
+    return int(said) if isinstance(said, int | float) else REDUCE_BUCKET_ELEMENTS
 
 
 def _refuse_optimizer_offload(config: Mapping[str, Any]) -> None:

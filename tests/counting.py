@@ -15,6 +15,7 @@ from helpers import tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.distributed.collectives import any_process
 from sora_llm.distributed.engine import Engine
 from sora_llm.distributed.group import make_accelerator
@@ -73,6 +74,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
+def gradient_storages(engine: Engine, rows: list[dict[str, Tensor]]) -> int:
+    """In how many pieces of memory the gradients lie after a backward pass; 0 where the engine keeps them."""
+    engine.backward(causal_loss_sum(engine.model, **rows[0]) / NUM_TOKENS)
+    gradients = [p.grad for p in adapter_parameters(engine.module).values() if p.grad is not None]
+    engine.step()
+    return len({gradient.untyped_storage().data_ptr() for gradient in gradients})
+
+
 def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
     """Collectives of a tiny float32 LLaMA, while it is prepared, in every step, and while it is prepared again after a
     cut to half the ranks; the bytes of what could travel."""
@@ -103,6 +112,7 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
             any_process(False)  # the loop's: was one of us asked to stop?
         assert not outcome.skipped and outcome.grad_norm > 0
         steps.append(seen.calls)
+    sizes["gradient_storages"] = gradient_storages(engine, rows)
     with CountCollectives() as accumulated:
         train_step(engine, StepBatches(2 * rows, 2 * tokens, 2 * (NUM_TOKENS - 1), tokens, tokens), world.num_processes)
     sizes["num_parameters"] = len(adapter_parameters(model))

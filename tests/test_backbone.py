@@ -9,7 +9,7 @@ import torch
 from helpers import token_row
 
 from sora_llm import backbone, causal_loss
-from sora_llm.backbone import load_backbone, load_tokenizer
+from sora_llm.backbone import load_backbone, load_tokenizer, num_embeddings, pad_token_id
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.batches import collate
@@ -37,6 +37,16 @@ def test_an_eval_forward_does_not_change_4_bit_weights(stories):
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(8)[None])
     assert all(torch.equal(old, module.weight) for old, module in zip(before, linears, strict=True))
+
+
+def test_rows_are_filled_with_a_token_that_the_model_has(stories):
+    spec = BackboneSpec(str(stories), dtype="float32")
+    model, tokenizer = load_backbone(spec, "cpu"), load_tokenizer(spec)
+    tokenizer.pad_token = "<s>"
+    assert pad_token_id(tokenizer, model) == tokenizer.bos_token_id
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == num_embeddings(model)
+    assert pad_token_id(tokenizer, model) == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("pad_id", [0, 2, 77])

@@ -23,6 +23,7 @@ from sora_llm.base_spec import BackboneSpec
 from sora_llm.estimates.memory import estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.targets import linear_layers
+from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
 
 CONFIG = "configs/llama7b.yaml"
 
@@ -234,6 +235,7 @@ def test_zero_divides_what_it_shards():
     alone, ddp, zero1, zero2, zero3 = (of(strategy) for strategy in ("none", "ddp", "zero1", "zero2", "zero3"))
     assert ddp == alone
     assert zero1.optimizer_bytes == alone.trainable_parameters * 12 // 2  # with the float32 master
+    assert zero1.bucket_bytes == zero3.bucket_bytes == 4 * REDUCE_BUCKET_ELEMENTS and ddp.bucket_bytes == 0
     assert zero1.gradient_bytes == alone.gradient_bytes and zero2.gradient_bytes == alone.gradient_bytes // 2
     constants = sum(linear.weight.numel() // 64 for linear in linear_layers(bones).values())  # which ZeRO does not know
     assert zero2.weight_bytes == alone.weight_bytes
@@ -257,14 +259,22 @@ def test_zero3_leaves_so_many_weights_whole_and_not_more():
         assert estimate(bones, spec, num_processes=2, live_elements=live, **options).gathered_bytes == expected, live
 
 
-def test_the_estimate_reads_what_the_deepspeed_config_says_of_weights_that_stay_whole(tmp_path, capsys):
+def test_the_estimate_reads_what_the_deepspeed_config_says_of_buffers_and_weights_that_stay_whole(tmp_path, capsys):
     """max_live_parameters bounds what is fetched ahead alone."""
     overrides = [*gsm8k_overrides(tmp_path / "run"), "distributed.strategy=zero3"]
     file = tmp_path / "zero.json"
     found = []
-    for section in ({}, {"stage3_max_live_parameters": 1e3}, {"stage3_max_reuse_distance": 1e3}):
+    buckets = []
+    for section in (
+        {},
+        {"stage3_max_live_parameters": 1e3},
+        {"stage3_max_reuse_distance": 1e3, "reduce_bucket_size": 5e5},
+    ):
         file.write_text(json.dumps({"zero_optimization": section}))
         run = [*overrides, f"distributed.deepspeed_config={file}", "--num-processes", "4", "--json"]
         assert cli.main(["estimate", CONFIG, *run]) == 0
-        found.append(json.loads(capsys.readouterr().out)["gathered_bytes"])
+        said = json.loads(capsys.readouterr().out)
+        found.append(said["gathered_bytes"])
+        buckets.append(said["bucket_bytes"])
     assert found[0] == found[1] > found[2] > 0
+    assert buckets == [4 * REDUCE_BUCKET_ELEMENTS, 4 * REDUCE_BUCKET_ELEMENTS, 2_000_000]

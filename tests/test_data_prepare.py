@@ -311,6 +311,17 @@ def test_the_digest_is_of_the_rows_however_they_were_cut_into_chunks(prepared, m
     assert len(digests) == 2, "the same tokens cut into other rows"
 
 
+def test_a_row_with_a_token_that_the_base_lacks_is_bad(tmp_path):
+    tokenizer = byte_tokenizer(special=("<new>",))
+    work = Tokenizing((texts(tmp_path, *TEXTS),), tokenizer, "", num_embeddings=len(tokenizer) - 1)
+    chunk = work.tokenize((0, [("a:1", TEXTS[0]), ("a:2", {"text": "a<new>b"})]))
+    number = len(tokenizer) - 1
+    assert len(chunk.lengths) == 1
+    assert chunk.bad_rows == [
+        ("a:2", f"its token '<new>' is number {number}, and the base has only {number} embeddings")
+    ]
+
+
 def test_the_digest_knows_from_which_data_set_a_row_comes(tmp_path, byte):
     """In a mixture the same rows under another weight are other training data."""
     digests = set()

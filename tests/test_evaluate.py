@@ -78,7 +78,7 @@ def test_the_separator_is_known_of_an_exported_adapter_whatever_its_first_data_s
     capsys.readouterr()
     expected = evaluated(capsys, lora, "--data", rows, *FORM, "--separator", " =>")
     found = evaluated(capsys, tmp_path / "out", "--data", rows, *FORM)["adapter"]
-    assert found == pytest.approx(expected["adapter"], rel=1e-6)  # float32 sums
+    assert found == pytest.approx(expected["adapter"], rel=1e-5)  # float32 sums; perplexity is the loss's exponential
     assert evaluated(capsys, lora, "--data", rows, *FORM)["adapter"] != pytest.approx(expected["adapter"], rel=1e-4)
 
 

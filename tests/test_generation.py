@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.prompts import answer_end
+from sora_llm.errors import UserError
 from sora_llm.generation import Sampling, Stop, answer
 from sora_llm.prompt_format import format_of_template
 
@@ -79,6 +80,13 @@ def test_draws_are_repeatable_and_the_bases_own_options_are_not_used(stories):
     pieces: list[str] = []
     answer(model, tokenizer, [1, 403], Sampling(16), on_text=pieces.append)  # transformers streams no beams
     assert "".join(pieces) == plain
+
+
+def test_a_prompt_with_a_token_that_the_base_lacks_is_refused(stories):
+    model, tokenizer = scripted(stories, "Yes.")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(UserError, match=r"token '\[PAD\]' is number 512, and the base has only 512 embeddings"):
+        answer(model, tokenizer, tokenizer("a [PAD]").input_ids, Sampling(4))
 
 
 HUMAN = HEADINGS.replace("m.role }}", "'Human' if m.role == 'user' else m.role }}")

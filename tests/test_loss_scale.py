@@ -60,7 +60,7 @@ def gradients(dtype: str, weight: float, loss_scale: LossScale | None = None, **
     assert not outcome.skipped
     assert isinstance(engine.optimizer, Recorder)
     found = torch.cat([gradient.flatten() for gradient in engine.optimizer.seen])
-    assert outcome.grad_norm == pytest.approx(float(found.norm()), rel=1e-5)
+    assert outcome.grad_norm == pytest.approx(float(found.double().norm()), rel=1e-5)
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sora_llm.backbone import load_backbone, pad_token_id
+from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.data.batches import collate
 from sora_llm.data.chunks import Tokenizing
@@ -35,8 +35,7 @@ def batches(stories, gsm8k, tmp_path_factory):
     rows, _ = prepare(Tokenizing((spec,), tokenizer, "", sequence_len=512), cache_dir=few.parent / "cache")
     short = [row for row in range(len(rows)) if rows.lengths[row] < 300][: STEPS * ROWS]
     assert len(short) == STEPS * ROWS
-    pad = pad_token_id(tokenizer)
-    return [collate([[rows[row]] for row in short[start : start + ROWS]], pad) for start in range(0, len(short), ROWS)]
+    return [collate([[rows[row]] for row in short[start : start + ROWS]], 0) for start in range(0, len(short), ROWS)]
 
 
 def peft_run(stories, batches):

@@ -17,7 +17,7 @@ from sora_llm.inject import adapters, inject_sora
 from sora_llm.running.config_warnings import config_warnings
 from sora_llm.running.plan import make_plan
 from sora_llm.running.unpack import target_modules, target_shapes
-from sora_llm.targets import left_out, stacked_weights, target_linears
+from sora_llm.targets import left_out, linear_layers, stacked_weights, target_linears
 from sora_llm.topology import ALONE
 from sora_llm.train import run
 
@@ -138,6 +138,21 @@ def test_linear_layers_that_their_parents_do_not_call_are_no_targets():
     assert list(target_linears(Mixed())) == ["proj"]
     with pytest.raises(UserError, match=r"'linear1' is block.linear1, whose weight TransformerEncoderLayer reads"):
         target_linears(Mixed(), ["linear1"])
+
+
+def test_layers_that_no_text_passes_are_no_targets():
+    """Gemma 3 loads as a model of texts and images: the gates of its vision tower would never have a gradient."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 32, "patch_size": 8}
+    config = AutoConfig.for_model("gemma3", text_config=SIZES | {"head_dim": 8}, vision_config=vision | sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    found = linear_layers(model)
+    images = {name for name in found if "vision" in name}
+    assert images and left_out(model).keys() == images
+    for targets in ("all-linear", ["q_proj", "v_proj"]):
+        assert all(name.startswith("model.language_model.layers.") for name in target_linears(model, targets))
+    with pytest.raises(UserError, match=r"target module 'out_proj' is \S+, which no text passes"):
+        target_linears(model, ["out_proj"])
 
 
 def test_experts_that_are_one_tensor_are_named_as_what_no_adapter_is_put_on():

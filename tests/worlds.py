@@ -434,14 +434,14 @@ def graphs_alive(place: Place) -> list[int]:
 
 def falling_scale(place: Place) -> dict[str, Any]:
     """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
-    far_too_high = 60
+    far_too_high, num_steps = 40, 4
     exponents, masters, norms = [far_too_high], [], []
     for _ in range(2):
         engine = place.engine("fp16", exponent=exponents[-1])
         engine.set_rates(LEARNING_RATE, GATE_LR, 0.0)
         norms.append(train_step(engine, place.batches(0), place.world.num_processes)[1].grad_norm)
         exponents.append(engine.loss_scale.state()[0])
-        place.train(engine, range(1, SHORT))
+        place.train(engine, range(1, num_steps))
         masters.append(engine.masters())
         finish(engine)
     return {"exponents": exponents, "same": same(*masters), "masters": masters[0], "norms": norms}

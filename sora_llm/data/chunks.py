@@ -136,6 +136,8 @@ class Tokenizing:
     """Fate of longer rows; split: plain text (type completion) becomes rows of that length, others are dropped."""
     drop_duplicates: bool = False
     """Keep only the first of several rows with the same tokens and weights."""
+    num_embeddings: int | None = None
+    """How many ids the base has an embedding for; None: as many as the tokenizer has."""
 
     def __post_init__(self) -> None:
         """Raise UserError for invalid options."""
@@ -165,8 +167,9 @@ class Tokenizing:
             separator=spec.separator,
         )
         for (i, _), result in zip(examples, tokenized, strict=True):
-            if isinstance(result, BadRow):
-                reasons.setdefault(i, result)
+            reason = result if isinstance(result, BadRow) else self._without_embedding(result[0])
+            if reason is not None:
+                reasons.setdefault(i, reason)
         written = special_tokens_written([example for _, example in examples], self.tokenizer)
         kept: list[TokenRow] = []
         origins: list[int] = []
@@ -204,6 +207,16 @@ class Tokenizing:
             unsupervised=unsupervised,
             special_written=counts["special_written"],
             first_special_written=first_special_written,
+        )
+
+    def _without_embedding(self, ids: np.ndarray) -> BadRow | None:
+        """Why a row cannot be used, if it has a token that was added to the tokenizer alone."""
+        largest = int(ids.max(initial=0))
+        if self.num_embeddings is None or largest < self.num_embeddings:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(largest)
+        return BadRow(
+            f"its token {token!r} is number {largest}, and the base has only {self.num_embeddings} embeddings"
         )
 
     def _outcome_of_excess(self, spec: DatasetSpec) -> str:

@@ -43,7 +43,7 @@ from sora_llm.data.sources import DatasetSpec, check_paths, read_rows, source_di
 from sora_llm.errors import UserError
 from sora_llm.files import cache_home, user_path
 
-_FORMAT_VERSION = 11  # of the cache: raise it when the same input gives different tokens or files
+_FORMAT_VERSION = 12  # of the cache: raise it when the same input gives different tokens or files
 _SERIAL_CHUNKS = 10  # fewer chunks than this are tokenised faster than processes start
 _MOST_PROCESSES = 8  # used by default: more would wait for the one that reads
 _MAX_REASONS = 50  # that are counted individually: reasons may quote the row

@@ -141,7 +141,7 @@ class Engine:
     def _clip(self) -> float:
         """Scale the gradients down to `max_grad_norm`; returns their norm before.  Computed in at least float32:
         torch's own clipping uses bfloat16 gradients' dtype for norm and factor, which are then off by up to 0.4 %."""
-        gradients = [p.grad for p in self._adapter_parameters.values() if p.grad is not None]
+        gradients = self._gradients()
         fine = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
         norm = float(torch.nn.utils.get_total_norm(fine))
         factor = (self.max_grad_norm or float("inf")) / (norm + 1e-6)  # as in torch and DeepSpeed
@@ -149,6 +149,15 @@ class Engine:
             for gradient in gradients:
                 gradient.mul_(factor)  # `_foreach_mul_` rounds the factor to the gradients' dtype
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """Every adapter tensor's gradient; 0 if no token has passed it, as under ZeRO, so that its gate is pruned, too."""
+        gradients = []
+        for p in self._adapter_parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        return gradients
 
     # ------------------------------------------------------------------------------------------ reading and writing
 

@@ -27,7 +27,7 @@ from accelerate.utils import (
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.extensions import await_build
 from sora_llm.terminal import say
-from sora_llm.topology import ALONE, ZERO_STAGES, World
+from sora_llm.topology import ALONE, DDP_OPTIONS, ZERO_STAGES, World
 
 _UNREACHABLE = re.compile(r"connect|closed by peer|timed out|timeout|rendezvous|Broken pipe|reset by", re.IGNORECASE)
 
@@ -68,7 +68,7 @@ def make_accelerator(
     if strategy != "none":
         backend = "nccl" if cuda else "gloo"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)))
-        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+        handlers.append(DistributedDataParallelKwargs(**DDP_OPTIONS))
     options: dict[str, Any] = {"mixed_precision": "no", "log_with": trackers or None, "kwargs_handlers": handlers}
     if project_dir is not None:
         options["project_config"] = ProjectConfiguration(project_dir=project_dir, logging_dir=project_dir)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sora_llm.distributed.collectives import gather_integers, in_process_group
 from sora_llm.errors import UserError
-from sora_llm.topology import World
+from sora_llm.topology import DDP_OPTIONS, World
 
 
 def machines(local_indices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -131,4 +131,4 @@ def within(replicas: Replicas, model: nn.Module) -> nn.Module:
         return model
     with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones do not know
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, process_group=replicas.own_group, **DDP_OPTIONS)

@@ -12,6 +12,7 @@ from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.estimates.activations import PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
+from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
 
 LIVE_ELEMENTS = 10**9
 """Number of frozen weights that ZeRO-3 may keep gathered on a process, however many processes there are: DeepSpeed's
@@ -31,12 +32,14 @@ class MemoryEstimate:
     activation_bytes: int | None = None
     gathered_bytes: int = 0
     """For sharded weights that are temporarily gathered, in addition to the process's own part of them."""
+    bucket_bytes: int = 0
+    """Of the buffer from which ZeRO reduces gradients."""
 
     @property
     def total_bytes(self) -> int:
         """The sum, without the activations if they are not known."""
         fixed = self.weight_bytes + self.gathered_bytes
-        fixed += self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        fixed += self.adapter_bytes + self.gradient_bytes + self.bucket_bytes + self.optimizer_bytes
         return fixed + (self.activation_bytes or 0)
 
 
@@ -51,6 +54,7 @@ def estimate(
     num_processes: int,
     batch: BatchShape | None = None,
     live_elements: int = LIVE_ELEMENTS,
+    bucket_elements: int = REDUCE_BUCKET_ELEMENTS,
 ) -> MemoryEstimate:
     """Memory per process of weights, adapters, gradients, optimizer state and, given a `batch`, activations, from the
     model's shapes alone.
@@ -61,7 +65,7 @@ def estimate(
     with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2, weights
     and adapters in stage 3, except the constants of 4-bit weights).  In a step of stage 3, weights in use or soon to be
     used (again) are gathered: at most `live_elements`, counted in storage elements for 4-bit weights, but at least the
-    largest tensor.
+    largest tensor.  ZeRO reduces gradients from a buffer of `bucket_elements`.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
@@ -95,6 +99,7 @@ def estimate(
         gathered_bytes=gathered_bytes,
         adapter_bytes=share(num_trainable * adapter_bytes_each, 3),
         gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
+        bucket_bytes=bucket_elements * adapter_bytes_each if zero else 0,
         optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
         activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
     )
@@ -141,6 +146,7 @@ def memory_table(memory: MemoryEstimate) -> str:
         *([("gathered, at most", memory.gathered_bytes)] if memory.gathered_bytes else []),
         ("adapters", memory.adapter_bytes),
         ("gradients", memory.gradient_bytes),
+        *([("gradients in flight", memory.bucket_bytes)] if memory.bucket_bytes else []),
         ("optimizer state", memory.optimizer_bytes),
         *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
         ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),

@@ -57,7 +57,7 @@ def cut_and_export(training: Training) -> StageResult:
     directory.status("running", phase="export")
     training.check_agreement()
     masters = final_masters(training)
-    goes_on_from = masters if training.rounds is None else training.rounds.tensors()
+    goes_on_from = masters if training.rounds is None else training.rounds.agreed()
     with engine.released() as model:
         ranks = cut_adapter(training, model, masters, dtype=torch.float32).ranks
         job.raise_if_stop_requested()

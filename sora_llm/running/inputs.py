@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def pad_token_id(self) -> int:
-        return backbone.pad_token_id(self.tokenizer)
+        return backbone.pad_token_id(self.tokenizer, self.skeleton)
 
     def batch(self, sequences: Sequence[Sequence[TokenRow]], packed: bool = False) -> dict[str, Tensor]:
         """A batch as `collate` makes it; packed sequences are laid out as the model's attention needs them."""

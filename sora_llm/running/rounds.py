@@ -181,10 +181,14 @@ class Rounds:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    def agreed(self) -> dict[str, Tensor]:
+        """The values that all replicas last agreed on, by name, on the CPU."""
+        return {name: value.cpu().clone() for name, value in self.anchor.items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """The values that all replicas agreed on, for a checkpoint: the anchor by name, and "<name>.outer_velocity"."""
-        velocity = {f"{name}.{_VELOCITY}": value for name, value in self.outer.velocity.items()}
-        return {name: value.cpu().clone() for name, value in {**self.anchor, **velocity}.items()}
+        """What a checkpoint holds of the rounds: `agreed`, and "<name>.outer_velocity"."""
+        velocity = {f"{name}.{_VELOCITY}": value.cpu().clone() for name, value in self.outer.velocity.items()}
+        return {**self.agreed(), **velocity}
 
     def state(self) -> dict[str, int | bool]:
         """The rest of a checkpoint's state, as JSON."""

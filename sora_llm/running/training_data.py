@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sora_llm.backbone import num_embeddings
 from sora_llm.config import Config
 from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE
 from sora_llm.data.chunks import Tokenizing
@@ -124,6 +125,7 @@ def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> 
         sequence_len=data.sequence_len,
         excess_length=data.excess_length,
         drop_duplicates=data.drop_duplicates,
+        num_embeddings=num_embeddings(inputs.skeleton),
     )
 
 

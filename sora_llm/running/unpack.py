@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from sora_llm.base_spec import DTYPES, BackboneSpec, resolve_quant_storage
@@ -12,7 +15,7 @@ from sora_llm.estimates.memory import LIVE_ELEMENTS, BatchShape, MemoryEstimate,
 from sora_llm.estimates.step_time import Work
 from sora_llm.inject import layer_shapes
 from sora_llm.targets import ALL_LINEAR, linear_layers, target_linears
-from sora_llm.topology import read_deepspeed_config
+from sora_llm.topology import read_deepspeed_config, reduce_bucket_elements
 
 
 def dataset_spec(dataset: Dataset) -> DatasetSpec:
@@ -72,6 +75,8 @@ def estimate_memory(
     config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
 ) -> MemoryEstimate:
     """Memory per process."""
+    file = config.distributed.deepspeed_config
+    deepspeed = {} if file is None else read_deepspeed_config(file)
     return estimate(
         skeleton,
         spec,
@@ -86,17 +91,16 @@ def estimate_memory(
             config.data.sample_packing,
             config.train.gradient_checkpointing,
         ),
-        live_elements=_live_elements(config),
+        live_elements=_live_elements(deepspeed),
+        bucket_elements=reduce_bucket_elements(deepspeed),
     )
 
 
-def _live_elements(config: Config) -> int:
+def _live_elements(deepspeed: Mapping[str, Any]) -> int:
     """How many elements of frozen weights ZeRO-3 keeps gathered from one use to the next, by the run's DeepSpeed
     config; stage3_max_live_parameters bounds its prefetching, not these."""
-    file = config.distributed.deepspeed_config
-    section = None if file is None else read_deepspeed_config(file).get("zero_optimization")
-    said = section if isinstance(section, dict) else {}
-    limit = said.get("stage3_max_reuse_distance")
+    section = deepspeed.get("zero_optimization")
+    limit = section.get("stage3_max_reuse_distance") if isinstance(section, dict) else None
     return int(limit) if isinstance(limit, int | float) else LIVE_ELEMENTS
 
 
