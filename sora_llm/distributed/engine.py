@@ -151,7 +151,7 @@ class Engine:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """Every adapter tensor's gradient; 0 if no token has passed it, as under ZeRO, so that its gate is pruned, too."""
+        """Every adapter tensor's gradient; 0 if no token has passed it, as under ZeRO: its gate is pruned, too."""
         gradients = []
         for p in self._adapter_parameters.values():
             if p.grad is None:
