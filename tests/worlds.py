@@ -365,9 +365,9 @@ def packed_bytes_held(place: Place, checkpointing: bool) -> dict[str, int]:
 def evaluation_bits(place: Place, precision: str, checkpointing: bool) -> bool:
     """Whether a short run ends with the same bits with and without an evaluation in its middle."""
     ends = []
-    for evaluate_after in (None, SHORT // 3):
+    for evaluate_after in (None, DENSE_STEPS - 1):
         engine = place.engine(precision, checkpointing=checkpointing)
-        place.train(engine, range(SHORT - 1), evaluate_after=evaluate_after)
+        place.train(engine, range(DENSE_STEPS + 1), evaluate_after=evaluate_after)
         ends.append({**engine.masters(), **engine.optimizer_state()[0]})
         finish(engine)
     return same(*ends)
@@ -434,7 +434,7 @@ def graphs_alive(place: Place) -> list[int]:
 
 def falling_scale(place: Place) -> dict[str, Any]:
     """A short float16 run whose loss scale overflows at first, and one that begins with the scale it falls to."""
-    far_too_high, num_steps = 40, 4
+    far_too_high, num_steps = 28, 4
     exponents, masters, norms = [far_too_high], [], []
     for _ in range(2):
         engine = place.engine("fp16", exponent=exponents[-1])
