@@ -12,6 +12,7 @@ import pytest
 from run_dirs import MadeUpRun
 
 from sora_llm import cli
+from sora_llm.commands.common import printable
 from sora_llm.config import load_config, to_yaml
 from sora_llm.report_page import read_record, write_page
 
@@ -127,6 +128,17 @@ def test_what_went_wrong_is_said_and_cannot_command_the_terminal(tmp_path, capsy
     shown = inspected(capsys, run.path)
     assert "! the disk is full" in shown and "! Beware�[2J. (step 10)" in shown and "\x1b" not in shown
     assert "! the end of metrics.jsonl is truncated" in shown
+
+
+def test_what_is_shown_cannot_command_the_terminal_and_keeps_the_characters_of_every_language():
+    for text in (
+        "全角\u3000空白 10\u00a0000\u202f€",
+        "می\u200cخواهم क्\u200dष 👩\u200d🚀 \u200fעברית\u200e",
+        "soft\u00adhyphen\ttab\nline",
+    ):
+        assert printable(text) == text
+    for character in "\x1b\r\x07\x9b\x7f\ud83d\u202e\u2066\u2069":
+        assert printable(f"a{character}b") == "a�b", repr(character)
 
 
 def test_a_config_is_the_run_that_it_belongs_to_as_for_every_command(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from sora_llm.arguments import OVERRIDES, Parser
 from sora_llm.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from sora_llm.files import path_errors_as_user_errors
 from sora_llm.terminal import print_error, print_result, stop_printing
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that set the direction of all text after them."""
 
 
 def config_parser(prog: str, description: str, *, metavar: str = "CONFIG", what: str = "YAML file of a run") -> Parser:
@@ -62,5 +66,12 @@ def run_command(
 
 
 def printable(text: str) -> str:
-    """Text from files or a model with control characters replaced, so that it cannot control the terminal."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
+    """Text from files or a model without characters that control the terminal, reverse its text or cannot be encoded.
+    Others may be invisible and still part of it: blanks of all widths, and the joiners of Persian, Hindi and emoji."""
+    return "".join("�" if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    return character not in "\n\t" and (
+        unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS  # control, half a surrogate pair
+    )
