@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from sora_llm.inject import adapters, evaluating, without_adapters
 from sora_llm.quantised import coarser, coarsest_dtype
 from sora_llm.sora import SoraLinear
 
+_PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+_OTHER_FACTOR = {**_PAIRS, **{B: A for A, B in _PAIRS.items()}}
 MAX_DELTA_ERROR = 1e-5  # relative; float32 factors of the same product differ by about 1e-7
 
 
@@ -144,7 +146,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """A plain base model with the PEFT adapter of `folder` on it, in eval mode.
 
     Raises:
-        UserError: the adapter does not fit this base (PEFT itself drops tensors without a module silently).
+        UserError: the adapter is incomplete or does not fit this base (PEFT itself drops tensors without a module
+            silently, and leaves a factor that is missing as it was initialised).
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -162,10 +165,23 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
             raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"the adapter {folder} does not fit this base: {first_line(error)}") from error
+    _refuse_incomplete(names, folder / WEIGHTS)
     missing = names - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if missing:
         raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")
     return loaded
+
+
+def _refuse_incomplete(names: Set[str], file: Path) -> None:
+    """UserError for a file without tensors, or with one factor of a pair: `names` are those of its tensors."""
+    if not names:
+        raise UserError(f"{file} holds no tensors, so there is no adapter in it; export it again")
+    held = {name.removesuffix(".weight") for name in names}
+    for name in sorted(held):
+        module, _, kind = name.rpartition(".")
+        other = _OTHER_FACTOR.get(kind)
+        if other is not None and f"{module}.{other}" not in held:
+            raise UserError(f"{file} is incomplete: {module} has {kind} and no {other}; export it again")
 
 
 def _delta_errors(peft_model: nn.Module, layers: Mapping[str, SoraLinear]) -> dict[str, float]:

@@ -120,6 +120,44 @@ def test_a_loss_that_is_no_number_is_said_and_not_printed_as_one(lora, rows, tmp
     assert "the loss is nan" in heard.err and not heard.out
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (lambda name: False, "holds no tensors"),
+        (lambda name: "layers.1.mlp.down_proj.lora_B" not in name, "layers.1.mlp.down_proj has lora_A and no lora_B"),
+        (lambda name: "layers.1.mlp.down_proj.lora_A" not in name, "layers.1.mlp.down_proj has lora_B and no lora_A"),
+    ],
+)
+def test_an_adapter_without_all_its_factors_is_not_measured_as_if_it_were_whole(
+    lora, rows, tmp_path, capsys, kept, said
+):
+    """PEFT leaves what a file lacks as it was initialised, so that the loss is the base's, or nearly."""
+    folder = Path(shutil.copytree(lora, tmp_path / "part"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if kept(name)}, folder / "adapter_model.safetensors")
+    assert cli.main(["evaluate", str(folder), "--data", str(rows), *FORM]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("certificate", "said"),
+    [
+        ('{"sha256": "0000"}', "is not what its certificate.json was written for"),
+        ('{"sha256": ', "certificate.json is damaged"),
+        ("[]", "certificate.json is damaged"),
+        ("[" * 100_000, "certificate.json is damaged"),
+    ],
+)
+def test_an_adapter_is_not_measured_beside_a_certificate_of_another_or_one_that_cannot_be_read(
+    lora, rows, tmp_path, capsys, certificate, said
+):
+    folder = Path(shutil.copytree(lora, tmp_path / "changed"))
+    (folder / "certificate.json").write_text(certificate)
+    for command in (["evaluate", "--data", str(rows), *FORM], ["generate", "--prompt", "Once", "--raw"]):
+        assert cli.main([command[0], str(folder), *command[1:]]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_another_adapter_is_any_of_the_same_base(stories, lora, rows, tmp_path, capsys):
     own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
     gone = {**own, "path": str(tmp_path / "gone.jsonl")}  # what a run trained on need not be there any more

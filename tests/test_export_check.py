@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
-from exporting import LORA_ALPHA, R, logits, trained_model
+from exporting import LORA_ALPHA, R, logits, spec_of, trained_model
 from helpers import randomise_all
+from peft import LoraConfig, get_peft_model
+from peft_loras import save_random
 from safetensors.torch import load_file
 
 from sora_llm import export, peft_check
@@ -91,6 +93,24 @@ def test_a_file_that_is_not_the_trained_adapter_is_never_published(stories, tmp_
         export_adapter(model, folder)
     assert [path.name for path in tmp_path.rglob("*")] == (["adapter", "certificate.json"] if older else [])
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_with_more_than_factors_are_loaded_as_peft_saved_them(stories, tmp_path, options):
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **options})
+    saved = get_peft_model(load_backbone(spec_of("float32", stories), "cpu"), config)
+    save_random(saved, tmp_path / "lora", 0)
+    saved.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    loaded = peft_check.load_adapter(load_backbone(spec_of("float32", stories), "cpu"), tmp_path / "lora")
+    assert torch.equal(logits(loaded), logits(saved))
 
 
 def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, tmp_path, monkeypatch):

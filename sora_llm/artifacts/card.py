@@ -84,7 +84,7 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
-    if folder.is_dir() and not may_have_additions and (written := certificate_in(folder).get("files")) is not None:
+    if folder.is_dir() and not may_have_additions and (written := _certificate(folder).get("files")) is not None:
         for path in sorted(folder.iterdir()):
             if path.name not in written:
                 raise UserError(
@@ -95,7 +95,15 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export of any layout, judging by its certificate: a LoRA alone may come from anywhere."""
-    return {"layout", "modules"} <= certificate_in(folder).keys()
+    return {"layout", "modules"} <= _certificate(folder).keys()
+
+
+def _certificate(folder: Path) -> dict[str, Any]:
+    """The content of a folder's certificate; empty also if it is damaged: then nothing says that this is an export."""
+    try:
+        return certificate_in(folder)
+    except UserError:
+        return {}
 
 
 def worst_delta_error(certificate: Mapping[str, Any]) -> float:

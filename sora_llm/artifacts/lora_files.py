@@ -92,6 +92,7 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
     if not pairs:
         raise UserError(f"{folder / WEIGHTS} holds no factors")
+    check_certified_weights(folder)
     factors, scaling = {}, {}
     for name, pair in pairs.items():
         if not is_target(name, config):
@@ -114,7 +115,7 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
         config.get("revision"),
         factors,
         scaling,
-        targets=frozenset(factors) | _certified(folder),
+        targets=frozenset(factors) | _certified_modules(folder),
         base_digest=certified_digest(folder),
     )
 
@@ -227,12 +228,23 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def certificate_in(folder: Path) -> dict[str, Any]:
-    """The content of a folder's certificate; empty if there is none."""
+    """The content of a folder's certificate; empty if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    file = folder / CERTIFICATE
     try:
-        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        certificate = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return certificate if isinstance(certificate, dict) else {}
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); change its permissions, or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); restore or remove it") from None
+    if not isinstance(certificate, dict):
+        raise UserError(f"{file} is damaged (it is no JSON object); restore or remove it")
+    return certificate
 
 
 def certified_digest(folder: Path) -> str | None:
@@ -241,16 +253,21 @@ def certified_digest(folder: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def _certified(folder: Path) -> frozenset[str]:
-    """The modules named in our certificate in the same folder.
+def check_lora(folder: Path) -> None:
+    """UserError unless a plain LoRA's config and, if there is one, its certificate describe the weights next to them;
+    these are not loaded."""
+    _read_config(folder)
+    check_certified_weights(folder)
 
-    Raises:
-        UserError: the certificate belongs to other weights.
-    """
-    certificate = certificate_in(folder)
-    modules, sha256 = certificate.get("modules"), certificate.get("sha256")
-    if not isinstance(modules, dict) or sha256 is None:
-        return frozenset()
-    if sha256 != file_sha256(folder / WEIGHTS):
+
+def check_certified_weights(folder: Path) -> None:
+    """UserError if the certificate in a LoRA's folder was written for other weights."""
+    sha256 = certificate_in(folder).get("sha256")
+    if sha256 is not None and (folder / WEIGHTS).is_file() and sha256 != file_sha256(folder / WEIGHTS):
         raise UserError(f"{folder / WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two")
-    return frozenset(modules)
+
+
+def _certified_modules(folder: Path) -> frozenset[str]:
+    """The modules named in our certificate in the same folder."""
+    modules = certificate_in(folder).get("modules")
+    return frozenset(modules) if isinstance(modules, dict) else frozenset()

@@ -14,7 +14,7 @@ from torch import nn
 
 from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, saved_base, saved_revision
+from sora_llm.artifacts.lora_files import CONFIG, check_lora, saved_base, saved_revision
 from sora_llm.backbone import load_backbone, load_model_config, quiet_libraries, spec_from_files
 from sora_llm.base_files import has_tokenizer
 from sora_llm.base_spec import BackboneSpec
@@ -150,12 +150,15 @@ def load(ref: ModelRef) -> LoadedModel:
     trained on.
 
     Raises:
-        UserError: weights that cannot be loaded, or an adapter for another base.
+        UserError: weights that cannot be loaded, or an adapter that is damaged or for another base.
     """
+    is_lora = ref.adapter is not None and (ref.adapter / CONFIG).is_file()
+    if ref.adapter is not None and is_lora:
+        check_lora(ref.adapter)
     model = load_base(ref)
     if ref.adapter is None:
         return LoadedModel(model, None)
-    if (ref.adapter / CONFIG).is_file():
+    if is_lora:
         adapted = load_adapter(model, ref.adapter)
         return LoadedModel(adapted, adapted.disable_adapter)
     return LoadedModel(attach_factors(model, factors_on(model, ref)).eval(), partial(without_adapters, model))
