@@ -87,9 +87,7 @@ def export_adapter(
     """
     if not isinstance(folder, str | os.PathLike):
         raise UserError(f"{folder!r} is not a path: name the folder to write the adapter to")
-    folder = user_path(str(folder), "the folder").resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise UserError(f"{folder} contains the working directory, and an export replaces its folder: name another one")
+    folder = user_path(str(folder), "the folder")
     model = unwrapped(model)
     _check_model(model)
     probe_ids = default_probe(model) if probe_ids is None else probe_ids

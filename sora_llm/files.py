@@ -55,9 +55,11 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in its place; an older one of that name is moved aside first and deleted last.  Folders
-    that a killed process left aside are deleted too.  If several processes do so at once, the last one's stays.  Files
-    get the folder's permissions: safetensors makes its own readable only by their owner."""
+    """Put a complete folder in its place, or in the one that a link of that name leads to; an older one is moved aside
+    first and deleted last.  Folders that a killed process left aside are deleted too.  If several processes do so at
+    once, the last one's stays.  Files get the folder's permissions: safetensors makes its own readable only by their
+    owner."""
+    folder = folder.resolve()
     mode = temporary.stat().st_mode & 0o666
     for path in (*temporary.iterdir(), temporary):
         if path.is_file() and not path.is_symlink():
@@ -96,6 +98,7 @@ def staging(folder: Path) -> Iterator[Path]:
 def staging_folder(folder: Path) -> Path:
     """`staging` for callers that remove the folder themselves.  Each process has its own; those left by killed
     processes are removed."""
+    folder = folder.resolve()  # as `publish` does: a link may lead to another disk
     remove_abandoned(folder.parent, folder.name)
     token = secrets.token_hex(4)
     _OWN_TOKENS.add(token)

@@ -200,7 +200,9 @@ def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(
     run_dir = undisturbed[1]
     refused(capsys, "is one of the inputs", run_dir, "--layout", "gguf", "--out", run_dir / "adapter")
     copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
-    refused(capsys, "is a run's adapter", run_dir, "--out", copy / "adapter")
+    (tmp_path / "link").symlink_to(copy / "adapter")
+    for out in (copy / "adapter", tmp_path / "link"):
+        refused(capsys, "is a run's adapter", run_dir, "--out", out)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"))
     refused(capsys, "--skip-dev-loss skips the measurement", copy, "--layout", "merged", "--out", tmp_path / "out")
@@ -229,6 +231,34 @@ def test_an_export_takes_the_place_of_any_other_export_and_of_nothing_else(
             (foreign / "certificate.json").write_text(certificate)
         for layout in files:
             refused(capsys, "is not an export", lora, "--layout", layout, "--out", foreign)
+
+
+@pytest.mark.parametrize("layout", ["padded", "gguf", "merged"])
+def test_a_link_stays_one_and_leads_to_the_export(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    """Twice: to a folder that is not there yet, and to an older export."""
+    lora, place, link = peft_lora(base, tmp_path / "lora", 1, r=2), tmp_path / "disk" / "out", tmp_path / "link"
+    place.parent.mkdir()
+    link.symlink_to(place)
+    for _ in range(2):
+        export(capsys, lora, "--layout", layout, "--out", link)
+        assert link.is_symlink() and (place / "certificate.json").is_file()
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "lora"]
+
+
+@pytest.mark.parametrize("layout", ["padded", "gguf", "merged"])
+def test_the_working_directory_is_never_replaced(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """The shell that is in it would be in no folder any more."""
+    lora = peft_lora(base, tmp_path / "lora", 1, r=2)
+    export(capsys, lora, "--layout", "gguf", "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    for out in (".", tmp_path / "out"):
+        refused(capsys, "contains the working directory", lora, "--layout", layout, "--out", out)
+    assert (tmp_path / "out" / "adapter.gguf").is_file()
 
 
 def test_what_a_run_left_beside_its_adapter_is_an_export_too(

@@ -12,6 +12,7 @@ from exporting import trained_model
 from spawn import spawn
 
 from sora_llm import export, files
+from sora_llm.artifacts import card
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import Provenance, export_adapter
 from sora_llm.files import file_sha256, staging_folder
@@ -48,6 +49,37 @@ def test_what_somebody_put_beside_an_export_is_not_replaced_with_it(stories, tmp
     assert (tmp_path / "adapter" / "notes.txt").read_text() == "precious"
 
 
+def test_what_came_into_the_folder_while_the_export_was_made_is_not_replaced_either(stories, tmp_path, monkeypatch):
+    """A base with its checks takes minutes; by then somebody may have put notes beside the older export."""
+    model, real = trained_model("float32", stories), export.reloaded
+    export_adapter(model, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "certificate.json").read_bytes()
+
+    def while_checking(*arguments):
+        (tmp_path / "adapter" / "notes.txt").write_text("precious")
+        return real(*arguments)
+
+    monkeypatch.setattr(export, "reloaded", while_checking)
+    with pytest.raises(RunFailed, match=r"along with notes\.txt, which is not part of the export"):
+        export_adapter(model, tmp_path / "adapter", "ragged")
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "precious"
+    assert (tmp_path / "adapter" / "certificate.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_that_another_process_is_replacing_is_not_taken_for_something_else(stories, tmp_path, monkeypatch):
+    model, folder, real, looks = trained_model("float32", stories), tmp_path / "adapter", card.is_export, []
+    export_adapter(model, folder)
+
+    def between_two_renames(place):
+        looks.append(place)
+        return len(looks) != 2 and real(place)  # once before the export is made, then as it is published
+
+    monkeypatch.setattr(card, "is_export", between_two_renames)
+    export_adapter(model, folder)
+    assert len(looks) == 3
+
+
 def test_a_tilde_is_home_and_the_working_directory_is_never_replaced(stories, tmp_path, monkeypatch):
     model = trained_model("float32", stories)
     (tmp_path / "here").mkdir()
@@ -55,7 +87,8 @@ def test_a_tilde_is_home_and_the_working_directory_is_never_replaced(stories, tm
     monkeypatch.setenv("HOME", str(tmp_path))
     export_adapter(model, "~/there")
     assert (tmp_path / "there" / "certificate.json").is_file()
-    for folder in (".", ".."):
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for folder in (".", "..", tmp_path / "link"):
         with pytest.raises(UserError, match="contains the working directory"):
             export_adapter(model, folder)
 

@@ -18,6 +18,8 @@ from sora_llm.hub import card_metadata
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+_LOOKS = 5
+"""At a folder that other processes may be replacing, before what is seen there is believed."""
 
 
 def story_of_run(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -71,10 +73,12 @@ class Provenance:
 
 def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> None:
     """UserError unless an export may replace `folder`: it is missing, empty, or an earlier export with nothing else in
-    it.
+    it, and does not contain the working directory.
 
     With `may_have_additions`, files added to an export are allowed: a finished run replaces nothing.
     """
+    if not may_have_additions and Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} contains the working directory, and an export replaces its folder: name another one")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
@@ -117,18 +121,34 @@ def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any]
 
     Returns: the certificate, which also names the files.
     Raises:
-        RunFailed: the disk is full or read-only; nothing is left.
+        RunFailed: the disk is full or read-only, or files that are not part of an export have since come into `folder`;
+            nothing is left.
     """
     try:
         (temporary / CARD).write_text(card, encoding="utf-8")
         files = sorted({CERTIFICATE, *(path.name for path in temporary.iterdir())})
         whole = {**certificate, "files": files}
         (temporary / CERTIFICATE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        _refuse_additions(folder)
         publish(temporary, folder)
+    except UserError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(f"{error} (it came there while the export was made; nothing was exported)") from None
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
     return whole
+
+
+def _refuse_additions(folder: Path) -> None:
+    """`refuse_other_contents` for a folder that other processes may be replacing by the same export: read in between,
+    one and the other together look like something else."""
+    for attempt in range(_LOOKS):
+        try:
+            return refuse_other_contents(folder)
+        except (UserError, FileNotFoundError):
+            if attempt + 1 == _LOOKS:
+                raise
 
 
 def model_card(

@@ -16,7 +16,7 @@ def check_output_folder(out: Path, sources: Sequence[Path]) -> None:
     earlier export."""
     if out.resolve() in [folder.resolve() for folder in sources]:
         raise UserError(f"--out {out} is one of the inputs; name another folder")
-    if run_of_adapter(out) is not None:
+    if any(run_of_adapter(folder) is not None for folder in (out, out.resolve())):  # it, or what a link leads to
         raise UserError(f"--out {out} is a run's adapter and would be overwritten; name another folder")
     if not (existing := nearest_existing(out)).is_dir():
         raise UserError(f"--out {out}: {existing} is a file, not a folder; name another one")
