@@ -56,8 +56,11 @@ class BackboneSpec:
             return None
         spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})
         flags = (spec.load_in_4bit, spec.load_in_8bit, spec.double_quant)
+        names = (spec.dtype, spec.compute_dtype, spec.quant_type)
+        if not all(isinstance(flag, bool) for flag in flags) or not all(isinstance(name, str) for name in names):
+            return None
         is_known = {spec.dtype, spec.compute_dtype} <= DTYPES.keys() and spec.quant_type in ("nf4", "fp4")
-        return spec if is_known and all(isinstance(flag, bool) for flag in flags) else None
+        return spec if is_known else None
 
     @property
     def source(self) -> dict[str, Any]:

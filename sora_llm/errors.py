@@ -7,8 +7,10 @@ EXIT_INTERRUPTED = 130
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library error's message; its type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of a library error's message, and the next if it only announces that; its type if the message is
+    empty."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 class UserError(ValueError):

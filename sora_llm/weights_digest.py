@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 SAMPLE_BYTES = 4096
 """Read at the start, the middle and the end of every tensor."""
 
@@ -21,6 +23,7 @@ def weights_digest(files: Sequence[Path]) -> str:
     found: dict[str, str] = {}
     for path in files:
         with path.open("rb") as file:
+            _check_header(path)
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
             header.pop("__metadata__", None)
@@ -32,3 +35,16 @@ def weights_digest(files: Sequence[Path]) -> str:
                     digest.update(file.read(min(SAMPLE_BYTES, end - max(first, place))))
                 found[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _check_header(path: Path) -> None:
+    """ValueError unless the file begins with a whole header and has all the bytes that it describes: read as a length,
+    the first letters of any other file ask for petabytes."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or not all of it ({error}); get it again (a pointer of git-lfs: git lfs "
+            "pull)"
+        ) from None

@@ -284,6 +284,18 @@ BROKEN = {
     "targets but one": (lambda folder: edited(folder, exclude_modules=["q_proj"]), "PEFT would ignore"),
     "layers of fewer": (lambda folder: edited(folder, layers_to_transform=[0]), "PEFT would ignore"),
     "an alpha that is none": (lambda folder: edited(folder, lora_alpha=float("nan")), "not the config"),
+    "an alpha beyond float32": (lambda folder: edited(folder, lora_alpha=1e308), "not finite in float32"),
+    "targets that are no pattern": (lambda folder: edited(folder, target_modules="("), "not the config"),
+    "targets that are a number": (lambda folder: edited(folder, target_modules=5), "target_modules is 5, neither"),
+    "layers that are a word": (lambda folder: edited(folder, layers_to_transform="x"), "layers_to_transform is 'x'"),
+    "a config too deep to read": (
+        lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000),
+        "not the config",
+    ),
+    "a certificate too deep to read": (
+        lambda folder: (folder / "certificate.json").write_text("[" * 100_000),
+        "certificate.json is damaged",
+    ),
     "a base that is none": (lambda folder: edited(folder, base_model_name_or_path=5), "not the config"),
     "an option of the future": (lambda folder: edited(folder, use_magic=True), "use_magic is set"),
     "no factors": (lambda folder: other_weights(folder, dict.clear), "holds no factors"),

@@ -18,6 +18,8 @@ from spawn import launched, spawn
 
 from sora_llm import cli
 from sora_llm.artifacts.lora_files import certificate_in
+from sora_llm.base_files import base_digest
+from sora_llm.base_spec import BackboneSpec
 from sora_llm.distributed.collectives import gather_objects, is_timeout
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import processes
@@ -159,10 +161,19 @@ def test_weights_are_the_same_however_they_lie_in_files(tmp_path: Path) -> None:
         assert weights_digest([tmp_path / "other.safetensors"]) != whole, change
 
 
-def test_what_is_no_file_of_safetensors_has_no_digest(tmp_path: Path) -> None:
-    (tmp_path / "broken").write_bytes((8).to_bytes(8, "little") + b"no json!")
-    with pytest.raises(ValueError, match="Expecting value"):
-        weights_digest([tmp_path / "broken"])
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "content", [LFS_POINTER, b"", (8).to_bytes(8, "little") + b"no json!", (2).to_bytes(8, "little") + b"[]"]
+)
+def test_what_is_no_file_of_safetensors_has_no_digest(content: bytes, tmp_path: Path) -> None:
+    """The first letters of a pointer of git-lfs, as a length, are more bytes than any memory has."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is no safetensors file.*git lfs pull"):
+        weights_digest([tmp_path / "model.safetensors"])
+    with pytest.raises(UserError, match=r"cannot be read: .*is no safetensors file"):
+        base_digest(BackboneSpec(str(tmp_path)))
 
 
 def meet(seconds: float) -> str | None:

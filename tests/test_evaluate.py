@@ -140,6 +140,28 @@ def test_an_adapter_without_all_its_factors_is_not_measured_as_if_it_were_whole(
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": "("}, "is not the config of a LoRA"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"layers_to_transform": "x"}, "layers_to_transform is 'x'"),
+    ],
+)
+def test_targets_that_cannot_be_compared_with_a_name_are_a_sentence_of_every_command(
+    lora, rows, tmp_path, capsys, options, said
+):
+    folder = Path(shutil.copytree(lora, tmp_path / "edited"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | options))
+    run = numbers_run(tmp_path, folder)
+    for command in (["evaluate", "--data", str(rows), *FORM], ["generate", "--prompt", "Once", "--raw"], ["inspect"]):
+        assert cli.main([command[0], str(folder), *command[1:]]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["generate", str(run), "--prompt", "Once"]) == 2, "a run's own as well"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("certificate", "said"),
     [
         ('{"sha256": "0000"}', "is not what its certificate.json was written for"),

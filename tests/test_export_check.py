@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from exporting import LORA_ALPHA, R, logits, spec_of, trained_model
-from helpers import randomise_all
+from helpers import randomise_all, tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft_loras import save_random
 from safetensors.torch import load_file
@@ -15,7 +15,7 @@ from sora_llm import export, peft_check
 from sora_llm.artifacts import logit_check
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.errors import RunFailed
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.quantised import coarsest_dtype
@@ -111,6 +111,13 @@ def test_adapters_with_more_than_factors_are_loaded_as_peft_saved_them(stories, 
     saved.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     loaded = peft_check.load_adapter(load_backbone(spec_of("float32", stories), "cpu"), tmp_path / "lora")
     assert torch.equal(logits(loaded), logits(saved))
+
+
+def test_an_adapter_for_a_base_of_another_size_is_refused_with_the_reason(stories, tmp_path):
+    """PyTorch says it in its second line."""
+    export_adapter(trained_model("float32", stories), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"does not fit this base: Error.*: size mismatch for .*q_proj"):
+        peft_check.load_adapter(tiny_llama(), tmp_path / "adapter")
 
 
 def test_logits_that_differ_are_refused_even_where_every_delta_agrees(stories, tmp_path, monkeypatch):

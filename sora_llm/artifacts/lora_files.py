@@ -48,6 +48,7 @@ _HARMLESS = {  # options that a plain LoRA may have, whatever their value
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
+_LARGEST = torch.finfo(torch.float32).max
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change W
 
 
@@ -80,7 +81,8 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     """
     config = _read_config(folder)
     try:
-        tensors = load_file(folder / WEIGHTS)
+        with (folder / WEIGHTS).open("rb"):  # of a file that may not be read, safetensors says that there is none
+            tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         pickled = " (adapter_model.bin is a pickle and is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{folder} holds no {WEIGHTS} that can be read{pickled}: {error}") from None
@@ -150,14 +152,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
         if min([config["r"], *config["rank_pattern"].values()]) < 1:
             raise ValueError("a rank below 1")
-        if not all(map(math.isfinite, [config["lora_alpha"], *config["alpha_pattern"].values()])):
-            raise ValueError("a lora_alpha that is not finite")
+        if not all(abs(alpha) <= _LARGEST for alpha in [config["lora_alpha"], *config["alpha_pattern"].values()]):
+            raise ValueError("a lora_alpha that is not finite in float32")
+        _check_targets(config)
         config[BASE] = config.get(BASE) or ""
         if not isinstance(config[BASE], str) or not isinstance(config.get("revision"), str | None):
             raise TypeError("a base that is no name")
     except OSError as error:
         raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise UserError(f"{folder / CONFIG} is not the config of a LoRA ({error or type(error).__name__})") from None
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
@@ -171,6 +174,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "it; PEFT can convert most of these on saving (path_initial_model_for_weight_conversion)"
         )
     return config
+
+
+def _check_targets(config: Mapping[str, Any]) -> None:
+    """ValueError or re.error for targets or layers that neither `is_target` nor PEFT could compare with a name."""
+    for option in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(option)
+        if isinstance(value, str):
+            re.compile(value)
+        elif value is not None and not _is_list_of(str, value):
+            raise ValueError(f"{option} is {value!r}, neither a pattern nor a list of names")
+    layers = config.get("layers_to_transform")
+    if not isinstance(layers, int | None) and not _is_list_of(int, layers):
+        raise ValueError(f"layers_to_transform is {layers!r}, neither a number nor a list of numbers")
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def more_than_lora(config: Mapping[str, Any]) -> Iterator[str]:
