@@ -105,7 +105,7 @@ def lora_options(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> dict
 
 def _plain(value: float) -> float | int:
     """The value, as an integer if it is one up to rounding."""
-    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, value) else value
+    return round(value) if abs(value - round(value)) <= 1e-9 * abs(value) else value
 
 
 def _commonest(values: Collection[Any]) -> Any:

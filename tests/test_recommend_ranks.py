@@ -184,6 +184,29 @@ def test_axolotls_whole_alphas_are_said_to_be_off(tmp_path, capsys):
     assert f"off by up to {off:.0%}" in shown
 
 
+def test_a_tiny_scale_is_a_scale(tmp_path, capsys):
+    """It was rounded to 0, which is none and cannot be divided by."""
+    folder = peft_lora(BASE, tmp_path / "lora", 1, r=4, lora_alpha=8)
+    found = recommended(capsys, folder, "--scaling", "1e-12")["lora_config"]
+    assert found["lora_alpha"] == pytest.approx(found["r"] * 1e-12)
+    assert cli.main(["recommend-ranks", str(folder), "--scaling", "1e-12", "--format", "axolotl"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["lora_alpha"] == 1
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(tmp_path, capsys, monkeypatch):
+    folder = peft_lora(BASE, tmp_path / "lora", 1, r=4, lora_alpha=8)
+    real = Path.open
+
+    def guarded(path, *arguments, **options):  # root, as whom tests may run, can read everything
+        if path.name == "adapter_model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    assert cli.main(["recommend-ranks", str(folder)]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

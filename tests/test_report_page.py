@@ -383,6 +383,17 @@ def test_steps_and_ranks_that_cannot_be_are_left_out(tmp_path):
     assert "51" in opened(run.write("running", step=10**400, phase="sparsify")).text
 
 
+def test_a_loss_beyond_what_can_be_drawn_costs_its_point_alone(tmp_path):
+    """The range of an axis from -1e308 to 1e308 is infinite."""
+    run = MadeUpRun(tmp_path / "run").train()
+    for index, line in enumerate(run.metrics):
+        if index % 2 and "loss" in line:
+            line["loss"] = (-1) ** (index // 2) * 1e308
+    run.finish()
+    opened(run.path)
+    assert write_report(run.path, {}, plots=True).exists()
+
+
 def test_of_a_large_file_of_ranks_evenly_spread_lines_are_read(tmp_path, monkeypatch):
     run = MadeUpRun(tmp_path / "run", 8, 4000, 1).train(dense=0.0)
     run.write("running")

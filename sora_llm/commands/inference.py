@@ -34,6 +34,9 @@ from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
 from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_format, recorded_separator
 
+MIN_TEMPERATURE = 1e-4
+"""Of sampling: logits divided by much less overflow, and already this draws the likeliest token but for near ties."""
+
 
 def generation_parser(prog: str, description: str, sampling: Sampling) -> Parser:
     """A parser for the model and how it should answer; `sampling` holds the defaults."""
@@ -73,8 +76,10 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
     """The requested sampling; UserError for invalid numbers, or for sampling options without sampling."""
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise UserError(f"--temperature is {arguments.temperature:g}; it is 0 or more")
+    if arguments.temperature != 0 and not MIN_TEMPERATURE <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature is {arguments.temperature:g}; it is 0, or {MIN_TEMPERATURE:g} or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}; it is a whole number from 0 to 2⁶³ − 1")
     for name, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
         if value is not None and arguments.temperature == 0:
             raise UserError(f"{name} applies to sampling, and --temperature 0 does not sample; set it above 0 as well")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sora_llm.values import is_integer, is_number
 
+LARGEST = 1e300
+"""Of a number in the files: the sums and ranges of a chart have to be finite too."""
+
 
 def as_number(value: Any) -> float | None:
-    """A finite number, else None."""
-    if not is_number(value):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    """A number that is not too large to draw, else None."""
+    return value if is_number(value) and abs(value) <= LARGEST else None
 
 
 def as_int(value: Any) -> int | None:
