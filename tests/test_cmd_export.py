@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,18 @@ def test_what_cannot_be_is_a_sentence_before_the_base_is_loaded(
     (moved / "model.safetensors").rename(moved / "pytorch_model.bin")
     refused(capsys, "pickles (*.bin) are not read", lora, "--layout", "merged", "--base-model", moved, *out)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the nearest folder that exists; root, as whom tests may run, can write everywhere."""
+    monkeypatch.setattr(cmd_export, "prepared", lambda *_: pytest.fail("the work began"))
+    lora, locked = peft_lora(base, tmp_path / "lora", 1, r=2), tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    for out in (locked / "out", locked / "deep" / "out"):
+        refused(capsys, f"you may not write in {locked}", lora, "--out", out)
 
 
 def test_a_run_keeps_its_own_adapter_and_its_data_is_needed_to_measure(

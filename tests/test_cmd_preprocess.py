@@ -13,6 +13,7 @@ from runs import gsm8k_overrides
 from transformers import AutoTokenizer
 
 from sora_llm import cli
+from sora_llm.commands import cmd_preprocess
 from sora_llm.config import load_config
 from sora_llm.data import prepare
 from sora_llm.data.show import decoded, table, with_marks
@@ -165,6 +166,12 @@ def test_what_cannot_be_prepared_is_a_sentence_and_leaves_no_run_directory(overr
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_no_file_for_the_report(overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cmd_preprocess, "check_inputs", lambda *_: pytest.fail("the work began"))
+    assert cli.main(["preprocess", CONFIG, *overrides(), "--report", str(tmp_path)]) == 2
+    assert f"--report {tmp_path} is a folder; name a file" in capsys.readouterr().err
 
 
 def test_streamed_data_is_not_prepared_but_looked_at(overrides, tmp_path, capsys, monkeypatch):

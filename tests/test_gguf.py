@@ -215,6 +215,15 @@ def test_what_llama_cpp_does_not_have_is_a_sentence_and_writes_nothing(tmp_path:
         read_gguf(tmp_path / "text.gguf")
 
 
+def test_a_config_that_names_no_class_is_its_kind_s() -> None:
+    for kind, name in ((LlamaConfig, "LlamaForCausalLM"), (Qwen2Config, "Qwen2ForCausalLM")):
+        config = config_of(kind, name)
+        expected, config.architectures = architecture_of(config), None
+        assert architecture_of(config) == expected
+    with pytest.raises(UserError, match=r"not for MixtralForCausalLM"):
+        architecture_of(MixtralConfig())
+
+
 def test_a_full_disk_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(random_adapter(), tmp_path / "out")
     before = (tmp_path / "out" / "adapter.gguf").read_bytes()

@@ -73,6 +73,9 @@ def test_a_run_with_relative_paths_is_the_same_from_another_folder(stories, tmp_
     assert found.data.chat_template == "mistral"
     expected = [str(start / "a.jsonl"), str(start / "[ab].jsonl"), "owner/name"]
     assert [dataset.path for dataset in found.data.datasets] == expected
+    (elsewhere / "link").symlink_to(start / "outputs/run")
+    linked = resolve_path(elsewhere / "link").config
+    assert linked is not None and linked.data == found.data and linked.model == found.model
     (elsewhere / "a.jsonl").write_text("{}\n")
     found = resolve_path(start / "outputs/run").config
     assert found is not None and found.data.datasets[0].path == "a.jsonl", "what is here is meant"
@@ -91,6 +94,8 @@ def test_an_adapter_s_certificate_says_how_its_base_was_loaded(tmp_path, stories
     for said, expected in (
         (trained.loading, trained),
         ({**trained.loading, "dtype": "int3"}, spec_from_files),
+        ({**trained.loading, "dtype": ["bfloat16"]}, spec_from_files),
+        ({**trained.loading, "bnb_4bit_quant_type": {}}, spec_from_files),
         ({"dtype": "float16"}, spec_from_files),
         (None, spec_from_files),
     ):

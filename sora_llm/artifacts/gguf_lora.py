@@ -73,7 +73,8 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UserError: an architecture whose names or row order in llama.cpp are not known here.
     """
-    classes = getattr(config, "architectures", None) or [type(config).__name__]
+    # A config need not name its class; LlamaConfig is LlamaForCausalLM's.
+    classes = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
     if classes[0] not in ARCHITECTURES:
         raise UserError(
             f"layout gguf knows llama.cpp's names and order of rows for {', '.join(ARCHITECTURES)}, not for "

@@ -71,9 +71,16 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_file(config: Config, named: str | None) -> Path | None:
-    """Where the report goes; None if no file is named and a run keeps a report on its own training data there."""
+    """Where the report goes; None if no file is named and a run keeps a report on its own training data there.
+
+    Raises:
+        UserError: a folder is named.
+    """
     if named is not None:
-        return user_path(named, "--report")
+        file = user_path(named, "--report")
+        if file.is_dir():
+            raise UserError(f"--report {named} is a folder; name a file, which may be a new one in it")
+        return file
     run_dir = user_path(config.output.output_dir, "output.output_dir")
     return run_dir / run_files.DATA_REPORT if read_status(run_dir) is None else None
 

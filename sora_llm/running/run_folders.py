@@ -37,16 +37,19 @@ def absolute(folder: Path) -> Path:
 
 def with_resolved_paths(config: Config, run_dir: Path) -> Config:
     """A run's config in which local paths that do not exist from here, but do from where the run was started, lead
-    there.  That place is known if output.output_dir was relative: it is the run directory's path without it."""
-    written, whole = user_path(config.output.output_dir, "output.output_dir"), absolute(run_dir)
-    start = Path(*whole.parts[: -len(written.parts)])
-    if written.is_absolute() or start / written != whole or start == Path.cwd():
+    there.  That place is known if output.output_dir was relative: it is the run directory's path without it, or, where
+    a link leads to the run, its real path without it."""
+    written = user_path(config.output.output_dir, "output.output_dir")
+    wholes = (absolute(run_dir), run_dir.resolve())
+    starts = [Path(*whole.parts[: -len(written.parts)]) for whole in wholes]
+    starts = [start for start, whole in zip(starts, wholes, strict=True) if start / written == whole]
+    if written.is_absolute() or Path.cwd() in starts:
         return config
 
     def found(path: str) -> str:
         here = expand_home(path)
-        there = str(start / here)
-        return there if not _leads_somewhere(here) and _leads_somewhere(there) else path
+        places = [] if _leads_somewhere(here) else [str(start / here) for start in starts]
+        return next(filter(_leads_somewhere, places), path)
 
     def those(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
         return tuple(replace(dataset, path=found(dataset.path)) for dataset in datasets)
