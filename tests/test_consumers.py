@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,15 @@ import torch
 from helpers import randomise_all, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from sora_llm.artifacts.consumers import CONSUMERS, VLLM_RANKS, read_folder, verdicts_for_folder, verdicts_for_gguf
+from sora_llm.artifacts.consumers import (
+    CONSUMERS,
+    PEFT,
+    TRANSFORMERS,
+    VLLM_RANKS,
+    read_folder,
+    verdicts_for_folder,
+    verdicts_for_gguf,
+)
 from sora_llm.artifacts.gguf_lora import Architecture, GgufFile
 from sora_llm.artifacts.lora_files import OTHER_METHODS, read_lora
 from sora_llm.errors import UserError
@@ -173,6 +183,25 @@ def test_llama_cpp_converts_the_model_that_a_quantised_base_was_made_from(
     assert f"convert_hf_to_gguf.py {given} " in file["llama.cpp"].serve
     for serve in (folder, file["llama.cpp"].serve):
         assert ("ORIGINAL is the unquantised model that some/base was made from" in serve) is is_quantised
+
+
+def test_a_base_with_blanks_and_quotes_in_its_path_is_one_argument_of_each_command(
+    padded: tuple[Path, list[str]],
+) -> None:
+    base, place = "/data/o'neill/my base", "/data/my adapter"
+    verdicts = verdicts_for_folder(read_folder(*padded), base=base, place=place)
+    commands = {name: verdict.serve for name, verdict in verdicts.items() if verdict.works}
+    for name in (PEFT, TRANSFORMERS):
+        call = ast.parse(commands.pop(name)).body[0]
+        assert isinstance(call, ast.Expr) and place in [
+            node.value for node in ast.walk(call) if isinstance(node, ast.Constant)
+        ]
+    assert len(commands) > 3
+    for command in commands.values():
+        words = shlex.split(command)
+        assert base in words and {place, f"adapter={place}"} & set(words), command
+    file = verdicts_for_gguf(gguf_file(), LLAMA, {Q: (8, 8), K: (8, 4)}, base)
+    assert base in shlex.split(file["llama.cpp"].serve)
 
 
 def test_files_that_are_no_lora_are_a_sentence(padded: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What lies beside exported weights: the tokenizer, the model card, how the base was loaded."""
 
+import ast
+
 import pytest
 import torch
 from exporting import LORA_ALPHA, R, config_of, trained_model
@@ -54,6 +56,13 @@ def test_the_model_card_names_base_data_metrics_and_ranks(stories, tmp_path):
     assert "train.jsonl" in card and "dev loss: 1.2500" in card
     for name, layer in adapters(model).items():
         assert f"| {name} | {int((layer.gate != 0).sum())} |" in card
+
+
+def test_the_python_of_the_card_names_any_base(stories, tmp_path):
+    base = 'C:\\models\\"my" bäse'
+    export_adapter(trained_model("float32", stories), tmp_path / "adapter", provenance=Provenance(base))
+    code = (tmp_path / "adapter" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert base in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
 
 
 @pytest.mark.parametrize("layout", ["padded", "ragged"])

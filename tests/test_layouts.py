@@ -113,6 +113,8 @@ def test_a_finished_run_says_how_to_get_what_it_did_not_leave_unless_there_is_no
     some, nothing = {"kept_params": 5}, {"kept_params": 0}
     (line,) = what_is_missing("gguf", tmp_path, some)
     assert line == f"it has no gguf: sora-llm export {tmp_path} --layout gguf --out {tmp_path / 'gguf'}"
+    (line,) = what_is_missing("gguf", Path("my run"), some)
+    assert line.endswith("sora-llm export 'my run' --layout gguf --out 'my run/gguf'"), "as a shell reads it"
     assert what_is_missing("gguf", tmp_path, nothing) == [], "export would refuse it"
     assert what_is_missing("merged", tmp_path, nothing), "the base can be written all the same"
     (tmp_path / "gguf").mkdir()

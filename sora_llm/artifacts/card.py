@@ -198,7 +198,7 @@ Self-check: {checked}
 
 def _python(base: str, provenance: Provenance) -> str:
     beside = ""
-    revision = f', revision="{provenance.revision}"' if provenance.revision else ""
+    revision = f", revision={json.dumps(provenance.revision)}" if provenance.revision else ""
     if provenance.load_options:
         wanted = "`import torch`"
         if "BitsAndBytesConfig" in provenance.load_options:
@@ -211,7 +211,7 @@ def _python(base: str, provenance: Provenance) -> str:
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)}{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 {beside}"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,24 +110,28 @@ def verdicts_for_folder(
     wanted = {name: scales[name] if isinstance(scales, Mapping) else scales for name in lora.ranks}
     note, original = _for_converter(base, is_base_quantised)
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= lora.r), None)
-    vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={place}"
+    model, lora_path = shlex.quote(base), shlex.quote(place)
+    vllm = f"vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules adapter={lora_path}"
     by_engine = {
-        PEFT: (_peft(lora, wanted), f'PeftModel.from_pretrained(base, "{place}")'),
-        TRANSFORMERS: (_peft(lora, wanted), f'base.load_adapter("{place}")'),
+        PEFT: (_peft(lora, wanted), f"PeftModel.from_pretrained(base, {json.dumps(place)})"),
+        TRANSFORMERS: (_peft(lora, wanted), f"base.load_adapter({json.dumps(place)})"),
         VLLM: (_vllm(lora, wanted, reads_patterns=True), vllm),
         OLD_VLLM: (_vllm(lora, wanted, reads_patterns=False), vllm),
         SGLANG: (
             _sglang(lora, wanted),
-            f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={place}",
+            f"python -m sglang.launch_server --model-path {model} --enable-lora --lora-paths adapter={lora_path}",
         ),
-        TGI: (_by_kind(lora, wanted), f"text-generation-launcher --model-id {base} --lora-adapters adapter={place}"),
+        TGI: (
+            _by_kind(lora, wanted),
+            f"text-generation-launcher --model-id {model} --lora-adapters adapter={lora_path}",
+        ),
         LORAX: (
             _by_kind(lora, wanted),
-            f"lorax-launcher --model-id {base} --adapter-id {place} --adapter-source local",
+            f"lorax-launcher --model-id {model} --adapter-id {lora_path} --adapter-source local",
         ),
         LLAMA_CPP: (
             _converted(lora, wanted),
-            f"{note}python convert_lora_to_gguf.py --base {original} {place}",
+            f"{note}python convert_lora_to_gguf.py --base {original} {lora_path}",
         ),
         OLLAMA: (iter(["it takes GGUF files with llama.cpp's order of rows: export with --layout gguf"]), ""),
         MLX: (iter(["it reads a file format of its own, adapters.safetensors with lora_parameters"]), ""),
@@ -135,9 +140,9 @@ def verdicts_for_folder(
 
 
 def _for_converter(base: str, is_quantised: bool) -> tuple[str, str]:
-    """(comment, base) for llama.cpp's converters, which read only unquantised models."""
+    """(comment, quoted base) for llama.cpp's converters, which read only unquantised models."""
     if not is_quantised:
-        return "", base
+        return "", shlex.quote(base)
     return f"# ORIGINAL is the unquantised model that {base} was made from\n", "ORIGINAL"
 
 

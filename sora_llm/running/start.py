@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def what_is_missing(layout: str, run_dir: Path, metrics: Mapping[str, Any]) -> l
     is_empty = metrics.get("kept_params") == 0
     if layout in LAYOUTS or (run_dir / layout).is_dir() or (layout == "gguf" and is_empty):
         return []
-    return [f"it has no {layout}: sora-llm export {run_dir} --layout {layout} --out {run_dir / layout}"]
+    run, out = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / layout))
+    return [f"it has no {layout}: sora-llm export {run} --layout {layout} --out {out}"]
 
 
 @dataclass(frozen=True)
