@@ -18,7 +18,7 @@
 #   SORA_MIRROR       mirror for debootstrap
 set -euo pipefail
 self=docker/$(basename "${BASH_SOURCE[0]}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 variant=cpu
 train=yes

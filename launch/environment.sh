@@ -2,11 +2,12 @@
 #
 #   SORA_PYTHON   the Python to use (3.10 to 3.13; default: the first of these on the PATH)
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." # with CDPATH set, cd would look there first
 
 find_python() {
-  local candidate
-  for candidate in ${SORA_PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.10)
+  [ -z "${SORA_PYTHON:-}" ] || candidates=("$SORA_PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -95,6 +96,27 @@ def test_accelerate_on_two_hosts_is_one_world(tmp_path: Path) -> None:
     expected = {"SORA_EXPECTED_WORLD_SIZE": "2"}
     hosts = on_two_hosts(tmp_path, [[*launcher, f"--machine_rank={rank}", *TRAIN, *run] for rank in (0, 1)], **expected)
     assert_one_world_of_two(tmp_path, hosts, "zero2")
+
+
+def sourced(command: str, **env: str) -> str:
+    """What a command prints after launch/environment.sh."""
+    script = f"set -euo pipefail; source launch/environment.sh; {command}"
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=True
+    )
+    return result.stdout.removesuffix("\n")
+
+
+def test_the_launchers_work_in_their_own_folder_whatever_cdpath_says(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    assert sourced("pwd", CDPATH=str(tmp_path)) == str(ROOT)
+
+
+def test_the_python_to_use_may_have_a_blank_in_its_path(tmp_path: Path) -> None:
+    python = tmp_path / "my python" / "python3"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    assert sourced("find_python", SORA_PYTHON=str(python)) == str(python)
 
 
 @pytest.mark.parametrize("name", ["cpu", "one_node", "multi_node"])

@@ -319,6 +319,7 @@ def test_outside_of_slurm_and_without_a_config_it_says_what_to_do(slurm: Pretend
         ([], "3", "{run}/3", None),
         (["train.seed=42", "data.sequence_len=1{task}0"], "42", "{run}/3", "130"),
         (["output.output_dir={run}-{task}"], "3", "{run}-3", None),
+        (["output.output_dir={run}-{task}", "output.output_dir={run}"], "3", "{run}/3", None),
     ],
 )
 def test_a_task_of_an_array_has_its_own_seed_and_run_directory(
