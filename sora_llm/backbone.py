@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sora_llm.quantised import (
     quantised_files,
     quantization_config_of,
 )
+from sora_llm.terminal import warn
 
 SENTENCEPIECE_PROBES = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
@@ -182,7 +184,8 @@ def _from_pretrained(factory: Any, spec: BackboneSpec, what: str, **options: Any
             f"the {what} of model.name_or_path {spec.name_or_path} cannot be loaded: {reason[:300]}"
         ) from error
     except Exception as error:  # safetensors and tokenizers raise their own types for a damaged file
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
+        known = ("safetensors", "safetensors_rust", "tokenizers", "huggingface_hub", "builtins")
+        if type(error).__module__.split(".")[0] not in known:
             raise
         raise UserError(
             f"the {what} of model.name_or_path {spec.name_or_path} cannot be read and may be damaged: "
@@ -229,7 +232,8 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
     """The model without its weights (meta device): names and shapes before anything is loaded.
 
     Raises:
-        UserError: an attention implementation that this machine or this model does not have.
+        UserError: an attention implementation that this machine or this model does not have, or a config that names
+            something else that transformers does not know.
     """
     try:
         with torch.device("meta"):
@@ -240,6 +244,11 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
         reason = first_line(error)
         raise UserError(
             f"model.attn_implementation {spec.attn_implementation} cannot be used: {reason[:300]}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"transformers {transformers.__version__} cannot make the model that the config.json of "
+            f"{spec.name_or_path} describes: {type(error).__name__} {first_line(error)[:300]}"
         ) from error
 
 
@@ -252,17 +261,26 @@ def check_attention(spec: BackboneSpec) -> None:
         )
 
 
-def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_checkpointing: bool = False) -> nn.Module:
-    """The frozen model on `device`, quantised as `spec` says, ready to be injected.
+def load_backbone(
+    spec: BackboneSpec,
+    device: torch.device | str,
+    *,
+    gradient_checkpointing: bool = False,
+    warn: Callable[[str], None] = warn,
+) -> nn.Module:
+    """The frozen model on `device`, quantised as `spec` says, ready to be injected; `warn` is told of tensors in its
+    files that the model has no place for.
 
     Raises:
-        UserError: weights missing or damaged, or a quantisation that this machine cannot run.
+        UserError: weights that are missing, damaged or of other shapes, or a quantisation that this machine cannot run.
     """
     device = torch.device(device)
     options: dict[str, Any] = {
         "dtype": DTYPES[spec.dtype],
         "attn_implementation": spec.attn_implementation,
         "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # refused below, with their names
     }
     config = _from_pretrained(AutoConfig, spec, "config")
     said = quantization_config_of(config)
@@ -274,7 +292,13 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
     # Under ZeRO-3 transformers would shard while loading, which it cannot do for quantised weights: every process
     # loads the whole model, and the engine shards it afterwards.
     unset_hf_deepspeed_config()
-    model = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
+    model, loaded = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
+    _refuse_random_weights(loaded, spec)
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        warn(
+            f"the files of {spec.name_or_path} hold {_some(unexpected)}, which the model that its config.json "
+            "describes does not have; is it the right config?"
+        )
     model.requires_grad_(False)
     model.config.use_cache = False  # a cache also changes what packed samples see
     forbid_cpu_repack(model)
@@ -284,6 +308,27 @@ def load_backbone(spec: BackboneSpec, device: torch.device | str, *, gradient_ch
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
+
+
+def _refuse_random_weights(loaded: Mapping[str, Any], spec: BackboneSpec) -> None:
+    """UserError if the files lack weights of the model, or have them in other shapes: transformers fills both with
+    random numbers, and only logs it.  `loaded` is its loading info."""
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"the files of {spec.name_or_path} lack {_some(missing)}, which would be random: get them again, or name a "
+            "model that was saved whole, without wrappers (their names would begin differently)"
+        )
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        name, in_files, in_model = mismatched[0]
+        raise UserError(
+            f"{name} of {spec.name_or_path} is {list(in_files)} in its files, but {list(in_model)} by its config.json: "
+            "one of the two belongs to another model"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
 
 
 def spec_from_model(model: Any) -> BackboneSpec | None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sora_llm.budget import ADAPTIVE
@@ -108,6 +109,7 @@ class RankScheduler:
         assert optimizer is not None, "the optimizer is gone"
         return _steps_taken(optimizer)
 
+    @torch._disable_dynamo  # in a step that is compiled, too
     def _before_step(self, optimizer: ProxAdamW, *_: Any) -> None:
         """Set the threshold of the step that follows (collective)."""
         if any(getattr(gate, "was_cut", False) for gate in self._gates.values()):
@@ -149,6 +151,7 @@ class RankScheduler:
         assert isinstance(chosen, dict), "there is one budget"
         return next(iter(chosen.values()))
 
+    @torch._disable_dynamo
     def _after_step(self, optimizer: ProxAdamW, *_: Any) -> None:
         """Count the step; after the last dense one, change the form of the adapters (collective)."""
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler calls fused optimizers to skip the step inside

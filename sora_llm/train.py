@@ -315,8 +315,11 @@ def start_trackers(job: Job, run_dir: Path) -> None:
         RunFailed: one of them cannot be started, for example without a login.
     """
     own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in job.config.output.report_to else None
     try:
-        job.accelerator.init_trackers("sora_llm", config=hyperparameters(job.config), init_kwargs=own_options)
+        job.accelerator.init_trackers(
+            project or "sora_llm", config=hyperparameters(job.config), init_kwargs=own_options
+        )
     except Exception as error:  # from any library
         names = ", ".join(job.config.output.report_to)
         raise RunFailed(

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
 import torch
 from helpers import token_row
+from safetensors.torch import load_file, save_file
 
 from sora_llm import backbone, causal_loss
-from sora_llm.backbone import load_backbone, load_tokenizer, num_embeddings, pad_token_id
+from sora_llm.backbone import (
+    load_backbone,
+    load_model_config,
+    load_tokenizer,
+    num_embeddings,
+    pad_token_id,
+    skeleton,
+)
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.batches import collate
@@ -37,6 +47,64 @@ def test_an_eval_forward_does_not_change_4_bit_weights(stories):
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(8)[None])
     assert all(torch.equal(old, module.weight) for old, module in zip(before, linears, strict=True))
+
+
+def _base(stories, folder, change, **config):
+    """A copy of the checkpoint with other names of tensors (None: left out), or another config.json."""
+    shutil.copytree(stories, folder)
+    tensors = {change(name): tensor for name, tensor in load_file(stories / "model.safetensors").items()}
+    tensors.pop(None, None)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((stories / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    return folder
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(
+    ("change", "config", "said"),
+    [
+        (lambda name: None if name == NORM else name, {}, f"lack {NORM}, which would be random"),
+        (lambda name: f"_orig_mod.{name}", {}, r"lack \S+ and 47 more, which would be random"),
+        (lambda name: name.replace("q_proj", "q_proj.base_layer"), {}, r"lack \S+q_proj.weight and 4 more"),
+        (str, {"num_hidden_layers": 6}, r"lack model.layers.5.\S+ and 8 more"),
+        (str, {"tie_word_embeddings": False}, "lack lm_head.weight, which"),
+        (str, {"vocab_size": 600}, r"model.embed_tokens.weight of \S+ is \[512, 64\] in its files, but \[600, 64\] by"),
+    ],
+    ids=["one left out", "compiled", "from inside PEFT", "more layers", "no head", "other size"],
+)
+def test_a_base_is_never_completed_with_random_weights(stories, tmp_path, change, config, said, quantised):
+    folder = _base(stories, tmp_path / "base", change, **config)
+    spec = BackboneSpec(str(folder), dtype="float32", load_in_4bit=quantised, compute_dtype="float32")
+    with pytest.raises(UserError, match=said):
+        load_backbone(spec, "cpu")
+
+
+def test_weights_that_a_base_has_no_place_for_are_said(stories, tmp_path):
+    folder, said = _base(stories, tmp_path / "base", str, num_hidden_layers=4), []
+    load_backbone(BackboneSpec(str(folder), dtype="float32"), "cpu", warn=said.append)
+    assert len(said) == 1 and "hold model.layers.4.input_layernorm.weight and 8 more, which the model" in said[0]
+    load_backbone(BackboneSpec(str(stories), dtype="float32"), "cpu", warn=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_attention_heads": 7}, "The hidden size (64) is not a multiple of the number of attention heads (7)"),
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int"),
+        ({"hidden_act": "nope"}, "cannot make the model that the config.json of {} describes: KeyError 'nope'"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_a_sentence(stories, tmp_path, config, said):
+    spec = BackboneSpec(str(_base(stories, tmp_path / "base", str, **config)))
+    with pytest.raises(UserError, match=re.escape(said.format(spec.name_or_path))):
+        skeleton(load_model_config(spec), spec)
 
 
 def test_rows_are_filled_with_a_token_that_the_model_has(stories):

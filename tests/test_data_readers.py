@@ -307,7 +307,14 @@ def test_a_column_that_only_some_rows_lack_is_no_mistake_of_the_config(tmp_path)
     assert len(rows_of(path)) == 2
 
 
-@pytest.mark.parametrize("failure", [FileNotFoundError("Dataset 'a/b' doesn't exist"), ConnectionError("no network")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        FileNotFoundError("Dataset 'a/b' doesn't exist"),
+        ConnectionError("no network"),
+        ValueError("Config name is missing. Please pick one among the available configs: 'main', 'socratic'"),
+    ],
+)
 def test_a_hub_data_set_that_cannot_be_loaded_is_refused_with_the_reason(monkeypatch, failure):
     def load_dataset(*args: object, **kwargs: object) -> None:
         raise failure
@@ -318,22 +325,22 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_refused_with_the_reason(monkeyp
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_data_set_is_asked_for_with_split_and_revision_and_read_from_any_row(monkeypatch, streaming):
+def test_a_hub_data_set_is_asked_for_with_split_name_and_revision_and_read_from_any_row(monkeypatch, streaming):
     asked = []
 
-    def load_dataset(path: str, **kwargs: object):
-        asked.append((path, kwargs))
+    def load_dataset(path: str, name: str | None, **kwargs: object):
+        asked.append((path, name, kwargs))
         dataset = datasets.Dataset.from_list(ROWS)
         return dataset.to_iterable_dataset() if kwargs["streaming"] else dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    spec = DatasetSpec("owner/name", "completion", split="test", revision="v1", streaming=streaming)
+    spec = DatasetSpec("owner/name", "completion", split="test", name="main", revision="v1", streaming=streaming)
     check_paths([spec])
     assert not asked
     whole = [(f"owner/name[test]#{i}", row) for i, row in enumerate(ROWS)]
     for skip in range(len(ROWS) + 2):
         assert list(read_rows(spec, skip)) == whole[skip:]
-    assert asked == [("owner/name", {"split": "test", "revision": "v1", "streaming": streaming})]
+    assert asked == [("owner/name", "main", {"split": "test", "revision": "v1", "streaming": streaming})]
 
 
 def test_a_hub_stream_that_breaks_off_is_refused_with_the_row_that_was_reached(monkeypatch):

@@ -159,6 +159,15 @@ def test_ranks_fall_to_just_above_the_budget_and_stay_there_until_they_are_cut()
         optimizer.step()
 
 
+def test_a_step_that_is_compiled_prunes_the_same():
+    plain, compiled = toy(), toy()
+    train_on(plain, made(plain), range(9))
+    optimizer = made(compiled)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    train_on(compiled, optimizer, range(9))
+    assert kept(compiled) == kept(plain) < 4 * sum(costs(plain))
+
+
 def test_micro_batches_that_accelerate_accumulates_are_no_steps():
     """In its loop every micro-batch calls step, and only every second call is one."""
     plain, accumulated = toy(), toy()

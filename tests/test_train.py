@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ import yaml
 from accelerate.tracking import TensorBoardTracker
 from conftest import shared
 from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sora_llm.errors import UserError
+from sora_llm.config import load_config
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import assembly, optimizer_step, run_state
-from sora_llm.train import main, run
+from sora_llm.running.job import Job
+from sora_llm.train import main, run, start_trackers
 
 CONFIG = "configs/llama7b.yaml"
 SHORT = {"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
@@ -222,6 +226,40 @@ def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept
     assert main([CONFIG, *gsm8k_overrides(directory, **options)]) == 0
     last = json.loads((directory / "ranks.jsonl").read_text().splitlines()[-1])
     assert set(last["ranks"].values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "project", "named"),
+    [("wandb", "mine", "mine"), ("wandb", None, "sora_llm"), ("tensorboard", "mine", "sora_llm")],
+)
+def test_the_project_of_wandb_is_the_one_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, project: str | None, named: str
+) -> None:
+    if project is None:
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    config = load_config(CONFIG, gsm8k_overrides(tmp_path, **{"output.report_to": [tracker]}))
+    found: list[str] = []
+    accelerator = SimpleNamespace(init_trackers=lambda name, **_: found.append(name))
+    start_trackers(cast(Job, SimpleNamespace(config=config, accelerator=accelerator)), tmp_path)
+    assert found == [named]
+
+
+def test_a_base_with_numbers_that_are_none_is_named_as_the_reason(tmp_path: Path, stories: Path) -> None:
+    shutil.copytree(stories, tmp_path / "base")
+    tensors = load_file(stories / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    options = {
+        "model.name_or_path": str(tmp_path / "base"),
+        "data.sample_packing": False,  # whose check would say it
+        "output.report_to": [],
+        "train.max_steps": 2,
+    }
+    with pytest.raises(RunFailed, match="the dev loss before training is nan: the base's weights are damaged"):
+        run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
 
 
 def test_a_tracker_that_cannot_end_costs_the_run_nothing(

@@ -192,7 +192,9 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
     if arguments.type is None:
         if not own:
             raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(FIELDS)})")
-        described = replace(own[0], path=arguments.data, split=None, revision=None, weight=None, streaming=False)
+        described = replace(
+            own[0], path=arguments.data, split=None, name=None, revision=None, weight=None, streaming=False
+        )
     else:
         separators = (dataset.separator for dataset in own if dataset.type == arguments.type)
         beside = recorded or "" if arguments.type == "prompt_completion" else ""

@@ -111,6 +111,9 @@ NO_EQUIVALENT = {
     "bits": "set quantization.load_in_4bit or load_in_8bit",
     "wandb_project": "set output.report_to: [wandb] and the environment variable WANDB_PROJECT",
     "run_name": "leave it out; trackers take the name of output.output_dir",
+    **dict.fromkeys(
+        ("subset", "dataset_config", "dataset_config_name", "config_name"), "set name: … of the data set, a hub's"
+    ),
     "dataset_text_field": "set columns: {text: …} of the data set",
     "field_messages": "set columns: {messages: …} of the data set, or {conversations: …} of type sharegpt",
     "field_output": "set columns: {output: …} of the data set",

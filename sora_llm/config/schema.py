@@ -79,6 +79,7 @@ class Dataset:
     separator: str = ""  # prompt_completion only: put between prompt and completion, which are tokenised as one text
     streaming: bool = False  # read while training instead of before it; for all data sets or none
     split: str | None = None  # null: train
+    name: str | None = None  # which of its configurations, of a hub data set that has several
     revision: str | None = None  # of a hub data set
     weight: Annotated[float, "> 0"] | None = None  # share of the rows in an epoch; null: every row once
     columns: dict[str, str] = field(default_factory=dict)  # our field: the file's column, where they differ

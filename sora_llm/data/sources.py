@@ -42,6 +42,8 @@ class DatasetSpec:
     """One of `FIELDS`."""
     split: str | None = None
     """Of a hub data set ("train" if none is given); a local file has no splits."""
+    name: str | None = None
+    """Of a hub data set that has several configurations: which one."""
     revision: str | None = None
     """Of a hub data set."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -98,7 +100,7 @@ def source_digest(spec: DatasetSpec, file_digest: Callable[[Path], str] = file_s
                 )
             digest.update(f"function:{source}\n".encode())
     if not is_local(spec.path):
-        digest.update(_load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)._fingerprint.encode())
+        digest.update(_load_hub(spec.path, spec.name, spec.split, spec.revision, spec.streaming)._fingerprint.encode())
         return digest.hexdigest()
     for file in local_files(spec.path, spec.type):
         with reading(file):
@@ -124,8 +126,9 @@ def _check_settings(spec: DatasetSpec) -> None:
             f"data set {spec.path}: split {spec.split!r} is for hub data sets, local files have no splits; remove it "
             "and name the files of that split in path"
         )
-    if is_local(spec.path) and spec.revision is not None:
-        raise UserError(f"data set {spec.path}: revision is for hub data sets, this is a local path; remove it")
+    for key, value in (("name", spec.name), ("revision", spec.revision)):
+        if is_local(spec.path) and value is not None:
+            raise UserError(f"data set {spec.path}: {key} is for hub data sets, this is a local path; remove it")
 
 
 def _check_function(spec: DatasetSpec) -> None:
@@ -266,7 +269,7 @@ def is_in_parts(columns: Collection[str], our_field: str, spec: DatasetSpec) -> 
 
 
 def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
-    dataset = _load_hub(spec.path, spec.split or "train", spec.revision, spec.streaming)
+    dataset = _load_hub(spec.path, spec.name, spec.split, spec.revision, spec.streaming)
     if skip and not spec.streaming and skip >= len(dataset):  # which dataset.skip does not accept
         return
     rows = iter(dataset.skip(skip) if skip else dataset)
@@ -281,13 +284,15 @@ def _read_hub(name: str, spec: DatasetSpec, skip: int) -> Placed:
 
 
 @functools.lru_cache(maxsize=4)  # the cache's key and the rows need the same data set
-def _load_hub(path: str, split: str, revision: str | None, streaming: bool = False) -> Any:
+def _load_hub(path: str, name: str | None, split: str | None, revision: str | None, streaming: bool) -> Any:
     import datasets
 
+    split = split or "train"
     try:
-        return datasets.load_dataset(path, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # hub, http, offline mode, wrong split, missing config: each has its own class
+        return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # hub, http, offline mode, wrong split, missing name: each has its own class
+        reason = " ".join(str(error).split())[:300] or type(error).__name__  # its second line has the names there are
         raise UserError(
             f"data set {path!r} (split {split!r}) is neither a file or folder here nor could it be loaded from the "
-            f"hub: {first_line(error)}"
+            f"hub: {reason}"
         ) from error

@@ -38,7 +38,12 @@ from sora_llm.running.unpack import target_modules
 def load_model(job: Job) -> nn.Module:
     """The frozen backbone on this process's device."""
     spec, device, data = job.inputs.backbone, job.accelerator.device, job.config.data
-    model = load_backbone(spec, device, gradient_checkpointing=job.config.train.gradient_checkpointing)
+    model = load_backbone(
+        spec,
+        device,
+        gradient_checkpointing=job.config.train.gradient_checkpointing,
+        warn=lambda text: job.say(f"warning: {text}"),
+    )
     if (head := frozen_head(model)) is not None:
         try_head(model, head)
     if data.sample_packing:

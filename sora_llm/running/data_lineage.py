@@ -72,13 +72,19 @@ def _claims(folder: Path) -> list[Dataset]:
     said = certificate_in(folder).get("data")
     entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
     return [
-        Dataset(path=entry["path"], type=entry["type"], split=entry.get("split"), separator=entry.get("separator", ""))
+        Dataset(
+            path=entry["path"],
+            type=entry["type"],
+            split=entry.get("split"),
+            name=entry.get("name"),
+            separator=entry.get("separator", ""),
+        )
         for entry in entries
         if isinstance(path := entry.get("path"), str)
         and path.isprintable()
         and isinstance(type_ := entry.get("type"), str)
         and type_ in FIELDS
-        and isinstance(entry.get("split"), str | None)
+        and all(isinstance(entry.get(key), str | None) for key in ("split", "name"))
         and isinstance(entry.get("separator", ""), str)
     ]
 
@@ -104,8 +110,8 @@ def deduplicated(entries: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]
 
 
 def _entry(dataset: Dataset) -> dict[str, str]:
-    more = {"split": dataset.split, "separator": dataset.separator}
-    return {"path": dataset.path, "type": dataset.type} | {name: value for name, value in more.items() if value}
+    more = {"split": dataset.split, "name": dataset.name, "separator": dataset.separator}
+    return {"path": dataset.path, "type": dataset.type} | {key: value for key, value in more.items() if value}
 
 
 def trained_separator(lineage: Iterable[LineageEntry]) -> str | None:

@@ -59,10 +59,10 @@ def sharing_rows(datasets: Sequence[Dataset], others: Sequence[Dataset]) -> list
 
 
 def _origins(dataset: Dataset) -> set[tuple[str, str]]:
-    """The files, or the data set on the hub, each with the split."""
+    """The files, or the data set on the hub with its configuration, each with the split."""
     split = dataset.split or "train"
     if not is_local(dataset.path):
-        return {(dataset.path, split)}
+        return {(f"{dataset.path} {dataset.name or ''}".rstrip(), split)}
     try:
         return {(str(file.resolve()), split) for file in local_files(dataset.path, dataset.type)}
     except (UserError, OSError):  # an older run's, which no longer exists
@@ -72,7 +72,7 @@ def _origins(dataset: Dataset) -> set[tuple[str, str]]:
 def _may_mean(claim: Dataset, dataset: Dataset) -> bool:
     """Whether a certificate's claim names a file of a data set, the folder that it is in, or a pattern that it
     matches.  Claims are not trusted: they never cause a folder to be listed or a pattern to be expanded."""
-    if (claim.split or "train") != (dataset.split or "train"):
+    if (claim.split or "train", claim.name) != (dataset.split or "train", dataset.name):
         return False
     if claim.path == dataset.path or not is_local(dataset.path):
         return claim.path == dataset.path

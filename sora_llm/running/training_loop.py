@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def train_stage(training: Training) -> None:
     """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
 
     Raises:
-        RunFailed: processes disagree, too many non-finite steps in a row, or nothing is left to train.
+        RunFailed: processes disagree, too many non-finite steps in a row, nothing is left to train, or a base whose dev
+            loss is not finite.
         Preempted: the run was asked to stop; a checkpoint of the last step is complete.
     """
     job, tally, stage = training.job, training.tally, training.stage
@@ -43,6 +45,11 @@ def train_stage(training: Training) -> None:
     if training.done == 0 and job.data.dev is not None:
         ranks = current_ranks(training).fields
         training.alarms.start_loss = loss = measure(training)
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the dev loss before training is {loss}: the base's weights are damaged, or too large for model.dtype "
+                f"{config.model.dtype}"
+            )
         line = {"eval_loss": loss, **ranks, **training.labels}
         training.directory.metrics(0, training.phase, line)
     if training.unlogged is not None:

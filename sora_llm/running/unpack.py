@@ -24,6 +24,7 @@ def dataset_spec(dataset: Dataset) -> DatasetSpec:
         path=dataset.path,
         type=dataset.type,
         split=dataset.split,
+        name=dataset.name,
         revision=dataset.revision,
         columns=dataset.columns,
         separator=dataset.separator,
