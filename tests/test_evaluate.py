@@ -258,6 +258,8 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         ),
         (["--data", "{rows}"], "--type"),
         (["--type", "alpaca"], "--data"),
+        (["--name", "main"], "--data"),
+        (["--data", "{rows}", "--type", "alpaca", "--name", "main"], "name is for hub data sets"),
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),
         (["--data", "{rows}", "--type", "custom"], "--function"),
         (["--data", "/nope.jsonl", "--type", "alpaca"], "/nope.jsonl"),

@@ -53,6 +53,7 @@ def make_parser(prog: str) -> Parser:
     )
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
+    parser.add_argument("--name", help="of a hub data set that has several configurations: which one")
     add_size_list(parser)
     return parser
 

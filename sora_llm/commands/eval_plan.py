@@ -29,6 +29,9 @@ from sora_llm.running.held_out import has_same_split, seen_dataset
 from sora_llm.running.inputs import Inputs
 from sora_llm.terminal import warn
 
+_OF_DATA = ("type", "column", "function", "separator", "split", "name")
+"""Options that describe the data set of --data."""
+
 
 @dataclass(frozen=True)
 class EvalPlan:
@@ -72,9 +75,9 @@ def plan_evaluation(arguments: argparse.Namespace) -> EvalPlan:
     if arguments.data is not None:
         dataset = other_dataset(arguments, config.data.datasets, certified_separator(named))
         config = replace(config, data=replace(config.data, val_datasets=(dataset,), val_set_size=None))
-    elif any(getattr(arguments, name) is not None for name in ("type", "column", "function", "separator", "split")):
+    elif any(getattr(arguments, option) is not None for option in _OF_DATA):
         raise UserError(
-            "--type, --column, --function, --separator and --split describe the data set that --data names; name it"
+            f"{', '.join(f'--{option}' for option in _OF_DATA)} describe the data set that --data names; name it"
         )
     elif not config.data.datasets:
         raise UserError(f"{arguments.config} is not from a run, so it names no data; give --data FILE --type TYPE")
@@ -192,9 +195,7 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
     if arguments.type is None:
         if not own:
             raise UserError(f"--data {arguments.data}: say what its rows are with --type ({', '.join(FIELDS)})")
-        described = replace(
-            own[0], path=arguments.data, split=None, name=None, revision=None, weight=None, streaming=False
-        )
+        described = replace(own[0], path=arguments.data, revision=None, weight=None, streaming=False)
     else:
         separators = (dataset.separator for dataset in own if dataset.type == arguments.type)
         beside = recorded or "" if arguments.type == "prompt_completion" else ""
@@ -217,4 +218,11 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
         raise UserError(f"--function goes with --type custom only, not {described.type}; leave it out")
     separator = described.separator if arguments.separator is None else arguments.separator
     columns = columns or described.columns
-    return replace(described, columns=columns, function=function, separator=separator, split=arguments.split)
+    return replace(
+        described,
+        columns=columns,
+        function=function,
+        separator=separator,
+        split=arguments.split,
+        name=arguments.name,
+    )
