@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from shutil import which
 
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_llm import cli
 from sora_llm.backbone import load_backbone, load_model_config, skeleton
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.estimates.memory import estimate, memory_table
+from sora_llm.estimates.memory import MemoryEstimate, estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.targets import linear_layers
 from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
@@ -257,6 +258,21 @@ def test_zero3_leaves_so_many_weights_whole_and_not_more():
     embeddings = bones.get_input_embeddings().weight.numel() * 2
     for live, expected in ((3 * 10**8, 6 * 10**8), (0, embeddings)):
         assert estimate(bones, spec, num_processes=2, live_elements=live, **options).gathered_bytes == expected, live
+
+
+def test_the_estimate_counts_what_local_updates_keep_between_rounds(tmp_path, capsys):
+    """The adapter that was agreed on, and with an outer momentum its velocity, in float32 (`running.rounds`)."""
+    run = ["estimate", CONFIG, *gsm8k_overrides(tmp_path / "run"), "distributed.strategy=ddp", "--num-processes", "2"]
+    found = []
+    for settings in ([], ["distributed.sync_every=4"], ["distributed.sync_every=4", "distributed.outer_momentum=0.9"]):
+        assert cli.main([*run, *settings, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert cli.main([*run, *settings]) == 0
+        assert ("kept between rounds" in capsys.readouterr().out) == bool(settings)
+    copy = 4 * found[0]["trainable_parameters"]
+    assert [each["round_bytes"] for each in found] == [0, copy, 2 * copy]
+    sums = [MemoryEstimate(**{field.name: each[field.name] for field in fields(MemoryEstimate)}) for each in found]
+    assert [memory.total_bytes - sums[0].total_bytes for memory in sums] == [0, copy, 2 * copy]
 
 
 def test_the_estimate_reads_what_the_deepspeed_config_says_of_buffers_and_weights_that_stay_whole(tmp_path, capsys):

@@ -34,12 +34,14 @@ class MemoryEstimate:
     """For sharded weights that are temporarily gathered, in addition to the process's own part of them."""
     bucket_bytes: int = 0
     """Of the buffer from which ZeRO reduces gradients."""
+    round_bytes: int = 0
+    """What local updates keep from one round to the next."""
 
     @property
     def total_bytes(self) -> int:
         """The sum, without the activations if they are not known."""
         fixed = self.weight_bytes + self.gathered_bytes
-        fixed += self.adapter_bytes + self.gradient_bytes + self.bucket_bytes + self.optimizer_bytes
+        fixed += self.adapter_bytes + self.gradient_bytes + self.bucket_bytes + self.optimizer_bytes + self.round_bytes
         return fixed + (self.activation_bytes or 0)
 
 
@@ -55,6 +57,7 @@ def estimate(
     batch: BatchShape | None = None,
     live_elements: int = LIVE_ELEMENTS,
     bucket_elements: int = REDUCE_BUCKET_ELEMENTS,
+    round_copies: int = 0,
 ) -> MemoryEstimate:
     """Memory per process of weights, adapters, gradients, optimizer state and, given a `batch`, activations, from the
     model's shapes alone.
@@ -65,7 +68,8 @@ def estimate(
     with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2, weights
     and adapters in stage 3, except the constants of 4-bit weights).  In a step of stage 3, weights in use or soon to be
     used (again) are gathered: at most `live_elements`, counted in storage elements for 4-bit weights, but at least the
-    largest tensor.  ZeRO reduces gradients from a buffer of `bucket_elements`.
+    largest tensor.  ZeRO reduces gradients from a buffer of `bucket_elements`.  Local updates keep `round_copies` of the
+    adapter between rounds, in float32.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
@@ -101,6 +105,7 @@ def estimate(
         gradient_bytes=share(num_trainable * adapter_bytes_each, 2),
         bucket_bytes=bucket_elements * adapter_bytes_each if zero else 0,
         optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
+        round_bytes=round_copies * num_trainable * 4,
         activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
     )
 
@@ -148,6 +153,7 @@ def memory_table(memory: MemoryEstimate) -> str:
         ("gradients", memory.gradient_bytes),
         *([("gradients in flight", memory.bucket_bytes)] if memory.bucket_bytes else []),
         ("optimizer state", memory.optimizer_bytes),
+        *([("kept between rounds", memory.round_bytes)] if memory.round_bytes else []),
         *([] if memory.activation_bytes is None else [("activations, at most", memory.activation_bytes)]),
         ("sum, + activations" if memory.activation_bytes is None else "sum", memory.total_bytes),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sora_llm.base_spec import DTYPES, BackboneSpec, resolve_quant_storage
-from sora_llm.config import Config, Dataset
+from sora_llm.config import Config, Dataset, Distributed
 from sora_llm.data.sources import DatasetSpec
 from sora_llm.estimates.activations import sizes_of
 from sora_llm.estimates.memory import LIVE_ELEMENTS, BatchShape, MemoryEstimate, estimate
@@ -94,7 +94,13 @@ def estimate_memory(
         ),
         live_elements=_live_elements(deepspeed),
         bucket_elements=reduce_bucket_elements(deepspeed),
+        round_copies=_round_copies(config.distributed),
     )
+
+
+def _round_copies(settings: Distributed) -> int:
+    """How many copies of the adapter local updates keep from round to round: what was agreed on, and its momentum."""
+    return 0 if settings.sync_every == 1 else 1 + (settings.outer_momentum > 0)
 
 
 def _live_elements(deepspeed: Mapping[str, Any]) -> int:
