@@ -2,8 +2,9 @@
 
 A layer keeps for its backward pass, in bytes per token, with b bytes per element of the activations:
 
-    residual stream, float32, before either norm     2 · 4 · H
-    norms' outputs, if an adapter reads them         b · H each
+    what each norm takes, float32                    4 · H (LLaMA: 2 norms, Gemma: 4)
+    what norms of queries and keys take, float32     4 · (A + K) + 4 · (heads + key-value heads)
+    inputs of attention and MLP, if adapted          b · H each
     queries and the output of attention              2 · b · A
     keys and values                                  2 · b · K, or 2 · b · A if they are repeated for every head
     attention itself                                 4 · heads (sdpa, flash), heads · S · (4, + b under b < 4) (eager)
@@ -14,10 +15,11 @@ A layer keeps for its backward pass, in bytes per token, with b bytes per elemen
 (H hidden, F intermediate, A heads · head_dim, K key-value heads · head_dim, S sequence length, V vocabulary.)  The loss
 takes b · H while all layers are alive, and another b · H + 8 · V for the tokens whose logits exist at a time
 (`head_loss`), or 12 · V for all of them if the head does not allow that.  A layer's own backward pass takes about
-2 · b · F + 4 · H, plus the weight that it dequantises.  With gradient
-checkpointing the layers keep b · H each, and one at a time keeps everything.  8-bit layers keep their inputs, even if
-no adapter reads them, and checkpointing does not free them (bitsandbytes 0.50 holds them outside autograd): then every
-layer also keeps b · (2 · H + A + F).
+2 · b · F + 4 · H, with b · F for x ⊙ mask if the adapter of the down projection drops elements of x; or, if a norm
+follows the MLP, 5 · 4 · H + b · H for that norm's; plus the weight that it dequantises.  With gradient checkpointing
+the layers keep b · H each, and one at a time keeps everything.  8-bit layers keep their inputs, even if no adapter
+reads them, and checkpointing does not free them (bitsandbytes 0.50 holds them outside autograd): then every layer also
+keeps b · (2 · H + A + F).
 """
 
 from __future__ import annotations
@@ -42,11 +44,29 @@ class DecoderSizes:
     vocabulary: int
     changes_logits: bool = False
     """After the output head."""
+    caps_scores: bool = False
+    """Of attention (Gemma 2), which keeps tensors that the arithmetic does not count."""
 
 
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """The linear layers that the arithmetic covers: fused ones (qkv_proj, gate_up_proj) keep other tensors."""
 
+PRE_NORMS = frozenset({"input_layernorm", "post_attention_layernorm"})
+"""A decoder layer's norms of the inputs of attention and MLP (LLaMA, Mistral, Qwen2)."""
+
+POST_NORMS = frozenset({"post_attention_layernorm", "post_feedforward_layernorm"})
+"""Those of the outputs (OLMo 2)."""
+
+SANDWICH_NORMS = PRE_NORMS | POST_NORMS | {"pre_feedforward_layernorm"}
+"""Those of both (Gemma 2 and 3)."""
+
+HEAD_NORMS = frozenset({"q_norm", "k_norm"})
+"""Those of queries and keys (Qwen3, Gemma 3, OLMo 2)."""
+
+KNOWN_NORMS = tuple(
+    norms | of_heads for norms in (PRE_NORMS, POST_NORMS, SANDWICH_NORMS) for of_heads in (frozenset(), HEAD_NORMS)
+)
+"""The sets of norms in a layer that the arithmetic covers."""
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Names in transformers configs of what is done to logits (Gemma 2, Cohere, Granite)."""
@@ -72,6 +92,7 @@ def sizes_of(text_config: Any) -> DecoderSizes | None:
         getattr(text_config, "head_dim", None) or hidden // heads,
         vocabulary,
         any(getattr(text_config, name, None) for name in LOGIT_CHANGES),
+        getattr(text_config, "attn_logit_softcapping", None) is not None,
     )
 
 
@@ -83,45 +104,52 @@ def activation_bytes(
     itemsize: int,
     targets: Collection[str],
     total_rank: int,
+    norms: Collection[str] = PRE_NORMS,
     attn_implementation: str = "sdpa",
     is_packed: bool = False,
     checkpointing: bool = False,
     dequantised_bytes: int = 0,
     keeps_inputs: bool = False,
     whole_logits: bool = False,
+    has_dropout: bool = False,
 ) -> int:
     """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
 
     Args:
         itemsize: bytes per element of the activations.
         targets: last parts of the names of the adapted modules ("q_proj", …); `total_rank` is Σ r in a layer.
+        norms: names of the norms in a layer, one of `KNOWN_NORMS`.
         dequantised_bytes: of the largest weight that is dequantised for its product.
         keeps_inputs: the linear layers are 8-bit ones.
         whole_logits: the loss takes all logits at once.
+        has_dropout: adapters drop elements of their inputs.
     """
     tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
     attention, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     is_eager, has_mask = attn_implementation == "eager", is_packed and attn_implementation == "sdpa"
-    norms_read = bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + bool({"gate_proj", "up_proj"} & set(targets))
+    inputs_read = bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + bool({"gate_proj", "up_proj"} & set(targets))
     if keeps_inputs:
-        norms_read = 2
+        inputs_read = 2
     probabilities = sizes.num_heads * (sequence_len * (4 + (b if b < 4 else 0)) if is_eager else 4)
     layer = (
-        8 * H
-        + b * H * norms_read
+        (4 * H + 4) * len(set(norms) - HEAD_NORMS)
+        + b * H * inputs_read
         + 2 * b * attention
         + 2 * b * (attention if is_eager or has_mask else keys)
         + probabilities
         + (b * sequence_len if has_mask else 0)
         + b * sizes.intermediate * (3 + (keeps_inputs or "down_proj" in targets))
         + b * total_rank
-        + 8
     )
+    if set(norms) >= HEAD_NORMS:
+        layer += 4 * (attention + keys) + 4 * (sizes.num_heads + sizes.num_kv_heads)
     if whole_logits:
         loss = tokens * 12 * sizes.vocabulary
     else:
         loss = tokens * b * H + min(tokens, tokens_at_once(sizes.vocabulary)) * (8 * sizes.vocabulary + b * H)
-    passing = 2 * b * sizes.intermediate + 4 * H
+    passing = (3 if has_dropout and "down_proj" in targets else 2) * b * sizes.intermediate + 4 * H
+    if "post_feedforward_layernorm" in norms:
+        passing = max(passing, 20 * H + b * H)
     if checkpointing:
         kept, passing, loss = sizes.num_layers * b * H, passing + layer, loss + tokens * 4 * H
         if keeps_inputs:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sora_llm.base_spec import DTYPES, BackboneSpec
-from sora_llm.estimates.activations import PROJECTIONS, activation_bytes, sizes_of
+from sora_llm.estimates.activations import KNOWN_NORMS, PROJECTIONS, activation_bytes, sizes_of
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
 from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
@@ -68,8 +68,8 @@ def estimate(
     with bf16 adapters a float32 master; ZeRO divides them by the number of processes (gradients from stage 2, weights
     and adapters in stage 3, except the constants of 4-bit weights).  In a step of stage 3, weights in use or soon to be
     used (again) are gathered: at most `live_elements`, counted in storage elements for 4-bit weights, but at least the
-    largest tensor.  ZeRO reduces gradients from a buffer of `bucket_elements`.  Local updates keep `round_copies` of the
-    adapter between rounds, in float32.
+    largest tensor.  ZeRO reduces gradients from a buffer of `bucket_elements`.  Local updates keep `round_copies` of
+    the adapter between rounds, in float32.
     """
     targets = target_linears(skeleton, target_modules)
     quantised = quantised_linears(skeleton) if spec.is_quantised else {}
@@ -118,14 +118,17 @@ class BatchShape:
     sequence_len: int
     is_packed: bool
     checkpointing: bool
+    has_dropout: bool = False
 
 
 def _activation_bytes(
     skeleton: Any, spec: BackboneSpec, r: int, targets: Mapping[str, nn.Linear], batch: BatchShape
 ) -> int | None:
     sizes = sizes_of(skeleton.config.get_text_config())
-    linears = linear_layers(skeleton)
-    if sizes is None or {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
+    linears, norms = linear_layers(skeleton), _layer_norms(skeleton)
+    if sizes is None or sizes.caps_scores or norms not in KNOWN_NORMS:
+        return None
+    if {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
         return None
     largest = max(linear.in_features * linear.out_features for linear in linears.values())
     return activation_bytes(
@@ -135,13 +138,21 @@ def _activation_bytes(
         itemsize=DTYPES[spec.dtype].itemsize,
         targets={name.rpartition(".")[2] for name in targets},
         total_rank=r * len(targets) // sizes.num_layers,
+        norms=norms,
         attn_implementation=spec.attn_implementation,
         is_packed=batch.is_packed,
         checkpointing=batch.checkpointing,
         dequantised_bytes=largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
         keeps_inputs=spec.load_in_8bit,
         whole_logits=sizes.changes_logits,
+        has_dropout=batch.has_dropout,
     )
+
+
+def _layer_norms(skeleton: nn.Module) -> set[str]:
+    """The names of the norms in decoder layers: of modules below a numbered one."""
+    paths = (name.split(".") for name, _ in skeleton.named_modules())
+    return {path[-1] for path in paths if path[-1].endswith("norm") and any(part.isdigit() for part in path)}
 
 
 def memory_table(memory: MemoryEstimate) -> str:
@@ -161,7 +172,7 @@ def memory_table(memory: MemoryEstimate) -> str:
     if memory.activation_bytes is None:
         lines.append(
             "  activations           not known: the formula is for decoders with separate q, k, v, o, gate, up and "
-            "down projections; measure a step with train --dry-run"
+            "down projections and with norms as in LLaMA, Qwen3, OLMo 2 or Gemma 3; measure a step with train --dry-run"
         )
     return "\n".join(lines)
 

@@ -91,6 +91,7 @@ def estimate_memory(
             config.data.sequence_len,
             config.data.sample_packing,
             config.train.gradient_checkpointing,
+            config.sora.lora_dropout > 0,
         ),
         live_elements=_live_elements(deepspeed),
         bucket_elements=reduce_bucket_elements(deepspeed),
