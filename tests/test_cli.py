@@ -275,6 +275,17 @@ def test_the_estimate_counts_what_local_updates_keep_between_rounds(tmp_path, ca
     assert [memory.total_bytes - sums[0].total_bytes for memory in sums] == [0, copy, 2 * copy]
 
 
+def test_the_estimate_counts_evaluation_if_there_are_dev_rows(tmp_path, capsys):
+    run = ["estimate", CONFIG, *gsm8k_overrides(tmp_path / "run"), "--json"]
+    found = {}
+    for rows in (1, 64):
+        for dev in ("null", "8"):
+            settings = [f"evaluation.per_device_eval_batch_size={rows}", f"data.val_set_size={dev}"]
+            assert cli.main([*run, "data.val_datasets=null", *settings]) == 0
+            found[rows, dev] = json.loads(capsys.readouterr().out)["activation_bytes"]
+    assert found[1, "null"] == found[1, "8"] == found[64, "null"] < found[64, "8"]
+
+
 def test_the_estimate_reads_what_the_deepspeed_config_says_of_buffers_and_weights_that_stay_whole(tmp_path, capsys):
     """max_live_parameters bounds what is fetched ahead alone."""
     overrides = [*gsm8k_overrides(tmp_path / "run"), "distributed.strategy=zero3"]

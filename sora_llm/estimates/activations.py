@@ -20,6 +20,18 @@ follows the MLP, 5 · 4 · H + b · H for that norm's; plus the weight that it d
 the layers keep b · H each, and one at a time keeps everything.  8-bit layers keep their inputs, even if no adapter
 reads them, and checkpointing does not free them (bitsandbytes 0.50 holds them outside autograd): then every layer also
 keeps b · (2 · H + A + F).
+
+A forward pass without gradients takes the most in one of these places, in bytes per token, in addition to 4 · b · H for
+the residual stream, the inputs of the layer and of the model, and a norm's output:
+
+    gate or its silu, up and their product           3 · b · F, or 2 · b · F and the weight that is dequantised
+    queries' norm                                    b · A + 8 · (A + heads)
+    rotation (c = 4 bytes in OLMo 2, else b)         b · (A + 2 · K) + c · max(3 · A, A + 3 · K)
+    scores, in float32 their softmax (eager)         b · (A + 2 · K + S) + heads · S · (8, + b under b < 4),
+                                                     + 2 · b · A if keys and values are repeated for every head
+
+Eager attention's weights, b · S · (heads + 1) with their mask, live on beside the MLP.  The loss takes 8 · V + b · H
+for the tokens whose logits exist at a time, or (8, + b under b < 4) · V for all.
 """
 
 from __future__ import annotations
@@ -157,3 +169,38 @@ def activation_bytes(
     else:
         kept = sizes.num_layers * layer
     return tokens * kept + max(loss, tokens * passing + dequantised_bytes)
+
+
+def forward_bytes(
+    sizes: DecoderSizes,
+    *,
+    batch_size: int,
+    sequence_len: int,
+    itemsize: int,
+    norms: Collection[str] = PRE_NORMS,
+    attn_implementation: str = "sdpa",
+    dequantised_bytes: int = 0,
+    whole_logits: bool = False,
+) -> int:
+    """The peak of a forward pass without gradients over `batch_size` sequences that are not packed; at most, where
+    attention decides.  Arguments as in `activation_bytes`."""
+    tokens, H, b = batch_size * sequence_len, sizes.hidden, itemsize
+    queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    float32_and_copy = 8 + (b if b < 4 else 0)
+    rotated_itemsize = 4 if set(norms) - HEAD_NORMS == POST_NORMS else b
+    attention = b * (queries + 2 * keys) + rotated_itemsize * max(3 * queries, queries + 3 * keys)
+    if set(norms) >= HEAD_NORMS:
+        attention = max(attention, b * queries + 8 * (queries + sizes.num_heads))
+    weights = 0
+    if attn_implementation == "eager":
+        scores = sizes.num_heads * sequence_len * float32_and_copy
+        repeated = 2 * queries if sizes.num_heads > sizes.num_kv_heads else 0
+        attention = max(attention, b * (queries + 2 * keys + repeated + sequence_len) + scores)
+        weights = b * sequence_len * (sizes.num_heads + 1)
+    gated = tokens * 2 * b * sizes.intermediate + max(tokens * b * sizes.intermediate, dequantised_bytes)
+    layer = tokens * 4 * b * H + max(tokens * attention, tokens * weights + gated)
+    if whole_logits:
+        loss = tokens * float32_and_copy * sizes.vocabulary
+    else:
+        loss = tokens * 3 * b * H + min(tokens, tokens_at_once(sizes.vocabulary)) * (8 * sizes.vocabulary + b * H)
+    return max(layer, loss)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sora_llm.base_spec import DTYPES, BackboneSpec
-from sora_llm.estimates.activations import KNOWN_NORMS, PROJECTIONS, activation_bytes, sizes_of
+from sora_llm.estimates.activations import KNOWN_NORMS, PROJECTIONS, activation_bytes, forward_bytes, sizes_of
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
 from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
@@ -112,13 +112,15 @@ def estimate(
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The input of one forward pass of a process."""
+    """The input of one forward pass of a process, and how many rows it evaluates at a time, as long, not packed."""
 
     batch_size: int
     sequence_len: int
     is_packed: bool
     checkpointing: bool
     has_dropout: bool = False
+    eval_batch_size: int = 0
+    """0 if a run evaluates nothing."""
 
 
 def _activation_bytes(
@@ -131,22 +133,28 @@ def _activation_bytes(
     if {name.rpartition(".")[2] for name in linears} != PROJECTIONS:
         return None
     largest = max(linear.in_features * linear.out_features for linear in linears.values())
-    return activation_bytes(
+    common: dict[str, Any] = {
+        "sequence_len": batch.sequence_len,
+        "itemsize": DTYPES[spec.dtype].itemsize,
+        "norms": norms,
+        "attn_implementation": spec.attn_implementation,
+        "dequantised_bytes": largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
+        "whole_logits": sizes.changes_logits,
+    }
+    training = activation_bytes(
         sizes,
         batch_size=batch.batch_size,
-        sequence_len=batch.sequence_len,
-        itemsize=DTYPES[spec.dtype].itemsize,
         targets={name.rpartition(".")[2] for name in targets},
         total_rank=r * len(targets) // sizes.num_layers,
-        norms=norms,
-        attn_implementation=spec.attn_implementation,
         is_packed=batch.is_packed,
         checkpointing=batch.checkpointing,
-        dequantised_bytes=largest * DTYPES[spec.compute_dtype].itemsize if spec.is_quantised else 0,
         keeps_inputs=spec.load_in_8bit,
-        whole_logits=sizes.changes_logits,
         has_dropout=batch.has_dropout,
+        **common,
     )
+    if batch.eval_batch_size == 0:
+        return training
+    return max(training, forward_bytes(sizes, batch_size=batch.eval_batch_size, **common))
 
 
 def _layer_norms(skeleton: nn.Module) -> set[str]:
