@@ -32,6 +32,7 @@ from sora_llm.quantised import (
     quantised_files,
     quantization_config_of,
 )
+from sora_llm.targets import has_other_inputs
 from sora_llm.terminal import warn
 
 SENTENCEPIECE_PROBES = (
@@ -293,8 +294,9 @@ def load_backbone(
     # loads the whole model, and the engine shards it afterwards.
     unset_hf_deepspeed_config()
     model, loaded = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
-    _refuse_random_weights(loaded, spec)
-    if unexpected := sorted(loaded["unexpected_keys"]):
+    _refuse_random_weights(loaded, spec, model)
+    unexpected = sorted(loaded["unexpected_keys"])
+    if unexpected and not has_other_inputs(config):  # of whose files the text model is loaded alone
         warn(
             f"the files of {spec.name_or_path} hold {_some(unexpected)}, which the model that its config.json "
             "describes does not have; is it the right config?"
@@ -310,10 +312,11 @@ def load_backbone(
     return model
 
 
-def _refuse_random_weights(loaded: Mapping[str, Any], spec: BackboneSpec) -> None:
+def _refuse_random_weights(loaded: Mapping[str, Any], spec: BackboneSpec, model: nn.Module) -> None:
     """UserError if the files lack weights of the model, or have them in other shapes: transformers fills both with
-    random numbers, and only logs it.  `loaded` is its loading info."""
-    if missing := sorted(loaded["missing_keys"]):
+    random numbers, and only logs it.  `loaded` is its loading info.  Buffers that are missing are computed."""
+    buffers = {name for name, _ in model.named_buffers()}
+    if missing := sorted(set(loaded["missing_keys"]) - buffers):
         raise UserError(
             f"the files of {spec.name_or_path} lack {_some(missing)}, which would be random: get them again, or name a "
             "model that was saved whole, without wrappers (their names would begin differently)"

@@ -97,12 +97,15 @@ def answer(
 def _without_own_options(model: nn.Module) -> Iterator[None]:
     """Without the base's generation_config.json, from which transformers takes every option that is left open: beams,
     suppressed tokens, a shortest length, …"""
-    own = model.generation_config
+    find_base = getattr(model, "get_base_model", None)
+    holders = [model, *([find_base()] if callable(find_base) else [])]  # PEFT hands its own on to the base
+    own = [holder.generation_config for holder in holders]
     model.generation_config = GenerationConfig()  # type: ignore[assignment]
     try:
         yield
     finally:
-        model.generation_config = own
+        for holder, options in zip(holders, own, strict=True):
+            holder.generation_config = options
 
 
 def _ends(model: nn.Module, tokenizer: Any, stop: Stop) -> list[int]:

@@ -8,6 +8,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,10 +96,19 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 
 def _name_of_decoder(model: nn.Module) -> str:
-    """How the names of a model's text layers begin, with the dot; "" if it does not say."""
-    find_decoder = getattr(model, "get_decoder", None)
-    decoder = find_decoder() if callable(find_decoder) else None
+    """How the names of the text layers begin, with the dot, of a model that has others; "" if it has none."""
+    config = getattr(model, "config", None)
+    if config is None or not has_other_inputs(config):
+        return ""
+    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()  # type: ignore[operator]
+    if embeddings not in list(decoder.modules()):  # get_decoder goes by names of attributes
+        return ""
     return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def has_other_inputs(config: Any) -> bool:
+    """Whether a model takes more than text, such as images: its transformers config then holds one for the text."""
+    return config.get_text_config() is not config
 
 
 @functools.lru_cache(maxsize=64)

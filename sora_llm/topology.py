@@ -27,7 +27,7 @@ OWN_KEYS = {
 NEEDED = {
     "communication_data_type": (None, "fp32"),
     "compute_grad_norm": (True,),
-    "data_types.grad_accum_dtype": (None, "auto", "fp32"),
+    "data_types.grad_accum_dtype": (None,),  # the adapter's dtype
 }
 """Keys of a DeepSpeed config that change gradients, and the values that do not; the first is the default."""
 REDUCE_BUCKET_ELEMENTS = 2**24

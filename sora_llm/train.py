@@ -315,7 +315,8 @@ def start_trackers(job: Job, run_dir: Path) -> None:
         RunFailed: one of them cannot be started, for example without a login.
     """
     own_options = {"wandb": {"dir": str(run_dir), "name": run_dir.name}}
-    project = os.environ.get("WANDB_PROJECT") if "wandb" in job.config.output.report_to else None
+    # accelerate has one name for all trackers, and TensorBoard's folder is called by it.
+    project = os.environ.get("WANDB_PROJECT") if list(job.config.output.report_to) == ["wandb"] else None
     try:
         job.accelerator.init_trackers(
             project or "sora_llm", config=hyperparameters(job.config), init_kwargs=own_options

@@ -125,4 +125,5 @@ def test_a_prompt_is_what_came_before_the_answer_in_training_or_a_warning_is_giv
     before = ids[: np.flatnonzero(weights)[0]].tolist()
     is_warned = bool(generation_prefix(tokenizer, template)) or merges_trailing_whitespace(tokenizer, template)
     prompt = encode_chat(tokenizer, conversation.messages[:1], template)
-    assert (prompt[: len(before)] == before and ids[: len(prompt)].tolist() == prompt) or is_warned
+    is_same = prompt[: len(before)] == before and ids[: len(prompt)].tolist() == prompt
+    assert is_same is not is_warned

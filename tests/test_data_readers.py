@@ -126,6 +126,7 @@ def test_links_are_followed_and_one_that_leads_nowhere_is_refused(tmp_path):
 def test_rows_in_a_folder_that_cannot_be_read_are_not_left_out_in_silence(tmp_path, name):
     write(tmp_path / "a.jsonl", json_lines(ROWS[0]))
     write(tmp_path / "notes.md", "about the rows")
+    write(tmp_path / "images.zip", "x")
     assert len(rows_of(str(tmp_path))) == 1
     write(tmp_path / name, "x")
     with refused(f"holds {name}, whose rows cannot be read: convert it"):

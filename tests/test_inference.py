@@ -21,8 +21,9 @@ def test_a_temperature_that_logits_cannot_be_divided_by_is_a_sentence(temperatur
     assert sampling("--temperature", "1e-4").temperature == 1e-4 and sampling("--temperature", "0").temperature == 0
 
 
-@pytest.mark.parametrize("seed", ["-1", str(2**63), "9" * 30])
+@pytest.mark.parametrize("seed", [str(-(2**63) - 1), str(2**64), "9" * 30])
 def test_a_seed_that_torch_does_not_take_is_a_sentence(seed: str) -> None:
-    with pytest.raises(UserError, match=f"--seed is {seed}; it is a whole number from 0"):
+    with pytest.raises(UserError, match=f"--seed is {seed}; it is a whole number from −2"):
         sampling("--temperature", "1", f"--seed={seed}")
-    sampling("--temperature", "1", f"--seed={2**63 - 1}")
+    for taken in (-1, 2**64 - 1):
+        sampling("--temperature", "1", f"--seed={taken}")

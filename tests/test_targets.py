@@ -155,6 +155,13 @@ def test_layers_that_no_text_passes_are_no_targets():
         target_linears(model, ["out_proj"])
 
 
+def test_a_model_of_text_that_calls_something_else_its_decoder_keeps_its_targets():
+    """The output head, in ModernBERT's."""
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("modernbert-decoder", **SIZES, **tokens))
+    assert not left_out(model) and {"q_proj", "v_proj"} <= last_names(target_linears(model))
+
+
 def test_experts_that_are_one_tensor_are_named_as_what_no_adapter_is_put_on():
     assert stacked_weights(of_family("mixtral")) == ["experts.gate_up_proj", "experts.down_proj"]
     assert stacked_weights(tiny_llama()) == []

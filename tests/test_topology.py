@@ -223,7 +223,7 @@ def test_our_config_has_the_stage_the_clip_and_every_precision_stated(strategy, 
 def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
     user = {
         "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5000},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": None},
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": False, "loss_scale": 0},
@@ -245,7 +245,13 @@ def test_a_users_other_keys_are_kept_and_auto_and_equal_ones_are_no_conflict():
         ({"gradient_clipping": 0.3}, r"gradient_clipping to 0\.3, .* remove it there, and set train\.max_grad_norm"),
         ({"train_micro_batch_size_per_gpu": 4}, r"to 4, .* set train\.per_device_train_batch_size"),
         ({"communication_data_type": "fp16"}, "communication_data_type to 'fp16', which would change gradients"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype to 'bf16', which would change gradients"),
+        *(
+            (
+                {"data_types": {"grad_accum_dtype": dtype}},
+                f"data_types.grad_accum_dtype to '{dtype}', which would change",
+            )
+            for dtype in ("bf16", "fp16", "auto")
+        ),
         ({"communication_data_type": "auto"}, "communication_data_type to 'auto', which would change gradients"),
         ({"optimizer": None}, r"sets optimizer to None, .* set train\.learning_rate"),
         ({"compute_grad_norm": False}, "compute_grad_norm to False, which would change gradients"),

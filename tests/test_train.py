@@ -229,17 +229,22 @@ def test_a_fully_pruned_adapter_is_an_explained_failure_whose_checkpoint_is_kept
 
 
 @pytest.mark.parametrize(
-    ("tracker", "project", "named"),
-    [("wandb", "mine", "mine"), ("wandb", None, "sora_llm"), ("tensorboard", "mine", "sora_llm")],
+    ("trackers", "project", "named"),
+    [
+        (["wandb"], "mine", "mine"),
+        (["wandb"], None, "sora_llm"),
+        (["tensorboard"], "mine", "sora_llm"),
+        (["wandb", "tensorboard"], "mine", "sora_llm"),
+    ],
 )
 def test_the_project_of_wandb_is_the_one_in_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, project: str | None, named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trackers: list[str], project: str | None, named: str
 ) -> None:
     if project is None:
         monkeypatch.delenv("WANDB_PROJECT", raising=False)
     else:
         monkeypatch.setenv("WANDB_PROJECT", project)
-    config = load_config(CONFIG, gsm8k_overrides(tmp_path, **{"output.report_to": [tracker]}))
+    config = load_config(CONFIG, gsm8k_overrides(tmp_path, **{"output.report_to": trackers}))
     found: list[str] = []
     accelerator = SimpleNamespace(init_trackers=lambda name, **_: found.append(name))
     start_trackers(cast(Job, SimpleNamespace(config=config, accelerator=accelerator)), tmp_path)
@@ -258,7 +263,7 @@ def test_a_base_with_numbers_that_are_none_is_named_as_the_reason(tmp_path: Path
         "output.report_to": [],
         "train.max_steps": 2,
     }
-    with pytest.raises(RunFailed, match="the dev loss before training is nan: the base's weights are damaged"):
+    with pytest.raises(RunFailed, match="the dev loss before training is nan: the weights of the base are damaged"):
         run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
 
 

@@ -133,7 +133,7 @@ def publish_export(temporary: Path, folder: Path, certificate: Mapping[str, Any]
         publish(temporary, folder)
     except UserError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFailed(f"{error} (it came there while the export was made; nothing was exported)") from None
+        raise RunFailed(f"{error} (seen when the export was to be put there; nothing was exported)") from None
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error

@@ -78,8 +78,8 @@ def sampling_of(arguments: argparse.Namespace, default: Sampling) -> Sampling:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1")
     if arguments.temperature != 0 and not MIN_TEMPERATURE <= arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; it is 0, or {MIN_TEMPERATURE:g} or more")
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}; it is a whole number from 0 to 2⁶³ − 1")
+    if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**64:
+        raise UserError(f"--seed is {arguments.seed}; it is a whole number from −2⁶³ to 2⁶⁴ − 1")
     for name, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
         if value is not None and arguments.temperature == 0:
             raise UserError(f"{name} applies to sampling, and --temperature 0 does not sample; set it above 0 as well")

@@ -17,8 +17,8 @@ SAVED, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
 """The files that `save_to_disk` of datasets writes next to the rows, and next to the folders of several splits."""
 ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
 """Files that accompany the rows of a hub data set."""
-_OTHER_ROWS = {".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".ndjson", ".tsv", ".orc", ".avro"}
-"""Suffixes of files that may hold rows, but which are not read."""
+_OTHER_ROWS = re.compile(r"(?i).*\.(ndjson|tsv|orc|avro|(jsonl?|csv|txt|parquet|arrow)\.(zst|xz|bz2|lz4|zip))")
+"""Names of files that hold rows in a form that is not read."""
 SPLIT_NAMES = (
     {"train", "training"},
     {"validation", "valid", "dev", "val"},
@@ -97,7 +97,7 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
 
     files, seen = [], set[str]()  # a link may lead back
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two links, always the same
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
@@ -121,7 +121,7 @@ def _folder_files(folder: Path, type_: str) -> list[Path]:
 
 def _refuse_unreadable_rows(folder: Path, files: Sequence[Path]) -> None:
     """UserError if a folder holds rows in a form that cannot be read: left out, nobody would miss them."""
-    if (other := next((file for file in files if file.suffix.lower() in _OTHER_ROWS), None)) is not None:
+    if (other := next((file for file in files if _OTHER_ROWS.fullmatch(file.name)), None)) is not None:
         raise UserError(
             f"data set {folder} holds {other.relative_to(folder)}, whose rows cannot be read: convert it to "
             f"{_kinds_in_words()}, or name the other files by a pattern"

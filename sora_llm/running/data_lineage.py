@@ -84,7 +84,7 @@ def _claims(folder: Path) -> list[Dataset]:
         and path.isprintable()
         and isinstance(type_ := entry.get("type"), str)
         and type_ in FIELDS
-        and all(isinstance(entry.get(key), str | None) for key in ("split", "name"))
+        and all(isinstance(text := entry.get(key) or "", str) and text.isprintable() for key in ("split", "name"))
         and isinstance(entry.get("separator", ""), str)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sora_llm.config import Config
@@ -79,7 +80,7 @@ def separator_warnings(config: Config) -> list[str]:
         r"$'\n' in bash"
         for key, datasets in named.items()
         for one in datasets
-        if r"\n" in one.separator
+        if re.search(r"\\n(?![a-z])", one.separator)  # and not LaTeX
     ]
 
 

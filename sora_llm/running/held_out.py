@@ -72,7 +72,9 @@ def _origins(dataset: Dataset) -> set[tuple[str, str]]:
 def _may_mean(claim: Dataset, dataset: Dataset) -> bool:
     """Whether a certificate's claim names a file of a data set, the folder that it is in, or a pattern that it
     matches.  Claims are not trusted: they never cause a folder to be listed or a pattern to be expanded."""
-    if (claim.split or "train", claim.name) != (dataset.split or "train", dataset.name):
+    if (claim.split or "train") != (dataset.split or "train"):
+        return False
+    if None not in (claim.name, dataset.name) and claim.name != dataset.name:
         return False
     if claim.path == dataset.path or not is_local(dataset.path):
         return claim.path == dataset.path

@@ -35,8 +35,8 @@ def train_stage(training: Training) -> None:
     """Next rows, forward, backward, step, log; between the phases the adapters take another form (collective).
 
     Raises:
-        RunFailed: processes disagree, too many non-finite steps in a row, nothing is left to train, or a base whose dev
-            loss is not finite.
+        RunFailed: processes disagree, too many non-finite steps in a row, nothing is left to train, or a dev loss that
+            is not finite before the first step.
         Preempted: the run was asked to stop; a checkpoint of the last step is complete.
     """
     job, tally, stage = training.job, training.tally, training.stage
@@ -47,8 +47,9 @@ def train_stage(training: Training) -> None:
         training.alarms.start_loss = loss = measure(training)
         if not math.isfinite(loss):
             raise RunFailed(
-                f"the dev loss before training is {loss}: the base's weights are damaged, or too large for model.dtype "
-                f"{config.model.dtype}"
+                f"the dev loss before training is {loss}: the weights of the base"
+                f"{'' if config.model.adapter is None else ' or of model.adapter'} are damaged, or too large for "
+                f"model.dtype {config.model.dtype}"
             )
         line = {"eval_loss": loss, **ranks, **training.labels}
         training.directory.metrics(0, training.phase, line)
