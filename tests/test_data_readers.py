@@ -338,7 +338,7 @@ def test_a_hub_data_set_is_asked_for_with_split_name_and_revision_and_read_from_
     spec = DatasetSpec("owner/name", "completion", split="test", name="main", revision="v1", streaming=streaming)
     check_paths([spec])
     assert not asked
-    whole = [(f"owner/name[test]#{i}", row) for i, row in enumerate(ROWS)]
+    whole = [(f"owner/name/main[test]#{i}", row) for i, row in enumerate(ROWS)]
     for skip in range(len(ROWS) + 2):
         assert list(read_rows(spec, skip)) == whole[skip:]
     assert asked == [("owner/name", "main", {"split": "test", "revision": "v1", "streaming": streaming})]

@@ -212,7 +212,7 @@ def read_rows(spec: DatasetSpec, skip: int = 0) -> Iterator[tuple[str, RowOrBad]
     """
     _check_settings(spec)
     if not is_local(spec.path):
-        name = f"{spec.path}[{spec.split or 'train'}]"
+        name = f"{'/'.join(filter(None, (spec.path, spec.name)))}[{spec.split or 'train'}]"
         yield from _checked(name, _read_hub(name, spec, skip), spec, skip)
         return
     for file in local_files(spec.path, spec.type):
@@ -292,7 +292,8 @@ def _load_hub(path: str, name: str | None, split: str | None, revision: str | No
         return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # hub, http, offline mode, wrong split, missing name: each has its own class
         reason = " ".join(str(error).split())[:300] or type(error).__name__  # its second line has the names there are
+        which = f"split {split!r}" if name is None else f"name {name!r}, split {split!r}"
         raise UserError(
-            f"data set {path!r} (split {split!r}) is neither a file or folder here nor could it be loaded from the "
-            f"hub: {reason}"
+            f"data set {path!r} ({which}) is neither a file or folder here nor could it be loaded from the hub: "
+            f"{reason}"
         ) from error
