@@ -209,13 +209,14 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """A message with the arguments of its calls as JSON text."""
     if "tool_calls" not in message:
         return message
-    functions = [call["function"] for call in message["tool_calls"]]
-    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
-    calls = [
-        {**call, "function": {**function, "arguments": text}}
-        for call, function, text in zip(message["tool_calls"], functions, texts, strict=True)
-    ]
-    return {**message, "tool_calls": calls}
+
+    def as_text(function: dict[str, Any]) -> dict[str, Any]:
+        return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+    return {
+        **message,
+        "tool_calls": [{**call, "function": as_text(call["function"])} for call in message["tool_calls"]],
+    }
 
 
 @functools.lru_cache(maxsize=8)
