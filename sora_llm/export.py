@@ -41,7 +41,7 @@ from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, layer_shapes, unwrapped, without_adapters
 from sora_llm.peft_check import Errors, reloaded
 from sora_llm.sora import fold, is_sharded
-from sora_llm.targets import linear_layers, matches
+from sora_llm.targets import matches
 
 LAYOUTS = ("padded", "ragged")
 
@@ -216,10 +216,11 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, provenanc
 
 
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Plain suffixes ("q_proj") if they match exactly these modules, else the full names."""
+    """Plain suffixes ("q_proj") if they match exactly these of all modules, else the full names (experts.0, experts.1:
+    PEFT would take layers.0 for a target, too)."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     with without_adapters(model):
-        matched = {name for name in linear_layers(model) if matches(name, suffixes)}
+        matched = {name for name, _ in model.named_modules() if matches(name, suffixes)}
     return suffixes if matched == set(names) else names
 
 

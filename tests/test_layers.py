@@ -32,7 +32,7 @@ backbone
 peft_check
 data checkpoint report export artifacts.merged running.run_state
 report_page artifacts.gguf_export artifacts.merged_export
-pipeline estimates.memory running.evaluation running.packing_check running.verified_export
+pipeline estimates.memory running.evaluation running.packing_check running.routing_check running.verified_export
 rank_scheduler generation running.optimizer_step running.rundir running.rounds running.unpack
 prompt_format
 running.run_folders

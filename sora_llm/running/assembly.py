@@ -28,6 +28,7 @@ from sora_llm.running.optimizer_step import Tally, forget_peak
 from sora_llm.running.packing_check import check_packing
 from sora_llm.running.processes import refuse_differing
 from sora_llm.running.rounds import Rounds
+from sora_llm.running.routing_check import check_routing
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.snapshot import read_into, refuse_other_base, restore_training
 from sora_llm.running.start import StartPoint
@@ -65,6 +66,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         refuse_other_base(start.state, start.folder, base)
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
+    if job.num_averaging > 1:
+        on_every(lambda: check_routing(model))
     full_params = pipeline.full_params(adapters(model))
     saved = None
     if start.folder is not None and start.state is not None:
