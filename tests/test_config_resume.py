@@ -1,5 +1,9 @@
 """What the config of a resumed run may change, and what it may not."""
 
+import copy
+import functools
+import operator
+
 import pytest
 from smallest_config import load as load
 
@@ -82,3 +86,25 @@ def test_a_resumed_run_may_split_its_batch_otherwise_as_long_as_the_product_stay
     assert "took 4 × 1 × 1 = 4 rows and would now take 4 × 1 × 2 = 8" in sentence
     (sentence,) = conflicts(load, "train.gradient_accumulation_steps=3")
     assert "4 × 3 × 1 = 12" in sentence
+
+
+def test_a_checkpoint_of_a_version_without_a_setting_has_its_default(load):
+    """Settings are added, also to data sets: earlier checkpoints lack them."""
+    held_out = "data.val_datasets=[{path: dev.jsonl}]"
+    now = to_dict(load(held_out))
+    required = {"name_or_path", "datasets", "val_datasets", "path", "max_steps", "sparse_lambda", "output_dir"}
+    required |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
+    def keys_of(mapping, *path):
+        for name, value in mapping.items():
+            if isinstance(value, dict) and name != "columns":
+                yield from keys_of(value, *path, name)
+            elif name in ("datasets", "val_datasets"):
+                yield from keys_of(value[0], *path, name, 0)
+            elif name not in required:
+                yield (*path, name)
+
+    for *path, name in keys_of(now):
+        old = copy.deepcopy(now)
+        functools.reduce(operator.getitem, path, old).pop(name)
+        assert resume_conflicts(old, now, 1, 1) == [], (path, name)

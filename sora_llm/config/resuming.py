@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sora_llm.config.schema import Config
-from sora_llm.config.writing import differing_keys, to_dict
+from sora_llm.config.schema import Config, Dataset
+from sora_llm.config.writing import differing_keys, plain, to_dict
 
 CHANGES_NO_ROW = ("sample_packing", "max_bad_row_fraction", "num_proc", "cache_dir")
 """Keys of data that change neither the rows nor which are held out (a data set's weight does not either)."""
@@ -34,8 +34,7 @@ def resume_conflicts(
     """Why a checkpoint made under the config `old` cannot be resumed under `new`: the keys that differ but must not,
     and a sentence if the rows per optimizer step changed.  Empty if it can.  Both are mappings from `to_dict`; `old`
     may come from an earlier version, and keys that it lacks take their defaults."""
-    defaults = to_dict(Config())
-    old = {section: defaults.get(section, {}) | values for section, values in old.items()}
+    old = _with_defaults(old)
     conflicts = [
         key
         for key in differing_keys(old, new)
@@ -49,6 +48,16 @@ def resume_conflicts(
             "keep batch size × accumulation steps × processes the same"
         )
     return conflicts
+
+
+def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
+    """A config as `to_dict` gives it, with the default of every key that it lacks, also in its lists of data sets."""
+    defaults, dataset = to_dict(Config()), plain(Dataset())
+    filled = {section: defaults.get(section, {}) | values for section, values in old.items()}
+    for name in ("datasets", "val_datasets"):
+        if filled["data"][name] is not None:
+            filled["data"][name] = [dataset | entry for entry in filled["data"][name]]
+    return filled
 
 
 def _rows_per_step(config: dict[str, Any], num_processes: int) -> tuple[int, str]:
