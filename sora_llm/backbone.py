@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sora_llm.base_files import has_tokenizer, tokenizer_files
-from sora_llm.base_spec import DTYPES, BackboneSpec
+from sora_llm.base_spec import COMPUTE_DTYPES, DTYPES, BackboneSpec
 from sora_llm.errors import UserError, first_line
 from sora_llm.inject import forbid_cpu_repack
 from sora_llm.quantised import (
@@ -211,7 +211,7 @@ def pad_token_id(tokenizer: Any, model: nn.Module) -> int:
 def dtype_name(config: Any) -> str:
     """The dtype of a model's files according to its transformers config; bfloat16 if it does not say."""
     dtype = _name_of(getattr(config, "dtype", None))
-    return dtype if dtype in ("float16", "float32") else "bfloat16"
+    return dtype if dtype in COMPUTE_DTYPES else "bfloat16"
 
 
 def max_positions(config: Any) -> int | None:
@@ -362,7 +362,7 @@ def spec_from_model(model: Any) -> BackboneSpec | None:
     forms = {as_held(layer) for layer in said} or {whole}
     form = forms.pop()
     is_known = form.is_quantised or quantization_config_of(model.config) is None
-    is_loadable = form.dtype == dtype and dtype in ("bfloat16", "float16", "float32")
+    is_loadable = form.dtype == dtype and dtype in COMPUTE_DTYPES
     return form if not forms and is_known and is_loadable else None
 
 

@@ -11,6 +11,9 @@ import torch
 from sora_llm.files import user_path
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+COMPUTE_DTYPES = DTYPES.keys() - {"uint8"}
+"""Those in which a model's numbers can be; uint8 only stores the bytes of 4-bit ones."""
+QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class BackboneSpec:
         names = (spec.dtype, spec.compute_dtype, spec.quant_type)
         if not all(isinstance(flag, bool) for flag in flags) or not all(isinstance(name, str) for name in names):
             return None
-        is_known = {spec.dtype, spec.compute_dtype} <= DTYPES.keys() and spec.quant_type in ("nf4", "fp4")
+        is_known = {spec.dtype, spec.compute_dtype} <= COMPUTE_DTYPES and spec.quant_type in QUANT_TYPES
         return spec if is_known else None
 
     @property

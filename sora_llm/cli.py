@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         meant = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {meant[0]}?" if meant else f"commands: {', '.join(COMMANDS)}"
-        print(f"sora-llm: unknown command {name!r}; {hint}", file=sys.stderr)
-        return 2
+        print_error(f"unknown command {name!r}; {hint}")
+        return UserError.exit_code
     try:
         command: int = import_module(COMMANDS[name][0]).main(rest, prog=f"sora-llm {name}")
     except UserError as error:  # in its command line

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from sora_llm.base_spec import COMPUTE_DTYPES, QUANT_TYPES
 from sora_llm.errors import UserError, first_line
 from sora_llm.targets import linear_layers
 
@@ -70,7 +71,7 @@ def quantised_files(config: Any) -> QuantisedFiles | None:
             compute_dtype=str(settings.bnb_4bit_compute_dtype).removeprefix("torch."),
             skipped=None if settings.llm_int8_skip_modules is None else tuple(settings.llm_int8_skip_modules),
         )
-        if files.quant_type not in ("nf4", "fp4") or files.compute_dtype not in ("bfloat16", "float16", "float32"):
+        if files.quant_type not in QUANT_TYPES or files.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"{files.quant_type} computed in {files.compute_dtype}")
         takes_head = files.skipped is not None and should_convert_module("lm_head", list(files.skipped))
     except (ValueError, TypeError, AttributeError, re.error) as error:

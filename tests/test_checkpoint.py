@@ -221,8 +221,9 @@ def test_status_is_what_was_written_with_relative_paths(tmp_path):
         "error": None,
     }
     assert run_state.read_status(tmp_path) == content == json.loads((tmp_path / "status.json").read_text())
-    (tmp_path / "status.json").write_text('{"state": "run')
-    assert run_state.read_status(tmp_path) is None
+    for damaged in ('{"state": "run', "[]", "null"):
+        (tmp_path / "status.json").write_text(damaged)
+        assert run_state.read_status(tmp_path) is None
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_status(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The progress of a preparation: a bar on a terminal, lines elsewhere."""
 
+import io
 import os
 import pty
 import re
@@ -11,24 +12,22 @@ from typing import Any
 from sora_llm.data import progress
 
 
-class Stderr:
+class Stderr(io.StringIO):
     """A terminal, or none, that keeps what is written."""
 
     def __init__(self, is_terminal: bool) -> None:
-        self.written, self.isatty = "", lambda: is_terminal
+        super().__init__()
+        self.is_terminal = is_terminal
 
-    def write(self, text: str) -> None:
-        self.written += text
-
-    def flush(self) -> None:
-        pass
+    def isatty(self) -> bool:
+        return self.is_terminal
 
 
 def progress_of(monkeypatch, *, is_terminal: bool, silent_seconds: float, seconds_per_line: float) -> str:
     """What is written by a preparation of 50 rows in five chunks of 50 ms each."""
     stderr = Stderr(is_terminal)
     show_progress(monkeypatch, stderr, silent_seconds, seconds_per_line)
-    return stderr.written
+    return stderr.getvalue()
 
 
 def show_progress(monkeypatch, stderr: Any, silent_seconds: float = 0.0, seconds_per_line: float = 100.0) -> None:

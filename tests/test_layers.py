@@ -19,14 +19,14 @@ arguments files hub running.stop running.liveness
 extensions
 compiled
 topology sora schedule factors hashes weights_digest allocation loss_scale head_loss
-budget estimates.activations estimates.step_time
+base_spec budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
 inject quantised causal_loss
 merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card artifacts.logit_check
 distributed
-sparsity_controller base_spec
+sparsity_controller
 base_files
 backbone
 peft_check

@@ -94,6 +94,7 @@ def test_an_adapter_s_certificate_says_how_its_base_was_loaded(tmp_path, stories
     for said, expected in (
         (trained.loading, trained),
         ({**trained.loading, "dtype": "int3"}, spec_from_files),
+        ({**trained.loading, "dtype": "uint8"}, spec_from_files),
         ({**trained.loading, "dtype": ["bfloat16"]}, spec_from_files),
         ({**trained.loading, "bnb_4bit_quant_type": {}}, spec_from_files),
         ({"dtype": "float16"}, spec_from_files),

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,10 @@ def _of_row(line: str, place: str) -> Prompt:
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return _with_systems_of(row, of_text(row["prompt"], place))
+        said = {name: row[name] for name in ("system", "prompt") if row.get(name)}
+        asked = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        asked["messages"] = [{"role": "user", "content": row["prompt"]}]
+        return Prompt(_conversation(asked, "messages", place).messages, said, place)
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} must be {{"prompt": "…"}}, {{"messages": […]}} or {{"instruction": "…"}}')
     if row.get("messages") is None:  # an alpaca row; its answer is ignored
@@ -171,16 +174,6 @@ def _of_row(line: str, place: str) -> Prompt:
     if conversation.messages[-1].role not in ("user", "tool"):
         raise UserError(f"{place} ends with the {conversation.messages[-1].role}; a prompt ends with a user's message")
     return Prompt(conversation.messages, {"messages": row["messages"]}, place)
-
-
-def _with_systems_of(row: dict[str, Any], prompt: Prompt) -> Prompt:
-    """The prompt after the row's system message, if it has one."""
-    system = row.get("system")
-    if system is None or system == "":
-        return prompt
-    if not isinstance(system, str):
-        raise UserError(f"{prompt.place}: system is not text")
-    return with_system(replace(prompt, said={"system": system, **prompt.said}), system)
 
 
 def _conversation(row: dict[str, Any], type_: str, place: str) -> Conversation:

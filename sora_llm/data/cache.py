@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.files import file_sha256, fsync, last_change, write_text_atomically
+from sora_llm.terminal import say
 
 _POLL_SECONDS = 0.1
 _SILENT_SECONDS = 10  # a process that waits longer for the writer reports which one
@@ -83,7 +84,7 @@ def _wait_or_write(folder: Path, fill: Callable[[Path], None], wait_first: float
                     lock.unlink(missing_ok=True)
         if waited >= _SILENT_SECONDS and not silent:
             silent = True
-            print(f"waiting for {note.get('writer', 'another process')} to prepare the same data", file=sys.stderr)
+            say(f"waiting for {note.get('writer', 'another process')} to prepare the same data", sys.stderr)
         time.sleep(_POLL_SECONDS)
     return True
 

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from sora_llm.terminal import is_terminal
+from sora_llm.terminal import is_terminal, say
 
 _SILENT_SECONDS = 2.0  # anything shorter needs no bar
 _SECONDS_PER_LINE = 10.0
@@ -37,7 +37,7 @@ class RowProgress:
         if self._bar.disable and now >= self._next_line:
             self._next_line = now + _SECONDS_PER_LINE
             rate = self._rows / (now - self._started)
-            print(f"preparing data: {self._rows:,} rows so far, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+            say(f"preparing data: {self._rows:,} rows so far, {rate:,.0f} rows/s", sys.stderr)
 
     def close(self) -> None:
         """Close the bar; if it was shown, it stays as it is."""

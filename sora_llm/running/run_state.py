@@ -24,9 +24,10 @@ LOCK_WAIT_SECONDS = 60
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """The content of status.json, None if there is none that can be read."""
     try:
-        return json.loads((run_dir / run_files.STATUS).read_text(encoding="utf-8"))
+        status = json.loads((run_dir / run_files.STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return status if isinstance(status, dict) else None
 
 
 def write_status(
