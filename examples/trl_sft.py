@@ -1,6 +1,6 @@
 """SoRA in TRL's SFTTrainer, which tokenises and packs the rows: one trainer up to the cut, one after it.
 
-    pip install 'sora_llm[examples]'
+    pip install '.[examples]'
     python examples/trl_sft.py MODEL DATA.jsonl OUT --load-in-4bit --packing
 
 The same command resumes from the newest checkpoint of the phase it was in.

@@ -77,6 +77,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no such layout": (lambda tmp: ["output.export_layout=onnx"], "padded, ragged, gguf"),
     "4-bit and 8-bit": (lambda tmp: ["quantization.load_in_8bit=true"], "are mutually exclusive"),
+    "8-bit under ZeRO-3": (
+        lambda tmp: ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true", "distributed.strategy=zero3"],
+        "quantization.load_in_8bit under zero3 gives wrong losses; use zero2, or load_in_4bit",
+    ),
     "override without a value": (lambda tmp: ["train.max_steps"], "section.key=value"),
     "missing data file": (lambda tmp: [_dataset("nope.jsonl")], "nope.jsonl does not exist"),
     "empty data file": (lambda tmp: [_dataset(_file(tmp, "empty.jsonl", ""))], "is empty"),

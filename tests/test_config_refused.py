@@ -176,10 +176,6 @@ def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
     [
         (["data.val_set_size=5", "data.val_datasets=[{path: x}]"], "with data.val_datasets=null"),
         (["model.dtype=float32", "sora.dtype=bfloat16"], "needs model.dtype bfloat16, not float32"),
-        (
-            ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true", "distributed.strategy=zero3"],
-            "under distributed.strategy zero3 gives wrong losses",
-        ),
         (["train.warmup_steps=5", "train.warmup_ratio=0.1"], "both say how long the warm-up is; leave one out"),
         (["data.train_on_inputs=true", "data.train_on_last_turn_only=true"], "contradict each other"),
     ],

@@ -22,7 +22,7 @@ from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_co
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import options_for_keys, run_command
-from sora_llm.commands.eval_data import dev_rows, eval_config, has_dev_rows
+from sora_llm.commands.eval_data import dev_rows, eval_config
 from sora_llm.commands.output_folder import check_output_folder
 from sora_llm.commands.path_arguments import resolve_path, trained_config
 from sora_llm.commands.sizes import Size, add_size_arguments, refuse_empty_result, size_in
@@ -306,7 +306,7 @@ def dev_loss_measure(
     config: Config | None, spec: BackboneSpec, device: torch.device
 ) -> Callable[[nn.Module], float] | None:
     """A function that measures a model on the dev rows of the run; None if it has none."""
-    if config is None or not has_dev_rows(config):
+    if config is None or not config.data.has_dev_rows:
         return None
     config = eval_config(config, spec)
     try:

@@ -55,11 +55,6 @@ def quantization_of(spec: BackboneSpec) -> Quantization:
     )
 
 
-def has_dev_rows(config: Config) -> bool:
-    """Whether a run has dev rows."""
-    return config.data.val_datasets is not None or config.data.val_set_size is not None
-
-
 @dataclass(frozen=True)
 class DevRows:
     """Dev rows; `report` is on the files that they come from, None if rows were held out; `missing` counts rows that

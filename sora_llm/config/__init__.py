@@ -3,7 +3,7 @@
     config = load_config("configs/llama7b.yaml", ["train.max_steps=100", "train.num_train_epochs=null"])
 
 Nothing is corrected silently: an unknown key, a wrong type or an invalid combination is a `UserError` of a sentence or
-two that states what was given and where, what is allowed, and what to do.  `train.py` and the commands unpack the
+two that states what was given and where, what is allowed, and what to do.  `running/unpack.py` turns sections of a
 `Config` into plain arguments.
 
     schema       the sections and keys

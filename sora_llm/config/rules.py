@@ -154,14 +154,12 @@ def _backbone_problems(config: Config, origin: Origin) -> Iterator[str]:
     if config.quantization.load_in_4bit and config.quantization.load_in_8bit:
         both = f"{origin.state(config, four)} and {origin.state(config, eight)}"
         yield f"{both} are mutually exclusive; set one to false."
-    if config.quantization.load_in_8bit and config.distributed.strategy == "zero3":
-        yield f"{eight} under distributed.strategy zero3 gives wrong losses; use zero2, or 4 bits."
 
 
 def _evaluation_problems(config: Config, origin: Origin) -> Iterator[str]:
     for name in ("eval_steps", "early_stopping_patience"):
         needs_dev_rows = getattr(config.evaluation, name) is not None
-        if needs_dev_rows and config.data.val_set_size is None and not config.data.val_datasets:
+        if needs_dev_rows and not config.data.has_dev_rows:
             yield (
                 f"{origin.state(config, f'evaluation.{name}')} needs dev rows; "
                 f"set data.val_set_size or data.val_datasets, or evaluation.{name} to null."

@@ -106,6 +106,11 @@ class Data:
     num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
     cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
 
+    @property
+    def has_dev_rows(self) -> bool:
+        """Whether there are any, held out or of their own."""
+        return self.val_datasets is not None or self.val_set_size is not None
+
 
 @dataclass(frozen=True)
 class Train:

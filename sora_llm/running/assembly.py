@@ -60,10 +60,10 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     """
     sora = job.config.sora
     model = on_every(lambda: load_model(job))
-    base = on_every(lambda: base_digest(job.inputs.backbone))
-    refuse_differing("model.name_or_path", base)
+    digest = on_every(lambda: base_digest(job.inputs.backbone))
+    refuse_differing("model.name_or_path", digest)
     if start.folder is not None and start.state is not None:
-        refuse_other_base(start.state, start.folder, base)
+        refuse_other_base(start.state, start.folder, digest)
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
     if job.num_averaging > 1:
@@ -73,7 +73,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     if start.folder is not None and start.state is not None:
         saved = read_into(model, job, start.folder, start.state)
     elif job.config.model.adapter is not None:
-        on_every(lambda: warm_start(job, model, base))
+        on_every(lambda: warm_start(job, model, digest))
     engine = make_engine(job, model)  # after the module has its values: ZeRO copies its masters from there
     training = Training(
         job,
@@ -85,7 +85,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         EarlyStopping(job.config.evaluation.early_stopping_patience),
         make_rounds(job),
         full_params=full_params,
-        base=base,
+        base_digest=digest,
     )
     if saved is not None:
         restore_training(training, saved)
@@ -94,12 +94,12 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
     return training
 
 
-def warm_start(job: Job, model: nn.Module, base: str | None) -> None:
-    """Initialise the adapters from the saved one; warn if it was not trained on these weights, whose digest is
-    `base`."""
+def warm_start(job: Job, model: nn.Module, digest: str | None) -> None:
+    """Initialise the adapters from the saved one; warn if it was not trained on these weights, whose digest this
+    is."""
     lora, spec = start_lora(job.config), job.inputs.backbone
     init_from_lora(model, lora.factors, lora.scaling)
-    if None not in (base, lora.base_digest) and base != lora.base_digest:
+    if None not in (digest, lora.base_digest) and digest != lora.base_digest:
         job.say(
             f"warning: model.adapter was trained on different weights than those of {spec.name_or_path} (quantised "
             "differently, or another model): it does not start as the function it was"

@@ -126,7 +126,7 @@ def provenance(training: Training, line: Mapping[str, Any]) -> Provenance:
         separator=plain_separator(config),
         load_options=from_pretrained_args(job.inputs.backbone, job.inputs.skeleton.config),
         base_loading=job.inputs.backbone.loading,
-        base_digest=training.base,
+        base_digest=training.base_digest,
         is_base_quantised=is_quantised(job.inputs.skeleton.config),
         story=story,
         notes=notes,

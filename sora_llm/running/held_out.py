@@ -36,7 +36,7 @@ def seen_dataset(lineage: Iterable[LineageEntry], measured: Config) -> str | Non
     """The path of a data set that supplies dev rows of `measured` and that an adapter may have seen in training; None
     if there is none.  Files are compared by path, not by content."""
     data = measured.data
-    if data.val_datasets is None and data.val_set_size is None:
+    if not data.has_dev_rows:
         return None
     datasets = data.val_datasets or data.datasets
     for entry in lineage:

@@ -95,7 +95,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     quiet_libraries()
     spec = backbone_spec(config, strategy)
     if spec.load_in_8bit and strategy == "zero3":
-        raise UserError("load_in_8bit under zero3 is known to give wrong losses; use zero2, or load_in_4bit")
+        raise UserError("quantization.load_in_8bit under zero3 gives wrong losses; use zero2, or load_in_4bit")
     if strategy in ZERO_STAGES and adapter_dtype(config) == "bfloat16" and spec.quant_storage in ("float16", "float32"):
         raise UserError(
             f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would "

@@ -103,9 +103,9 @@ def refuse_other_run(job: Job, run_dir: Path, folder: Path, state: Mapping[str, 
         )
 
 
-def refuse_other_base(state: Mapping[str, Any], folder: Path, base: str | None) -> None:
-    """UserError if the checkpoint was trained on weights other than those with the given `base_digest`."""
-    if None not in (base, state["base"]) and base != state["base"]:
+def refuse_other_base(state: Mapping[str, Any], folder: Path, digest: str | None) -> None:
+    """UserError if the checkpoint was trained on weights other than those of this `base_digest`."""
+    if None not in (digest, state["base"]) and digest != state["base"]:
         raise UserError(
             f"the weights of model.name_or_path are not those that {folder} was trained on; restore them, or "
             "use a new output.output_dir"
@@ -145,7 +145,7 @@ def state_of(training: Training, optimizer_steps: int, unlogged: Mapping[str, fl
         "loss_scale": [engine.loss_scale.state()],
         "num_processes": job.world.num_processes,
         "data": job.fingerprint,
-        "base": training.base,
+        "base": training.base_digest,
         "order": job.order.position(),
         "config": to_dict(job.config),
     }

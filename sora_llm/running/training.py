@@ -54,8 +54,8 @@ class Training:
     """The step whose dev loss was last measured by this process."""
     full_params: int = 0
     """Number of adapter parameters before anything is cut."""
-    base: str | None = None
-    """`base_digest`."""
+    base_digest: str | None = None
+    """Of the base's weights; None if they are not safetensors."""
     unlogged: Mapping[str, Any] | None = None
     """Fields that the line of step `done` needs, if the run was interrupted before it could be written."""
 

@@ -76,7 +76,6 @@ def estimate_memory(
     config: Config, spec: BackboneSpec, skeleton: nn.Module, strategy: str, num_processes: int
 ) -> MemoryEstimate:
     """Memory per process."""
-    has_dev_rows = config.data.val_set_size is not None or config.data.val_datasets is not None
     file = config.distributed.deepspeed_config
     deepspeed = {} if file is None else read_deepspeed_config(file)
     return estimate(
@@ -93,7 +92,7 @@ def estimate_memory(
             config.data.sample_packing,
             config.train.gradient_checkpointing,
             config.sora.lora_dropout > 0,
-            config.evaluation.per_device_eval_batch_size if has_dev_rows else 0,
+            config.evaluation.per_device_eval_batch_size if config.data.has_dev_rows else 0,
         ),
         live_elements=_live_elements(deepspeed),
         bucket_elements=reduce_bucket_elements(deepspeed),
