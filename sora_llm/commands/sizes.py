@@ -50,9 +50,11 @@ def size_in(arguments: argparse.Namespace) -> Size:
     size = Size(arguments.target_rank, arguments.target_params)
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < 1:
         raise UserError(f"--tolerance is {arguments.tolerance:g}; it is a relative error, 0 or more and below 1")
-    if arguments.min_rank < 0 or (arguments.min_rank and size == Size()):
+    is_cut = size != Size() or arguments.tolerance is not None
+    if arguments.min_rank < 0 or (arguments.min_rank and not is_cut):
         raise UserError(
-            f"--min-rank is {arguments.min_rank}; it is 0 or more, and needs --target-rank or --target-params"
+            f"--min-rank is {arguments.min_rank}; it is 0 or more, and needs --target-rank, --target-params or "
+            "--tolerance"
         )
     return size
 
