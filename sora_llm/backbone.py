@@ -253,6 +253,21 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
         ) from error
 
 
+def check_weights(spec: BackboneSpec, config: Any) -> None:
+    """Compare the weights that a local folder's safetensors name with those of the model that `config` describes.  Only
+    headers are read: files on the hub would be fetched, and quantised ones name more.
+
+    Raises:
+        UserError: weights that are missing, or have other shapes.
+    """
+    if not any(spec.folder.glob("*.safetensors")) or quantised_files(config) is not None:
+        return
+    unset_hf_deepspeed_config()
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loaded = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
+    _refuse_random_weights(loaded, spec, model)
+
+
 def check_attention(spec: BackboneSpec) -> None:
     """UserError if this machine cannot train through the attention; `skeleton` refuses missing implementations."""
     if spec.attn_implementation == "flex_attention" and not torch.cuda.is_available():

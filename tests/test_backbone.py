@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sora_llm import backbone, causal_loss
 from sora_llm.backbone import (
+    check_weights,
     load_backbone,
     load_model_config,
     load_tokenizer,
@@ -81,6 +82,8 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_a_base_is_never_completed_with_random_weights(stories, tmp_path, change, config, said, quantised):
     folder = _base(stories, tmp_path / "base", change, **config)
     spec = BackboneSpec(str(folder), dtype="float32", load_in_4bit=quantised, compute_dtype="float32")
+    with pytest.raises(UserError, match=said):
+        check_weights(spec, load_model_config(spec))
     with pytest.raises(UserError, match=said):
         load_backbone(spec, "cpu")
 

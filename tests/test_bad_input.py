@@ -108,6 +108,12 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda tmp: [_model(tmp, lambda m: _truncate(m / "model.safetensors"))],
         "model.safetensors are damaged",
     ),
+    "a layer without weights": (
+        lambda tmp: [
+            _model(tmp, lambda m: _replace(m / "config.json", '"num_hidden_layers": 5', '"num_hidden_layers": 6'))
+        ],
+        "lack model.layers.5.input_layernorm.weight and 8 more, which would be random",
+    ),
     "no weights": (lambda tmp: [_model(tmp, lambda m: (m / "model.safetensors").unlink())], "holds no weights"),
     "no tokenizer": (
         lambda tmp: [_model(tmp, lambda m: [path.unlink() for path in m.glob("tokenizer*")])],
@@ -177,6 +183,13 @@ CASES |= {
         *("output.output_dir", "output.resume", "data.datasets.0.path"),
     )
 }
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.unlink()  # perhaps a link
+    path.write_text(text.replace(old, new))
 
 
 def _truncate(path: Path) -> None:

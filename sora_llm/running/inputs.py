@@ -104,6 +104,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
     model_config = backbone.load_model_config(spec)
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
     skeleton = backbone.skeleton(model_config, spec)
+    backbone.check_weights(spec, model_config)
     target_linears(skeleton, target_modules(config))
     return spec, skeleton
 
