@@ -14,7 +14,7 @@ def check_routing(model: nn.Module) -> None:
 
     For processes that average gradients: on each, a step then reaches other adapters.  ZeRO-1 and 2 reduce gradients in
     the order in which they arrive and would add those of different layers to each other, without an error (ΔW was off
-    by 23 % after three steps, as in `tests/test_routing.py`); DDP and ZeRO-3 would end with one of their own.
+    by 23 % after three steps of two processes); DDP and ZeRO-3 would end with one of their own.
     """
     layers, passed = adapters(model), set()
     hooks = [
