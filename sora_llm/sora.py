@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _of_all_modules
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sora_llm.values import is_integer, is_number
 
@@ -103,8 +104,16 @@ def _between(
     hooks = getattr(base_layer, "_forward_hooks", None) or _of_all_modules._global_forward_hooks
     if hooks and not is_partitioned(getattr(base_layer, "weight", None)):
         y = y.clone()  # a hook may have kept it; ZeRO-3's, which are on every module, do not
+    elif torch._C._len_torch_dispatch_stack() and _results_are_cached():
+        y = y.clone()
     with _autocast_disabled(x):
         return _Up.apply(y, u_RT, lora_B, gate, scaling, x.dtype)
+
+
+def _results_are_cached() -> bool:
+    """Whether selective activation checkpointing keeps results of operations.  Of y = x Wᵀ it may keep the product that
+    y is a view of: adding the branch in place would go unnoticed, and be repeated when y is recomputed from it."""
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
 
 
 def _traced(
@@ -116,8 +125,8 @@ def _traced(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """`add_branch` for torch.compile, which makes better kernels of the equation itself than of our backward pass; its
-    dropout masks are torch's."""
+    """`add_branch` for torch.compile, which makes better kernels of the equation itself than of our backward pass, and
+    torch.jit.trace, which would record an operation in place twice; its dropout masks are torch's."""
     y = base_layer(x)
     with _autocast_disabled(x):
         u_TR = nn.functional.dropout(x, dropout).reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).T
@@ -347,7 +356,7 @@ class SoraLinear(nn.Module):
         if lora_A is None or lora_B is None:
             return base_layer(x)
         dropout = self.dropout
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _traced(base_layer, x, lora_A, lora_B, self.gate, self.scaling, dropout)
         if self.shared_input is not None:
             x_to_base, u_RT = self.shared_input.down(self, x)

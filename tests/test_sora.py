@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import dense_delta, linear4bit, linear8bit, randomise, relative_error, tiny_llama
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sora_llm.inject import inject_sora
 from sora_llm.sora import SoraLinear, add_branch, fold, keep_live_slots, soft_threshold
@@ -309,6 +309,35 @@ def test_activation_checkpointing_with_dropout_gives_bit_equal_gradients(use_ree
     recomputed = run(functools.partial(checkpoint, use_reentrant=use_reentrant))
     assert len(direct) == 7 and any(gradient.abs().sum() > 0 for gradient in direct)
     assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("saved", [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+def test_selective_checkpointing_may_keep_the_base_layers_products(bias, saved):
+    """y may be a view of one, whose changes torch does not notice: the branch was added to it twice."""
+    layers = nn.ModuleList([layer_of(nn.Linear(IN, IN, bias=bias)) for _ in range(2)])
+
+    def run(call):
+        layers.zero_grad()
+        x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        loss = call(lambda h: layers[1](torch.tanh(layers[0](h))), x).sum()
+        loss.backward()
+        return [loss, x.grad, *(p.grad for p in layers.parameters() if p.grad is not None)]
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, [saved])
+    recomputed = run(functools.partial(checkpoint, use_reentrant=False, context_fn=contexts))
+    assert all(torch.equal(a, b) for a, b in zip(run(lambda f, x: f(x)), recomputed, strict=True))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_traced_layer_computes_what_it_computes(gated):
+    layer = layer_of(nn.Linear(IN, OUT)).eval()
+    if not gated:
+        layer.cut(*(factor.detach() for factor in keep_live_slots(layer.lora_A, layer.lora_B, layer.gate)))
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        assert torch.allclose(traced(2 * x), layer(2 * x), atol=1e-6)
 
 
 # ----- what is kept ---------------------------------------------------------------------------------------------------
