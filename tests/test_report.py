@@ -132,13 +132,21 @@ def test_status_follows_the_metrics_with_paths_relative_to_the_directory(tmp_pat
     assert status["checkpoint"] == "checkpoints/step-3" and status["adapter"] is None
 
 
-def test_a_checkpoint_of_another_directory_is_not_in_the_status(tmp_path):
+def test_a_checkpoint_of_another_directory_is_not_in_the_status_but_the_lines_before_it_are(tmp_path):
     elsewhere, here = tmp_path / "a" / "checkpoints" / "step-3", tmp_path / "b"
     elsewhere.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "phase": "dense"}) + "\n" for step in range(6)]
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        (tmp_path / "a" / name).write_text("".join(lines))
     here.mkdir()
     directory = RunDirectory(here, is_main=True)
     directory.begin(config_yaml="a: 1\n", env={}, total_steps=9, first_step=3, resumed_from=elsewhere)
     assert json.loads((here / "status.json").read_text())["checkpoint"] is None
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        assert (here / name).read_text() == "".join(lines[:4])
+        assert (tmp_path / "a" / name).read_text() == "".join(lines)
+    RunDirectory(here, is_main=True).begin(config_yaml="a: 1\n", env={}, total_steps=9)
+    assert (here / "metrics.jsonl").read_text() == "", "a run that starts over has none"
 
 
 def test_env_holds_no_secret(monkeypatch):

@@ -23,6 +23,7 @@ from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, checkpoints, delt
 
 from sora_llm import checkpoint, cli, config
 from sora_llm.errors import UserError
+from sora_llm.report import read_json_lines
 from sora_llm.running import run_state, training_loop
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import finished_before
@@ -212,6 +213,9 @@ def test_an_explicit_checkpoint_is_where_the_run_starts(finished, tmp_path):
     result = run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"output.resume": str(start)}))
     first, second = (folder / "adapter" / "adapter_model.safetensors" for folder in (finished, directory))
     assert first.read_bytes() == second.read_bytes() and result.metrics["step"] == 4
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        ours, theirs = ([line["step"] for line in read_json_lines(folder / name)] for folder in (directory, finished))
+        assert ours == theirs, "with those before the checkpoint"
     assert "resume: auto" in (directory / "config.yaml").read_text()  # repeating it does not need that checkpoint
 
 

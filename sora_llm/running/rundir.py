@@ -61,7 +61,7 @@ class RunDirectory:
         is_logged: bool = True,
     ) -> None:
         """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again); on the main
-        process.
+        process.  A new directory starts with the lines of the run that `resumed_from` lies in.
 
         `chat_template`: the text of a template file, saved because the file may change; checkpoints are prompted with
         it.
@@ -70,6 +70,7 @@ class RunDirectory:
         self.is_begun = True
         self.start_at(first_step, resumed_from)
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
+        before = self.path if resumed_from is None else resumed_from.resolve().parent.parent
         with self._writing():
             for leftover in self.path.glob(".*.tmp"):  # from a process that was killed while writing
                 if leftover.is_file():
@@ -86,8 +87,10 @@ class RunDirectory:
             if data_report is not None:
                 write_text_atomically(self.path / run_files.DATA_REPORT, _json(data_report))
             # If the step's own line is still to come, the one before may be the last of a stage, which was exported.
-            self._metrics = JsonLines(self.path / run_files.METRICS, last_step, exports_again=is_logged)
-            self._ranks = JsonLines(self.path / run_files.RANKS, last_step, exports_again=is_logged)
+            self._metrics, self._ranks = (
+                JsonLines(self.path / name, last_step, exports_again=is_logged, before=before / name)
+                for name in (run_files.METRICS, run_files.RANKS)
+            )
         self._progress = Progress(total_steps, first_step)
         self.status("running")
 
