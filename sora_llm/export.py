@@ -33,13 +33,13 @@ from sora_llm.artifacts.logit_check import (
     check_probe,
     default_probe,
 )
-from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.backbone import from_pretrained_args, module_names, spec_from_model
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, layer_shapes, unwrapped, without_adapters
 from sora_llm.peft_check import Errors, reloaded
+from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.sora import fold, is_sharded
 from sora_llm.targets import matches
 
@@ -177,7 +177,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
     try:
         temporary.mkdir(parents=True)
         config.save_pretrained(str(temporary))
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for path in provenance.tokenizer_files:
             shutil.copyfile(path, temporary / path.name)
         if provenance.chat_template is not None:
@@ -286,10 +286,10 @@ def certify_and_publish(
         "passed": True,
         "layout": layout,
         "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
-        "stored_params": _stored_params(temporary / WEIGHTS),
+        "stored_params": _stored_params(temporary / ADAPTER_WEIGHTS),
         "logits_error": errors.logits,
         "peft_version": peft.__version__,
-        "sha256": file_sha256(temporary / WEIGHTS),
+        "sha256": file_sha256(temporary / ADAPTER_WEIGHTS),
     }
     shapes = layer_shapes(adapters(model))
     kinds = {_of_any_layer(name) for name in ranks}

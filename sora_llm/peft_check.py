@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, logit_errors, logit_problems, logits_of
-from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import product_distance
 from sora_llm.inject import adapters, evaluating, without_adapters
 from sora_llm.quantised import coarser, coarsest_dtype
+from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.sora import SoraLinear
 
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -156,16 +156,16 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     devices = [device] if device.type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
-        if not (folder / WEIGHTS).is_file():  # PEFT would unpickle another file
-            raise UserError(f"{folder} holds no {WEIGHTS}; adapters are read from safetensors alone")
+        if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would unpickle another file
+            raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS}; adapters are read from safetensors alone")
         try:
-            names = set(load_file(folder / WEIGHTS))
+            names = set(load_file(folder / ADAPTER_WEIGHTS))
             loaded = PeftModel.from_pretrained(model, str(folder), torch_device=str(device)).eval()
         except SafetensorError as error:
-            raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
+            raise UserError(f"{folder / ADAPTER_WEIGHTS} is damaged: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"the adapter {folder} does not fit this base: {first_line(error)}") from error
-    _refuse_incomplete(names, folder / WEIGHTS)
+    _refuse_incomplete(names, folder / ADAPTER_WEIGHTS)
     missing = names - set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if missing:
         raise UserError(f"the adapter {folder} has tensors for modules that this base lacks: {sorted(missing)[0]}")

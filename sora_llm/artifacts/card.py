@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.artifacts.consumers import Verdict
-from sora_llm.artifacts.lora_files import CERTIFICATE, certificate_in
+from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import mean_rank, slot_params
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
+from sora_llm.run_files import CERTIFICATE
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"

@@ -20,8 +20,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sora_llm.artifacts.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
-from sora_llm.artifacts.lora_files import CONFIG, TENSOR, WEIGHTS, by_pattern, is_target, more_than_lora
+from sora_llm.artifacts.lora_files import TENSOR, by_pattern, is_target, more_than_lora
 from sora_llm.errors import UserError
+from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PEFT, TRANSFORMERS, VLLM, OLD_VLLM = "PEFT", "transformers", "vLLM ≥ 0.32", "vLLM ≤ 0.31"
 SGLANG, TGI, LORAX, LLAMA_CPP, OLLAMA, MLX = "SGLang", "TGI", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"
@@ -78,8 +79,8 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
         UserError: files that cannot be read.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         if int(config["r"]) < 1 or not math.isfinite(float(config["lora_alpha"])):
             raise ValueError(f"r is {config['r']} and lora_alpha {config['lora_alpha']}")

@@ -19,11 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sora_llm import run_files
 from sora_llm.errors import UserError
 from sora_llm.files import file_sha256
+from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE
 
-CONFIG, WEIGHTS, CERTIFICATE = run_files.ADAPTER_CONFIG, run_files.ADAPTER_WEIGHTS, run_files.CERTIFICATE
 BASE = "base_model_name_or_path"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
 OTHER_METHODS = {  # options of adapter_config.json that change the product of the factors, or the base
@@ -81,11 +80,11 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     """
     config = _read_config(folder)
     try:
-        with (folder / WEIGHTS).open("rb"):  # of a file that may not be read, safetensors says that there is none
-            tensors = load_file(folder / WEIGHTS)
+        with (folder / ADAPTER_WEIGHTS).open("rb"):  # of an unreadable file, safetensors says that there is none
+            tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         pickled = " (adapter_model.bin is a pickle and is not read)" if (folder / "adapter_model.bin").exists() else ""
-        raise UserError(f"{folder} holds no {WEIGHTS} that can be read{pickled}: {error}") from None
+        raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS} that can be read{pickled}: {error}") from None
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = TENSOR.fullmatch(key)
@@ -93,19 +92,21 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
             raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {key}")
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
     if not pairs:
-        raise UserError(f"{folder / WEIGHTS} holds no factors")
+        raise UserError(f"{folder / ADAPTER_WEIGHTS} holds no factors")
     check_certified_weights(folder)
     factors, scaling = {}, {}
     for name, pair in pairs.items():
         if not is_target(name, config):
             raise UserError(
-                f"{folder} holds factors of {name}, which its {CONFIG} leaves out, so PEFT would ignore them; fix that "
-                "file"
+                f"{folder} holds factors of {name}, which its {ADAPTER_CONFIG} leaves out, so PEFT would ignore them; "
+                "fix that file"
             )
         A, B = _checked(pair, name, folder)
         rank = by_pattern(config["rank_pattern"], name, config["r"])
         if A.shape[0] != rank:
-            raise UserError(f"{folder}: {name} has {A.shape[0]} slots, {CONFIG} says {rank}; the files do not match")
+            raise UserError(
+                f"{folder}: {name} has {A.shape[0]} slots, {ADAPTER_CONFIG} says {rank}; the files do not match"
+            )
         alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         has_A, has_B = (A != 0).any(1), (B != 0).any(0)
         live, blank = (mask.nonzero()[:, 0] for mask in (has_A & has_B, has_A ^ has_B))
@@ -146,7 +147,7 @@ def _place(base: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
         for option in ("rank_pattern", "alpha_pattern"):
             config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
@@ -159,9 +160,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config[BASE], str) or not isinstance(config.get("revision"), str | None):
             raise TypeError("a base that is no name")
     except OSError as error:
-        raise UserError(f"{folder} holds no {CONFIG} that can be read ({error.strerror})") from None
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG} that can be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise UserError(f"{folder / CONFIG} is not the config of a LoRA ({error or type(error).__name__})") from None
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} is not the config of a LoRA ({error or type(error).__name__})"
+        ) from None
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{folder} is a {config['peft_type']} adapter; only LoRA has factors that can be read here")
     more = next(more_than_lora(config), None)
@@ -283,8 +286,10 @@ def check_lora(folder: Path) -> None:
 def check_certified_weights(folder: Path) -> None:
     """UserError if the certificate in a LoRA's folder was written for other weights."""
     sha256 = certificate_in(folder).get("sha256")
-    if sha256 is not None and (folder / WEIGHTS).is_file() and sha256 != file_sha256(folder / WEIGHTS):
-        raise UserError(f"{folder / WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two")
+    if sha256 is not None and (folder / ADAPTER_WEIGHTS).is_file() and sha256 != file_sha256(folder / ADAPTER_WEIGHTS):
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two"
+        )
 
 
 def _certified_modules(folder: Path) -> frozenset[str]:

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from sora_llm import checkpoint
-from sora_llm.artifacts.lora_files import WEIGHTS
 from sora_llm.backbone import load_model_config, quiet_libraries, skeleton
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.common import printable
@@ -17,6 +16,7 @@ from sora_llm.commands.rank_table import rank_table
 from sora_llm.commands.sources import SavedAdapter, base_of, read_source, shapes_in
 from sora_llm.errors import NotFinite, UserError
 from sora_llm.factors import kept_params, mean_rank, shapes_of
+from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.spectrum import Spectrum, ranks_within, spectra
 from sora_llm.terminal import aligned
 
@@ -43,7 +43,7 @@ def view(folder: Path) -> dict[str, Any]:
         "adapter": str(folder),
         "kind": "checkpoint" if is_checkpoint else "lora",
         "base_model": source.base,
-        "bytes": (folder / (checkpoint.TENSORS if is_checkpoint else WEIGHTS)).stat().st_size,
+        "bytes": (folder / (checkpoint.TENSORS if is_checkpoint else ADAPTER_WEIGHTS)).stat().st_size,
         "mean_rank": mean_rank(ranks, shapes),
         "mean_rank_is_of_all_targets": is_whole,
         "kept_params": kept_params(ranks, shapes),

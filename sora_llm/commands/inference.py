@@ -12,7 +12,6 @@ import torch
 
 from sora_llm import backbone, terminal
 from sora_llm.arguments import OVERRIDES, Parser
-from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.commands.common import printable
 from sora_llm.commands.model_ref import (
     LoadedModel,
@@ -33,6 +32,7 @@ from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
 from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_format, recorded_separator
+from sora_llm.run_files import ADAPTER_CONFIG
 
 MIN_TEMPERATURE = 1e-4
 """Of sampling: logits divided by much less overflow, and already this draws the likeliest token but for near ties."""
@@ -241,5 +241,5 @@ def title(ref: ModelRef) -> str:
         return base
     if ref.adapter is None:
         return f"{base} without an adapter"
-    kind = "adapter" if (ref.adapter / CONFIG).is_file() else "checkpoint"
+    kind = "adapter" if (ref.adapter / ADAPTER_CONFIG).is_file() else "checkpoint"
     return f"{base} with the {kind} {ref.adapter}"

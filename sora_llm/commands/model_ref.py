@@ -14,7 +14,7 @@ from torch import nn
 
 from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, check_lora, saved_base, saved_revision
+from sora_llm.artifacts.lora_files import check_lora, saved_base, saved_revision
 from sora_llm.backbone import load_backbone, load_model_config, quiet_libraries, spec_from_files
 from sora_llm.base_files import has_tokenizer
 from sora_llm.base_spec import BackboneSpec
@@ -80,7 +80,7 @@ def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
 
 def _is_whole_model(folder: Path) -> bool:
     """Whether a folder holds a transformers model and nothing that `resolve_path` would look for."""
-    ours = (CONFIG, checkpoint.STATE, checkpoint.COMPLETE, run_files.CONFIG)
+    ours = (run_files.ADAPTER_CONFIG, checkpoint.STATE, checkpoint.COMPLETE, run_files.CONFIG)
     return (folder / "config.json").is_file() and not any((folder / name).is_file() for name in ours)
 
 
@@ -152,7 +152,7 @@ def load(ref: ModelRef) -> LoadedModel:
     Raises:
         UserError: weights that cannot be loaded, or an adapter that is damaged or for another base.
     """
-    is_lora = ref.adapter is not None and (ref.adapter / CONFIG).is_file()
+    is_lora = ref.adapter is not None and (ref.adapter / run_files.ADAPTER_CONFIG).is_file()
     if ref.adapter is not None and is_lora:
         check_lora(ref.adapter)
     model = load_base(ref)

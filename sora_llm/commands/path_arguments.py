@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG
 from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
@@ -39,7 +38,7 @@ class ResolvedPath:
 
     @property
     def is_checkpoint(self) -> bool:
-        return self.adapter is not None and not (self.adapter / CONFIG).is_file()
+        return self.adapter is not None and not (self.adapter / run_files.ADAPTER_CONFIG).is_file()
 
     @property
     def stage(self) -> str | None:
@@ -77,7 +76,7 @@ def resolve_path(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPat
         place = _of_config(name, folder, load_config(folder, overrides))
         is_own_config = place.run_dir == folder.parent and folder.name == run_files.CONFIG
         return _as_trained(place, overrides) if is_own_config else place
-    if (folder / CONFIG).is_file():
+    if (folder / run_files.ADAPTER_CONFIG).is_file():
         run_dir = run_of_adapter(folder)
         if run_dir is not None:
             config = _without_consent(load_config(run_dir / run_files.CONFIG, overrides), overrides)
@@ -100,7 +99,10 @@ def resolve_path(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedPat
         return _as_trained(place, overrides)
     if any(folder.glob("*.gguf")):
         raise UserError(f"{name} {FOR_LLAMA_CPP}")
-    raise UserError(f"{name} is not a run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA ({CONFIG})")
+    raise UserError(
+        f"{name} is not a run directory (config.yaml), checkpoint ({checkpoint.STATE}) or LoRA "
+        f"({run_files.ADAPTER_CONFIG})"
+    )
 
 
 def _of_config(name: str, file: Path, config: Config) -> ResolvedPath:
@@ -109,7 +111,7 @@ def _of_config(name: str, file: Path, config: Config) -> ResolvedPath:
     if file.name != run_files.CONFIG or not is_run(run_dir):
         run_dir = user_path(config.output.output_dir, "output.output_dir")
     adapter = run_dir / run_files.ADAPTER
-    return ResolvedPath(name, adapter if (adapter / CONFIG).is_file() else None, config, run_dir)
+    return ResolvedPath(name, adapter if (adapter / run_files.ADAPTER_CONFIG).is_file() else None, config, run_dir)
 
 
 def _as_trained(place: ResolvedPath, overrides: Sequence[str]) -> ResolvedPath:

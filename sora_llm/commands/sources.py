@@ -11,7 +11,7 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import CONFIG, certificate_in, certified_digest, is_same_base, read_lora
+from sora_llm.artifacts.lora_files import certificate_in, certified_digest, is_same_base, read_lora
 from sora_llm.backbone import load_tokenizer, spec_from_files
 from sora_llm.base_files import base_digest, has_tokenizer, tokenizer_files_in
 from sora_llm.base_spec import BackboneSpec
@@ -30,6 +30,7 @@ from sora_llm.factors import (
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_format import exported_template, has_conversations
+from sora_llm.run_files import ADAPTER_CONFIG
 from sora_llm.running.data_lineage import lineage_for_certificate
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
@@ -154,7 +155,7 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
 
 def recorded_digest(folder: Path) -> str | None:
     """The `base_digest` that a checkpoint, or the certificate of a LoRA, records; None if there is none."""
-    if (folder / CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return certified_digest(folder)
     return checkpoint.read_state(folder).get("base")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sora_llm import backbone, base_files, checkpoint, run_files
 from sora_llm.artifacts.card import refuse_other_contents
-from sora_llm.artifacts.lora_files import CONFIG, LoraFiles, read_lora
+from sora_llm.artifacts.lora_files import LoraFiles, read_lora
 from sora_llm.backbone import quiet_libraries
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.causal_loss import packs_flat
@@ -115,14 +115,14 @@ def start_lora(config: Config) -> LoraFiles:
     folder = user_path(config.model.adapter, "model.adapter")
     if not folder.is_dir():
         raise UserError(f"model.adapter: there is no folder {config.model.adapter}; name one that holds a LoRA")
-    if not (folder / CONFIG).is_file() and (other := _other_than_lora(folder)) is not None:
+    if not (folder / run_files.ADAPTER_CONFIG).is_file() and (other := _other_than_lora(folder)) is not None:
         raise UserError(f"model.adapter: {config.model.adapter} {other}")
     return read_lora(folder, blank_up_to=config.sora.r)
 
 
 def _other_than_lora(folder: Path) -> str | None:
     """What a folder without a LoRA contains instead, and what to do; None if that is not known."""
-    if (folder / run_files.ADAPTER / CONFIG).is_file():
+    if (folder / run_files.ADAPTER / run_files.ADAPTER_CONFIG).is_file():
         return f"is a run directory; its LoRA is {folder / run_files.ADAPTER}: name that"
     if is_run(folder):
         return "is a run without an adapter yet; let it finish, or export one of its checkpoints"
@@ -178,7 +178,7 @@ def check_output(run_dir: Path, resume: str, data_paths: Sequence[str] = ()) -> 
 
 def _refuse_strange_contents(run_dir: Path, data_paths: Sequence[str]) -> None:
     """UserError if a run would be mixed with, or could not be written next to, the existing content of `run_dir`."""
-    for name in (CONFIG, checkpoint.COMPLETE, *MODEL_FILES):
+    for name in (run_files.ADAPTER_CONFIG, checkpoint.COMPLETE, *MODEL_FILES):
         if (run_dir / name).is_file():
             raise UserError(
                 f"output.output_dir {run_dir} holds {name}, so it belongs to an adapter, a checkpoint or a model; give "

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from sora_llm import checkpoint, run_files
-from sora_llm.artifacts.lora_files import CERTIFICATE, CONFIG
 from sora_llm.config import Config, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.files import expand_home, user_path
@@ -17,7 +16,7 @@ from sora_llm.files import expand_home, user_path
 
 def is_run(folder: Path) -> bool:
     """Whether this is a run directory, which takes more than a config.yaml."""
-    marks = (run_files.STATUS, f"{run_files.ADAPTER}/{CERTIFICATE}")
+    marks = (run_files.STATUS, f"{run_files.ADAPTER}/{run_files.CERTIFICATE}")
     return (folder / run_files.CONFIG).is_file() and any((folder / mark).is_file() for mark in marks)
 
 
@@ -26,7 +25,7 @@ def run_of_adapter(folder: Path) -> Path | None:
     whole = absolute(folder)
     is_stage = whole.parent.name == run_files.PATH
     run_dir = whole.parent.parent if is_stage else whole.parent
-    is_adapter = (is_stage or whole.name == run_files.ADAPTER) and (whole / CONFIG).is_file()
+    is_adapter = (is_stage or whole.name == run_files.ADAPTER) and (whole / run_files.ADAPTER_CONFIG).is_file()
     return run_dir if is_adapter and is_run(run_dir) else None
 
 
