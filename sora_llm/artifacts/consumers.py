@@ -265,7 +265,7 @@ def _llama_cpp(file: GgufFile, architecture: Architecture, shapes: Mapping[str, 
     for key, wanted in (("general.type", "adapter"), (TYPE_KEY, "lora"), ("general.architecture", architecture.name)):
         if file.keys.get(key) != wanted:
             yield f"{key} is {file.keys.get(key)!r} and must be {wanted!r}"
-    modules = {name: module for module, name in architecture.tensor_names(list(shapes)).items()}
+    modules = {name: module for module, name in architecture.tensor_names(shapes).items()}
     alpha = file.keys.get(ALPHA_KEY, 0.0)
     for tensor in file.tensors:
         name, _, kind = tensor.rpartition(".")

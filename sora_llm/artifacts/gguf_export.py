@@ -41,12 +41,12 @@ def export_gguf(
     """
     refuse_other_contents(folder)
     architecture = architecture_of(config)
+    architecture.check_modules(factors)
     if not any(A.shape[0] for A, _ in factors.values()):
         raise UserError(
             "no rank of the adapter is left (pruned, or never trained), so there is nothing for llama.cpp to apply"
         )
     shapes = shapes_of(factors)
-    architecture.tensor_names(list(shapes))
     with staging(folder) as temporary:
         try:
             temporary.mkdir(parents=True)
@@ -56,7 +56,7 @@ def export_gguf(
         except OSError as error:
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)
-        errors, problems = compare(factors, factors_in(file, architecture, list(factors)), outtype)
+        errors, problems = compare(factors, factors_in(file, architecture, factors), outtype)
         verdicts = verdicts_for_gguf(
             file,
             architecture,

@@ -6,7 +6,7 @@ so factors of scale 1 keep a rank of their own in every module.  A module withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Architecture:
         """The number of heads by which the rows of a module's B are reordered; None if they are not."""
         return self.reordered_heads.get(module.rpartition(".")[2])
 
-    def tensor_names(self, modules: Sequence[str]) -> dict[str, str]:
+    def tensor_names(self, modules: Collection[str]) -> dict[str, str]:
         """{module: llama.cpp's name of its weight}.
 
         Raises:
@@ -65,6 +65,10 @@ class Architecture:
                 f"llama.cpp has no tensor for {unknown} in its architecture {self.name!r}; use another layout"
             )
         return {module: name for module, name in names.items() if name is not None}
+
+    def check_modules(self, modules: Collection[str]) -> None:
+        """UserError for a module that this architecture does not have there."""
+        self.tensor_names(modules)
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -113,7 +117,7 @@ def write_gguf(path: Path, factors: PlainFactors, architecture: Architecture, ou
         OSError: the disk is full or read-only.
     """
     live = {module: pair for module, pair in factors.items() if pair[0].shape[0]}
-    names = architecture.tensor_names(list(live))
+    names = architecture.tensor_names(live)
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -159,7 +163,9 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(keys, tensors)
 
 
-def factors_in(file: GgufFile, architecture: Architecture, modules: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_in(
+    file: GgufFile, architecture: Architecture, modules: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """{module: A (R, I), B (O, R)} of the adapter in a file, in the order and scale of transformers.
 
     Raises:

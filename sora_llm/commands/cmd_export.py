@@ -15,7 +15,7 @@ from sora_llm import run_files
 from sora_llm.arguments import Parser
 from sora_llm.artifacts.card import story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
-from sora_llm.artifacts.gguf_lora import OUTTYPES, architecture_of
+from sora_llm.artifacts.gguf_lora import OUTTYPES
 from sora_llm.artifacts.merged import plan_merge
 from sora_llm.artifacts.merged_export import export_merged, rounding_in_words
 from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, quiet_libraries, skeleton
@@ -118,7 +118,6 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
     adapter = prepared(source, spec, size, arguments)
     provenance = provenance_of(source, spec, line, adapter)
     if arguments.layout == "gguf":
-        architecture_of(adapter.config).tensor_names(list(adapter.factors))
         outtype = arguments.outtype or "f32"
         certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
     elif arguments.layout == "merged":

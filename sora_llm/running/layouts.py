@@ -37,7 +37,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         return
     try:
         if layout == "gguf":
-            architecture_of(inputs.skeleton.config).tensor_names(list(targets))
+            architecture_of(inputs.skeleton.config).check_modules(targets)
         elif inputs.backbone.load_in_8bit:
             raise UserError("8-bit layers also round activations, so no weights reproduce them")
         else:
