@@ -26,7 +26,7 @@ from sora_llm.running import verified_export
 from sora_llm.running.assembly import cut_adapter
 from sora_llm.running.data_lineage import lineage_for_certificate
 from sora_llm.running.job import Job
-from sora_llm.running.layouts import adapter_layout, export_beside
+from sora_llm.running.layouts import adapter_layout, export_beside, extra_layout
 from sora_llm.running.metrics import dev_loss, final_masters, loss_over, say_alarms
 from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import RunResult
@@ -84,7 +84,7 @@ def cut_and_export(training: Training) -> StageResult:
             eval_loss_of=lambda peft_model: None if job.data.dev is None else dev_loss(job, peft_model),
             before_publishing=lambda: before_publishing(training),
         )
-        is_written_beside = config.output.export_layout not in export.LAYOUTS
+        is_written_beside = extra_layout(config.output.export_layout) is not None
         shapes = layer_shapes(adapters(model))
         factors = export.folded_factors(model) if is_written_beside and job.world.is_main else None
         if job.world.is_main and training.stage is job.plan.stages[-1]:
@@ -159,8 +159,9 @@ def finish(training: Training, result: StageResult) -> RunResult:
 
 def export_extra_layout(training: Training, result: StageResult) -> None:
     """Write the adapter again as gguf/ or merged/ if the config asks for it; the main process writes (collective)."""
-    job, layout, factors = training.job, training.job.config.output.export_layout, result.factors
-    if layout in export.LAYOUTS:
+    job, factors = training.job, result.factors
+    layout = extra_layout(job.config.output.export_layout)
+    if layout is None:
         return
     job.raise_if_stop_requested()
     del training.engine.module

@@ -21,9 +21,15 @@ from sora_llm.running.inputs import Inputs
 from sora_llm.running.plan import Plan
 
 
+def extra_layout(layout: str) -> str | None:
+    """The layout to write next to adapter/ if output.export_layout is `layout`: gguf or merged; None if it is one of
+    adapter/ itself."""
+    return None if layout in LAYOUTS else layout
+
+
 def adapter_layout(layout: str) -> str:
     """The layout of adapter/ itself, which is always a PEFT folder, regardless of other exports next to it."""
-    return layout if layout in LAYOUTS else "padded"
+    return layout if extra_layout(layout) is None else "padded"
 
 
 def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, int]], run_dir: Path) -> None:
@@ -33,7 +39,7 @@ def check_layout(layout: str, inputs: Inputs, targets: Mapping[str, tuple[int, i
         UserError: an architecture or a module that llama.cpp lacks, files that cannot be merged into, 8-bit layers, or
             a folder of that name in the run directory with other contents.
     """
-    if layout in LAYOUTS:
+    if extra_layout(layout) is None:
         return
     try:
         if layout == "gguf":
@@ -51,7 +57,7 @@ def check_place(plan: Plan, inputs: Inputs, run_dir: Path) -> None:
     """UserError if the exports of a run that is about to train would replace files that somebody added to older ones,
     or if the disk currently has no room for its layout."""
     layout = plan.config.output.export_layout
-    for folder in [ADAPTER, *([] if layout in LAYOUTS else [layout])]:
+    for folder in filter(None, (ADAPTER, extra_layout(layout))):
         refuse_other_contents(run_dir / folder)
     for stage in plan.stages:  # earlier stages' folders stay, including anything added to them
         refuse_other_contents(run_dir / plan.folder_of(stage), may_have_additions=True)

@@ -13,11 +13,11 @@ from sora_llm import checkpoint, run_files, terminal
 from sora_llm.config import load_config, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import UserError
-from sora_llm.export import LAYOUTS
 from sora_llm.files import user_path
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state
 from sora_llm.running.job import Job
+from sora_llm.running.layouts import extra_layout
 from sora_llm.running.plan import Plan, refuse_other_config
 from sora_llm.running.run_folders import written_since
 from sora_llm.running.snapshot import refuse_other_run
@@ -76,7 +76,7 @@ def what_is_missing(layout: str, run_dir: Path, metrics: Mapping[str, Any]) -> l
     An adapter without any rank cannot have a gguf.
     """
     is_empty = metrics.get("kept_params") == 0
-    if layout in LAYOUTS or (run_dir / layout).is_dir() or (layout == "gguf" and is_empty):
+    if extra_layout(layout) is None or (run_dir / layout).is_dir() or (layout == "gguf" and is_empty):
         return []
     run, out = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / layout))
     return [f"it has no {layout}: sora-llm export {run} --layout {layout} --out {out}"]
