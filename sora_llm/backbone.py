@@ -1,5 +1,5 @@
-"""Loading the frozen model and its tokenizer: with `quantised`, the only code that uses transformers' loading and
-bitsandbytes."""
+"""Loading the frozen model and its tokenizer: with `quantised` and `reread_weights`, the only code that uses
+transformers' loading and bitsandbytes."""
 
 from __future__ import annotations
 

@@ -14,11 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sora_llm.artifacts.logit_check import MAX_GAIN, MIN_GAIN, logit_errors, logit_problems, logits_of
+from sora_llm.artifacts.logit_check import (
+    MAX_GAIN,
+    MIN_GAIN,
+    coarser,
+    coarsest_dtype,
+    logit_errors,
+    logit_problems,
+    logits_of,
+)
 from sora_llm.errors import RunFailed, UserError, first_line
 from sora_llm.factors import product_distance
 from sora_llm.inject import adapters, evaluating, without_adapters
-from sora_llm.quantised import coarser, coarsest_dtype
 from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.sora import SoraLinear
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from sora_llm import export, peft_check
 from sora_llm.artifacts import logit_check
+from sora_llm.artifacts.logit_check import coarsest_dtype
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
-from sora_llm.quantised import coarsest_dtype
 
 
 @pytest.mark.parametrize("layout", ["padded", "ragged"])

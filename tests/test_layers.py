@@ -21,7 +21,7 @@ compiled
 topology sora schedule factors hashes weights_digest allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
-inject quantised causal_loss
+inject quantised reread_weights causal_loss
 merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card artifacts.logit_check
@@ -151,7 +151,7 @@ def test_the_algorithm_imports_torch_alone(name):
         (("deepspeed", "accelerate"), {"distributed.group", "distributed.engine", "distributed.zero"}),
         (("torch.distributed",), {"distributed.collectives", "distributed.group", "distributed.replicas"}),
         (("yaml",), {"config.yaml_text"}),
-        (("bitsandbytes",), {"backbone", "quantised"}),
+        (("bitsandbytes",), {"backbone", "quantised", "reread_weights"}),
         (("peft",), {"export", "peft_check", "targets"}),
         (("huggingface_hub",), {"hub"}),
         (("gguf",), {"artifacts.gguf_lora"}),

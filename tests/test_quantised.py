@@ -28,7 +28,8 @@ from sora_llm.errors import UserError
 from sora_llm.estimates.memory import estimate
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
-from sora_llm.quantised import keep_weights, match_loading_format, reread_weights_in_backward
+from sora_llm.quantised import match_loading_format
+from sora_llm.reread_weights import keep_weights, reread_weights_in_backward
 from sora_llm.targets import target_linears
 from sora_llm.train import main
 

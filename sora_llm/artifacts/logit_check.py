@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
+from sora_llm.quantised import compute_dtypes
 
 # Relative, by the dtype of the activations: PEFT computes the branch in float32, the trained model in this dtype.
 MAX_LOGITS_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -38,6 +39,17 @@ def logit_problems(off: float, gain: float | None, dtype: torch.dtype, who: str)
     if gain is not None and not MIN_GAIN <= gain <= MAX_GAIN:
         problems.append(f"{who} {gain:.2f} of the adapter's effect on the logits")
     return problems
+
+
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest dtype that a model computes in: that of its embeddings, or of quantised layers."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return coarser(embeddings.weight.dtype, *compute_dtypes(model))
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The coarsest of some dtypes."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @torch.no_grad()

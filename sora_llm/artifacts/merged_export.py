@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents, worst_delta_error
-from sora_llm.artifacts.logit_check import default_probe, logit_errors, logit_problems, logits_of
+from sora_llm.artifacts.logit_check import coarsest_dtype, default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.merged import (
     Merge,
     check_shards,
@@ -28,7 +28,7 @@ from sora_llm.errors import RunFailed
 from sora_llm.factors import shapes_of
 from sora_llm.files import file_sha256, staging
 from sora_llm.inject import attach_factors, without_adapters
-from sora_llm.quantised import coarsest_dtype, dequantised_weight
+from sora_llm.quantised import dequantised_weight
 
 MERGED = {True: "merged, dequantized", False: "merged, original"}  # by Merge.dequantise
 

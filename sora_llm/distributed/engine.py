@@ -22,7 +22,7 @@ from sora_llm.hashes import fingerprints
 from sora_llm.inject import adapter_parameters, adapters
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import GATES, IMPORTANCE, TAU_SUM, ProxAdamW
-from sora_llm.quantised import keep_weights, reread_weights_in_backward
+from sora_llm.reread_weights import keep_weights, reread_weights_in_backward
 from sora_llm.topology import ZERO_STAGES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
