@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ class BackboneSpec:
         """How the weights are loaded, for a certificate, under the names of our config."""
         return {name: getattr(self, field) for name, field in _LOADING.items()}
 
-    def loaded_as(self, loading: Any) -> BackboneSpec | None:
-        """This base, loaded as a certificate says; None if `loading` is invalid."""
-        if not isinstance(loading, dict) or loading.keys() != _LOADING.keys():
+    def loaded_as(self, loading: Mapping[str, Any] | None) -> BackboneSpec | None:
+        """This base, loaded as a certificate says; None if `loading` is invalid or not known."""
+        if loading is None or loading.keys() != _LOADING.keys():
             return None
         spec = replace(self, **{field: loading[name] for name, field in _LOADING.items()})
         flags = (spec.load_in_4bit, spec.load_in_8bit, spec.double_quant)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from sora_llm.artifacts.lora_files import certificate_in
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.config import Config, Dataset
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.data.prompts import answer_end, encode_prompt, served_template
@@ -53,12 +52,9 @@ def plain_separator(config: Config) -> str | None:
     return first.separator if first.type in WITHOUT_TEMPLATE else None
 
 
-def recorded_separator(config: Config | None, folder: Path | None) -> str | None:
-    """`plain_separator` of the run that an adapter comes from, or the one in the certificate in its folder."""
-    if config is not None:
-        return plain_separator(config)
-    separator = None if folder is None else certificate_in(folder).get("separator")
-    return separator if isinstance(separator, str) else None
+def recorded_separator(config: Config | None, certificate: Certificate) -> str | None:
+    """`plain_separator` of the run that an adapter comes from, or the one in its certificate."""
+    return certificate.separator if config is None else plain_separator(config)
 
 
 def format_of_template(tokenizer: Any, chat_template: str) -> PromptFormat:

@@ -17,7 +17,7 @@ from small_runs import CONFIG, Playground
 from spawn import launched, spawn
 
 from sora_llm import cli
-from sora_llm.artifacts.lora_files import certificate_in
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.base_files import base_digest
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.distributed.collectives import gather_objects, is_timeout
@@ -135,7 +135,7 @@ def test_what_is_merged_was_trained_beside_what_its_sources_were(
     perturb(base)
     out = ["--out", str(tmp_path / "out"), "--base", str(base)]
     assert cli.main(["consensus", adapter, adapter, *out]) == 0 and "are not those that" in capsys.readouterr().err
-    assert certificate_in(tmp_path / "out")["base_digest"] == before
+    assert Certificate.read(tmp_path / "out").base_digest == before
 
 
 def test_weights_are_the_same_however_they_lie_in_files(tmp_path: Path) -> None:

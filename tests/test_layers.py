@@ -16,7 +16,7 @@ GROUPS = ("artifacts", "estimates", "running")
 LAYERS = """
 errors terminal row_types values run_files
 arguments files hub running.stop running.liveness
-extensions
+extensions artifacts.certificate
 compiled
 topology sora schedule factors hashes weights_digest allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time

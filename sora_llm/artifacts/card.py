@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.artifacts.consumers import Verdict
-from sora_llm.artifacts.lora_files import certificate_in
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import mean_rank, slot_params
 from sora_llm.files import publish
@@ -89,7 +89,7 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
         )
     if folder.is_dir() and (inner := next(folder.glob(f"*/**/{CERTIFICATE}"), None)) is not None:
         raise UserError(f"{folder} would be replaced, and with it the export in {inner.parent}; name another folder")
-    if folder.is_dir() and not may_have_additions and (written := _certificate(folder).get("files")) is not None:
+    if folder.is_dir() and not may_have_additions and (written := _certificate(folder).files) is not None:
         for path in sorted(folder.iterdir()):
             if path.name not in written:
                 raise UserError(
@@ -100,15 +100,15 @@ def refuse_other_contents(folder: Path, *, may_have_additions: bool = False) -> 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export of any layout, judging by its certificate: a LoRA alone may come from anywhere."""
-    return {"layout", "modules"} <= _certificate(folder).keys()
+    return _certificate(folder).is_of_export
 
 
-def _certificate(folder: Path) -> dict[str, Any]:
-    """The content of a folder's certificate; empty also if it is damaged: then nothing says that this is an export."""
+def _certificate(folder: Path) -> Certificate:
+    """A folder's certificate; empty also if it is damaged: then nothing says that this is an export."""
     try:
-        return certificate_in(folder)
+        return Certificate.read(folder)
     except UserError:
-        return {}
+        return Certificate()
 
 
 def worst_delta_error(certificate: Mapping[str, Any]) -> float:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.errors import UserError
-from sora_llm.files import file_sha256
-from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE
+from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 BASE = "base_model_name_or_path"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
@@ -56,7 +56,7 @@ class LoraFiles:
     """A saved LoRA: {module: (A (R, I), B (O, R), None)} in float32, and the scale of each module's product.
 
     Slots that add nothing are left out.  `targets` are all modules that it was made for, including pruned ones missing
-    from the files if a certificate names them.
+    from the files if the certificate names them; that is empty if there is none.
     """
 
     base_model: str
@@ -64,8 +64,7 @@ class LoraFiles:
     factors: dict[str, tuple[Tensor, Tensor, None]]
     scaling: dict[str, float]
     targets: frozenset[str]
-    base_digest: str | None
-    """`base_files.base_digest` of the base weights it was trained on, if a certificate records it."""
+    certificate: Certificate
 
 
 def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
@@ -93,7 +92,8 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
         pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
     if not pairs:
         raise UserError(f"{folder / ADAPTER_WEIGHTS} holds no factors")
-    check_certified_weights(folder)
+    certificate = Certificate.read(folder)
+    certificate.check_weights(folder)
     factors, scaling = {}, {}
     for name, pair in pairs.items():
         if not is_target(name, config):
@@ -118,8 +118,8 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
         config.get("revision"),
         factors,
         scaling,
-        targets=frozenset(factors) | _certified_modules(folder),
-        base_digest=certified_digest(folder),
+        targets=frozenset(factors) | certificate.modules,
+        certificate=certificate,
     )
 
 
@@ -250,49 +250,8 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     return number is not None and number in ([layers] if isinstance(layers, int) else layers)
 
 
-def certificate_in(folder: Path) -> dict[str, Any]:
-    """The content of a folder's certificate; empty if there is none.
-
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
-    file = folder / CERTIFICATE
-    try:
-        certificate = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); change its permissions, or remove it") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}); restore or remove it") from None
-    if not isinstance(certificate, dict):
-        raise UserError(f"{file} is damaged (it is no JSON object); restore or remove it")
-    return certificate
-
-
-def certified_digest(folder: Path) -> str | None:
-    """The `base_files.base_digest` of the base weights that a folder's certificate says it was trained on."""
-    digest = certificate_in(folder).get("base_digest")
-    return digest if isinstance(digest, str) else None
-
-
 def check_lora(folder: Path) -> None:
     """UserError unless a plain LoRA's config and, if there is one, its certificate describe the weights next to them;
     these are not loaded."""
     _read_config(folder)
-    check_certified_weights(folder)
-
-
-def check_certified_weights(folder: Path) -> None:
-    """UserError if the certificate in a LoRA's folder was written for other weights."""
-    sha256 = certificate_in(folder).get("sha256")
-    if sha256 is not None and (folder / ADAPTER_WEIGHTS).is_file() and sha256 != file_sha256(folder / ADAPTER_WEIGHTS):
-        raise UserError(
-            f"{folder / ADAPTER_WEIGHTS} is not what its {CERTIFICATE} was written for; remove one of the two"
-        )
-
-
-def _certified_modules(folder: Path) -> frozenset[str]:
-    """The modules named in our certificate in the same folder."""
-    modules = certificate_in(folder).get("modules")
-    return frozenset(modules) if isinstance(modules, dict) else frozenset()
+    Certificate.read(folder).check_weights(folder)

@@ -154,7 +154,7 @@ def described(
 
 def separators_of(sources: Sequence[SavedAdapter]) -> dict[str, str | None]:
     """{source: the separator after its prompts}; None for those with conversations, or if it is not known."""
-    return {source.name: recorded_separator(source.config, source.folder) for source in sources}
+    return {source.name: recorded_separator(source.config, source.certificate) for source in sources}
 
 
 def shared_separator(result: Mapping[str, Any]) -> str | None:

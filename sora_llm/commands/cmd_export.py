@@ -269,7 +269,7 @@ def provenance_of(
         metrics={"dev loss": line["eval_loss"]} if "eval_loss" in line and is_whole else {},
         tokenizer_files=files or tokenizer_files(spec),
         chat_template=template,
-        separator=recorded_separator(source.config, source.folder),
+        separator=recorded_separator(source.config, source.certificate),
         load_options=from_pretrained_args(spec, adapter.config),
         base_loading=spec.loading,
         base_digest=source.base_digest,

@@ -22,7 +22,7 @@ from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import UserError
-from sora_llm.prompt_format import has_conversations, recorded_separator, template_is_named
+from sora_llm.prompt_format import has_conversations, template_is_named
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_lineage import LineageEntry, lineage_in, lineage_of, trained_separator
 from sora_llm.running.held_out import has_same_split, seen_dataset
@@ -186,7 +186,7 @@ def certified_separator(ref: ModelRef) -> str | None:
     model, was trained on; None if none is recorded."""
     folder = ref.certificate_folder
     taught = None if folder is None else trained_separator(lineage_in(folder))
-    return recorded_separator(None, folder) if taught is None else taught
+    return ref.certificate.separator if taught is None else taught
 
 
 def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorded: str | None) -> Dataset:

@@ -31,7 +31,7 @@ from sora_llm.data.template_gaps import check_has_place
 from sora_llm.data.templates import resolve_template
 from sora_llm.errors import UserError
 from sora_llm.generation import Answer, Sampling, answer
-from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_format, recorded_separator
+from sora_llm.prompt_format import PromptFormat, format_of_template, prompt_format
 from sora_llm.run_files import ADAPTER_CONFIG
 
 MIN_TEMPERATURE = 1e-4
@@ -214,7 +214,7 @@ def _form(arguments: argparse.Namespace, ref: ModelRef, tokenizer: Any) -> Promp
     if ref.config is not None:
         template = resolve_template(tokenizer, ref.config.data.chat_template)
         return prompt_format(ref.config, tokenizer, template)
-    if (separator := recorded_separator(None, ref.certificate_folder)) is not None:
+    if (separator := ref.certificate.separator) is not None:
         return PromptFormat(None, separator)
     beside = adapter_template(ref)
     if beside is not None or tokenizer.chat_template:

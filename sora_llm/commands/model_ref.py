@@ -14,6 +14,7 @@ from torch import nn
 
 from sora_llm import checkpoint, run_files
 from sora_llm.artifacts.card import TEMPLATE
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.artifacts.lora_files import check_lora, saved_base, saved_revision
 from sora_llm.backbone import load_backbone, load_model_config, quiet_libraries, spec_from_files
 from sora_llm.base_files import has_tokenizer
@@ -21,7 +22,6 @@ from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.path_arguments import ResolvedPath, resolve_path
 from sora_llm.commands.sources import (
     beside_other_weights,
-    certified_spec,
     plain_factors,
     read_source,
     recorded_digest,
@@ -58,6 +58,12 @@ class ModelRef:
         """The folder whose certificate describes it."""
         return self.spec.folder if self.is_whole_model else self.adapter
 
+    @property
+    def certificate(self) -> Certificate:
+        """The certificate in that folder, empty if there is none; UserError if it is damaged."""
+        folder = self.certificate_folder
+        return Certificate() if folder is None else Certificate.read(folder)
+
 
 def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
     """The model that `path` names, as in `resolve_path` or as a folder with a whole model; `overrides` are of the run's
@@ -74,7 +80,7 @@ def resolve_model(path: str, overrides: Sequence[str] = ()) -> ModelRef:
         return ModelRef(spec, place.config, place.adapter, is_loading_known=True, place=place)
     folder = place.with_adapter()
     spec = BackboneSpec(saved_base(folder), revision=saved_revision(folder))
-    as_certified = certified_spec(folder, spec)
+    as_certified = spec.loaded_as(Certificate.read(folder).base_loading)
     return ModelRef(as_certified or spec, None, folder, is_loading_known=as_certified is not None, place=place)
 
 

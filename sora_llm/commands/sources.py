@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from torch import nn
 
 from sora_llm import checkpoint
 from sora_llm.artifacts.card import TEMPLATE
-from sora_llm.artifacts.lora_files import certificate_in, certified_digest, is_same_base, read_lora
+from sora_llm.artifacts.certificate import Certificate
+from sora_llm.artifacts.lora_files import is_same_base, read_lora
 from sora_llm.backbone import load_tokenizer, spec_from_files
 from sora_llm.base_files import base_digest, has_tokenizer, tokenizer_files_in
 from sora_llm.base_spec import BackboneSpec
@@ -59,6 +60,8 @@ class SavedAdapter:
     """Its training data, as a certificate lists it."""
     folder: Path | None = None
     config: Config | None = None
+    certificate: Certificate = field(default_factory=Certificate)
+    """The one in its folder; empty for a checkpoint."""
     base_digest: str | None = None
     """The digest of the weights that it was trained on, if known."""
 
@@ -107,16 +110,13 @@ def source_of(place: ResolvedPath) -> SavedAdapter:
         lora.factors,
         lora.scaling,
         lora.targets,
-        spec=certified_spec(folder, BackboneSpec(lora.base_model, lora.revision)),
+        spec=BackboneSpec(lora.base_model, lora.revision).loaded_as(lora.certificate.base_loading),
+        data=lineage_for_certificate(None, lora.certificate),
         folder=folder,
-        base_digest=lora.base_digest,
+        certificate=lora.certificate,
+        base_digest=lora.certificate.base_digest,
     )
-    return replace(source, data=lineage_for_certificate(None, folder)) if config is None else _of_run(source, config)
-
-
-def certified_spec(folder: Path, base: BackboneSpec) -> BackboneSpec | None:
-    """`base` loaded as the certificate in an adapter's folder says; None if none does."""
-    return base.loaded_as(certificate_in(folder).get("base_loading"))
+    return source if config is None else _of_run(source, config)
 
 
 def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
@@ -126,7 +126,7 @@ def _of_run(source: SavedAdapter, config: Config) -> SavedAdapter:
         base=config.model.name_or_path,
         revision=config.model.revision,
         spec=backbone_spec(config, "none"),
-        data=lineage_for_certificate(config, source.folder),
+        data=lineage_for_certificate(config, source.certificate),
         config=config,
     )
 
@@ -156,7 +156,7 @@ def _of_checkpoint(name: str, folder: Path, config: Config) -> SavedAdapter:
 def recorded_digest(folder: Path) -> str | None:
     """The `base_digest` that a checkpoint, or the certificate of a LoRA, records; None if there is none."""
     if (folder / ADAPTER_CONFIG).is_file():
-        return certified_digest(folder)
+        return Certificate.read(folder).base_digest
     return checkpoint.read_state(folder).get("base")
 
 

@@ -99,7 +99,8 @@ def warm_start(job: Job, model: nn.Module, digest: str | None) -> None:
     is."""
     lora, spec = start_lora(job.config), job.inputs.backbone
     init_from_lora(model, lora.factors, lora.scaling)
-    if None not in (digest, lora.base_digest) and digest != lora.base_digest:
+    trained_on = lora.certificate.base_digest
+    if None not in (digest, trained_on) and digest != trained_on:
         job.say(
             f"warning: model.adapter was trained on different weights than those of {spec.name_or_path} (quantised "
             "differently, or another model): it does not start as the function it was"

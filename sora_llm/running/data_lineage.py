@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import run_files
-from sora_llm.artifacts.lora_files import certificate_in
+from sora_llm.artifacts.certificate import Certificate
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import expand_home
 from sora_llm.prompt_format import names_template_file
-from sora_llm.row_types import FIELDS
 from sora_llm.running.run_folders import run_of_adapter, with_resolved_paths, with_saved_template
 
 
@@ -36,13 +35,13 @@ def lineage_of(
     if config.model.adapter is not None:
         found += lineage_in(Path(expand_home(config.model.adapter)), visited)
     known = [dataset for entry in found if entry.config is not None for dataset in entry.datasets]
-    claims = [] if folder is None else _claims(folder)
+    claims = [] if folder is None else _claims(Certificate.read(folder))
     return [*found, LineageEntry([claim for claim in claims if not any(_is_same(claim, dataset) for dataset in known)])]
 
 
 def lineage_of_base(config: Config) -> LineageEntry:
     """The data that an adapter merged into a run's base was trained on."""
-    return LineageEntry(_claims(Path(expand_home(config.model.name_or_path))))
+    return LineageEntry(_claims(Certificate.read(Path(expand_home(config.model.name_or_path)))))
 
 
 def lineage_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[LineageEntry]:
@@ -51,7 +50,9 @@ def lineage_in(folder: Path, visited: frozenset[Path] = frozenset()) -> list[Lin
     if folder in visited:
         return []
     config = _run_config(folder)
-    return [LineageEntry(_claims(folder))] if config is None else lineage_of(config, folder, visited | {folder})
+    if config is None:
+        return [LineageEntry(_claims(Certificate.read(folder)))]
+    return lineage_of(config, folder, visited | {folder})
 
 
 def _run_config(folder: Path) -> Config | None:
@@ -67,10 +68,8 @@ def _run_config(folder: Path) -> Config | None:
     return with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE) if names_template_file(config) else config
 
 
-def _claims(folder: Path) -> list[Dataset]:
-    """The data sets that the certificate in a folder names."""
-    said = certificate_in(folder).get("data")
-    entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
+def _claims(certificate: Certificate) -> list[Dataset]:
+    """The data sets that a certificate names."""
     return [
         Dataset(
             path=entry["path"],
@@ -79,13 +78,7 @@ def _claims(folder: Path) -> list[Dataset]:
             name=entry.get("name"),
             separator=entry.get("separator", ""),
         )
-        for entry in entries
-        if isinstance(path := entry.get("path"), str)
-        and path.isprintable()
-        and isinstance(type_ := entry.get("type"), str)
-        and type_ in FIELDS
-        and all(isinstance(text := entry.get(key) or "", str) and text.isprintable() for key in ("split", "name"))
-        and isinstance(entry.get("separator", ""), str)
+        for entry in certificate.data
     ]
 
 
@@ -95,10 +88,10 @@ def _is_same(claim: Dataset, own: Dataset) -> bool:
     return _entry(rest) == _entry(claim) and (own.path == claim.path or own.path.endswith(f"/{written}"))
 
 
-def lineage_for_certificate(config: Config | None, folder: Path | None = None) -> list[Mapping[str, str]]:
-    """The training data that an adapter's certificate lists: that of the certificate in its folder, if it lists any,
-    else the lineage of a run's config; paths as they were written."""
-    if folder is not None and (claims := _claims(folder)):
+def lineage_for_certificate(config: Config | None, older: Certificate | None = None) -> list[Mapping[str, str]]:
+    """The training data that an adapter's certificate lists: that of an older one that it has, if it lists any, else
+    the lineage of a run's config; paths as they were written."""
+    if older is not None and (claims := _claims(older)):
         return deduplicated([_entry(claim) for claim in claims])
     lineage = lineage_of(config) if config is not None else []
     return deduplicated([_entry(dataset) for entry in lineage for dataset in entry.datasets])
