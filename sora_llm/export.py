@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from sora_llm.artifacts.card import (
     TEMPLATE,
     Provenance,
+    certificate_of,
     model_card,
     publish_export,
     refuse_other_contents,
+    self_check_failed,
     worst_delta_error,
 )
 from sora_llm.artifacts.consumers import PEFT, TRANSFORMERS, Verdict, read_folder, verdicts_for_folder
@@ -280,17 +282,7 @@ def certify_and_publish(
 
     ranks = {name: A.shape[0] for name, (A, _) in folded_factors(model).items()}
     if problems := errors.problems:
-        raise RunFailed(f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was exported")
-    certificate = {
-        **provenance.in_certificate(),
-        "passed": True,
-        "layout": layout,
-        "modules": {name: {"rank": ranks[name], "delta_error": errors.delta[name]} for name in ranks},
-        "stored_params": _stored_params(temporary / ADAPTER_WEIGHTS),
-        "logits_error": errors.logits,
-        "peft_version": peft.__version__,
-        "sha256": file_sha256(temporary / ADAPTER_WEIGHTS),
-    }
+        raise self_check_failed(problems)
     shapes = layer_shapes(adapters(model))
     kinds = {_of_any_layer(name) for name in ranks}
     in_base = [name for name, _ in model.named_modules() if _of_any_layer(name) in kinds]
@@ -299,7 +291,15 @@ def certify_and_publish(
         base=provenance.base_model or "BASE",
         is_base_quantised=provenance.is_base_quantised,
     )
-    certificate["consumers"] = {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()}
+    weights = temporary / ADAPTER_WEIGHTS
+    checks = {
+        "stored_params": _stored_params(weights),
+        "logits_error": errors.logits,
+        "peft_version": peft.__version__,
+    }
+    certificate = certificate_of(
+        provenance, layout, ranks, errors.delta, file_sha256(weights), checks=checks, verdicts=verdicts
+    )
     card = _card(layout, ranks, shapes, certificate, verdicts, provenance)
     return publish_export(temporary, folder, certificate, card)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sora_llm.artifacts.card import self_check_failed
 from sora_llm.artifacts.logit_check import (
     MAX_GAIN,
     MIN_GAIN,
@@ -93,9 +94,7 @@ def reloaded(model: nn.Module, folder: Path, probe_ids: Tensor) -> Iterator[Relo
             try:
                 peft_model = load_adapter(model, folder)
             except UserError as error:
-                raise RunFailed(
-                    f"the exported adapter is not the trained one: {error}; nothing was exported"
-                ) from error
+                raise self_check_failed([str(error)]) from error
             try:
                 logits = logits_of(peft_model, probe_ids)
                 off, gain = logit_errors(logits, trained, base)

@@ -19,6 +19,8 @@ from sora_llm.run_files import CERTIFICATE
 
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
+_EXACT = "exact"
+"""What a certificate says of an engine that applies the adapter exactly; of others it says why they do not."""
 _LOOKS = 5
 """At a folder that other processes may be replacing, before what is seen there is believed."""
 
@@ -109,6 +111,48 @@ def _certificate(folder: Path) -> Certificate:
         return Certificate.read(folder)
     except UserError:
         return Certificate()
+
+
+def certificate_of(
+    provenance: Provenance,
+    layout: str,
+    ranks: Mapping[str, int],
+    delta_errors: Mapping[str, float],
+    sha256: str | Mapping[str, str],
+    *,
+    form: Mapping[str, Any] | None = None,
+    checks: Mapping[str, Any],
+    verdicts: Mapping[str, Verdict] | None = None,
+) -> dict[str, Any]:
+    """The certificate of an export whose self-check has passed.
+
+    `ranks` and `delta_errors` are by module, `sha256` is of its weights (by file if there are several), `form` says
+    what else there is to know about its files, `checks` what the self-check found and with what; `verdicts` by engine.
+    """
+    certificate = {
+        **provenance.in_certificate(),
+        "passed": True,
+        "layout": layout,
+        **(form or {}),
+        "modules": {name: {"rank": rank, "delta_error": delta_errors[name]} for name, rank in ranks.items()},
+        **checks,
+        "sha256": sha256,
+    }
+    if verdicts is not None:
+        certificate["consumers"] = {engine: verdict.reason or _EXACT for engine, verdict in verdicts.items()}
+    return certificate
+
+
+def reasons_in(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """{engine: why it does not apply the adapter exactly, "" if it does}."""
+    return {engine: "" if said == _EXACT else said for engine, said in certificate["consumers"].items()}
+
+
+def self_check_failed(
+    problems: Sequence[str], *, what: str = "the exported adapter is not the trained one", hint: str = ""
+) -> RunFailed:
+    """The error that says `what` an export is not, by the first of the `problems` that its self-check found."""
+    return RunFailed(f"{what}: {'; '.join(problems[:3])}; nothing was exported{hint}")
 
 
 def worst_delta_error(certificate: Mapping[str, Any]) -> float:

@@ -10,9 +10,11 @@ from typing import Any
 from sora_llm.artifacts.card import (
     TEMPLATE,
     Provenance,
+    certificate_of,
     model_card,
     publish_export,
     refuse_other_contents,
+    self_check_failed,
     worst_delta_error,
 )
 from sora_llm.artifacts.consumers import LLAMA_CPP, verdicts_for_gguf
@@ -68,22 +70,18 @@ def export_gguf(
             problems.append(f"llama.cpp would not apply it: {verdicts[LLAMA_CPP].reason}")
         if problems:
             lossless = "" if outtype == "f32" else "; f32 loses nothing"
-            raise RunFailed(
-                f"the exported adapter is not the trained one: {'; '.join(problems[:3])}; nothing was "
-                f"exported{lossless}"
-            )
+            raise self_check_failed(problems, hint=lossless)
         ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-        certificate = {
-            **provenance.in_certificate(),
-            "passed": True,
-            "layout": "gguf",
-            "outtype": outtype,
-            "architecture": architecture.name,
-            "modules": {name: {"rank": ranks[name], "delta_error": errors[name]} for name in ranks},
-            "gguf_version": version("gguf"),
-            "sha256": file_sha256(temporary / FILE),
-            "consumers": {engine: verdict.reason or "exact" for engine, verdict in verdicts.items()},
-        }
+        certificate = certificate_of(
+            provenance,
+            "gguf",
+            ranks,
+            errors,
+            file_sha256(temporary / FILE),
+            form={"outtype": outtype, "architecture": architecture.name},
+            checks={"gguf_version": version("gguf")},
+            verdicts=verdicts,
+        )
         return publish_export(temporary, folder, certificate, _card(ranks, shapes, certificate, verdicts, provenance))
 
 

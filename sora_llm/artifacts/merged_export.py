@@ -12,7 +12,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_llm.artifacts.card import Provenance, model_card, publish_export, refuse_other_contents, worst_delta_error
+from sora_llm.artifacts.card import (
+    Provenance,
+    certificate_of,
+    model_card,
+    publish_export,
+    refuse_other_contents,
+    self_check_failed,
+    worst_delta_error,
+)
 from sora_llm.artifacts.logit_check import coarsest_dtype, default_probe, logit_errors, logit_problems, logits_of
 from sora_llm.artifacts.merged import (
     Merge,
@@ -76,22 +84,18 @@ def export_merged(
             losses |= found
             problems = logit_problems(off, gain, expected.dtype, "the merged model shows")
         if problems:
-            raise RunFailed(
-                f"the merged model is not base + adapter: {'; '.join(problems[:3])}; nothing was exported (an adapter "
-                f"that is small relative to {merge.spec.dtype} rounding is better served unmerged)"
-            )
+            hint = f" (an adapter that is small relative to {merge.spec.dtype} rounding is better served unmerged)"
+            raise self_check_failed(problems, what="the merged model is not base + adapter", hint=hint)
         ranks = {name: A.shape[0] for name, (A, _) in merge.factors.items()}
-        certificate = {
-            **provenance.in_certificate(),
-            "passed": True,
-            "layout": "merged",
-            "base": "dequantized" if merge.dequantise else "original",
-            "dtype": merge.spec.dtype,
-            "modules": {name: {"rank": ranks[name], "delta_error": lost[name]} for name in ranks},
-            "logits_error": off,
-            "dev_loss": losses,
-            "sha256": {name: file_sha256(temporary / name) for name in names},
-        }
+        certificate = certificate_of(
+            provenance,
+            "merged",
+            ranks,
+            lost,
+            {name: file_sha256(temporary / name) for name in names},
+            form={"base": "dequantized" if merge.dequantise else "original", "dtype": merge.spec.dtype},
+            checks={"logits_error": off, "dev_loss": losses},
+        )
         return publish_export(temporary, folder, certificate, _card(merge, ranks, certificate, provenance))
 
 

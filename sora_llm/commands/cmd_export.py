@@ -13,7 +13,7 @@ from torch import nn
 
 from sora_llm import run_files
 from sora_llm.arguments import Parser
-from sora_llm.artifacts.card import story_of_run
+from sora_llm.artifacts.card import reasons_in, story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES
 from sora_llm.artifacts.merged import plan_merge
@@ -357,8 +357,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         )
         lines += [f"dev loss {loss:.4f}  {name}" for name, loss in certificate["dev_loss"].items()]
         return "\n".join(lines)
-    consumers = certificate["consumers"]
-    exact = [engine for engine, reason in consumers.items() if reason == "exact"]
+    reasons = reasons_in(certificate)
+    exact = [engine for engine, reason in reasons.items() if not reason]
     lines.append(f"applied exactly by {', '.join(exact)}; how to serve it: {result['adapter']}/README.md")
-    lines += [f"not by {engine}: {reason}" for engine, reason in consumers.items() if reason != "exact"]
+    lines += [f"not by {engine}: {reason}" for engine, reason in reasons.items() if reason]
     return "\n".join(lines)
