@@ -35,6 +35,7 @@ from sora_llm.artifacts.logit_check import (
     check_probe,
     default_probe,
 )
+from sora_llm.artifacts.lora_files import tensor_name
 from sora_llm.backbone import from_pretrained_args, module_names, spec_from_model
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
@@ -230,8 +231,8 @@ def _padded(factors: PlainFactors, r: int) -> dict[str, Tensor]:
     tensors = {}
     for name, (A, B) in factors.items():
         padding = r - A.shape[0]
-        tensors[_key(name, "A")] = torch.cat([A, A.new_zeros(padding, A.shape[1])])
-        tensors[_key(name, "B")] = torch.cat([B, B.new_zeros(B.shape[0], padding)], dim=1)
+        tensors[tensor_name(name, "A")] = torch.cat([A, A.new_zeros(padding, A.shape[1])])
+        tensors[tensor_name(name, "B")] = torch.cat([B, B.new_zeros(B.shape[0], padding)], dim=1)
     return tensors
 
 
@@ -240,16 +241,16 @@ def _ragged(factors: PlainFactors) -> dict[str, Tensor]:
     if not live:  # PEFT refuses rank 0: an empty adapter is one slot of zeros
         name, (A, B) = next(iter(factors.items()))
         live = {name: (A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1))}
-    return {_key(name, kind): t.contiguous() for name, pair in live.items() for kind, t in zip("AB", pair, strict=True)}
+    return {
+        tensor_name(name, kind): t.contiguous()
+        for name, pair in live.items()
+        for kind, t in zip("AB", pair, strict=True)
+    }
 
 
 def _ragged_params(ranks: Mapping[str, int], shapes: Shapes) -> int:
     """The number of values that `_ragged` stores for factors of these ranks."""
     return slot_params(ranks, shapes) or sum(next(iter(shapes.values())))
-
-
-def _key(name: str, kind: str) -> str:
-    return f"base_model.model.{name}.lora_{kind}.weight"
 
 
 def copy_adapter(source: Path, folder: Path) -> None:

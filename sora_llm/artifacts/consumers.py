@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sora_llm.artifacts.gguf_lora import ALPHA_KEY, KINDS, TYPE_KEY, Architecture, GgufFile
-from sora_llm.artifacts.lora_files import TENSOR, by_pattern, is_target, more_than_lora
+from sora_llm.artifacts.lora_files import ScaleRules, by_module, is_target, more_than_lora
 from sora_llm.errors import UserError
 from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -45,20 +45,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A PEFT folder as engines see it: its config, {module: (rows of A, columns of B)}, and the modules that engines
-    look for: those of the same kinds in all layers of the base."""
+    """A PEFT folder as engines see it: its config and what that says by PEFT's rules, {module: (rows of A, columns of
+    B)}, and the modules that engines look for: those of the same kinds in all layers of the base."""
 
     config: dict[str, Any]
+    rules: ScaleRules
     ranks: dict[str, tuple[int, int]]
     targets: frozenset[str]
 
     @property
     def r(self) -> int:
-        return int(self.config["r"])
+        return self.rules.r
 
     @property
     def alpha(self) -> float:
-        return float(self.config["lora_alpha"])
+        return self.rules.alpha
 
     @property
     def odd_rank(self) -> str | None:
@@ -82,18 +83,16 @@ def read_folder(folder: Path, targets: Collection[str] = ()) -> LoraFolder:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        if int(config["r"]) < 1 or not math.isfinite(float(config["lora_alpha"])):
+        rules = ScaleRules.of(config)
+        if rules.r < 1 or not math.isfinite(rules.alpha):
             raise ValueError(f"r is {config['r']} and lora_alpha {config['lora_alpha']}")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error, SafetensorError) as error:
         raise UserError(f"the adapter {folder} cannot be read: {error}") from None
-    ranks: dict[str, tuple[int, int]] = {}
-    for key, shape in shapes.items():
-        found = TENSOR.fullmatch(key)
-        if found is None:
-            raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {key}")
-        A, B = ranks.get(found["module"], (0, 0))
-        ranks[found["module"]] = (shape[0], B) if found["kind"] == "A" else (A, shape[1])
-    return LoraFolder(config, ranks, frozenset(targets) | ranks.keys())
+    ranks = {
+        name: (pair["A"][0] if "A" in pair else 0, pair["B"][1] if "B" in pair else 0)
+        for name, pair in by_module(shapes, folder).items()
+    }
+    return LoraFolder(config, rules, ranks, frozenset(targets) | ranks.keys())
 
 
 # -------------------------------------------------------------------------------------------------------- a folder
@@ -159,7 +158,7 @@ def _peft(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
         if not is_target(name, lora.config):
             yield f"target_modules leaves {name} out: its tensors would be dropped silently"
     yield from _ranks_by_pattern(lora)
-    yield from _wrong_scale({name: _scale_by_pattern(lora, name) for name in lora.ranks}, wanted)
+    yield from _wrong_scale({name: lora.rules.scale(name) for name in lora.ranks}, wanted)
 
 
 def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool) -> Iterator[str]:
@@ -169,7 +168,7 @@ def _vllm(lora: LoraFolder, wanted: Mapping[str, float], *, reads_patterns: bool
     for name, found in lora.ranks.items():
         if max(found) > lora.r:
             yield f"{name} has rank {max(found)}, more than r {lora.r}, which is what it allocates"
-    own = {name: _scale_by_pattern(lora, name) if reads_patterns else _global_scale(lora) for name in lora.ranks}
+    own = {name: lora.rules.scale(name) if reads_patterns else lora.rules.global_scale for name in lora.ranks}
     yield from _wrong_scale(own, wanted)
 
 
@@ -192,7 +191,7 @@ def _by_kind(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
     for name, found in lora.ranks.items():
         if kinds.setdefault(name.rpartition(".")[2], found) != found:
             yield f"{name} has a different rank in other layers, but it stacks layers"
-    yield from _wrong_scale(dict.fromkeys(lora.ranks, _global_scale(lora)), wanted)
+    yield from _wrong_scale(dict.fromkeys(lora.ranks, lora.rules.global_scale), wanted)
 
 
 def _converted(lora: LoraFolder, wanted: Mapping[str, float]) -> Iterator[str]:
@@ -212,23 +211,9 @@ def _plain(lora: LoraFolder) -> Iterator[str]:
 
 def _ranks_by_pattern(lora: LoraFolder) -> Iterator[str]:
     for name, (rank, _) in lora.ranks.items():
-        said = by_pattern(_patterns(lora.config, "rank_pattern"), name, lora.r)
+        said = lora.rules.rank(name)
         if said != rank:
             yield f"{name} has rank {rank} where the config says {said:g}: it would not be loaded"
-
-
-def _scale_by_pattern(lora: LoraFolder, name: str) -> float:
-    alpha = by_pattern(_patterns(lora.config, "alpha_pattern"), name, lora.alpha)
-    rank = by_pattern(_patterns(lora.config, "rank_pattern"), name, lora.r)
-    return alpha / (math.sqrt(rank) if lora.config.get("use_rslora") else rank)
-
-
-def _global_scale(lora: LoraFolder) -> float:
-    return lora.alpha / (math.sqrt(lora.r) if lora.config.get("use_rslora") else lora.r)
-
-
-def _patterns(config: Mapping[str, Any], option: str) -> dict[re.Pattern[str], float]:
-    return {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
 
 
 def _wrong_scale(own: Mapping[str, float], wanted: Mapping[str, float], instead: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from sora_llm.errors import UserError
 from sora_llm.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 BASE = "base_model_name_or_path"
-TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
 OTHER_METHODS = {  # options of adapter_config.json that change the product of the factors, or the base
     "use_dora": "DoRA rescales the columns of the sum",
     "fan_in_fan_out": "its layers hold their weights transposed",
@@ -47,8 +47,75 @@ _HARMLESS = {  # options that a plain LoRA may have, whatever their value
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
+T = TypeVar("T")
 _LARGEST = torch.finfo(torch.float32).max
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change W
+
+
+def tensor_name(module: str, kind: str) -> str:
+    """PEFT's name of a factor, `kind` "A" or "B"."""
+    return f"base_model.model.{module}.lora_{kind}.weight"
+
+
+def by_module(tensors: Mapping[str, T], folder: Path) -> dict[str, dict[str, T]]:
+    """{module: {"A": …, "B": …}} of what is given by `tensor_name`; modules that have only one factor have one entry.
+
+    Raises:
+        UserError: a name that is none of a factor of a linear layer; `folder` is where it was found.
+    """
+    pairs: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        found = _TENSOR.fullmatch(name)
+        if found is None:
+            raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {name}")
+        pairs.setdefault(found["module"], {})[found["kind"]] = tensor
+    return pairs
+
+
+@dataclass(frozen=True)
+class ScaleRules:
+    """PEFT's rules for the rank and the scale of each module, from an adapter_config.json."""
+
+    r: int
+    alpha: float
+    ranks: Mapping[re.Pattern[str], float]
+    alphas: Mapping[re.Pattern[str], float]
+    uses_rslora: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ScaleRules:
+        """Those of a config as it was read; KeyError, ValueError, TypeError, AttributeError or re.error if it has none
+        that are valid."""
+        r, alpha = int(config["r"]), float(config["lora_alpha"])
+        ranks, alphas = (
+            {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
+            for option in ("rank_pattern", "alpha_pattern")
+        )
+        return cls(r, alpha, ranks, alphas, bool(config.get("use_rslora")))
+
+    def rank(self, module: str) -> float:
+        """The rank of a module."""
+        return _by_pattern(self.ranks, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The scale of a module's product."""
+        return self._scale(_by_pattern(self.alphas, module, self.alpha), self.rank(module))
+
+    @property
+    def global_scale(self) -> float:
+        """The scale of a module that no pattern names: of every module, in engines that read no patterns."""
+        return self._scale(self.alpha, self.r)
+
+    def _scale(self, alpha: float, rank: float) -> float:
+        return alpha / (math.sqrt(rank) if self.uses_rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[re.Pattern[str], float], module: str, otherwise: float) -> float:
+    """The value of the first pattern that the end of the module's name matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern.pattern})$", module):
+            return value
+    return otherwise
 
 
 @dataclass(frozen=True)
@@ -78,18 +145,14 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
             each other.
     """
     config = _read_config(folder)
+    rules = ScaleRules.of(config)
     try:
         with (folder / ADAPTER_WEIGHTS).open("rb"):  # of an unreadable file, safetensors says that there is none
             tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         pickled = " (adapter_model.bin is a pickle and is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{folder} holds no {ADAPTER_WEIGHTS} that can be read{pickled}: {error}") from None
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = TENSOR.fullmatch(key)
-        if found is None:
-            raise UserError(f"{folder} is not a plain LoRA of linear layers: it contains {key}")
-        pairs.setdefault(found["module"], {})[found["kind"]] = tensor.float()
+    pairs = by_module(tensors, folder)
     if not pairs:
         raise UserError(f"{folder / ADAPTER_WEIGHTS} holds no factors")
     certificate = Certificate.read(folder)
@@ -102,17 +165,16 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
                 "fix that file"
             )
         A, B = _checked(pair, name, folder)
-        rank = by_pattern(config["rank_pattern"], name, config["r"])
+        rank = rules.rank(name)
         if A.shape[0] != rank:
             raise UserError(
                 f"{folder}: {name} has {A.shape[0]} slots, {ADAPTER_CONFIG} says {rank}; the files do not match"
             )
-        alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         has_A, has_B = (A != 0).any(1), (B != 0).any(0)
         live, blank = (mask.nonzero()[:, 0] for mask in (has_A & has_B, has_A ^ has_B))
         kept = torch.cat([live, blank[: max(0, blank_up_to - len(live))]])
         factors[name] = (A[kept], B[:, kept], None)
-        scaling[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scaling[name] = rules.scale(name)
     return LoraFiles(
         config[BASE],
         config.get("revision"),
@@ -147,13 +209,11 @@ def _place(base: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        config["r"], config["lora_alpha"] = int(config["r"]), float(config["lora_alpha"])
-        for option in ("rank_pattern", "alpha_pattern"):
-            config[option] = {re.compile(key): float(value) for key, value in (config.get(option) or {}).items()}
-        if min([config["r"], *config["rank_pattern"].values()]) < 1:
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        rules = ScaleRules.of(config)
+        if min([rules.r, *rules.ranks.values()]) < 1:
             raise ValueError("a rank below 1")
-        if not all(abs(alpha) <= _LARGEST for alpha in [config["lora_alpha"], *config["alpha_pattern"].values()]):
+        if not all(abs(alpha) <= _LARGEST for alpha in [rules.alpha, *rules.alphas.values()]):
             raise ValueError("a lora_alpha that is not finite in float32")
         _check_targets(config)
         config[BASE] = config.get(BASE) or ""
@@ -210,7 +270,7 @@ def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tenso
     """A (R, I) and B (O, R) of one module."""
     if pair.keys() != {"A", "B"}:
         raise UserError(f"{folder}: {name} has only lora_{next(iter(pair))}; the file is incomplete")
-    A, B = pair["A"], pair["B"]
+    A, B = pair["A"].float(), pair["B"].float()
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise UserError(
             f"{folder}: factors of {name} have shapes {tuple(A.shape)}, {tuple(B.shape)}: no linear layer's"
@@ -219,14 +279,6 @@ def _checked(pair: Mapping[str, Tensor], name: str, folder: Path) -> tuple[Tenso
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: lora_{kind} of {name} holds values that are not finite")
     return A, B
-
-
-def by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, otherwise: float) -> float:
-    """PEFT's rule: the value of the first pattern that the end of the module's name matches."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern.pattern})$", name):
-            return value
-    return otherwise
 
 
 def is_target(name: str, config: Mapping[str, Any]) -> bool:
