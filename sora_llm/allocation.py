@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sora_llm.errors import NotFinite, UserError
+from sora_llm.factors import live_slots
 
 LIVE = 1e-9  # a component is live above this share of its module's largest singular value
 ROUNDING = 1e-14  # and above this share of its slots' sizes: anything below is float64 residue of slots that cancel
@@ -66,7 +67,7 @@ def components(A: Tensor, B: Tensor, gate: Tensor | None, scaling: float, name: 
         NotFinite: a live value is not finite.
     """
     g_R = torch.ones(A.shape[0], dtype=torch.float64, device=A.device) if gate is None else gate.detach().double()
-    live_R = g_R != 0
+    live_R = live_slots(A, gate)
     A_RI, B_OR = A.detach()[live_R].double(), B.detach()[:, live_R].double()
     qA_IP, rA_PR = torch.linalg.qr(A_RI.T)
     qB_OQ, rB_QR = torch.linalg.qr(B_OR)

@@ -24,6 +24,7 @@ from sora_llm.factors import (
     Factors,
     PlainFactors,
     Scaling,
+    live_slots,
     product_distance,
     scaling_of,
     shapes_of,
@@ -226,7 +227,7 @@ def _stack(replicas: Sequence[WeightedAdapter], name: str) -> _Stack:
         A, B, gate = replica.factors[name]
         ones_R = torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
         gate_R = ones_R if gate is None else gate.detach().double()
-        live_R = gate_R != 0
+        live_R = live_slots(A, gate)
         A_RI.append(A.detach()[live_R].double())
         B_OR.append(B.detach()[:, live_R].double())
         g_R.append(scaling_of(replica.scaling, name) * gate_R[live_R])

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _of_all_modules
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from sora_llm.factors import live_slots
 from sora_llm.values import is_integer, is_number
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -520,7 +521,7 @@ def keep_live_slots(lora_A: Tensor, lora_B: Tensor, gate: Tensor | None) -> tupl
     """
     if gate is None:
         return lora_A, lora_B
-    live = gate != 0
+    live = live_slots(lora_A, gate)
     root = gate[live].abs().sqrt()
     return root[:, None] * lora_A[live], lora_B[:, live] * (torch.sign(gate[live]) * root)
 

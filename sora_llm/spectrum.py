@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.allocation import allocate, components, within_tolerance
-from sora_llm.factors import Factors, Scaling, costs_of, scaling_of, shapes_of
+from sora_llm.factors import Factors, Scaling, costs_of, live_slots, scaling_of, shapes_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def spectra(factors: Factors, scaling: Scaling) -> dict[str, Spectrum]:
     found = {}
     shapes = shapes_of(factors)
     for name, (A, B, gate) in factors.items():
-        slots = A.shape[0] if gate is None else int(gate.count_nonzero())
+        slots = int(live_slots(A, gate).sum())
         own = scaling_of(scaling, name)
         found[name] = Spectrum(shapes[name], slots, own, components(A, B, gate, own, name).sigma)
     return found

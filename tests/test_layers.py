@@ -18,7 +18,8 @@ errors terminal row_types values run_files
 arguments files hub running.stop running.liveness
 extensions artifacts.certificate
 compiled
-topology sora schedule factors hashes weights_digest allocation loss_scale head_loss
+topology factors hashes weights_digest
+sora schedule allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time
 consensus targets optim running.alarms
 inject quantised reread_weights causal_loss
