@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm.errors import UserError
-from sora_llm.sora import SharedInput, SoraLinear, is_sharded
+from sora_llm.sora import SharedInput, SoraLinear, is_partitioned, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
 
 SHARED_INPUT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers in transformers' decoders that read the same input."""
-OF_ZERO = ("ds_id", "_hp_mapping")
-"""Attributes by which DeepSpeed marks parameters, in stage 3 and in stages 1 and 2."""
 WRAPPERS = {
     "_orig_mod": ("torch.compile", "compile layers in place, layer.compile()"),
     "_checkpoint_wrapped_module": ("checkpoint_wrapper", "use model.gradient_checkpointing_enable()"),
@@ -113,11 +111,16 @@ def refuse_sharded(model: nn.Module, who_does_what: str) -> None:
             f"{who_does_what}, but FSDP has sharded the current ones; train under DDP, or with sora_llm.train under "
             "ZeRO, which takes the model out of its engine"
         )
-    if any(hasattr(parameter, mark) for parameter in adapter_parameters(model).values() for mark in OF_ZERO):
+    if any(map(_is_of_zero, adapter_parameters(model).values())):
         raise UserError(
             f"{who_does_what}, but DeepSpeed's ZeRO holds the current ones; sora_llm.train rebuilds the engine around "
             "the model, which a loop of your own cannot"
         )
+
+
+def _is_of_zero(parameter: object) -> bool:
+    """Whether a ZeRO engine holds a parameter: in stage 3, or in stages 1 and 2, by DeepSpeed's mark of those."""
+    return is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def _refuse_wrapped_or_offloaded(targets: Mapping[str, nn.Linear]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_llm.sora import SoraLinear, hard_threshold, is_sharded, soft_threshold
+from sora_llm.inject import adapters
+from sora_llm.sora import hard_threshold, is_sharded, soft_threshold
 from sora_llm.values import is_number
 
 THRESHOLDS = ("decoupled", "proxgen", "constant", "adaptive")
@@ -305,7 +306,7 @@ def parameter_groups(
         ValueError: the model has no SoRA adapters, all their ranks were cut or all are frozen, or budgets that do not
             name every gated module exactly once.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SoraLinear)}
+    layers = adapters(model)
     factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B) if factor is not None]
     if not layers:
         raise ValueError("the model has no SoRA adapters: call inject_sora(model) first")

@@ -21,9 +21,9 @@ compiled
 topology factors hashes weights_digest
 sora schedule allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time
-consensus targets optim running.alarms
+consensus targets running.alarms
 inject quantised reread_weights causal_loss
-merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
+optim merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers
 artifacts.card artifacts.logit_check
 distributed
