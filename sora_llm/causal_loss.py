@@ -6,7 +6,8 @@ import inspect
 
 from torch import Tensor, nn
 
-from sora_llm.head_loss import IGNORED, bare_model, frozen_head, token_losses
+from sora_llm.head_loss import IGNORED, frozen_head, token_losses
+from sora_llm.wrappers import unwrapped
 
 
 def causal_loss_sum(
@@ -53,7 +54,7 @@ def packs_flat(attn_implementation: str) -> bool:
 
 def takes_columns(model: nn.Module) -> bool:
     """Whether the model's forward has `logits_to_keep` (as in LLaMA, Mistral, Qwen, Gemma)."""
-    inner = bare_model(model)
+    inner = unwrapped(model)
     peft_base = getattr(inner, "get_base_model", None)
     inner = peft_base() if callable(peft_base) else inner  # PEFT passes it on
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -40,11 +40,12 @@ from sora_llm.backbone import from_pretrained_args, module_names, spec_from_mode
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, layer_shapes, unwrapped, without_adapters
+from sora_llm.inject import adapter_parameters, adapters, layer_shapes, without_adapters
 from sora_llm.peft_check import Errors, reloaded
 from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.sora import fold, is_sharded
 from sora_llm.targets import matches
+from sora_llm.wrappers import unwrapped
 
 LAYOUTS = ("padded", "ragged")
 

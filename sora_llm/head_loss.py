@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sora_llm.wrappers import unwrapped
+
 IGNORED = -100
 """The label of tokens that are not trained on: torch's cross-entropy skips it."""
 
@@ -75,20 +77,13 @@ class _HeadLosses(torch.autograd.Function):
         return torch.mul(gradient_NH, dlosses_N[:, None], out=out), None, None, None, None  # in float32, rounded once
 
 
-def bare_model(model: nn.Module) -> nn.Module:
-    """The model in wrappers such as DistributedDataParallel's and DeepSpeed's."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
-
-
 def frozen_head(model: nn.Module) -> nn.Linear | None:
     """The output head of a model, in wrappers or not, if `token_losses` can take it.
 
     None for a head that is trained, quantised, replaced or absent; if the model was seen to do anything to its logits;
     under autocast, and in inference_mode, whose tensors do not count changes.
     """
-    get_head = getattr(bare_model(model), "get_output_embeddings", None)  # of PEFT's models, too
+    get_head = getattr(unwrapped(model), "get_output_embeddings", None)  # of PEFT's models, too
     head = get_head() if callable(get_head) else None
     if type(head) is not nn.Linear or "forward" in vars(head) or not getattr(head, _GIVES_LOGITS, True):
         return None

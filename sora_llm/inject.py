@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sora_llm.errors import UserError
 from sora_llm.sora import SharedInput, SoraLinear, is_partitioned, is_sharded
 from sora_llm.targets import ALL_LINEAR, parent_of, target_linears
+from sora_llm.wrappers import layers_of, unwrapped
 
 SHARED_INPUT_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling layers in transformers' decoders that read the same input."""
@@ -71,30 +72,12 @@ def inject_sora(
     return model
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile and data parallelism, whose modules have the base's names."""
-    return _layers_of(model)[-1]
-
-
-def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """The wrappers, outermost first, and the model inside."""
-    layers = [model]
-    while True:
-        outer = layers[-1]
-        if isinstance(outer, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            layers.append(outer.module)
-        elif isinstance(inner := getattr(outer, "_orig_mod", None), nn.Module):
-            layers.append(inner)
-        else:
-            return layers
-
-
 def refuse_new_parameters(model: nn.Module, who: str) -> None:
     """UserError if parameters that `who` makes would not be trained: in inference_mode, or in place of adapters that a
     DistributedDataParallel or a ZeRO engine reduces, since those keep their original parameters."""
     if torch.is_inference_mode_enabled():
         raise UserError(f"{who} creates parameters, which cannot be trained if created in inference_mode")
-    if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers_of(model)):
+    if any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in layers_of(model)):
         raise UserError(
             f"{who} creates new parameters, which DistributedDataParallel would not know: pass model.module, and "
             "wrap it again afterwards"

@@ -39,12 +39,12 @@ from sora_llm.inject import (
     cut_adapters,
     layer_shapes,
     refuse_new_parameters,
-    unwrapped,
 )
 from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.optim import IMPORTANCE_SUFFIX
 from sora_llm.sora import SoraLinear
 from sora_llm.values import is_integer, is_number
+from sora_llm.wrappers import unwrapped
 
 
 @dataclass(frozen=True)

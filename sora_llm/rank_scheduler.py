@@ -13,11 +13,12 @@ from sora_llm.budget import ADAPTIVE
 from sora_llm.distributed.collectives import gather_integers, gather_objects
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import on_cpu
-from sora_llm.inject import adapter_parameters, refuse_sharded, unwrapped
+from sora_llm.inject import adapter_parameters, refuse_sharded
 from sora_llm.optim import GATES, IMPORTANCE, STEPS_TAKEN, ProxAdamW
 from sora_llm.pipeline import balanced_values, gated_adapters, model_budget, require_equal_adapters
 from sora_llm.sparsity_controller import SparsityController
 from sora_llm.values import is_integer
+from sora_llm.wrappers import unwrapped
 
 DENSE_STEPS = "rank_scheduler_dense_steps"
 """Option of the gates' groups, beside STEPS_TAKEN: when their form changes, or changed."""
@@ -81,8 +82,8 @@ class RankScheduler:
         for name, value in (("dense_steps", dense_steps), ("sparsify_steps", sparsify_steps)):
             if not is_integer(value) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be an integer from 1")
+        refuse_sharded(model, WRITES)
         self._model = unwrapped(model)
-        refuse_sharded(self._model, WRITES)
         layers = gated_adapters(self._model)
         budgets = model_budget(layers, target_rank, target_params, min_rank)
         if not budgets:

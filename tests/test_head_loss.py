@@ -92,6 +92,26 @@ def test_in_16_bits_gradients_are_as_near_to_those_in_float32(
     assert errors[0] < 1.1 * errors[1]
 
 
+def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_model_inside() -> None:
+    """Its head's forward is another function in every call, and the numbers of tokens change."""
+    model = tiny_llama(num_hidden_layers=1).requires_grad_(False)
+    randomise_all(inject_sora(model, r=4), size=0.1)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    assert frozen_head(compiled) is model.lm_head
+    first = batch(model.config.vocab_size)
+    second = {**first, "labels": first["labels"].roll(1, dims=0)}
+    shorter = {name: tensor[:, :17] for name, tensor in first.items()}
+    for inputs in (first, second, shorter, first):
+        expected, theirs = gradients(model, inputs)
+        model.zero_grad(set_to_none=True)
+        loss = causal_loss_sum(compiled, **inputs)
+        (loss * 0.37).backward()
+        assert loss.item() == pytest.approx(expected, rel=1e-6)  # the branch is computed in another order
+        ours = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+        assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 2e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_checkpoint_has_the_same_loss_in_an_evaluation(dtype: str, whole_logits: Callable[[], None]) -> None:
     model = load_backbone(BackboneSpec(str(shared("models/base5m")), dtype=dtype), "cpu")

@@ -18,7 +18,7 @@ errors terminal row_types values run_files
 arguments files hub running.stop running.liveness
 extensions artifacts.certificate
 compiled
-topology factors hashes weights_digest
+topology factors hashes weights_digest wrappers
 sora schedule allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time
 consensus targets running.alarms
@@ -56,7 +56,7 @@ __main__
 LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 ALGORITHM = [
     *("sora", "schedule", "factors", "hashes", "allocation", "budget", "consensus", "loss_scale", "merge"),
-    *("local_updates", "spectrum", "optim", "inject", "estimates.activations", "estimates.step_time"),
+    *("local_updates", "spectrum", "optim", "inject", "wrappers", "estimates.activations", "estimates.step_time"),
 ]
 
 
