@@ -182,7 +182,7 @@ def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]])
 
 
 def attach_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
-    """Put plain factors of scale 1 {module: (A (R, I), B (O, R))} on a bare model, in place; returns it.
+    """Put plain factors of scale 1 {module: (A (R, I), B (O, R))} on the base, in place; returns it.
 
     They keep their own dtype and ranks; R = 0 is a module without a branch.
     """
@@ -195,7 +195,7 @@ def attach_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def with_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[nn.Module]:
-    """A bare model with plain factors on it (see `attach_factors`), in eval mode, for the duration."""
+    """The base with plain factors on it (see `attach_factors`), in eval mode, for the duration."""
     attach_factors(model, factors).eval()
     layers = adapters(model)
     try:

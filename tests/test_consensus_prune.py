@@ -40,7 +40,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 def densely(model: nn.Module, deltas: dict[str, torch.Tensor]) -> nn.Module:
-    """The bare model with W + ΔW as its weights."""
+    """The base with W + ΔW as its weights."""
     dense = tiny_llama()
     with torch.no_grad():
         for name, delta in deltas.items():

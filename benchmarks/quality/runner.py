@@ -191,7 +191,7 @@ class Runner:
         return self._loss(self.rows[rows])
 
     def _clear(self) -> None:
-        """Leave the bare model, and no engine."""
+        """Leave the base, and no engine."""
         self.accelerator.free_memory()
         for name, layer in adapters(self.model).items():
             self.model.set_submodule(name, layer.base_layer)

@@ -22,7 +22,7 @@ def check_packing(
     Whether packed rows see each other depends on the model's code, its attention and the version of transformers, and
     a leak raises no error.  Random rows are run alone, packed, and packed behind a first row of other tokens: the
     change in the later rows must be negligible compared with that in one long row, and their logits must equal those of
-    each row alone up to rounding.  Call it with the bare model, in eval mode.
+    each row alone up to rounding.  Call it with the base, in eval mode.
     """
     generator = torch.Generator().manual_seed(0)
     num_ids = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
