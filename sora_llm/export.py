@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from sora_llm.backbone import from_pretrained_args, module_names, spec_from_mode
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
-from sora_llm.inject import adapter_parameters, adapters, layer_shapes, without_adapters
+from sora_llm.inject import adapter_parameters, adapters, layer_shapes, warn_if_untrained, without_adapters
 from sora_llm.peft_check import Errors, reloaded
 from sora_llm.run_files import ADAPTER_WEIGHTS
 from sora_llm.sora import fold, is_sharded
@@ -99,9 +98,8 @@ def export_adapter(
     provenance = _as_loaded(provenance or Provenance(base_model=str(getattr(model, "name_or_path", ""))), model)
     temporary = write_adapter(model, folder, layout, allow_empty=allow_empty, provenance=provenance)
     try:
-        branches = [layer.lora_B for layer in adapters(model).values() if layer.lora_B is not None]
-        if branches and not allow_empty and not any(bool(lora_B.any()) for lora_B in branches):
-            warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
+        if not allow_empty:
+            warn_if_untrained(model)
         with reloaded(model, temporary, probe_ids) as check:
             pass
         return certify_and_publish(model, temporary, folder, layout, check.errors, provenance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -168,6 +169,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in adapters(model).items()
         for kind, parameter in layer.named_parameters(recurse=False)
     }
+
+
+def warn_if_untrained(model: nn.Module) -> None:
+    """A warning, at the line that called our caller, if every ΔW of a model with branches is 0: none of its B has
+    learned anything."""
+    branches = [layer.lora_B for layer in adapters(model).values() if layer.lora_B is not None]
+    if branches and not any(bool(lora_B.any()) for lora_B in branches):
+        warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=3)
 
 
 def cut_adapters(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

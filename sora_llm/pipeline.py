@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +38,7 @@ from sora_llm.inject import (
     cut_adapters,
     layer_shapes,
     refuse_new_parameters,
+    warn_if_untrained,
 )
 from sora_llm.merge import WeightedAdapter, merge
 from sora_llm.optim import IMPORTANCE_SUFFIX
@@ -390,8 +390,7 @@ def consensus_prune(
         with _finite("cut"):
             return cut_factors([factors_of(layers, masters)], scaling, consensus, budgets).factors
 
-    if not any(bool(B.any()) for name, B in masters.items() if name.endswith(".lora_B")):
-        warnings.warn("nothing was learned yet: every ΔW is 0", stacklevel=2)
+    warn_if_untrained(inner)
     cut = on_every(plain)  # the main process's is used; an error on one is raised on all
     _cut_everywhere(inner, cut, dtypes, next(iter(masters.values())).device)
     refuse_old_wrappers(inner)
