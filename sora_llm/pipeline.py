@@ -117,10 +117,10 @@ def cut_by_consensus(
     masters: Mapping[str, Tensor],
     *,
     consensus: str,
-    budgets: Sequence[RankBudget] = (),
-    dtype: torch.dtype = torch.float32,
+    budgets: Sequence[RankBudget],
+    dtype: torch.dtype,
     device: torch.device | str,
-    replicas: Replicas | None = None,
+    replicas: Replicas | None,
 ) -> Cut:
     """Cut `model` by consensus on the agreed float32 `masters`; all processes end with the same bits.
 

@@ -109,7 +109,7 @@ def counted_steps(strategy: str, r: int = R) -> dict[str, Any]:
             outcome = train_step(
                 engine, StepBatches(rows, tokens, NUM_TOKENS - 1, tokens, tokens), world.num_processes
             )[1]
-            any_process(False)  # the loop's: was one of us asked to stop?
+            any_process(False, engine.device)  # the loop's: was one of us asked to stop?
         assert not outcome.skipped and outcome.grad_norm > 0
         steps.append(seen.calls)
     sizes["gradient_storages"] = gradient_storages(engine, rows)

@@ -34,6 +34,15 @@ from sora_llm.estimates.activations import sizes_of
 from sora_llm.estimates.memory import BatchShape, estimate, memory_table
 from sora_llm.inject import inject_sora
 
+IN_ONE_PROCESS: dict[str, Any] = {
+    "adapter_bytes_each": 4,
+    "strategy": "none",
+    "num_processes": 1,
+    "live_elements": 0,
+    "bucket_elements": 0,
+    "round_copies": 0,
+}
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make, for as long as they live."""
@@ -213,8 +222,8 @@ def test_a_short_row_needs_the_dequantised_weight_above_all(tmp_path):
 
 
 def estimate_of(model: Any, spec: BackboneSpec, shape: BatchShape, targets: Any) -> int:
-    options: dict[str, Any] = {"r": 8, "target_modules": targets, "adapter_bytes_each": 4}
-    found = estimate(model, spec, strategy="none", num_processes=1, batch=shape, **options).activation_bytes
+    options: dict[str, Any] = {"r": 8, "target_modules": targets, **IN_ONE_PROCESS}
+    found = estimate(model, spec, batch=shape, **options).activation_bytes
     assert found is not None
     return found
 
@@ -240,6 +249,6 @@ def test_what_the_formula_does_not_cover_gets_a_sentence_and_no_number(kind: Any
     config = kind(**options, num_key_value_heads=2, head_dim=16, vocab_size=128, pad_token_id=0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    options = {"target_modules": "all-linear", "adapter_bytes_each": 4, "strategy": "none", "num_processes": 1}
-    memory = estimate(model, BackboneSpec("x"), r=4, batch=BatchShape(1, 64, False, False), **options)
+    options = {"r": 4, "target_modules": "all-linear", **IN_ONE_PROCESS}
+    memory = estimate(model, BackboneSpec("x"), batch=BatchShape(1, 64, False, False), **options)
     assert (memory.activation_bytes is not None) == is_known == ("not known" not in memory_table(memory))

@@ -21,12 +21,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_llm import cli
 from sora_llm.backbone import load_backbone, load_model_config, skeleton
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.estimates.memory import MemoryEstimate, estimate, memory_table
+from sora_llm.estimates.memory import LIVE_ELEMENTS, BatchShape, MemoryEstimate, estimate, memory_table
 from sora_llm.inject import adapter_parameters, inject_sora
 from sora_llm.targets import linear_layers
 from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
 
 CONFIG = "configs/llama7b.yaml"
+OF_A_STEP = {
+    "batch": BatchShape(1, 8, False, False),
+    "live_elements": LIVE_ELEMENTS,
+    "bucket_elements": REDUCE_BUCKET_ELEMENTS,
+    "round_copies": 0,
+}
 
 
 def test_help_lists_every_command_without_loading_torch():
@@ -201,6 +207,7 @@ def test_the_estimate_is_what_the_tensors_weigh(options, tolerance):
         adapter_bytes_each=4,
         strategy="none",
         num_processes=1,
+        **OF_A_STEP,
     )
     model = load_backbone(spec, "cpu")
     assert memory.weight_bytes == pytest.approx(_weight_bytes(model), rel=tolerance)
@@ -229,9 +236,8 @@ def test_zero_divides_what_it_shards():
     bones = skeleton(load_model_config(spec), spec)
 
     def of(strategy: str):
-        return estimate(
-            bones, spec, r=8, target_modules=["q_proj"], adapter_bytes_each=4, strategy=strategy, num_processes=2
-        )
+        options = {"r": 8, "target_modules": ["q_proj"], "adapter_bytes_each": 4, **OF_A_STEP}
+        return estimate(bones, spec, strategy=strategy, num_processes=2, **options)
 
     alone, ddp, zero1, zero2, zero3 = (of(strategy) for strategy in ("none", "ddp", "zero1", "zero2", "zero3"))
     assert ddp == alone
@@ -250,14 +256,15 @@ def test_zero3_leaves_so_many_weights_whole_and_not_more():
     with torch.device("meta"):
         bones = LlamaForCausalLM(LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40))
     spec = BackboneSpec("x", load_in_4bit=True, quant_storage="bfloat16")
-    options = {"r": 8, "target_modules": "all-linear", "adapter_bytes_each": 4, "strategy": "zero3"}
+    options = {"r": 8, "target_modules": "all-linear", "adapter_bytes_each": 4, "strategy": "zero3", **OF_A_STEP}
     two, eight = (estimate(bones, spec, num_processes=number, **options) for number in (2, 8))
     assert two.gathered_bytes == eight.gathered_bytes == 2 * 10**9
     assert eight.weight_bytes < two.weight_bytes / 3
     assert "gathered, at most     1.86 GiB per process" in memory_table(two)
     embeddings = bones.get_input_embeddings().weight.numel() * 2
     for live, expected in ((3 * 10**8, 6 * 10**8), (0, embeddings)):
-        assert estimate(bones, spec, num_processes=2, live_elements=live, **options).gathered_bytes == expected, live
+        found = estimate(bones, spec, num_processes=2, **{**options, "live_elements": live})
+        assert found.gathered_bytes == expected, live
 
 
 def test_the_estimate_counts_what_local_updates_keep_between_rounds(tmp_path, capsys):

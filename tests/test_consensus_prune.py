@@ -325,7 +325,8 @@ def test_uncut_weights_come_back_after_a_copy_was_cut() -> None:
     model = trained()
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     copied, logits = copy.deepcopy(masters), logits_of(model)
-    pipeline.cut_by_consensus(model, masters, consensus="slots", device="cpu")
+    options = {"budgets": [], "dtype": torch.float32, "device": "cpu", "replicas": None}
+    pipeline.cut_by_consensus(model, masters, consensus="slots", **options)
     pipeline.restore(model, masters, torch.float32)
     assert torch.equal(logits_of(model), logits)
     found = adapter_parameters(model)

@@ -25,7 +25,7 @@ from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_co
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.errors import UserError
-from sora_llm.estimates.memory import estimate
+from sora_llm.estimates.memory import BatchShape, estimate
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
 from sora_llm.quantised import match_loading_format
@@ -289,6 +289,7 @@ def test_the_estimate_counts_the_layers_that_the_files_quantise(quantised, files
     spec = BackboneSpec(str(quantised(files)), **SPECS[kind])
     model, config = load_backbone(spec, "cpu"), load_model_config(spec)
     options = {"r": 4, "target_modules": "all-linear", "adapter_bytes_each": 4}
+    options |= {"batch": BatchShape(1, 8, False, False), "live_elements": 0, "bucket_elements": 0, "round_copies": 0}
     memory = estimate(skeleton(config, spec), spec, **options, strategy="none", num_processes=1)
     states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
     held = sum(parameter.nbytes for parameter in model.parameters())

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,16 @@ from sora_llm.running import stop as stop_module
 from sora_llm.running.stop import LOOK_SECONDS, SIGNALS, STOP_GRACE_SECONDS, StopRequest
 
 TENSORS = "adapter.safetensors"
+
+
+def stop_request(
+    run_dir: Path, others_wait: Callable[[], bool] = lambda: False, look_for_file: bool = True
+) -> StopRequest:
+    """That of a main process with nothing to write before it leaves."""
+    return StopRequest(
+        run_dir, is_main=True, others_wait=others_wait, look_for_file=look_for_file, leave=lambda request: None
+    )
+
 
 # ----- signals and the STOP file --------------------------------------------------------------------------------------
 
@@ -242,25 +252,25 @@ def test_a_run_that_waits_for_another_one_to_end_can_be_stopped(ground: Playgrou
 
 def test_signals_count_once_and_handlers_are_as_they_were_afterwards(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with StopRequest(tmp_path) as stop:
+    with stop_request(tmp_path) as stop:
         stop.start()
         with pytest.raises(Preempted, match="SIGUSR1"):
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)  # what the first one has begun goes on
         assert stop.reason(look_for_file=False) == "SIGUSR1"
-    with StopRequest(tmp_path) as stop:
+    with stop_request(tmp_path) as stop:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(Preempted, match="SIGINT"):
             stop.start()
-    with StopRequest(tmp_path, others_wait=lambda: True) as stop:
+    with stop_request(tmp_path, others_wait=lambda: True) as stop:
         stop.start()
         signal.raise_signal(signal.SIGTERM)
         assert stop.reason(look_for_file=False) == "SIGTERM"
-    with pytest.raises(Preempted, match="STOP"), StopRequest(tmp_path) as stop:
+    with pytest.raises(Preempted, match="STOP"), stop_request(tmp_path) as stop:
         (tmp_path / "STOP").touch()
         stop.start()
         time.sleep(30)
-    with StopRequest(tmp_path, look_for_file=False) as stop:
+    with stop_request(tmp_path, look_for_file=False) as stop:
         stop.start()
         time.sleep(3 * LOOK_SECONDS)
         stop.at_once = False
@@ -271,12 +281,12 @@ def test_signals_count_once_and_handlers_are_as_they_were_afterwards(tmp_path: P
 def test_a_closed_terminal_stops_a_run_that_is_not_to_outlive_it(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with StopRequest(tmp_path) as stop:
+        with stop_request(tmp_path) as stop:
             stop.start()
             with pytest.raises(Preempted, match="SIGHUP"):
                 signal.raise_signal(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
-        with StopRequest(tmp_path) as stop:
+        with stop_request(tmp_path) as stop:
             stop.start()
             signal.raise_signal(signal.SIGHUP)
             assert stop.reason(look_for_file=False) is None
@@ -296,7 +306,7 @@ def test_a_request_that_comes_just_before_a_blocking_call_is_heeded(
     started = time.monotonic()
     with (
         pytest.raises(Preempted, match="STOP" if request_comes == "file" else "SIGTERM"),
-        StopRequest(tmp_path) as stop,
+        stop_request(tmp_path) as stop,
     ):
         stop.start()
         deque(map(partial.__call__, [ask[request_comes], busy, partial(time.sleep, 60)]))
@@ -307,7 +317,7 @@ def test_a_signal_is_known_to_other_threads_while_the_main_one_is_busy(tmp_path:
     """As in a long wait for a device: the main thread's handler has not run yet."""
     seen: dict[str, Any] = {}
     begin, end = threading.Lock(), threading.Lock()
-    with begin, StopRequest(tmp_path) as stop:
+    with begin, stop_request(tmp_path) as stop:
         end.acquire()
 
         def ask() -> None:
@@ -387,7 +397,7 @@ def test_a_signal_that_only_processes_that_tokenise_get_does_no_harm(
 
 
 def test_a_signal_to_a_process_that_tokenises_is_not_taken_for_one_to_its_parent(tmp_path: Path) -> None:
-    with StopRequest(tmp_path) as stop:
+    with stop_request(tmp_path) as stop:
         pids = map_in_order(_ask_to_stop, range(4), 2)
         assert os.getpid() not in set(pids) and not stop.is_asked()
 

@@ -46,7 +46,7 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
+def gather_integers(values: Sequence[int], device: torch.device | str) -> list[list[int]]:
     """Every process's integers, equally many each, in process order: cheap enough for every step (collective)."""
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
     if not in_process_group():
@@ -56,7 +56,7 @@ def gather_integers(values: Sequence[int], device: torch.device | str = "cpu") -
     return [other.tolist() for other in found]
 
 
-def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cpu") -> list[float]:
+def sum_over_processes(*values: float | Tensor, device: torch.device | str) -> list[float]:
     """The float64 sums of some scalars over all processes (collective)."""
     local = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().to(device) for value in values])
     if in_process_group():
@@ -64,12 +64,12 @@ def sum_over_processes(*values: float | Tensor, device: torch.device | str = "cp
     return local.tolist()
 
 
-def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
+def any_process(flag: bool, device: torch.device | str) -> bool:
     """Whether `flag` is true on any process (collective)."""
     return sum_over_processes(float(flag), device=device)[0] > 0
 
 
-def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def broadcast_tensors(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """The main process's named tensors on every process, on the CPU; the others' argument is ignored (collective).
 
     Their bits are then hashed and compared across processes.

@@ -116,14 +116,14 @@ def activation_bytes(
     itemsize: int,
     targets: Collection[str],
     total_rank: int,
-    norms: Collection[str] = PRE_NORMS,
-    attn_implementation: str = "sdpa",
-    is_packed: bool = False,
-    checkpointing: bool = False,
-    dequantised_bytes: int = 0,
-    keeps_inputs: bool = False,
-    whole_logits: bool = False,
-    has_dropout: bool = False,
+    norms: Collection[str],
+    attn_implementation: str,
+    is_packed: bool,
+    checkpointing: bool,
+    dequantised_bytes: int,
+    keeps_inputs: bool,
+    whole_logits: bool,
+    has_dropout: bool,
 ) -> int:
     """The peak of one forward and backward pass over `batch_size` sequences, as if every token were supervised.
 
@@ -177,10 +177,10 @@ def forward_bytes(
     batch_size: int,
     sequence_len: int,
     itemsize: int,
-    norms: Collection[str] = PRE_NORMS,
-    attn_implementation: str = "sdpa",
-    dequantised_bytes: int = 0,
-    whole_logits: bool = False,
+    norms: Collection[str],
+    attn_implementation: str,
+    dequantised_bytes: int,
+    whole_logits: bool,
 ) -> int:
     """The peak of a forward pass without gradients over `batch_size` sequences that are not packed; at most, where
     attention decides.  Arguments as in `activation_bytes`."""

@@ -12,7 +12,6 @@ from sora_llm.base_spec import DTYPES, BackboneSpec
 from sora_llm.estimates.activations import KNOWN_NORMS, PROJECTIONS, activation_bytes, forward_bytes, sizes_of
 from sora_llm.quantised import quantised_linears
 from sora_llm.targets import linear_layers, target_linears
-from sora_llm.topology import REDUCE_BUCKET_ELEMENTS
 
 LIVE_ELEMENTS = 10**9
 """Number of frozen weights that ZeRO-3 may keep gathered on a process, however many processes there are: DeepSpeed's
@@ -54,12 +53,12 @@ def estimate(
     adapter_bytes_each: int,
     strategy: str,
     num_processes: int,
-    batch: BatchShape | None = None,
-    live_elements: int = LIVE_ELEMENTS,
-    bucket_elements: int = REDUCE_BUCKET_ELEMENTS,
-    round_copies: int = 0,
+    batch: BatchShape,
+    live_elements: int,
+    bucket_elements: int,
+    round_copies: int,
 ) -> MemoryEstimate:
-    """Memory per process of weights, adapters, gradients, optimizer state and, given a `batch`, activations, from the
+    """Memory per process of weights, adapters, gradients, optimizer state and the activations of a `batch`, from the
     model's shapes alone.
 
     `skeleton` is the model on the meta device.  4-bit weights count half a byte each plus their block constants (64
@@ -106,7 +105,7 @@ def estimate(
         bucket_bytes=bucket_elements * adapter_bytes_each if zero else 0,
         optimizer_bytes=share(num_trainable * (8 + master_bytes), 1),
         round_bytes=round_copies * num_trainable * 4,
-        activation_bytes=None if batch is None else _activation_bytes(skeleton, spec, r, targets, batch),
+        activation_bytes=_activation_bytes(skeleton, spec, r, targets, batch),
     )
 
 

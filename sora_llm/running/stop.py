@@ -38,10 +38,10 @@ class StopRequest:
         self,
         run_dir: Path,
         *,
-        is_main: bool = True,
-        others_wait: Callable[[], bool] = lambda: False,
-        look_for_file: bool = True,
-        leave: Callable[[Preempted], Any] = lambda request: None,
+        is_main: bool,
+        others_wait: Callable[[], bool],
+        look_for_file: bool,
+        leave: Callable[[Preempted], Any],
     ) -> None:
         """Args:
         is_main: the main process removes the file.  Others must not be the first to leave because of it: their
