@@ -68,17 +68,15 @@ class Merged:
     Attributes:
         factors: {module: (A (R', I), B (O, R'))}, modules sorted by name; R' = 0 if nothing is kept.
         report: ranks, energy of ΔW̄, dropped energy.
-        votes: {module: how many replicas keep slot i}, for modules whose slots correspond: all replicas that have the
-            module have gates of one length.
-        jaccard: |S_k ∩ S_l| / |S_k ∪ S_l| of the supports over those modules, mean over all pairs of replicas (1 for
-            two empty supports); None without a pair or without such modules.
+        jaccard: |S_k ∩ S_l| / |S_k ∪ S_l| of the supports (live slots) over the modules whose slots correspond: all
+            replicas that have the module have gates of one length.  Mean over all pairs of replicas (1 for two empty
+            supports); None without a pair or without such modules.
         replicas: in the order given.
         num_distinct: the number of bitwise distinct ones.
     """
 
     factors: PlainFactors
     report: CutReport
-    votes: dict[str, list[int]]
     jaccard: float | None
     replicas: list[ReplicaReport]
     num_distinct: int
@@ -151,11 +149,9 @@ def merge(
     )
     report = replace(report, energy=report.energy + beyond, dropped_energy=report.dropped_energy + beyond)
     supports = _supports(distinct.replicas, shapes)
-    copies_K = torch.tensor(distinct.copies)
     return Merged(
         factors,
         report,
-        votes={name: (copies_K @ support_KR.long()).tolist() for name, support_KR in supports.items()},
         jaccard=mean_jaccard(torch.cat(list(supports.values()), dim=1), distinct.copies) if supports else None,
         replicas=_replica_reports(replicas, distinct, gram_KK, report.energy),
         num_distinct=len(distinct.replicas),

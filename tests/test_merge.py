@@ -286,31 +286,29 @@ def with_gates(gates, weight=1.0):
     return WeightedAdapter(weight, factors, 1.0)
 
 
-def test_votes_count_the_replicas_that_keep_a_slot_and_overlap_is_that_of_the_pairs():
+def test_overlap_is_that_of_the_pairs():
     one = with_gates({"a": [1.0, 0.5, 0.0], "b": [0.0, 1.0]})
     two = with_gates({"a": [2.0, 0.0, 0.0], "b": [0.0, 1.0]})
     idle = with_gates({"a": [0.0, 0.0, 1.0], "b": [1.0, 1.0]}, weight=0.0)
     merged = merge([one, two, idle, one])
-    assert merged.votes == {"a": [3, 2, 0], "b": [0, 3]}
     # supports {a0, a1, b1}, {a0, b1}, {a0, a1, b1}: 2/3, 1 and 2/3
     assert merged.jaccard == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
-    assert merge([one]).jaccard is None and merge([one]).votes == {"a": [1, 1, 0], "b": [0, 1]}
+    assert merge([one]).jaccard is None
     assert merge([one, one]).jaccard == 1.0
 
 
-def test_a_module_that_a_replica_lacks_has_no_votes_from_it_and_two_empty_supports_agree():
+def test_a_module_that_a_replica_lacks_has_no_slots_in_it_and_two_empty_supports_agree():
     one, two = with_gates({"a": [1.0, 1.0], "b": [1.0]}), with_gates({"b": [1.0]})
-    merged = merge([one, two])
-    assert merged.votes == {"a": [1, 1], "b": [2]} and merged.jaccard == pytest.approx(1 / 3)
+    assert merge([one, two]).jaccard == pytest.approx(1 / 3)
     assert merge([with_gates({"a": [0.0]}), with_gates({"a": [0.0], "b": [0.0]})]).jaccard == 1.0
 
 
-def test_slots_that_do_not_correspond_have_no_votes():
-    one, longer = with_gates({"a": [1.0, 1.0], "b": [1.0]}), with_gates({"a": [1.0, 1.0, 1.0], "b": [1.0]})
-    assert merge([one, longer]).votes == {"b": [2]}
+def test_slots_that_do_not_correspond_are_not_compared():
+    one = with_gates({"a": [1.0, 1.0], "b": [1.0, 0.0]})
+    longer = with_gates({"a": [1.0, 1.0, 1.0], "b": [1.0, 1.0]})
+    assert merge([one, longer]).jaccard == 1 / 2
     plain = replace(one, factors={name: (A, B, None) for name, (A, B, _) in one.factors.items()})
-    merged = merge([one, plain])
-    assert merged.votes == {} and merged.jaccard is None
+    assert merge([one, plain]).jaccard is None
 
 
 # ----- input ----------------------------------------------------------------------------------------------------------

@@ -545,7 +545,7 @@ def flipped_bits(place: Place) -> dict[str, dict[str, Any]]:
     if engine.is_zero:
         for group, kind in enumerate(("factors", "gates")):
             name, index = first_in_shard(engine, group)
-            try_flip(f"master of {kind}", name, engine.master_shards()[group], index)
+            try_flip(f"master of {kind}", name, engine._zero.flat()[group], index)
     found["nothing any more"] = verdict(engine)
     finish(engine)
     return found
@@ -554,7 +554,7 @@ def flipped_bits(place: Place) -> dict[str, dict[str, Any]]:
 def first_in_shard(engine: Engine, group: int) -> tuple[str, int]:
     """A parameter that lies wholly in this process's shard of a group, and where it begins there."""
     names = {id(p): name for name, p in adapter_parameters(engine.module).items()}
-    start = engine.accelerator.process_index * engine.master_shards()[group].numel()
+    start = engine.accelerator.process_index * engine._zero.flat()[group].numel()
     offset = 0
     for p in engine._zero.sharding.bit16_groups[group]:
         if offset >= start:

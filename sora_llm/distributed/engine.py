@@ -257,11 +257,6 @@ class Engine:
         """Context in which ZeRO-3's partitioned parameters are gathered."""
         return gathered(parameters) if self.strategy == "zero3" else contextlib.nullcontext()
 
-    def master_shards(self) -> list[Tensor]:
-        """This process's flat float32 shards under ZeRO, one per group (ZeRO-3: per sub-group)."""
-        assert self._zero is not None
-        return self._zero.flat()
-
     # --------------------------------------------------------------------------------------------------- agreement
 
     def check_agreement(self) -> None:
