@@ -244,6 +244,7 @@ def deepspeed_config(
     Raises:
         UserError: a user's key that contradicts ours, or optimizer offload.
     """
+    is_bf16 = adapter_dtype == "bfloat16"
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only for accounting: the loader cuts the batches
         "gradient_accumulation_steps": 1,
@@ -253,12 +254,10 @@ def deepspeed_config(
             "reduce_bucket_size": reduce_bucket_elements(user_config),
         },
         # check_grad_overflow: with it, all processes agree on a non-finite gradient and skip the step
-        "bf16": {"enabled": adapter_dtype == "bfloat16", "check_grad_overflow": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True} if is_bf16 else {"enabled": False},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
     }
-    if adapter_dtype != "bfloat16":
-        ours["bf16"] = {"enabled": False}
     quiet = {"steps_per_print": 10**9}
     if user_config is None:
         return quiet | ours

@@ -211,7 +211,11 @@ class Engine:
         return found, self.num_optimizer_steps
 
     def _state_of(self, name: str) -> tuple[str, ...]:
-        return (*MOMENTS, IMPORTANCE) if self._has_importance and name.endswith(".gate") else MOMENTS
+        return self._state_of_gates if name.endswith(".gate") else MOMENTS
+
+    @property
+    def _state_of_gates(self) -> tuple[str, ...]:
+        return (*MOMENTS, IMPORTANCE) if self._has_importance else MOMENTS
 
     def _read_state(self, p: nn.Parameter, key: str) -> Tensor:
         if self._zero is not None:
@@ -237,8 +241,7 @@ class Engine:
             for name, p in self._adapter_parameters.items():
                 self._zero.write(p, masters[name])
             if state:
-                keys_of_gates = (*MOMENTS, IMPORTANCE) if self._has_importance else MOMENTS
-                self._zero.begin_state(num_steps, MOMENTS, keys_of_gates)
+                self._zero.begin_state(num_steps, MOMENTS, self._state_of_gates)
             for name, p in self._adapter_parameters.items():
                 for key in self._state_of(name):
                     if f"{name}.{key}" in state:

@@ -48,7 +48,7 @@ class LivenessMonitor:
         self._is_stopping = is_stopping
         self._orphaned_at: float | None = None
         self.lost_process: str | None = None
-        self.on_lost_process: Callable[[str], None] = lambda sentence: print_final_error(sentence)
+        self.on_lost_process: Callable[[str], None] = print_final_error
         self._name = f"a process on {socket.gethostname()}"
         self._parent = os.getppid() if any(mark in os.environ for mark in _LAUNCHER_MARKS) else None
         self._closing = threading.Event()
