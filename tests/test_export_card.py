@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sora_llm import backbone
+from sora_llm.artifacts.card import Provenance
 from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.backbone import from_pretrained_args
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.commands.model_ref import resolve_model
-from sora_llm.export import Provenance, export_adapter
+from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
 
 

@@ -13,8 +13,9 @@ from spawn import spawn
 
 from sora_llm import export, files
 from sora_llm.artifacts import card
+from sora_llm.artifacts.card import Provenance
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.export import Provenance, export_adapter
+from sora_llm.export import export_adapter
 from sora_llm.files import file_sha256, staging_folder
 from sora_llm.running.verified_export import export_verified
 

@@ -19,8 +19,8 @@ from transformers.models.granite import GraniteForCausalLM
 from sora_llm import causal_loss, head_loss
 from sora_llm.backbone import load_backbone
 from sora_llm.base_spec import BackboneSpec
-from sora_llm.causal_loss import IGNORED, causal_loss_sum
-from sora_llm.head_loss import frozen_head, head_losses, try_head
+from sora_llm.causal_loss import causal_loss_sum
+from sora_llm.head_loss import IGNORED, frozen_head, head_losses, try_head
 from sora_llm.inject import adapter_parameters, inject_sora
 
 TOKENS = 24

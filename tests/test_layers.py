@@ -1,6 +1,7 @@
 """Imports point down only, and every outside library has its one home."""
 
 import ast
+import functools
 import graphlib
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def modules() -> dict[str, Path]:
     }
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """The full names of everything a file imports, wherever in the file: "sora_llm.sora", "torch.distributed"."""
     found = set()
@@ -138,6 +140,17 @@ def test_the_config_is_imported_by_those_who_unpack_it_alone():
         *(f"running.{name}" for name in [*before, "snapshot", "start", "finish"]),
     }
     assert {part_of(name) for name in importers("sora_llm.config")} <= allowed
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_a_name_from_where_it_is_defined(name):
+    """Not from a module that itself imports it, except from a package's __init__."""
+    known = modules()
+    for found in imports(known[name]):
+        home, _, thing = found.removeprefix("sora_llm.").rpartition(".")
+        if found.startswith("sora_llm.") and home in known:
+            others = [other for other in imports(known[home]) if other.rpartition(".")[2] == thing]
+            assert not others, f"{name} imports {thing} from {home}, which has it from {others[0]}"
 
 
 @pytest.mark.parametrize("name", ALGORITHM)

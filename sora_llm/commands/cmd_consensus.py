@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.arguments import Parser
+from sora_llm.artifacts.card import Provenance
 from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, quiet_libraries, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
@@ -30,7 +31,7 @@ from sora_llm.commands.sources import (
 )
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
-from sora_llm.export import LAYOUTS, Provenance, export_adapter
+from sora_llm.export import LAYOUTS, export_adapter
 from sora_llm.factors import mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import attach_factors

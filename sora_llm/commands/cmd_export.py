@@ -13,7 +13,7 @@ from torch import nn
 
 from sora_llm import run_files
 from sora_llm.arguments import Parser
-from sora_llm.artifacts.card import reasons_in, story_of_run
+from sora_llm.artifacts.card import Provenance, reasons_in, story_of_run
 from sora_llm.artifacts.gguf_export import export_gguf
 from sora_llm.artifacts.gguf_lora import OUTTYPES
 from sora_llm.artifacts.merged import plan_merge
@@ -39,7 +39,7 @@ from sora_llm.config import Config, recipe
 from sora_llm.consensus import CutReport, cut_svd
 from sora_llm.distributed.group import local_device
 from sora_llm.errors import UserError
-from sora_llm.export import LAYOUTS, Provenance, export_adapter
+from sora_llm.export import LAYOUTS, export_adapter
 from sora_llm.factors import PlainFactors, kept_params, mean_rank, shapes_of
 from sora_llm.files import user_path
 from sora_llm.inject import attach_factors

@@ -11,7 +11,7 @@ from sora_llm import run_files
 from sora_llm.base_spec import BackboneSpec
 from sora_llm.config import Config, Quantization
 from sora_llm.data.dataset import TokenDataset
-from sora_llm.data.prepare import DataReport
+from sora_llm.data.report import DataReport
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.report_page.reading import read_json

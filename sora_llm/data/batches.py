@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_llm.causal_loss import IGNORED
 from sora_llm.data.dataset import TokenRow
+from sora_llm.head_loss import IGNORED
 
 
 def collate(

@@ -12,8 +12,8 @@ import numpy as np
 
 from sora_llm.data.dataset import TokenRow
 from sora_llm.data.formats import Conversation, Example, to_examples
-from sora_llm.data.readers import BadRow
-from sora_llm.data.sources import DatasetSpec, RowOrBad
+from sora_llm.data.readers import BadRow, RowOrBad
+from sora_llm.data.sources import DatasetSpec
 from sora_llm.data.tokenize import special_tokens_written, tokenize_examples
 from sora_llm.errors import UserError
 

@@ -22,8 +22,8 @@ import numpy as np
 from sora_llm.data.chunks import Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import PackedRows, arranged
+from sora_llm.data.readers import RowOrBad
 from sora_llm.data.report import too_long, too_many_bad_rows
-from sora_llm.data.sources import RowOrBad
 from sora_llm.errors import UserError
 
 WINDOW_ROWS = 4096

@@ -8,7 +8,6 @@ from typing import Any
 from sora_llm.config import Config
 from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE, TEMPLATES
 from sora_llm.data.order import Order
-from sora_llm.data.prepare import DataReport
 from sora_llm.data.prompts import (
     generation_prefix,
     has_visible_end,
@@ -16,6 +15,7 @@ from sora_llm.data.prompts import (
     merges_trailing_whitespace,
     untrained_eos,
 )
+from sora_llm.data.report import DataReport
 from sora_llm.data.stream import StreamOrder
 from sora_llm.prompt_format import has_conversations, template_is_named
 from sora_llm.running.inputs import Inputs

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sora_llm.causal_loss import IGNORED, causal_loss_sum
+from sora_llm.causal_loss import causal_loss_sum
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.distributed.collectives import sum_over_processes
+from sora_llm.head_loss import IGNORED
 from sora_llm.inject import evaluating
 from sora_llm.topology import World
 

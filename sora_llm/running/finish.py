@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sora_llm import export
-from sora_llm.artifacts.card import story_of_run, worst_delta_error
+from sora_llm.artifacts.card import Provenance, story_of_run, worst_delta_error
 from sora_llm.backbone import free_unused, from_pretrained_args
 from sora_llm.config import Config, recipe, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.export import Provenance
 from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes

@@ -14,7 +14,8 @@ from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, Order, split_validation
-from sora_llm.data.prepare import DataReport, default_cache_dir, prepare
+from sora_llm.data.prepare import default_cache_dir, prepare
+from sora_llm.data.report import DataReport
 from sora_llm.data.show import decoded
 from sora_llm.data.sources import DatasetSpec, read_rows
 from sora_llm.data.stream import StreamOrder, WindowTokenizer
