@@ -79,14 +79,17 @@ def export_adapter(
     `layout` is "padded" (every target module at one rank, for engines that read PEFT folders) or "ragged" (own ranks,
     pruned modules left out).  `probe_ids` (B, T) are the tokens of the logits check (default: fixed random ones).  The
     folder appears complete or not at all; an older export of the same name is replaced.  How the base was loaded is
-    read off the model unless `provenance` says it.
+    read off the model unless `provenance` says it.  Warns "nothing was learned yet" if every ΔW is 0 (unless
+    `allow_empty`).
 
     Returns: the certificate.
     Raises:
-        UserError: unknown layout, no adapters, a model that is not a causal language model, trains more than the
-            adapters or has module names that differ from the base's, or a `folder` that holds anything other than an
-            export.
-        RunFailed: every rank was pruned (unless `allow_empty`), or the self-check found a difference; nothing is left.
+        UserError: a `folder` that is not a path or holds anything other than an export; unknown layout; no adapters, or
+            sharded ones (gather them first); a model that is not a causal language model, trains more than the adapters
+            or has module names that differ from the base's; `probe_ids` that are not integers (B, T) within its
+            vocabulary.
+        RunFailed: every rank was pruned (unless `allow_empty`), the self-check found a difference or values that are
+            not finite, or the disk is full or read-only; nothing is left.
     """
     if not isinstance(folder, str | os.PathLike):
         raise UserError(f"{folder!r} is not a path: name the folder to write the adapter to")

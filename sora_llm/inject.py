@@ -37,16 +37,20 @@ def inject_sora(
     0, g (r,) is 1.  A comes from torch's global generator in the order of the modules: seed it for a repeatable start.
 
     Args:
-        target_modules: "all-linear" (all but the output head and the layers in `targets.left_out`), or suffixes of
-            module names such as "q_proj".
+        r: slots of each adapter at the start, an integer from 1.
+        lora_alpha: a finite number above 0.
+        target_modules: "all-linear" (all but the output head and the layers in `targets.left_out`), one suffix of
+            module names such as "q_proj", or a sequence of them, each of which must match a layer.
         lora_dropout: probability of dropping an element of x before A, in train mode only; from 0 to below 1.
-        dtype: of A, B and g; products are computed in the dtype of x.
+        dtype: of A, B and g, a floating-point torch.dtype; products are computed in the dtype of x.
 
     Returns: the same model.
     Raises:
-        UserError: no such target modules, a model that DistributedDataParallel or FSDP has wrapped, that is partly
-            offloaded or has another library's adapters, or one layer in two places.
-        ValueError: there already are adapters, or r, lora_alpha, lora_dropout or dtype is invalid.
+        UserError: not a torch.nn.Module; no such target modules; a model that DistributedDataParallel or FSDP has
+            wrapped (torch.compile may have), that is partly offloaded, has another library's adapters, or adapters that
+            a ZeRO engine holds; target modules inside a layer that torch.compile or checkpoint_wrapper has wrapped; one
+            layer in two places; a call in inference_mode.
+        ValueError: there already are adapters, or r, lora_alpha, lora_dropout or dtype is invalid, as in `SoraLinear`.
 
     Adapters of any model with linear layers can be trained; `export_adapter` writes only those of transformers' causal
     language models.

@@ -54,7 +54,8 @@ class ProxAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: also from `step`, before anything is changed: an unknown threshold, a rate or λ that is not a number
-            >= 0, adaptive gates that are deferred with a λ > 0, or that have no importance in their state.
+            >= 0, adaptive gates that are deferred with a λ > 0, or that have no importance in their state; from `step`
+            alone: parameters that fully_shard has sharded.
         RuntimeError: from `step`: the adapters have been cut, and this optimizer holds the parameters from before, or
             its state is from one with a RankScheduler, which this one lacks.
     """

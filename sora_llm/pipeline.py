@@ -370,9 +370,12 @@ def consensus_prune(
     parameters are new: make a new optimizer afterwards, and under DDP pass `model.module` here and wrap it again; the
     forward pass of a wrapper that does not know them is an error.
 
+    Warns "nothing was learned yet" if every ΔW is 0.
+
     Returns: the same model.
     Raises:
-        UserError: a model without gated adapters, or an invalid budget.
+        UserError: a model without gated adapters, one that DistributedDataParallel or FSDP has wrapped, or whose
+            adapters a ZeRO engine holds; an unknown consensus or an invalid budget; a call in inference_mode.
         RunFailed: processes hold different adapters, or values are not finite.
     """
     refuse_new_parameters(model, "consensus_prune")

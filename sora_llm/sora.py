@@ -86,6 +86,15 @@ def add_branch(
     Saved for the backward pass are x itself (the tensor that its neighbours q/k/v or gate/up also hold, never a copy or
     a float32 cast) and the narrow u = A drop(x); the dropout mask is redrawn from its seed.  The factors are cast to
     x's dtype here and once more in backward, so float32 adapters serve a bf16 backbone.
+
+    Args:
+        base_layer: (…, I) → (…, O).
+        x: (…, I).
+        lora_A, lora_B, gate: (R, I), (O, R), and (R,) or None for ungated factors.
+        scaling: s.
+        dropout: probability of dropping an element of x before A; its mask is a function of `seed` alone.
+
+    Returns: (…, O), in the dtype of the base layer's output.
     """
     x_to_base, u_RT = _down(x, dropout, seed, lora_A)
     return _between(base_layer, x, x_to_base, u_RT, lora_B, gate, scaling)
@@ -297,14 +306,18 @@ class SoraLinear(nn.Module):
 
     Args:
         base_layer: nn.Linear or a bitsandbytes 4-bit / 8-bit linear, I = in_features, O = out_features; it is frozen.
-        r: number of slots R at the start.
-        lora_alpha: s = lora_alpha / r, fixed for the layer's lifetime, also after cutting.
-        lora_dropout: probability of dropping an element of x before A, in training mode only.
+        r: number of slots R at the start, an integer from 1.
+        lora_alpha: a finite number above 0; s = lora_alpha / r, fixed for the layer's lifetime, also after cutting.
+        lora_dropout: probability of dropping an element of x before A, in training mode only; from 0 to below 1.
         dtype: of `lora_A` (R, I), `lora_B` (O, R) and `gate` (R,); they are cast to x's dtype inside the forward.
 
     A starts Kaiming-uniform as in LoRA, B at 0, the gate at 1, so the wrapped layer starts as the base layer.
     After `cut`, `gate` is None (folded into the factors), and a layer cut to rank 0 has no branch at all.  `rank` is
     the number of slots, which a parameter partitioned by ZeRO-3 no longer shows.
+
+    Raises:
+        ValueError: an r that is not an integer from 1, a lora_alpha that is not a finite number above 0, a lora_dropout
+            outside [0, 1), or a dtype that is not a floating-point torch.dtype.
     """
 
     lora_A: nn.Parameter | None
