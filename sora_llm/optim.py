@@ -52,6 +52,9 @@ class ProxAdamW(torch.optim.AdamW):
     "master": AdamW and the prox act on those, and the parameter is their rounded value (1 − 1e-3 is 1 in bf16).  A
     parameter whose values were written since (load_state_dict, a gate set by hand) continues from those.
 
+    Before torch.distributed.checkpoint.state_dict loads into a fresh optimizer, it takes a step of rate 0, in which
+    `constant` thresholds the gates and a RankScheduler counts: load the model's values after the optimizer's.
+
     Raises:
         ValueError: also from `step`, before anything is changed: an unknown threshold, a rate or λ that is not a number
             >= 0, adaptive gates that are deferred with a λ > 0, or that have no importance in their state; from `step`
