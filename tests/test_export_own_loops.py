@@ -93,6 +93,7 @@ def test_an_adapter_that_has_learned_nothing_is_warned_of(stories, tmp_path):
         torch.tensor([[512]]),
         torch.tensor([[-1]]),
         torch.zeros(1, 0).long(),
+        torch.tensor([[True]]),
     ],
 )
 def test_what_are_no_token_ids_is_a_sentence(stories, tmp_path, ids):

@@ -62,7 +62,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 def check_probe(model: nn.Module, ids: object) -> None:
     """UserError unless `ids` are valid token ids (B, T) of a model."""
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0 and not ids.is_floating_point()
+    is_ids = isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0 and ids.dtype in (torch.int32, torch.int64)
     if not is_ids or int(ids.min()) < 0 or int(ids.max()) >= size:  # type: ignore[attr-defined]
         raise UserError(f"probe_ids are token ids (B, T) from 0 to {size - 1}, as one tensor of integers")
 
