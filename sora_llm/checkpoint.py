@@ -125,8 +125,8 @@ def _or_fail(run_dir: Path, step: int) -> Iterator[None]:
         shutil.rmtree(_temporary(run_dir, step), ignore_errors=True)
         earlier = "earlier checkpoints are intact: " if _folders(run_dir) else ""
         raise RunFailed(
-            f"the checkpoint of step {step} could not be saved in {run_dir / 'checkpoints'} ({error}); {earlier}free "
-            "some space and run the same command again"
+            f"the checkpoint of step {step} could not be saved in {run_dir / run_files.CHECKPOINTS} ({error}); "
+            f"{earlier}free some space and run the same command again"
         ) from error
 
 

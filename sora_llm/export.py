@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sora_llm.artifacts.card import (
-    TEMPLATE,
     Provenance,
     certificate_of,
     model_card,
@@ -41,7 +40,7 @@ from sora_llm.factors import PlainFactors, Shapes, empty_factors, slot_params
 from sora_llm.files import copy_folder, file_sha256, staging_folder, user_path
 from sora_llm.inject import adapter_parameters, adapters, layer_shapes, warn_if_untrained, without_adapters
 from sora_llm.peft_check import Errors, reloaded
-from sora_llm.run_files import ADAPTER_WEIGHTS
+from sora_llm.run_files import ADAPTER_WEIGHTS, CHAT_TEMPLATE
 from sora_llm.sora import fold, is_sharded
 from sora_llm.targets import matches
 from sora_llm.wrappers import unwrapped
@@ -186,7 +185,7 @@ def write_adapter(model: nn.Module, folder: Path, layout: str, *, allow_empty: b
         for path in provenance.tokenizer_files:
             shutil.copyfile(path, temporary / path.name)
         if provenance.chat_template is not None:
-            (temporary / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
+            (temporary / CHAT_TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error

@@ -15,9 +15,9 @@ from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import mean_rank, slot_params
 from sora_llm.files import publish
 from sora_llm.hub import card_metadata
-from sora_llm.run_files import CERTIFICATE
+from sora_llm.run_files import CERTIFICATE, CHAT_TEMPLATE
 
-CARD, TEMPLATE = "README.md", "chat_template.jinja"
+CARD = "README.md"
 TRAINED = "Trained with SoRA (a gate per rank, pruned by proximal gradient)"
 _EXACT = "exact"
 """What a certificate says of an engine that applies the adapter exactly; of others it says why they do not."""
@@ -290,7 +290,7 @@ def _prompt_line(provenance: Provenance, use: str) -> str:
             how = f"{f'with {end!r}' if end else 'without it'}, as the last blank begins the answer's first word"
         lines += f"Every prompt ended with {separator!r} (a Python string): end yours {how}.\n"
     if provenance.chat_template is not None:
-        lines += f"Prompts were rendered with the template in {TEMPLATE}; {use}.\n"
+        lines += f"Prompts were rendered with the template in {CHAT_TEMPLATE}; {use}.\n"
     return lines
 
 

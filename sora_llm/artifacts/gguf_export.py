@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sora_llm.artifacts.card import (
-    TEMPLATE,
     Provenance,
     certificate_of,
     model_card,
@@ -22,6 +21,7 @@ from sora_llm.artifacts.gguf_lora import architecture_of, compare, factors_in, r
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.factors import PlainFactors, shapes_of
 from sora_llm.files import file_sha256, staging
+from sora_llm.run_files import CHAT_TEMPLATE
 
 FILE = "adapter.gguf"
 
@@ -54,7 +54,7 @@ def export_gguf(
             temporary.mkdir(parents=True)
             write_gguf(temporary / FILE, factors, architecture, outtype, f"LoRA for {provenance.base_model}")
             if provenance.chat_template is not None:
-                (temporary / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
+                (temporary / CHAT_TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
         except OSError as error:
             raise RunFailed(f"the adapter could not be written to {folder.parent}: {error}") from error
         file = read_gguf(temporary / FILE)
@@ -102,5 +102,5 @@ def _card(
         f"{worst:.1e}).",
         verdicts,
         provenance,
-        template_use=f"serve it with the same: llama-server … --jinja --chat-template-file {TEMPLATE}",
+        template_use=f"serve it with the same: llama-server … --jinja --chat-template-file {CHAT_TEMPLATE}",
     )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_llm.artifacts.card import TEMPLATE, Provenance
+from sora_llm.artifacts.card import Provenance
 from sora_llm.backbone import dequantised
 from sora_llm.base_files import INDEX, SINGLE, base_files, weight_files
 from sora_llm.base_spec import DTYPES, BackboneSpec
@@ -28,6 +28,7 @@ from sora_llm.errors import UserError
 from sora_llm.factors import PlainFactors
 from sora_llm.files import nearest_existing
 from sora_llm.quantised import PackedWeight, packed_weights, quantised_files, quantised_linears, unpacked
+from sora_llm.run_files import CHAT_TEMPLATE
 from sora_llm.targets import linear_layers
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -231,7 +232,7 @@ def write_small_files(spec: BackboneSpec, config: Any, folder: Path, provenance:
     for path in [*base_files(spec, ["generation_config.json", *code]), *provenance.tokenizer_files]:
         shutil.copyfile(path, folder / path.name)
     if provenance.chat_template is not None:
-        (folder / TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
+        (folder / CHAT_TEMPLATE).write_text(provenance.chat_template, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- checking

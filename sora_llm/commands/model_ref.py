@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import nn
 
 from sora_llm import checkpoint, run_files
-from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.certificate import Certificate
 from sora_llm.artifacts.lora_files import check_lora, saved_base, saved_revision
 from sora_llm.backbone import load_backbone, load_model_config, quiet_libraries, spec_from_files
@@ -135,7 +134,7 @@ def adapter_template(ref: ModelRef) -> str | None:
     """The chat template file that a LoRA from elsewhere brings; None for a run's, whose config names the template."""
     if ref.config is not None or ref.adapter is None:
         return None
-    file = ref.adapter / TEMPLATE
+    file = ref.adapter / run_files.CHAT_TEMPLATE
     return str(file) if file.is_file() else None
 
 

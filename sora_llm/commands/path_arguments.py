@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_llm import checkpoint, run_files
-from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.config import Config, from_dict, load_config
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
@@ -125,7 +124,7 @@ def _as_trained(place: ResolvedPath, overrides: Sequence[str]) -> ResolvedPath:
     trained = load_config(run_dir / run_files.CONFIG) if overrides else place.config
     # The template next to the adapter of a run that rendered nothing, if any, is the base's.
     if names_template_file(trained) and not _overrides_key("data.chat_template", overrides):
-        beside = [] if place.adapter is None else [place.adapter / TEMPLATE]
+        beside = [] if place.adapter is None else [place.adapter / run_files.CHAT_TEMPLATE]
         config = with_saved_template(config, run_dir / run_files.CHAT_TEMPLATE, *beside)
     return replace(place, config=config)
 

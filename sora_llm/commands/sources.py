@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sora_llm import checkpoint
-from sora_llm.artifacts.card import TEMPLATE
 from sora_llm.artifacts.certificate import Certificate
 from sora_llm.artifacts.lora_files import is_same_base, read_lora
 from sora_llm.backbone import load_tokenizer, spec_from_files
@@ -31,7 +30,7 @@ from sora_llm.factors import (
 from sora_llm.inject import check_shape, layer_shapes
 from sora_llm.merge import WeightedAdapter
 from sora_llm.prompt_format import exported_template, has_conversations
-from sora_llm.run_files import ADAPTER_CONFIG
+from sora_llm.run_files import ADAPTER_CONFIG, CHAT_TEMPLATE
 from sora_llm.running.data_lineage import lineage_for_certificate
 from sora_llm.running.unpack import backbone_spec, target_modules
 from sora_llm.sora import fold
@@ -170,7 +169,7 @@ def own_tokenizer(source: SavedAdapter, spec: BackboneSpec) -> tuple[list[Path],
     """
     files: list[Path] = []
     if source.folder is not None:
-        template = source.folder / TEMPLATE
+        template = source.folder / CHAT_TEMPLATE
         if has_tokenizer(source.folder):
             files = tokenizer_files_in(source.folder)
         if source.config is not None and not _used_template(source):

@@ -128,7 +128,9 @@ def _after_newline(file: BinaryIO, end: int) -> int:
 
 def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapping[str, Any]) -> list[StageRecord]:
     """The stages of a path, in the order of λ."""
-    certificates = {path.parent.name: read_json(path) for path in run_dir.glob("path/*/certificate.json")}
+    certificates = {
+        path.parent.name: read_json(path) for path in (run_dir / run_files.PATH).glob(f"*/{run_files.CERTIFICATE}")
+    }
     found: dict[str, StageRecord] = {}
     for line in lines:
         sparse_lambda = as_number(line.get("sparse_lambda"))
@@ -152,7 +154,7 @@ def _stages(run_dir: Path, lines: Sequence[Mapping[str, Any]], certificate: Mapp
         sha256 = own.get("sha256")
         found[name] = replace(
             stage,
-            folder=f"path/{name}",
+            folder=f"{run_files.PATH}/{name}",
             passed=own.get("passed") is True,
             is_adapter=sha256 is not None and sha256 == certificate.get("sha256"),
         )

@@ -103,7 +103,7 @@ def run_lock(run_dir: Path, wait_seconds: float | None = None) -> Iterator[RunLo
         UserError: the directory cannot be written.
     """
     deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
-    path, is_new = run_dir / ".lock", not run_dir.exists()
+    path, is_new = run_dir / run_files.LOCK, not run_dir.exists()
     try:
         while True:
             try:
@@ -151,7 +151,7 @@ def lost_holder(run_dir: Path) -> str | None:
 
     For another machine's process the lock may be inconclusive: not every shared file system supports locks.
     """
-    with contextlib.suppress(OSError), (run_dir / ".lock").open("rb") as file:
+    with contextlib.suppress(OSError), (run_dir / run_files.LOCK).open("rb") as file:
         holder, _, machine = file.read().decode(errors="replace").partition(" on ")
         if machine == socket.gethostname():
             with contextlib.suppress(BlockingIOError):

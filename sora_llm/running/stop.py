@@ -12,13 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sora_llm import terminal
+from sora_llm import run_files, terminal
 from sora_llm.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """The signals sent by schedulers, batch scripts, Ctrl-C and a closing terminal."""
 
-STOP_FILE = "STOP"
 LOOK_SECONDS = 0.2
 STOP_GRACE_SECONDS = 5.0
 """Less than the 30 s that launchers leave between TERM and KILL."""
@@ -50,7 +49,7 @@ class StopRequest:
         look_for_file: whether a STOP file counts; a dry run leaves it to the run that it is meant for.
         leave: called before a process ends whose main thread does not get to it.
         """
-        self.file = run_dir / STOP_FILE
+        self.file = run_dir / run_files.STOP
         self.at_once = False
         self._is_main, self._others_wait, self._looks, self._leave = is_main, others_wait, look_for_file, leave
         self._asked_by: str | None = None
