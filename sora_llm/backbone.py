@@ -254,18 +254,18 @@ def skeleton(config: Any, spec: BackboneSpec) -> nn.Module:
 
 
 def check_weights(spec: BackboneSpec, config: Any) -> None:
-    """Compare the weights that a local folder's safetensors name with those of the model that `config` describes.  Only
-    headers are read: files on the hub would be fetched, and quantised ones name more.
+    """Compare the weights that a local base's files name with those of the model that its config.json describes, before
+    anything is loaded; `config` is the transformers config made of it.
+
+    Of safetensors only headers are read.  Skipped for files on the hub, which would be fetched, for pickles, and for
+    quantised files, which name more than the model's own tensors.
 
     Raises:
         UserError: weights that are missing, or have other shapes.
     """
-    if not any(spec.folder.glob("*.safetensors")) or quantised_files(config) is not None:
-        return
-    unset_hf_deepspeed_config()
-    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, loaded = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
-    _refuse_random_weights(loaded, spec, model)
+    if any(spec.folder.glob("*.safetensors")) and quantised_files(config) is None:
+        model, loaded = _load_model(spec, device_map="meta")
+        _refuse_random_weights(loaded, spec, model)
 
 
 def check_attention(spec: BackboneSpec) -> None:
@@ -291,13 +291,7 @@ def load_backbone(
         UserError: weights that are missing, damaged or of other shapes, or a quantisation that this machine cannot run.
     """
     device = torch.device(device)
-    options: dict[str, Any] = {
-        "dtype": DTYPES[spec.dtype],
-        "attn_implementation": spec.attn_implementation,
-        "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # refused below, with their names
-    }
+    options: dict[str, Any] = {"device_map": {"": device.index or 0 if device.type == "cuda" else device.type}}
     config = _from_pretrained(AutoConfig, spec, "config")
     said = quantization_config_of(config)
     if said is not None:  # already quantised; the rest is in the files
@@ -305,10 +299,7 @@ def load_backbone(
         options["config"] = config
     elif (quantization := _quantization(spec)) is not None:
         options["quantization_config"] = quantization
-    # Under ZeRO-3 transformers would shard while loading, which it cannot do for quantised weights: every process
-    # loads the whole model, and the engine shards it afterwards.
-    unset_hf_deepspeed_config()
-    model, loaded = _from_pretrained(AutoModelForCausalLM, spec, "model", **options)
+    model, loaded = _load_model(spec, **options)
     _refuse_random_weights(loaded, spec, model)
     unexpected = sorted(loaded["unexpected_keys"])
     if unexpected and not has_other_inputs(config):  # of whose files the text model is loaded alone
@@ -325,6 +316,24 @@ def load_backbone(
         enable_checkpointing(model)
         model.enable_input_require_grads()
     return model
+
+
+def _load_model(spec: BackboneSpec, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The model and transformers' loading info, with random numbers for weights that the files lack."""
+    # Under ZeRO-3 transformers would shard while loading, which it cannot do for quantised weights: every process
+    # loads the whole model, and the engine shards it afterwards.
+    unset_hf_deepspeed_config()
+    model, loaded = _from_pretrained(
+        AutoModelForCausalLM,
+        spec,
+        "model",
+        dtype=DTYPES[spec.dtype],
+        attn_implementation=spec.attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # like missing ones, for `_refuse_random_weights`
+        **options,
+    )
+    return model, loaded
 
 
 def _refuse_random_weights(loaded: Mapping[str, Any], spec: BackboneSpec, model: nn.Module) -> None:

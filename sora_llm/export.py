@@ -220,8 +220,8 @@ def _peft_config(model: nn.Module, factors: PlainFactors, layout: str, provenanc
 
 
 def _target_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Plain suffixes ("q_proj") if they match exactly these of all modules, else the full names (experts.0, experts.1:
-    PEFT would take layers.0 for a target, too)."""
+    """Plain suffixes ("q_proj") if, among all modules, they match these alone; else the full names: the suffix 0 of
+    experts.0 would also name layers.0."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     with without_adapters(model):
         matched = {name for name, _ in model.named_modules() if matches(name, suffixes)}

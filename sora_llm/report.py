@@ -17,8 +17,8 @@ from sora_llm.terminal import end_progress, is_terminal, say, show_progress
 class JsonLines:
     """An append-only file of one JSON object per line; every line is on disk when `write` returns."""
 
-    def __init__(self, path: Path, last_step: int, *, exports_again: bool = True, before: Path | None = None):
-        """Continue `path` after `last_step`; if there is no such file, with the lines of the file `before`.
+    def __init__(self, path: Path, last_step: int, *, exports_again: bool = True, source: Path | None = None):
+        """Continue `path` after `last_step`, or the lines of the file `source`.
 
         Dropped are later lines, a torn last one and, unless `exports_again` is false, the line that an export wrote at
         `last_step` itself, since the export will be repeated.
@@ -26,7 +26,7 @@ class JsonLines:
         self.path = path
         kept: list[str] = []
         has_last = False
-        for line in read_json_lines(path if path.exists() or before is None else before):
+        for line in read_json_lines(source or path):
             step = line.get("step")
             again = exports_again and step == last_step and (has_last or line.get("phase") == "export")
             if isinstance(step, int) and step <= last_step and not again:

@@ -121,9 +121,10 @@ def _between(
 
 
 def _results_are_cached() -> bool:
-    """Whether selective activation checkpointing keeps results of operations.  Of y = x Wᵀ it may keep the product that
-    y is a view of: adding the branch in place would go unnoticed, and be repeated when y is recomputed from it."""
-    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
+    """Whether torch's selective activation checkpointing keeps results of operations.  Of y = x Wᵀ it may keep the
+    product that y is a view of: adding the branch in place would go unnoticed, and be repeated when y is recomputed."""
+    kinds = (kind for mode in _get_current_dispatch_mode_stack() for kind in type(mode).__mro__)
+    return any(kind.__module__ == "torch.utils.checkpoint" for kind in kinds)
 
 
 def _traced(

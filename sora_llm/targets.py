@@ -19,6 +19,9 @@ ALL_LINEAR = "all-linear"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """torch modules that read their linear layers' weights directly, bypassing any wrapper."""
+NOT_CALLED_IN_TRAINING = ("A_log", "correction_coefs")
+"""Attributes of modules that call layers whose weights they read, but not in training: state-space mixers, which hand
+them to fused kernels, and Gemma 3n's AltUp, which clamps one."""
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -125,15 +128,16 @@ def _computes_linear(kind: type[nn.Linear]) -> bool:
 
 
 def _is_bypassed(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer's weight is used without its forward."""
+    """Whether a linear layer's weight is used without its forward, by the source of the module that holds it."""
     parent, child = parent_of(model, name), name.rpartition(".")[2]
     if isinstance(parent, READS_WEIGHTS):
         return True
-    if not hasattr(parent, "A_log"):
-        return False
-    # A state-space mixer, whose fused kernels receive weights: only its source shows which.
     source = _source_of(type(parent))  # type: ignore[arg-type]  # classes are hashable
-    return re.search(rf"self\.{child}\.weight\b(?!\.(?:dtype|device|shape)\b)", source) is not None
+    read = rf"(?<!isinstance\()self\.{child}\.weight\b(?!\.(?:dtype|device|shape|data|_?is_\w+)\b)"
+    if re.search(read, source) is None:
+        return False
+    is_called = re.search(rf"self\.{child}\(", source) is not None
+    return not is_called or any(hasattr(parent, mark) for mark in NOT_CALLED_IN_TRAINING)
 
 
 @functools.lru_cache(maxsize=64)

@@ -88,6 +88,13 @@ def test_a_base_is_never_completed_with_random_weights(stories, tmp_path, change
         load_backbone(spec, "cpu")
 
 
+def test_the_attention_of_its_config_need_not_be_installed(stories, tmp_path):
+    folder = _base(stories, tmp_path / "base", str, attn_implementation="flash_attention_2")
+    spec = BackboneSpec(str(folder), dtype="float32")
+    check_weights(spec, load_model_config(spec))
+    load_backbone(spec, "cpu")
+
+
 def test_weights_that_a_base_has_no_place_for_are_said(stories, tmp_path):
     folder, said = _base(stories, tmp_path / "base", str, num_hidden_layers=4), []
     load_backbone(BackboneSpec(str(folder), dtype="float32"), "cpu", warn=said.append)

@@ -89,7 +89,7 @@ def test_a_resumed_run_may_split_its_batch_otherwise_as_long_as_the_product_stay
 
 
 def test_a_checkpoint_of_a_version_without_a_setting_has_its_default(load):
-    """Settings are added, also to data sets: earlier checkpoints lack them."""
+    """Settings are added, also to data sets, and whole sections: earlier checkpoints lack them."""
     held_out = "data.val_datasets=[{path: dev.jsonl}]"
     now = to_dict(load(held_out))
     required = {"name_or_path", "datasets", "val_datasets", "path", "max_steps", "sparse_lambda", "output_dir"}
@@ -98,6 +98,8 @@ def test_a_checkpoint_of_a_version_without_a_setting_has_its_default(load):
     def keys_of(mapping, *path):
         for name, value in mapping.items():
             if isinstance(value, dict) and name != "columns":
+                if not required & value.keys():
+                    yield (*path, name)
                 yield from keys_of(value, *path, name)
             elif name in ("datasets", "val_datasets"):
                 yield from keys_of(value[0], *path, name, 0)

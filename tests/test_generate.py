@@ -128,7 +128,7 @@ def test_a_prompt_of_a_file_may_have_a_system_message(lora, tmp_path, capsys):
     assert found == {**row, "answer": expected["answer"], "finish_reason": expected["finish_reason"]}
     asked.write_text("\n".join(json.dumps({"system": text, "prompt": PROMPT}) for text in ("", "  ")))
     empty, blank = generate(capsys, lora, *form)["answers"]
-    assert blank["answer"] == empty["answer"] != found["answer"], "as the rows that were trained on"
+    assert blank == empty and blank["answer"] != found["answer"], "as the rows that were trained on"
     asked.write_text(json.dumps({"prompt": PROMPT, "tools": [{"name": "f", "parameters": {}}]}))
     assert cli.main(["generate", str(lora), *map(str, form)]) == 2
     assert f"{asked}:1 has tools, which cannot be called here" in capsys.readouterr().err

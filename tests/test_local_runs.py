@@ -205,6 +205,18 @@ def test_two_machines_of_two_processes_train_as_two_processes_of_twice_the_rows(
     assert sent[0] == sent[1] and len(sent[0]) == 3
 
 
+def test_machines_may_have_different_numbers_of_processes(ground: Playground) -> None:
+    """What replicas decide by their own size they decide together: a collective on one of them alone is another's."""
+    options = {**CASES[BUDGET], "distributed.replica": "node", "train.per_device_train_batch_size": 1}
+    call = ground.call("local uneven", 3, **options, **{"evaluation.per_device_eval_batch_size": 1})
+    places = [("0", "2"), ("1", "2"), ("0", "1")]
+    children = [
+        ground.nursery.start("faults:trainer", call, {**environ, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": size})
+        for environ, (local, size) in zip(launched(3), places, strict=True)
+    ]
+    assert [child.wait() for child in children] == [0] * 3, children[0].output
+
+
 @pytest.mark.matrix
 def test_patience_ends_a_stage_inside_a_round(ground: Playground) -> None:
     options = {

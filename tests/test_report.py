@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -136,15 +137,21 @@ def test_a_checkpoint_of_another_directory_is_not_in_the_status_but_the_lines_be
     elsewhere, here = tmp_path / "a" / "checkpoints" / "step-3", tmp_path / "b"
     elsewhere.mkdir(parents=True)
     lines = [json.dumps({"step": step, "phase": "dense"}) + "\n" for step in range(6)]
+    here.mkdir()
     for name in ("metrics.jsonl", "ranks.jsonl"):
         (tmp_path / "a" / name).write_text("".join(lines))
-    here.mkdir()
+        (here / name).write_text(lines[0] + json.dumps({"step": 1, "phase": "dense", "loss": 9.0}) + "\n")
     directory = RunDirectory(here, is_main=True)
     directory.begin(config_yaml="a: 1\n", env={}, total_steps=9, first_step=3, resumed_from=elsewhere)
     assert json.loads((here / "status.json").read_text())["checkpoint"] is None
     for name in ("metrics.jsonl", "ranks.jsonl"):
         assert (here / name).read_text() == "".join(lines[:4])
         assert (tmp_path / "a" / name).read_text() == "".join(lines)
+    copied = shutil.copytree(elsewhere, tmp_path / "backup")
+    RunDirectory(here, is_main=True).begin(
+        config_yaml="a: 1\n", env={}, total_steps=9, first_step=2, resumed_from=copied
+    )
+    assert (here / "metrics.jsonl").read_text() == "".join(lines[:3]), "a copy has none of its own"
     RunDirectory(here, is_main=True).begin(config_yaml="a: 1\n", env={}, total_steps=9)
     assert (here / "metrics.jsonl").read_text() == "", "a run that starts over has none"
 

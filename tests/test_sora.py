@@ -311,10 +311,11 @@ def test_activation_checkpointing_with_dropout_gives_bit_equal_gradients(use_ree
     assert all(torch.equal(a, b) for a, b in zip(direct, recomputed, strict=True))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("saved", [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+@pytest.mark.parametrize(
+    ("bias", "saved"), [(False, torch.ops.aten.mm.default), (True, torch.ops.aten.addmm.default)], ids=["mm", "addmm"]
+)
 def test_selective_checkpointing_may_keep_the_base_layers_products(bias, saved):
-    """y may be a view of one, whose changes torch does not notice: the branch was added to it twice."""
+    """Without bias y is a view of one, whose changes torch does not notice: the branch was added to it twice."""
     layers = nn.ModuleList([layer_of(nn.Linear(IN, IN, bias=bias)) for _ in range(2)])
 
     def run(call):

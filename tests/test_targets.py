@@ -16,6 +16,7 @@ from sora_llm.export import export_adapter
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.running.config_warnings import config_warnings
 from sora_llm.running.plan import make_plan
+from sora_llm.running.routing_check import check_routing
 from sora_llm.running.unpack import target_modules, target_shapes
 from sora_llm.targets import left_out, linear_layers, stacked_weights, target_linears
 from sora_llm.topology import ALONE
@@ -138,6 +139,15 @@ def test_linear_layers_that_their_parents_do_not_call_are_no_targets():
     assert list(target_linears(Mixed())) == ["proj"]
     with pytest.raises(UserError, match=r"'linear1' is block.linear1, whose weight TransformerEncoderLayer reads"):
         target_linears(Mixed(), ["linear1"])
+
+
+def test_a_layer_that_is_called_outside_of_training_alone_is_no_target():
+    options = {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "head_dim": 8}
+    options |= {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    config = AutoConfig.for_model("gemma3n_text", **SIZES, **options, activation_sparsity_pattern=[0.0, 0.0])
+    model = AutoModelForCausalLM.from_config(config)
+    assert last_names(left_out(model)) == {"correction_coefs"}
+    check_routing(inject_sora(model, r=2))  # in training, a token passes all the others
 
 
 def test_layers_that_no_text_passes_are_no_targets():

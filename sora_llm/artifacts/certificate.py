@@ -43,7 +43,7 @@ class Certificate:
             raise UserError(f"{file} is damaged (it is no JSON object); restore or remove it")
         return cls(content)
 
-    def check_weights(self, folder: Path) -> None:
+    def check_describes(self, folder: Path) -> None:
         """UserError if it was written for other weights than those of the LoRA in `folder`, if one is there."""
         sha256, weights = self.content.get("sha256"), folder / ADAPTER_WEIGHTS
         if sha256 is not None and weights.is_file() and sha256 != file_sha256(weights):

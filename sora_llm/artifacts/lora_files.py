@@ -156,7 +156,7 @@ def read_lora(folder: Path, *, blank_up_to: int = 0) -> LoraFiles:
     if not pairs:
         raise UserError(f"{folder / ADAPTER_WEIGHTS} holds no factors")
     certificate = Certificate.read(folder)
-    certificate.check_weights(folder)
+    certificate.check_describes(folder)
     factors, scaling = {}, {}
     for name, pair in pairs.items():
         if not is_target(name, config):
@@ -306,4 +306,4 @@ def check_lora(folder: Path) -> None:
     """UserError unless a plain LoRA's config and, if there is one, its certificate describe the weights next to them;
     these are not loaded."""
     _read_config(folder)
-    Certificate.read(folder).check_weights(folder)
+    Certificate.read(folder).check_describes(folder)

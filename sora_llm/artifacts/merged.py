@@ -127,7 +127,7 @@ class Merge:
 
 
 def plan_merge(
-    factors: PlainFactors, spec: BackboneSpec, bare_model: nn.Module, *, dequantise: bool, device: torch.device | str
+    factors: PlainFactors, spec: BackboneSpec, skeleton: nn.Module, *, dequantise: bool, device: torch.device | str
 ) -> Merge:
     """Plan the merge from the headers of the base's files, before anything is loaded.
 
@@ -144,21 +144,21 @@ def plan_merge(
                     files[key], shapes[key] = path, file.get_slice(key).get_shape()
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights {path} are damaged: {error}") from None
-    if not dequantise and quantised_files(bare_model.config) is not None:
+    if not dequantise and quantised_files(skeleton.config) is not None:
         raise UserError(
             f"the files of {spec.name_or_path} hold quantised weights alone; name the original model to merge into it "
             "(sora-llm export: --base-model)"
         )
     packed = packed_weights(files)
     shapes |= {key: weight.shape for key, weight in packed.items()}
-    for name, linear in linear_layers(bare_model).items():
+    for name, linear in linear_layers(skeleton).items():
         shape = [linear.out_features, linear.in_features]
         if shapes.get(f"{name}.weight") != shape:
             raise UserError(
                 f"the files of {spec.name_or_path} hold no {name}.weight of shape {shape}: tensor names do not match "
                 "the layers; load and save the model with transformers, and name that folder"
             )
-    quantised = frozenset(quantised_linears(bare_model))
+    quantised = frozenset(quantised_linears(skeleton))
     return Merge(factors, spec, files, quantised, dequantise, device, packed)
 
 

@@ -83,8 +83,8 @@ def target_shapes_of(
         return shapes_of(source.factors), []
     quiet_libraries()
     spec = base_of([source], base, trust_remote_code)
-    bare_model = skeleton(load_model_config(spec), spec)
-    shapes = shapes_in(spec, bare_model, [source.on(bare_model)])
+    base_skeleton = skeleton(load_model_config(spec), spec)
+    shapes = shapes_in(spec, base_skeleton, [source.on(base_skeleton)])
     return shapes, sorted(shapes.keys() - source.factors.keys())
 
 

@@ -84,11 +84,11 @@ def consensus_of(arguments: argparse.Namespace) -> dict[str, Any]:
     sources = [read_source(path) for path in arguments.sources]
     spec = base_of(sources, arguments.base, arguments.trust_remote_code)
     check_output_folder(out, [spec.folder])
-    bare_model = skeleton(load_model_config(spec), spec)
+    base_skeleton = skeleton(load_model_config(spec), spec)
     refuse_other_weights(sources, spec, arguments.base)
-    sources = [source.on(bare_model) for source in sources]
+    sources = [source.on(base_skeleton) for source in sources]
     refuse_other_targets(sources, arguments.allow_missing)
-    shapes = shapes_in(spec, bare_model, sources)
+    shapes = shapes_in(spec, base_skeleton, sources)
     largest = max(arguments.weights or [1.0])
     weights = [weight / largest for weight in arguments.weights or [1.0] * len(sources)]
     replicas = [replica(source, weight, shapes) for source, weight in zip(sources, weights, strict=True)]

@@ -122,7 +122,7 @@ def exported(arguments: argparse.Namespace) -> dict[str, Any]:
         certificate = export_gguf(adapter.factors, adapter.config, out, outtype=outtype, provenance=provenance)
     elif arguments.layout == "merged":
         device = local_device()
-        merge = plan_merge(adapter.factors, spec, adapter.bare_model, dequantise=dequantise, device=device)
+        merge = plan_merge(adapter.factors, spec, adapter.base_skeleton, dequantise=dequantise, device=device)
         measure = None
         if not arguments.skip_dev_loss:
             measure = dev_loss_measure(trained_config(resolve_path(arguments.source)), spec, device)
@@ -218,7 +218,7 @@ class PreparedAdapter:
 
     factors: PlainFactors
     config: Any
-    bare_model: nn.Module
+    base_skeleton: nn.Module
     cut: CutReport | None
 
     @property
@@ -238,17 +238,17 @@ def prepared(source: SavedAdapter, spec: BackboneSpec, size: Size, arguments: ar
         UserError: it does not fit the base, or the size leaves nothing.
     """
     config = load_model_config(spec)
-    bare_model = skeleton(config, spec)
-    source = source.on(bare_model)
-    shapes = shapes_in(spec, bare_model, [source])
+    base_skeleton = skeleton(config, spec)
+    source = source.on(base_skeleton)
+    shapes = shapes_in(spec, base_skeleton, [source])
     factors = plain_factors(source, shapes)
     budget, tolerance = size.params(shapes), arguments.tolerance
     if budget is None and tolerance is None:
-        return PreparedAdapter(factors, config, bare_model, None)
+        return PreparedAdapter(factors, config, base_skeleton, None)
     gateless = {name: (A, B, None) for name, (A, B) in factors.items()}
     factors, report = cut_svd(gateless, 1.0, budget, arguments.min_rank, tolerance)
     refuse_empty_result(report.kept_params, report.energy, shapes)
-    return PreparedAdapter(factors, config, bare_model, report)
+    return PreparedAdapter(factors, config, base_skeleton, report)
 
 
 # ----------------------------------------------------------------------------------------------------------- export

@@ -161,10 +161,11 @@ def _of_row(line: str, place: str) -> Prompt:
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        said = {name: row[name] for name in ("system", "prompt") if row.get(name)}
         asked = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
         asked["messages"] = [{"role": "user", "content": row["prompt"]}]
-        return Prompt(_conversation(asked, "messages", place).messages, said, place)
+        messages = _conversation(asked, "messages", place).messages
+        said = {"system": row["system"]} if messages[0].role == "system" else {}
+        return Prompt(messages, {**said, "prompt": row["prompt"]}, place)
     if not isinstance(row, dict) or not {"messages", "instruction"} & row.keys() or "instances" in row:
         raise UserError(f'{place} must be {{"prompt": "…"}}, {{"messages": […]}} or {{"instruction": "…"}}')
     if row.get("messages") is None:  # an alpaca row; its answer is ignored

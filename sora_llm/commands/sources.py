@@ -64,11 +64,11 @@ class SavedAdapter:
     base_digest: str | None = None
     """The digest of the weights that it was trained on, if known."""
 
-    def on(self, bare_model: nn.Module) -> SavedAdapter:
+    def on(self, skeleton: nn.Module) -> SavedAdapter:
         """The same adapter with all targets that it has on this base."""
         if self.selector is None:
             return self
-        return replace(self, targets=self.targets | target_linears(bare_model, self.selector).keys())
+        return replace(self, targets=self.targets | target_linears(skeleton, self.selector).keys())
 
     @property
     def may_lack_targets(self) -> bool:
@@ -330,13 +330,13 @@ def base_name(spec: BackboneSpec) -> str:
     return spec.name_or_path if spec.folder.is_dir() else f"{spec.name_or_path} (revision {spec.revision or 'main'})"
 
 
-def shapes_in(spec: BackboneSpec, bare_model: nn.Module, sources: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
+def shapes_in(spec: BackboneSpec, skeleton: nn.Module, sources: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
     """{module: (I, O)} of everything that a source adapts, from the base's config alone.
 
     Raises:
         UserError: a source that does not fit the base.
     """
-    linears = linear_layers(bare_model)
+    linears = linear_layers(skeleton)
     shapes = layer_shapes(linears)
     for source in sources:
         missing = sorted(source.targets - shapes.keys())

@@ -52,8 +52,8 @@ def resume_conflicts(
 
 def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
     """A config as `to_dict` gives it, with the default of every key that it lacks, also in its lists of data sets."""
-    defaults, dataset = to_dict(Config()), plain(Dataset())
-    filled = {section: defaults.get(section, {}) | values for section, values in old.items()}
+    dataset = plain(Dataset())
+    filled = {section: values | old.get(section, {}) for section, values in to_dict(Config()).items()}
     for name in ("datasets", "val_datasets"):
         if filled["data"][name] is not None:
             filled["data"][name] = [dataset | entry for entry in filled["data"][name]]

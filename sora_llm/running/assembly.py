@@ -66,8 +66,7 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
         refuse_other_base(start.state, start.folder, digest)
     torch.manual_seed(job.config.train.seed)
     inject_sora(model, sora.r, sora.lora_alpha, sora.lora_dropout, target_modules(job.config), DTYPES[sora.dtype])
-    if job.num_averaging > 1:
-        on_every(lambda: check_routing(model))
+    on_every(lambda: check_routing(model) if job.num_averaging > 1 else None)  # replicas may differ in size
     full_params = pipeline.full_params(adapters(model))
     saved = None
     if start.folder is not None and start.state is not None:

@@ -14,7 +14,8 @@ def check_routing(model: nn.Module) -> None:
 
     For processes that average gradients: on each, a step then reaches other adapters.  ZeRO-1 and 2 reduce gradients in
     the order in which they arrive and would add those of different layers to each other, without an error (ΔW was off
-    by 23 % after three steps of two processes); DDP and ZeRO-3 would end with one of their own.
+    by 23 % after three steps of two processes); DDP and ZeRO-3 would end with an error of their own.  The model is left
+    in its mode: in eval mode, some call layers that they do not call in training.
     """
     layers, passed = adapters(model), set()
     hooks = [
@@ -31,6 +32,7 @@ def check_routing(model: nn.Module) -> None:
     if missed := [name for name in layers if name not in passed]:
         others = f" and {len(missed) - 1:,} others" if len(missed) > 1 else ""
         raise UserError(
-            f"not every token passes {missed[0]}{others}, such as experts: processes would average the gradients of "
-            "different layers; name other layers in sora.target_modules, or train with one process"
+            f"a token can miss {missed[0]}{others}, as with experts, and processes cannot average gradients of "
+            "different layers: name other layers in sora.target_modules, train with one process, or let each step on "
+            "its own (distributed.sync_every above 1, replica process)"
         )

@@ -61,7 +61,7 @@ class RunDirectory:
         is_logged: bool = True,
     ) -> None:
         """Write config.yaml and env.json, and drop the lines of steps that are going to be taken (again); on the main
-        process.  A new directory starts with the lines of the run that `resumed_from` lies in.
+        process.  If `resumed_from` is a checkpoint of another run, that run's lines come before.
 
         `chat_template`: the text of a template file, saved because the file may change; checkpoints are prompted with
         it.
@@ -70,7 +70,7 @@ class RunDirectory:
         self.is_begun = True
         self.start_at(first_step, resumed_from)
         last_step = -1 if resumed_from is None else first_step if is_logged else first_step - 1
-        before = self.path if resumed_from is None else resumed_from.resolve().parent.parent
+        source = self._run_before(resumed_from)
         with self._writing():
             for leftover in self.path.glob(".*.tmp"):  # from a process that was killed while writing
                 if leftover.is_file():
@@ -88,11 +88,17 @@ class RunDirectory:
                 write_text_atomically(self.path / run_files.DATA_REPORT, _json(data_report))
             # If the step's own line is still to come, the one before may be the last of a stage, which was exported.
             self._metrics, self._ranks = (
-                JsonLines(self.path / name, last_step, exports_again=is_logged, before=before / name)
+                JsonLines(self.path / name, last_step, exports_again=is_logged, source=source / name)
                 for name in (run_files.METRICS, run_files.RANKS)
             )
         self._progress = Progress(total_steps, first_step)
         self.status("running")
+
+    def _run_before(self, resumed_from: Path | None) -> Path:
+        """The run directory that a checkpoint is in; this one if it is in none (a copy)."""
+        if resumed_from is not None and (checkpoints := resumed_from.resolve().parent).name == run_files.CHECKPOINTS:
+            return checkpoints.parent if (checkpoints.parent / run_files.METRICS).is_file() else self.path
+        return self.path
 
     def require_held(self) -> None:
         """RunFailed if the directory is no longer the one that the run began in; on the main process."""

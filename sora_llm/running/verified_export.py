@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sora_llm import export
+from sora_llm.artifacts.card import Provenance
 from sora_llm.distributed.collectives import gather_objects, is_main, on_main
 from sora_llm.peft_check import reloaded, worst_of
 
@@ -29,7 +30,7 @@ def export_verified(
     folder: Path,
     layout: str,
     *,
-    provenance: export.Provenance,
+    provenance: Provenance,
     allow_empty: bool,
     probe_ids: Tensor,
     eval_loss_of: Callable[[nn.Module], float | None],
