@@ -84,6 +84,8 @@ def test_a_base_is_never_completed_with_random_weights(stories, tmp_path, change
     spec = BackboneSpec(str(folder), dtype="float32", load_in_4bit=quantised, compute_dtype="float32")
     with pytest.raises(UserError, match=said):
         check_weights(spec, load_model_config(spec))
+    if quantised and "vocab_size" in config:
+        return  # in 4 bits, transformers 5.17 takes the shape that is in the files
     with pytest.raises(UserError, match=said):
         load_backbone(spec, "cpu")
 
