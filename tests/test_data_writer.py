@@ -40,6 +40,11 @@ def until(condition: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+def until_written(lock: Path) -> None:
+    """Wait for its holder to have named itself in it: the file alone may be there before it is locked."""
+    until(lambda: lock.exists() and lock.read_text())
+
+
 def _prepare_and_tell(folder: Path, barrier, results) -> None:
     barrier.wait(timeout=60)
     spec = DatasetSpec(str(folder / "a.jsonl"), "completion")
@@ -200,7 +205,7 @@ def _fail_slowly(folder: Path) -> None:
 
 def test_who_waits_fails_as_the_writer_does(tmp_path):
     first = start(fill_once, tmp_path / "key", _fail_slowly)
-    until(lambda: (tmp_path / "key.lock").exists())
+    until_written(tmp_path / "key.lock")
     with pytest.raises(RunFailed, match="a process was killed"):
         fill_once(tmp_path / "key", refuse)
     first.join(timeout=30)
@@ -231,7 +236,7 @@ def test_who_waits_can_be_interrupted(tmp_path):
 def test_who_waits_long_says_for_whom(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.2)
     first = start(fill_once, tmp_path / "key", _fill_slowly)
-    until(lambda: (tmp_path / "key.lock").exists())
+    until_written(tmp_path / "key.lock")
     fill_once(tmp_path / "key", refuse)
     first.join(timeout=30)
     assert (
