@@ -94,8 +94,8 @@ def load_and_inject(job: Job, directory: RunDirectory, start: StartPoint) -> Tra
 
 
 def warm_start(job: Job, model: nn.Module, digest: str | None) -> None:
-    """Initialise the adapters from the saved one; warn if it was not trained on these weights, whose digest this
-    is."""
+    """Initialise the adapters from the saved one; warn if it was trained on weights other than those of this
+    `base_digest`."""
     lora, spec = start_lora(job.config), job.inputs.backbone
     init_from_lora(model, lora.factors, lora.scaling)
     trained_on = lora.certificate.base_digest
