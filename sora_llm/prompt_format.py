@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,11 @@ def plain_separator(config: Config) -> str | None:
     """The separator after plain text prompts, from the first data set; None if they were conversations."""
     first = config.data.datasets[0]
     return first.separator if first.type in WITHOUT_TEMPLATE else None
+
+
+def has_unread_line_break(separator: str) -> bool:
+    r"""Whether a line break was left in two characters, \ and n, by a shell or YAML; LaTeX's \nu is none."""
+    return re.search(r"\\n(?![a-z])", separator) is not None
 
 
 def recorded_separator(config: Config | None, certificate: Certificate) -> str | None:

@@ -22,7 +22,7 @@ from sora_llm.commands.sources import base_name, is_one_base
 from sora_llm.config import Config, Data, Dataset, Model
 from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import UserError
-from sora_llm.prompt_format import has_conversations, template_is_named
+from sora_llm.prompt_format import has_conversations, has_unread_line_break, template_is_named
 from sora_llm.row_types import FIELDS
 from sora_llm.running.data_lineage import LineageEntry, lineage_in, lineage_of, trained_separator
 from sora_llm.running.held_out import has_same_split, seen_dataset
@@ -202,7 +202,7 @@ def other_dataset(arguments: argparse.Namespace, own: Sequence[Dataset], recorde
         described = Dataset(path=arguments.data, type=arguments.type, separator=next(separators, beside))
     if arguments.separator is not None and described.type != "prompt_completion":
         raise UserError(f"--separator goes with --type prompt_completion only, not {described.type}; leave it out")
-    if "\\n" in (arguments.separator or ""):
+    if has_unread_line_break(arguments.separator or ""):
         warn(r"--separator holds a backslash and an n, not a line break; in bash write $'\n'")
     columns: dict[str, str] = {}
     for text in arguments.column or ():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from sora_llm.config import Config
@@ -15,9 +16,9 @@ from sora_llm.data.prompts import (
     merges_trailing_whitespace,
     untrained_eos,
 )
-from sora_llm.data.report import DataReport
+from sora_llm.data.report import Counts, DataReport
 from sora_llm.data.stream import StreamOrder
-from sora_llm.prompt_format import has_conversations, template_is_named
+from sora_llm.prompt_format import has_conversations, has_unread_line_break, template_is_named
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.training_data import TrainingData
 
@@ -80,7 +81,7 @@ def separator_warnings(config: Config) -> list[str]:
         r"$'\n' in bash"
         for key, datasets in named.items()
         for one in datasets
-        if re.search(r"\\n(?![a-z])", one.separator)  # and not LaTeX
+        if has_unread_line_break(one.separator)
     ]
 
 
@@ -152,20 +153,25 @@ def describe(report: DataReport) -> str:
 
 def row_outcomes(report: DataReport) -> list[str]:
     """How many rows were left out or changed, one phrase per reason."""
-    left_out = (
-        (report.num_bad_rows, "malformed"),
-        (report.too_long, "too long"),
-        (report.no_supervised, "without an answer"),
-        (report.duplicates if report.drop_duplicates else 0, "repeated"),
-    )
-    parts = [f"left out {count:,} {why}" for count, why in left_out if count]
-    if report.truncated:
-        parts.append(f"truncated {report.truncated:,}")
-    if report.split:
-        parts.append(f"split {report.split:,}")
+    counts = {item.name: getattr(report, item.name) for item in fields(Counts)}
+    parts = _phrases(counts if report.drop_duplicates else {**counts, "duplicates": 0})
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return parts
+
+
+def _phrases(counts: Mapping[str, int]) -> list[str]:
+    """How many rows were left out or changed, by the names of `Counts`; without "duplicates" none was left out."""
+    left_out = (
+        ("num_bad_rows", "malformed"),
+        ("too_long", "too long"),
+        ("no_supervised", "without an answer"),
+        ("duplicates", "repeated"),
+    )
+    return [
+        *(f"left out {counts[key]:,} {why}" for key, why in left_out if counts.get(key)),
+        *(f"{outcome} {counts[outcome]:,}" for outcome in ("truncated", "split") if counts[outcome]),
+    ]
 
 
 def describe_stream(config: Config, order: StreamOrder) -> list[str]:
@@ -174,11 +180,8 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
     for dataset, counts in zip(config.data.datasets, order.counts, strict=True):
         if not counts.get("rows_read"):  # none of its rows has been read yet
             continue
-        names = (("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer"))
-        left_out = [f"left out {counts[key]:,} {why}" for key, why in names if counts[key]]
-        cut = [f"{outcome} {counts[outcome]:,}" for outcome in ("truncated", "split") if counts[outcome]]
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
-        lines += ["; ".join([read, *left_out, *cut])]
+        lines += ["; ".join([read, *_phrases(counts)])]
         lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
         lines += special_warning(counts["special_written"])
     return lines
