@@ -18,6 +18,10 @@ from sora_llm.errors import UserError
 T = TypeVar("T")
 
 
+LARGEST = 1e30
+"""Of numbers: some are multiplied by others before they are rounded to float32, which ends at 3.4e38."""
+
+
 class _MismatchError(Exception):
     """A value does not match its type hint."""
 
@@ -91,6 +95,8 @@ def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:
     elif kind is dict and isinstance(value, dict):
         return {_convert(name, str, key, origin): _convert(item, args[1], key, origin) for name, item in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        if abs(value) > LARGEST:
+            raise UserError(f"{key} is {show(value)} {origin.of(key)}; float32 overflows above {LARGEST:g}.")
         return float(value)
     elif type(value) is kind and kind in (str, int, bool, NoneType):
         return value
