@@ -171,6 +171,14 @@ def test_bf16_parameters_follow_their_float32_masters():
     assert (low[1] < 1).any()
 
 
+def test_a_parameter_without_a_gradient_does_not_keep_the_others_from_their_masters():
+    idle, trained = parameters(torch.bfloat16)
+    optimizer = ProxAdamW([idle, trained], lr=1e-5, weight_decay=0.0)
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    assert "master" in optimizer.state[trained] and not optimizer.state.get(idle)
+
+
 def test_tiny_thresholds_act_on_bf16_gates_without_any_gradient_signal():
     gate = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = ProxAdamW([{"params": [gate], "lr": 1e-3, "weight_decay": 0.0, "sparse_lambda": 0.5}])
@@ -192,6 +200,7 @@ def test_the_state_survives_a_round_trip_through_state_dict(dtype):
     twins = [nn.Parameter(p.detach().clone()) for p in (factor, gate)]
     other = ProxAdamW(groups(*twins))
     saved = copy.deepcopy(optimizer.state_dict())
+    moments = [saved["state"][i]["exp_avg"].clone() for i in range(2) if dtype == torch.bfloat16]
     other.load_state_dict(saved)
     assert other.param_groups[1]["sparse_lambda"] == LAMBDA
     for step in range(3, 6):
@@ -200,6 +209,7 @@ def test_the_state_survives_a_round_trip_through_state_dict(dtype):
         optimizer.step()
         other.step()
         assert torch.equal(factor, twins[0]) and torch.equal(gate, twins[1])
+    assert all(torch.equal(saved["state"][i]["exp_avg"], moment) for i, moment in enumerate(moments))
 
 
 # ----- options --------------------------------------------------------------------------------------------------------
