@@ -73,6 +73,7 @@ def test_what_adds_nothing_is_no_component():
     assert cancelling.sigma.shape == (2,)
     for seed in range(20):  # nothing but rounding is left
         A, B, g = adapter((4, 6, 5), seed, dead=0.0)
+        A, B = A * 10 ** (seed - 10), B * 10 ** (seed - 10)
         nothing = components(torch.cat([A, 3 * A]), torch.cat([B, B / 3], dim=1), torch.cat([g, -g]), S)
         assert nothing.sigma.shape == (0,)
 
