@@ -35,7 +35,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the base's activations"
     )
-    parser.add_argument("--r", type=int, default=16, help="rank of every adapter before pruning")
+    parser.add_argument("--rank", type=int, default=16, help="rank of every adapter before pruning")
     parser.add_argument("--target-rank", type=float, default=4, help="mean rank that is kept")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps, both phases together")
     parser.add_argument("--batch-size", type=int, default=4, help="rows per process and forward pass")

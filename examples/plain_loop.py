@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_rows, dev_rows = (common.token_rows(rows, args) for rows in common.text_rows(args))
     model = common.load_base(args)
     torch.manual_seed(args.seed)
-    inject_sora(model, r=args.r, lora_alpha=16)
+    inject_sora(model, r=args.rank, lora_alpha=16)
     print(f"base: dev loss {common.loss_of(model, dev_rows, args.batch_size):.4f}")  # B is 0: nothing has changed yet
 
     batches = micro_batches(train_rows, args.batch_size)

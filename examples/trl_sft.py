@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_rows, dev_rows = common.text_rows(args)
     model = common.load_base(args)
     torch.manual_seed(args.seed)
-    inject_sora(model, r=args.r, lora_alpha=16)
+    inject_sora(model, r=args.rank, lora_alpha=16)
     accept_adapters(model)
 
     cut = sum(gated_steps(args))

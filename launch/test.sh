@@ -2,8 +2,8 @@
 # Lint, type check and tests, installing first where needed.  Extra arguments go to pytest:
 #
 #   bash launch/test.sh                    what CI runs
-#   bash launch/test.sh -m matrix          the full strategy × phase × precision matrix, random settings and what else is
-#                                          slow (an hour on two cores)
+#   bash launch/test.sh -n 2 --dist loadfile -m matrix     the full strategy × phase × precision matrix, random settings
+#                                          and what else is slow (an hour on two cores)
 #   bash launch/test.sh -m gpu             on a machine with a GPU
 #   bash launch/test.sh --only-tests ...   without lint and type check
 set -euo pipefail

@@ -1,6 +1,7 @@
 """A plain, verified LoRA on disk: padded or ragged layout, certificate, model card.
 
-The gate and the scale s are folded into the factors, so 1 is the right scale in every engine, whatever its rule.
+The gate and the scale s are folded into the factors, so 1 is the right scale in every engine; which of them apply it
+to which layout is computed from their rules (`artifacts/consumers.py`).
 """
 
 from __future__ import annotations

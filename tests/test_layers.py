@@ -113,7 +113,7 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
     if part == "config":
         assert siblings(modules()[name]) <= {"config", "errors", "row_types"}
         return
-    assert part in LEVEL, f"{part} has no place in the layers: put it into DESIGN's order and into LAYERS"
+    assert part in LEVEL, f"{part} has no place in the layers: put it into the table of CONTRIBUTING.md and into LAYERS"
     for other in siblings(modules()[name]) - {part, "config"}:
         assert LEVEL[other] < LEVEL[part], f"{name} imports {other}, which is not below it"
 

@@ -48,7 +48,9 @@ class Sora:
     lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask per shared input
     target_modules: str | tuple[str, ...] = "all-linear"  # all-linear (never the output head), a suffix, or suffixes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the adapter's parameters; auto: float32
-    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"  # auto: high enough for a gate to reach 0
+    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = (
+        "auto"  # auto: 0.01 under adaptive, else so that a gate can reach 0
+    )
     threshold: Literal["auto", "adaptive", "decoupled", "proxgen", "constant"] = "auto"
     # auto: adaptive with a budget, decoupled with sparse_lambda
     target_rank: Annotated[float, "> 0"] | None = None
@@ -71,7 +73,8 @@ class Sora:
 class Dataset:
     """One source of rows."""
 
-    path: str = ""  # required: a jsonl, json, parquet, arrow, csv or txt file (or .gz), a folder, a glob, or a hub id
+    path: str = ""  # required: a jsonl, json, csv or txt file (or .gz of one), parquet or arrow, a folder, a
+    # glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
         "alpaca"  # row format
     )
@@ -143,7 +146,8 @@ class Train:
 class Distributed:
     """How processes share the work.  Their number and placement are up to the launcher."""
 
-    strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"  # auto: none alone, else zero2
+    strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"  # auto: none alone, else zero2;
+    # ddp with local updates; under --use_deepspeed the launcher's stage, else zero2
     sync_every: Count = 1  # above 1: local updates, that many optimizer steps between rounds; under ddp
     replica: Literal["process", "node"] = "process"  # unit that takes local steps; inside a node gradients are averaged
     outer_learning_rate: Annotated[float, "> 0"] = 1.0  # of the step from a round's start to the mean of A and B
