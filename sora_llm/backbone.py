@@ -42,21 +42,21 @@ SENTENCEPIECE_PROBES = (
 )
 
 
-def load_model_config(spec: BackboneSpec) -> Any:
-    """The model's transformers config.
+def load_model_config(spec: BackboneSpec, *, is_enough: bool = False) -> Any:
+    """The model's transformers config; `is_enough` if a local folder may hold nothing else.
 
     Raises:
         UserError: no such folder or hub id, an unreadable config, damaged weights, not a decoder that can be loaded, or
             files already quantised in a way that differs from `spec`.
     """
-    config = _read_model_config(spec)
+    config = _read_model_config(spec, is_enough)
     files = quantised_files(config)
     if files is not None:
         _refuse_other_form(spec, files)
     return config
 
 
-def _read_model_config(spec: BackboneSpec) -> Any:
+def _read_model_config(spec: BackboneSpec, is_enough: bool = False) -> Any:
     folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
@@ -64,7 +64,8 @@ def _read_model_config(spec: BackboneSpec) -> Any:
         raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}{seen_from}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
-    packed = _check_folder(folder, spec) if folder.is_dir() else None
+    has_files = folder.is_dir() and not (is_enough and not _has_weights(folder))
+    packed = _check_folder(folder, spec) if has_files else None
     config = _from_pretrained(AutoConfig, spec, "config")
     if packed is not None and not is_quantised(config):
         raise UserError(
@@ -125,7 +126,7 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
     if spec.revision is not None:
         raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights and not any(folder.glob("*.bin")):
+    if not _has_weights(folder):
         raise UserError(f"model.name_or_path: the folder {folder} holds no weights (*.safetensors)")
     packed = None
     for path in weights:
@@ -140,6 +141,10 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
             "base model's tokenizer files into it"
         )
     return packed
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:

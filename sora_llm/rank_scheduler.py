@@ -64,7 +64,7 @@ class RankScheduler:
     Raises:
         UserError: a model without gated adapters or one that FSDP or DeepSpeed has sharded (also from the optimizer's
             step), another optimizer or one with another scheduler or a λ of its own, frozen gates, an invalid budget or
-            number of steps; from the optimizer's step, a state that was made with other dense_steps.
+            number of steps; from the optimizer's step, a state with other dense_steps or without importance.
         RunFailed: from the optimizer's step: processes differ, nothing was learned, or gates are not finite.
     """
 

@@ -86,8 +86,8 @@ def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec |
     return inputs
 
 
-def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Module]:
-    """The backbone's description and its skeleton (meta device).
+def check_backbone(config: Config, strategy: str, *, is_loaded: bool = True) -> tuple[BackboneSpec, nn.Module]:
+    """The backbone's description and its skeleton (meta device); its config.json is enough if it is never loaded.
 
     Raises:
         UserError: unusable model folder, target modules or lengths.
@@ -101,7 +101,7 @@ def check_backbone(config: Config, strategy: str) -> tuple[BackboneSpec, nn.Modu
             f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would "
             "be cast like a weight; leave it on auto"
         )
-    model_config = backbone.load_model_config(spec)
+    model_config = backbone.load_model_config(spec, is_enough=not is_loaded)
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
     skeleton = backbone.skeleton(model_config, spec)
     backbone.check_weights(spec, model_config)
