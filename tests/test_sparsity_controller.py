@@ -26,7 +26,7 @@ GATES = {
     "up": torch.tensor([1.0, 1.0, -0.5, 0.2]),
 }
 IMPORTANCE = {
-    "q": torch.tensor([4.0, 3.0, 2.0, 1.0]).double(),
+    "q": torch.tensor([4.0, 3.0, 2.0, 0.5]).double(),
     "k": torch.tensor([1.0, 0.5, 0.25, 0.125]).double(),
     "up": torch.tensor([8.0, 4.0, 2.0, 1.0]).double(),
 }
@@ -109,6 +109,14 @@ def test_the_fields_of_a_line_name_the_target_and_what_was_chosen():
     assert both.fields == {"budget_params": 100, "target_mean_rank": wanted / 50, "thresholds": chosen}
     target = MLP.wanted(0.5, CONTROLLED_GOAL) / 30
     assert alone.fields == {"budget_params": 60, "target_mean_rank": target, "lambda": sparse_lambda["all"]}
+
+
+@pytest.mark.parametrize(("threshold", "goal"), [("decoupled", 22.0), (ADAPTIVE, 21.0)])
+def test_feedback_stops_a_tenth_above_the_budget_and_a_quantile_a_component(threshold, goal):
+    made = SparsityController(threshold, [RankBudget("all", {"m": 10}, {"m": 40}, params=200)], None)
+    made.importance = {"m": torch.ones(40)}
+    made.choose({"m": torch.linspace(0.1, 1, 40)}, 1.0, "cpu")
+    assert made.fields["target_mean_rank"] == pytest.approx(goal)
 
 
 @pytest.mark.parametrize("threshold", ["decoupled", ADAPTIVE])
