@@ -162,13 +162,16 @@ def test_a_checkpoint_from_before_a_key_existed_was_made_with_its_default(finish
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_the_optimizer_is_the_one_of_the_config(ground: Playground, num_processes: int):
-    """After one step from zero moments, v / m² = (1 - β₂) / (1 - β₁)² and B = -lr · g / (|g| + ε), whatever g is."""
-    name, rate, epsilon = f"adam{num_processes}", 0.01, 1e-3
+def test_the_optimizer_is_the_one_of_the_config(ground: Playground, undisturbed: dict[int, Path], num_processes: int):
+    """After one step from zero moments, v / m² = (1 - β₂) / (1 - β₁)² and B = -lr · g / (|g| + ε), whatever g is.
+
+    A and gate have no gradient yet, since B was 0: A is smaller by lr · weight_decay, which is not for gates."""
+    name, rate, epsilon, decay = f"adam{num_processes}", 0.01, 1e-3, 0.5
     options = {
         "train.adam_beta1": 0.5,
         "train.adam_beta2": 0.75,
         "train.adam_epsilon": epsilon,
+        "train.weight_decay": decay,
         "train.learning_rate": rate,
         "train.lr_scheduler_type": "constant",
         "train.warmup_ratio": 0,
@@ -186,6 +189,11 @@ def test_the_optimizer_is_the_one_of_the_config(ground: Playground, num_processe
         torch.testing.assert_close(v, m**2, rtol=1e-5, atol=1e-30)  # (1 - 0.75) / (1 - 0.5)²
         gradient = m / 0.5
         torch.testing.assert_close(B, -rate * gradient / (gradient.abs() + epsilon), rtol=1e-5, atol=1e-9)
+    start = checkpoint.read_tensors(undisturbed[num_processes] / "checkpoints" / "step-1")  # of the same seed, no decay
+    for key in (key.replace("lora_B", "lora_A") for key in factors):
+        torch.testing.assert_close(tensors[key], start[key] * (1 - rate * decay), rtol=1e-6, atol=0)  # float32 rounding
+    gates = [tensor for key, tensor in tensors.items() if key.endswith(".gate")]
+    assert gates and all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
 
 
 def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path):
