@@ -12,6 +12,9 @@ on all).  What it may do:
     wait              the same, and goes on when there is a file `go` there
     until asked       the same, and goes on when this process has been asked to stop
     count state       leaves there how many numbers all optimizers in memory keep
+    timeouts          leaves there the timeouts of all process groups, in seconds
+    corrupt           one bit of the first adapter tensor of the engine that the function takes is flipped
+    deepspeed config  leaves there what DeepSpeed's engine inside that engine was given
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ def _patch(place: str, faults: Sequence[dict[str, Any]], folder: str, run_dir: s
         calls += 1
         for fault in faults:
             if fault.get("nth", 1) == calls and _is_here(fault):
-                _happen(fault["do"], Path(folder) / f"{place}-{calls}.{_process()}", Path(run_dir))
+                _happen(fault["do"], Path(folder) / f"{place}-{calls}.{_process()}", Path(run_dir), positional)
         return plain(*positional, **named)
 
     setattr(owner, name, faulty)
@@ -121,7 +124,7 @@ def _is_here(fault: dict[str, Any]) -> bool:
     return fault.get("process", 0) in (None, _process())
 
 
-def _happen(what: str, report: Path, run_dir: Path) -> None:
+def _happen(what: str, report: Path, run_dir: Path, arguments: Sequence[Any] = ()) -> None:
     if what == "stop file":
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "STOP").touch()
@@ -129,6 +132,12 @@ def _happen(what: str, report: Path, run_dir: Path) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     elif what == "count state":
         report.write_text(str(_numbers_of_optimizers()))
+    elif what == "timeouts":
+        report.write_text(json.dumps(_timeouts_of_groups()))
+    elif what == "corrupt":
+        _flip_a_bit(arguments[0])
+    elif what == "deepspeed config":
+        report.write_text(json.dumps(arguments[0].model.config))
     elif what in ("report", "wait", "until asked"):
         report.touch()
         while what == "wait" and not (report.parent / "go").exists():
@@ -138,6 +147,22 @@ def _happen(what: str, report: Path, run_dir: Path) -> None:
     else:
         for name in what.split():
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+
+
+def _timeouts_of_groups() -> list[float]:
+    import torch
+
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def _flip_a_bit(engine: Any) -> None:
+    import torch
+
+    from sora_llm.inject import adapter_parameters
+
+    tensor = next(iter(adapter_parameters(engine.module).values())).detach()
+    tensor.view(-1).view(torch.int32)[0] ^= 1
 
 
 def _numbers_of_optimizers() -> int:

@@ -1,4 +1,5 @@
-"""Processes of one run that were given different things: a sentence before anything is trained, and nothing written."""
+"""Processes of one run that were given different things: a sentence before anything is trained, and nothing written;
+or that drifted apart: a sentence at the next check, and nothing saved from there on."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ import torch
 from conftest import shared
 from runs import gsm8k_overrides
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, Playground
+from small_runs import CONFIG, Playground, checkpoints, overrides, status
 from spawn import launched, spawn
 
-from sora_llm import cli
+from sora_llm import cli, train
 from sora_llm.artifacts.certificate import Certificate
 from sora_llm.base_files import base_digest
 from sora_llm.base_spec import BackboneSpec
@@ -176,6 +177,19 @@ def test_what_is_no_file_of_safetensors_has_no_digest(content: bytes, tmp_path: 
         base_digest(BackboneSpec(str(tmp_path)))
 
 
+@pytest.mark.parametrize(("strategy", "at"), [("ddp", 3), ("zero2", 4)])
+def test_processes_that_drift_apart_are_stopped_at_the_next_check(ground: Playground, strategy: str, at: int) -> None:
+    """Between two checks it goes on under DDP; under ZeRO-2 the step that is checked would overwrite the wrong copy."""
+    name, faults = f"drift {strategy}", [{"place": "step", "nth": at, "process": 1, "do": "corrupt"}]
+    options = {"distributed.strategy": strategy, "distributed.check_every": 2, "output.save_steps": 1}
+    children = ground.start(name, 2, faults, **options)
+    assert [child.wait() for child in children] == [1, 1], children[0].output
+    said = status(ground.run_dir(name))["error"]
+    assert "process 1" in said and "model.layers.0.self_attn.q_proj.lora_A" in said
+    assert children[0].output.count(f"sora_llm: {said}") == 1
+    assert checkpoints(ground.run_dir(name)) == ["step-1", "step-2", "step-3"]
+
+
 def meet(seconds: float) -> str | None:
     """What the first process makes of a second one that comes so late, where two seconds are waited for."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
@@ -192,3 +206,16 @@ def meet(seconds: float) -> str | None:
 
 def test_processes_that_do_not_come_are_told_in_a_sentence() -> None:
     assert "process 1 waited 0.5 minutes" in spawn("test_disagreement:meet", 2, {"seconds": 8})[0]
+
+
+def test_the_sentence_has_the_timeout_of_the_config(
+    ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait_in_vain(*_: object) -> None:
+        raise RuntimeError("Timed out waiting 420000ms for recv operation to complete")
+
+    monkeypatch.setattr(train, "load_and_inject", wait_in_vain)
+    monkeypatch.setattr(train, "is_timeout", lambda error: "Timed out" in str(error))  # a process alone has no group
+    with pytest.raises(RunFailed, match=r"process 0 waited 7 minutes \(distributed\.timeout_minutes\)"):
+        run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{"distributed.timeout_minutes": 7}))
+    assert "waited 7 minutes" in status(tmp_path / "run")["error"]

@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 ROUND_ENDS = {BUDGET: [2, 4, 6], SLOTS: [2, 5, 6]}
 WEIGHTS = "adapter.safetensors"
+TIMEOUT_MINUTES = 7
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def straight(ground: Playground) -> Callable[[str], Path]:
     @functools.cache
     def make(case: str) -> Path:
         name = f"local {case}"
-        assert ground.codes(name, 2, **{"distributed.strategy": "auto"}, **CASES[case]) == [0, 0]
+        options = {"distributed.strategy": "auto", "distributed.timeout_minutes": TIMEOUT_MINUTES}
+        faults = [{"place": "step", "process": None, "do": "timeouts"}]
+        assert ground.codes(name, 2, faults, **options, **CASES[case]) == [0, 0]
         return ground.run_dir(name)
 
     return make
@@ -87,6 +90,13 @@ def test_a_run_takes_ddp_and_says_at_every_round_what_it_saw(case: str, straight
             assert rank == (ranks[held[step]] if held[step] else 4.0), step
     last = lines(run_dir, "metrics.jsonl")[-1]
     assert 0 < last["mean_rank"] < 4 and last["eval_loss_exported"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_every_group_of_its_processes_has_the_timeout_of_the_config(straight: Callable[[str], Path]) -> None:
+    """All processes, and the leads of replicas: a new group has its backend's timeout, not that of the first."""
+    for process in (0, 1):
+        timeouts = json.loads((straight(BUDGET).parent / f"step-1.{process}").read_text())
+        assert timeouts == [60 * TIMEOUT_MINUTES] * 2
 
 
 def test_a_budget_is_kept_by_the_merge_of_products(straight: Callable[[str], Path]) -> None:
