@@ -295,3 +295,13 @@ def test_local_updates_take_ddp_and_refuse_a_launcher_whose_processes_step_toget
     assert local("auto", ONE, PLAIN) == "none"
     with pytest.raises(UserError, match=r"sync_every is 8 .* --use_deepspeed, .*; launch with --multi_gpu"):
         local("auto", TWO, DEEPSPEED)
+
+
+def test_an_option_of_a_users_file_reaches_the_engine_of_a_run(ground, tmp_path):
+    name, file = "deepspeed config", file_with(tmp_path, {"zero_optimization": {"reduce_bucket_size": 1000}})
+    faults = [{"place": "step", "do": "deepspeed config"}, {"place": "step", "do": "raise"}]
+    options = {"distributed.strategy": "zero2", "distributed.deepspeed_config": file}
+    assert ground.codes(name, faults=faults, **options) == [1]
+    given = json.loads((ground.run_dir(name).parent / "step-1.0").read_text())
+    assert given["zero_optimization"] == {**config()["zero_optimization"], "reduce_bucket_size": 1000}
+    assert given["gradient_clipping"] == config()["gradient_clipping"]
