@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from small_runs import Playground, delta_error, delta_weights, interrupt, lines, overrides, result
 
-from sora_llm.running import optimizer_step
+from sora_llm.distributed.engine import Engine
+from sora_llm.inject import adapter_parameters
+from sora_llm.running import optimizer_step, training_loop
 from sora_llm.train import run
 
 CONFIG = "configs/llama7b.yaml"
@@ -339,6 +341,30 @@ def test_every_budget_is_met(share: float, way: str, ground: Playground, tmp_pat
     if way == "adaptive":  # follows the schedule to a component or two; feedback needs more than five steps
         off = [abs(line["mean_rank"] - line["target_mean_rank"]) for line in metrics if "target_mean_rank" in line]
         assert max(off) < 0.05 * 16
+
+
+def test_a_budget_in_parameters_is_what_the_exported_files_hold_at_most(ground: Playground, tmp_path: Path) -> None:
+    params = {"sora.target_rank": None, "sora.target_params": 5000, "output.export_layout": "ragged"}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, **params}))
+    exported = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    held = sum(tensor.numel() for tensor in exported.values())
+    assert held == lines(tmp_path / "run", "metrics.jsonl")[-1]["kept_params"]
+    assert 5000 - max(costs(tmp_path / "run").values()) < held <= 5000
+
+
+def test_adapters_in_bfloat16_are_in_bfloat16_in_every_phase(
+    ground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, dtypes = training_loop.train_step, []
+
+    def seen_step(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        dtypes.append({parameter.dtype for parameter in adapter_parameters(engine.module).values()})
+        return plain(engine, *arguments, **options)
+
+    monkeypatch.setattr(training_loop, "train_step", seen_step)
+    bfloat16 = {"model.dtype": "bfloat16", "sora.dtype": "bfloat16"}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **{**BUDGET, **bfloat16}))
+    assert dtypes == [{torch.bfloat16}] * STEPS
 
 
 @pytest.mark.parametrize("way", SLOTS_TOO)

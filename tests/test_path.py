@@ -82,6 +82,28 @@ def test_every_stage_has_its_own_schedule_and_goes_on_from_uncut_weights(straigh
     assert state["optimizer_steps"] == 1, "a fresh optimizer"
 
 
+MIDDLE = {"linear": 0.5, "log_linear": math.log((math.exp(0.2) + math.exp(0.8)) / 2), "exp_linear": 0.4}
+"""The second of three λ from 0.2 to 0.8."""
+
+
+@pytest.mark.parametrize("schedule", MIDDLE)
+def test_stages_are_planned_with_the_lambdas_of_the_schedule(schedule: str) -> None:
+    config = load_config(CONFIG, overrides(Path(), Path(), **{**PATH, "sora.lambda_schedule": schedule}))
+    plan = make_plan(config, "none", ALONE, lambda epochs: 0, {"q_proj": (8, 8)})
+    assert [stage.sparse_lambda for stage in plan.stages] == [0.2, pytest.approx(MIDDLE[schedule]), 0.8]
+
+
+def test_a_run_prunes_and_exports_with_the_lambdas_of_the_schedule(ground: Playground, tmp_path: Path) -> None:
+    options = {**PATH, "sora.lambda_schedule": "log_linear", "train.max_steps": 1, "sora.dense_ratio": 0.0}
+    run(CONFIG, *overrides(ground.folder, tmp_path / "run", **options))
+    metrics, middle = lines(tmp_path / "run", "metrics.jsonl"), pytest.approx(MIDDLE["log_linear"])
+    assert [line["sparse_lambda"] for line in metrics if line["phase"] == "export"] == [0.2, middle, 0.8]
+    _, *pruned = [line["lambda"] for line in metrics if "learning_rate" in line]  # the first step has learned nothing
+    assert pruned == [middle, 0.8]
+    folders = sorted(folder.name for folder in (tmp_path / "run" / "path").iterdir())
+    assert folders == ["0.2", f"{MIDDLE['log_linear']:.6g}", "0.8"]
+
+
 @pytest.mark.parametrize(("dense_ratio", "is_one"), [(0.0, True), (0.25, False)])
 def test_the_rate_of_all_stages_is_filled_in_where_there_is_one(dense_ratio: float, is_one: bool) -> None:
     changed = {**PATH, "sora.gate_lr": "auto", "sora.dense_ratio": dense_ratio, "train.max_steps": 40}

@@ -24,12 +24,14 @@ from sora_llm import cli
 from sora_llm.backbone import from_pretrained_args, load_backbone, load_model_config, skeleton
 from sora_llm.base_files import tokenizer_files
 from sora_llm.base_spec import BackboneSpec
+from sora_llm.config import load_config
 from sora_llm.errors import UserError
 from sora_llm.estimates.memory import BatchShape, estimate
 from sora_llm.export import export_adapter
 from sora_llm.inject import inject_sora
 from sora_llm.quantised import match_loading_format
 from sora_llm.reread_weights import keep_weights, reread_weights_in_backward
+from sora_llm.running.unpack import backbone_spec
 from sora_llm.targets import target_linears
 from sora_llm.train import main
 
@@ -119,6 +121,23 @@ def test_what_is_loaded_is_the_base_that_is_quantised_while_it_is_loaded(quantis
         for attribute in ("compute_dtype", "quant_storage"):
             assert getattr(found.get_submodule(name), attribute, 0) == getattr(module, attribute, 0), name
     assert torch.equal(logits(found), logits(expected))
+
+
+@pytest.mark.parametrize(
+    ("storage", "strategy", "dtype"),
+    [
+        ("auto", "zero2", torch.uint8),
+        ("auto", "zero3", torch.float16),
+        ("bfloat16", "zero2", torch.bfloat16),
+        ("uint8", "zero3", torch.uint8),
+    ],
+)
+def test_4_bit_weights_are_stored_as_the_config_says_or_as_the_strategy_needs(storage, strategy, dtype, tmp_path):
+    options = {"load_in_4bit": True, "bnb_4bit_quant_storage": storage, "bnb_4bit_compute_dtype": "float16"}
+    options = {f"quantization.{key}": value for key, value in options.items()}
+    spec = backbone_spec(load_config(CONFIG, overrides(tmp_path, tmp_path / "run", **options)), strategy)
+    layers = [module for module in load_backbone(spec, "cpu").modules() if isinstance(module, Linear4bit)]
+    assert layers and {layer.weight.dtype for layer in layers} == {dtype}
 
 
 @pytest.mark.parametrize(
