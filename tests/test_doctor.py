@@ -136,6 +136,25 @@ def test_one_failure_makes_the_exit_code_and_is_shown_with_its_remedy(monkeypatc
     assert cli.main(["doctor"]) == 0
 
 
+def test_every_trial_has_the_time_that_is_given(monkeypatch, capsys):
+    limits = {}
+
+    def trial(name: str, time_limit: float, remedy: str) -> CheckResult:
+        limits[name] = time_limit
+        return CheckResult(name, OK, "fine")
+
+    monkeypatch.setattr(cmd_doctor, "run_check", trial)
+    for given, expected in ((["--time-limit", "7"], 7.0), ([], 300.0)):
+        limits.clear()
+        cli.main(["doctor", *given])
+        assert limits == dict.fromkeys(("devices", "group", "nf4", "packing", "zero2"), expected)
+    capsys.readouterr()
+    for text in ("0", "-1", "nan"):
+        assert cli.main(["doctor", "--time-limit", text]) == 2
+        heard = capsys.readouterr()
+        assert not heard.out and f"--time-limit is {text}; it is a number of seconds above 0" in heard.err
+
+
 def test_a_user_without_a_home_is_a_finding(monkeypatch):
     """As in a container that runs under a number without a name."""
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from evaluating import COLUMNS, FORM, ROWS, evaluated, numbers_run
@@ -220,6 +221,33 @@ def test_other_rows_are_written_as_the_run_wrote_its_own_unless_told_otherwise(l
     assert evaluated(capsys, exported, "--data", rows, *FORM)["adapter"]["loss"] == expected["adapter"]["loss"]
 
 
+def test_a_function_of_ones_own_makes_the_rows_of_another_data_set(lora, tmp_path, capsys, monkeypatch):
+    other, alpaca = tmp_path / "other.jsonl", tmp_path / "alpaca.jsonl"
+    other.write_text("".join(json.dumps({"ask": q, "say": a}) + "\n" for q, a in ROWS[:2]))
+    alpaca.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ROWS[:2]))
+    (tmp_path / "turns_of_rows.py").write_text(
+        "def turns(row):\n"
+        "    return [{'role': 'user', 'content': row['ask']}, {'role': 'assistant', 'content': row['say']}]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    template = ["--chat-template", "vicuna"]
+    expected = evaluated(capsys, lora, "--data", alpaca, "--type", "alpaca", *template)
+    custom = ["--type", "custom", "--function", "turns_of_rows:turns"]
+    assert evaluated(capsys, lora, "--data", other, *custom, *template) == expected and expected["rows"] == 2
+
+
+def test_the_split_of_a_hub_data_set_is_the_one_that_is_named(lora, capsys, monkeypatch):
+    def load_dataset(path: str, name: str | None, *, split: str, **_: object) -> datasets.Dataset:
+        assert (path, name) == ("owner/rows", "small")
+        count = {"train": 1, "test": 2}[split]
+        return datasets.Dataset.from_list([dict(zip("qa", row, strict=True)) for row in ROWS[:count]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ["--data", "owner/rows", "--name", "small", *FORM]
+    assert evaluated(capsys, lora, *hub, "--split", "test")["rows"] == 2
+    assert evaluated(capsys, lora, *hub)["rows"] == 1, "train, if none is named"
+
+
 def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora, tmp_path, capsys):
     """As in `generate`: its tokenizer and template before the base's, and no template that nobody named."""
     rows = tmp_path / "alpaca.jsonl"
@@ -259,6 +287,10 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
         (["--data", "{rows}"], "--type"),
         (["--type", "alpaca"], "--data"),
         (["--name", "main"], "--data"),
+        (["--split", "test"], "--data"),
+        (["--function", "module:function"], "--data"),
+        (["--data", "{rows}", *FORM, "--function", "module:function"], "goes with --type custom only"),
+        (["--data", "{rows}", *FORM, "--split", "test"], "split 'test' is for hub data sets"),
         (["--data", "{rows}", "--type", "alpaca", "--name", "main"], "name is for hub data sets"),
         (["--data", "{rows}", "--type", "alpaca", "--column", "prompt=q"], "instruction, input, output"),
         (["--data", "{rows}", "--type", "custom"], "--function"),
