@@ -155,7 +155,7 @@ def test_rows_meet_others_in_each_epoch():
 
 def test_the_fill_rate_is_that_of_the_packed_sequences():
     dataset = rows_of([7, 3, 6, 4, 5, 2])
-    assert fill_rate(dataset, 10) == 27 / 30
+    assert fill_rate(dataset, 10) == 27 / 30 and fill_rate(dataset, 27) == 1.0
     assert len(epoch_of(EpochOrder(dataset, 1, seed=0, pack_to=10), 0, 3)) == 3
 
 
