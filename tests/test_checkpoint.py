@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import socket
@@ -82,28 +81,6 @@ def test_everything_is_kept_without_a_limit(tmp_path):
 
 
 # ----- damage ---------------------------------------------------------------------------------------------------------
-
-
-def test_every_flipped_bit_is_refused(tmp_path):
-    """Every byte of COMPLETE, and a few hundred of the others, each with a random bit turned."""
-    folder = saved(tmp_path)
-    good = checkpoint.read_state(folder)
-    chooser = random.Random(0)
-    for name in ("COMPLETE", "state.json", "adapter.safetensors"):
-        content = (folder / name).read_bytes()
-        places = range(len(content)) if name == "COMPLETE" else chooser.choices(range(len(content)), k=300)
-        for place in places:
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << chooser.randrange(8)
-            (folder / name).write_bytes(damaged)
-            try:
-                state = checkpoint.read_state(folder)
-            except UserError:
-                continue
-            # A flip in the white space or quoting of COMPLETE's JSON may leave the same hashes: harmless.
-            assert name == "COMPLETE" and json.loads(bytes(damaged)) == json.loads(content) and state == good, place
-        (folder / name).write_bytes(content)
-    assert checkpoint.read_state(folder) == good
 
 
 @pytest.mark.parametrize("name", ["COMPLETE", "state.json", "adapter.safetensors"])

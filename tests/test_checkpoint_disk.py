@@ -33,8 +33,8 @@ def test_a_checkpoint_holds_adapters_and_their_moments_and_nothing_of_the_frozen
     for directory in undisturbed.values():
         folder = directory / "checkpoints" / "step-4"
         tensors = load_file(folder / "adapter.safetensors")
-        modules = checkpoint.read_state(folder)["config"]["sora"], json.loads(_last_line(directory / "ranks.jsonl"))
-        factors = {f"{name}.{part}" for name in modules[1]["ranks"] for part in ("lora_A", "lora_B", "gate")}
+        modules = json.loads(_last_line(directory / "ranks.jsonl"))["ranks"]
+        factors = {f"{name}.{part}" for name in modules for part in ("lora_A", "lora_B", "gate")}
         assert tensors.keys() == factors | {f"{name}.{key}" for name in factors for key in ("exp_avg", "exp_avg_sq")}
         assert {path.name for path in folder.iterdir()} == set(FILES)
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -257,4 +257,4 @@ def test_a_disk_that_is_full_from_the_start_is_a_sentence_too(small_disk: Path, 
         while True:
             file.write(b"\0" * 4096)
     code, output = start(small_disk / "run")
-    assert code in (1, 2) and "No space" in output and "Traceback" not in output
+    assert code == 2 and "cannot be written or locked: No space" in output and "Traceback" not in output

@@ -167,19 +167,20 @@ def test_estimate_says_how_long_a_step_would_take_on_what_gpus(tmp_path, capsys)
 
 
 BAD_ESTIMATES = [
-    ["--num-processes", "0"],
-    ["model.name_or_path=/nope/x"],
-    ["--tflops", "0"],
-    ["--utilisation", "1.5"],
-    ["--between", "nan"],
-    ["--num-processes", "8", "distributed.strategy=none"],
+    (["--num-processes", "0"], "--num-processes is 0; it must be at least 1"),
+    (["model.name_or_path=/nope/x"], "model.name_or_path: there is no folder /nope/x"),
+    (["--tflops", "0"], "--tflops is 0; it must be above 0"),
+    (["--utilisation", "1.5"], "--utilisation is 1.5; it must be above 0 and at most 1"),
+    (["--between", "nan"], "--between is nan; it must be above 0"),
+    (["--num-processes", "8", "distributed.strategy=none"], "distributed.strategy is none, which is for one process"),
 ]
 
 
-@pytest.mark.parametrize("arguments", BAD_ESTIMATES)
-def test_estimate_refuses_bad_input(tmp_path, capsys, arguments):
+@pytest.mark.parametrize(("arguments", "said"), BAD_ESTIMATES)
+def test_estimate_refuses_bad_input(tmp_path, capsys, arguments, said):
     assert cli.main(["estimate", CONFIG, *gsm8k_overrides(tmp_path / "run"), *arguments]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"sora_llm: {said}") and error.count("\n") == 1
 
 
 def test_evaluate_refuses_an_adapter_that_is_none(tmp_path, capsys):

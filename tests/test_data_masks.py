@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from conversations import ADD, TOOL_TEXTS, WithoutOffsets, call, needs_models
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -247,6 +247,8 @@ def test_masks_by_position_are_those_of_longest_common_token_prefixes(name, toke
     """The other way to find a turn: tokenise the conversation before it and the one up to its end, and see how far
     the whole has the same tokens.  (Where a token lies across a border the two may differ: by prefixes, tokens before
     it may count as the answer's, or the end of an answer as what follows.)"""
+    if tokenizer == "offsets without blanks" and name in ("chatml", "gemma"):
+        pytest.skip("in every conversation a token holds the end of an end marker and the line break after it")
     tokenizer = tokenizer_named(tokenizer)
 
     @hypothesis(15)
@@ -258,8 +260,7 @@ def test_masks_by_position_are_those_of_longest_common_token_prefixes(name, toke
         token_places = places(tokenizer, ids, text)
         by_prefixes = np.zeros(len(ids))
         for (message, start, end), turn in zip(in_bytes(text, turns), turns, strict=True):
-            if any(across(place, start, end) for place in token_places):
-                return
+            assume(not any(across(place, start, end) for place in token_places))  # fails if too few are left
             if message.role == "assistant":
                 first, last = (same_at_start(ids, encoded(tokenizer, text[:cut])) for cut in turn[1:])
                 by_prefixes[first:last] = 1

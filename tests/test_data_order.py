@@ -162,10 +162,6 @@ def test_the_fill_rate_is_that_of_the_packed_sequences():
 # ----- mixtures -------------------------------------------------------------------------------------------------------
 
 
-def shares_of(order, epoch, steps, sources):
-    return np.bincount([sources[row] for rows in epoch_of(order, epoch, steps) for row in rows], minlength=3).tolist()
-
-
 @pytest.mark.parametrize("pack_to", [None, 40])
 @pytest.mark.parametrize(
     ("weights", "counts"), [([1, 1, 1], [20, 20, 20]), ([3, 2, 1], [30, 20, 10]), ([1, 0.1, 1e-9], [54, 5, 1])]

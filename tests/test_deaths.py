@@ -198,7 +198,7 @@ def test_a_run_outlives_the_shell_that_started_it(ground: Playground) -> None:
     shell, (trainer,) = ground.nursery.launcher("faults:trainer", 1, ground.call(name, 1, faults), marks=False)
     ground.reported(name, "step-3.0")
     shell.kill()
-    time.sleep(2)
+    time.sleep(LAUNCHER_GRACE_SECONDS + 1)
     assert trainer.is_alive()
     ground.go(name)
     assert trainer.wait() == 0 and status(ground.run_dir(name))["state"] == "finished"

@@ -118,6 +118,11 @@ def test_a_module_imports_only_from_the_layers_below_it(name):
         assert LEVEL[other] < LEVEL[part], f"{name} imports {other}, which is not below it"
 
 
+def test_the_layers_name_the_parts_there_are_and_each_once():
+    parts = {part_of(name) for name in modules()} - {"config"} - {f"{group}.__init__" for group in GROUPS}
+    assert sorted(LAYERS.split()) == sorted(parts)
+
+
 def test_the_config_is_imported_by_those_who_unpack_it_alone():
     before = [
         "unpack",
@@ -139,7 +144,7 @@ def test_the_config_is_imported_by_those_who_unpack_it_alone():
         "prompt_format",
         *(f"running.{name}" for name in [*before, "snapshot", "start", "finish"]),
     }
-    assert {part_of(name) for name in importers("sora_llm.config")} <= allowed
+    assert {part_of(name) for name in importers("sora_llm.config")} == allowed
 
 
 @pytest.mark.parametrize("name", modules())
@@ -173,7 +178,7 @@ def test_the_algorithm_imports_torch_alone(name):
     ],
 )
 def test_a_library_is_known_in_one_place(libraries, homes):
-    assert importers(*libraries) <= homes
+    assert importers(*libraries) == homes
 
 
 def module_of(imported, known):

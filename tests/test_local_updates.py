@@ -254,8 +254,7 @@ def test_a_round_moves_what_the_formula_says():
 
 
 def adapter(seed: int, rank: int = 5, num_in: int = 13, num_out: int = 9) -> tuple[torch.Tensor, ...]:
-    A, B, gate = random_factors(seed, {"m": (num_in, num_out, rank)}, dead=0.0)["m"]
-    return A.double(), B.double(), gate.double()
+    return random_factors(seed, {"m": (rank, num_in, num_out)}, dead=0.0)["m"]
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 5])

@@ -165,8 +165,14 @@ def test_several_processes_walk_the_same_path(strategy: str, straight: Path, gro
 def test_a_path_of_local_updates_with_momentum_begins_every_stage_without_it(ground: Playground) -> None:
     local = {"distributed.sync_every": 2, "distributed.outer_momentum": 0.5, "sora.lambda_num": 2}
     assert ground.codes("path in rounds", **{**PATH, **local}) == [0]
-    exports = [line for line in lines(ground.run_dir("path in rounds"), "metrics.jsonl") if line["phase"] == "export"]
+    run_dir = ground.run_dir("path in rounds")
+    exports = [line for line in lines(run_dir, "metrics.jsonl") if line["phase"] == "export"]
     assert [line["stage"] for line in exports] == [0, 1]
+    held = {
+        step: any("velocity" in name for name in load_file(run_dir / f"checkpoints/step-{step}/adapter.safetensors"))
+        for step in (STEPS - 1, STEPS + 1, STEPS + 2)
+    }
+    assert held == {STEPS - 1: True, STEPS + 1: False, STEPS + 2: True}, "none until the stage's first round ends"
 
 
 def test_a_path_stopped_in_the_first_evaluation_of_a_stage_keeps_the_line_of_the_stage_before(

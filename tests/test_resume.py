@@ -196,17 +196,22 @@ def test_the_optimizer_is_the_one_of_the_config(ground: Playground, undisturbed:
     assert gates and all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
 
 
-def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path):
+def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path, monkeypatch):
     """The second start looks at the directory before the first has written anything, then waits."""
+    waits = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        time.sleep(seconds)
+
+    monkeypatch.setattr(run_state, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     directory = tmp_path / "run"
     lock = run_state.run_lock(directory)
     lock.__enter__()
     results: list[object] = []
     second = threading.Thread(target=lambda: results.append(run(CONFIG, *gsm8k_overrides(directory, **TINY))))
     second.start()
-    while second.is_alive() and not (directory / ".lock").exists():
-        pass
-    time.sleep(3)  # it is past its first look by now, or it finds the finished run at once: the result is the same
+    assert waits.wait(timeout=120), "it has found the lock held"
     shutil.copytree(finished, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
     lock.__exit__(None, None, None)

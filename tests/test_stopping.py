@@ -389,7 +389,9 @@ def test_a_signal_that_only_processes_that_tokenise_get_does_no_harm(
     options = {**many_rows, "data.cache_dir": str(ground.folder / "cache alone")}
     (trainer,) = ground.start(name, faults=faults, **options)
     ground.reported(name, "rows-3.0")
-    for process in family(trainer):
+    workers = family(trainer)
+    assert len(workers) == 2
+    for process in workers:
         for number in SIGNALS:
             os.kill(process.pid, number)
     ground.go(name)
