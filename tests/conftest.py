@@ -24,6 +24,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure() -> None:
+    """Let hypothesis draw the same examples in every run, however long one takes."""
+    from hypothesis import settings
+
+    settings.register_profile("sora", deadline=None, derandomize=True, database=None)
+    settings.load_profile("sora")
+
+
 def shared(relative: str) -> Path:
     """A file or folder of the shared test data; the test is skipped where it is missing."""
     path = SHARED / relative

@@ -14,7 +14,7 @@ from sora_llm.allocation import allocate, balanced, components, within_tolerance
 from sora_llm.errors import UserError
 
 S = 0.75
-properties = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=200)
 # (R, I, O); wide, tall, more slots than the layer's own rank, one slot, none
 SHAPES = [(3, 7, 5), (4, 5, 9), (9, 4, 6), (9, 6, 4), (5, 5, 5), (1, 3, 2), (2, 1, 1), (0, 4, 3)]
 

@@ -146,7 +146,7 @@ def test_importance_is_the_singular_value_per_root_of_its_cost_in_units_of_the_m
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
     costs = {f"m{index}": data.draw(st.integers(2, 50)) for index in range(data.draw(st.integers(1, 5)))}
     r = data.draw(st.integers(1, 6))

@@ -35,7 +35,7 @@ def test_cutting_treats_modules_apart_and_leaves_ungated_ones_as_they_are():
 
 # ----- cutting to a budget, a tolerance, or what is alive -------------------------------------------------------------
 
-properties = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=60)
 METHODS = {"slots": cut_slots, "svd": cut_svd}
 methods = pytest.mark.parametrize("method", METHODS)
 S = {"first": 0.5, "second": 2.0, "narrow": 1.0}

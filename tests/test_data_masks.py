@@ -168,10 +168,6 @@ def across(place: tuple[int, int], *borders: int) -> bool:
     return any(place[0] < border < place[1] for border in borders)
 
 
-def hypothesis(max_examples: int) -> Any:
-    return settings(max_examples=max_examples, deadline=None, derandomize=True, database=None)
-
-
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 
@@ -189,7 +185,7 @@ def test_decoding_the_supervised_tokens_gives_the_answers_as_the_template_render
     avoided: the tokenizer gives no other tokens for this text.  Neither real tokenizer has such tokens."""
     is_real, tokenizer = tokenizer in REAL, tokenizer_named(tokenizer)
 
-    @hypothesis(20)
+    @settings(max_examples=20)
     @given(conversations())
     def check(conversation: Conversation) -> None:
         text, turns = rendered(conversation, tokenizer, name)
@@ -222,7 +218,7 @@ def decoded(tokenizer: Any, ids: list[int], tokens: list[int]) -> str:
 def test_every_token_has_the_weight_of_its_turn_under_every_option(name, tokenizer):
     is_real, tokenizer = tokenizer in REAL, tokenizer_named(tokenizer)
 
-    @hypothesis(15)
+    @settings(max_examples=15)
     @given(conversations(WEIGHT), st.sampled_from(["", "train_on_inputs", "train_on_last_turn_only"]))
     def check(conversation: Conversation, option: str) -> None:
         text, turns = rendered(conversation, tokenizer, name)
@@ -251,7 +247,7 @@ def test_masks_by_position_are_those_of_longest_common_token_prefixes(name, toke
         pytest.skip("in every conversation a token holds the end of an end marker and the line break after it")
     tokenizer = tokenizer_named(tokenizer)
 
-    @hypothesis(15)
+    @settings(max_examples=15)
     @given(conversations())
     def check(conversation: Conversation) -> None:
         text, turns = rendered(conversation, tokenizer, name)
@@ -282,7 +278,7 @@ def same_at_start(a: list[int], b: list[int]) -> int:
 def test_completions_are_supervised_from_the_longest_common_prefix_with_the_tokenised_prompt(tokenizer):
     tokenizer = tokenizer_named(tokenizer)
 
-    @hypothesis(100)
+    @settings(max_examples=100)
     @example("a  ", "a")  # tokenizers cut several blanks according to what follows
     @given(TEXT, ANSWER)
     def check(prompt: str, completion: str) -> None:
@@ -300,7 +296,7 @@ def test_completions_are_supervised_from_the_longest_common_prefix_with_the_toke
 def test_templates_with_tools_append_and_supervise_calls_and_answers(name):
     tokenizer = tokenizer_named("markers are tokens")
 
-    @hypothesis(30)
+    @settings(max_examples=30)
     @given(st.booleans(), TEXT, ANSWER, st.lists(st.integers(0, 1), max_size=2), TEXT)
     def check(has_system: bool, question: str, answer: str, rounds: list[int], result: str) -> None:
         messages = [*[Message("system", question)] * has_system, Message("user", question)]

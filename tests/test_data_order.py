@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from helpers import token_row
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_llm.data.dataset import TokenDataset
@@ -117,7 +117,6 @@ def test_the_smaller_last_step_stays_last_when_rows_are_grouped():
 # ----- packing --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 120))
 def test_best_fit_decreasing_puts_every_item_into_the_fullest_bin_that_holds_it(lengths, capacity):
     """Against the definition, in O(n²)."""
@@ -134,7 +133,6 @@ def test_best_fit_decreasing_puts_every_item_into_the_fullest_bin_that_holds_it(
     assert max(filled) <= capacity and sum(filled) == sum(lengths)
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=120), st.integers(30, 90), st.integers(1, 9))
 def test_packed_sequences_hold_every_row_once_and_never_too_many_tokens(lengths, capacity, rows_per_step):
     order = EpochOrder(rows_of(lengths), rows_per_step, seed=3, pack_to=capacity)

@@ -77,7 +77,7 @@ def test_a_missing_tensor_is_a_disagreement():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_single_wrong_bit_changes_a_fingerprint(size, dtype, seed):
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
     found = fingerprints({"t": tensor})["t"]

@@ -18,7 +18,7 @@ from sora_llm.consensus import cut_svd
 from sora_llm.errors import UserError
 from sora_llm.merge import WeightedAdapter, merge
 
-properties = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=60)
 SHAPES = {"b": (7, 5), "a": (6, 6), "narrow": (3, 9)}  # I, O; not in the order of the names
 S = {"a": 0.5, "b": 2.0, "narrow": 1.0}
 
