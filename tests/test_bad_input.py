@@ -9,11 +9,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import shared
 from runs import ACCELERATE, gsm8k_overrides, start
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
 from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
 from sora_llm.errors import UserError
@@ -127,7 +129,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "hub id that is not there": (lambda tmp: ["model.name_or_path=nobody/nothing"], "cannot be loaded"),
     "attention that is not installed": (
         lambda tmp: ["model.attn_implementation=flash_attention_2"],
-        "attn_implementation flash_attention_2 cannot be used",
+        "attn_implementation flash_attention_2 cannot be used: FlashAttention2 has been toggled on",
     ),
     "tracker that is not installed": (lambda tmp: ["output.report_to=[wandb]"], "pip install wandb"),
     "no name for a repository": (
@@ -200,8 +202,13 @@ def _truncate(path: Path) -> None:
 def test_bad_input_is_a_sentence_and_exit_code_2(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a machine without a GPU, wandb or flash-attn, whatever this one has."""
     overrides, expected = CASES[case]
     monkeypatch.setattr("sora_llm.running.assembly.load_backbone", _must_not_load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sora_llm.running.inputs.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    monkeypatch.setitem(FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "general_availability_check", lambda: False)
+    monkeypatch.setitem(FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "pkg_availability_check", lambda: False)
     directory = tmp_path / "run"
     assert main([CONFIG, *gsm8k_overrides(directory), *overrides(tmp_path)]) == UserError.exit_code
     message = capsys.readouterr().err

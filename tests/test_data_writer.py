@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from conversations import byte_tokenizer
@@ -43,6 +44,22 @@ def until(condition: Callable[[], object], seconds: float = 30) -> None:
 def until_written(lock: Path) -> None:
     """Wait for its holder to have named itself in it: the file alone may be there before it is locked."""
     until(lambda: lock.exists() and lock.read_text())
+
+
+@pytest.fixture
+def waiting(monkeypatch, tmp_path) -> Callable[[], int]:
+    """How many processes have found that another one writes."""
+    pids, try_lock = tmp_path / "waiting", cache._try_lock
+
+    def told(file: IO[str]) -> bool | None:
+        is_locked = try_lock(file)
+        if is_locked is False:
+            with pids.open("a") as lines:
+                lines.write(f"{os.getpid()}\n")
+        return is_locked
+
+    monkeypatch.setattr(cache, "_try_lock", told)
+    return lambda: len(set(pids.read_text().splitlines())) if pids.exists() else 0
 
 
 def _prepare_and_tell(folder: Path, barrier, results) -> None:
@@ -86,16 +103,18 @@ def test_of_eight_processes_one_writes_and_all_read_the_same(tmp_path, fills):
     assert entries(tmp_path / "cache") == ["done"]
 
 
-def test_an_error_of_the_writer_is_that_of_all_who_waited_and_is_not_run_into_again(tmp_path, fills, monkeypatch):
+def test_an_error_of_the_writer_is_that_of_all_who_waited_and_is_not_run_into_again(
+    tmp_path, fills, waiting, monkeypatch
+):
     """Each of eight processes would read a hundred gigabytes up to the line that is no csv."""
     texts(tmp_path, *TEXTS)
     counted = prepare._fill
 
-    def slow(*arguments: object) -> None:
-        time.sleep(1)  # the others are there by then
+    def awaited(*arguments: object) -> None:
+        until(lambda: waiting() == 3)
         counted(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare, "_fill", slow)
+    monkeypatch.setattr(prepare, "_fill", awaited)
     monkeypatch.setattr(prepare, "_tokenized", _cannot_read)
     assert together(4, tmp_path) == ["a.csv:7 is not valid csv"] * 4
     assert len(fills) == 1
@@ -122,7 +141,7 @@ def _write_for_ever(folder: Path, num_proc: int) -> None:
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_where_the_writer_is_killed_midway_the_next_takes_over_and_cleans_up(
-    tmp_path, byte, fills, monkeypatch, num_proc
+    tmp_path, byte, fills, waiting, monkeypatch, num_proc
 ):
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 5)
     spec = texts(tmp_path, *TEXTS * 20, {"text": "last"})
@@ -130,14 +149,14 @@ def test_where_the_writer_is_killed_midway_the_next_takes_over_and_cleans_up(
     writer = start(_write_for_ever, tmp_path, num_proc)
     until(lambda: list(cache_dir.glob("*.tmp-*/tokens.bin")))
     barrier, results = FORK.Barrier(2), FORK.Queue()
-    waiting = [start(_prepare_and_tell, tmp_path, barrier, results) for _ in range(2)]
-    time.sleep(0.5)
+    others = [start(_prepare_and_tell, tmp_path, barrier, results) for _ in range(2)]
+    until(lambda: waiting() == 2)
     assert results.empty() and len(fills) == 1, "they wait"
     os.kill(writer.pid, signal.SIGKILL)
-    rows = [results.get(timeout=30)[0] for _ in waiting]
+    rows = [results.get(timeout=30)[0] for _ in others]
     assert rows[0] == rows[1] and len(rows[0]) == 201
     assert len(fills) == 2 and entries(cache_dir) == ["done"]
-    for process in (writer, *waiting):
+    for process in (writer, *others):
         process.join(timeout=30)
     assert len(run([spec], byte, cache_dir=cache_dir)[0]) == 201
 
@@ -198,13 +217,12 @@ def test_a_process_that_waits_first_lets_another_write_and_does_not_wait_for_wha
     assert not fill_once(tmp_path / "other", lambda folder: None, wait_first=0.5), "nobody came: it writes"
 
 
-def _fail_slowly(folder: Path) -> None:
-    time.sleep(1)
-    raise RunFailed("a process was killed")
+def test_who_waits_fails_as_the_writer_does(tmp_path, waiting):
+    def fail(folder: Path) -> None:
+        until(waiting)
+        raise RunFailed("a process was killed")
 
-
-def test_who_waits_fails_as_the_writer_does(tmp_path):
-    first = start(fill_once, tmp_path / "key", _fail_slowly)
+    first = start(fill_once, tmp_path / "key", fail)
     until_written(tmp_path / "key.lock")
     with pytest.raises(RunFailed, match="a process was killed"):
         fill_once(tmp_path / "key", refuse)
@@ -222,20 +240,19 @@ def _interruptible(function, *arguments):
     return function(*arguments)
 
 
-def test_who_waits_can_be_interrupted(tmp_path):
+def test_who_waits_can_be_interrupted(tmp_path, waiting):
     with (tmp_path / "key.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        waiting = start(_interruptible, fill_once, tmp_path / "key", refuse)
-        time.sleep(0.5)
-        assert waiting.is_alive()
-        os.kill(waiting.pid, signal.SIGINT)
-        waiting.join(timeout=10)
-        assert waiting.exitcode == 1, "KeyboardInterrupt"
+        other = start(_interruptible, fill_once, tmp_path / "key", refuse)
+        until(waiting)
+        os.kill(other.pid, signal.SIGINT)
+        other.join(timeout=30)
+        assert other.exitcode == 1, "KeyboardInterrupt"
 
 
-def test_who_waits_long_says_for_whom(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.2)
-    first = start(fill_once, tmp_path / "key", _fill_slowly)
+def test_who_waits_long_says_for_whom(tmp_path, waiting, monkeypatch, capfd):
+    monkeypatch.setattr(cache, "_SILENT_SECONDS", 0.0)
+    first = start(fill_once, tmp_path / "key", lambda folder: until(waiting))
     until_written(tmp_path / "key.lock")
     fill_once(tmp_path / "key", refuse)
     first.join(timeout=30)

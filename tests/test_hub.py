@@ -13,6 +13,7 @@ from conftest import ROOT
 from hub_standin import TOKEN, USER, StandIn, standin
 from huggingface_hub import ModelCard, constants
 from small_runs import Playground, status
+from spawn import free_port
 
 from sora_llm import hub
 
@@ -64,9 +65,10 @@ def test_a_hub_that_refuses_is_a_sentence_with_the_command_for_later(online, ada
 
 
 def test_no_network_is_a_sentence(online, adapter, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
     sentence = hub.push(adapter, "me/mine")
-    assert "http://127.0.0.1:9: " in sentence and "refused" in sentence and sentence.endswith(later(adapter))
+    assert f"{nobody}: " in sentence and "refused" in sentence and sentence.endswith(later(adapter))
 
 
 def test_no_token_is_a_sentence_and_nothing_is_asked(online, adapter, monkeypatch):

@@ -17,27 +17,30 @@ import pytest
 from conftest import ROOT, SHARED
 
 QUALITY = ROOT / "benchmarks/quality"
-sys.path.insert(0, str(QUALITY))
-from grid import Scheduler, append  # noqa: E402
-from protocol import (  # noqa: E402
-    ARMS,
-    CORE_SIZES,
-    LADDER,
-    TEST,
-    TUNING,
-    Cell,
-    Group,
-    Protocol,
-    Queue,
-    best_rate,
-    core_blocks,
-    core_groups,
-    read_lines,
-    wanted_rates,
-)
-from speed import seconds_to, speed_pairs, speed_section  # noqa: E402
-from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p  # noqa: E402
-from verdicts import Found, difference_table, hypotheses, verdict_table  # noqa: E402
+with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are for no other file of tests
+    patch.setattr(sys, "path", [str(QUALITY), *sys.path])
+    from grid import Scheduler, append
+    from protocol import (
+        ARMS,
+        CORE_SIZES,
+        LADDER,
+        TEST,
+        TUNING,
+        Cell,
+        Group,
+        Protocol,
+        Queue,
+        best_rate,
+        core_blocks,
+        core_groups,
+        read_lines,
+        wanted_rates,
+    )
+    from speed import seconds_to, speed_pairs, speed_section
+    from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p
+    from verdicts import Found, difference_table, hypotheses, verdict_table
+for imported in ("grid", "protocol", "speed", "statistics_of_pairs", "verdicts"):
+    del sys.modules[imported]
 
 FIRST = Protocol.rates
 Lines = dict[str, dict[str, Any]]
