@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import relative_error
+from safetensors.torch import load_file
 from small_runs import (
     DENSE_STEPS,
     PREEMPTED,
@@ -225,6 +226,15 @@ def test_machines_may_have_different_numbers_of_processes(ground: Playground) ->
         for environ, (local, size) in zip(launched(3), places, strict=True)
     ]
     assert [child.wait() for child in children] == [0] * 3, children[0].output
+    run_dir = ground.run_dir("local uneven")
+    assert status(run_dir)["state"] == "finished"
+    rounds = [line for line in lines(run_dir, "metrics.jsonl") if "sync_bytes" in line]
+    assert [line["step"] for line in rounds] == [2, 4, 6] and all(line["sync_bytes"] > 0 for line in rounds)
+    names = (WEIGHTS, "replica-0.safetensors", "replica-1.safetensors")
+    agreed, *own = (load_file(run_dir / f"checkpoints/step-{STEPS}" / name) for name in names)
+    assert any(name.endswith("lora_B") for name in agreed)
+    for name, tensor in agreed.items():
+        assert all(replica[name].equal(tensor) for replica in own), name
 
 
 @pytest.mark.matrix
