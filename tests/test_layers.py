@@ -22,7 +22,7 @@ compiled
 topology factors hashes weights_digest wrappers
 sora schedule allocation loss_scale head_loss
 base_spec budget estimates.activations estimates.step_time
-consensus targets running.alarms
+consensus targets running.alarms running.early_stopping
 inject quantised reread_weights causal_loss
 optim merge local_updates spectrum artifacts.lora_files artifacts.gguf_lora
 artifacts.consumers

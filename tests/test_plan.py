@@ -132,6 +132,17 @@ def test_a_warm_up_is_a_share_of_the_steps_or_a_number_of_them() -> None:
         warmed_up(100, warmup_steps=101)
 
 
+def test_after_each_change_of_form_the_rate_ramps_up_again() -> None:
+    """By the warm-up's share of what is left: of 90 steps 9, of 60 steps 6."""
+    planned, whole = stage(100, warmup=0.1, kind="constant"), Train().learning_rate
+    assert planned.form_changes == (10, 40)
+    rates = [planned.rates(step)["learning_rate"] / whole for step in range(100)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(10)])
+    assert rates[10:19] == pytest.approx([(step + 1) / 10 for step in range(9)])
+    assert rates[40:46] == pytest.approx([(step + 1) / 7 for step in range(6)])
+    assert rates[19:40] + rates[46:] == [1.0] * 75
+
+
 def warmed_up(steps: int, **train: Any) -> Stage:
     """The only stage of a run to a budget."""
     (only,) = planned(steps, target_rank=4, consensus_at=0.4, train=Train(max_steps=steps, **train)).stages

@@ -20,7 +20,8 @@ from sora_llm.local_updates import OuterOptimizer
 from sora_llm.loss_scale import LossScale
 from sora_llm.optim import ProxAdamW, parameter_groups
 from sora_llm.pipeline import Cut
-from sora_llm.running.alarms import Alarms, EarlyStopping
+from sora_llm.running.alarms import Alarms
+from sora_llm.running.early_stopping import EarlyStopping
 from sora_llm.running.inputs import start_lora
 from sora_llm.running.job import Job
 from sora_llm.running.metrics import say_alarms

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sora_llm.distributed.engine import Engine
-from sora_llm.running.alarms import Alarms, EarlyStopping
+from sora_llm.running.alarms import Alarms
+from sora_llm.running.early_stopping import EarlyStopping
 from sora_llm.running.job import Job
 from sora_llm.running.optimizer_step import Tally
 from sora_llm.running.plan import Stage
