@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ END_SECONDS = 30
 START_SECONDS = 180
 """The longest a start may take from its beginning to its end."""
 POLL_SECONDS = 0.004
+MOST_MISSES = 20
+"""Starts for which a fault may come too late before the campaign is given up."""
 
 # ----- faults ---------------------------------------------------------------------------------------------------------
 
@@ -157,6 +160,7 @@ class Deck:
     def __init__(self, faults: Sequence[Fault], chooser: random.Random) -> None:
         self.faults = list(faults)
         chooser.shuffle(self.faults)
+        self._misses: Counter[str] = Counter()
 
     def deal(self, step: int, has_saved: bool) -> Fault | None:
         """The next one that can happen to a start that resumes from `step`; `has_saved`: checkpoints/ exists."""
@@ -169,7 +173,15 @@ class Deck:
         return None
 
     def put_back(self, fault: Fault) -> None:
+        """Keep a fault that came too late for another start.
+
+        Raises:
+            SystemExit: it has come too late so often that what it waits for seems to be gone.
+        """
         self.faults.append(fault)
+        self._misses[str(fault)] += 1
+        if self._misses[str(fault)] == MOST_MISSES:
+            raise SystemExit(f"{fault} did not happen in {MOST_MISSES} starts: is its place, or its operation, gone?")
 
 
 # ----- a start --------------------------------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ CHANGES = ("mkdir", "fsync", "rename", "replace", "unlink", "remove", "rmdir")
 """Functions of `os` that change files on disk."""
 
 
+def without_numbers(path: str) -> str:
+    """A path without what differs between starts: numbers, and the tokens of staging folders."""
+    return re.sub("[0-9]+", "N", re.sub(r"-[0-9a-f]{8}(?=\.tmp)", "-N", path))
+
+
 def trainer(arguments: Sequence[str], folder: str, run_dir: str, crash: dict[str, Any] | None = None) -> int:
     """`python -m sora_llm.train arguments…`; `crash` is for the main process: see `Files`."""
     process = os.environ.get("RANK", "0")
@@ -178,7 +183,7 @@ class Files:
         if not (self._trace.places and path.startswith(self._run_dir)):
             return None
         place, seen = self._trace.places[-1]
-        name = f"{place} {what} {re.sub('[0-9]+', 'N', path.removeprefix(self._run_dir).lstrip('/') or '.')}"
+        name = f"{place} {what} {without_numbers(path.removeprefix(self._run_dir).lstrip('/') or '.')}"
         seen[name] += 1
         name = f"{name} #{seen[name]}"
         self._trace.note("operation", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import socket
 import sys
 from collections.abc import Iterator
 from functools import reduce
@@ -12,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from sora_llm.files import staging_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
@@ -43,9 +46,22 @@ def test_every_name_that_a_script_takes_from_the_package_is_there(script: Path) 
         found_in(module, name)
 
 
-def test_the_places_where_runs_are_hurt_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    trainer = importlib.import_module("chaos_trainer")
+    return importlib.import_module("chaos_trainer")
+
+
+def test_a_file_operation_has_the_same_name_in_every_start(trainer: ModuleType, tmp_path: Path) -> None:
+    """Or the crash that is to happen in it never happens, and the campaign never ends."""
+    folders = [staging_folder(tmp_path / "adapter") / "README.md" for _ in range(2)]
+    assert folders[0] != folders[1]
+    names = {trainer.without_numbers(str(folder.relative_to(tmp_path))) for folder in folders}
+    assert names == {trainer.without_numbers(f".adapter.{socket.gethostname()}-1-2.tmp/README.md")}
+    assert trainer.without_numbers("checkpoints/.step-12.tmp") == "checkpoints/.step-N.tmp"
+
+
+def test_the_places_where_runs_are_hurt_are_there(trainer: ModuleType) -> None:
     for where in (*trainer.PLACES.values(), trainer.RESUME):
         module, _, name = where.partition(":")
         assert callable(reduce(getattr, name.split("."), importlib.import_module(module))), where
