@@ -49,8 +49,9 @@ from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.group import make_accelerator
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.pipeline import full_params
-from sora_llm.running.alarms import Alarms, EarlyStopping
+from sora_llm.running.alarms import Alarms
 from sora_llm.running.assembly import cut_adapter, make_engine
+from sora_llm.running.early_stopping import EarlyStopping
 from sora_llm.running.evaluation import evaluate
 from sora_llm.running.inputs import check_inputs
 from sora_llm.running.job import Job
