@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -116,3 +117,12 @@ def random_factors(seed: int, modules: dict[str, tuple[int, int, int]], dead: fl
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     """Float64 draws of that shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def perturb(base: Path) -> None:
+    """As if the weights of a base had been trained on: one number of one layer is another."""
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "mlp" in name)
+    weights[name][0, 0] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})

@@ -12,6 +12,9 @@ from typing import Any
 
 from conftest import ROOT, shared
 
+CONFIG = "configs/llama7b.yaml"
+TINY = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "sora.r": 4, "data.val_set_size": None}
+"""Overrides of a run of four steps with checkpoints at 2 and 4."""
 PLAIN = (sys.executable, "-m", "sora_llm.train")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 

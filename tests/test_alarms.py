@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from runs import CONFIG, TINY, gsm8k_overrides
 
+from sora_llm import cli
 from sora_llm.budget import RankBudget
 from sora_llm.running.alarms import Alarms
+from sora_llm.train import run
 
 FULL = 1000
 COSTS = {"a": 10, "b": 10}
@@ -146,3 +149,15 @@ def test_an_interruption_changes_nothing() -> None:
     assert said(again, **behind) == said(alarms, **behind) != ""
     again.load(alarms.state())
     assert said(again, **behind) == "", "said before"
+
+
+def test_a_run_that_made_the_base_worse_says_so(tmp_path, capsys):
+    options = {**TINY, "train.learning_rate": 1.0, "data.val_set_size": 8}
+    options |= {"quantization.load_in_4bit": False, "model.dtype": "float32"}
+    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    said = "the adapter is worse than the base: its dev loss is"
+    assert result.status["state"] == "finished" and f"warning: {said}" in capsys.readouterr().out
+    assert any(said in sentence for sentence in result.metrics["alarms"])
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "* dev loss of the base: " in card
+    assert cli.main(["inspect", str(tmp_path / "run")]) == 0 and f"! {said}" in capsys.readouterr().out

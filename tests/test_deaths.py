@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -33,10 +34,14 @@ from small_runs import (
 from spawn import TESTS, environment, free_port
 
 from sora_llm import checkpoint
+from sora_llm.config import load_config
 from sora_llm.data.pool import map_in_order
+from sora_llm.distributed import group
 from sora_llm.errors import RunFailed
 from sora_llm.running import liveness, run_state
 from sora_llm.running.liveness import LAUNCHER_GRACE_SECONDS
+from sora_llm.running.processes import process_group
+from sora_llm.topology import World
 
 HOST = socket.gethostname()
 DEATHS = [
@@ -133,6 +138,28 @@ def _die_at_three(number: int) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.05)
     return number
+
+
+@pytest.mark.parametrize("process_index", [0, 1, 2])
+def test_a_process_that_dies_before_the_run_begins_is_named(process_index, tmp_path, monkeypatch, capsys):
+    """By the next one where the main process dies, which speaks for all."""
+    closed, dead = [], 1 if process_index == 0 else 0
+    watch = SimpleNamespace(
+        connect=lambda *_: None,
+        close=lambda failure=None: closed.append(failure),
+        wait_for_lost_process=lambda: f"process {dead} on vm died",
+    )
+    monkeypatch.setattr(group, "make_accelerator", lambda *_, **__: None)
+    config, world = (
+        load_config(CONFIG),
+        World(num_processes=3, process_index=process_index, local_process_index=0),
+    )
+    with (
+        pytest.raises(RunFailed, match=f"process {dead} on vm died; run the same command again"),
+        process_group(config, "ddp", world, tmp_path, None, watch),
+    ):
+        raise RuntimeError("Connection closed by peer")
+    assert len(closed) == 1 and ("process 0 on vm died" in capsys.readouterr().err) == (process_index == 1)
 
 
 # ----- launchers ------------------------------------------------------------------------------------------------------

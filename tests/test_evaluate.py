@@ -15,6 +15,7 @@ from evaluating import rows as rows
 from peft import PeftModel
 from peft_loras import lora as lora
 from run_dirs import run_dir
+from runs import CONFIG, gsm8k_overrides
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -303,3 +304,8 @@ def test_bad_input_is_a_sentence(lora, rows, capsys, arguments, said):
     assert cli.main(["evaluate", str(lora), *(argument.replace("{rows}", str(rows)) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_evaluate_refuses_an_adapter_that_is_none(tmp_path, capsys):
+    assert cli.main(["evaluate", CONFIG, *gsm8k_overrides(tmp_path / "run"), "--adapter", str(tmp_path)]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err

@@ -11,15 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import yaml
 from conftest import ROOT, shared
 from runs import gsm8k_overrides
 from spawn import end_group, environment, free_port, warm_deepspeed
-
-from sora_llm.distributed import group
-from sora_llm.errors import RunFailed
-from sora_llm.topology import World
 
 TRAIN = ("-m", "sora_llm.train")
 SECONDS = 300
@@ -117,35 +111,3 @@ def test_the_python_to_use_may_have_a_blank_in_its_path(tmp_path: Path) -> None:
     python.parent.mkdir()
     python.symlink_to(sys.executable)
     assert sourced("find_python", SORA_PYTHON=str(python)) == str(python)
-
-
-@pytest.mark.parametrize("name", ["cpu", "one_node", "multi_node"])
-def test_topologies_leave_strategy_and_precision_to_the_run(name: str) -> None:
-    topology = yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text())
-    assert topology["distributed_type"] == "MULTI_GPU" and topology["mixed_precision"] == "no"
-    assert topology["rdzv_backend"] == "static" and topology["use_cpu"] is False
-    assert not {key for key in topology if key.startswith(("deepspeed", "fsdp"))}
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (dist.DistNetworkError("failed to recv, got 0 bytes\n#0 frames"), r"process 1 .* could not form a group of 2"),
-        (
-            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:47001"),
-            "could not form",
-        ),
-        (RuntimeError("CUDA driver initialization failed"), None),
-    ],
-)
-def test_a_group_that_cannot_be_formed_is_a_sentence(
-    error: RuntimeError, sentence: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(group, "Accelerator", refuse)
-    world = World(num_processes=2, process_index=1, local_process_index=0)
-    with pytest.raises(RunFailed if sentence else RuntimeError, match=sentence or "CUDA driver") as raised:
-        group.make_accelerator("ddp", world)
-    assert "frames" not in str(raised.value)

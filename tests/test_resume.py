@@ -13,15 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from checkpointed import interrupted as interrupted
 from checkpointed import start as start
 from conftest import shared
-from runs import gsm8k_overrides
-from small_runs import DENSE_STEPS, STEPS, WORLDS, Playground, checkpoints, delta_weights, interrupt, overrides, result
+from runs import CONFIG, TINY, gsm8k_overrides
+from small_runs import DENSE_STEPS, STEPS, Playground, checkpoints, delta_weights, interrupt, overrides, result
 
-from sora_llm import checkpoint, cli, config
+from sora_llm import checkpoint, config
 from sora_llm.errors import UserError
 from sora_llm.report import read_json_lines
 from sora_llm.running import run_state, training_loop
@@ -29,9 +28,6 @@ from sora_llm.running.rundir import RunDirectory
 from sora_llm.running.start import finished_before
 from sora_llm.topology import ALONE
 from sora_llm.train import run
-
-CONFIG = "configs/llama7b.yaml"
-TINY = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "sora.r": 4, "data.val_set_size": None}
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +89,6 @@ def test_a_run_takes_what_a_file_would_hold(finished, tmp_path):
         run({**content, "sora": {"rr": 8}})
 
 
-def test_a_run_without_dev_rows_knows_how_large_it_was(tmp_path, capsys):
-    """Its first line is of a step when gates had been cut already."""
-    options = {
-        **TINY,
-        "sora.target_rank": 2,
-        "sora.sparse_lambda": None,
-        "sora.consensus_at": 0.75,
-        "sora.dense_ratio": 0.25,
-    }
-    options |= {"train.max_steps": 8, "output.logging_steps": 8}
-    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
-    capsys.readouterr()
-    assert cli.main(["inspect", str(tmp_path / "run"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["mean_rank_before"] == pytest.approx(4) and told["mean_rank"] <= 2
-    assert told["kept_params"] <= told["all_params"] / 2 and told["stored_params"] >= told["kept_params"]
-
-
-def test_a_run_that_made_the_base_worse_says_so(tmp_path, capsys):
-    options = {**TINY, "train.learning_rate": 1.0, "data.val_set_size": 8}
-    options |= {"quantization.load_in_4bit": False, "model.dtype": "float32"}
-    result = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
-    said = "the adapter is worse than the base: its dev loss is"
-    assert result.status["state"] == "finished" and f"warning: {said}" in capsys.readouterr().out
-    assert any(said in sentence for sentence in result.metrics["alarms"])
-    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert "* dev loss of the base: " in card
-    assert cli.main(["inspect", str(tmp_path / "run")]) == 0 and f"! {said}" in capsys.readouterr().out
-
-
 def test_a_run_does_not_go_on_with_other_dev_rows(tmp_path):
     """EarlyStopping would compare the losses of two data sets, and choose the adapter by them."""
     lines = shared("data/gsm8k_train.jsonl").read_text().splitlines()
@@ -159,41 +125,6 @@ def test_a_checkpoint_from_before_a_key_existed_was_made_with_its_default(finish
     with pytest.raises(UserError, match=r"belongs to a run with another config: train\.adam_beta2;"):
         run(CONFIG, *gsm8k_overrides(directory, **TINY, **{"train.adam_beta2": 0.95}))
     assert run(CONFIG, *gsm8k_overrides(directory, **TINY)).status["state"] == "finished"
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_the_optimizer_is_the_one_of_the_config(ground: Playground, undisturbed: dict[int, Path], num_processes: int):
-    """After one step from zero moments, v / m² = (1 - β₂) / (1 - β₁)² and B = -lr · g / (|g| + ε), whatever g is.
-
-    A and gate have no gradient yet, since B was 0: A is smaller by lr · weight_decay, which is not for gates."""
-    name, rate, epsilon, decay = f"adam{num_processes}", 0.01, 1e-3, 0.5
-    options = {
-        "train.adam_beta1": 0.5,
-        "train.adam_beta2": 0.75,
-        "train.adam_epsilon": epsilon,
-        "train.weight_decay": decay,
-        "train.learning_rate": rate,
-        "train.lr_scheduler_type": "constant",
-        "train.warmup_ratio": 0,
-        "train.max_steps": 4,
-        "evaluation.eval_steps": None,
-        "output.save_steps": 1,
-        **WORLDS[num_processes],
-    }
-    assert ground.codes(name, num_processes, **options) == [0] * num_processes
-    tensors = checkpoint.read_tensors(ground.run_dir(name) / "checkpoints" / "step-1")
-    factors = [key for key in tensors if key.endswith("lora_B")]
-    assert factors
-    for key in factors:
-        B, m, v = (tensors[key + suffix].double() for suffix in ("", ".exp_avg", ".exp_avg_sq"))
-        torch.testing.assert_close(v, m**2, rtol=1e-5, atol=1e-30)  # (1 - 0.75) / (1 - 0.5)²
-        gradient = m / 0.5
-        torch.testing.assert_close(B, -rate * gradient / (gradient.abs() + epsilon), rtol=1e-5, atol=1e-9)
-    start = checkpoint.read_tensors(undisturbed[num_processes] / "checkpoints" / "step-1")  # of the same seed, no decay
-    for key in (key.replace("lora_B", "lora_A") for key in factors):
-        torch.testing.assert_close(tensors[key], start[key] * (1 - rate * decay), rtol=1e-6, atol=0)  # float32 rounding
-    gates = [tensor for key, tensor in tensors.items() if key.endswith(".gate")]
-    assert gates and all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
 
 
 def test_a_run_that_waited_for_the_lock_of_one_that_finished_changes_nothing(finished, tmp_path, monkeypatch):
@@ -293,26 +224,6 @@ def test_the_environment_is_as_it_was_after_a_run_and_other_strategies_can_follo
         run(CONFIG, *gsm8k_overrides(tmp_path / str(number), **options))
         assert dict(os.environ) == before
         assert json.loads((tmp_path / str(number) / "env.json").read_text())["strategy"] == strategy
-
-
-def test_a_dry_run_measures_its_step(tmp_path):
-    line = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **TINY), dry_run=True).metrics
-    assert line["step_seconds"] > 1e-3 and line["tokens_per_second"] < 1e6
-
-
-def test_the_template_that_was_used_goes_with_the_adapter(tmp_path):
-    """stories260k has no chat template: the default one renders the conversations, and a client must know it."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) + "\n" for n in range(8)))
-    options = {**TINY, "data.datasets": [{"path": str(rows), "type": "alpaca"}], "train.max_steps": 2}
-    adapter = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options)).adapter
-    assert adapter is not None
-    assert "### Instruction" in (adapter / "chat_template.jinja").read_text()
-    assert "chat_template.jinja" in (adapter / "README.md").read_text()
-
-
-def test_prompts_and_completions_need_no_template(finished):
-    assert not (finished / "adapter" / "chat_template.jinja").exists()
 
 
 # ----- exactly the uninterrupted run ----------------------------------------------------------------------------------

@@ -4,8 +4,12 @@ import contextlib
 import json
 
 import pytest
+import torch.distributed as dist
+import yaml
+from conftest import ROOT
 
-from sora_llm.errors import UserError
+from sora_llm.distributed import group
+from sora_llm.errors import RunFailed, UserError
 from sora_llm.topology import (
     REDUCE_BUCKET_ELEMENTS,
     World,
@@ -305,3 +309,38 @@ def test_an_option_of_a_users_file_reaches_the_engine_of_a_run(ground, tmp_path)
     given = json.loads((ground.run_dir(name).parent / "step-1.0").read_text())
     assert given["zero_optimization"] == {**config()["zero_optimization"], "reduce_bucket_size": 1000}
     assert given["gradient_clipping"] == config()["gradient_clipping"]
+
+
+# ----- the launchers' files, and the group ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "one_node", "multi_node"])
+def test_topologies_leave_strategy_and_precision_to_the_run(name: str) -> None:
+    topology = yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text())
+    assert topology["distributed_type"] == "MULTI_GPU" and topology["mixed_precision"] == "no"
+    assert topology["rdzv_backend"] == "static" and topology["use_cpu"] is False
+    assert not {key for key in topology if key.startswith(("deepspeed", "fsdp"))}
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (dist.DistNetworkError("failed to recv, got 0 bytes\n#0 frames"), r"process 1 .* could not form a group of 2"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:47001"),
+            "could not form",
+        ),
+        (RuntimeError("CUDA driver initialization failed"), None),
+    ],
+)
+def test_a_group_that_cannot_be_formed_is_a_sentence(
+    error: RuntimeError, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(group, "Accelerator", refuse)
+    world = World(num_processes=2, process_index=1, local_process_index=0)
+    with pytest.raises(RunFailed if sentence else RuntimeError, match=sentence or "CUDA driver") as raised:
+        group.make_accelerator("ddp", world)
+    assert "frames" not in str(raised.value)

@@ -16,16 +16,17 @@ import torch
 import yaml
 from accelerate.tracking import TensorBoardTracker
 from conftest import shared
-from runs import ACCELERATE, PLAIN, Finished, gsm8k_overrides, start
+from runs import ACCELERATE, CONFIG, PLAIN, TINY, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file, save_file
+from small_runs import WORLDS, Playground
 
+from sora_llm import checkpoint, cli
 from sora_llm.config import load_config
 from sora_llm.errors import RunFailed, UserError
 from sora_llm.running import assembly, optimizer_step, run_state
 from sora_llm.running.job import Job
 from sora_llm.train import main, run, start_trackers
 
-CONFIG = "configs/llama7b.yaml"
 SHORT = {"train.max_steps": 12, "output.save_steps": 6, "output.logging_steps": 4}
 
 
@@ -351,3 +352,86 @@ def test_peaks_of_memory_begin_with_every_engine(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(assembly, "forget_peak", lambda device: happened.append(device.type))
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **{"train.max_steps": 4, "sora.consensus_at": 0.5}))
     assert happened == ["engine", "cpu"] * 2, "at the start and at the cut"
+
+
+def test_a_tracker_that_cannot_be_started_is_a_sentence(tmp_path):
+    def refuse(*_, **__):
+        raise ValueError("api_key not configured\n(no tty)")
+
+    config = load_config("configs/demo.yaml", ["output.report_to=[wandb]"])
+    job = SimpleNamespace(accelerator=SimpleNamespace(init_trackers=refuse), config=config)
+    with pytest.raises(RunFailed, match=r"report_to wandb could not be started: api_key not configured; fix it"):
+        start_trackers(job, tmp_path)
+
+
+def test_a_run_without_dev_rows_knows_how_large_it_was(tmp_path, capsys):
+    """Its first line is of a step when gates had been cut already."""
+    options = {
+        **TINY,
+        "sora.target_rank": 2,
+        "sora.sparse_lambda": None,
+        "sora.consensus_at": 0.75,
+        "sora.dense_ratio": 0.25,
+    }
+    options |= {"train.max_steps": 8, "output.logging_steps": 8}
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["mean_rank_before"] == pytest.approx(4) and told["mean_rank"] <= 2
+    assert told["kept_params"] <= told["all_params"] / 2 and told["stored_params"] >= told["kept_params"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_optimizer_is_the_one_of_the_config(ground: Playground, undisturbed: dict[int, Path], num_processes: int):
+    """After one step from zero moments, v / m² = (1 - β₂) / (1 - β₁)² and B = -lr · g / (|g| + ε), whatever g is.
+
+    A and gate have no gradient yet, since B was 0: A is smaller by lr · weight_decay, which is not for gates."""
+    name, rate, epsilon, decay = f"adam{num_processes}", 0.01, 1e-3, 0.5
+    options = {
+        "train.adam_beta1": 0.5,
+        "train.adam_beta2": 0.75,
+        "train.adam_epsilon": epsilon,
+        "train.weight_decay": decay,
+        "train.learning_rate": rate,
+        "train.lr_scheduler_type": "constant",
+        "train.warmup_ratio": 0,
+        "train.max_steps": 4,
+        "evaluation.eval_steps": None,
+        "output.save_steps": 1,
+        **WORLDS[num_processes],
+    }
+    assert ground.codes(name, num_processes, **options) == [0] * num_processes
+    tensors = checkpoint.read_tensors(ground.run_dir(name) / "checkpoints" / "step-1")
+    factors = [key for key in tensors if key.endswith("lora_B")]
+    assert factors
+    for key in factors:
+        B, m, v = (tensors[key + suffix].double() for suffix in ("", ".exp_avg", ".exp_avg_sq"))
+        torch.testing.assert_close(v, m**2, rtol=1e-5, atol=1e-30)  # (1 - 0.75) / (1 - 0.5)²
+        gradient = m / 0.5
+        torch.testing.assert_close(B, -rate * gradient / (gradient.abs() + epsilon), rtol=1e-5, atol=1e-9)
+    start = checkpoint.read_tensors(undisturbed[num_processes] / "checkpoints" / "step-1")  # of the same seed, no decay
+    for key in (key.replace("lora_B", "lora_A") for key in factors):
+        torch.testing.assert_close(tensors[key], start[key] * (1 - rate * decay), rtol=1e-6, atol=0)  # float32 rounding
+    gates = [tensor for key, tensor in tensors.items() if key.endswith(".gate")]
+    assert gates and all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+
+
+def test_a_dry_run_measures_its_step(tmp_path):
+    line = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **TINY), dry_run=True).metrics
+    assert line["step_seconds"] > 1e-3 and line["tokens_per_second"] < 1e6
+
+
+def test_the_template_that_was_used_goes_with_the_adapter(tmp_path):
+    """stories260k has no chat template: the default one renders the conversations, and a client must know it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) + "\n" for n in range(8)))
+    options = {**TINY, "data.datasets": [{"path": str(rows), "type": "alpaca"}], "train.max_steps": 2}
+    adapter = run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options)).adapter
+    assert adapter is not None
+    assert "### Instruction" in (adapter / "chat_template.jinja").read_text()
+    assert "chat_template.jinja" in (adapter / "README.md").read_text()
+
+
+def test_prompts_and_completions_need_no_template(alone: Finished):
+    assert not (alone.directory / "adapter" / "chat_template.jinja").exists()
