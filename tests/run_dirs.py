@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from runs import gsm8k_overrides
 
+from sora_llm import cli
 from sora_llm.config import load_config, to_yaml
 
 SHAPES = {
@@ -280,3 +282,9 @@ def run_dir(folder: Path, **others: Any) -> Path:
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "status.json").write_text("{}")
     return folder
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What `sora-llm inspect` prints."""
+    assert cli.main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out

@@ -9,17 +9,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-from run_dirs import MadeUpRun
+from run_dirs import MadeUpRun, inspected
 
 from sora_llm import cli
 from sora_llm.commands.common import printable
 from sora_llm.config import load_config, to_yaml
 from sora_llm.report_page import read_record, write_page
-
-
-def inspected(capsys, *arguments: object) -> str:
-    assert cli.main(["inspect", *map(str, arguments)]) == 0
-    return capsys.readouterr().out
 
 
 def test_a_finished_run_is_told_in_short(tmp_path, capsys):
@@ -209,77 +204,3 @@ def test_it_loads_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", check, str(run.path)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_several_runs_are_told_beside_each_other_with_what_differs_in_their_settings(tmp_path, capsys):
-    runs = [MadeUpRun(tmp_path / "sweep" / name, seed=seed).train() for name, seed in (("low", 0), ("high", 1))]
-    for run in runs:
-        run.finish()
-    for run, rate, modules in zip(runs, (1e-4, 5e-4), ("all-linear", ["q_proj", "v_proj"]), strict=True):
-        overrides = [f"output.output_dir={run.path}", f"train.learning_rate={rate}", f"sora.target_modules={modules}"]
-        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    shown = inspected(capsys, *(run.path for run in runs)).splitlines()
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "it only reads"
-    assert shown[0].split() == [
-        "run",
-        "state",
-        "step",
-        "dev",
-        "loss",
-        "mean",
-        "rank",
-        "kept",
-        "tokens/s",
-        "peak",
-        "GiB",
-    ]
-    for number, (line, run) in enumerate(zip(shown[1:3], runs, strict=True), 1):
-        last = run.metrics[-1]
-        assert line.split()[:3] == [str(number), run.path.name, "finished"]
-        assert f"3.9000 → {last['eval_loss']:.4f}  " in line and f" {last['kept_params']:,} " in line
-    settings = {line.split()[0]: line.split()[1:] for line in shown[5:]}
-    assert settings == {
-        "train.learning_rate": ["0.0001", "0.0005"],
-        "sora.target_modules": ["all-linear", "-"],
-        "sora.target_modules.0": ["-", "q_proj"],
-        "sora.target_modules.1": ["-", "v_proj"],
-    }
-    content = json.loads(inspected(capsys, *(run.path for run in runs), "--json"))
-    assert [run["run"] for run in content["runs"]] == [str(run.path) for run in runs]
-    assert content["settings"]["train.learning_rate"] == [1e-4, 5e-4]
-    assert "no setting differs" in inspected(capsys, runs[0].path, runs[0].path)
-    assert content["of_other_dev_rows"] == [] and not any("not of the same rows" in line for line in shown)
-    for run, overrides in zip(runs, (["data.val_set_size=9"], ["data.val_set_size=8", "train.seed=7"]), strict=True):
-        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
-    said = "dev losses are not of the same rows or tokens: data.val_set_size, train.seed"
-    assert said in inspected(capsys, *(run.path for run in runs)).splitlines()
-    for run, number in zip(runs, (1, 2), strict=True):
-        dev = ["data.val_set_size=null", "data.val_datasets=[{path: dev.jsonl}]"]
-        rest = [f"train.seed={number}", f"data.datasets.0.path={number}.jsonl", f"data.num_proc={number}"]
-        more = ["data.datasets=[{path: a.jsonl}, {path: b.jsonl}]"] * (number - 1)
-        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", [*dev, *rest, *more])))
-    shown = inspected(capsys, *(run.path for run in runs))
-    assert "not of the same rows" not in shown, "they have a file of their own"
-    assert "data.datasets.1.path" in shown and "data.datasets.1.split" not in shown, "neither says one"
-    for run, number in zip(runs, (1, 2), strict=True):
-        overrides = ["data.val_set_size=9", f"model.name_or_path=base/{number}", "data.datasets.0.weight=1"]
-        (run.path / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", overrides)))
-    shown = inspected(capsys, *(run.path for run in runs)).splitlines()
-    assert "losses for different bases are over different tokens if their tokenizers differ" in shown
-    assert not any("not of the same rows" in line for line in shown)
-    (runs[1].path / "config.yaml").write_text("of: another version")
-    shown = inspected(capsys, *(run.path for run in runs))
-    assert "no setting differs" not in shown and "the config of run 2 cannot be read" in shown
-    somebodys = tmp_path / "somebodys"
-    somebodys.mkdir()
-    (somebodys / "config.yaml").write_text("a: 1")
-    (somebodys / "report.html").write_text("of somebody's")
-    for arguments, said in (
-        ([somebodys], "is not a run directory"),
-        ([runs[0].path, tmp_path], "is not a run directory"),
-        ([*(run.path for run in runs), "--plots"], "name it alone"),
-    ):
-        assert cli.main(["inspect", *map(str, arguments)]) == 2
-        assert said in capsys.readouterr().err
-    assert (somebodys / "report.html").read_text() == "of somebody's"
