@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -103,3 +104,18 @@ def test_the_estimate_reads_what_the_deepspeed_config_says_of_buffers_and_weight
         buckets.append(said["bucket_bytes"])
     assert found[0] == found[1] > found[2] > 0
     assert buckets == [4 * REDUCE_BUCKET_ELEMENTS, 4 * REDUCE_BUCKET_ELEMENTS, 2_000_000]
+
+
+def test_no_more_is_needed_of_a_base_than_its_config(stories, tmp_path, capsys):
+    """Before it is downloaded, that is; a run refuses the same folder."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(stories / "config.json", bare)
+    found = []
+    for base in (stories, bare):
+        run = gsm8k_overrides(tmp_path / "run", **{"model.name_or_path": str(base)})
+        assert cli.main(["estimate", CONFIG, *run, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert cli.main(["train", CONFIG, *run]) == 2
+    assert f"the folder {bare} holds no weights" in capsys.readouterr().err
