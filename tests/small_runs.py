@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ PREEMPTED = 75
 
 END_SECONDS = 45
 """In which processes end after another one, or the launcher, has died."""
+
+CLOCKS = ("tokens_per_second", "step_seconds", "sync_seconds", "peak_memory_gib")
+"""What two equal runs log differently."""
 
 MODULES = ("faults", "sora_llm.train", "deepspeed", "peft", "transformers.trainer")
 """What every trainer imports, and the examples."""
@@ -159,17 +162,17 @@ def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
+def timeless(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines without what a clock or the system measured."""
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
 def result(run_dir: Path) -> dict[str, Any]:
     """What must be the same in two runs: the adapter's bytes, the lines but for their clocks."""
-    clocks = ("tokens_per_second", "step_seconds", "sync_seconds", "peak_memory_gib")
-
-    def timeless(name: str) -> list[dict[str, Any]]:
-        return [{k: value for k, value in line.items() if k not in clocks} for line in lines(run_dir, name)]
-
     return {
         "adapter": (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
-        "metrics": timeless("metrics.jsonl"),
-        "ranks": timeless("ranks.jsonl"),
+        "metrics": timeless(lines(run_dir, "metrics.jsonl")),
+        "ranks": timeless(lines(run_dir, "ranks.jsonl")),
     }
 
 

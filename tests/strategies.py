@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import shared
+from small_runs import timeless
 from spawn import run_command, warm_deepspeed
 from worlds import delta_weights
 
@@ -84,18 +85,12 @@ def zero_pattern(gates: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     return {name: (gate == 0).tolist() for name, gate in gates.items()}
 
 
-TIMING = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
-
-
 def assert_same_run(straight: Path, broken: Path) -> None:
     """Equal adapter files, and equal lines of metrics and ranks but for what a clock or the system measured."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (straight / "adapter" / name).read_bytes() == (broken / "adapter" / name).read_bytes()
     for name in ("metrics.jsonl", "ranks.jsonl"):
-        one, other = (
-            [{key: value for key, value in line.items() if key not in TIMING} for line in read_json_lines(run / name)]
-            for run in (straight, broken)
-        )
+        one, other = (timeless(read_json_lines(run / name)) for run in (straight, broken))
         assert one == other and one
 
 

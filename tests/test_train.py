@@ -18,7 +18,7 @@ from accelerate.tracking import TensorBoardTracker
 from conftest import shared
 from runs import ACCELERATE, CONFIG, PLAIN, TINY, Finished, gsm8k_overrides, start
 from safetensors.torch import load_file, save_file
-from small_runs import WORLDS, Playground
+from small_runs import WORLDS, Playground, timeless
 
 from sora_llm import checkpoint, cli
 from sora_llm.config import load_config
@@ -184,12 +184,7 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(alone: Finished, 
     assert resumed.returncode == 0 and "resuming from" in resumed.stdout, resumed.output
     for name in ("adapter/adapter_model.safetensors", "ranks.jsonl"):
         assert (directory / name).read_bytes() == (alone.directory / name).read_bytes()
-    assert _without_clocks(resumed.lines("metrics.jsonl")) == _without_clocks(alone.lines("metrics.jsonl"))
-
-
-def _without_clocks(lines: list[dict[str, object]]) -> list[dict[str, object]]:
-    clocks = ("tokens_per_second", "step_seconds", "peak_memory_gib")
-    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+    assert timeless(resumed.lines("metrics.jsonl")) == timeless(alone.lines("metrics.jsonl"))
 
 
 def test_a_dry_run_reports_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
