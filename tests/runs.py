@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, shared
+from conftest import shared
+from spawn import run_apart
 
 CONFIG = "configs/llama7b.yaml"
 TINY = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "sora.r": 4, "data.val_set_size": None}
@@ -71,12 +70,7 @@ class Finished:
 def start(
     launcher: tuple[str, ...], arguments: list[str], directory: Path, timeout: float = 300, **environ: str
 ) -> Finished:
-    """Run `launcher arguments…` from the project's root and wait for it."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Run `launcher arguments…` from the project's root and wait for it; all it started is ended with it."""
     # no accelerate config of the user's may decide how tests are launched
-    clean |= {"HF_HOME": str(directory.parent / "hf"), "PYTHONPATH": python_path, **environ}
-    process = subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
-    )
-    return Finished(process.returncode, process.stdout, process.stderr, directory)
+    variables = {"HF_HOME": str(directory.parent / "hf"), **environ}
+    return Finished(*run_apart([*launcher, *arguments], timeout=timeout, **variables), directory)

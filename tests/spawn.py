@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -159,25 +159,38 @@ def run_command(command: Sequence[str], *, timeout: float = 180, **variables: st
         WorkerError: it did not end in time.
     """
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            list(command),
-            cwd=REPOSITORY,
-            env=environment(**variables),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end_family(process)
-        output.seek(0)
-        text = output.read()
-    if code is None:
-        raise WorkerError(f"{' '.join(command)} did not end within {timeout:g} s\n{_quote(0, text)}")
-    return code, text
+        code = _run(command, timeout, variables, output, output)
+        return code, _whole(output)
+
+
+def run_apart(command: Sequence[str], *, timeout: float = 180, **variables: str) -> tuple[int, str, str]:
+    """As `run_command`, with stdout and stderr apart."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        code = _run(command, timeout, variables, output, errors)
+        return code, _whole(output), _whole(errors)
+
+
+def _run(command: Sequence[str], timeout: float, variables: Mapping[str, str], output: IO[str], errors: IO[str]) -> int:
+    process = subprocess.Popen(
+        list(command),
+        cwd=REPOSITORY,
+        env=environment(**variables),
+        stdout=output,
+        stderr=errors,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        said = _whole(output) if output is errors else _whole(output) + _whole(errors)
+        raise WorkerError(f"{' '.join(command)} did not end within {timeout:g} s\n{_quote(0, said)}") from None
+    finally:
+        _end_family(process)
+
+
+def _whole(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _end_family(process: subprocess.Popen) -> None:

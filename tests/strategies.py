@@ -98,10 +98,9 @@ ACCELERATE = ["accelerate.commands.launch"]
 SHORT_RUN = ("train.max_steps=3", "evaluation.eval_steps=null", "data.val_set_size=null")
 
 
-def launched(config: Path, run: Path, launcher: list[str], *overrides: str, **variables: str) -> tuple[int, str]:
-    """Exit code and output of the command under a launcher."""
+def train_under(launcher: list[str], config: Path, run: Path, *overrides: str, **variables: str) -> tuple[int, str]:
+    """Exit code and output of the command under a launcher, a module and its options; under none if it is empty."""
     warm_deepspeed()
-    return run_command(
-        [sys.executable, "-m", *launcher, "-m", "sora_llm.train", str(config), f"output.output_dir={run}", *overrides],
-        **variables,
-    )
+    module = ["-m", *launcher] if launcher else []
+    command = [sys.executable, *module, "-m", "sora_llm.train", str(config), f"output.output_dir={run}", *overrides]
+    return run_command(command, **variables)

@@ -24,7 +24,7 @@ from strategies import (
     STRATEGIES,
     ZERO,
     delta_error,
-    launched,
+    train_under,
     whole_error,
     zero_pattern,
 )
@@ -301,7 +301,7 @@ def test_a_state_saved_under_one_strategy_goes_on_under_another(worlds: Worlds, 
 
 @pytest.mark.matrix  # where runs are launched in every way; test_train.py launches one
 def test_the_shipped_cpu_topology_runs_zero2_on_two_processes(run_config: Path, tmp_path: Path) -> None:
-    code, output = launched(run_config, tmp_path, [*ACCELERATE, "--config_file", "launch/cpu.yaml"], *SHORT_RUN)
+    code, output = train_under([*ACCELERATE, "--config_file", "launch/cpu.yaml"], run_config, tmp_path, *SHORT_RUN)
     assert code == 0, output
     env, status = (json.loads((tmp_path / name).read_text()) for name in ("env.json", "status.json"))
     assert (env["strategy"], env["zero_stage"], env["num_processes"]) == ("zero2", 2, 2)
@@ -311,10 +311,10 @@ def test_the_shipped_cpu_topology_runs_zero2_on_two_processes(run_config: Path, 
 def test_a_launcher_that_states_another_stage_is_refused_once(run_config: Path, tmp_path: Path) -> None:
     launcher = [*ACCELERATE, "--use_deepspeed", "--num_processes", "2", "--num_machines", "1", "--zero_stage", "3"]
     run = tmp_path / "run"
-    code, output = launched(
+    code, output = train_under(
+        [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no"],
         run_config,
         run,
-        [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no"],
         "distributed.strategy=zero2",
         ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
     )

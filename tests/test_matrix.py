@@ -7,14 +7,13 @@ benchmarks/matrix.md).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import shared
-from spawn import WorkerError, run_command, spawn, warm_deepspeed
+from spawn import WorkerError, spawn, warm_deepspeed
 from strategies import (
     ACCELERATE,
     DELTA_TOLERANCE,
@@ -25,7 +24,7 @@ from strategies import (
     ZERO,
     assert_same_run,
     delta_error,
-    launched,
+    train_under,
     whole_error,
     zero_pattern,
 )
@@ -212,10 +211,8 @@ def test_launched_in_every_way(
     variables: dict[str, str],
     expected: tuple[str, int],
 ) -> None:
-    config = [str(run_config), f"output.output_dir={tmp_path}", f"distributed.strategy={strategy}", *SHORT_RUN]
-    warm_deepspeed()
-    module = ["-m", *launcher] if launcher else []
-    code, output = run_command([sys.executable, *module, "-m", "sora_llm.train", *config], **variables)
+    options = (f"distributed.strategy={strategy}", *SHORT_RUN)
+    code, output = train_under(launcher, run_config, tmp_path, *options, **variables)
     assert code == 0, output
     env, status = (json.loads((tmp_path / name).read_text()) for name in ("env.json", "status.json"))
     assert (env["strategy"], env["num_processes"], status["state"]) == (*expected, "finished")
@@ -256,7 +253,7 @@ def test_a_conflict_with_the_launcher_is_said_once(
     run_config: Path, tmp_path: Path, launcher: list[str], strategy: str, variables: dict[str, str], sentence: str
 ) -> None:
     run = tmp_path / "run"
-    code, output = launched(run_config, run, launcher, f"distributed.strategy={strategy}", **variables)
+    code, output = train_under(launcher, run_config, run, f"distributed.strategy={strategy}", **variables)
     assert code != 0
     assert output.count(sentence) == 1, output
     assert 'sora_llm/train.py", line' not in output, "a traceback of ours"
