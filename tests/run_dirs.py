@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import gsm8k_overrides
+from runs import CONFIG, gsm8k_overrides
 
 from sora_llm import cli
 from sora_llm.config import load_config, to_yaml
@@ -278,7 +278,7 @@ def run_dir(folder: Path, **others: Any) -> Path:
     """A run directory that has a config and a status, and no adapter yet."""
     folder.mkdir(parents=True)
     float32 = {"model.dtype": "float32", "quantization.load_in_4bit": False, **others}
-    config = load_config("configs/llama7b.yaml", gsm8k_overrides(folder, **float32))
+    config = load_config(CONFIG, gsm8k_overrides(folder, **float32))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "status.json").write_text("{}")
     return folder

@@ -14,17 +14,15 @@ from spawn import run_apart
 CONFIG = "configs/llama7b.yaml"
 TINY = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "sora.r": 4, "data.val_set_size": None}
 """Overrides of a run of four steps with checkpoints at 2 and 4."""
+QUESTIONS = {"type": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}}
+"""How rows of GSM8K are read."""
 PLAIN = (sys.executable, "-m", "sora_llm.train")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 def gsm8k_overrides(output_dir: Path, **others: Any) -> list[str]:
     """configs/llama7b.yaml on stories260k and GSM8K: what a user overrides for a first try on a CPU."""
-    dataset = {
-        "path": str(shared("data/gsm8k_train.jsonl")),
-        "type": "prompt_completion",
-        "columns": {"prompt": "question", "completion": "answer"},
-    }
+    dataset = {"path": str(shared("data/gsm8k_train.jsonl")), **QUESTIONS}
     values = {
         "model.name_or_path": str(shared("models/stories260k")),
         "data.datasets": [dataset],

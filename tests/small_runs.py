@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from conftest import shared
 from nursery import Child, Nursery
-from runs import gsm8k_overrides
+from runs import CONFIG, QUESTIONS, gsm8k_overrides
 from safetensors.torch import load_file
 
-CONFIG = "configs/llama7b.yaml"
 STEPS, DENSE_STEPS, EVALUATED_STEP = 6, 2, 3
 DEV_ROWS, EVAL_BATCH = 6, 2
 EVAL_CALLS = DEV_ROWS // EVAL_BATCH
@@ -42,20 +41,13 @@ def short_rows(folder: Path, count: int = 30) -> dict[str, Any]:
     """A data set of the first short rows of GSM8K."""
     lines = [line for line in shared("data/gsm8k_train.jsonl").read_text().splitlines() if len(line) < 240]
     (folder / "rows.jsonl").write_text("\n".join(lines[:count]))
-    columns = {"prompt": "question", "completion": "answer"}
-    return {"path": str(folder / "rows.jsonl"), "type": "prompt_completion", "columns": columns}
+    return {"path": str(folder / "rows.jsonl"), **QUESTIONS}
 
 
 def overrides(folder: Path, run_dir: Path, num_processes: int = 1, **others: Any) -> list[str]:
     """configs/llama7b.yaml in float32 on `folder`/rows.jsonl: steps of two rows whatever the number of processes."""
     values = {
-        "data.datasets": [
-            {
-                "path": str(folder / "rows.jsonl"),
-                "type": "prompt_completion",
-                "columns": {"prompt": "question", "completion": "answer"},
-            }
-        ],
+        "data.datasets": [{"path": str(folder / "rows.jsonl"), **QUESTIONS}],
         "data.val_set_size": DEV_ROWS,
         "data.sequence_len": 192,
         "data.excess_length": "truncate",

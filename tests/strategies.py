@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import shared
+from runs import QUESTIONS
 from small_runs import timeless
 from spawn import run_command, warm_deepspeed
 from worlds import delta_weights
@@ -44,13 +45,7 @@ def run_config(folder: Path) -> Path:
         "quantization": {"bnb_4bit_compute_dtype": "float32"},
         "sora": {"r": 4, "lora_dropout": 0.05, "sparse_lambda": 0.5, "dense_ratio": 0.34, **TO_THE_END},
         "data": {
-            "datasets": [
-                {
-                    "path": str(folder / "rows.jsonl"),
-                    "type": "prompt_completion",
-                    "columns": {"prompt": "question", "completion": "answer"},
-                }
-            ],
+            "datasets": [{"path": str(folder / "rows.jsonl"), **QUESTIONS}],
             "val_set_size": 6,
             "sequence_len": 320,
             "excess_length": "truncate",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
-from runs import ACCELERATE, gsm8k_overrides, start
+from runs import ACCELERATE, CONFIG, gsm8k_overrides, start
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
 from sora_llm.data.sources import DatasetSpec, check_paths, read_rows
@@ -22,8 +22,6 @@ from sora_llm.errors import UserError
 from sora_llm.files import path_errors_as_user_errors
 from sora_llm.running import run_state
 from sora_llm.train import main
-
-CONFIG = "configs/llama7b.yaml"
 
 
 def _dataset(path: Path | str, type_: str = "alpaca", **others: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import CONFIG
 from safetensors.torch import load_file
 from small_runs import Playground, delta_error, delta_weights, interrupt, lines, overrides, result
 
@@ -21,7 +22,6 @@ from sora_llm.inject import adapter_parameters
 from sora_llm.running import optimizer_step, training_loop
 from sora_llm.train import run
 
-CONFIG = "configs/llama7b.yaml"
 STEPS, DENSE_END, CUT_AT, R, TARGET_RANK = 12, 3, 8, 4, 1.5
 SCALING = 16 / R
 BUDGET: dict[str, Any] = {

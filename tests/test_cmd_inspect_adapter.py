@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import dense_delta, randomise_all, saved_tiny_llama, tiny_llama
 from peft_loras import KINDS, deltas, peft_lora
-from runs import gsm8k_overrides
+from runs import CONFIG, gsm8k_overrides
 
 from sora_llm import checkpoint, cli
 from sora_llm.config import load_config, to_dict
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_read_with_its_gates(tmp_path, capsys):
     inject_sora(model, r=6, lora_alpha=9)
     randomise_all(model)
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
-    config = load_config("configs/llama7b.yaml", gsm8k_overrides(tmp_path, **{"sora.r": 6, "sora.lora_alpha": 9}))
+    config = load_config(CONFIG, gsm8k_overrides(tmp_path, **{"sora.r": 6, "sora.lora_alpha": 9}))
     folder = checkpoint.save(tmp_path / "run", 3, masters, {"config": to_dict(config)})
     found = inspected(capsys, folder)
     expected = {name: dense_delta(layer) for name, layer in adapters(model).items()}
@@ -90,7 +90,7 @@ def test_modules_that_a_cut_left_without_factors_count_in_the_mean_rank_of_a_che
     masters = {name: tensor + 0.1 for name, tensor in masters.items() if not name.startswith(f"{pruned}.")}
     for place, is_whole in ((base, True), ("somewhere/else", False)):
         overrides = gsm8k_overrides(tmp_path, **{"sora.r": 4, "model.name_or_path": str(place)})
-        config = to_dict(load_config("configs/llama7b.yaml", overrides))
+        config = to_dict(load_config(CONFIG, overrides))
         capsys.readouterr()  # what libraries said while the base was saved
         found = inspected(capsys, checkpoint.save(tmp_path / f"run {is_whole}", 3, masters, {"config": config}))
         cost = {name: layer.in_features + layer.out_features for name, layer in adapters(model).items()}
@@ -105,7 +105,7 @@ def test_a_checkpoint_without_factors_or_with_values_that_are_none_is_a_sentence
     inject_sora(model, r=6)
     randomise_all(model)
     masters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
-    config = {"config": to_dict(load_config("configs/llama7b.yaml", gsm8k_overrides(tmp_path)))}
+    config = {"config": to_dict(load_config(CONFIG, gsm8k_overrides(tmp_path)))}
     pruned = checkpoint.save(tmp_path / "pruned", 3, {}, config)
     assert cli.main(["inspect", str(pruned)]) == 2 and "was pruned" in capsys.readouterr().err
     assert cli.main(["recommend-ranks", str(pruned)]) == 2 and "changes nothing" in capsys.readouterr().err

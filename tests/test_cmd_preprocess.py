@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import shared
 from data_files import json_lines, write
-from runs import gsm8k_overrides
+from runs import CONFIG, gsm8k_overrides
 from transformers import AutoTokenizer
 
 from sora_llm import cli
@@ -21,7 +21,6 @@ from sora_llm.running.inputs import check_inputs
 from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
 
-CONFIG = "configs/llama7b.yaml"
 CHAT = [{"role": "user", "content": "Hi\x1b[31m"}, {"role": "assistant", "content": "Hello"}]
 
 

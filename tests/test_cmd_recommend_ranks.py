@@ -14,7 +14,7 @@ import yaml
 from helpers import randomise_all, saved_tiny_llama, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_loras import KINDS, deltas, peft_lora
-from runs import gsm8k_overrides
+from runs import CONFIG, gsm8k_overrides
 from small_runs import checkpoints
 
 from sora_llm import cli
@@ -101,7 +101,7 @@ def test_a_run_is_recommended_at_the_scale_that_it_was_trained_with(tmp_path, ca
     randomise_all(model)
     export_adapter(model, run / "adapter", "ragged")
     options = gsm8k_overrides(run, **{"sora.r": 8, "sora.lora_alpha": 12})
-    (run / "config.yaml").write_text(to_yaml(load_config("configs/llama7b.yaml", options)))
+    (run / "config.yaml").write_text(to_yaml(load_config(CONFIG, options)))
     result = recommended(capsys, run)
     certificate = json.loads((run / "adapter" / "certificate.json").read_text())["modules"]
     made = peft_made(result["lora_config"], tmp_path / "made")

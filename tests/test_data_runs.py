@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
-from runs import gsm8k_overrides
+from runs import CONFIG, QUESTIONS, gsm8k_overrides
 
 from sora_llm import cli
 from sora_llm.config import load_config
@@ -23,7 +23,6 @@ from sora_llm.running.training_data import load_data
 from sora_llm.topology import ALONE
 from sora_llm.train import main, run
 
-CONFIG = "configs/llama7b.yaml"
 IN_4_BITS = {
     "quantization.load_in_4bit": True,
     "model.dtype": "bfloat16",
@@ -80,14 +79,7 @@ def small(tmp_path_factory):
     lines = [line for line in shared("data/gsm8k_train.jsonl").read_text().splitlines() if len(line) < 240]
     (folder / "a.jsonl").write_text("\n".join(lines[:30]))
     (folder / "b.jsonl").write_text("\n".join(lines[30:42]))
-    return [
-        {
-            "path": str(folder / name),
-            "type": "prompt_completion",
-            "columns": {"prompt": "question", "completion": "answer"},
-        }
-        for name in ("a.jsonl", "b.jsonl")
-    ]
+    return [{"path": str(folder / name), **QUESTIONS} for name in ("a.jsonl", "b.jsonl")]
 
 
 MODES = {

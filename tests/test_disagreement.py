@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import perturb
+from runs import QUESTIONS
 from small_runs import CONFIG, Playground, checkpoints, overrides, status
 from spawn import launched, spawn
 
@@ -39,8 +40,7 @@ def test_another_config_on_one_process_is_refused(ground: Playground) -> None:
 
 def test_other_shares_of_a_mixture_on_one_process_are_refused(ground: Playground) -> None:
     """The rows are the same, their order would not be; files may lie elsewhere on another machine."""
-    rows = {"path": str(ground.folder / "rows.jsonl"), "type": "prompt_completion", "weight": 1}
-    rows |= {"columns": {"prompt": "question", "completion": "answer"}}
+    rows = {"path": str(ground.folder / "rows.jsonl"), "weight": 1, **QUESTIONS}
     other = ground.folder / "elsewhere.jsonl"
     shutil.copyfile(rows["path"], other)
     ours, theirs = (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import linear4bit, randomise, relative_error, tiny_llama
-from runs import PLAIN, Finished, gsm8k_overrides, start
+from runs import CONFIG, PLAIN, Finished, gsm8k_overrides, start
 from small_runs import delta_weights, interrupt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-CONFIG = "configs/llama7b.yaml"
 NUM_IN, NUM_OUT, R, TOKENS = 256, 384, 16, 128
 # Of a whole tensor, against float64 arithmetic on the same bits.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

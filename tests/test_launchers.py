@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, shared
-from runs import gsm8k_overrides
+from runs import CONFIG, QUESTIONS, gsm8k_overrides
 from spawn import end_group, environment, free_port, warm_deepspeed
 
 TRAIN = ("-m", "sora_llm.train")
 SECONDS = 300
-QUESTIONS = {"type": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}}
 
 
 def run_of_two_steps(folder: Path, strategy: str) -> list[str]:
@@ -35,7 +34,7 @@ def run_of_two_steps(folder: Path, strategy: str) -> list[str]:
         "distributed.strategy": strategy,
         "output.report_to": [],
     }
-    return ["configs/llama7b.yaml", *gsm8k_overrides(folder / "run", **small)]
+    return [CONFIG, *gsm8k_overrides(folder / "run", **small)]
 
 
 def on_two_hosts(folder: Path, commands: Sequence[Sequence[str]], **env: str) -> list[tuple[int | None, str]]:

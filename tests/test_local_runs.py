@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import relative_error
+from runs import CONFIG
 from safetensors.torch import load_file
 from small_runs import (
     DENSE_STEPS,
@@ -31,7 +32,6 @@ from sora_llm.budget import GAIN, LAMBDA_MAX, LAMBDA_MIN, next_lambda
 from sora_llm.errors import UserError
 from sora_llm.train import run
 
-CONFIG = "configs/llama7b.yaml"
 LOCAL = {"distributed.sync_every": 3, "output.save_steps": 1, "sora.lora_dropout": 0.1}
 BUDGET, SLOTS = "budget, cut by svd", "slots, an outer optimizer"
 CASES: dict[str, dict[str, Any]] = {

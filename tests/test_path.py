@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import CONFIG
 from safetensors.torch import load_file
 from small_runs import Playground, interrupt, lines, overrides, result
 
@@ -24,7 +25,6 @@ from sora_llm.running.training import Training
 from sora_llm.topology import ALONE
 from sora_llm.train import run
 
-CONFIG = "configs/llama7b.yaml"
 STEPS, LAMBDAS = 4, [0.2, 0.5, 0.8]
 PATH: dict[str, Any] = {
     "sora.target_rank": None,

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import dense_delta, randomise_all, relative_error, tiny_llama
-from runs import gsm8k_overrides
+from runs import CONFIG, gsm8k_overrides
 from small_runs import delta_weights
 from spawn import spawn
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def test_a_loop_of_ones_own_gives_the_adapter_of_a_run(tmp_path: Path, monkeypat
         return take(engine, batches, *others, **named)
 
     monkeypatch.setattr(training_loop, "train_step", recorded)
-    run("configs/llama7b.yaml", *gsm8k_overrides(tmp_path / "run", **OF_A_RUN))
+    run(CONFIG, *gsm8k_overrides(tmp_path / "run", **OF_A_RUN))
 
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
     inject_sora(model, r=R, lora_alpha=16)

@@ -17,7 +17,7 @@ import yaml
 from checkpointed import interrupted as interrupted
 from checkpointed import start as start
 from conftest import shared
-from runs import CONFIG, TINY, gsm8k_overrides
+from runs import CONFIG, QUESTIONS, TINY, gsm8k_overrides
 from small_runs import DENSE_STEPS, STEPS, Playground, checkpoints, delta_weights, interrupt, overrides, result
 
 from sora_llm import checkpoint, config
@@ -92,8 +92,7 @@ def test_a_run_takes_what_a_file_would_hold(finished, tmp_path):
 def test_a_run_does_not_go_on_with_other_dev_rows(tmp_path):
     """EarlyStopping would compare the losses of two data sets, and choose the adapter by them."""
     lines = shared("data/gsm8k_train.jsonl").read_text().splitlines()
-    dev = {"path": str(tmp_path / "dev.jsonl"), "type": "prompt_completion"}
-    dev |= {"columns": {"prompt": "question", "completion": "answer"}}
+    dev = {"path": str(tmp_path / "dev.jsonl"), **QUESTIONS}
     options = {**TINY, "data.val_set_size": None, "data.val_datasets": [dev], "output.save_total_limit": None}
     Path(dev["path"]).write_text("\n".join(lines[:6]))
     run(CONFIG, *gsm8k_overrides(tmp_path / "run", **options))

@@ -19,19 +19,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, shared
-from runs import gsm8k_overrides
+from runs import CONFIG, QUESTIONS, gsm8k_overrides
 from slurm.cluster import Cluster, Job, variables_of
 from spawn import warm_deepspeed
 
 on_a_real_slurm = pytest.mark.slurm
 TWO_NODES = ("--nodes=2", "--time=60")
 STEPS, SAVE_STEPS = 60, 20
-QUESTIONS = {"type": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}}
 
 
 # ----- decisions, with a pretended Slurm ------------------------------------------------------------------------------
 
-CONFIG = "configs/llama7b.yaml"
 SRUN = """#!/usr/bin/env bash
 # keeps what it was asked for, then does what the test wants a run to do
 printf '%s\\n' "$@" >"$FOLDER/srun.args"
@@ -377,7 +375,7 @@ def arguments(cluster: Cluster, run: str, **others: object) -> list[str]:
         "output.logging_steps": 1,
         "output.report_to": [],
     }
-    return ["configs/llama7b.yaml", *gsm8k_overrides(cluster.folder / run, **{**small, **others})]
+    return [CONFIG, *gsm8k_overrides(cluster.folder / run, **{**small, **others})]
 
 
 def submit(cluster: Cluster, run: str, *options: str, **env: str) -> Job:
