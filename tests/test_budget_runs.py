@@ -142,7 +142,7 @@ IN_THE_ORDINARY_RUN = (DENSE_END, CUT_AT)
     "step",
     [pytest.param(step, marks=[] if step in IN_THE_ORDINARY_RUN else pytest.mark.matrix) for step in INTERRUPTED_AT],
 )
-def test_a_run_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
+def test_a_run_with_a_budget_interrupted_in_any_phase_ends_with_the_bits_of_one_that_was_not(
     step: int, way: str, ground: Playground, tmp_path: Path, straight: Callable[[str, str, int], Path]
 ) -> None:
     whole = straight(way, "none", 1)
@@ -162,7 +162,7 @@ RESUMED = [("zero2", DENSE_END + 2), ("zero3", CUT_AT + 2), ("ddp", CUT_AT), ("z
     ("strategy", "step"),
     [pytest.param(*cell, marks=[] if cell in RESUMED[:1] else pytest.mark.matrix) for cell in RESUMED],
 )
-def test_so_does_one_of_several_processes(
+def test_so_does_one_with_a_budget_of_several_processes(
     strategy: str, step: int, ground: Playground, straight: Callable[[str, str, int], Path]
 ) -> None:
     whole, name = straight("adaptive", strategy, 2), f"budget resumed {strategy} {step}"

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 from preparing import TEXTS, decoded, run, texts
+from small_runs import END_SECONDS
 
 from sora_llm.data import chunks, pool, prepare
 from sora_llm.errors import RunFailed, UserError
@@ -78,3 +80,18 @@ def test_a_killed_process_ends_the_run_with_a_sentence(tmp_path, byte, small_chu
 
 def _die(item: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_pool_of_which_one_process_is_killed_ends_within_seconds() -> None:
+    """Its executor sends TERM to the others, and waits for them."""
+    started = time.monotonic()
+    with pytest.raises(RunFailed, match="killed"):
+        list(pool.map_in_order(_die_at_three, range(20), 2))
+    assert time.monotonic() - started < END_SECONDS
+
+
+def _die_at_three(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -35,7 +34,6 @@ from spawn import TESTS, environment, free_port
 
 from sora_llm import checkpoint
 from sora_llm.config import load_config
-from sora_llm.data.pool import map_in_order
 from sora_llm.distributed import group
 from sora_llm.errors import RunFailed
 from sora_llm.running import liveness, run_state
@@ -123,21 +121,6 @@ def test_a_process_that_stands_still_is_not_dead(ground: Playground, undisturbed
     processes[1].kill(signal.SIGCONT)
     assert [child.wait() for child in processes] == [0, 0]
     assert result(ground.run_dir(name)) == result(undisturbed[2])
-
-
-def test_a_pool_of_which_one_process_is_killed_ends_within_seconds(tmp_path: Path) -> None:
-    """Its executor sends TERM to the others, and waits for them."""
-    started = time.monotonic()
-    with pytest.raises(RunFailed, match="killed"):
-        list(map_in_order(_die_at_three, range(20), 2))
-    assert time.monotonic() - started < END_SECONDS
-
-
-def _die_at_three(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
-    return number
 
 
 @pytest.mark.parametrize("process_index", [0, 1, 2])

@@ -16,13 +16,11 @@ KINDS = ["linear", "cosine", "constant_with_warmup"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("total", "warmup"), [(20, 0), (20, 5), (20, 1), (1, 0), (7, 7), (7, 9), (3, 2)])
-def test_the_factor_is_transformers_and_the_references_at_every_step(kind, total, warmup):
+def test_the_factor_is_transformers_at_every_step(kind, total, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     for step in range(total):
-        factor = lr_factor(step, total, warmup, kind)
-        assert factor == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
-        assert factor == pytest.approx(lr_factor_reference(step, total, warmup, kind), rel=1e-12, abs=1e-15)
+        assert lr_factor(step, total, warmup, kind) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
         optimizer.step()
         scheduler.step()
 
