@@ -19,7 +19,7 @@ from sora_llm.artifacts.lora_files import read_lora
 from sora_llm.config import load_config
 from sora_llm.errors import Preempted, UserError
 from sora_llm.running import metrics
-from sora_llm.running.alarms import EarlyStopping
+from sora_llm.running.early_stopping import EarlyStopping
 from sora_llm.running.plan import make_plan
 from sora_llm.running.training import Training
 from sora_llm.topology import ALONE
