@@ -13,9 +13,8 @@ A job's rate is its supervised tokens over the seconds from the end of step 2 to
 without evaluation and checkpoints; this package's before and after the cut.
 
 *loop*: the share of `sora_llm.train`'s step time spent outside forward, backward and optimizer; a bare step takes the
-same batches with the same model.  The second to take a batch finds it in the caches, so the two take turns in going
-first, and a second bare step stands beside the first as the comparison's own error.  *memory*: resident memory over
-2,000 steps.
+same batches with the same model.  Who takes a batch first has to bring it into the caches, so they take turns; a second
+bare step beside the first shows the comparison's own error.  *memory*: resident memory over 2,000 steps.
 """
 
 from __future__ import annotations
@@ -199,9 +198,8 @@ def loop(steps: int) -> None:
         """A step of the loop and two bare ones, whose seconds are not charged to the loop."""
         around = time.thread_time() - state["ended"]
         result = None
-        count = len(seconds["bare"])
-        order = ("whole", "bare", "again")
-        for name in order if count % 2 == 0 else reversed(order):
+        first, order = len(seconds["bare"]) % 3, ("whole", "bare", "again")
+        for name in (*order[first:], *order[:first]):
             started = time.thread_time()
             if name == "whole":
                 result = real(engine, batches, *arguments, **options)

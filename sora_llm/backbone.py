@@ -42,21 +42,21 @@ SENTENCEPIECE_PROBES = (
 )
 
 
-def load_model_config(spec: BackboneSpec, *, is_enough: bool = False) -> Any:
-    """The model's transformers config; `is_enough` if a local folder may hold nothing else.
+def load_model_config(spec: BackboneSpec, *, needs_files: bool = True) -> Any:
+    """The model's transformers config.  Unless the model `needs_files`, a local folder may hold nothing else.
 
     Raises:
         UserError: no such folder or hub id, an unreadable config, damaged weights, not a decoder that can be loaded, or
             files already quantised in a way that differs from `spec`.
     """
-    config = _read_model_config(spec, is_enough)
+    config = _read_model_config(spec, needs_files)
     files = quantised_files(config)
     if files is not None:
         _refuse_other_form(spec, files)
     return config
 
 
-def _read_model_config(spec: BackboneSpec, is_enough: bool = False) -> Any:
+def _read_model_config(spec: BackboneSpec, needs_files: bool = True) -> Any:
     folder = spec.folder
     looks_local = spec.name_or_path.startswith((".", "/", "~")) or spec.name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
@@ -64,8 +64,9 @@ def _read_model_config(spec: BackboneSpec, is_enough: bool = False) -> Any:
         raise UserError(f"model.name_or_path: there is no folder {spec.name_or_path}{seen_from}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: the folder {spec.name_or_path} has no config.json, so it holds no model")
-    has_files = folder.is_dir() and not (is_enough and not _has_weights(folder))
-    packed = _check_folder(folder, spec) if has_files else None
+    if folder.is_dir() and spec.revision is not None:
+        raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
+    packed = _check_files(folder) if folder.is_dir() and needs_files else None
     config = _from_pretrained(AutoConfig, spec, "config")
     if packed is not None and not is_quantised(config):
         raise UserError(
@@ -120,13 +121,11 @@ def spec_from_files(spec: BackboneSpec) -> BackboneSpec:
     return spec
 
 
-def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
+def _check_files(folder: Path) -> Path | None:
     """Check a local checkpoint's files at no cost: headers of the weights, presence of a tokenizer.  Returns one of its
     files that holds 4-bit weights, if any."""
-    if spec.revision is not None:
-        raise UserError(f"model.revision is {spec.revision!r} but {folder} is a local folder; leave it null")
     weights = sorted(folder.glob("*.safetensors"))
-    if not _has_weights(folder):
+    if not weights and not any(folder.glob("*.bin")):
         raise UserError(f"model.name_or_path: the folder {folder} holds no weights (*.safetensors)")
     packed = None
     for path in weights:
@@ -141,10 +140,6 @@ def _check_folder(folder: Path, spec: BackboneSpec) -> Path | None:
             "base model's tokenizer files into it"
         )
     return packed
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def load_tokenizer(spec: BackboneSpec) -> Any:

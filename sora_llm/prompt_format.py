@@ -15,6 +15,9 @@ from sora_llm.data.templates import resolve_template
 from sora_llm.generation import Stop
 from sora_llm.row_types import WITHOUT_TEMPLATE
 
+LATEX_AFTER_N = "abla|e|earrow|eg|eq|ewline|exists|i|mid|ot|otin|u|warrow"
+r"""Commands that begin with \n, without it."""
+
 
 def has_conversations(datasets: Sequence[Dataset]) -> bool:
     """Whether the rows of any data set are rendered with a chat template."""
@@ -54,8 +57,8 @@ def plain_separator(config: Config) -> str | None:
 
 
 def has_unread_line_break(separator: str) -> bool:
-    r"""Whether a line break was left in two characters, \ and n, by a shell or YAML; LaTeX's \nu is none."""
-    return re.search(r"\\n(?![a-z])", separator) is not None
+    r"""Whether a line break was left in two characters, \ and n, by a shell or YAML; LaTeX's \nu and \neq are none."""
+    return re.search(rf"\\n(?!({LATEX_AFTER_N})\b)", separator) is not None
 
 
 def recorded_separator(config: Config | None, certificate: Certificate) -> str | None:

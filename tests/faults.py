@@ -35,6 +35,7 @@ PLACES = {
     "lock": "sora_llm.running.run_state:run_lock",
     "rows": "sora_llm.data.chunks:Tokenizing.tokenize",
     "group": "sora_llm.distributed.group:make_accelerator",
+    "connect": "sora_llm.running.liveness:LivenessMonitor.connect",
     "load": "sora_llm.running.assembly:load_backbone",
     "step": "sora_llm.running.training_loop:train_step",
     "evaluation": "sora_llm.running.evaluation:causal_loss_sum",  # a batch of it

@@ -117,5 +117,7 @@ def test_no_more_is_needed_of_a_base_than_its_config(stories, tmp_path, capsys):
         assert cli.main(["estimate", CONFIG, *run, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
+    assert cli.main(["estimate", CONFIG, *run, "model.revision=main"]) == 2
+    assert f"model.revision is 'main' but {bare} is a local folder" in capsys.readouterr().err
     assert cli.main(["train", CONFIG, *run]) == 2
     assert f"the folder {bare} holds no weights" in capsys.readouterr().err

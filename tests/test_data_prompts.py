@@ -155,9 +155,9 @@ def test_a_run_is_warned_of_what_a_template_does_to_those_who_ask(template, opti
 
 
 def test_a_separator_whose_line_break_is_two_characters_is_a_warning():
-    names = {r"\n": "a.jsonl", "\n": "b.jsonl", r" \n\n": "c.jsonl"}
+    names = {r"\nanswer: ": "a.jsonl", "\n": "b.jsonl", r"$\nu \neq 0$": "d.jsonl", r" \n\n": "c.jsonl"}
     given = [Dataset(path=name, type="prompt_completion", separator=text) for text, name in names.items()]
-    found = separator_warnings(Config(data=Data(datasets=tuple(given[:2]), val_datasets=tuple(given[2:]))))
+    found = separator_warnings(Config(data=Data(datasets=tuple(given[:3]), val_datasets=tuple(given[3:]))))
     assert [line.partition(" holds ")[0] for line in found] == [
         "warning: the separator of data.datasets a.jsonl",
         "warning: the separator of data.val_datasets c.jsonl",

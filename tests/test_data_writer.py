@@ -48,7 +48,7 @@ def until_written(lock: Path) -> None:
 
 @pytest.fixture
 def waiting(monkeypatch, tmp_path) -> Callable[[], int]:
-    """How many processes have found that another one writes."""
+    """How many processes have found that another one writes; those started are forks, which know it, too."""
     pids, try_lock = tmp_path / "waiting", cache._try_lock
 
     def told(file: IO[str]) -> bool | None:

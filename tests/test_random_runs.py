@@ -114,10 +114,10 @@ def test_a_run_keeps_its_promises(seed: int, ground: Ground, tmp_path: Path) -> 
 
 
 def test_few_draws_are_refused(ground: Ground) -> None:
-    """Where all were, nothing would have been compared above: of 1-48, ten are."""
+    """Where all were, nothing would have been compared above: of 1-48, ten are.  (Of those of this process.)"""
     if len(ground.refused) < 8:
         pytest.skip("too few were drawn")
-    assert sum(ground.refused.values()) <= len(ground.refused) / 2, ground.refused
+    assert sum(ground.refused.values()) <= 0.75 * len(ground.refused), ground.refused
 
 
 def assert_files_agree(run_dir: Path) -> None:

@@ -223,6 +223,16 @@ def test_a_process_that_waits_for_others_who_never_come_can_be_stopped(ground: P
         assert alone.output.count("stopped by SIGTERM: nothing to save") == 1
 
 
+def test_a_process_whose_partner_is_gone_when_they_connect_says_so_in_a_sentence(ground: Playground) -> None:
+    """One that was asked to stop while the group was formed leaves at once, too."""
+    call = ground.call("gone", 2, [{"place": "connect", "do": "KILL"}], **WORLDS[2])
+    main, other = (ground.nursery.start("faults:trainer", call, environ) for environ in launched(2))
+    assert main.wait(END_SECONDS) == -signal.SIGKILL
+    assert other.wait(END_SECONDS) == 1
+    assert other.output.count("process 1 on") == 1 and "one of them has ended (see its output)" in other.output
+    assert "Traceback" not in other.output
+
+
 def test_a_finished_run_stays_finished_when_its_command_is_started_again_and_stopped(
     ground: Playground, undisturbed: dict[int, Path]
 ) -> None:

@@ -74,7 +74,7 @@ def estimated(arguments: argparse.Namespace) -> dict[str, Any]:
             f"for --num-processes {world.num_processes} add distributed.strategy=auto, or another one"
         )
     strategy = resolve_strategy(settings.strategy, world, {}, config.model.dtype, sync_every=settings.sync_every)
-    spec, skeleton = check_backbone(config, strategy, is_loaded=False)
+    spec, skeleton = check_backbone(config, strategy, needs_files=False)
     memory = estimate_memory(config, spec, skeleton, strategy, world.num_processes)
     work = step_work(config, spec, skeleton)
     step = None if work is None else step_as_json(work, strategy, world.num_processes, machines)

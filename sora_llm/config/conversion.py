@@ -18,8 +18,8 @@ from sora_llm.errors import UserError
 T = TypeVar("T")
 
 
-LARGEST = 1e30
-"""Of numbers: some are multiplied by others before they are rounded to float32, which ends at 3.4e38."""
+LARGEST_NUMBER = 1e30
+"""Numbers are multiplied by others before they are rounded to float32, which ends at 3.4e38."""
 
 
 class _MismatchError(Exception):
@@ -95,8 +95,11 @@ def _convert(value: Any, hint: Any, key: str, origin: Origin) -> Any:
     elif kind is dict and isinstance(value, dict):
         return {_convert(name, str, key, origin): _convert(item, args[1], key, origin) for name, item in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        if abs(value) > LARGEST:
-            raise UserError(f"{key} is {show(value)} {origin.of(key)}; float32 overflows above {LARGEST:g}.")
+        if abs(value) > LARGEST_NUMBER:
+            raise UserError(
+                f"{key} is {show(value)} {origin.of(key)}; it must be at most {LARGEST_NUMBER:g}, as products with "
+                "more overflow float32."
+            )
         return float(value)
     elif type(value) is kind and kind in (str, int, bool, NoneType):
         return value

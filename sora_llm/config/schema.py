@@ -48,9 +48,8 @@ class Sora:
     lora_dropout: Annotated[float, ">= 0", "< 1"] = 0.0  # on the adapter's input, one mask per shared input
     target_modules: str | tuple[str, ...] = "all-linear"  # all-linear (never the output head), a suffix, or suffixes
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the adapter's parameters; auto: float32
-    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = (
-        "auto"  # auto: 0.01 under adaptive, else so that a gate can reach 0
-    )
+    gate_lr: Literal["auto"] | Annotated[float, "> 0"] = "auto"
+    # auto: 0.01 under adaptive, else high enough for a gate to reach 0
     threshold: Literal["auto", "adaptive", "decoupled", "proxgen", "constant"] = "auto"
     # auto: adaptive with a budget, decoupled with sparse_lambda
     target_rank: Annotated[float, "> 0"] | None = None
@@ -73,8 +72,8 @@ class Sora:
 class Dataset:
     """One source of rows."""
 
-    path: str = ""  # required: a jsonl, json, csv or txt file (or .gz of one), parquet or arrow, a folder, a
-    # glob, or a hub id
+    path: str = ""
+    # required: a jsonl, json, csv or txt file (or .gz of one), parquet or arrow, a folder, a glob, or a hub id
     type: Literal["alpaca", "messages", "sharegpt", "completion", "prompt_completion", "self_instruct", "custom"] = (
         "alpaca"  # row format
     )

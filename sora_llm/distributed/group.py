@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -88,20 +88,22 @@ def make_accelerator(
         options["cpu"] = not cuda  # without it, several CPU processes are never synchronised
     if strategy == "none":
         os.environ.pop("LOCAL_RANK", None)  # from torchrun with one process: accelerate would make a group of one
-    with contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO()):
-        accelerator = _join(world, options)  # DeepSpeed prints on every process what it compiled
+    quiet = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO())
+    with quiet, forming_group(world):
+        accelerator = Accelerator(**options)  # DeepSpeed prints on every process what it compiled
     _assert_world(accelerator, strategy, world)
     return accelerator
 
 
-def _join(world: World, options: Mapping[str, Any]) -> Accelerator:
-    """The Accelerator, whose construction forms the process group.
+@contextlib.contextmanager
+def forming_group(world: World) -> Iterator[None]:
+    """Context of the first contact with the other processes.
 
     Raises:
         RunFailed: another process has left in the meantime, or cannot be reached.
     """
     try:
-        return Accelerator(**options)
+        yield
     except RuntimeError as error:  # torch's DistError is one, gloo raises plain ones
         if not isinstance(error, dist.DistError) and not _UNREACHABLE.search(str(error)):
             raise

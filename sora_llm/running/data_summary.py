@@ -154,22 +154,18 @@ def describe(report: DataReport) -> str:
 def row_outcomes(report: DataReport) -> list[str]:
     """How many rows were left out or changed, one phrase per reason."""
     counts = {item.name: getattr(report, item.name) for item in fields(Counts)}
-    parts = _phrases(counts if report.drop_duplicates else {**counts, "duplicates": 0})
+    parts = _phrases(counts, drops_duplicates=report.drop_duplicates)
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return parts
 
 
-def _phrases(counts: Mapping[str, int]) -> list[str]:
-    """How many rows were left out or changed, by the names of `Counts`; without "duplicates" none was left out."""
-    left_out = (
-        ("num_bad_rows", "malformed"),
-        ("too_long", "too long"),
-        ("no_supervised", "without an answer"),
-        ("duplicates", "repeated"),
-    )
+def _phrases(counts: Mapping[str, int], *, drops_duplicates: bool) -> list[str]:
+    """How many rows were left out or changed, a phrase per reason; `counts` has the keys of `Counts`."""
+    left_out = [("num_bad_rows", "malformed"), ("too_long", "too long"), ("no_supervised", "without an answer")]
+    left_out += [("duplicates", "repeated")] * drops_duplicates
     return [
-        *(f"left out {counts[key]:,} {why}" for key, why in left_out if counts.get(key)),
+        *(f"left out {counts[key]:,} {why}" for key, why in left_out if counts[key]),
         *(f"{outcome} {counts[outcome]:,}" for outcome in ("truncated", "split") if counts[outcome]),
     ]
 
@@ -181,7 +177,7 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
         if not counts.get("rows_read"):  # none of its rows has been read yet
             continue
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
-        lines += ["; ".join([read, *_phrases(counts)])]
+        lines += ["; ".join([read, *_phrases(counts, drops_duplicates=False)])]
         lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
         lines += special_warning(counts["special_written"])
     return lines

@@ -86,8 +86,8 @@ def check_inputs(config: Config, strategy: str, tokenizer_source: BackboneSpec |
     return inputs
 
 
-def check_backbone(config: Config, strategy: str, *, is_loaded: bool = True) -> tuple[BackboneSpec, nn.Module]:
-    """The backbone's description and its skeleton (meta device); its config.json is enough if it is never loaded.
+def check_backbone(config: Config, strategy: str, *, needs_files: bool = True) -> tuple[BackboneSpec, nn.Module]:
+    """The backbone's description and its skeleton (meta device); unless it `needs_files`, by its config.json alone.
 
     Raises:
         UserError: unusable model folder, target modules or lengths.
@@ -101,10 +101,11 @@ def check_backbone(config: Config, strategy: str, *, is_loaded: bool = True) -> 
             f"quantization.bnb_4bit_quant_storage {spec.quant_storage} with sora.dtype bfloat16 under {strategy} would "
             "be cast like a weight; leave it on auto"
         )
-    model_config = backbone.load_model_config(spec, is_enough=not is_loaded)
+    model_config = backbone.load_model_config(spec, needs_files=needs_files)
     backbone.check_sequence_len(model_config, config.data.sequence_len, spec.name_or_path)
     skeleton = backbone.skeleton(model_config, spec)
-    backbone.check_weights(spec, model_config)
+    if needs_files:
+        backbone.check_weights(spec, model_config)
     target_linears(skeleton, target_modules(config))
     return spec, skeleton
 

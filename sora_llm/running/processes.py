@@ -71,7 +71,13 @@ def process_group(
         trackers=list(config.output.report_to),
         project_dir=str(run_dir / run_files.TRACKERS),
     )
-    liveness.connect(world.process_index, world.num_processes, gather_objects)
+    try:
+        with group.forming_group(world):
+            liveness.connect(world.process_index, world.num_processes, gather_objects)
+    except RunFailed as error:
+        if world.process_index == 1:  # the main process prints for all, but it may be the one that is gone
+            print_final_error(str(error))
+        raise
     try:
         yield accelerator
     except Preempted:  # agreed by all
