@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -89,30 +89,28 @@ def make_accelerator(
     if strategy == "none":
         os.environ.pop("LOCAL_RANK", None)  # from torchrun with one process: accelerate would make a group of one
     quiet = contextlib.nullcontext() if world.is_main else contextlib.redirect_stdout(io.StringIO())
-    with quiet, forming_group(world):
-        accelerator = Accelerator(**options)  # DeepSpeed prints on every process what it compiled
+    try:
+        with quiet:  # DeepSpeed prints on every process what it compiled
+            accelerator = Accelerator(**options)
+    except RuntimeError as error:
+        if (failure := lost_partner(world, error)) is None:
+            raise
+        raise failure from error
     _assert_world(accelerator, strategy, world)
     return accelerator
 
 
-@contextlib.contextmanager
-def forming_group(world: World) -> Iterator[None]:
-    """Context of the first contact with the other processes.
-
-    Raises:
-        RunFailed: another process has left in the meantime, or cannot be reached.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch's DistError is one, gloo raises plain ones
-        if not isinstance(error, dist.DistError) and not _UNREACHABLE.search(str(error)):
-            raise
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RunFailed(
-            f"process {world.process_index} on {socket.gethostname()} could not form a group of {world.num_processes} "
-            f"with the others at {where} ({str(error).splitlines()[0]}); one of them has ended (see its output), or "
-            "the machines cannot reach each other"
-        ) from error
+def lost_partner(world: World, error: RuntimeError) -> RunFailed | None:
+    """What to raise for torch's error if it says that another process has left, or cannot be reached, while the group
+    is formed; None if it says something else."""
+    if not isinstance(error, dist.DistError) and not _UNREACHABLE.search(str(error)):  # gloo's are plain ones
+        return None
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return RunFailed(
+        f"process {world.process_index} on {socket.gethostname()} could not form a group of {world.num_processes} with "
+        f"the others at {where} ({str(error).splitlines()[0]}); one of them has ended (see its output), or the "
+        "machines cannot reach each other"
+    )
 
 
 def _quiet_deepspeed(cuda: bool) -> None:

@@ -72,12 +72,14 @@ def process_group(
         project_dir=str(run_dir / run_files.TRACKERS),
     )
     try:
-        with group.forming_group(world):
-            liveness.connect(world.process_index, world.num_processes, gather_objects)
-    except RunFailed as error:
+        liveness.connect(world.process_index, world.num_processes, gather_objects)
+    except RuntimeError as error:
+        failure = None if isinstance(error, RunFailed) else group.lost_partner(world, error)
+        if failure is None:
+            raise
         if world.process_index == 1:  # the main process prints for all, but it may be the one that is gone
-            print_final_error(str(error))
-        raise
+            print_final_error(str(failure))
+        raise failure from error
     try:
         yield accelerator
     except Preempted:  # agreed by all
