@@ -554,7 +554,9 @@ def _refused(start: Start, run_dir: Path, reached: int, step: int) -> list[str]:
         return []  # nothing was left to do
     problems = [] if step == reached else [f"a request to stop lost {reached - step} steps"]
     has_begun = start.time_of("begin", "prepare") is not None
-    if has_begun and start.codes[0] != 75:
+    # Asked while the group is formed, the other one leaves without a word: the main process finds it gone, and says so.
+    is_deserted = start.codes == [1, 75] and "could not form a group" in start.output
+    if has_begun and start.codes[0] != 75 and not is_deserted:
         problems.append(f"ended with {start.codes} after a request to stop")
     said = status(run_dir)["state"] if (run_dir / "status.json").exists() else None
     if start.codes[0] == 75 and said != "preempted":
