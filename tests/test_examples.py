@@ -17,6 +17,7 @@ from conftest import ROOT, shared
 from helpers import relative_error
 from nursery import Child
 from small_runs import Playground, delta_weights
+from torch.distributed.run import get_args_parser
 
 STEPS, R, TARGET_RANK = 20, 8, 3
 
@@ -49,7 +50,7 @@ class Examples:
             "prompt": "question",
             "completion": "answer",
             "dtype": "float32",
-            "r": R,
+            "rank": R,
             "target-rank": TARGET_RANK,
             "steps": STEPS,
             "learning-rate": 1e-2,
@@ -66,6 +67,15 @@ class Examples:
 
     def adapter(self, out: str) -> bytes:
         return (self.folder / out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_torchrun_takes_no_option_of_an_example_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads abbreviations of its options even behind the name of the script."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    options = importlib.import_module("common").parser(None)._option_string_actions
+    theirs = get_args_parser()._option_string_actions
+    assert "--rank" in options
+    assert not [own for own in options if own not in ("-h", "--help") and any(each.startswith(own) for each in theirs)]
 
 
 @pytest.fixture(scope="module")
