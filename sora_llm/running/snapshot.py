@@ -22,7 +22,7 @@ from sora_llm.running.training import Best, Training, make_controller
 from sora_llm.running.training_data import differing_parts
 from sora_llm.schedule import FINETUNE
 
-FORMAT = 1
+FORMAT = 2
 """Of state.json, in every checkpoint.  Raise it when a run can no longer resume from what it had before: keys of the
 config may be added without, since a missing one takes its default."""
 
