@@ -223,15 +223,15 @@ def importances(sigmas: Mapping[str, Tensor], budget: RankBudget) -> dict[str, T
 
 
 def quantile_threshold(
-    values: Mapping[str, Tensor], budget: RankBudget, wanted: float, within_reach: Mapping[str, Tensor] | None = None
+    values: Mapping[str, Tensor], budget: RankBudget, wanted: float, moves: Mapping[str, Tensor] | None = None
 ) -> float:
     """τ such that the slots with value > τ cost `wanted`, or less than one component more; slots of equal value stay or
     go together, and stay if some of them have to.
 
     `values` is {module: (R,)}, |g| · importance of each slot.  If all live slots together cost less than `wanted`, none
-    of them is cut.  If they cost less than the budget itself, τ lets dead slots come back: `within_reach` {module:
-    (R,)} is roughly the value to which one step can raise a dead slot, and those that can be raised highest fill the
-    gap.  A step moves some gates further than that, so too many come back rather than too few.
+    of them is cut.  If they cost less than the budget itself, τ lets dead slots come back: `moves` {module: (R,)} is
+    the standard deviation of the value that the next step gives a dead slot, and those that exceed τ are expected to
+    cost two standard deviations (of their number) more than is missing, because consensus cuts from above.
     """
     flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)
@@ -239,9 +239,10 @@ def quantile_threshold(
     num_live = int((sorted_values > 0).sum())
     live_cost = int(spent[num_live - 1]) if num_live else 0
     weakest_alive = float(sorted_values[num_live - 1]) if num_live else math.inf
-    if live_cost < budget.params and within_reach is not None:
-        dead = flat == 0
-        return min(weakest_alive / 2, _weakest_of(_flat(within_reach, budget)[0][dead], cost[dead], wanted - live_cost))
+    if live_cost < budget.params and moves is not None:
+        dead, missing = flat == 0, wanted - live_cost
+        ample = missing + 2 * math.sqrt(missing * float(cost[dead].double().mean()))
+        return min(weakest_alive / 2, _exceeded_by(_flat(moves, budget)[0][dead], cost[dead], ample))
     num_kept = int(torch.searchsorted(spent, torch.tensor(math.ceil(wanted), dtype=spent.dtype))) + 1
     if num_kept >= num_live:
         return weakest_alive / 2 if num_live else _NOTHING
@@ -259,9 +260,14 @@ def _flat(values: Mapping[str, Tensor], budget: RankBudget) -> tuple[Tensor, Ten
     return flat, cost
 
 
-def _weakest_of(values: Tensor, cost: Tensor, missing: float) -> float:
-    """A threshold passed only by the best of `values`, as many as together cost `missing`."""
-    order = torch.argsort(values, descending=True, stable=True)
-    num_wanted = int((torch.cumsum(cost[order], 0) < missing).sum()) + 1
-    candidates = values[order][:num_wanted]
-    return max(float(candidates[-1]) * 0.999, _NOTHING) if len(candidates) else _NOTHING
+def _exceeded_by(deviations: Tensor, cost: Tensor, total_cost: float) -> float:
+    """τ such that those |x_i| > τ, x_i ~ N(0, deviations_i²), are expected to cost `total_cost`: by bisection."""
+    deviations, cost = deviations[deviations > 0], cost[deviations > 0]
+    if int(cost.sum()) <= total_cost:
+        return _NOTHING
+    low, high = 0.0, 10 * float(deviations.max())
+    for _ in range(50):
+        tau = (low + high) / 2
+        expected = float((cost * torch.erfc(tau / (math.sqrt(2) * deviations))).sum())
+        low, high = (tau, high) if expected > total_cost else (low, tau)
+    return high

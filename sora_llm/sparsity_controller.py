@@ -22,8 +22,9 @@ from sora_llm.errors import RunFailed
 from sora_llm.factors import kept_ranks
 from sora_llm.sora import hard_threshold
 
-LIKELY_MOVE = 0.1
-"""The least that Adam moves two out of three noisy gates in one step, in units of the learning rate."""
+DEAD_GATE_MOVE = 1 / 3
+"""Standard deviation of the step of a dead gate, in units of its learning rate.  From noise alone Adam would make it
+0.23; measured in four runs: 0.33 to 0.65 (benchmarks/LOG.md)."""
 
 
 class SparsityController:
@@ -89,10 +90,10 @@ class SparsityController:
 
     def _quantile(self, gates: Mapping[str, Tensor], budget: RankBudget, wanted: float, gate_lr: float | None) -> float:
         values = {name: gates[name].abs().cpu() * self.importance[name] for name in budget.costs}
-        within_reach = None
+        moves = None
         if gate_lr is not None:
-            within_reach = {name: LIKELY_MOVE * gate_lr * self.importance[name] for name in budget.costs}
-        return quantile_threshold(values, budget, wanted, within_reach)
+            moves = {name: DEAD_GATE_MOVE * gate_lr * self.importance[name] for name in budget.costs}
+        return quantile_threshold(values, budget, wanted, moves)
 
     def cut(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`gates` {module: (R,)} cut by the thresholds chosen last (`adaptive`)."""

@@ -167,6 +167,21 @@ def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
     assert kept - weakest[1] < wanted, "without the weakest of them it would be too little"
 
 
+@pytest.mark.parametrize("missing", [1, 3, 20])
+def test_hardly_more_slots_come_back_than_are_missing_however_many_are_dead(missing):
+    """Fewer would be lost at the cut; once 250 came back for three."""
+    generator = torch.Generator().manual_seed(0)
+    alive = 100 - missing
+    values = {"m": torch.cat([torch.ones(alive), torch.zeros(500)])}
+    moves = {"m": torch.rand(alive + 500, generator=generator, dtype=torch.float64)}
+    budget = RankBudget("all", {"m": 10}, {"m": alive + 500}, params=1000)
+    threshold = quantile_threshold(values, budget, 1000.0, {"m": 1e-3 * moves["m"]})
+    draws = 1e-3 * moves["m"][alive:] * torch.randn(1000, 500, generator=generator, dtype=torch.float64)
+    revived = (draws.abs() > threshold).sum(1).double()
+    assert revived.mean().item() == pytest.approx(missing + 2 * missing**0.5, rel=0.1)
+    assert (revived >= missing).double().mean() > 0.9
+
+
 @pytest.mark.parametrize(
     ("values", "wanted", "kept"),
     [([3, 2, 2, 1], 20, 3), ([3, 2, 2, 0], 20, 3), ([2, 2, 2, 2], 20, 4), ([3, 2, 1, 1], 20, 2)],
@@ -182,10 +197,8 @@ def test_slots_of_equal_values_stay_together_rather_than_leave_less_than_the_bud
 def test_below_what_is_wanted_nobody_else_dies_and_below_the_budget_those_come_back_that_are_missing():
     costs, caps = {"a": 10, "b": 10}, {"a": 4, "b": 4}
     values = {"a": torch.tensor([3.0, 2.0, 0.0, 0.0]), "b": torch.tensor([2.5, 0.0, 0.0, 0.0])}
-    within_reach = {"a": torch.tensor([0.3, 0.2, 0.1, 0.04]), "b": torch.tensor([0.3, 0.08, 0.02, 0.0])}
-    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=25), 40.0, within_reach)
+    moves = {"a": torch.tensor([0.3, 0.2, 0.1, 0.04]), "b": torch.tensor([0.3, 0.08, 0.02, 0.0])}
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=25), 40.0, moves)
     assert 0.1 < threshold < 2.0, "the living stay, the dead stay dead"
-    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=45), 50.0, within_reach)
-    assert 0.04 < threshold < 0.08, "two are missing: the best of either module may come back, and nobody else"
-    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=79), 80.0, within_reach)
+    threshold = quantile_threshold(values, RankBudget("all", costs, caps, params=79), 80.0, moves)
     assert 0 < threshold < 1e-20, "where all are missing a gate that moves is alive; one of importance 0 is not"
