@@ -113,6 +113,15 @@ class OnGpu(torch.Tensor):
     ) -> Any:
         return compute(func, args, kwargs or {})
 
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, new: OnGpu) -> None:
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.held = new.held
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
