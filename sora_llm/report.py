@@ -83,6 +83,8 @@ class Progress:
         """Print a metrics line."""
         parts = [f"step {line['step']}/{self.total_steps} {line['phase']}"]
         done = line["step"] - self.first_step
+        if done == 0:  # the evaluation before the first step takes time that no later step does
+            self.started = time.monotonic()
         if done > 0 and line["step"] < self.total_steps:  # early in the line, which a narrow terminal truncates
             left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
             parts.append(f"{duration(left)} left")

@@ -170,11 +170,18 @@ def test_another_stream_under_a_checkpoint_is_refused(small, tmp_path):
 
 def test_a_mixture_says_the_shares_of_its_data_sets(small, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(Path(small[0]["path"]).read_text().splitlines()[:10]))
+    lines = Path(small[0]["path"]).read_text().splitlines()[:10]
+    short = [{**json.loads(line), "question": "How many?", "answer": "1"} for line in lines]
+    few.write_text("\n".join(map(json.dumps, short)))  # shares of rows are not those of tokens
     datasets = [{**small[0], "weight": 1}, {**small[0], "path": str(few), "weight": 1}]
-    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **QUICK, **{"data.datasets": datasets}), "--dry-run"]) == 0
+    overrides = gsm8k_overrides(tmp_path / "run", **QUICK, **{"data.datasets": datasets})
+    assert main([CONFIG, *overrides, "--dry-run"]) == 0
     said = capsys.readouterr().out
+    rows = load_data(config := load_config(CONFIG, overrides), check_inputs(config, "none"), ALONE).train
+    twice = [rows.lengths[rows.sources == source].mean() * 20 for source in (0, 1)]
+    (tokens,) = re.findall(r"tokens +about ([\d,]+), of which [\d,]+ supervised \((\d.\d\d) epochs\)", said)
     # 20 of 40 rows from each of a file of 30 and one of 10
+    assert int(tokens[0].replace(",", "")) == pytest.approx(sum(twice) * float(tokens[1]), rel=0.1)
     assert re.search(
         r"mixture: \S+ 50.0% \(each row 0.67 times an epoch\), \S+few.jsonl 50.0% \(each row 2 times", said
     )
@@ -249,6 +256,16 @@ def test_the_instances_of_an_instruction_are_not_parted(tmp_path):
     assert not set(data.train.origins) & set(data.dev.origins)
 
 
+def test_instances_that_are_too_long_are_a_share_of_all_instances(tmp_path, capsys):
+    """And not of the rows of the file, which would be 200 %."""
+    instances = [{"input": "", "output": "a"}] * 2 + [{"input": "", "output": "a b " * 400}] * 2
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"instruction": f"Say {i}", "instances": instances}) for i in range(20)))
+    options = {**QUICK, "data.datasets": [{"path": str(file), "type": "self_instruct"}], "data.val_set_size": None}
+    assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
+    assert "warning: 50% of the rows are longer than data.sequence_len" in capsys.readouterr().out
+
+
 def test_a_long_text_is_split_on_one_side_of_the_dev_rows(tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"{i} and on and on " * 40}) for i in range(12)))
@@ -299,7 +316,7 @@ def test_dev_rows_drawn_from_repeated_rows_are_warned_of(tmp_path, capsys):
     for drop, is_warned_of in ((False, True), (True, False)):
         options = {**QUICK, **data, "data.drop_duplicates": drop}
         assert main([CONFIG, *gsm8k_overrides(tmp_path / "run", **options), "--dry-run"]) == 0
-        assert ("warning: 4 rows are duplicates" in capsys.readouterr().out) == is_warned_of
+        assert ("warning: 4 duplicate rows" in capsys.readouterr().out) == is_warned_of
 
 
 def test_a_template_whose_end_of_turn_is_ordinary_text_is_warned_of(tmp_path, capsys):

@@ -149,6 +149,23 @@ def warmed_up(steps: int, **train: Any) -> Stage:
     return only
 
 
+@pytest.mark.parametrize(
+    ("gate_lr", "threshold", "moves"),
+    [(0.012, "decoupled", "0.90"), (0.014, "decoupled", None), (0.001, "proxgen", None)],
+)
+def test_gates_that_cannot_get_to_0_are_warned_of(gate_lr: float, threshold: str, moves: str | None) -> None:
+    """Adam moves a gate by up to 0.6 or 0.7 in the 50 steps, the prox by half of that; proxgen's τ has no bound."""
+    constant = Train(max_steps=50, warmup_ratio=0.0, lr_scheduler_type="constant")
+    options = {"sparse_lambda": 0.5, "threshold": threshold, "gate_lr": gate_lr, "consensus_at": 1.0}
+    found = said(planned(50, constant, **options), "none can get from 1 to 0")
+    assert [f"gates can move by {moves} in this run" in line for line in found] == [True] * (moves is not None)
+
+
+def test_a_run_without_a_penalty_does_not_say_that_it_prunes() -> None:
+    plan = planned(50, sparse_lambda=0.0, consensus_at=1.0, gate_lr=1e-30)
+    assert pruning_in_words(plan.stages[0]) == "pruning in no step (λ is 0)"
+
+
 def planned(steps: int, train: Train | None = None, **sora: Any) -> Plan:
     """Of a run that learns, unless `train` says otherwise, and prunes from its first step on."""
     config = Config(
@@ -159,9 +176,5 @@ def planned(steps: int, train: Train | None = None, **sora: Any) -> Plan:
     return make_plan(config, "none", ALONE, lambda _: steps, {"layer": (16, 16)})
 
 
-def said(plan: Plan) -> list[str]:
-    return [
-        line
-        for line in config_warnings(plan, nn.Linear(1, 1))
-        if "the sparsify phase ends before pruning can begin" in line
-    ]
+def said(plan: Plan, about: str = "the sparsify phase ends before pruning can begin") -> list[str]:
+    return [line for line in config_warnings(plan, nn.Linear(1, 1)) if about in line]

@@ -55,6 +55,15 @@ def test_progress_is_one_line_per_step_and_overwrites_only_terminals(terminal):
     assert ("\r" in text) is terminal and text.count("\n") == (1 if terminal else 2)
 
 
+def test_the_time_left_is_told_without_the_evaluation_before_the_first_step(monkeypatch):
+    stream, clock = io.StringIO(), iter((0.0, 600.0, 601.0))  # made; ten minutes later; one second for two steps
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    progress = Progress(total_steps=10, first_step=0, stream=stream)
+    progress.show({"step": 0, "phase": "dense", "eval_loss": 5.0})
+    progress.show({"step": 2, "phase": "dense", "loss": 4.0})
+    assert "step 2/10 dense  0:04 left" in stream.getvalue()
+
+
 def test_a_message_stands_below_the_line_of_progress(monkeypatch):
     """And that line is no wider than the terminal, so that the next one overwrites the whole of it."""
     stream = io.StringIO()

@@ -136,7 +136,7 @@ def test_a_finished_run_is_told_in_numbers(tmp_path):
         "passed ΔW to 1.4e-15, logits to 5.6e-03",
         f"train loss {run.metrics[1]['loss']:.4f} {run.metrics[-2]['loss']:.4f}",
         "data/gsm8k_train.jsonl prompt_completion 7,473 7,401 2 70 1,781,936 66.4%",
-        "mean 238, median 222, longest 697. Packed into sequences of 1,024 they fill 98.3%",
+        "mean 238, median 222, longest 697. All together, packed into sequences of 1,024, fill 98.3%",
         "193 – 256 2,232",
         "Dev rows: 73 of the train rows",
         json.loads((run.path / "adapter" / "certificate.json").read_text())["sha256"],
@@ -215,6 +215,13 @@ def test_every_one_of_several_budgets_has_its_line(key, symbol, tmp_path):
     assert [panel.y_label for panel in panels] == [symbol], "and none of the phases without pruning alone"
     assert [series.label for series in panels[0].series] == [f"{symbol} of self_attn", f"{symbol} of all"]
     assert all(max(value for _, value in series.points) > 0 for series in panels[0].series)
+
+
+def test_the_target_of_several_budgets_is_their_sum(tmp_path):
+    run = MadeUpRun(tmp_path / "run", has_budget=True).train()
+    page = opened(run.finish(), {"sora": {"target_rank": 2.0, "budgets": {"mlp": 6.0}}})
+    (budget,) = {line["budget_params"] for line in run.metrics if "budget_params" in line}
+    assert f"budgets: {budget:,} parameters" in page.text and "target 2" not in page.text
 
 
 def test_a_path_shows_its_stages_and_the_best_one(tmp_path):

@@ -136,6 +136,15 @@ class EpochOrder:
         epoch, position = self._locate(steps)
         return epoch + position / self._steps_of(epoch)
 
+    def rows_of(self, epoch: int) -> PackedRows:
+        """All rows of an epoch; those of a mixture may repeat."""
+        return PackedRows(self.dataset, self.epoch(epoch).rows)
+
+    @property
+    def fill_rate(self) -> float | None:
+        """Tokens of the first epoch / token capacity of its packed sequences; None without packing."""
+        return self.rows_of(0).num_tokens / (len(self.epoch(0)) * self.pack_to) if self.pack_to else None
+
     def position(self) -> None:
         """None: the order is a pure function of the step."""
 

@@ -15,8 +15,10 @@ SATURATED_LINES = 3
 OFF_TRACK = 1.2
 """Ratio of kept parameters to the schedule's target above which λ at its bound is reported as too weak."""
 JUDGED_LINES, FEWEST_LINES = 8, 5
-"""The last lines before the cut with whose train losses that of the first line after it is compared, and how many of
-them it takes to know how much lines differ anyway."""
+"""The last lines before the cut with whose train losses that of the first line after it is compared that covers as many
+steps, and how many of them it takes to know how much lines differ anyway."""
+WORSE = 1.001
+"""Ratio of the dev loss to that before training from which an adapter is called worse; rounding is less."""
 LOSS_JUMP, SPREADS = 1.1, 3
 """By what ratio and how many standard deviations a loss exceeds their mean if the cut is to blame.  (By ratio alone,
 batches of eight rows raised this alarm in a third of the runs of benchmarks/sparsity.md.)"""
@@ -32,8 +34,9 @@ class Alarms:
         self._raised: list[str] = []
         self._waiting: list[str] = []
         self._saturated_lines = 0
-        self._losses: list[float] = []
-        self._has_cut = False
+        self._losses: list[tuple[float, int]] = []  # and how many steps each is the mean of
+        self._last_step = 0
+        self._has_cut = self._has_pruned = False
         self.start_loss: float | None = None
         """Dev loss before training."""
 
@@ -47,18 +50,24 @@ class Alarms:
                 "gradient is not finite; lower train.learning_rate if there are more (metrics.jsonl has their number)"
             )
         if line["phase"] == SPARSIFY and progress is not None:
+            self._has_pruned |= line["kept_params"] < self._full_params
             found |= self._of_gates(line, progress)
-        if line["phase"] == FINETUNE and not self._has_cut:
-            self._has_cut = True
-            if "loss" in line and len(self._losses) >= FEWEST_LINES:
-                found |= self._of_jump(line["loss"])
         if "loss" in line:
-            self._losses = [*self._losses, line["loss"]][-JUDGED_LINES:]
+            num_steps, self._last_step = line["step"] - self._last_step, line["step"]
+            if line["phase"] != FINETUNE:
+                self._losses = [*self._losses, (line["loss"], num_steps)][-JUDGED_LINES:]
+            elif not self._has_cut and (not self._losses or num_steps >= statistics.median(n for _, n in self._losses)):
+                self._has_cut = True
+                found |= self._of_jump(line["loss"])
         return self._new(found)
 
     def _of_jump(self, after: float) -> dict[str, str]:
-        before, count = statistics.fmean(self._losses), len(self._losses)
-        if after <= max(LOSS_JUMP * before, before + SPREADS * statistics.stdev(self._losses)):
+        losses = [loss for loss, _ in self._losses]
+        count = len(losses)
+        if count < FEWEST_LINES:
+            return {}
+        before = statistics.fmean(losses)
+        if after <= max(LOSS_JUMP * before, before + SPREADS * statistics.stdev(losses)):
             return {}
         return {
             "jump": f"the train loss rose from {before:.4f} (mean of {count} lines) to {after:.4f} when the "
@@ -76,13 +85,14 @@ class Alarms:
         is_by_quantile = "threshold" in line or "thresholds" in line
         if (
             progress >= 0.5
-            and kept == self._full_params
+            and not self._has_pruned
             and line.get("budget_params", 0) < self._full_params
             and not is_by_quantile
             and line.get("lambda") != 0  # λ = 0 asks for no pruning
         ):
             stronger = "sora.gate_lr" if self._budgets else "sora.sparse_lambda or sora.gate_lr"
-            found["alive"] = f"no gate has died by half of the sparsify phase; raise {stronger}, or train longer"
+            at = "" if self._budgets or "lambda" not in line else f" at λ {line['lambda']:g}"
+            found["alive"] = f"no gate has died by half of the sparsify phase{at}; raise {stronger}, or train longer"
         lambdas = line.get("lambdas", {"": line.get("lambda")})
         wanted = line.get("target_mean_rank")
         at_bound = wanted is not None and any(v is not None and v >= LAMBDA_MAX for v in lambdas.values())
@@ -99,8 +109,8 @@ class Alarms:
                 )
         elif wanted is not None and any(value is not None and value == LAMBDA_MIN for value in lambdas.values()):
             found["idle"] = (
-                f"λ is at its lower bound of {LAMBDA_MIN:g}: gates die although the budget would let them live; lower "
-                "sora.gate_lr"
+                f"λ is at its lower bound of {LAMBDA_MIN:g}: gates die although the schedule would let them live; "
+                "lower sora.gate_lr"
             )
         return found
 
@@ -142,11 +152,11 @@ class Alarms:
 
     def of_result(self, eval_loss: float | None, start: str, stage_number: int = 0) -> list[str]:
         """The alarms raised by the adapter about to be exported; `start` describes what it started from."""
-        if eval_loss is None or self.start_loss is None or eval_loss <= self.start_loss:
+        if eval_loss is None or self.start_loss is None or eval_loss <= WORSE * self.start_loss:
             return []
         said = (
             f"the adapter is worse than {start}: its dev loss is {eval_loss:.4f}, and was {self.start_loss:.4f} "
-            "before training; lower train.learning_rate, or train longer"
+            f"before training; lower train.learning_rate, train longer{', or keep more ranks' if self._budgets else ''}"
         )
         return self._new({f"worse {stage_number}": said})
 
@@ -167,7 +177,9 @@ class Alarms:
             "raised": list(self._raised),
             "saturated_lines": self._saturated_lines,
             "losses": list(self._losses),
+            "last_step": self._last_step,
             "has_cut": self._has_cut,
+            "has_pruned": self._has_pruned,
             "start_loss": self.start_loss,
             "waiting": list(self._waiting),
         }
@@ -175,8 +187,9 @@ class Alarms:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`."""
         self._raised = list(state["raised"])
-        self._saturated_lines, self._losses = int(state["saturated_lines"]), list(state["losses"])
-        self._has_cut = bool(state["has_cut"])
+        self._saturated_lines, self._losses = int(state["saturated_lines"]), [(loss, n) for loss, n in state["losses"]]
+        self._last_step = int(state["last_step"])
+        self._has_cut, self._has_pruned = bool(state["has_cut"]), bool(state["has_pruned"])
         self.start_loss = state["start_loss"]
         self._waiting = list(state["waiting"])
 

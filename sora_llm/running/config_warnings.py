@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sora_llm.artifacts.lora_files import is_same_base, saved_base
-from sora_llm.budget import EVERY_MODULE
+from sora_llm.budget import EVERY_MODULE, LAMBDA_MAX
 from sora_llm.config import Config, Data
 from sora_llm.files import user_path
 from sora_llm.hub import LOGIN, has_token
@@ -103,10 +103,11 @@ def _of_conversations(data: Data) -> Iterator[str]:
 def _of_thresholds(plan: Plan) -> Iterator[str]:
     """Sentences about a λ that can prune nothing although it is meant to, or can only prune everything."""
     sora = plan.config.sora
-    travel = min(stage.gate_travel for stage in plan.stages)
-    if travel < 1 and sora.threshold in ("decoupled", "proxgen") and sora.sparse_lambda != 0:
+    highest = max(LAMBDA_MAX if stage.sparse_lambda is None else stage.sparse_lambda for stage in plan.stages)
+    reach = (1 + highest) * max(stage.gate_travel for stage in plan.stages)  # Adam moves a gate, and then the prox
+    if reach < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
         yield (
-            f"gates can move by {travel:.2f} in this run, so none can get from 1 to 0; train longer, or raise "
+            f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0; train longer, or raise "
             "sora.gate_lr"
         )
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)

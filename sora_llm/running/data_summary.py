@@ -8,7 +8,7 @@ from typing import Any
 
 from sora_llm.config import Config
 from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE, TEMPLATES
-from sora_llm.data.order import Order
+from sora_llm.data.order import EpochOrder, Order
 from sora_llm.data.prompts import (
     generation_prefix,
     has_visible_end,
@@ -21,6 +21,7 @@ from sora_llm.data.stream import StreamOrder
 from sora_llm.prompt_format import has_conversations, has_unread_line_break, template_is_named
 from sora_llm.running.inputs import Inputs
 from sora_llm.running.training_data import TrainingData
+from sora_llm.terminal import plural
 
 
 def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Order) -> list[str]:
@@ -29,9 +30,10 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         lines = describe_stream(config, order)
     else:
         assert data.train_report is not None
-        packing = f"; packed sequences are {data.train_report.fill_rate:.1%} full" if config.data.sample_packing else ""
+        assert isinstance(order, EpochOrder)
+        packing = "" if order.fill_rate is None else f"; packed sequences are {order.fill_rate:.1%} full"
         lines = [f"data: {describe(data.train_report)}{packing}"]
-        lines += too_long_warning(data.train_report.too_long, data.train_report.rows_read, config.data.sequence_len)
+        lines += too_long_warning(vars(data.train_report), config.data.sequence_len)
         lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")
@@ -178,18 +180,20 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
             continue
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *_phrases(counts, drops_duplicates=False)])]
-        lines += too_long_warning(counts["too_long"], counts["rows_read"], config.data.sequence_len)
+        lines += too_long_warning(counts, config.data.sequence_len)
         lines += special_warning(counts["special_written"])
     return lines
 
 
-def too_long_warning(num_too_long: int, num_read: int, sequence_len: int) -> list[str]:
-    """A line if more than a twentieth of the rows were left out as too long."""
-    if num_too_long <= 0.05 * num_read:
+def too_long_warning(counts: Mapping[str, Any], sequence_len: int) -> list[str]:
+    """A line if more than a twentieth of the rows (of those that a data set's rows make) were left out as too long;
+    `counts` has the keys of `Counts`."""
+    made = sum(counts[key] for key in ("rows_kept", "too_long", "no_supervised"))
+    if counts["too_long"] <= 0.05 * made:
         return []
     return [
-        f"warning: {num_too_long / num_read:.0%} of the rows are longer than data.sequence_len {sequence_len} and were "
-        "left out; raise it, or set data.excess_length: truncate (or, for plain text, split)"
+        f"warning: {counts['too_long'] / made:.0%} of the rows are longer than data.sequence_len {sequence_len} and "
+        "were left out; raise it, or set data.excess_length: truncate (or, for plain text, split)"
     ]
 
 
@@ -198,8 +202,8 @@ def repetition_warning(report: DataReport | None) -> list[str]:
     if report is None or not report.duplicates or report.drop_duplicates:
         return []
     return [
-        f"warning: {report.duplicates:,} rows are duplicates, and dev rows are drawn from all rows, so some dev rows "
-        "are also trained on; set data.drop_duplicates: true"
+        f"warning: {plural(report.duplicates, 'duplicate row')}, and dev rows are drawn from all rows, so that some "
+        "may also be trained on; set data.drop_duplicates: true"
     ]
 
 

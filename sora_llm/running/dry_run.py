@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sora_llm.data.order import EpochOrder
 from sora_llm.distributed.collectives import any_process, on_main
 from sora_llm.errors import RunFailed
 from sora_llm.estimates.memory import memory_table
@@ -54,12 +55,12 @@ def perform_dry_run(job: Job) -> RunResult:
         save_checkpoint(training)
         line = {**tally.flush(), "grad_norm": outcome.grad_norm, "peak_memory_gib": peak_memory_gib(engine.device)}
     memory, steps = job.memory, job.plan.total_steps
-    epochs = job.order.epochs_of(steps)
-    if job.data.train is None or epochs is None:
-        tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
+    if isinstance(job.order, EpochOrder):
+        epochs, first = job.order.epochs_of(steps), job.order.rows_of(0)
+        tokens = f"{epochs * first.num_tokens:,.0f}, of which {epochs * first.num_supervised:,.0f} supervised "
+        tokens += f"({epochs:.2f} epochs)"
     else:
-        tokens = f"{epochs * job.data.train.num_tokens:,.0f}, of which "
-        tokens += f"{epochs * job.data.train.num_supervised:,.0f} supervised ({epochs:.2f} epochs)"
+        tokens = f"{steps * batches.tokens:,}, of which {steps * batches.supervised_tokens:,} supervised"
     job.say(
         "dry run: one step and one save worked, nothing was kept\n"
         f"  trainable parameters  {memory.trainable_parameters:,}, plus {memory.frozen_parameters:,} frozen\n"

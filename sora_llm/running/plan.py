@@ -27,9 +27,9 @@ MOST_TRIED = 1000
 class Stage:
     """One schedule of learning rates and phases: the whole run, or one λ of a sparsity path.
 
-    Steps are counted from the stage's own first one.  `gate_travel` = gate_lr · Σ f_t over the sparsify window: below
-    1 no gate can get from 1 to 0.  `learns` is false in the stages of a path that only prune; `starts_blank` means that
-    B is 0 when the stage begins.
+    Steps are counted from the stage's own first one.  `gate_travel` = gate_lr · Σ f_t over the sparsify window, about
+    as far as Adam can move a gate in it.  `learns` is false in the stages of a path that only prune; `starts_blank`
+    means that B is 0 when the stage begins.
     """
 
     sparse_lambda: float | None
@@ -111,7 +111,7 @@ class Stage:
 
     @property
     def gate_travel(self) -> float:
-        """How far a gate without a signal can move in the sparsify phase; it starts at 1."""
+        """How far a gate moves in the sparsify phase if every step moves it by its rate; it starts at 1."""
         window = schedule.window_sum(self.phases, self.warmup_steps, self.settings.lr_scheduler_type)
         return self.gate_lr * window
 

@@ -47,6 +47,8 @@ def print_summary(job: Job) -> None:
 def pruning_in_words(stage: Stage) -> str:
     """When gates are pruned, in words."""
     end = stage.phases.sparsify_end
+    if stage.sparse_lambda == 0:
+        return "pruning in no step (λ is 0)"
     if stage.prunes_in_steps:
         return f"pruning in steps {stage.first_pruning_step + 1}–{end}"
     return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
