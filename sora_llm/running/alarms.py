@@ -36,7 +36,7 @@ class Alarms:
         self._saturated_lines = 0
         self._losses: list[tuple[float, int]] = []  # and how many steps each is the mean of
         self._last_step = 0
-        self._has_cut = self._has_pruned = False
+        self._cut_is_judged = self._has_pruned = False
         self.start_loss: float | None = None
         """Dev loss before training."""
 
@@ -56,8 +56,10 @@ class Alarms:
             num_steps, self._last_step = line["step"] - self._last_step, line["step"]
             if line["phase"] != FINETUNE:
                 self._losses = [*self._losses, (line["loss"], num_steps)][-JUDGED_LINES:]
-            elif not self._has_cut and (not self._losses or num_steps >= statistics.median(n for _, n in self._losses)):
-                self._has_cut = True
+            elif not self._cut_is_judged and (
+                not self._losses or num_steps >= statistics.median(n for _, n in self._losses)
+            ):
+                self._cut_is_judged = True
                 found |= self._of_jump(line["loss"])
         return self._new(found)
 
@@ -178,7 +180,7 @@ class Alarms:
             "saturated_lines": self._saturated_lines,
             "losses": list(self._losses),
             "last_step": self._last_step,
-            "has_cut": self._has_cut,
+            "cut_is_judged": self._cut_is_judged,
             "has_pruned": self._has_pruned,
             "start_loss": self.start_loss,
             "waiting": list(self._waiting),
@@ -189,7 +191,7 @@ class Alarms:
         self._raised = list(state["raised"])
         self._saturated_lines, self._losses = int(state["saturated_lines"]), [(loss, n) for loss, n in state["losses"]]
         self._last_step = int(state["last_step"])
-        self._has_cut, self._has_pruned = bool(state["has_cut"]), bool(state["has_pruned"])
+        self._cut_is_judged, self._has_pruned = bool(state["cut_is_judged"]), bool(state["has_pruned"])
         self.start_loss = state["start_loss"]
         self._waiting = list(state["waiting"])
 
