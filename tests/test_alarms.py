@@ -117,46 +117,49 @@ def test_a_budget_that_could_not_be_used_up() -> None:
     assert Alarms([budget()], FULL).of_cut({"a": 19, "b": 19}, min(COSTS.values()) - 1) == [], "no rank costs so little"
 
 
+def after_cut(alarms: Alarms, *losses: float, steps: int = 10) -> str:
+    """What lines of `steps` steps each, from step 100 on, raise."""
+    lines = enumerate(losses, 1)
+    return " ".join(said(alarms, None, phase="finetune", step=100 + steps * n, loss=loss) for n, loss in lines).strip()
+
+
 def test_a_loss_that_jumps_when_the_adapters_are_cut() -> None:
     alarms = after_losses(2.0, 2.1, 1.9, 2.0, 2.0)
-    assert "rose from 2.0000 (mean of 5 lines) to 2.5000" in said(alarms, None, phase="finetune", step=110, loss=2.5)
-    assert said(alarms, None, phase="finetune", step=120, loss=9.0) == "", "later it has other reasons"
+    assert after_cut(alarms, 2.6, 2.5) == "", "two lines may be noise"
+    jump = "the train loss rose from 2.0000 to 2.5000 when the adapters were cut (means of 5 and 3 lines)"
+    assert jump in said(alarms, None, phase="finetune", step=130, loss=2.4)
+    assert said(alarms, None, phase="finetune", step=140, loss=9.0) == "", "later it has other reasons"
 
 
 def test_a_loss_that_jumps_before_the_cut_or_long_after_it_is_no_jump_of_the_cut() -> None:
     alarms = after_losses(2.0, 2.0, 2.0, 2.0, 2.0)
-    assert said(alarms, 0.2, loss=9.0) == ""
-    assert (
-        said(alarms, None, phase="finetune", step=110, loss=2.1)
-        == said(alarms, None, phase="finetune", step=110, loss=20.0)
-        == ""
-    )
+    assert said(alarms, 0.2, step=100, loss=9.0) == ""
+    assert after_cut(after_losses(*[2.0] * 8), 2.1, 2.1, 2.1, 20.0) == ""
 
 
-def test_the_next_batch_of_a_noisy_loss_is_no_jump() -> None:
-    """Losses of LoRA, never cut, on the rows and steps of a run that was: 3.05 follows them there too."""
-    noisy = (2.57, 2.95, 2.81, 3.05, 3.05, 2.48, 2.68, 2.72)
-    assert said(after_losses(*noisy), None, phase="finetune", step=110, loss=3.08) == ""
-    assert "rose from" in said(after_losses(*noisy), None, phase="finetune", step=110, loss=3.5)
-    assert said(after_losses(*noisy[-4:]), None, phase="finetune", step=110, loss=9.0) == "", (
-        "four lines say little of the noise"
-    )
+def test_a_batch_of_a_noisy_loss_is_no_jump() -> None:
+    """Losses of LoRA, never cut, on the rows and steps of two runs that were cut after the eighth."""
+    noisy, outlier = (2.57, 2.95, 2.81, 3.05, 3.05, 2.48, 2.68, 2.72), (2.64, 2.4, 2.29, 2.27, 2.44, 2.63, 2.7, 2.5)
+    assert after_cut(after_losses(*noisy, steps=1), 3.05, 2.8, 2.62, steps=1) == ""
+    assert after_cut(after_losses(*outlier, steps=1), 3.0, 2.43, 2.81, steps=1) == ""
+    assert "rose from" in after_cut(after_losses(*noisy), 3.4, 3.4, 3.4)
+    assert after_cut(after_losses(*noisy[-4:]), 9.0, 9.0, 9.0) == "", "four lines say little of the noise"
     early_and_noisy = after_losses(9.0, 1.0, *[2.0] * 8)
-    assert "rose from 2.0000" in said(early_and_noisy, None, phase="finetune", step=110, loss=2.3), (
-        "the last eight count"
-    )
+    assert "rose from 2.0000" in after_cut(early_and_noisy, 2.3, 2.3, 2.3), "the last eight count"
 
 
-def test_a_line_of_few_steps_is_too_noisy_to_judge_the_cut_by() -> None:
+def test_lines_of_few_steps_after_the_cut_count_for_few() -> None:
     alarms = after_losses(*[2.0] * 8)
-    assert said(alarms, None, phase="finetune", step=102, loss=3.0) == "", "the next one is"
-    assert "rose from 2.0000" in said(alarms, None, phase="finetune", step=112, loss=3.0)
+    assert after_cut(alarms, 9.0, 2.0, 2.0, 2.0, steps=1) == "", "4 of 30 steps"
+    assert "rose from 2.0000 to 2.5000" in said(alarms, None, phase="finetune", step=130, loss=(75 - 9 - 3 * 2) / 26)
 
 
-def test_losses_before_the_cut_are_known_after_an_interruption() -> None:
+def test_losses_around_the_cut_are_known_after_an_interruption() -> None:
+    alarms = after_losses(*[2.0] * 8)
+    assert after_cut(alarms, 2.4, 2.5) == ""
     again = Alarms([], FULL)
-    again.load(json.loads(json.dumps(after_losses(*[2.0] * 8).state())))
-    assert "rose from 2.0000 (mean of 8 lines) to 2.5000" in said(again, None, phase="finetune", step=110, loss=2.5)
+    again.load(json.loads(json.dumps(alarms.state())))
+    assert "rose from 2.0000 to 2.5000" in said(again, None, phase="finetune", step=130, loss=2.6)
 
 
 def test_skipped_steps_are_said_once() -> None:

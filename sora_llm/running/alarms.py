@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,14 @@ DYING_SHARE = 0.02
 SATURATED_LINES = 3
 OFF_TRACK = 1.2
 """Ratio of kept parameters to the schedule's target above which λ at its bound is reported as too weak."""
-JUDGED_LINES, FEWEST_LINES = 8, 5
-"""The last lines before the cut with whose train losses that of the first line after it is compared that covers as many
-steps, and how many of them it takes to know how much lines differ anyway."""
+LINES_BEFORE, FEWEST_LINES, LINES_AFTER = 8, 5, 3
+"""The last lines before the cut with whose train loss that after it is compared, how many of them it takes to know how
+much lines differ anyway, and how many lines' steps are awaited after it."""
 WORSE = 1.001
 """Ratio of the dev loss to that before training from which an adapter is called worse; rounding is less."""
 LOSS_JUMP, SPREADS = 1.1, 3
-"""By what ratio and how many standard deviations a loss exceeds their mean if the cut is to blame.  (By ratio alone,
-batches of eight rows raised this alarm in a third of the runs of benchmarks/sparsity.md.)"""
+"""By what ratio and how many standard errors the loss rises if the cut is to blame.  (A ratio of single lines blamed it
+for batches of eight rows in a third of the runs of benchmarks/sparsity.md.)"""
 NAMES_SHOWN = 3
 """Number of modules that an alarm names."""
 
@@ -34,7 +35,8 @@ class Alarms:
         self._raised: list[str] = []
         self._waiting: list[str] = []
         self._saturated_lines = 0
-        self._losses: list[tuple[float, int]] = []  # and how many steps each is the mean of
+        self._before: list[tuple[float, int]] = []  # losses, and how many steps each is the mean of
+        self._after: list[tuple[float, int]] = []
         self._last_step = 0
         self._cut_is_judged = self._has_pruned = False
         self.start_loss: float | None = None
@@ -55,25 +57,28 @@ class Alarms:
         if "loss" in line:
             num_steps, self._last_step = line["step"] - self._last_step, line["step"]
             if line["phase"] != FINETUNE:
-                self._losses = [*self._losses, (line["loss"], num_steps)][-JUDGED_LINES:]
-            elif not self._cut_is_judged and (
-                not self._losses or num_steps >= statistics.median(n for _, n in self._losses)
-            ):
-                self._cut_is_judged = True
-                found |= self._of_jump(line["loss"])
+                self._before = [*self._before, (line["loss"], num_steps)][-LINES_BEFORE:]
+            elif not self._cut_is_judged:
+                self._after.append((line["loss"], num_steps))
+                found |= self._of_jump()
         return self._new(found)
 
-    def _of_jump(self, after: float) -> dict[str, str]:
-        losses = [loss for loss, _ in self._losses]
-        count = len(losses)
+    def _of_jump(self) -> dict[str, str]:
+        losses, count = [loss for loss, _ in self._before], len(self._before)
         if count < FEWEST_LINES:
             return {}
+        steps_after = sum(num_steps for _, num_steps in self._after)
+        if steps_after < LINES_AFTER * statistics.median(num_steps for _, num_steps in self._before):
+            return {}
+        self._cut_is_judged = True
         before = statistics.fmean(losses)
-        if after <= max(LOSS_JUMP * before, before + SPREADS * statistics.stdev(losses)):
+        after = sum(loss * num_steps for loss, num_steps in self._after) / steps_after
+        error = statistics.stdev(losses) * math.sqrt(1 / count + 1 / LINES_AFTER)
+        if after <= max(LOSS_JUMP * before, before + SPREADS * error):
             return {}
         return {
-            "jump": f"the train loss rose from {before:.4f} (mean of {count} lines) to {after:.4f} when the "
-            "adapters were cut; keep more ranks, or cut later (sora.consensus_at)"
+            "jump": f"the train loss rose from {before:.4f} to {after:.4f} when the adapters were cut (means of "
+            f"{count} and {LINES_AFTER} lines); keep more ranks, or cut later (sora.consensus_at)"
         }
 
     def _of_gates(self, line: Mapping[str, Any], progress: float) -> dict[str, str]:
@@ -178,7 +183,8 @@ class Alarms:
         return {
             "raised": list(self._raised),
             "saturated_lines": self._saturated_lines,
-            "losses": list(self._losses),
+            "before": list(self._before),
+            "after": list(self._after),
             "last_step": self._last_step,
             "cut_is_judged": self._cut_is_judged,
             "has_pruned": self._has_pruned,
@@ -189,7 +195,8 @@ class Alarms:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`."""
         self._raised = list(state["raised"])
-        self._saturated_lines, self._losses = int(state["saturated_lines"]), [(loss, n) for loss, n in state["losses"]]
+        self._saturated_lines = int(state["saturated_lines"])
+        self._before, self._after = ([(loss, n) for loss, n in state[key]] for key in ("before", "after"))
         self._last_step = int(state["last_step"])
         self._cut_is_judged, self._has_pruned = bool(state["cut_is_judged"]), bool(state["has_pruned"])
         self.start_loss = state["start_loss"]
