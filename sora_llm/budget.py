@@ -231,7 +231,8 @@ def quantile_threshold(
     `values` is {module: (R,)}, |g| · importance of each slot.  If all live slots together cost less than `wanted`, none
     of them is cut.  If they cost less than the budget itself, τ lets dead slots come back: `moves` {module: (R,)} is
     the standard deviation of the value that the next step gives a dead slot, and those that exceed τ are expected to
-    cost two standard deviations (of their number) more than is missing, because consensus cuts from above.
+    cost two standard deviations (of their number, at their mean cost) more than is missing, because consensus cuts from
+    above.  The living have priority: τ is at most half the value of the weakest.
     """
     flat, cost = _flat(values, budget)
     order = torch.argsort(flat, descending=True, stable=True)

@@ -68,11 +68,13 @@ def full_params(layers: Mapping[str, SoraLinear]) -> int:
 
 def rank_report(layers: Mapping[str, SoraLinear], gates: Mapping[str, Tensor] | None = None) -> RankReport:
     """Ranks by the given gates, at most min(I, O) in a module, as budgets count them; or by the number of slots if
-    there are none (after the cut), of which their mean counts no more either."""
+    there are none (after the cut)."""
     shapes = layer_shapes(layers)
-    ranks = kept_ranks(gates) if gates else {name: layer.rank for name, layer in layers.items()}
-    counted = {name: min(rank, *shapes[name]) for name, rank in ranks.items()}
-    return RankReport(counted if gates else ranks, mean_rank(counted, shapes), kept_params(ranks, shapes))
+    if not gates:
+        ranks = {name: layer.rank for name, layer in layers.items()}
+    else:
+        ranks = {name: min(kept, *shapes[name]) for name, kept in kept_ranks(gates).items()}
+    return RankReport(ranks, mean_rank(ranks, shapes), kept_params(ranks, shapes))
 
 
 @dataclass(frozen=True)

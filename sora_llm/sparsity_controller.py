@@ -24,7 +24,8 @@ from sora_llm.sora import hard_threshold
 
 DEAD_GATE_MOVE = 1 / 3
 """Standard deviation of the step of a dead gate, in units of its learning rate.  From noise alone Adam would make it
-0.23; measured in four runs: 0.33 to 0.65 (benchmarks/LOG.md)."""
+0.23; measured in four runs: 0.33 to 0.65 (benchmarks/LOG.md).  The least of them, as what comes back too much is tiny
+and dropped by the cut, and what does not come back is missing there."""
 
 
 class SparsityController:

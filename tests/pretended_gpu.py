@@ -28,15 +28,14 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-MAY_MIX = {
-    aten.copy_.default,
-    aten._to_copy.default,
+COPIES = {aten.copy_.default, aten._to_copy.default}
+TAKE_INDICES = {
     aten.index.Tensor,
     aten.index_put.default,
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
-"""As on a GPU: copies between devices, and indices on the CPU."""
+"""Of a GPU's tensor, also indices on the CPU."""
 BELOW_PYTHON = ("empty.memory_format", "empty_strided", "copy_", "_to_copy")
 """What torch's C++ calls for this device where it has switched the wrappers off."""
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "gather")
@@ -136,10 +135,12 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """`func` in main memory, if its tensors may be combined."""
     global operations
     operations += 1
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    has_indices = func in TAKE_INDICES and isinstance(args[0], OnGpu)
+    together = (args[0], *args[2:]) if has_indices else args
+    tensors = [leaf for leaf in tree_leaves((together, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, OnGpu) and tensor.dim() > 0]
-    if here and elsewhere and func not in MAY_MIX:
+    if here and elsewhere and func not in COPIES:
         given = [(str(tensor.device), tuple(tensor.shape)) for tensor in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} was given {given}")
     if func is aten.is_pinned.default:

@@ -168,7 +168,7 @@ def test_a_threshold_leaves_what_is_wanted_or_less_than_a_component_more(data):
 
 
 @pytest.mark.parametrize("missing", [1, 3, 20])
-def test_hardly_more_slots_come_back_than_are_missing_however_many_are_dead(missing):
+def test_if_slots_move_as_assumed_hardly_more_come_back_than_are_missing_however_many_are_dead(missing):
     """Fewer would be lost at the cut; once 250 came back for three."""
     generator = torch.Generator().manual_seed(0)
     alive = 100 - missing

@@ -136,7 +136,7 @@ def test_a_finished_run_is_told_in_numbers(tmp_path):
         "passed ΔW to 1.4e-15, logits to 5.6e-03",
         f"train loss {run.metrics[1]['loss']:.4f} {run.metrics[-2]['loss']:.4f}",
         "data/gsm8k_train.jsonl prompt_completion 7,473 7,401 2 70 1,781,936 66.4%",
-        "mean 238, median 222, longest 697. All together, packed into sequences of 1,024, fill 98.3%",
+        "mean 238, median 222, longest 697. Packed into sequences of 1,024, all rows together fill 98.3%",
         "193 – 256 2,232",
         "Dev rows: 73 of the train rows",
         json.loads((run.path / "adapter" / "certificate.json").read_text())["sha256"],

@@ -137,7 +137,7 @@ def test_processes_that_hold_different_gates_are_told_apart(monkeypatch):
         choose(controller("decoupled", ATTENTION, MLP))
 
 
-def test_a_dead_gate_moves_more_than_noise_would_move_it():
+def test_noise_alone_would_move_a_gate_less_than_is_assumed():
     """The standard deviation of m̂/√v̂, of gradients that are noise, with Adam's default betas."""
     generator = torch.Generator().manual_seed(0)
     mean, square = torch.zeros(20_000), torch.zeros(20_000)

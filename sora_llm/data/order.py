@@ -26,7 +26,7 @@ _GROUPS_PER_EPOCH = 4  # ... but at least this many groups per epoch, or small d
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One sequence of a batch: a row, or several rows packed together."""
+    """One sequence of a batch: a row, or several rows packed together; or all rows of an epoch."""
 
     dataset: TokenDataset
     rows: np.ndarray
@@ -141,7 +141,7 @@ class EpochOrder:
         return PackedRows(self.dataset, self.epoch(epoch).rows)
 
     @property
-    def fill_rate(self) -> float | None:
+    def first_fill_rate(self) -> float | None:
         """Tokens of the first epoch / token capacity of its packed sequences; None without packing."""
         return self.rows_of(0).num_tokens / (len(self.epoch(0)) * self.pack_to) if self.pack_to else None
 

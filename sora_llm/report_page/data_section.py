@@ -50,7 +50,7 @@ def _part(name: str, section: Mapping[str, Any]) -> str:
     if as_number(section.get("mean_length")) is not None:
         parts.append(
             f"<p>Tokens per row: mean {number('mean_length')}, median {number('median_length')}, longest "
-            f"{number('max_length')}. All together, packed into sequences of {number('sequence_len')}, fill "
+            f"{number('max_length')}. Packed into sequences of {number('sequence_len')}, all rows together fill "
             f"{markup.percent(section.get('fill_rate'))}.</p>"
         )
     return "".join([*parts, _histogram(section)])

@@ -179,8 +179,8 @@ def _elapsed(record: Record) -> str:
 
 def _target_words(record: Record) -> str:
     budget = as_number(record.last("budget_params"))
-    if setting(record.config, "sora", "budgets") and budget is not None:
-        return f"budgets: {budget:,.0f} parameters"
+    if setting(record.config, "sora", "budgets"):
+        return "several budgets" if budget is None else f"budgets: {budget:,.0f} parameters"
     target = as_number(setting(record.config, "sora", "target_rank"))
     if target is not None:
         return f"target {target:g}"

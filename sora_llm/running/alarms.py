@@ -22,7 +22,7 @@ WORSE = 1.001
 """Ratio of the dev loss to that before training from which an adapter is called worse; rounding is less."""
 LOSS_JUMP, SPREADS = 1.1, 3
 """By what ratio and how many standard errors the loss rises if the cut is to blame.  (A ratio of single lines blamed it
-for batches of eight rows in a third of the runs of benchmarks/sparsity.md.)"""
+for batches of eight rows in 8 of 24 runs: benchmarks/LOG.md.)"""
 NAMES_SHOWN = 3
 """Number of modules that an alarm names."""
 
@@ -66,6 +66,7 @@ class Alarms:
     def _of_jump(self) -> dict[str, str]:
         losses, count = [loss for loss, _ in self._before], len(self._before)
         if count < FEWEST_LINES:
+            self._cut_is_judged = True  # nothing can be said of it
             return {}
         steps_after = sum(num_steps for _, num_steps in self._after)
         if steps_after < LINES_AFTER * statistics.median(num_steps for _, num_steps in self._before):
@@ -78,7 +79,8 @@ class Alarms:
             return {}
         return {
             "jump": f"the train loss rose from {before:.4f} to {after:.4f} when the adapters were cut (means of "
-            f"{count} and {LINES_AFTER} lines); keep more ranks, or cut later (sora.consensus_at)"
+            f"{count} lines before it and {len(self._after)} after it); keep more ranks, or cut later "
+            "(sora.consensus_at)"
         }
 
     def _of_gates(self, line: Mapping[str, Any], progress: float) -> dict[str, str]:
@@ -161,9 +163,10 @@ class Alarms:
         """The alarms raised by the adapter about to be exported; `start` describes what it started from."""
         if eval_loss is None or self.start_loss is None or eval_loss <= WORSE * self.start_loss:
             return []
+        advice = "train longer, or keep more ranks" if self._budgets else "or train longer"
         said = (
             f"the adapter is worse than {start}: its dev loss is {eval_loss:.4f}, and was {self.start_loss:.4f} "
-            f"before training; lower train.learning_rate, train longer{', or keep more ranks' if self._budgets else ''}"
+            f"before training; lower train.learning_rate, {advice}"
         )
         return self._new({f"worse {stage_number}": said})
 

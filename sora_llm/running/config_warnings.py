@@ -103,8 +103,9 @@ def _of_conversations(data: Data) -> Iterator[str]:
 def _of_thresholds(plan: Plan) -> Iterator[str]:
     """Sentences about a λ that can prune nothing although it is meant to, or can only prune everything."""
     sora = plan.config.sora
-    highest = max(LAMBDA_MAX if stage.sparse_lambda is None else stage.sparse_lambda for stage in plan.stages)
-    reach = (1 + highest) * max(stage.gate_travel for stage in plan.stages)  # Adam moves a gate, and then the prox
+    lambdas = [LAMBDA_MAX if stage.sparse_lambda is None else stage.sparse_lambda for stage in plan.stages]
+    # Adam moves a gate, and then the prox; a stage continues from the gates of the one before.
+    reach = sum((1 + each) * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
     if reach < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
         yield (
             f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0; train longer, or raise "

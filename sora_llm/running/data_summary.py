@@ -31,9 +31,12 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
     else:
         assert data.train_report is not None
         assert isinstance(order, EpochOrder)
-        packing = "" if order.fill_rate is None else f"; packed sequences are {order.fill_rate:.1%} full"
+        packing = "" if order.first_fill_rate is None else f"; packed sequences are {order.first_fill_rate:.1%} full"
         lines = [f"data: {describe(data.train_report)}{packing}"]
-        lines += too_long_warning(vars(data.train_report), config.data.sequence_len)
+        made = vars(data.train_report)
+        if data.train_report.drop_duplicates:
+            made = {**made, "rows_kept": made["rows_kept"] + made["duplicates"]}
+        lines += too_long_warning(made, config.data.sequence_len)
         lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")

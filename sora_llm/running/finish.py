@@ -15,7 +15,7 @@ from sora_llm.backbone import free_unused, from_pretrained_args
 from sora_llm.config import Config, recipe, to_dict
 from sora_llm.distributed.collectives import on_main
 from sora_llm.errors import RunFailed, UserError
-from sora_llm.factors import PlainFactors, mean_rank
+from sora_llm.factors import PlainFactors
 from sora_llm.generation import sample_answers
 from sora_llm.inject import adapters, layer_shapes
 from sora_llm.prompt_format import exported_template, plain_separator, prompt_format, prompt_ids
@@ -93,9 +93,8 @@ def cut_and_export(training: Training) -> StageResult:
     directory.metrics(training.done, "export", fields)
     directory.ranks(training.done, ranks.ranks, training.labels)
     worst = worst_delta_error(exported.certificate)
-    before = mean_rank({name: min(config.sora.r, *shape) for name, shape in shapes.items()}, shapes)
     job.say(
-        f"mean rank {round(before, 2):g} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept"
+        f"mean rank {config.sora.r} → {ranks.mean_rank:.2f}, {ranks.kept_params:,} parameters kept"
         f"{export.stored_in_words(exported.certificate, shapes, ranks.kept_params)}; self-check passed "
         f"(ΔW to {worst:.1e}, logits to {exported.certificate['logits_error']:.1e}); adapter: {exported.folder}",
     )

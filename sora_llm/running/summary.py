@@ -17,10 +17,11 @@ def print_summary(job: Job) -> None:
     for line in describe_data(job.config, job.inputs, job.data, job.order):
         job.say(line)
     first = plan.stages[0]
+    pruning = pruning_in_words(first, " of the first" if plan.is_path else "")
     several = f"{len(plan.stages)} stages of " if plan.is_path else ""
     job.say(
         f"{plan.strategy} on {plural(job.world.num_processes, 'process')}; "
-        f"{several}{plural(first.total_steps, 'step')} of {job.rows_per_step_text}, {pruning_in_words(first)}; "
+        f"{several}{plural(first.total_steps, 'step')} of {job.rows_per_step_text}, {pruning}; "
         f"{memory.trainable_parameters:,} trainable parameters, {memory.frozen_parameters:,} frozen "
         f"({job.inputs.backbone.form}); gate_lr "
         + ", ".join(dict.fromkeys(f"{stage.gate_lr:.4g}" for stage in plan.stages)),
@@ -44,11 +45,11 @@ def print_summary(job: Job) -> None:
         job.say(f"warning: {line}")
 
 
-def pruning_in_words(stage: Stage) -> str:
-    """When gates are pruned, in words."""
+def pruning_in_words(stage: Stage, of_first: str = "") -> str:
+    """When gates are pruned, in words; `of_first` says of which stage, where others prune."""
     end = stage.phases.sparsify_end
     if stage.sparse_lambda == 0:
-        return "pruning in no step (λ is 0)"
+        return f"pruning in no step{of_first} (λ is 0)"
     if stage.prunes_in_steps:
         return f"pruning in steps {stage.first_pruning_step + 1}–{end}"
     return f"pruned by the cut alone, at step {end}" if stage.sparse_lambda is None else "pruning in no step"
