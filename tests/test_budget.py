@@ -182,6 +182,24 @@ def test_if_slots_move_as_assumed_hardly_more_come_back_than_are_missing_however
     assert (revived >= missing).double().mean() > 0.9
 
 
+def test_what_comes_back_is_counted_by_its_cost():
+    """Modules of other sizes that move otherwise; n + 2√n slots of the mean cost of the dead."""
+    generator = torch.Generator().manual_seed(1)
+    costs, dead = {"small": 10, "large": 40}, {"small": 300, "large": 100}
+    values = {name: torch.cat([torch.ones(20), torch.zeros(dead[name])]) for name in costs}
+    moves = {"small": torch.full((320,), 1e-3, dtype=torch.float64), "large": torch.full((120,), 2e-3).double()}
+    live, missing = 20 * 50, 200
+    budget = RankBudget("all", costs, {name: len(values[name]) for name in costs}, params=live + missing)
+    threshold = quantile_threshold(values, budget, live + missing, moves)
+    came_back = sum(
+        cost
+        * (moves[name][20:] * torch.randn(2000, dead[name], generator=generator).double()).abs().gt(threshold).sum(1)
+        for name, cost in costs.items()
+    )
+    mean_cost = (300 * 10 + 100 * 40) / 400
+    assert came_back.double().mean().item() == pytest.approx(missing + 2 * (missing * mean_cost) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("values", "wanted", "kept"),
     [([3, 2, 2, 1], 20, 3), ([3, 2, 2, 0], 20, 3), ([2, 2, 2, 2], 20, 4), ([3, 2, 1, 1], 20, 2)],
