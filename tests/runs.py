@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import shared
 from spawn import run_apart
 
@@ -16,6 +17,16 @@ TINY = {"train.max_steps": 4, "output.save_steps": 2, "output.report_to": [], "s
 """Overrides of a run of four steps with checkpoints at 2 and 4."""
 QUESTIONS = {"type": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}}
 """How rows of GSM8K are read."""
+PRUNED = {
+    "sora.r": 8,
+    "sora.target_rank": 2,
+    "sora.sparse_lambda": None,
+    "sora.consensus_at": 0.4,
+    "sora.consensus": "svd",
+    "output.logging_steps": 5,
+    "output.report_to": [],
+}
+"""Overrides of a run that is cut to a quarter and finetuned."""
 PLAIN = (sys.executable, "-m", "sora_llm.train")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
@@ -63,6 +74,13 @@ class Finished:
     def json(self, name: str) -> dict[str, Any]:
         """One of the directory's JSON files."""
         return json.loads((self.directory / name).read_text())
+
+
+def assert_same_end(found: Finished, expected: Finished) -> None:
+    """The same ranks, and the same loss as far as kernels for other devices and layouts round."""
+    own, other = (run.lines("metrics.jsonl")[-1] for run in (found, expected))
+    assert own["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)
+    assert found.lines("ranks.jsonl")[-1]["ranks"] == expected.lines("ranks.jsonl")[-1]["ranks"]
 
 
 def start(

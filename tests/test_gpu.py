@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import linear4bit, randomise, relative_error, tiny_llama
-from runs import CONFIG, PLAIN, Finished, gsm8k_overrides, start
+from runs import CONFIG, PLAIN, PRUNED, Finished, assert_same_end, gsm8k_overrides, start
 from small_runs import delta_weights, interrupt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -113,16 +113,7 @@ def test_an_adapter_starts_the_same_on_a_gpu_and_on_a_cpu_and_so_do_its_fingerpr
 
 
 def train(directory: Path, environ: dict[str, str] | None = None, **values: Any) -> Finished:
-    options = {
-        "sora.r": 8,
-        "sora.target_rank": 2,
-        "sora.sparse_lambda": None,
-        "sora.consensus_at": 0.4,
-        "sora.consensus": "svd",
-        "output.logging_steps": 5,
-        "output.report_to": [],
-        **values,
-    }
+    options = {**PRUNED, **values}
     found = start(PLAIN, [CONFIG, *gsm8k_overrides(directory, **options)], directory, **(environ or {}))
     assert found.returncode == 0, found.output
     return found
@@ -165,17 +156,11 @@ def test_a_4bit_run_learns_is_cut_and_exports_what_peft_reloads(nf4_run: Finishe
 def test_a_compiled_run_ends_with_the_ranks_and_the_loss_of_one_that_is_not(
     float32_run: Finished, tmp_path: Path
 ) -> None:
-    compiled = train(tmp_path / "compiled", **FLOAT32, **{"train.torch_compile": True})
-    own, other = (run.lines("metrics.jsonl")[-1] for run in (float32_run, compiled))
-    assert own["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)
-    assert float32_run.lines("ranks.jsonl")[-1]["ranks"] == compiled.lines("ranks.jsonl")[-1]["ranks"]
+    assert_same_end(train(tmp_path / "compiled", **FLOAT32, **{"train.torch_compile": True}), float32_run)
 
 
 def test_a_gpu_and_a_cpu_train_the_same_adapter(float32_run: Finished, tmp_path: Path) -> None:
-    on_cpu = train(tmp_path / "cpu", HIDDEN, **FLOAT32)
-    own, other = (run.lines("metrics.jsonl")[-1] for run in (float32_run, on_cpu))
-    assert own["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)
-    assert float32_run.lines("ranks.jsonl")[-1]["ranks"] == on_cpu.lines("ranks.jsonl")[-1]["ranks"]
+    assert_same_end(float32_run, train(tmp_path / "cpu", HIDDEN, **FLOAT32))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_llama
-from runs import CONFIG, PLAIN, Finished, gsm8k_overrides, start
+from runs import CONFIG, PLAIN, PRUNED, Finished, assert_same_end, gsm8k_overrides, start
 from small_runs import delta_weights, interrupt
 from spawn import TESTS, free_port, spawn
 from torch import nn
@@ -25,22 +25,13 @@ pytestmark = pytest.mark.skipif(
 )
 SCRIPT = str(TESTS / "pretended_gpu.py")
 PRETENDED = (sys.executable, SCRIPT)
-PRUNED = {
-    "sora.r": 8,
-    "sora.target_rank": 2,
-    "sora.sparse_lambda": None,
-    "sora.consensus_at": 0.5,
-    "sora.consensus": "svd",
-    "train.max_steps": 10,
-    "output.logging_steps": 5,
-    "output.report_to": [],
-}
+SHORT = {**PRUNED, "sora.consensus_at": 0.5, "train.max_steps": 10}
 FLOAT32 = {"model.dtype": "float32", "quantization.load_in_4bit": False, "sora.lora_dropout": 0.05}
 SAVED = {"output.save_steps": 4, "output.save_total_limit": None}
 
 
 def train(launcher: tuple[str, ...], directory: Path, **values: Any) -> Finished:
-    found = start(launcher, [CONFIG, *gsm8k_overrides(directory, **PRUNED, **values)], directory)
+    found = start(launcher, [CONFIG, *gsm8k_overrides(directory, **SHORT, **values)], directory)
     assert found.returncode == 0, found.output
     return found
 
@@ -55,13 +46,6 @@ def train_there(directory: Path, **values: Any) -> Finished:
     found = train((*PRETENDED, "sora_llm.train"), directory, **values)
     assert_ran_there(found)
     return found
-
-
-def assert_same_end(found: Finished, expected: Finished) -> None:
-    """Kernels for other layouts round differently."""
-    own, other = (run.lines("metrics.jsonl")[-1] for run in (found, expected))
-    assert own["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)
-    assert found.lines("ranks.jsonl")[-1]["ranks"] == expected.lines("ranks.jsonl")[-1]["ranks"]
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +66,15 @@ def refusals() -> list[str]:
     pretended_gpu.prepare()
     there, here = torch.ones(2, device="gpu"), torch.ones(2)
     assert (there + there).sum().item() == 4
-    answers = []
-    there[torch.tensor([0, 1])] += there  # an index may be on the CPU
-    for mix in (there.add, nn.Linear(2, 2).to("gpu"), lambda cpu: there.index_put_((torch.tensor([0, 1]),), cpu)):
-        with pytest.raises(RuntimeError) as refused:
-            mix(here)
-        answers.append(str(refused.value))
-    for mix in (lambda: here[torch.tensor([0, 1], device="gpu")], lambda: torch.distributed.all_reduce(here)):
+    there[(places := torch.tensor([0, 1]))] += there  # an index may be on the CPU
+    layer, answers = nn.Linear(2, 2).to("gpu"), []
+    for mix in (
+        lambda: there + here,
+        lambda: layer(here),
+        lambda: there.index_put_((places,), here),
+        lambda: here[places.to("gpu")],
+        lambda: torch.distributed.all_reduce(here),
+    ):
         with pytest.raises(RuntimeError) as refused:
             mix()
         answers.append(str(refused.value))

@@ -178,8 +178,8 @@ def _elapsed(record: Record) -> str:
 
 
 def _target_words(record: Record) -> str:
-    budget = as_number(record.last("budget_params"))
     if setting(record.config, "sora", "budgets"):
+        budget = as_number(record.last("budget_params"))
         return "several budgets" if budget is None else f"budgets: {budget:,.0f} parameters"
     target = as_number(setting(record.config, "sora", "target_rank"))
     if target is not None:

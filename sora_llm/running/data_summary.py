@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from sora_llm.config import Config
@@ -16,7 +15,7 @@ from sora_llm.data.prompts import (
     merges_trailing_whitespace,
     untrained_eos,
 )
-from sora_llm.data.report import Counts, DataReport
+from sora_llm.data.report import DataReport
 from sora_llm.data.stream import StreamOrder
 from sora_llm.prompt_format import has_conversations, has_unread_line_break, template_is_named
 from sora_llm.running.inputs import Inputs
@@ -33,10 +32,8 @@ def describe_data(config: Config, inputs: Inputs, data: TrainingData, order: Ord
         assert isinstance(order, EpochOrder)
         packing = "" if order.first_fill_rate is None else f"; packed sequences are {order.first_fill_rate:.1%} full"
         lines = [f"data: {describe(data.train_report)}{packing}"]
-        made = vars(data.train_report)
-        if data.train_report.drop_duplicates:
-            made = {**made, "rows_kept": made["rows_kept"] + made["duplicates"]}
-        lines += too_long_warning(made, config.data.sequence_len)
+        drops_duplicates = data.train_report.drop_duplicates
+        lines += too_long_warning(vars(data.train_report), config.data.sequence_len, drops_duplicates=drops_duplicates)
         lines += special_warning(data.train_report.special_written, data.train_report.first_special_written)
     if data.dev_report is not None:
         lines.append(f"dev data: {describe(data.dev_report)}")
@@ -158,8 +155,7 @@ def describe(report: DataReport) -> str:
 
 def row_outcomes(report: DataReport) -> list[str]:
     """How many rows were left out or changed, one phrase per reason."""
-    counts = {item.name: getattr(report, item.name) for item in fields(Counts)}
-    parts = _phrases(counts, drops_duplicates=report.drop_duplicates)
+    parts = _phrases(vars(report), drops_duplicates=report.drop_duplicates)
     if report.num_bad_rows:
         parts.append(f"the first malformed one is {report.bad_rows[0][0]}: {report.bad_rows[0][1]}")
     return parts
@@ -183,15 +179,15 @@ def describe_stream(config: Config, order: StreamOrder) -> list[str]:
             continue
         read = f"data: {dataset.path}: {counts['rows_kept']:,} of the {counts['rows_read']:,} rows read so far"
         lines += ["; ".join([read, *_phrases(counts, drops_duplicates=False)])]
-        lines += too_long_warning(counts, config.data.sequence_len)
+        lines += too_long_warning(counts, config.data.sequence_len, drops_duplicates=False)
         lines += special_warning(counts["special_written"])
     return lines
 
 
-def too_long_warning(counts: Mapping[str, Any], sequence_len: int) -> list[str]:
+def too_long_warning(counts: Mapping[str, Any], sequence_len: int, *, drops_duplicates: bool) -> list[str]:
     """A line if more than a twentieth of the rows (of those that a data set's rows make) were left out as too long;
     `counts` has the keys of `Counts`."""
-    made = sum(counts[key] for key in ("rows_kept", "too_long", "no_supervised"))
+    made = sum(counts[key] for key in ("rows_kept", "too_long", "no_supervised", *["duplicates"] * drops_duplicates))
     if counts["too_long"] <= 0.05 * made:
         return []
     return [
