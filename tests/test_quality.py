@@ -39,7 +39,7 @@ with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are fo
     from speed import seconds_to, speed_pairs, speed_section
     from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p
     from verdicts import Found, difference_table, hypotheses, verdict_table
-for imported in ("grid", "protocol", "speed", "statistics_of_pairs", "verdicts"):
+for imported in ("grid", "protocol", "speed", "statistics_of_pairs", "tasks", "verdicts"):
     del sys.modules[imported]
 
 FIRST = Protocol.rates

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import HERE, append, missing_data, unusable
+from grid import append, missing_data, unusable
 from protocol import TUNING, Group, Protocol, Queue, read_lines
 from statistics_of_pairs import bootstrap_interval, sign_flip_p
+from tasks import HERE
 
 SIZE = 0.25
 EARLY, LATE, SORA = (Group(SIZE, arm) for arm in ("svd4early", "svd4", "sora"))

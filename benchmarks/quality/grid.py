@@ -2,10 +2,12 @@
 
     python benchmarks/quality/grid.py --device cuda --workers 12 --minutes 9        # on a GPU, everything
     python benchmarks/quality/grid.py --device cpu --workers 2                      # goes on where that stopped
+    python benchmarks/quality/grid.py --task roleplay --workers 2                   # other rows, fewer questions
     python benchmarks/quality/grid.py --dry-run                                     # what is there, what is missing
 
-Every run is a line of --out (default benchmarks/quality/runs.jsonl), written when it ends; a run that is there is not
-made again, so the command can be stopped and started, also twice at once (the worst that happens is a run made twice).
+Every run is a line of --out (default runs.jsonl in the folder of the task, which for the first one is this folder),
+written when it ends; a run that is there is not made again, so the command can be stopped and started, also twice at
+once (the worst that happens is a run made twice).
 Learning rates are chosen from the tuning runs by the rule in README.md.  A run that failed has a line too and is not
 tried again unless asked to (--again).  What it says: `python benchmarks/quality/verdicts.py`.
 """
@@ -29,9 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from protocol import (
     ARMS,
-    BASE,
     CORE_SIZES,
-    GSM8K,
     WHOLE,
     Cell,
     Group,
@@ -41,12 +41,12 @@ from protocol import (
     extra_groups,
     read_lines,
 )
+from tasks import GSM8K_ANSWERS, TASKS, Task
 
 if TYPE_CHECKING:
     from runner import Runner
 
-HERE = Path(__file__).resolve().parent
-RUNS = HERE / "runs.jsonl"
+RUNS = "runs.jsonl"
 HEADROOM = 1.3
 """A cell is begun if the longest of the last runs, times this, fits into the time left."""
 LAST = 24
@@ -59,7 +59,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a model of its own")
     parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
-    parser.add_argument("--out", type=Path, default=RUNS)
+    parser.add_argument("--task", choices=TASKS, default=GSM8K_ANSWERS.name)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these (the first question needs lora)")
     parser.add_argument("--sizes", nargs="+", type=float, default=CORE_SIZES, help="shares of LoRA at r = 16")
@@ -71,19 +72,23 @@ def main() -> int:
         print(f"grid.py: {wrong}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    protocol = Protocol(steps=arguments.steps)
-    blocks = core_blocks(arguments.sizes)
-    if not arguments.core_only and arguments.arms is None and tuple(arguments.sizes) == CORE_SIZES:
-        blocks += [[group] for group in extra_groups()]
+    task = TASKS[arguments.task]
+    out = arguments.out or task.folder / RUNS
+    protocol = Protocol.of(task, arguments.steps)
+    blocks = core_blocks(task, arguments.sizes)
+    is_complete = arguments.arms is None and tuple(arguments.sizes) == CORE_SIZES
+    if is_complete and not arguments.core_only:
+        blocks += [[group] for group in extra_groups(task)]
     if arguments.arms is not None:
         sizes = {arm: [WHOLE] if ARMS[arm].is_whole else arguments.sizes for arm in arguments.arms}
         blocks = [[Group(size, arm) for arm in arguments.arms for size in sizes[arm]]]
     queue = Queue(protocol, blocks)
     if arguments.dry_run:
-        print(overview(queue, read_lines(arguments.out)))
+        print(overview(queue, read_lines(out)))
         return 0
     seconds = None if arguments.minutes is None else 60 * arguments.minutes - (time.monotonic() - started)
-    return work_off(queue, arguments.out, arguments.device, arguments.workers, seconds, again=arguments.again)
+    out.parent.mkdir(exist_ok=True)
+    return work_off(queue, out, arguments.device, arguments.workers, seconds, again=arguments.again)
 
 
 def bad_input(arguments: argparse.Namespace) -> str | None:
@@ -96,7 +101,9 @@ def bad_input(arguments: argparse.Namespace) -> str | None:
         return f"--minutes is {arguments.minutes:g}; give more than 0, or leave it out"
     if wrong := [size for size in arguments.sizes if not 0.05 <= size < 1]:
         return f"--sizes has {wrong[0]:g}; give shares of LoRA at r = 16, from 0.05 to below 1"
-    return unusable(arguments.out) or missing_data() or missing_device(arguments.device)
+    if arguments.out is not None and (message := unusable(arguments.out)):
+        return message
+    return missing_data(TASKS[arguments.task]) or missing_device(arguments.device)
 
 
 def unusable(out: Path) -> str | None:
@@ -105,8 +112,8 @@ def unusable(out: Path) -> str | None:
     return f"--out is {out}, a folder; name a file" if out.is_dir() else None
 
 
-def missing_data() -> str | None:
-    for needed in (BASE, GSM8K):
+def missing_data(task: Task = GSM8K_ANSWERS) -> str | None:
+    for needed in task.needed:
         if not needed.exists():
             return f"{needed} is missing; set SORA_TEST_DATA to the folder that holds data/ and models/"
     return None

@@ -23,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grid import HERE, append, missing_data, unusable
-from protocol import BASE, EVAL_BATCH, MAX_TOKENS, ROOT, TUNING, Protocol, R, dataset, read_all
+from grid import append, missing_data, unusable
+from protocol import EVAL_BATCH, TUNING, Protocol, R, read_all
+from tasks import BASE, GSM8K_ANSWERS, HERE, ROOT
 
 CONFIG = "configs/paper.yaml"
 ROWS = Protocol(num_train=300, num_tuning=200, num_test=8)
@@ -77,10 +78,10 @@ def overrides(arm: str, seed: int, folder: Path) -> dict[str, Any]:
         "model.name_or_path": str(BASE),
         "model.attn_implementation": "eager",
         "quantization.load_in_4bit": False,
-        "data.datasets": [dataset(folder / "train.jsonl")],
-        "data.val_datasets": [dataset(folder / f"{TUNING}.jsonl")],
+        "data.datasets": [GSM8K_ANSWERS.dataset(folder / "train.jsonl")],
+        "data.val_datasets": [GSM8K_ANSWERS.dataset(folder / f"{TUNING}.jsonl")],
         "data.val_set_size": None,
-        "data.sequence_len": MAX_TOKENS,
+        "data.sequence_len": GSM8K_ANSWERS.sequence_len,
         "data.sample_packing": False,
         "data.cache_dir": str(folder / "cache"),
         "train.max_steps": STEPS,

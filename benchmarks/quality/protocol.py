@@ -9,14 +9,12 @@ import functools
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from gsm8k import BASE, GSM8K, ROOT, dataset  # noqa: F401  # of all benchmarks; the scripts here take it from here
+from tasks import GSM8K_ANSWERS, Task
 
 CONFIG = "configs/llama7b.yaml"
 R = 16
@@ -66,14 +64,12 @@ ARMS = {
         Arm("components", cuts=CHANGES, is_whole=True),
     )
 }
-RIVALS, CONTROLS, PARTS, EXTRAS = (
-    ("uniform", "svd", "svd4", "sora"),
+CONTROLS, PARTS, EXTRAS = (
     ("svd4early", "random", "decoupled"),
     ("gates", "restart", "components"),
     ("slots", "late", "end"),
 )
-"""What the hypotheses are about, beside LoRA at r = 16; the rest of the core, beside `balanced`; `balanced` taken
-apart; if time is left."""
+"""The rest of the core, beside a task's rivals and `balanced`; `balanced` taken apart; if time is left."""
 CORE_SIZES, EXTRA_SIZES = (0.25, 0.70), (0.10, 0.50)
 WHOLE = 1.0  # the size of `lora`
 
@@ -84,18 +80,26 @@ class Protocol:
 
     steps: int = 125
     rows_per_step: int = 8
-    num_train: int = 3000
-    num_tuning: int = 300
-    num_test: int = 500
+    num_train: int = GSM8K_ANSWERS.num_train
+    num_tuning: int = GSM8K_ANSWERS.num_tuning
+    num_test: int = GSM8K_ANSWERS.num_test
     rates: tuple[float, ...] = (4e-3, 5.66e-3, 8e-3, 1.13e-2)
     tuning_seeds: tuple[int, ...] = (101, 102)
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15, 16, 17, 18)
+    task: Task = GSM8K_ANSWERS
+
+    @staticmethod
+    def of(task: Task, steps: int) -> Protocol:
+        """All rows of a task."""
+        return Protocol(steps, num_train=task.num_train, num_tuning=task.num_tuning, num_test=task.num_test, task=task)
 
     @property
-    def fields(self) -> dict[str, int]:
-        """What makes the result of a cell beside the cell itself."""
+    def fields(self) -> dict[str, Any]:
+        """What makes the result of a cell beside the cell itself.  The first task's lines do not name it: they were
+        written before there was another."""
         names = ("steps", "rows_per_step", "num_train", "num_tuning", "num_test")
-        return {name: getattr(self, name) for name in names}
+        named = {} if self.task == GSM8K_ANSWERS else {"task": self.task.name}
+        return {**{name: getattr(self, name) for name in names}, **named}
 
 
 @dataclass(frozen=True, order=True)
@@ -143,11 +147,12 @@ class Cell:
         """Of CONFIG; `folder` holds train.jsonl and tuning.jsonl, `base` is the model.  Without paths for the key."""
         sora = NEVER_CUT if self.arm.sora is None else {"target_rank": self.group.size * R, **self.arm.sora}
         paths: dict[str, Any] = {}
+        task = self.protocol.task
         if folder is not None:
             paths = {
                 "model.name_or_path": str(base),
-                "data.datasets": [dataset(folder / "train.jsonl")],
-                "data.val_datasets": [dataset(folder / f"{TUNING}.jsonl")],
+                "data.datasets": [task.dataset(folder / "train.jsonl")],
+                "data.val_datasets": [task.dataset(folder / f"{TUNING}.jsonl")],
                 "data.cache_dir": str(folder / "cache"),
             }
         return {
@@ -159,9 +164,9 @@ class Cell:
             "sora.lora_dropout": 0.0,
             "model.dtype": "bfloat16",
             "model.attn_implementation": "eager",  # on a CPU and at this length the fastest
-            "quantization.load_in_4bit": False,
+            "quantization.load_in_4bit": task.load_in_4bit,
             "data.val_set_size": None,
-            "data.sequence_len": MAX_TOKENS,
+            "data.sequence_len": task.sequence_len,
             "data.sample_packing": False,
             "train.max_steps": self.protocol.steps,
             "train.num_train_epochs": None,
@@ -180,7 +185,6 @@ def _key(cell: Cell) -> str:
     return cell.identity
 
 
-MAX_TOKENS = 224
 EVAL_BATCH = 16
 
 
@@ -211,20 +215,25 @@ def best_rate(found: Losses) -> float:
 # ------------------------------------------------------------------------------------------------------------ order
 
 
-def core_blocks(sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
-    """LoRA at r = 16 with the rivals at the first size; the rivals at the others; the controls, size by size."""
-    rivals, controls = ([[Group(size, name) for name in arms] for size in sizes] for arms in (RIVALS, CONTROLS))
-    first, *later = rivals
-    return [[Group(WHOLE, "lora"), *first], *later, [Group(WHOLE, "balanced")], *controls]
+def core_blocks(task: Task = GSM8K_ANSWERS, sizes: Sequence[float] = CORE_SIZES) -> list[list[Group]]:
+    """LoRA at r = 16 with the rivals at the first size; the rivals at the others; for the first task the controls, size
+    by size."""
+    first, *later = ([Group(size, name) for name in task.rivals] for size in sizes)
+    blocks = [[Group(WHOLE, "lora"), *first], *later]
+    if task == GSM8K_ANSWERS:
+        blocks += [[Group(WHOLE, "balanced")], *([Group(size, name) for name in CONTROLS] for size in sizes)]
+    return blocks
 
 
-def core_groups(sizes: Sequence[float] = CORE_SIZES) -> list[Group]:
+def core_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
     """All of `core_blocks`."""
-    return [group for block in core_blocks(sizes) for group in block]
+    return [group for block in core_blocks(task) for group in block]
 
 
-def extra_groups() -> list[Group]:
-    """By priority, for the time that is left."""
+def extra_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
+    """By priority, for the time that is left; none but for the first task."""
+    if task != GSM8K_ANSWERS:
+        return []
     variants = [*(Group(WHOLE, name) for name in PARTS), *(Group(0.25, name) for name in EXTRAS)]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
     return [*variants, *sizes]

@@ -25,12 +25,8 @@ from typing import Any
 import torch
 from plain import cut_plain, make_plain, with_cuts
 from protocol import (
-    BASE,
     CONFIG,
     EVAL_BATCH,
-    GSM8K,
-    MAX_TOKENS,
-    ROOT,
     TEST,
     TUNING,
     WHOLE,
@@ -38,8 +34,8 @@ from protocol import (
     Group,
     Protocol,
     R,
-    dataset,
 )
+from tasks import BASE, ROOT
 
 from sora_llm.backbone import load_backbone, load_tokenizer
 from sora_llm.base_spec import DTYPES
@@ -77,15 +73,17 @@ NUM_POINTS = 10
 
 
 def split(protocol: Protocol, folder: Path) -> None:
-    """Write train.jsonl, tuning.jsonl and test.jsonl: disjoint rows of GSM8K of at most MAX_TOKENS tokens, shuffled
-    once and for all.  The rows of a smaller protocol are the first of a larger one's."""
-    assert protocol.num_train <= 3000 and protocol.num_tuning <= 300, "parts would overlap"
+    """Write train.jsonl, tuning.jsonl and test.jsonl: disjoint rows of the protocol's task.  The rows of a smaller
+    protocol are the first of a larger one's."""
+    task = protocol.task
+    assert protocol.num_train <= task.num_train and protocol.num_tuning <= task.num_tuning, "parts would overlap"
     spec = backbone_spec(load_config(ROOT / CONFIG, [f"model.name_or_path={BASE}"]), "none")
-    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
-    tokens = load_tokenizer(spec)([row["question"] + row["answer"] for row in rows])["input_ids"]
-    short = [row for row, ids in zip(rows, tokens, strict=True) if len(ids) < MAX_TOKENS]  # and the end of the answer
+    rows, texts = zip(*task.rows(), strict=True)
+    tokens = load_tokenizer(spec)(list(texts))["input_ids"]
+    short = [row for row, ids in zip(rows, tokens, strict=True) if len(ids) < task.max_tokens]  # and the answer's end
     random.Random(0).shuffle(short)
-    starts = {"train": (0, protocol.num_train), TUNING: (3000, protocol.num_tuning), TEST: (3300, protocol.num_test)}
+    tuning, test = task.num_train, task.num_train + task.num_tuning
+    starts = {"train": (0, protocol.num_train), TUNING: (tuning, protocol.num_tuning), TEST: (test, protocol.num_test)}
     for name, (start, count) in starts.items():
         part = short[start : start + count]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -106,7 +104,7 @@ class Runner:
             config = self.config(Cell(Group(WHOLE, "lora"), protocol.rates[0], 0, TUNING, protocol))
             self.inputs = check_inputs(config, "none")
             self.data = load_data(config, self.inputs, ALONE)
-            test_rows = dataset_spec(Dataset(**dataset(folder / f"{TEST}.jsonl")))
+            test_rows = dataset_spec(Dataset(**protocol.task.dataset(folder / f"{TEST}.jsonl")))
             assert self.data.dev is not None
             self.rows = {TUNING: self.data.dev, TEST: prepare_rows(config, self.inputs, [test_rows], ALONE)[0]}
             self.accelerator = make_accelerator("none", ALONE)

@@ -17,8 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from protocol import BASE, CONFIG, ROOT, TUNING, Cell, Group, Protocol
+from protocol import CONFIG, TUNING, Cell, Group, Protocol
 from runner import NUM_POINTS, Runner, split
+from tasks import BASE, ROOT
 
 SMALL: dict[str, Any] = {"rows_per_step": 4, "num_train": 400, "num_tuning": 24, "num_test": 8}
 

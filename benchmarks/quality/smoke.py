@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import HERE, missing_data, work_off
+from grid import missing_data, work_off
 from protocol import Group, Protocol, Queue, read_lines
+from tasks import HERE
 
 SMALL = Protocol(
     steps=20,

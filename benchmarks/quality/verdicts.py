@@ -1,9 +1,9 @@
 """What the runs say: tables, plots and the verdicts on the hypotheses of README.md.
 
-    python benchmarks/quality/verdicts.py [--runs FILE] [--speed FILE] [--out FOLDER]
+    python benchmarks/quality/verdicts.py [--task NAME] [--runs FILE] [--speed FILE] [--out FOLDER]
 
-Writes results.md, recovery.png and tuning.png beside this file (or into --out) and prints results.md.  Hypotheses whose
-runs are not all there yet are said to be open.
+Writes results.md, recovery.png and tuning.png into the folder of the task (or into --out) and prints results.md.
+Hypotheses whose runs are not all there yet are said to be open.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from protocol import (
 )
 from speed import speed_pairs, speed_section
 from statistics_of_pairs import LEVEL, bootstrap_interval, holm, sign_flip_p
+from tasks import GSM8K_ANSWERS, HERE, RIVALS, TASKS, Task
 
-HERE = Path(__file__).resolve().parent
 MARGIN = 0.02
 """Of the gap between the base and LoRA at r = 16: what is not inferior."""
 LORA, BALANCED = Group(WHOLE, "lora"), Group(WHOLE, "balanced")
@@ -43,28 +43,31 @@ LORA, BALANCED = Group(WHOLE, "lora"), Group(WHOLE, "balanced")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=HERE / "runs.jsonl")
+    parser.add_argument("--task", choices=TASKS, default=GSM8K_ANSWERS.name)
+    parser.add_argument("--runs", type=Path, help="default runs.jsonl in the folder of the task")
     parser.add_argument("--speed", type=Path, default=HERE / "speed.jsonl")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, help="default the folder of the task")
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     arguments = parser.parse_args()
-    lines = read_lines(arguments.runs)
+    task = TASKS[arguments.task]
+    runs, out = arguments.runs or task.folder / "runs.jsonl", arguments.out or task.folder
+    lines = read_lines(runs)
     if not lines:
-        print(f"verdicts.py: there are no runs in {arguments.runs}; make some with grid.py", file=sys.stderr)
+        print(f"verdicts.py: there are no runs in {runs}; make some with grid.py", file=sys.stderr)
         return 2
-    found = Found(Queue(Protocol(steps=arguments.steps), [core_groups(), extra_groups()]), lines)
+    found = Found(Queue(Protocol.of(task, arguments.steps), [core_groups(task), extra_groups(task)]), lines)
     if not found.seeds_of(LORA):
         print(
-            f"verdicts.py: {arguments.runs} has no test run of LoRA at r = 16 in {arguments.steps} steps, which all "
+            f"verdicts.py: {runs} has no test run of LoRA at r = 16 in {arguments.steps} steps, which all "
             "others are measured by; go on with grid.py",
             file=sys.stderr,
         )
         return 2
-    text = results(found, arguments.runs, arguments.speed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.md").write_text(text)
-    draw_recovery(found, arguments.out / "recovery.png")
-    draw_tuning(found, arguments.out / "tuning.png")
+    text = results(found, runs, arguments.speed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.md").write_text(text)
+    draw_recovery(found, out / "recovery.png")
+    draw_tuning(found, out / "tuning.png")
     print(text, end="")
     return 0
 
@@ -130,14 +133,16 @@ class Hypothesis:
     margin: float = 0.0
 
 
-def hypotheses() -> list[Hypothesis]:
-    """H1 to H3 of README.md, the family that is corrected together."""
+def hypotheses(task: Task = GSM8K_ANSWERS) -> list[Hypothesis]:
+    """H1 to H3 of README.md, those of a task being a family that is corrected together."""
     found = [
         Hypothesis("H1", f"not inferior to LoRA at r = 16 (margin {MARGIN:.0%} of the gap)", 0.70, (LORA,), MARGIN)
     ]
     for size in CORE_SIZES:
         uniform, svd, svd4 = (Group(size, arm) for arm in ("uniform", "svd", "svd4"))
         found.append(Hypothesis(f"H2 at {size:.0%}", "better than LoRA of its size", size, (uniform,)))
+        if task.rivals != RIVALS:
+            continue
         found.append(Hypothesis(f"H3 at {size:.0%}", "better than either SVD arm", size, (svd, svd4)))
     return found
 
@@ -145,7 +150,8 @@ def hypotheses() -> list[Hypothesis]:
 def verdict_table(found: Found) -> str:
     """A row per hypothesis: p of the family, or why nothing is decided."""
     better, worse, reasons = {}, {}, {}
-    for h in hypotheses():
+    asked = hypotheses(found.queue.protocol.task)
+    for h in asked:
         own = Group(h.size, "sora")
         reasons[h.name] = found.undecidable([own, *h.rivals])
         better[h.name] = worse[h.name] = 1.0
@@ -157,7 +163,7 @@ def verdict_table(found: Found) -> str:
             worse[h.name] = min(1.0, len(shifted) * min(sign_flip_p([-d for d in pairs]) for pairs in shifted))
     adjusted, opposite = holm(better), holm(worse)
     rows = ["| | SoRA is | against | p | p, Holm | verdict |", "|---|---|---|---|---|---|"]
-    for h in hypotheses():
+    for h in asked:
         shown = [h.name, h.says, ", ".join(map(str, h.rivals))]
         if reason := reasons[h.name]:
             rows.append(f"| {' | '.join(shown)} | | | {reason} |")
@@ -199,18 +205,22 @@ def difference_table(found: Found) -> str:
 def results(found: Found, runs_file: Path, speed_file: Path) -> str:
     """results.md."""
     protocol = found.queue.protocol
+    task, is_first = protocol.task, protocol.task == GSM8K_ANSWERS
     made = [line for line in found.lines.values() if line["protocol"] == protocol.fields]
     devices = Counter(line["device"] for line in made)
     origin = Counter(f"{line['sources']}" for line in made)
-    failed = [line for file in (runs_file, speed_file) for line in read_all(file) if "failed" in line]
+    failed = [
+        line for file in (runs_file, *([speed_file] if is_first else [])) for line in read_all(file) if "failed" in line
+    ]
     parts = [
         "# Results",
-        "Written by `python benchmarks/quality/verdicts.py`; what is compared and how: [README.md](README.md). "
+        f"Written by `python benchmarks/quality/verdicts.py{'' if is_first else f' --task {task.name}'}`; what is "
+        f"compared and how: [README.md]({'' if is_first else '../'}README.md). "
         f"{len(made)} runs of {protocol.steps} steps ({listed(devices)}; sources {listed(origin)}). Base: test "
         f"loss {found.base_loss:.4f}; the gap to LoRA at r = 16 is {found.gap:.4f} nats.",
         "## Verdicts",
         verdict_table(found),
-        speed_section(speed_file, speed_pairs(found.queue, found.lines)),
+        speed_section(speed_file, speed_pairs(found.queue, found.lines)) if is_first else "",
         "## Paired differences",
         difference_table(found),
         "A difference below 0 is in favour of the arm named first. p is one-sided, of the exact paired sign-flip test, "
