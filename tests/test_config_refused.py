@@ -53,6 +53,15 @@ BAD_OVERRIDES = [
     ("data.datasets.0.columns=[a]", "it must be a mapping of names to text"),
     ("data.datasets.0.columns={1: a}", "it must be a mapping of names to text"),
     ("output.report_to=none", "it must be a list ([] for none), each entry one of tensorboard, wandb"),
+    # values of other trainers
+    ("data.datasets.0.type=chat_template", "custom (write messages, or sharegpt for turns of from and value;"),
+    ("data.datasets.0.type=chat_template.default", "(write messages, or"),
+    ("data.val_set_size=0", "(null holds out no rows)"),
+    ("train.max_steps=-1", "(null if train.num_train_epochs is set)"),
+    ("output.report_to=wandb", "(write [wandb])"),
+    ("evaluation.eval_steps=0.1", "(a number of steps, not a share of the run)"),
+    ("train.max_steps=-2", "it must be an integer >= 1 or null."),
+    ("sora.exclude_modules=[q_proj]", "sora.target_modules names what gets an adapter"),
     ("output.report_to=[comet]", "one of tensorboard, wandb"),
     # choices
     ("model.dtype=int8", "it must be one of bfloat16, float16, float32"),

@@ -62,20 +62,31 @@ def test_a_resumed_run_may_change_where_it_runs_and_what_it_logs(load, override)
     ],
 )
 def test_a_resumed_run_may_not_change_what_it_computes(load, override):
-    assert conflicts(load, override) == [override.split("=")[0]]
+    (conflict,) = conflicts(load, override)
+    key, _, value = override.partition("=")
+    assert conflict.startswith(f"{key} (") and conflict.endswith(" here)")
+    assert value in conflict.rpartition(" there, ")[2]
+
+
+def test_the_values_of_a_key_that_must_not_change_are_named(load):
+    assert conflicts(load, "train.max_steps=11") == ["train.max_steps (10 there, 11 here)"]
+    assert "data.datasets.0.columns.output (nothing there, 'reply' here)" in conflicts(
+        load, "data.datasets.0.columns={output: reply}"
+    )
 
 
 @pytest.mark.parametrize("override", ["replica=node", "outer_momentum=0.5", "outer_learning_rate=0.5"])
 def test_nor_how_its_replicas_meet(load, override):
     local = "distributed.sync_every=4"
     before, after = to_dict(load(local)), to_dict(load(local, f"distributed.{override}"))
-    assert resume_conflicts(before, after, 2, 2) == [f"distributed.{override.split('=')[0]}"]
+    (conflict,) = resume_conflicts(before, after, 2, 2)
+    assert conflict.startswith(f"distributed.{override.split('=')[0]} (")
 
 
 def test_a_resumed_run_may_not_change_when_it_stops(load):
     evaluated = to_dict(load("evaluation.eval_steps=5", "data.val_set_size=9"))
     patient = to_dict(load("evaluation.eval_steps=5", "data.val_set_size=9", "evaluation.early_stopping_patience=2"))
-    assert resume_conflicts(evaluated, patient, 1, 1) == ["evaluation.early_stopping_patience"]
+    assert resume_conflicts(evaluated, patient, 1, 1) == ["evaluation.early_stopping_patience (null there, 2 here)"]
 
 
 def test_a_resumed_run_may_split_its_batch_otherwise_as_long_as_the_product_stays(load):

@@ -161,6 +161,15 @@ def test_gates_that_cannot_get_to_0_are_warned_of(gate_lr: float, threshold: str
     assert [f"gates can move by {moves} in this run" in line for line in found] == [True] * (moves is not None)
 
 
+@pytest.mark.parametrize(("gate_lr", "is_warned"), [(0.019, True), (0.021, False)])
+def test_gates_that_need_their_gradient_to_get_to_0_are_warned_of(gate_lr: float, is_warned: bool) -> None:
+    """The prox alone moves a gate by half of 0.95 or 1.05; Adam can add all of it."""
+    constant = Train(max_steps=50, warmup_ratio=0.0, lr_scheduler_type="constant")
+    plan = planned(50, constant, sparse_lambda=0.5, threshold="decoupled", gate_lr=gate_lr, consensus_at=1.0)
+    assert not said(plan, "none can get from 1 to 0")
+    assert bool(said(plan, "the gates' learning rate adds up to 0.95")) == is_warned
+
+
 def test_a_run_without_a_penalty_does_not_say_that_it_prunes() -> None:
     plan = planned(50, sparse_lambda=0.0, consensus_at=1.0, gate_lr=1e-30)
     assert pruning_in_words(plan.stages[0]) == "pruning in no step (λ is 0)"

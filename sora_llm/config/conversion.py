@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sora_llm.config.names import ALIASES, NO_EQUIVALENT, SPELLINGS
+from sora_llm.config.names import ALIASES, NO_EQUIVALENT, SPELLINGS, value_elsewhere
 from sora_llm.config.origin import Origin, names_of, show
 from sora_llm.config.schema import Config, Dataset
 from sora_llm.errors import UserError
@@ -48,7 +48,11 @@ def section_of(cls: type[T], tree: Any, key: str, origin: Origin) -> T:
                 allowed = allowed.replace("text", "text with something in it")
                 raise UserError(f"{inner} is an empty text {origin.of(inner)}; it must be {allowed}.") from None
             quotes = "" if isinstance(value, str | list | dict) or "text" not in allowed else " (put it in quotes)"
-            raise UserError(f"{inner} is {show(value)} {origin.of(inner)}; it must be {allowed}{quotes}.") from None
+            meant = value_elsewhere(inner, value)
+            instead = f" ({meant})" if meant else ""
+            raise UserError(
+                f"{inner} is {show(value)} {origin.of(inner)}; it must be {allowed}{quotes}{instead}."
+            ) from None
     return cls(**values)
 
 

@@ -1,4 +1,8 @@
-"""Names from other trainers, and their equivalents here."""
+"""Names and values from other trainers, and their equivalents here."""
+
+from __future__ import annotations
+
+from typing import Any
 
 # Names that people know from elsewhere: our key → the names accepted for it in its section.
 NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
@@ -6,11 +10,12 @@ NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "model.dtype": ("torch_dtype",),
     "model.adapter": ("lora_model_dir", "adapter_name_or_path"),
     "model.attn_implementation": ("attention", "attn_impl", "_attn_implementation"),
-    "sora.r": ("lora_r", "lora_rank", "rank"),
+    "sora.r": ("lora_r", "lora_rank", "rank", "init_r"),
     "sora.lora_alpha": ("alpha",),
     "sora.lora_dropout": ("dropout",),
     "sora.target_modules": ("lora_target_modules", "lora_target"),
     "sora.sparse_lambda": ("lambda", "lambda_"),
+    "sora.target_rank": ("target_r",),
     "data.sequence_len": ("cutoff_len", "max_length", "max_seq_length", "max_seq_len"),
     "data.sample_packing": ("packing",),
     "data.chat_template": ("template",),
@@ -73,7 +78,9 @@ NO_EQUIVALENT = {
     "optimizer": "leave it out; the optimizer is always AdamW with the proximal step",
     "bf16": "set model.dtype: bfloat16, or leave it out if it is false",
     "fp16": "set model.dtype: float16, or leave it out if it is false",
-    "eval_sample_packing": "leave it out; dev rows are measured unpacked, which changes no loss",
+    **dict.fromkeys(
+        ("eval_sample_packing", "eval_packing"), "leave it out; dev rows are measured unpacked, which changes no loss"
+    ),
     "use_peft": "leave it out; training always produces SoRA adapters",
     "strict": "leave it out; a key that is not ours always ends the run",
     "xformers_attention": "set model.attn_implementation",
@@ -89,14 +96,37 @@ NO_EQUIVALENT = {
     "use_dora": "leave it out; adapters are plain LoRA",
     "init_lora_weights": "leave it out; B starts at 0",
     "rank_pattern": "leave it out; ranks are found, sora.budgets gives modules budgets of their own",
-    "layers_to_transform": "leave it out; sora.target_modules takes ends of module names",
+    "alpha_pattern": "leave it out; every module has the scale lora_alpha / r",
+    **dict.fromkeys(
+        ("layers_to_transform", "exclude_modules"),
+        "leave it out; sora.target_modules names what gets an adapter, by the ends of module names",
+    ),
+    "tinit": "set sora.dense_ratio, the share of the steps before pruning begins",
+    "tfinal": "set sora.consensus_at, the share of the steps after which pruning has ended",
+    **dict.fromkeys(
+        ("deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+        "leave it out; gates are pruned in every step between sora.dense_ratio and sora.consensus_at",
+    ),
+    **dict.fromkeys(
+        ("loraplus_lr_ratio", "loraplus_lr_embedding"), "leave it out; A and B have the same learning rate"
+    ),
+    "cosine_min_lr_ratio": "leave it out; a cosine schedule ends at 0",
+    "lr_scheduler_kwargs": "leave it out; train.lr_scheduler_type and the warm-up are all that there is to set",
+    "rope_scaling": "leave it out; the base's config.json says it",
+    "tokenizer_name": "leave it out; the tokenizer is the base's own",
+    "shuffle": "leave it out; rows are shuffled by train.seed",
+    "padding_free": "set data.sample_packing",
+    "logging_dir": "leave it out; trackers write to output.output_dir",
+    "hub_strategy": "leave it out; output.push_to_hub uploads the verified adapter at the end",
     "assistant_only_loss": "leave it out; only answers are trained on unless data.train_on_inputs is true",
     "completion_only_loss": "leave it out; only answers are trained on unless data.train_on_inputs is true",
     "load_best_model_at_end": "set evaluation.early_stopping_patience, under which the adapter is the best one's",
     "metric_for_best_model": "leave it out; it is the dev loss",
     "neftune_noise_alpha": "leave it out; no noise is added to embeddings",
-    "use_liger_kernel": "set train.torch_compile, which fuses norms, rotary embedding and activations too",
-    "enable_liger_kernel": "set train.torch_compile, which fuses norms, rotary embedding and activations too",
+    **dict.fromkeys(
+        ("use_liger_kernel", "enable_liger_kernel", "liger_kernel"),
+        "set train.torch_compile, which fuses norms, rotary embedding and activations too",
+    ),
     **dict.fromkeys(
         ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
         "leave it out; the loss never holds all logits anyway, where the model allows that",
@@ -109,7 +139,8 @@ NO_EQUIVALENT = {
     "dataloader_num_workers": "leave it out; rows are tokenised before training, in data.num_proc processes",
     "dataset_num_proc": "set data.num_proc",
     "bits": "set quantization.load_in_4bit or load_in_8bit",
-    "wandb_project": "set output.report_to: [wandb], alone, and the environment variable WANDB_PROJECT",
+    "wandb_project": "leave it out if it is empty, else set output.report_to: [wandb] and the environment variable "
+    "WANDB_PROJECT",
     "run_name": "leave it out; trackers take the name of output.output_dir",
     **dict.fromkeys(
         ("subset", "dataset_config", "dataset_config_name", "config_name"), "set name: … of the data set, a hub's"
@@ -130,6 +161,35 @@ NO_EQUIVALENT = {
     "validation_file": "set data.val_datasets",
     "ds_type": "leave it out; a file's name says its format",
 }
+
+# Values from elsewhere that are none here: our key → {value: what to write instead}.
+_MESSAGES = "write messages, or sharegpt for turns of from and value; data.chat_template says how they are rendered"
+VALUES_ELSEWHERE: dict[str, dict[Any, str]] = {
+    "data.datasets.type": {
+        **dict.fromkeys(("chat_template", "chatml", "openai", "chat", "conversational"), _MESSAGES),
+        **dict.fromkeys(("alpaca_chat", "alpaca_instruct", "instruct", "alpaca_w_system"), "write alpaca"),
+        **dict.fromkeys(("text", "pretrain", "pretraining"), "write completion"),
+        "input_output": "write prompt_completion",
+    },
+    "data.val_set_size": {0: "null holds out no rows"},
+    "train.max_steps": {-1: "null if train.num_train_epochs is set"},
+    "train.num_train_epochs": {-1: "null if train.max_steps is set"},
+    "output.report_to": {"none": "write []", **{name: f"write [{name}]" for name in ("wandb", "tensorboard")}},
+    "output.save_total_limit": {0: "null keeps all"},
+    "train.lr_scheduler_type": {"cosine_with_min_lr": "cosine ends at 0"},
+}
+
+
+def value_elsewhere(key: str, value: Any) -> str | None:
+    """What to write instead of a value that has a meaning in other trainers; None if it has none that is known."""
+    named = ".".join(part for part in key.replace("val_datasets", "datasets").split(".") if not part.isdigit())
+    if named in ("evaluation.eval_steps", "output.save_steps", "output.logging_steps"):
+        return "a number of steps, not a share of the run" if isinstance(value, float) and 0 < value < 1 else None
+    if named == "data.datasets.type" and isinstance(value, str):
+        value = value.partition(".")[0].partition(":")[0]  # axolotl's chat_template.default
+    known = VALUES_ELSEWHERE.get(named, {})
+    return known.get(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
 
 SPELLINGS = {  # other spellings of a choice
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sora_llm.config.origin import show
 from sora_llm.config.schema import Config, Dataset
-from sora_llm.config.writing import differing_keys, plain, to_dict
+from sora_llm.config.writing import differing_keys, flattened, plain, to_dict
 
 CHANGES_NO_ROW = ("sample_packing", "max_bad_row_fraction", "num_proc", "cache_dir")
 """Keys of data that change neither the rows nor which are held out (a data set's weight does not either)."""
@@ -32,11 +33,12 @@ def resume_conflicts(
     old: dict[str, Any], new: dict[str, Any], num_processes_old: int, num_processes_new: int
 ) -> list[str]:
     """Why a checkpoint made under the config `old` cannot be resumed under `new`: the keys that differ but must not,
-    and a sentence if the rows per optimizer step changed.  Empty if it can.  Both are mappings from `to_dict`; `old`
-    may come from an earlier version, and keys that it lacks take their defaults."""
+    with both values, and a sentence if the rows per optimizer step changed.  Empty if it can.  Both are mappings from
+    `to_dict`; `old` may come from an earlier version, and keys that it lacks take their defaults."""
     old = _with_defaults(old)
+    values_old, values_new = flattened(old), flattened(new)
     conflicts = [
-        key
+        f"{key} ({_shown(key, values_old)} there, {_shown(key, values_new)} here)"
         for key in differing_keys(old, new)
         if key not in BATCH_KEYS and (key.startswith(FIXED_ON_RESUME) or not key.startswith(FREE_ON_RESUME))
     ]
@@ -48,6 +50,10 @@ def resume_conflicts(
             "keep batch size × accumulation steps × processes the same"
         )
     return conflicts
+
+
+def _shown(key: str, values: dict[str, Any]) -> str:
+    return show(values[key]) if key in values else "nothing"
 
 
 def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:

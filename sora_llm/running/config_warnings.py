@@ -106,11 +106,16 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
     lambdas = [LAMBDA_MAX if stage.sparse_lambda is None else stage.sparse_lambda for stage in plan.stages]
     # Adam moves a gate, and then the prox; a stage continues from the gates of the one before.
     reach = sum((1 + each) * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
-    if reach < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
-        yield (
-            f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0; train longer, or raise "
-            "sora.gate_lr"
-        )
+    travel = sum(stage.gate_travel for stage in plan.stages)
+    if travel < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
+        if reach < 1:
+            what = f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0"
+        else:
+            what = (
+                f"the gates' learning rate adds up to {travel:.2f} over the steps that prune, so only gates whose "
+                "gradient also pushes them there can get from 1 to 0"
+            )
+        yield f"{what}; train longer, or raise sora.gate_lr"
     highest = max(stage.sparse_lambda or 0.0 for stage in plan.stages)
     if sora.threshold == "decoupled" and highest >= 1:
         yield f"λ is {highest:g}; from 1 upwards the decoupled threshold shrinks every gate regardless of its gradient"
