@@ -20,7 +20,11 @@ from sora_llm.topology import World, resolve_strategy
 
 HARDWARE = {
     "tflops": ("flops", 1e12, "bf16 peak of a GPU, TFLOP/s"),
-    "utilisation": ("utilisation", 1.0, "share of it that a step reaches"),
+    "utilisation": (
+        "utilisation",
+        1.0,
+        "share of it that a step reaches; one H200 reached 0.22 with configs/llama7b.yaml, see benchmarks/gpu.md",
+    ),
     "gpus-per-node": ("gpus_per_node", 1, "GPUs of a machine"),
     "inside": ("inside", 1e9, "GB/s from and to a GPU inside a machine"),
     "between": ("between", 1e9, "GB/s between machines"),
