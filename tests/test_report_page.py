@@ -293,6 +293,16 @@ def test_an_adapter_that_did_not_pass_is_an_alarm(tmp_path):
     assert "The adapter did not pass its self-check." in page.text and "Self-check not passed" in page.text
 
 
+def test_the_settings_of_the_run_are_on_its_page(tmp_path):
+    folder = MadeUpRun(tmp_path / "run").train().finish()
+    (folder / "config.yaml").write_text(
+        "sora: {r: 16, lora_alpha: 32.0, target_rank: null}\ndata: {datasets: [{path: <rows>, type: alpaca}]}\n"
+    )
+    page = opened(folder)
+    assert "r: 16, lora_alpha: 32.0" in page.text and "target_rank: " not in page.text
+    assert 'datasets: [{"path": "<rows>", "type": "alpaca"}]' in page.text
+
+
 def test_an_empty_folder_makes_a_page(tmp_path):
     page = opened(tmp_path)
     assert "unknown" in page.text and "Nothing is logged yet." in page.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -63,6 +64,7 @@ def page(record: Record, now: datetime) -> str:
         ("Data", lambda: data_section(record)),
         ("Adapter", lambda: _adapter(record)),
         ("Sample answers", lambda: _samples(record)),
+        ("Settings", lambda: _settings(record)),
         ("Environment", lambda: _environment(record)),
     ]
     body = [_head(record, now), _alarms(record), _tiles(record)]
@@ -375,6 +377,20 @@ def _samples(record: Record) -> str:
         )
         parts.append(said)
     return "".join(parts)
+
+
+def _settings(record: Record) -> str:
+    """The resolved config, a line per section; keys without a value are left out."""
+    lines = []
+    for section, values in record.config.items():
+        stated = [f"{key}: {_value(value)}" for key, value in as_mapping(values).items() if value is not None]
+        lines += [(markup.code(section), markup.code(", ".join(stated)))] if stated else []
+    return markup.facts(lines) if lines else ""
+
+
+def _value(value: Any) -> str:
+    """As in YAML's flow style, near enough to be read."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
 
 
 def _environment(record: Record) -> str:
