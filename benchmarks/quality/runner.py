@@ -114,7 +114,7 @@ class Runner:
         assert found == (protocol.num_train, protocol.num_tuning, protocol.num_test), f"rows were left out: {found}"
         self.shapes = target_shapes(config, self.inputs.skeleton)
         self.device_name = device_name(self.accelerator.device)
-        self._about = {"device": self.device_name, "sources": source_hash(), "commit": commit()}
+        self.about = {"device": self.device_name, "sources": source_hash(), "commit": commit()}
 
     def config(self, cell: Cell) -> Config:
         """The config that `python -m sora_llm.train` would be given."""
@@ -135,10 +135,10 @@ class Runner:
         finally:
             self._clear()
         finished = {"wall_seconds": round(time.perf_counter() - started, 2), "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        return {**line, **self._about, **finished}
+        return {**line, **self.about, **finished}
 
     def _run(self, cell: Cell, curve_rows: int, num_points: int) -> dict[str, Any]:
-        base_loss = self._base_loss(cell.rows)
+        base_loss = self.base_loss(cell.rows)
         budget = params_of(cell.group.size * R, sum(i + o for i, o in self.shapes.values()))
         training = self._begin(cell, budget)
         change = change_form
@@ -146,13 +146,13 @@ class Runner:
             change = functools.partial(cut_plain, cell=cell, budget=budget)
         rows = self.rows[cell.rows]
         some = rows.select(range(curve_rows))
-        curve = train(training, change, num_points, (lambda: self._loss(some)) if curve_rows else None)
+        curve = train(training, change, num_points, (lambda: self.loss(some)) if curve_rows else None)
         masters = training.engine.masters()
         with training.engine.released() as model:
             cut = cut_adapter(training, model, masters, dtype=torch.float32)
         return {
             "base_loss": base_loss,
-            "loss": self._loss(rows),
+            "loss": self.loss(rows),
             "kept_params": cut.ranks.kept_params,
             "budget_params": budget,
             "seconds": curve[-1]["seconds"],
@@ -163,31 +163,39 @@ class Runner:
 
     def _begin(self, cell: Cell, budget: int) -> Training:
         """What `sora_llm.train` holds before its first step, but for a run directory."""
-        config = self.config(cell)
-        order = training_order(config, self.inputs, self.data, rows_in_step(config, ALONE))
-        plan = make_plan(config, "none", ALONE, order.steps_in, self.shapes)
-        if cell.arm.sora is None:
-            plan = with_cuts(plan, cell)
-        nobody: Any = None  # no run directory, no one to stop it, and no other process that could die
-        job = Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=nobody, liveness=nobody)
-        sora = plan.config.sora
+        job = self.job(cell)
+        config = job.config
+        sora = config.sora
         torch.manual_seed(config.train.seed)
         targets = target_modules(config)
         inject_sora(self.model, sora.r, sora.lora_alpha, sora.lora_dropout, targets, DTYPES[sora.dtype])
         if cell.arm.sora is None:
             make_plain(self.model, cell, budget)
-        alarms = Alarms(plan.budgets, full_params(adapters(self.model)))
+        alarms = Alarms(job.plan.budgets, full_params(adapters(self.model)))
         engine = make_engine(job, self.model)
         tally = Tally.start(engine.device)
-        return Training(job, nobody, engine, tally, make_controller(job, 0), alarms, EarlyStopping(None))
+        nowhere: Any = None  # there is no run directory
+        return Training(job, nowhere, engine, tally, make_controller(job, 0), alarms, EarlyStopping(None))
 
-    def _loss(self, rows: TokenDataset) -> float:
+    def job(self, cell: Cell) -> Job:
+        """The rows of its steps and the plan of its rates."""
+        config = self.config(cell)
+        order = training_order(config, self.inputs, self.data, rows_in_step(config, ALONE))
+        plan = make_plan(config, "none", ALONE, order.steps_in, self.shapes)
+        if cell.arm.sora is None:
+            plan = with_cuts(plan, cell)
+        nobody: Any = None  # no one to stop it, and no other process that could die
+        return Job(self.inputs, plan, ALONE, self.accelerator, self.data, order, {}, stop=nobody, liveness=nobody)
+
+    def loss(self, rows: TokenDataset) -> float:
+        """Of the model as it is now."""
         device = self.accelerator.device
         return evaluate(self.model, rows, self.inputs.batch, batch_size=EVAL_BATCH, world=ALONE, device=device)
 
     @functools.cache  # noqa: B019  # a runner lives as long as its process
-    def _base_loss(self, rows: str) -> float:
-        return self._loss(self.rows[rows])
+    def base_loss(self, rows: str) -> float:
+        """Of the model without an adapter, measured the first time."""
+        return self.loss(self.rows[rows])
 
     def _clear(self) -> None:
         """Leave the base, and no engine."""
