@@ -167,6 +167,7 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
             target_modules=sorted({name.rpartition(".")[2] for name in runner.shapes}),
         ),
     )
+    adalora: Any = model.base_model
     try:
         # Of PEFT 0.21 `ranknum`, the divisor of the scale, takes gradients too: it is left as it was made.
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
@@ -189,7 +190,7 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
             (loss + run.orthogonality * apart).backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), train.max_grad_norm)
             optimizer.step()
-            model.base_model.update_and_allocate(step)
+            adalora.update_and_allocate(step)
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
         kept = {
@@ -197,13 +198,13 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
             for name, p in parameters.items()
             if "lora_E" in name
         }
-        loss = runner.loss(runner.rows[run.rows])
+        final_loss = runner.loss(runner.rows[run.rows])
     finally:
         model.unload()
     costs = {name: sum(shape) for name, shape in runner.shapes.items()}
     return {
         "base_loss": base_loss,
-        "loss": loss,
+        "loss": final_loss,
         "train_losses": [round(one, 4) for one in losses[::12]],
         "kept_ranks": sum(kept.values()),
         "kept_params": sum(rank * costs[name] for name, rank in kept.items()),
