@@ -113,6 +113,16 @@ def test_no_page_ends_in_a_traceback_where_it_cannot_be_printed(arguments):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be printed" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--gpu", "--gpus-per-node"), ("--utilization", "--utilisation"), ("--zzz", None)]
+)
+def test_an_unknown_option_is_never_taken_for_another(capsys, option, meant):
+    assert cli.main(["estimate", CONFIG, option, "4"]) == 2
+    error = capsys.readouterr().err
+    assert f"unrecognized arguments: {option} 4" in error and error.count("\n") == 1
+    assert (f"did you mean {meant}?" in error) if meant else ("did you mean" not in error)
+
+
 def test_an_unknown_command_is_bad_input(capsys):
     assert cli.main(["trian"]) == cli.main(["xyz"]) == 2
     error = capsys.readouterr().err

@@ -51,6 +51,17 @@ def test_any_lora_is_measured_on_any_data_set(stories, lora, rows, capsys):
     assert found["rows"] == 3
 
 
+def test_the_first_rows_alone_are_measured_where_that_is_asked_for(lora, rows, tmp_path, capsys):
+    head = tmp_path / "head.jsonl"
+    head.write_text("".join(rows.read_text().splitlines(keepends=True)[:2]))
+    whole = evaluated(capsys, lora, "--data", head, *FORM)
+    found = evaluated(capsys, lora, "--data", rows, *FORM, "--max-rows", 2)
+    assert found.pop("rows_in_all") == 3 and found == whole
+    assert evaluated(capsys, lora, "--data", head, *FORM, "--max-rows", 3) == whole
+    assert cli.main(["evaluate", str(lora), "--data", str(rows), *FORM, "--max-rows", "2"]) == 0
+    assert "the first 2 of 3 rows" in capsys.readouterr().out
+
+
 def test_a_run_is_measured_with_its_adapter_on_its_rows_or_others(stories, lora, rows, tmp_path, capsys):
     expected = reference(stories, lora)
     own = {"path": str(rows), "type": "prompt_completion", "columns": {"prompt": "q", "completion": "a"}}
@@ -285,6 +296,7 @@ def test_a_lora_from_elsewhere_is_spoken_to_through_what_it_brings(stories, lora
             ["--data", "{rows}", "--type", "completion", "--chat-template", "vicuna"],
             "type completion are measured without",
         ),
+        (["--data", "{rows}", *FORM, "--max-rows", "0"], "--max-rows is 0; it must be at least 1"),
         (["--data", "{rows}"], "say what its rows are with --type"),
         (["--type", "alpaca"], "describe the data set that --data names"),
         (["--name", "main"], "describe the data set that --data names"),

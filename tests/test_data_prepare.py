@@ -210,6 +210,8 @@ def test_the_list_of_bad_rows_is_bounded_and_their_count_is_not(prepared, tmp_pa
     spec = DatasetSpec(str(tmp_path / "b.jsonl"), "completion")
     _, report = run([spec], byte_tokenizer(), cache_dir=tmp_path, max_bad_row_fraction=1.0)
     assert report.num_bad_rows == 80 and len(report.bad_rows) == 20
+    with pytest.raises(UserError, match=r"\.\.\. \(sora-llm preprocess CONFIG data.max_bad_row_fraction=1 counts them"):
+        run([spec], byte_tokenizer(), cache_dir=tmp_path)
     assert sorted(report.bad_reasons.values()) == [30, 50], "columns in a message do not make it another reason"
 
 

@@ -13,6 +13,7 @@ from sora_llm.arguments import Parser
 from sora_llm.commands.common import config_parser, options_for_keys, run_command
 from sora_llm.commands.eval_data import DevRows, dev_rows
 from sora_llm.commands.eval_plan import plan_evaluation, refuse_guessed_template
+from sora_llm.commands.eval_progress import EvalProgress
 from sora_llm.commands.model_ref import add_base_arguments, load
 from sora_llm.commands.size_curve import add_size_list, curve_as_text, losses_by_size, sizes_in
 from sora_llm.config import Config
@@ -54,6 +55,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--name", help="of a hub data set that has several configurations: which one")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="measure the first N rows only, in the files' order")
     add_size_list(parser)
     return parser
 
@@ -72,6 +74,8 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
         RunFailed: a loss that is not finite.
     """
     sizes = sizes_in(arguments)
+    if arguments.max_rows is not None and arguments.max_rows < 1:
+        raise UserError(f"--max-rows is {arguments.max_rows}; it must be at least 1")
     measured = plan_evaluation(arguments)
     if sizes and measured.ref.adapter is None:
         raise UserError("--target-rank and --target-params measure an adapter cut to a size, and there is none here")
@@ -80,32 +84,44 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     if ref.config is None:
         refuse_guessed_template(arguments.config, config, inputs)
     found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
-    rows = found_rows.rows
+    rows = (
+        found_rows.rows
+        if arguments.max_rows is None
+        else found_rows.rows.select(range(len(found_rows.rows))[: arguments.max_rows])
+    )
     if measured.held_out_alike:
         found_rows.warn_of_leak()
     result: dict[str, Any] = {"base_model": ref.spec.name_or_path, "base_form": ref.spec.form}
     result |= {"rows": len(rows), "supervised_tokens": rows.num_supervised, "not_as_written": outcomes_of(found_rows)}
+    if len(rows) < len(found_rows.rows):
+        result["rows_in_all"] = len(found_rows.rows)
     if sizes:
-        return result | losses_by_size(ref, sizes, lambda model: loss_of(model, rows, inputs, config))
+        return result | losses_by_size(ref, sizes, lambda model, name: loss_of(model, name, rows, inputs, config))
     loaded = load(ref)
     with loaded.as_base():
         is_alone = ref.is_whole_model and ref.adapter is None
-        result["model" if is_alone else "base"] = loss_of(loaded.model, rows, inputs, config)
+        name = "model" if is_alone else "base"
+        result[name] = loss_of(loaded.model, name, rows, inputs, config)
     if ref.adapter is not None:
-        result["adapter"] = loss_of(loaded.model, rows, inputs, config)
+        result["adapter"] = loss_of(loaded.model, "adapter", rows, inputs, config)
     return result
 
 
-def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
-    """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed if it is not finite."""
+def loss_of(model: nn.Module, name: str, rows: TokenDataset, inputs: Inputs, config: Config) -> dict[str, float]:
+    """Loss in nats per supervised token and perplexity of `model` over `rows`; RunFailed if it is not finite.  Progress
+    calls it by its `name`."""
+    batch_size = config.evaluation.per_device_eval_batch_size
+    progress = EvalProgress(name, rows, batch_size)
     loss = evaluate(
         model,
         rows,
         inputs.batch,
-        batch_size=config.evaluation.per_device_eval_batch_size,
+        batch_size=batch_size,
         world=ALONE,
         device=next(model.parameters()).device,
+        before_batch=progress,
     )
+    progress.end()
     if not math.isfinite(loss):
         raise RunFailed(
             f"the loss is {loss}: base or adapter have values that are not finite, or too large for their dtype"
@@ -115,8 +131,11 @@ def loss_of(model: nn.Module, rows: TokenDataset, inputs: Inputs, config: Config
 
 def as_text(result: dict[str, Any]) -> str:
     """The result as text for a terminal."""
+    rows = f"{result['rows']:,}"
+    if "rows_in_all" in result:
+        rows = f"the first {rows} of {result['rows_in_all']:,}"
     lines = [
-        f"{result['base_model']} ({result['base_form']}), {result['rows']:,} rows, "
+        f"{result['base_model']} ({result['base_form']}), {rows} rows, "
         f"{result['supervised_tokens']:,} supervised tokens"
     ]
     lines += [f"of the rows of the files: {'; '.join(said)}"] if (said := result["not_as_written"]) else []

@@ -40,9 +40,10 @@ def sizes_in(arguments: argparse.Namespace) -> list[Size]:
 
 
 def losses_by_size(
-    ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module], Mapping[str, float]]
+    ref: ModelRef, sizes: Sequence[Size], loss_of: Callable[[nn.Module, str], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """What `loss_of` finds for the base, for the adapter of `ref` on it, and for the adapter cut to each of `sizes`.
+    """What `loss_of` (a model, its name) finds for the base, for the adapter of `ref` on it, and for the adapter cut to
+    each of `sizes`.
 
     A cut keeps the largest singular components of all modules together, as `sora-llm export --target-rank` does.
 
@@ -52,12 +53,12 @@ def losses_by_size(
     model = load_base(ref)
     whole = factors_on(model, ref)
     cuts = _cuts(whole, sizes)
-    result: dict[str, Any] = {"base": loss_of(model)}
+    result: dict[str, Any] = {"base": loss_of(model, "base")}
     with with_factors(model, whole):
-        result |= {"adapter": loss_of(model), **_size_of(whole), "cuts": []}
+        result |= {"adapter": loss_of(model, "adapter"), **_size_of(whole), "cuts": []}
     for size, (factors, report) in zip(sizes, cuts, strict=True):
         with with_factors(model, factors):
-            losses = loss_of(model)
+            losses = loss_of(model, f"cut to {_name_of(size)}")
         asked = {name: value for name, value in asdict(size).items() if value is not None}
         result["cuts"].append({**asked, **_size_of(factors), "relative_error": report.relative_error, **losses})
     return result
@@ -75,6 +76,10 @@ def _cuts(whole: PlainFactors, sizes: Sequence[Size]) -> list[tuple[PlainFactors
     return cuts
 
 
+def _name_of(size: Size) -> str:
+    return f"{size.target_params:,}" if size.target_rank is None else f"rank {size.target_rank:g}"
+
+
 def _size_of(factors: PlainFactors) -> dict[str, Any]:
     ranks, shapes = {name: A.shape[0] for name, (A, _) in factors.items()}, shapes_of(factors)
     return {"mean_rank": mean_rank(ranks, shapes), "kept_params": kept_params(ranks, shapes)}
@@ -86,8 +91,7 @@ def curve_as_text(result: Mapping[str, Any]) -> list[str]:
     whole = {key: result[key] for key in ("mean_rank", "kept_params")}
     lines = [("base", result["base"]), ("adapter", whole | result["adapter"])]
     for cut in result["cuts"]:
-        size = f"rank {cut['target_rank']:g}" if "target_rank" in cut else f"{cut['target_params']:,}"
-        lines.append((f"cut to {size}", cut))
+        lines.append((f"cut to {_name_of(Size(cut.get('target_rank'), cut.get('target_params')))}", cut))
     for name, measured in lines:
         rank, params, error = (measured.get(key) for key in ("mean_rank", "kept_params", "relative_error"))
         rows.append(

@@ -161,7 +161,9 @@ def too_long(location: str, num_tokens: int, sequence_len: int) -> UserError:
 def too_many_bad_rows(num_bad: int, num_read: int, bad_rows: Sequence[tuple[str, str]], allowed: float) -> UserError:
     """The error for more malformed rows than allowed."""
     quoted = "; ".join(f"{location}: {reason}" for location, reason in bad_rows[:_QUOTED_BAD_ROWS])
-    more = "; ..." if num_bad > _QUOTED_BAD_ROWS else ""
+    more = ""
+    if num_bad > _QUOTED_BAD_ROWS:
+        more = "; ... (sora-llm preprocess CONFIG data.max_bad_row_fraction=1 counts them by reason)"
     return UserError(
         f"{num_bad} of {num_read} rows cannot be used, more than data.max_bad_row_fraction = {allowed:g} allows: "
         f"{quoted}{more}"
