@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from grid import append, missing_data, unusable
 from protocol import TEST, TUNING, WHOLE, Cell, Group, Protocol, Queue, R, best_rate, read_lines, wanted_rates
-from statistics_of_pairs import bootstrap_interval, sign_flip_p
+from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
 
 if TYPE_CHECKING:
@@ -230,16 +230,10 @@ def table(lines: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[s
     kept, budget = [line.get("kept_params", 0) for line in runs], runs[0].get("budget_params")
     rows += ["", f"parameters {min(kept):,} to {max(kept):,}, budget of the others {budget:,}", ""]
     rows += [f"test loss {statistics.mean(own):.4f}: " + ", ".join(f"{loss:.4f}" for loss in own), ""]
-    rows += ["| pair | mean difference, nats (95 %) | better in | p |", "|---|---|---|---|"]
+    rows.append(PAIR_TABLE)
     for group in RIVALS:
         theirs = [others[cell.key].get("loss", math.inf) for cell in queue.test_cells(group, others)]
-        differences = [a - b for a, b in zip(theirs, own, strict=True)]
-        low, high = bootstrap_interval(differences)
-        wins = f"{sum(difference < 0 for difference in differences)} of {len(differences)}"
-        rows.append(
-            f"| {group} − adalora | {statistics.mean(differences):+.4f} ({low:+.4f} … {high:+.4f}) | {wins} | "
-            f"{sign_flip_p(differences):.4f} |"
-        )
+        rows.append(pair_row(f"{group} − adalora", [a - b for a, b in zip(theirs, own, strict=True)]))
     return "\n".join(rows)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from grid import append, missing_data, unusable
 from protocol import TUNING, Group, Protocol, Queue, read_lines
-from statistics_of_pairs import bootstrap_interval, sign_flip_p
+from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
 
 SIZE = 0.25
@@ -69,15 +69,10 @@ def table(queue: Queue, lines: Mapping[str, Mapping[str, Any]]) -> str:
     for group, found in losses.items():
         by_seed = ", ".join(f"{loss:.4f}" for loss in found)
         rows.append(f"| {group} | {queue.tuned(group, lines)} | {statistics.mean(found):.4f} | {by_seed} |")
-    rows += ["", "| pair | mean difference (95 %) | better in | p |", "|---|---|---|---|"]
+    rows += ["", PAIR_TABLE]
     for one, other in PAIRS:
         differences = [a - b for a, b in zip(losses[one], losses[other], strict=True)]
-        low, high = bootstrap_interval(differences)
-        wins = f"{sum(difference < 0 for difference in differences)} of {len(differences)}"
-        rows.append(
-            f"| {one} − {other} | {statistics.mean(differences):+.4f} ({low:+.4f} … {high:+.4f}) | "
-            f"{wins} | {sign_flip_p(differences):.4f} |"
-        )
+        rows.append(pair_row(f"{one} − {other}", differences))
     return "\n".join(rows)
 
 

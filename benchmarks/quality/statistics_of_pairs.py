@@ -42,6 +42,17 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+PAIR_TABLE = "| pair | mean difference (95 %) | better in | p |\n|---|---|---|---|"
+
+
+def pair_row(pair: str, differences: Sequence[float]) -> str:
+    """The row of a PAIR_TABLE: below 0 is in favour of the first of `pair`."""
+    low, high = bootstrap_interval(differences)
+    wins = f"{sum(difference < 0 for difference in differences)} of {len(differences)}"
+    mean = math.fsum(differences) / len(differences)
+    return f"| {pair} | {mean:+.4f} ({low:+.4f} … {high:+.4f}) | {wins} | {sign_flip_p(differences):.4f} |"
+
+
 def bootstrap_interval(values: Sequence[float], level: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, the same every time.  Of 8 values it is somewhat too narrow."""
     generator, count = random.Random(0), len(values)
