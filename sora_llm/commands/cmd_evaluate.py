@@ -84,11 +84,9 @@ def evaluated(arguments: argparse.Namespace) -> dict[str, Any]:
     if ref.config is None:
         refuse_guessed_template(arguments.config, config, inputs)
     found_rows = dev_rows(config, inputs, measured.trained, measured.tokenizer)
-    rows = (
-        found_rows.rows
-        if arguments.max_rows is None
-        else found_rows.rows.select(range(len(found_rows.rows))[: arguments.max_rows])
-    )
+    rows = found_rows.rows
+    if arguments.max_rows is not None:
+        rows = rows.select(range(min(len(rows), arguments.max_rows)))
     if measured.held_out_alike:
         found_rows.warn_of_leak()
     result: dict[str, Any] = {"base_model": ref.spec.name_or_path, "base_form": ref.spec.form}

@@ -19,29 +19,23 @@ class EvalProgress:
     before each batch.  `what` is being measured."""
 
     def __init__(self, what: str, rows: TokenDataset, batch_size: int):
-        lengths = sorted(map(int, rows.lengths), reverse=True)
-        self._tokens_before = [
-            0,
-            *accumulate(sum(lengths[i : i + batch_size]) for i in range(0, len(lengths), batch_size)),
-        ]
-        self._what, self._batch_size, self._num_rows = what, batch_size, len(lengths)
-        self._batches = 0
+        self._tokens = [0, *accumulate(sorted(map(int, rows.lengths), reverse=True))]
+        """Of the first 0, 1, 2, … rows."""
+        self._what, self._batch_size, self._rows = what, batch_size, 0
         self._started = self._said = time.monotonic()
 
     def __call__(self) -> None:
-        tokens, total = self._tokens_before[self._batches], self._tokens_before[-1]
-        rows = min(self._batches * self._batch_size, self._num_rows)
-        self._batches += 1
+        rows, num_rows = self._rows, len(self._tokens) - 1
+        self._rows = min(rows + self._batch_size, num_rows)
         now = time.monotonic()
-        is_shown = is_terminal(sys.stderr)
-        if not tokens or now - (self._started if is_shown else self._said) < (
-            FIRST_SECONDS if is_shown else EVERY_SECONDS
-        ):
+        has_terminal = is_terminal(sys.stderr)
+        is_due = now - self._started >= FIRST_SECONDS if has_terminal else now - self._said >= EVERY_SECONDS
+        if not is_due or rows == 0:
             return
         self._said = now
-        left = (now - self._started) * (total - tokens) / tokens
-        text = f"{self._what}: {rows:,} of {self._num_rows:,} rows, {duration(left)} left"
-        if is_shown:
+        left = (now - self._started) * (self._tokens[-1] / self._tokens[rows] - 1)
+        text = f"{self._what}: {rows:,} of {num_rows:,} rows, {duration(left)} left"
+        if has_terminal:
             show_progress(text, sys.stderr)
         else:
             say(text, sys.stderr)

@@ -139,8 +139,8 @@ NO_EQUIVALENT = {
     "dataloader_num_workers": "leave it out; rows are tokenised before training, in data.num_proc processes",
     "dataset_num_proc": "set data.num_proc",
     "bits": "set quantization.load_in_4bit or load_in_8bit",
-    "wandb_project": "leave it out if it is empty, else set output.report_to: [wandb] and the environment variable "
-    "WANDB_PROJECT",
+    "wandb_project": "leave it out if it is empty, else set output.report_to: [wandb], with no other tracker, and the "
+    "environment variable WANDB_PROJECT",
     "run_name": "leave it out; trackers take the name of output.output_dir",
     **dict.fromkeys(
         ("subset", "dataset_config", "dataset_config_name", "config_name"), "set name: … of the data set, a hub's"
