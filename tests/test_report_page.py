@@ -295,7 +295,7 @@ def test_an_adapter_that_did_not_pass_is_an_alarm(tmp_path):
 
 def test_the_settings_of_the_run_are_on_its_page(tmp_path):
     sora = {"r": 16, "lora_alpha": 32.0, "target_rank": None}
-    config = {"sora": sora, "data": {"datasets": [{"path": "<rows>", "type": "alpaca"}]}}
+    config = {"sora": sora, "data": {"datasets": [{"path": "<rows>", "type": "alpaca", "split": None}]}}
     page = opened(MadeUpRun(tmp_path / "run").train().finish(), config)
     assert "r: 16, lora_alpha: 32.0" in page.text and "target_rank: " not in page.text
     assert 'datasets: [{"path": "<rows>", "type": "alpaca"}]' in page.text

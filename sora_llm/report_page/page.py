@@ -390,7 +390,15 @@ def _settings(record: Record) -> str:
 
 def _value(value: Any) -> str:
     """As in YAML's flow style, near enough to be read."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
+    if isinstance(value, str):
+        return value
+    return json.dumps(_without_nulls(value), ensure_ascii=False, skipkeys=True, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _environment(record: Record) -> str:
