@@ -60,6 +60,8 @@ BAD_OVERRIDES = [
     ("train.max_steps=-1", "(null if train.num_train_epochs is set)"),
     ("output.report_to=wandb", "(write [wandb])"),
     ("evaluation.eval_steps=0.1", "(a number of steps, not a share of the run)"),
+    ("data.datasets.0.type=input_output", "(write custom, with a function"),
+    ("train.beta2=0.95", "did you mean train.adam_beta2?"),
     ("train.max_steps=-2", "it must be an integer >= 1 or null."),
     ("sora.exclude_modules=[q_proj]", "sora.target_modules names what gets an adapter"),
     ("output.report_to=[comet]", "one of tensorboard, wandb"),

@@ -168,6 +168,8 @@ def test_gates_that_need_their_gradient_to_get_to_0_are_warned_of(gate_lr: float
     plan = planned(50, constant, sparse_lambda=0.5, threshold="decoupled", gate_lr=gate_lr, consensus_at=1.0)
     assert not said(plan, "none can get from 1 to 0")
     assert bool(said(plan, "the gates' learning rate adds up to 0.95")) == is_warned
+    plan = planned(50, constant, sparse_lambda=3.0, threshold="decoupled", gate_lr=gate_lr, consensus_at=1.0)
+    assert not said(plan, "the gates' learning rate adds up"), "the prox alone takes every gate there"
 
 
 def test_a_run_without_a_penalty_does_not_say_that_it_prunes() -> None:

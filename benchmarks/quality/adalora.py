@@ -1,8 +1,8 @@
-"""PEFT's AdaLoRA at 25 %, tuned like every other arm, beside the product's runs of `repeated.jsonl`.
+"""PEFT's AdaLoRA at 25 %, with a tuned learning rate, beside the product's runs of `repeated.jsonl`.
 
     python benchmarks/quality/adalora.py [--workers 2] [--out FILE] [--runs FILE]
 
-AdaLoRA at its fairest: as many ranks in training as SoRA (init_r = 16, scale 1) and as many at the end (target_r = 4),
+As many ranks in training as SoRA (init_r = 16, scale 1) and as many at the end (target_r = 4),
 between the same steps (10 and 40 %), masked in every step of these; the same rows in the same order, loss, schedule of
 rates, clipping and AdamW.  Two weights of its orthogonality loss, PEFT's default of 0.5 and 0.1, each with the ladder
 of learning rates; the pair with the lowest tuning loss is frozen.  Its budget counts ranks, not parameters: every line

@@ -23,7 +23,7 @@ HARDWARE = {
     "utilisation": (
         "utilisation",
         1.0,
-        "share of it that a step reaches; one H200 reached 0.22 with configs/llama7b.yaml, see benchmarks/gpu.md",
+        "share of it that a step reaches; one H200 reached at least 0.22 at 7B, see benchmarks/gpu.md",
     ),
     "gpus-per-node": ("gpus_per_node", 1, "GPUs of a machine"),
     "inside": ("inside", 1e9, "GB/s from and to a GPU inside a machine"),

@@ -55,7 +55,9 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--chat-template", metavar="NAME", help=f"{', '.join(TEMPLATES)} or a jinja file")
     parser.add_argument("--split", help="of a hub data set")
     parser.add_argument("--name", help="of a hub data set that has several configurations: which one")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="measure the first N rows only, in the files' order")
+    parser.add_argument(
+        "--max-rows", type=int, metavar="N", help="measure the first N rows only, in the files' order; all are read"
+    )
     add_size_list(parser)
     return parser
 

@@ -103,10 +103,9 @@ NO_EQUIVALENT = {
     ),
     "tinit": "set sora.dense_ratio, the share of the steps before pruning begins",
     "tfinal": "set sora.consensus_at, the share of the steps after which pruning has ended",
-    **dict.fromkeys(
-        ("deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-        "leave it out; gates are pruned in every step between sora.dense_ratio and sora.consensus_at",
-    ),
+    "deltaT": "leave it out; gates are pruned in every step between sora.dense_ratio and sora.consensus_at",
+    "orth_reg_weight": "leave it out; there is no orthogonality loss",
+    "total_step": "set train.max_steps",
     **dict.fromkeys(
         ("loraplus_lr_ratio", "loraplus_lr_embedding"), "leave it out; A and B have the same learning rate"
     ),
@@ -169,12 +168,15 @@ VALUES_ELSEWHERE: dict[str, dict[Any, str]] = {
         **dict.fromkeys(("chat_template", "chatml", "openai", "chat", "conversational"), _MESSAGES),
         **dict.fromkeys(("alpaca_chat", "alpaca_instruct", "instruct", "alpaca_w_system"), "write alpaca"),
         **dict.fromkeys(("text", "pretrain", "pretraining"), "write completion"),
-        "input_output": "write prompt_completion",
+        "input_output": "write custom, with a function that makes messages of the segments",
     },
     "data.val_set_size": {0: "null holds out no rows"},
     "train.max_steps": {-1: "null if train.num_train_epochs is set"},
     "train.num_train_epochs": {-1: "null if train.max_steps is set"},
-    "output.report_to": {"none": "write []", **{name: f"write [{name}]" for name in ("wandb", "tensorboard")}},
+    "output.report_to": {
+        "all": "write [tensorboard, wandb]",
+        **{name: f"write [{name}]" for name in ("wandb", "tensorboard")},
+    },
     "output.save_total_limit": {0: "null keeps all"},
     "train.lr_scheduler_type": {"cosine_with_min_lr": "cosine ends at 0"},
 }

@@ -107,7 +107,8 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
     # Adam moves a gate, and then the prox; a stage continues from the gates of the one before.
     reach = sum((1 + each) * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
     travel = sum(stage.gate_travel for stage in plan.stages)
-    if travel < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
+    prox_alone = sum(each * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
+    if travel < 1 and prox_alone < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
         if reach < 1:
             what = f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0"
         else:
