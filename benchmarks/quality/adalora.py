@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -130,14 +129,8 @@ def set_up(folder: Path) -> None:
 
 def run_and_write(run: Run, out: Path) -> dict[str, Any]:
     """The run's line, which is on disk when this returns."""
-    started = time.perf_counter()
-    line: dict[str, Any] = {"key": run.key, "cell": asdict(run), "protocol": PROTOCOL.fields}
-    try:
-        line |= trained(_runner, run)
-    except Exception as error:
-        line |= {"failed": f"{type(error).__name__}: {error}"}
-    finished = {"wall_seconds": round(time.perf_counter() - started, 2), "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    line |= {**_runner.about, **finished}
+    described = {"key": run.key, "cell": asdict(run), "protocol": PROTOCOL.fields}
+    line = _runner.line_of(described, lambda: trained(_runner, run))
     append(out, line)
     return line
 

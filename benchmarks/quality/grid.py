@@ -46,7 +46,6 @@ from tasks import GSM8K_ANSWERS, TASKS, Task
 if TYPE_CHECKING:
     from runner import Runner
 
-RUNS = "runs.jsonl"
 HEADROOM = 1.3
 """A cell is begun if the longest of the last runs, times this, fits into the time left."""
 LAST = 24
@@ -73,7 +72,7 @@ def main() -> int:
         return 2
     started = time.monotonic()
     task = TASKS[arguments.task]
-    out = arguments.out or task.folder / RUNS
+    out = arguments.out or task.runs
     protocol = Protocol.of(task, arguments.steps)
     blocks = core_blocks(task, arguments.sizes)
     is_complete = arguments.arms is None and tuple(arguments.sizes) == CORE_SIZES

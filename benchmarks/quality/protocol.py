@@ -98,7 +98,7 @@ class Protocol:
         """What makes the result of a cell beside the cell itself.  The first task's lines do not name it: they were
         written before there was another."""
         names = ("steps", "rows_per_step", "num_train", "num_tuning", "num_test")
-        named = {} if self.task == GSM8K_ANSWERS else {"task": self.task.name}
+        named = {} if self.task.is_first else {"task": self.task.name}
         return {**{name: getattr(self, name) for name in names}, **named}
 
 
@@ -220,7 +220,7 @@ def core_blocks(task: Task = GSM8K_ANSWERS, sizes: Sequence[float] = CORE_SIZES)
     by size."""
     first, *later = ([Group(size, name) for name in task.rivals] for size in sizes)
     blocks = [[Group(WHOLE, "lora"), *first], *later]
-    if task == GSM8K_ANSWERS:
+    if task.is_first:
         blocks += [[Group(WHOLE, "balanced")], *([Group(size, name) for name in CONTROLS] for size in sizes)]
     return blocks
 
@@ -232,7 +232,7 @@ def core_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
 
 def extra_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
     """By priority, for the time that is left; none but for the first task."""
-    if task != GSM8K_ANSWERS:
+    if not task.is_first:
         return []
     variants = [*(Group(WHOLE, name) for name in PARTS), *(Group(0.25, name) for name in EXTRAS)]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]

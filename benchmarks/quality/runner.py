@@ -18,7 +18,7 @@ import random
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,21 @@ class Runner:
     def run(self, cell: Cell, curve_rows: int = 0, num_points: int = NUM_POINTS) -> dict[str, Any]:
         """The line of a cell, also where it failed.  With `curve_rows` the points of its curve have the loss over so
         many of its rows, measured while the clock stands still."""
-        started = time.perf_counter()
-        line: dict[str, Any] = {"key": cell.key, "cell": cell.fields, "protocol": cell.protocol.fields}
+        line = {"key": cell.key, "cell": cell.fields, "protocol": cell.protocol.fields}
+        try:
+            return self.line_of(line, lambda: self._run(cell, curve_rows, num_points))
+        finally:
+            self._clear()
+
+    def line_of(self, described: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `run` finds, or why it failed, with what it was, where and when."""
+        started, line = time.perf_counter(), dict(described)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                found = self._run(cell, curve_rows, num_points)
+                found = run()
             line |= found if math.isfinite(found["loss"]) else {"failed": f"the loss is {found['loss']}"}
         except Exception as error:
             line |= {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-2000:]}
-        finally:
-            self._clear()
         finished = {"wall_seconds": round(time.perf_counter() - started, 2), "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
         return {**line, **self.about, **finished}
 

@@ -41,9 +41,19 @@ class Task:
     rivals: tuple[str, ...] = AGAIN
 
     @property
+    def is_first(self) -> bool:
+        """Whether it is the one that the whole benchmark was made for: with controls, extras and wall times."""
+        return self == GSM8K_ANSWERS
+
+    @property
     def folder(self) -> Path:
         """Where its runs and results are."""
-        return HERE if self == GSM8K_ANSWERS else HERE / self.name
+        return HERE if self.is_first else HERE / self.name
+
+    @property
+    def runs(self) -> Path:
+        """The file of its runs."""
+        return self.folder / "runs.jsonl"
 
     @property
     def needed(self) -> tuple[Path, ...]:

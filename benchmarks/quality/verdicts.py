@@ -34,7 +34,7 @@ from protocol import (
 )
 from speed import speed_pairs, speed_section
 from statistics_of_pairs import LEVEL, bootstrap_interval, holm, sign_flip_p
-from tasks import GSM8K_ANSWERS, HERE, RIVALS, TASKS, Task
+from tasks import GSM8K_ANSWERS, HERE, TASKS, Task
 
 MARGIN = 0.02
 """Of the gap between the base and LoRA at r = 16: what is not inferior."""
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
-    runs, out = arguments.runs or task.folder / "runs.jsonl", arguments.out or task.folder
+    runs, out = arguments.runs or task.runs, arguments.out or task.folder
     lines = read_lines(runs)
     if not lines:
         print(f"verdicts.py: there are no runs in {runs}; make some with grid.py", file=sys.stderr)
@@ -141,9 +141,8 @@ def hypotheses(task: Task = GSM8K_ANSWERS) -> list[Hypothesis]:
     for size in CORE_SIZES:
         uniform, svd, svd4 = (Group(size, arm) for arm in ("uniform", "svd", "svd4"))
         found.append(Hypothesis(f"H2 at {size:.0%}", "better than LoRA of its size", size, (uniform,)))
-        if task.rivals != RIVALS:
-            continue
-        found.append(Hypothesis(f"H3 at {size:.0%}", "better than either SVD arm", size, (svd, svd4)))
+        if {svd.arm, svd4.arm} <= set(task.rivals):
+            found.append(Hypothesis(f"H3 at {size:.0%}", "better than either SVD arm", size, (svd, svd4)))
     return found
 
 
@@ -205,22 +204,23 @@ def difference_table(found: Found) -> str:
 def results(found: Found, runs_file: Path, speed_file: Path) -> str:
     """results.md."""
     protocol = found.queue.protocol
-    task, is_first = protocol.task, protocol.task == GSM8K_ANSWERS
+    task = protocol.task
+    files, option, up = (
+        ((runs_file, speed_file), "", "") if task.is_first else ((runs_file,), f" --task {task.name}", "../")
+    )
     made = [line for line in found.lines.values() if line["protocol"] == protocol.fields]
     devices = Counter(line["device"] for line in made)
     origin = Counter(f"{line['sources']}" for line in made)
-    failed = [
-        line for file in (runs_file, *([speed_file] if is_first else [])) for line in read_all(file) if "failed" in line
-    ]
+    failed = [line for file in files for line in read_all(file) if "failed" in line]
     parts = [
         "# Results",
-        f"Written by `python benchmarks/quality/verdicts.py{'' if is_first else f' --task {task.name}'}`; what is "
-        f"compared and how: [README.md]({'' if is_first else '../'}README.md). "
+        f"Written by `python benchmarks/quality/verdicts.py{option}`; what is compared and how: "
+        f"[README.md]({up}README.md). "
         f"{len(made)} runs of {protocol.steps} steps ({listed(devices)}; sources {listed(origin)}). Base: test "
         f"loss {found.base_loss:.4f}; the gap to LoRA at r = 16 is {found.gap:.4f} nats.",
         "## Verdicts",
         verdict_table(found),
-        speed_section(speed_file, speed_pairs(found.queue, found.lines)) if is_first else "",
+        speed_section(speed_file, speed_pairs(found.queue, found.lines)) if task.is_first else "",
         "## Paired differences",
         difference_table(found),
         "A difference below 0 is in favour of the arm named first. p is one-sided, of the exact paired sign-flip test, "

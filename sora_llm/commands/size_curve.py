@@ -57,9 +57,9 @@ def losses_by_size(
     with with_factors(model, whole):
         result |= {"adapter": loss_of(model, "adapter"), **_size_of(whole), "cuts": []}
     for size, (factors, report) in zip(sizes, cuts, strict=True):
-        with with_factors(model, factors):
-            losses = loss_of(model, f"cut to {_name_of(size)}")
         asked = {name: value for name, value in asdict(size).items() if value is not None}
+        with with_factors(model, factors):
+            losses = loss_of(model, _name_of(asked))
         result["cuts"].append({**asked, **_size_of(factors), "relative_error": report.relative_error, **losses})
     return result
 
@@ -76,8 +76,9 @@ def _cuts(whole: PlainFactors, sizes: Sequence[Size]) -> list[tuple[PlainFactors
     return cuts
 
 
-def _name_of(size: Size) -> str:
-    return f"{size.target_params:,}" if size.target_rank is None else f"rank {size.target_rank:g}"
+def _name_of(cut: Mapping[str, Any]) -> str:
+    """By the size that was asked for."""
+    return f"cut to rank {cut['target_rank']:g}" if "target_rank" in cut else f"cut to {cut['target_params']:,}"
 
 
 def _size_of(factors: PlainFactors) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def curve_as_text(result: Mapping[str, Any]) -> list[str]:
     whole = {key: result[key] for key in ("mean_rank", "kept_params")}
     lines = [("base", result["base"]), ("adapter", whole | result["adapter"])]
     for cut in result["cuts"]:
-        lines.append((f"cut to {_name_of(Size(cut.get('target_rank'), cut.get('target_params')))}", cut))
+        lines.append((_name_of(cut), cut))
     for name, measured in lines:
         rank, params, error = (measured.get(key) for key in ("mean_rank", "kept_params", "relative_error"))
         rows.append(

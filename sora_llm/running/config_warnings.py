@@ -105,15 +105,14 @@ def _of_thresholds(plan: Plan) -> Iterator[str]:
     sora = plan.config.sora
     lambdas = [LAMBDA_MAX if stage.sparse_lambda is None else stage.sparse_lambda for stage in plan.stages]
     # Adam moves a gate, and then the prox; a stage continues from the gates of the one before.
-    reach = sum((1 + each) * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
-    travel = sum(stage.gate_travel for stage in plan.stages)
-    prox_alone = sum(each * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
-    if travel < 1 and prox_alone < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
-        if reach < 1:
-            what = f"gates can move by {reach:.2f} in this run, so none can get from 1 to 0"
+    by_adam = sum(stage.gate_travel for stage in plan.stages)
+    by_prox = sum(each * stage.gate_travel for each, stage in zip(lambdas, plan.stages, strict=True))
+    if max(by_adam, by_prox) < 1 and sora.threshold == "decoupled" and sora.sparse_lambda != 0:
+        if by_adam + by_prox < 1:
+            what = f"gates can move by {by_adam + by_prox:.2f} in this run, so none can get from 1 to 0"
         else:
             what = (
-                f"the gates' learning rate adds up to {travel:.2f} over the steps that prune, so only gates whose "
+                f"the gates' learning rate adds up to {by_adam:.2f} over the steps that prune, so only gates whose "
                 "gradient also pushes them there can get from 1 to 0"
             )
         yield f"{what}; train longer, or raise sora.gate_lr"
