@@ -19,7 +19,6 @@ from conftest import ROOT, SHARED
 QUALITY = ROOT / "benchmarks/quality"
 with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are for no other file of tests
     patch.setattr(sys, "path", [str(QUALITY), *sys.path])
-    from grid import Scheduler, append
     from protocol import (
         ARMS,
         CORE_SIZES,
@@ -39,7 +38,8 @@ with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are fo
     from speed import seconds_to, speed_pairs, speed_section
     from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p
     from verdicts import Found, difference_table, hypotheses, verdict_table
-for imported in ("grid", "protocol", "speed", "statistics_of_pairs", "tasks", "verdicts"):
+    from workers import Scheduler, append
+for imported in ("protocol", "speed", "statistics_of_pairs", "tasks", "verdicts", "workers"):
     del sys.modules[imported]
 
 FIRST = Protocol.rates

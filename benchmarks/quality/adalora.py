@@ -1,48 +1,68 @@
-"""PEFT's AdaLoRA at 25 %, with a tuned learning rate, beside the product's runs of `repeated.jsonl`.
+"""PEFT's AdaLoRA at 25 %, tuned in two settings, beside SoRA and LoRA.
 
     python benchmarks/quality/adalora.py [--workers 2] [--out FILE] [--runs FILE]
 
 As many ranks in training as SoRA (init_r = 16, scale 1) and as many at the end (target_r = 4),
 between the same steps (10 and 40 %), masked in every step of these; the same rows in the same order, loss, schedule of
-rates, clipping and AdamW.  Two weights of its orthogonality loss, PEFT's default of 0.5 and 0.1, each with the ladder
-of learning rates; the pair with the lowest tuning loss is frozen.  Its budget counts ranks, not parameters: every line
-has both.  Every run is a line of --out (default adalora.jsonl); one that is there is not made again.  Prints the
-numbers of README.md.
+rates, clipping and AdamW.  The weight of its orthogonality loss is tuned beside the learning rate: PEFT's default of
+0.5 and 0.1, and while the best is at an edge the next one beyond it, each with the ladder of learning rates; the pair
+with the lowest tuning loss is frozen.  Its budget counts ranks, not parameters: every line has both.  The others have
+the rates that grid.py froze (--runs), and run here because machines round bfloat16 differently and pairs want the same
+one.  Every run is a line of --out (default adalora.jsonl); one that is there is not made again.  Prints the numbers of
+README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
-import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grid import append, missing_data, unusable
 from protocol import TEST, TUNING, WHOLE, Cell, Group, Protocol, Queue, R, best_rate, read_lines, wanted_rates
 from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
+from workers import Lines, add_options, lines_there, missing_data, too_few_workers, unusable, work_off
 
 if TYPE_CHECKING:
     from runner import Runner
 
 SIZE = 0.25
-ORTHOGONALITY = (0.5, 0.1)
-PROTOCOL = Protocol()
+WEIGHTS = (0.003, 0.01, 0.03, 0.1, 0.5, 1.0)
+"""The ladder of the orthogonality loss's weight."""
+FIRST_WEIGHTS = (0.1, 0.5)
 LORA = Group(WHOLE, "lora")
 RIVALS = (Group(SIZE, "sora"), Group(SIZE, "uniform"), LORA)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--runs", type=Path, default=HERE / "runs.jsonl", help="where the others' rates were tuned")
+    parser.add_argument("--out", type=Path, default=HERE / "adalora.jsonl")
+    arguments = parser.parse_args()
+    if wrong := too_few_workers(arguments.workers) or unusable(arguments.out) or missing_data():
+        print(f"adalora.py: {wrong}", file=sys.stderr)
+        return 2
+    queue = AdaLoraQueue()
+    tuned = {key: line for key, line in read_lines(arguments.runs).items() if line["cell"]["rows"] == TUNING}
+    lines = {**tuned, **lines_there(arguments.out, arguments.again)}
+    if wrong := work_off(queue, lines, arguments.out, run, num_workers=arguments.workers):
+        print(f"adalora.py: {wrong}", file=sys.stderr)
+        return 1
+    print(table(queue, lines))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- tuning
+
+
 @dataclass(frozen=True)
-class Run:
+class AdaLoraRun:
     """One run of AdaLoRA."""
 
     orthogonality: float
@@ -50,92 +70,82 @@ class Run:
     seed: int
     rows: str
 
+    def __str__(self) -> str:
+        settings = f"weight {self.orthogonality:<6g} lr {self.learning_rate:<8g}"
+        return f"adalora {settings} seed {self.seed:<4} {self.rows}"
+
     @property
     def key(self) -> str:
         return f"adalora {self.orthogonality:g} {self.learning_rate:g} {self.seed} {self.rows}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "adalora.jsonl")
-    parser.add_argument("--runs", type=Path, default=HERE / "repeated.jsonl", help="the product's, for the pairs")
-    parser.add_argument("--rates-of", type=Path, default=HERE / "runs.jsonl", help="where their rates were tuned")
-    arguments = parser.parse_args()
-    if wrong := unusable(arguments.out) or missing_data():
-        print(f"adalora.py: {wrong}", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as folder:
-        from runner import split
+@dataclass(frozen=True)
+class AdaLoraQueue:
+    """Tuning, then the seeds, then those of the others."""
 
-        split(PROTOCOL, Path(folder))
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.workers, spawn, set_up, (Path(folder),)) as pool:
-            while missing := list(missing_runs(read_lines(arguments.out))):
-                for line in pool.map(functools.partial(run_and_write, out=arguments.out), missing):
-                    print(f"{line['key']}: {line.get('loss', line.get('failed'))}", flush=True)
-    tuned = {key: line for key, line in read_lines(arguments.rates_of).items() if line["cell"]["rows"] == TUNING}
-    print(table(read_lines(arguments.out), {**tuned, **read_lines(arguments.runs)}))
-    return 0
+    protocol: Protocol = field(default_factory=Protocol)
 
+    @property
+    def others(self) -> Queue:
+        return Queue(self.protocol, [RIVALS])
 
-# ------------------------------------------------------------------------------------------------------------- tuning
+    def missing(self, lines: Lines) -> Iterator[AdaLoraRun | Cell]:
+        """What can be run now."""
+        chosen = self.frozen(lines)
+        if chosen is not None:
+            runs = self.test_runs(*chosen)
+        else:
+            pairs = (
+                (weight, rate)
+                for weight in self._unfinished(lines)
+                for rate in wanted_rates(self.tuning_losses(weight, lines), self.protocol.rates)
+            )
+            runs = [AdaLoraRun(*pair, seed, TUNING) for pair in pairs for seed in self.protocol.tuning_seeds]
+        yield from (run for run in runs if run.key not in lines)
+        yield from self.others.missing(lines)
 
+    def frozen(self, lines: Lines) -> tuple[float, float] | None:
+        """The weight of the orthogonality loss and the learning rate, None while they are being tuned."""
+        if self._unfinished(lines):
+            return None
+        weight = best_rate(self.best_losses(lines))
+        return weight, best_rate(self.tuning_losses(weight, lines))
 
-def tuning_losses(orthogonality: float, lines: Mapping[str, Mapping[str, Any]]) -> dict[float, float]:
-    """{learning rate: mean loss} of the rates whose tuning seeds are all there."""
-    found: dict[float, list[float]] = {}
-    for line in lines.values():
-        if line["cell"]["orthogonality"] == orthogonality and line["cell"]["rows"] == TUNING:
-            found.setdefault(line["cell"]["learning_rate"], []).append(line.get("loss", math.inf))
-    return {rate: statistics.mean(some) for rate, some in found.items() if len(some) == len(PROTOCOL.tuning_seeds)}
+    def test_runs(self, orthogonality: float, learning_rate: float) -> list[AdaLoraRun]:
+        return [AdaLoraRun(orthogonality, learning_rate, seed, TEST) for seed in self.protocol.seeds]
 
+    def best_losses(self, lines: Lines) -> dict[float, float]:
+        """{weight: tuning loss at its best learning rate} of the weights whose rates are tuned."""
+        found = {weight: self.tuning_losses(weight, lines) for weight in WEIGHTS}
+        rates = self.protocol.rates
+        return {weight: min(own.values()) for weight, own in found.items() if own and not wanted_rates(own, rates)}
 
-def frozen(lines: Mapping[str, Mapping[str, Any]]) -> tuple[float, float] | None:
-    """The weight of the orthogonality loss and the learning rate, None while they are being tuned."""
-    losses = {weight: tuning_losses(weight, lines) for weight in ORTHOGONALITY}
-    if any(not found or wanted_rates(found, PROTOCOL.rates) for found in losses.values()):
-        return None
-    weight = min(losses, key=lambda weight: losses[weight][best_rate(losses[weight])])
-    return weight, best_rate(losses[weight])
+    def tuning_losses(self, orthogonality: float, lines: Lines) -> dict[float, float]:
+        """{learning rate: mean loss} of the rates whose tuning seeds are all there."""
+        found: dict[float, list[float]] = {}
+        for line in lines.values():
+            if line["cell"].get("orthogonality") == orthogonality and line["cell"]["rows"] == TUNING:
+                found.setdefault(line["cell"]["learning_rate"], []).append(line.get("loss", math.inf))
+        wanted = len(self.protocol.tuning_seeds)
+        return {rate: statistics.mean(some) for rate, some in found.items() if len(some) == wanted}
 
-
-def missing_runs(lines: Mapping[str, Mapping[str, Any]]) -> Iterator[Run]:
-    """What can be run now: tuning, then the seeds."""
-    chosen = frozen(lines)
-    if chosen is None:
-        for weight in ORTHOGONALITY:
-            for rate in wanted_rates(tuning_losses(weight, lines), PROTOCOL.rates):
-                runs = (Run(weight, rate, seed, TUNING) for seed in PROTOCOL.tuning_seeds)
-                yield from (run for run in runs if run.key not in lines)
-        return
-    runs = (Run(*chosen, seed, TEST) for seed in PROTOCOL.seeds)
-    yield from (run for run in runs if run.key not in lines)
+    def _unfinished(self, lines: Lines) -> list[float]:
+        """Weights whose learning rates are to be tuned next."""
+        return wanted_rates(self.best_losses(lines), FIRST_WEIGHTS, WEIGHTS)
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
 
-_runner: Runner
+
+def run(runner: Runner, run: AdaLoraRun | Cell) -> dict[str, Any]:
+    """The run's line."""
+    if isinstance(run, Cell):
+        return runner.run(run)
+    described = {"key": run.key, "cell": asdict(run), "protocol": runner.protocol.fields}
+    return runner.line_of(described, lambda: trained(runner, run))
 
 
-def set_up(folder: Path) -> None:
-    """Once per worker: import, load, tokenise."""
-    global _runner
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from runner import Runner
-
-    _runner = Runner(PROTOCOL, folder, "cpu")
-
-
-def run_and_write(run: Run, out: Path) -> dict[str, Any]:
-    """The run's line, which is on disk when this returns."""
-    described = {"key": run.key, "cell": asdict(run), "protocol": PROTOCOL.fields}
-    line = _runner.line_of(described, lambda: trained(_runner, run))
-    append(out, line)
-    return line
-
-
-def trained(runner: Runner, run: Run) -> dict[str, Any]:
+def trained(runner: Runner, run: AdaLoraRun) -> dict[str, Any]:
     """Losses, ranks and parameters of a run; the model is left as it was."""
     import torch
     from peft import AdaLoraConfig, get_peft_model
@@ -143,8 +153,9 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
     from sora_llm.budget import params_of
     from sora_llm.causal_loss import causal_loss_sum
 
+    protocol = runner.protocol
     base_loss = runner.base_loss(run.rows)
-    job = runner.job(Cell(LORA, run.learning_rate, run.seed, run.rows, PROTOCOL))
+    job = runner.job(Cell(LORA, run.learning_rate, run.seed, run.rows, protocol))
     (stage,), train = job.plan.stages, job.config.train
     torch.manual_seed(run.seed)
     model = get_peft_model(
@@ -153,9 +164,9 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
             init_r=R,
             target_r=round(SIZE * R),
             lora_alpha=R,
-            tinit=math.floor(0.1 * PROTOCOL.steps),
-            tfinal=PROTOCOL.steps - math.floor(0.4 * PROTOCOL.steps),
-            total_step=PROTOCOL.steps,
+            tinit=math.floor(0.1 * protocol.steps),
+            tfinal=protocol.steps - math.floor(0.4 * protocol.steps),
+            total_step=protocol.steps,
             orth_reg_weight=run.orthogonality,
             target_modules=sorted({name.rpartition(".")[2] for name in runner.shapes}),
         ),
@@ -174,7 +185,7 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
         )
         assert train.max_grad_norm is not None
         losses = []
-        for step in range(PROTOCOL.steps):
+        for step in range(protocol.steps):
             optimizer.param_groups[0]["lr"] = stage.rates(step)["learning_rate"]
             batches = job.batches(step)
             (batch,) = batches.micro_batches
@@ -209,23 +220,22 @@ def trained(runner: Runner, run: Run) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-def table(lines: Mapping[str, Mapping[str, Any]], others: Mapping[str, Mapping[str, Any]]) -> str:
+def table(queue: AdaLoraQueue, lines: Lines) -> str:
     """Losses over test rows, and the pairs of one seed."""
-    chosen = frozen(lines)
+    chosen = queue.frozen(lines)
     assert chosen is not None, "tuning has not ended"
-    runs = [lines[Run(*chosen, seed, TEST).key] for seed in PROTOCOL.seeds]
+    runs = [lines[run.key] for run in queue.test_runs(*chosen)]
     own = [line.get("loss", math.inf) for line in runs]
-    queue = Queue(PROTOCOL, [RIVALS])
     rows = [f"weight of the orthogonality loss {chosen[0]:g}, learning rate {chosen[1]:g}", ""]
-    for weight in ORTHOGONALITY:
-        tried = sorted(tuning_losses(weight, lines).items())
+    for weight in sorted(queue.best_losses(lines)):
+        tried = sorted(queue.tuning_losses(weight, lines).items())
         rows.append(f"tuning loss with {weight:g}: " + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in tried))
     kept, budget = [line.get("kept_params", 0) for line in runs], runs[0].get("budget_params")
     rows += ["", f"parameters {min(kept):,} to {max(kept):,}, budget of the others {budget:,}", ""]
     rows += [f"test loss {statistics.mean(own):.4f}: " + ", ".join(f"{loss:.4f}" for loss in own), ""]
     rows.append(PAIR_TABLE)
     for group in RIVALS:
-        theirs = [others[cell.key].get("loss", math.inf) for cell in queue.test_cells(group, others)]
+        theirs = [lines[cell.key].get("loss", math.inf) for cell in queue.others.test_cells(group, lines)]
         rows.append(pair_row(f"{group} − adalora", [a - b for a, b in zip(theirs, own, strict=True)]))
     return "\n".join(rows)
 

@@ -1,11 +1,11 @@
 """How much of SoRA's lead over SVD cuts is when the first cut comes: at 25 %, with the first of four cuts at 10 %.
 
-    python benchmarks/quality/early.py [--out FILE]
+    python benchmarks/quality/early.py [--workers 2] [--out FILE]
 
-Three arms on one machine, one thread: `svd4early` (cuts at 10, 20, 30 and 40 %, where SoRA prunes), tuned here, and
-`svd4` and `sora` at the rates that grid.py froze (--runs), because machines round bfloat16 differently and pairs want
-the same one.  Every run is a line of --out (default early.jsonl); one that is there is not made again.  Prints the
-numbers of README.md.
+Three arms on one machine, one thread each: `svd4early` (cuts at 10, 20, 30 and 40 %, where SoRA prunes), tuned here,
+and `svd4` and `sora` at the rates that grid.py froze (--runs), because machines round bfloat16 differently and pairs
+want the same one.  Every run is a line of --out (default early.jsonl); one that is there is not made again.  Prints
+the numbers of README.md.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import append, missing_data, unusable
+from grid import run
 from protocol import TUNING, Group, Protocol, Queue, read_lines
 from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
+from workers import add_options, lines_there, missing_data, too_few_workers, unusable, work_off
 
 SIZE = 0.25
 EARLY, LATE, SORA = (Group(SIZE, arm) for arm in ("svd4early", "svd4", "sora"))
@@ -30,32 +30,20 @@ PAIRS = ((EARLY, LATE), (SORA, EARLY), (SORA, LATE))
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     parser.add_argument("--runs", type=Path, default=HERE / "runs.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "early.jsonl")
     arguments = parser.parse_args()
-    if wrong := unusable(arguments.out) or missing_data():
+    if wrong := too_few_workers(arguments.workers) or unusable(arguments.out) or missing_data():
         print(f"early.py: {wrong}", file=sys.stderr)
         return 2
-    protocol = Protocol()
-    queue = Queue(protocol, [[EARLY, LATE, SORA]])
+    queue = Queue(Protocol(), [[EARLY, LATE, SORA]])
     tuned = {key: line for key, line in read_lines(arguments.runs).items() if line["cell"]["rows"] == TUNING}
-
-    def lines() -> dict[str, Any]:
-        return {**tuned, **read_lines(arguments.out)}
-
-    if next(queue.missing(lines()), None) is not None:
-        with tempfile.TemporaryDirectory() as name:
-            from runner import Runner, split
-
-            split(protocol, Path(name))
-            runner = Runner(protocol, Path(name), "cpu")
-            while (cell := next(queue.missing(lines()), None)) is not None:
-                line = runner.run(cell)
-                append(arguments.out, line)
-                print(
-                    f"{cell.group} seed {cell.seed} at {cell.learning_rate}: {line.get('loss', 'failed')}", flush=True
-                )
-    print(table(queue, lines()))
+    lines = {**tuned, **lines_there(arguments.out, arguments.again)}
+    if wrong := work_off(queue, lines, arguments.out, run, num_workers=arguments.workers):
+        print(f"early.py: {wrong}", file=sys.stderr)
+        return 1
+    print(table(queue, lines))
     return 0
 
 

@@ -23,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from grid import append, missing_data, unusable
 from protocol import EVAL_BATCH, TUNING, Protocol, R, read_all
 from tasks import BASE, GSM8K_ANSWERS, HERE, ROOT
+from workers import append, missing_data, too_few_workers, unusable
 
 CONFIG = "configs/paper.yaml"
 ROWS = Protocol(num_train=300, num_tuning=200, num_test=8)
@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
     file = arguments.out / "path.jsonl"
-    if wrong := unusable(file) or missing_data():
+    if wrong := too_few_workers(arguments.workers) or unusable(file) or missing_data():
         print(f"path.py: {wrong}", file=sys.stderr)
         return 2
     there = {(line["arm"], line["seed"]) for line in read_all(file)}

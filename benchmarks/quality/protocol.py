@@ -123,6 +123,9 @@ class Cell:
     rows: str
     protocol: Protocol = field(default_factory=Protocol)
 
+    def __str__(self) -> str:
+        return f"{self.group!s:<14} lr {self.learning_rate:<8g} seed {self.seed:<4} {self.rows}"
+
     @property
     def arm(self) -> Arm:
         return ARMS[self.group.arm]
@@ -194,16 +197,16 @@ LADDER = tuple(float(f"{8e-3 * 2 ** (k / 2):.3g}") for k in range(-10, 11))
 Losses = Mapping[float, float]  # learning rate → mean loss over the tuning seeds; infinite where a run failed
 
 
-def wanted_rates(found: Losses, first: Sequence[float]) -> list[float]:
-    """The learning rates that are still to be tried, none when tuning has ended.
+def wanted_rates(found: Losses, first: Sequence[float], ladder: Sequence[float] = LADDER) -> list[float]:
+    """The learning rates (or values of another setting) that are still to be tried, none when tuning has ended.
 
-    First those of `first`, a part of LADDER (steps of √2).  While the best one lies at an edge of what was tried, the
-    next one beyond it.
+    First those of `first`, a part of `ladder` (of rates: steps of √2).  While the best one lies at an edge of what was
+    tried, the next one beyond it.
     """
     if missing := [rate for rate in first if rate not in found]:
         return missing
-    place = LADDER.index(best_rate(found))
-    neighbours = [LADDER[index] for index in (place - 1, place + 1) if 0 <= index < len(LADDER)]
+    place = ladder.index(best_rate(found))
+    neighbours = [ladder[index] for index in (place - 1, place + 1) if 0 <= index < len(ladder)]
     return [rate for rate in neighbours if rate not in found]
 
 

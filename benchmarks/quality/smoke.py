@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import missing_data, work_off
+from grid import overview, run
 from protocol import Group, Protocol, Queue, read_lines
 from tasks import HERE
+from workers import missing_data, too_few_workers, work_off
 
 SMALL = Protocol(
     steps=20,
@@ -44,15 +45,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", action="store_true")
     arguments = parser.parse_args()
-    if wrong := missing_data():
+    if wrong := too_few_workers(arguments.workers) or missing_data():
         print(f"smoke.py: {wrong}", file=sys.stderr)
         return 2
     queue = Queue(SMALL, [GROUPS])
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "runs.jsonl"
-        if code := work_off(queue, out, "cpu", arguments.workers, seconds=None):
-            return code
-        found = mean_losses(queue, read_lines(out))
+        lines = read_lines(out)
+        if wrong := work_off(queue, lines, out, run, num_workers=arguments.workers):
+            print(f"smoke.py: {wrong}", file=sys.stderr)
+            return 1
+        print(overview(queue, lines))
+        found = mean_losses(queue, lines)
     if arguments.commit:
         COMMITTED.write_text(json.dumps(found, indent=1) + "\n")
     committed = json.loads(COMMITTED.read_text())

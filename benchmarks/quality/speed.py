@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import append, missing_data, missing_device, unusable
 from protocol import TUNING, WHOLE, Cell, Group, Protocol, Queue, core_groups, read_all, read_lines
 from statistics_of_pairs import LEVEL, sign_test_p
 from tasks import HERE
+from workers import append, missing_data, missing_device, unusable
 
 POINTS = 10
 SIZE = 0.70
