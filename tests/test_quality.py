@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from conftest import ROOT, SHARED
 QUALITY = ROOT / "benchmarks/quality"
 with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are for no other file of tests
     patch.setattr(sys, "path", [str(QUALITY), *sys.path])
+    from adalora import AdaLoraQueue, AdaLoraRun
     from protocol import (
         ARMS,
         CORE_SIZES,
@@ -32,14 +33,16 @@ with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are fo
         best_rate,
         core_blocks,
         core_groups,
+        extra_groups,
         read_lines,
         wanted_rates,
     )
     from speed import seconds_to, speed_pairs, speed_section
     from statistics_of_pairs import bootstrap_interval, holm, sign_flip_p, sign_test_p
-    from verdicts import Found, difference_table, hypotheses, verdict_table
+    from tasks import GSM8K_ANSWERS, ROLE_PLAY, TASKS, Task
+    from verdicts import Found, difference_table, found_in, hypotheses, results, verdict_table
     from workers import Scheduler, append
-for imported in ("protocol", "speed", "statistics_of_pairs", "tasks", "verdicts", "workers"):
+for imported in ("adalora", "protocol", "speed", "statistics_of_pairs", "tasks", "verdicts", "workers"):
     del sys.modules[imported]
 
 FIRST = Protocol.rates
@@ -103,6 +106,33 @@ def test_each_block_is_tuned_as_a_whole_and_then_confirmed_seed_by_seed() -> Non
         assert len(confirmed) == len(block) * len(Protocol.seeds)
 
 
+def test_other_tasks_have_the_blocks_that_their_hypotheses_need_and_no_extras() -> None:
+    blocks = core_blocks(ROLE_PLAY)
+    assert [str(group) for block in blocks for group in block] == [
+        "lora", "uniform 25%", "sora 25%", "uniform 70%", "sora 70%",
+    ]  # fmt: skip
+    asked = hypotheses(ROLE_PLAY)
+    assert [h.name for h in asked] == ["H1", "H2 at 25%", "H2 at 70%"], "of SVD arms there are no runs"
+    assert {group for h in asked for group in (*h.rivals, Group(h.size, "sora"))} <= set(core_groups(ROLE_PLAY))
+    assert extra_groups(ROLE_PLAY) == []
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_committed_runs_have_the_keys_of_their_cells(task: Task) -> None:
+    lines = read_lines(task.runs)
+    assert len(lines) > 80
+    for key, line in lines.items():
+        cell = dict(line["cell"])
+        group = Group(cell.pop("size"), cell.pop("arm"))
+        assert Cell(group, **cell, protocol=Protocol.of(task, line["protocol"]["steps"])).key == key
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_committed_results_are_what_the_committed_runs_say(task: Task) -> None:
+    found = found_in(read_lines(task.runs), task, Protocol.steps)
+    assert results(found, task.runs, QUALITY / "speed.jsonl") == (task.folder / "results.md").read_text()
+
+
 def test_the_first_block_answers_what_is_asked_at_its_size() -> None:
     first = set(core_blocks()[0])
     assert all({*h.rivals, Group(h.size, "sora")} <= first for h in hypotheses() if h.size == CORE_SIZES[0])
@@ -164,6 +194,46 @@ def test_a_cell_is_another_one_when_its_arm_is_made_another_way(monkeypatch: pyt
         monkeypatch.setitem(ARMS, "svd", replace(svd, **way))
         found.add(cell.identity)
     assert len(found) == len(ways)
+
+
+def test_a_cell_of_another_task_is_another_one() -> None:
+    cells = [Cell(Group(0.25, "sora"), 8e-3, 1, TUNING, Protocol.of(task, 125)) for task in TASKS.values()]
+    assert len({cell.key for cell in cells}) == len(TASKS)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_rows_of_a_task_come_with_the_text_of_its_columns(tmp_path: Path, suffix: str) -> None:
+    rows = [{"q": "one ", "a": "two", "more": 1}, {"q": "three ", "a": "four", "more": 2}]
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    task = replace(GSM8K_ANSWERS, file=file, columns=(("instruction", "q"), ("output", "a")))
+    assert list(task.rows()) == list(zip(rows, ["one two", "three four"], strict=True))
+
+
+def test_adaloras_weight_and_rate_are_tuned_until_both_lie_between_what_was_tried() -> None:
+    def loss_of(run: AdaLoraRun | Cell) -> float:
+        if isinstance(run, Cell):
+            return plain_loss(run)
+        return 2.0 + math.log10(run.orthogonality / 0.02) ** 2 + math.log2(run.learning_rate / 2e-2) ** 2
+
+    queue = AdaLoraQueue()
+    lines: Lines = {}
+    order: list[AdaLoraRun | Cell] = []
+    while (run := next(queue.missing(lines), None)) is not None:
+        lines[run.key] = {"cell": run.fields if isinstance(run, Cell) else asdict(run), "loss": loss_of(run)}
+        order.append(run)
+    own = [run for run in order if isinstance(run, AdaLoraRun)]
+    assert order[: len(own)] == own, "the others come last"
+    tuning = [run for run in own if run.rows == TUNING]
+    assert own[: len(tuning)] == tuning
+    assert {run.orthogonality for run in tuning} == {0.5, 0.1, 0.03, 0.01}, "0.03 lies between the last ones"
+    assert queue.frozen(lines) == (0.03, 0.0226)
+    assert [(run.orthogonality, run.learning_rate, run.seed) for run in own[len(tuning) :]] == [
+        (0.03, 0.0226, seed) for seed in Protocol.seeds
+    ]
+    for weight in queue.best_losses(lines):
+        rates = queue.tuning_losses(weight, lines)
+        assert min(rates) < best_rate(rates) < max(rates)
 
 
 def test_a_line_that_was_cut_off_is_passed_over_and_a_run_that_was_made_again_counts(tmp_path: Path) -> None:

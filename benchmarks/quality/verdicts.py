@@ -45,17 +45,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default=GSM8K_ANSWERS.name)
     parser.add_argument("--runs", type=Path, help="default runs.jsonl in the folder of the task")
-    parser.add_argument("--speed", type=Path, default=HERE / "speed.jsonl")
+    parser.add_argument("--speed", type=Path, help="the runs of H4, default speed.jsonl here")
     parser.add_argument("--out", type=Path, help="default the folder of the task")
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     runs, out = arguments.runs or task.runs, arguments.out or task.folder
     lines = read_lines(runs)
+    if arguments.speed is not None and not task.is_first:
+        print(f"verdicts.py: H4 is not asked of {task.name}; leave --speed out", file=sys.stderr)
+        return 2
     if not lines:
         print(f"verdicts.py: there are no runs in {runs}; make some with grid.py", file=sys.stderr)
         return 2
-    found = Found(Queue(Protocol.of(task, arguments.steps), [core_groups(task), extra_groups(task)]), lines)
+    found = found_in(lines, task, arguments.steps)
     if not found.seeds_of(LORA):
         print(
             f"verdicts.py: {runs} has no test run of LoRA at r = 16 in {arguments.steps} steps, which all "
@@ -63,13 +66,18 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    text = results(found, runs, arguments.speed)
+    text = results(found, runs, arguments.speed or HERE / "speed.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(text)
     draw_recovery(found, out / "recovery.png")
     draw_tuning(found, out / "tuning.png")
     print(text, end="")
     return 0
+
+
+def found_in(lines: Mapping[str, Mapping[str, Any]], task: Task, steps: int) -> Found:
+    """Of all arms of the task."""
+    return Found(Queue(Protocol.of(task, steps), [core_groups(task), extra_groups(task)]), lines)
 
 
 class Found:
