@@ -69,7 +69,9 @@ AGAIN = "run the same command again: it resumes from the newest checkpoint, if t
 def make_parser(prog: str) -> Parser:
     """The command's arguments."""
     parser = Parser(
-        prog=prog, description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA."
+        prog=prog,
+        description="Train SoRA adapters, cut them to the ranks they found, export a verified plain LoRA.",
+        unknown_hint="overrides have no dashes: train.max_steps=5",
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help="values read as YAML; null unsets")
@@ -84,9 +86,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sora_llm.trai
     is_main = is_main_process(os.environ)
     terminal.escape_unencodable()
     try:
-        arguments, unknown = parser.parse_known_intermixed_args(argv)
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}; overrides have no dashes: train.max_steps=5")
+        arguments = parser.parse_intermixed_args(argv)
         if arguments.print_config:
             config = load_config(arguments.config, arguments.overrides)
             if is_main and not terminal.print_result(to_yaml(config).rstrip("\n")):

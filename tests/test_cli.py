@@ -114,13 +114,24 @@ def test_no_page_ends_in_a_traceback_where_it_cannot_be_printed(arguments):
 
 
 @pytest.mark.parametrize(
-    ("option", "meant"), [("--gpu", "--gpus-per-node"), ("--utilization", "--utilisation"), ("--zzz", None)]
+    ("option", "meant"),
+    [
+        ("--gpu", "--gpus-per-node"),
+        ("--utilization", "--utilisation"),
+        ("--zzz 3 --gpu", "--gpus-per-node"),
+        ("--zzz", None),
+    ],
 )
 def test_an_unknown_option_is_never_taken_for_another(capsys, option, meant):
-    assert cli.main(["estimate", CONFIG, option, "4"]) == 2
+    assert cli.main(["estimate", CONFIG, *option.split(), "4"]) == 2
     error = capsys.readouterr().err
     assert f"unrecognized arguments: {option} 4" in error and error.count("\n") == 1
     assert (f"did you mean {meant}?" in error) if meant else ("did you mean" not in error)
+
+
+def test_all_options_that_an_unknown_one_begins_are_named(capsys):
+    assert cli.main(["evaluate", "run", "--target", "4"]) == 2
+    assert "did you mean --target-rank or --target-params?" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_bad_input(capsys):

@@ -70,9 +70,25 @@ def test_a_resumed_run_may_not_change_what_it_computes(load, override):
 
 def test_the_values_of_a_key_that_must_not_change_are_named(load):
     assert conflicts(load, "train.max_steps=11") == ["train.max_steps (10 there, 11 here)"]
-    assert "data.datasets.0.columns.output (nothing there, 'reply' here)" in conflicts(
-        load, "data.datasets.0.columns={output: reply}"
-    )
+    columns = conflicts(load, "data.datasets.0.columns={output: reply}")
+    assert columns == ["data.datasets.0.columns.output (nothing there, 'reply' here)"]
+    assert conflicts(load, "sora.target_modules=[q_proj, v_proj]") == [
+        "sora.target_modules ('all-linear' there, ['q_proj', 'v_proj'] here)"
+    ]
+
+
+def test_a_data_set_more_is_one_conflict_and_not_one_per_key_of_it(load):
+    assert conflicts(load, "data.datasets=[{path: rows.jsonl}, {path: b, type: alpaca}]") == [
+        "data.datasets (a list of 1 there, of 2 here)"
+    ]
+
+
+def test_a_config_with_nothing_in_common_does_not_fill_the_screen(load):
+    keys = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
+    overrides = [f"train.{key}=0.123" for key in keys]
+    overrides += ["train.seed=8", "train.max_steps=99", "sora.r=3", "sora.lora_alpha=9", "model.dtype=float32"]
+    found = conflicts(load, *overrides)
+    assert len(found) == 9 and found[-1] == "3 other keys"
 
 
 @pytest.mark.parametrize("override", ["replica=node", "outer_momentum=0.5", "outer_learning_rate=0.5"])

@@ -319,6 +319,9 @@ def test_the_card_says_how_the_base_was_loaded_and_the_adapter_trained(zero2: Fi
 def test_a_flag_for_a_key_gets_advice(capsys) -> None:
     assert main([CONFIG, "--train.max_steps=5"]) == UserError.exit_code
     assert "overrides have no dashes" in capsys.readouterr().err
+    assert main([CONFIG, "--dry-rum"]) == UserError.exit_code
+    error = capsys.readouterr().err
+    assert "did you mean --dry-run?" in error and "overrides" not in error
 
 
 def test_the_peak_of_memory_is_that_of_the_engine_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
