@@ -301,6 +301,13 @@ def test_the_settings_of_the_run_are_on_its_page(tmp_path):
     assert 'datasets: [{"path": "<rows>", "type": "alpaca"}]' in page.text
 
 
+def test_texts_among_the_settings_are_told_apart_and_bounded(tmp_path):
+    config = {"model": {"name_or_path": "/my models/llama", "revision": "a, dtype: b", "dtype": "x" * 1000}}
+    page = opened(MadeUpRun(tmp_path / "run").train().finish(), config)
+    assert 'name_or_path: /my models/llama, revision: "a, dtype: b", dtype: xxx' in page.text
+    assert "x" * 400 + "…" in page.text and "x" * 401 not in page.text
+
+
 def test_an_empty_folder_makes_a_page(tmp_path):
     page = opened(tmp_path)
     assert "unknown" in page.text and "Nothing is logged yet." in page.text

@@ -78,7 +78,7 @@ def _cuts(whole: PlainFactors, sizes: Sequence[Size]) -> list[tuple[PlainFactors
 
 def _name_of(cut: Mapping[str, Any]) -> str:
     """By the size that was asked for."""
-    return f"cut to rank {cut['target_rank']:g}" if "target_rank" in cut else f"cut to {cut['target_params']:,}"
+    return f"cut to rank {cut['target_rank']:g}" if "target_rank" in cut else f"cut to {cut['target_params']:,} params"
 
 
 def _size_of(factors: PlainFactors) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,10 @@ from sora_llm.report_page.untrusted import as_list, as_mapping, as_number, setti
 
 _NOT_MEASURED = "Not measured: this run has no dev rows."
 _STATES = ("running", "finished", "preempted", "failed")
+LONGEST_VALUE = 400
+"""Characters of a setting that are shown."""
+_PLAIN = re.compile(r"[^\s,:{}\[\]\"'#]+( [^\s,:{}\[\]\"'#]+)*")
+"""Text that needs no quotes between others."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security policy: the browser runs no scripts and fetches nothing."""
 
@@ -389,10 +394,11 @@ def _settings(record: Record) -> str:
 
 
 def _value(value: Any) -> str:
-    """As in YAML's flow style, near enough to be read."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(_without_nulls(value), ensure_ascii=False, skipkeys=True, default=str)
+    """As in YAML's flow style, near enough to be read; at most LONGEST_VALUE characters of it."""
+    text = value
+    if not isinstance(value, str) or not _PLAIN.fullmatch(value):
+        text = json.dumps(_without_nulls(value), ensure_ascii=False, skipkeys=True, default=str)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def _without_nulls(value: Any) -> Any:
