@@ -137,4 +137,4 @@ def test_all_options_that_an_unknown_one_begins_are_named(capsys):
 def test_an_unknown_command_is_bad_input(capsys):
     assert cli.main(["trian"]) == cli.main(["xyz"]) == 2
     error = capsys.readouterr().err
-    assert "did you mean train?" in error and "commands: doctor, preprocess, " in error
+    assert "did you mean train?" in error and "commands: doctor, convert, preprocess, " in error

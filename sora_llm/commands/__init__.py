@@ -3,6 +3,7 @@
 COMMAND_GROUPS = {
     "before a run": {
         "doctor": ("sora_llm.commands.cmd_doctor", "check whether this machine can train"),
+        "convert": ("sora_llm.commands.cmd_convert", "a config for axolotl or LLaMA-Factory as one of ours"),
         "preprocess": ("sora_llm.commands.cmd_preprocess", "tokenise the data into the cache and report what is in it"),
         "estimate": ("sora_llm.commands.cmd_estimate", "memory per process of a config, before anything is loaded"),
     },

@@ -12,7 +12,7 @@ from sora_llm.commands import COMMANDS
 from sora_llm.commands.common import run_command
 
 SHELLS = ("bash", "zsh", "fish")
-PATHS = ("config", "place", "places", "source", "sources")
+PATHS = ("config", "file", "place", "places", "source", "sources")
 
 
 def make_parser(prog: str) -> Parser:

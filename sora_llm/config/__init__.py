@@ -11,12 +11,15 @@ two that states what was given and where, what is allowed, and what to do.  `run
                  rules (valid combinations) and origin (where a key was stated)
     writing      from a Config to plain values and YAML
     resuming     what a resumed run may change
+    from_elsewhere   from another trainer's keys to ours
 """
 
+from sora_llm.config.from_elsewhere import translate as translate
 from sora_llm.config.names import ALIASES as ALIASES
 from sora_llm.config.names import NAMES_ELSEWHERE as NAMES_ELSEWHERE
 from sora_llm.config.reading import from_dict as from_dict
 from sora_llm.config.reading import load_config as load_config
+from sora_llm.config.reading import read_mapping as read_mapping
 from sora_llm.config.resuming import CHANGES_NO_ROW as CHANGES_NO_ROW
 from sora_llm.config.resuming import resume_conflicts as resume_conflicts
 from sora_llm.config.schema import Config as Config
@@ -34,3 +37,4 @@ from sora_llm.config.writing import flattened as flattened
 from sora_llm.config.writing import recipe as recipe
 from sora_llm.config.writing import to_dict as to_dict
 from sora_llm.config.writing import to_yaml as to_yaml
+from sora_llm.config.yaml_text import write_yaml as write_yaml

@@ -156,6 +156,10 @@ NO_EQUIVALENT = {
     "train_on_eos": "leave it out; the token that ends an answer is trained on",
     "field_instruction": "set columns: {instruction: …} of the data set",
     "special_tokens": "leave it out; tokenizers are taken as they are",
+    **dict.fromkeys(
+        ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), "leave it out; adapters are one fused function anyway"
+    ),
+    "plugins": "leave it out; there are none",
     "train_file": "set data.datasets",
     "validation_file": "set data.val_datasets",
     "ds_type": "leave it out; a file's name says its format",

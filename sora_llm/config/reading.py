@@ -22,7 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the first problem found.
     """
-    return _of_tree(_read_file(Path(path)), str(path), overrides)
+    return _of_tree(read_mapping(Path(path)), str(path), overrides)
 
 
 def from_dict(content: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
@@ -59,7 +59,8 @@ def _of_tree(content: dict[str, Any], file: str, overrides: Sequence[str]) -> Co
     return config
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file as it is, {} if there is nothing in it; UserError if it cannot be read, or is no mapping."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
