@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,10 +52,11 @@ def warmup_steps(total_steps: int, warmup_ratio: Fraction) -> int:
     return math.ceil(warmup_ratio * total_steps)
 
 
-def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
+def lr_factor(step: int, total_steps: int, warmup: int, kind: str, min_ratio: float = 0.0) -> float:
     """The learning rate's factor (peak 1) at optimizer step `step` (from 0), with transformers' formulas.
 
-    `kind` is linear, cosine, constant or constant_with_warmup; `constant` honours a warm-up as well.
+    `kind` is linear, cosine, constant or constant_with_warmup; `constant` honours a warm-up as well.  linear and cosine
+    end at `min_ratio` (cosine: transformers' cosine_with_min_lr).
     """
     if step < warmup:
         return step / warmup
@@ -63,10 +64,12 @@ def lr_factor(step: int, total_steps: int, warmup: int, kind: str) -> float:
         return 1.0
     progress = (step - warmup) / max(1, total_steps - warmup)
     if kind == "linear":
-        return max(0.0, 1.0 - progress)
-    if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    raise ValueError(f"lr_scheduler_type {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
+        falling = max(0.0, 1.0 - progress)
+    elif kind == "cosine":
+        falling = max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    else:
+        raise ValueError(f"lr_scheduler_type {kind!r} is not one of linear, cosine, constant, constant_with_warmup")
+    return min_ratio + (1.0 - min_ratio) * falling
 
 
 def ramp_steps(remaining_steps: int, warmup_ratio: Fraction) -> int:
@@ -79,10 +82,9 @@ def ramp(steps_since: int, length: int) -> float:
     return min(1.0, (steps_since + 1) / (length + 1))
 
 
-def window_sum(run_phases: Phases, warmup: int, kind: str) -> float:
+def window_sum(run_phases: Phases, factor: Callable[[int], float]) -> float:
     """Σ f_t over the sparsify window: how far, in units of its learning rate, a gate can travel there."""
-    window = range(run_phases.dense_end, run_phases.sparsify_end)
-    return math.fsum(lr_factor(step, run_phases.total_steps, warmup, kind) for step in window)
+    return math.fsum(map(factor, range(run_phases.dense_end, run_phases.sparsify_end)))
 
 
 def auto_gate_lr(learning_rate: float, factor_sum: float) -> float:

@@ -245,7 +245,7 @@ def _draw_data(random: Random, datasets: list[Settings]) -> Settings:
 
 def _draw_train(random: Random) -> Settings:
     warmup = random.choice([{"train.warmup_ratio": 0.2}, {"train.warmup_steps": random.randint(0, 4)}, {}])
-    return {
+    settings = {
         "train.num_train_epochs": None,
         "train.max_steps": random.choice([1, 3, *range(4, 13)]),
         "train.learning_rate": random.choice([1e-3, 5e-3]),
@@ -258,6 +258,9 @@ def _draw_train(random: Random) -> Settings:
         "train.seed": random.randint(0, 2**32 - 1),
         **warmup,
     }
+    if settings["train.lr_scheduler_type"] in ("linear", "cosine") and settings["train.seed"] % 2:
+        settings["train.min_lr_ratio"] = 0.3
+    return settings
 
 
 def _draw_evaluation(random: Random, settings: Settings) -> Settings:

@@ -184,6 +184,10 @@ def test_what_an_alternative_says_is_what_the_whole_says() -> None:
     assert config_of(deepspeed="ds_config.json")["distributed"] == {"deepspeed_config": "ds_config.json"}
     assert config_of(fsdp=["full_shard"])["distributed"] == {"strategy": "zero3"}
     assert config_of(hub_model_id="a/b")["output"] == {"push_to_hub": True, "hub_model_id": "a/b"}
+    floor = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1}
+    assert config_of(lr_scheduler="cosine", cosine_min_lr_ratio=0.1)["train"] == floor
+    kwargs = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "learning_rate": 1e-4}
+    assert config_of(**kwargs)["train"] == pytest.approx({**floor, "learning_rate": 1e-4})
     assert config_of(chat_template="tokenizer_default").get("data") == {"sample_packing": False}
     assert config_of(chat_template="jinja", chat_template_jinja="t.jinja")["data"]["chat_template"] == "t.jinja"
 

@@ -74,6 +74,7 @@ BAD_OVERRIDES = [
     ("data.datasets.0.type=csv", "one of alpaca, messages, sharegpt, completion, prompt_completion"),
     ("data.excess_length=cut", "one of drop, truncate, split, error"),
     ("data.excess_length=split", "split is for plain text (type completion), and no data set is"),
+    ("train.min_lr_ratio=1", "a number >= 0 and < 1"),
     ("train.lr_scheduler_type=polynomial", "one of linear, cosine, constant, constant_with_warmup"),
     ("distributed.strategy=fsdp", "one of auto, none, ddp, zero1, zero2, zero3"),
     # ranges
@@ -194,6 +195,7 @@ def test_all_keys_of_another_trainer_are_named_at_once(tmp_path):
         (["data.val_set_size=5", "data.val_datasets=[{path: x}]"], "with data.val_datasets=null"),
         (["model.dtype=float32", "sora.dtype=bfloat16"], "needs model.dtype bfloat16, not float32"),
         (["train.warmup_steps=5", "train.warmup_ratio=0.1"], "both say how long the warm-up is; leave one out"),
+        (["train.min_lr_ratio=0.1", "train.lr_scheduler_type=constant"], "does not fall; change one of them"),
         (["data.train_on_inputs=true", "data.train_on_last_turn_only=true"], "contradict each other"),
     ],
 )

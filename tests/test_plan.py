@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -141,6 +142,18 @@ def test_after_each_change_of_form_the_rate_ramps_up_again() -> None:
     assert rates[10:19] == pytest.approx([(step + 1) / 10 for step in range(9)])
     assert rates[40:46] == pytest.approx([(step + 1) / 7 for step in range(6)])
     assert rates[19:40] + rates[46:] == [1.0] * 75
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_falling_rate_ends_where_it_is_told_to_and_gates_travel_as_far(kind: str) -> None:
+    """Also in the sum that `gate_lr: auto` is made from."""
+    untold = stage(100, cut=1.0, kind=kind, is_adaptive=False)
+    told = replace(untold, settings=replace(untold.settings, min_lr_ratio=0.2))
+    shares = [told.rates(step)["learning_rate"] / Train().learning_rate for step in range(100)]
+    plain = [untold.rates(step)["learning_rate"] / Train().learning_rate for step in range(100)]
+    assert shares[:4] == plain[:4], "the warm-up is the same"
+    assert shares[3:] == pytest.approx([0.2 + 0.8 * share for share in plain[3:]])
+    assert told.gate_travel == pytest.approx(0.01 * sum(shares[10:]))
 
 
 def warmed_up(steps: int, **train: Any) -> Stage:

@@ -25,6 +25,24 @@ def test_the_factor_is_transformers_at_every_step(kind, total, warmup):
         scheduler.step()
 
 
+@pytest.mark.parametrize(("total", "warmup"), [(20, 0), (20, 5), (1, 0), (7, 7)])
+def test_a_cosine_with_a_floor_is_transformers_at_every_step(total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"num_warmup_steps": warmup, "num_training_steps": total}
+    scheduler = get_scheduler(
+        "cosine_with_min_lr", optimizer, **options, scheduler_specific_kwargs={"min_lr_rate": 0.1}
+    )
+    for step in range(total):
+        expected = scheduler.get_last_lr()[0]
+        assert lr_factor(step, total, warmup, "cosine", 0.1) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_line_with_a_floor_falls_from_the_peak_to_the_floor():
+    assert [lr_factor(step, 10, 2, "linear", 0.2) for step in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.6, 0.2])
+
+
 def test_constant_honours_a_warm_up():
     """transformers' `constant` ignores it silently; a key that exists works."""
     assert [lr_factor(step, 6, 2, "constant") for step in range(6)] == [0, 0.5, 1, 1, 1, 1]
@@ -71,9 +89,9 @@ def test_warm_up_steps_are_rounded_up(total, ratio, steps):
 
 def test_the_window_sum_counts_the_sparsify_steps_alone():
     run = phases(40, 0.1, 0.75)
-    factors = [lr_factor_reference(step, 40, 6, "cosine") for step in range(4, 30)]
-    assert window_sum(run, 6, "cosine") == pytest.approx(sum(factors), rel=1e-12)
-    assert window_sum(phases(10, 0.5, 0.5), 0, "linear") == 0
+    factors = [lr_factor_reference(step, 40, 6, "cosine") for step in range(40)]
+    assert window_sum(run, factors.__getitem__) == pytest.approx(sum(factors[4:30]), rel=1e-12)
+    assert window_sum(phases(10, 0.5, 0.5), factors.__getitem__) == 0
 
 
 @pytest.mark.parametrize("learning_rate", [2e-4, 5e-3, 0.1, 0.4])

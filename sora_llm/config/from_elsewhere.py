@@ -244,9 +244,24 @@ def _scheduler(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]
     known = ("linear", "cosine", "constant", "constant_with_warmup")
     if value in known:
         done.put("train.lr_scheduler_type", value)
+    elif value == "cosine_with_min_lr":
+        done.put("train.lr_scheduler_type", "cosine")
     elif _asks(value):
         instead = value_elsewhere("train.lr_scheduler_type", value)
         done.notes[key] = f"{value} is not one of {', '.join(known)}{f' ({instead})' if instead else ''}"
+
+
+def _scheduler_kwargs(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
+    """Of cosine_with_min_lr, whose rate is a share of the peak, or a learning rate itself."""
+    kwargs = dict(value) if isinstance(value, dict) else {}
+    floor, peak = kwargs.pop("min_lr", None), theirs.get("learning_rate")
+    ratio = kwargs.pop("min_lr_rate", None)
+    if ratio is None and isinstance(floor, int | float) and isinstance(peak, int | float) and peak > 0:
+        ratio = floor / peak
+    if ratio is not None:
+        done.put("train.min_lr_ratio", ratio)
+    if kwargs or (_asks(value) and ratio is None):
+        done.notes[key] = NO_EQUIVALENT[key]
 
 
 def _datasets(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
@@ -372,6 +387,7 @@ _HANDLERS: dict[str, Handler] = {
     "adapter": _adapter,
     **dict.fromkeys(("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"), _strategy),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), _per_epoch),
+    "lr_scheduler_kwargs": _scheduler_kwargs,
     "max_steps": _max_steps,
     "gradient_checkpointing": _checkpointing,
     "deepspeed": _deepspeed,

@@ -29,6 +29,7 @@ NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "train.num_train_epochs": ("num_epochs", "epochs"),
     "train.learning_rate": ("lr",),
     "train.lr_scheduler_type": ("lr_scheduler",),
+    "train.min_lr_ratio": ("cosine_min_lr_ratio", "min_lr_rate"),
     "train.max_grad_norm": ("gradient_clipping",),
     "distributed.deepspeed_config": ("deepspeed", "deepspeed_config_file"),
     "data.val_set_size": ("val_size",),
@@ -109,8 +110,7 @@ NO_EQUIVALENT = {
     **dict.fromkeys(
         ("loraplus_lr_ratio", "loraplus_lr_embedding"), "leave it out; A and B have the same learning rate"
     ),
-    "cosine_min_lr_ratio": "leave it out; a cosine schedule ends at 0",
-    "lr_scheduler_kwargs": "leave it out; train.lr_scheduler_type and the warm-up are all that there is to set",
+    "lr_scheduler_kwargs": "set train.min_lr_ratio for its min_lr_rate, and leave the rest out",
     "rope_scaling": "leave it out; the base's config.json says it",
     "tokenizer_name": "leave it out; the tokenizer is the base's own",
     "shuffle": "leave it out; rows are shuffled by train.seed",
@@ -182,7 +182,7 @@ VALUES_ELSEWHERE: dict[str, dict[Any, str]] = {
         **{name: f"write [{name}]" for name in ("wandb", "tensorboard")},
     },
     "output.save_total_limit": {0: "null keeps all"},
-    "train.lr_scheduler_type": {"cosine_with_min_lr": "cosine ends at 0"},
+    "train.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, with train.min_lr_ratio"},
 }
 
 

@@ -128,6 +128,9 @@ def _train_problems(config: Config, origin: Origin) -> Iterator[str]:
     if train.warmup_steps is not None and train.warmup_ratio != Train().warmup_ratio:
         steps, ratio = (origin.state(config, f"train.{name}") for name in ("warmup_steps", "warmup_ratio"))
         yield f"{steps} and {ratio} both say how long the warm-up is; leave one out, or set train.warmup_steps to null."
+    if train.min_lr_ratio > 0 and train.lr_scheduler_type not in ("linear", "cosine"):
+        floor, kind = (origin.state(config, f"train.{name}") for name in ("min_lr_ratio", "lr_scheduler_type"))
+        yield f"{floor} is where a falling learning rate ends, and {kind} does not fall; change one of them."
 
 
 def _replica_problems(config: Config, origin: Origin) -> Iterator[str]:

@@ -125,6 +125,7 @@ class Train:
     learning_rate: Annotated[float, "> 0"] = 2e-4  # peak, of A and B
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     # transformers' formulas, but constant warms up, too; one for all phases, with a ramp after a change of the adapters
+    min_lr_ratio: Annotated[float, ">= 0", "< 1"] = 0.0  # share of the peak at which linear and cosine end
     warmup_ratio: Annotated[float, ">= 0", "<= 1"] = 0.03
     # share of the steps, and of the remaining steps after a change of the adapters
     warmup_steps: Annotated[int, ">= 0"] | None = None

@@ -55,13 +55,19 @@ class Stage:
         adapters' form, which restarts the optimizer."""
         if not self.learns:
             return {"learning_rate": 0.0, "gate_lr": 0.0}
-        kind = self.settings.lr_scheduler_type
-        factor = schedule.lr_factor(step, self.total_steps, self.warmup_steps, kind)
+        factor = self._lr_factor(step)
         for change in self.form_changes:
             if step >= change:
                 length = schedule.ramp_steps(self.total_steps - change, self.warmup_ratio)
                 factor *= schedule.ramp(step - change, length)
         return {"learning_rate": factor * self.settings.learning_rate, "gate_lr": factor * self.gate_lr}
+
+    def _lr_factor(self, step: int) -> float:
+        """Of the schedule, without ramps."""
+        settings = self.settings
+        return schedule.lr_factor(
+            step, self.total_steps, self.warmup_steps, settings.lr_scheduler_type, settings.min_lr_ratio
+        )
 
     @property
     def form_changes(self) -> tuple[int, ...]:
@@ -86,8 +92,8 @@ class Stage:
     @property
     def learned_at(self) -> int:
         """The first step that comes after one with a learning rate above 0; the number of steps plus 1 if none has."""
-        total, warmup, kind = self.total_steps, self.warmup_steps, self.settings.lr_scheduler_type
-        return 1 + next((step for step in range(total) if schedule.lr_factor(step, total, warmup, kind) > 0), total)
+        total = self.total_steps
+        return 1 + next((step for step in range(total) if self._lr_factor(step) > 0), total)
 
     @property
     def can_prune(self) -> bool:
@@ -112,8 +118,7 @@ class Stage:
     @property
     def gate_travel(self) -> float:
         """How far a gate moves in the sparsify phase if every step moves it by its rate; it starts at 1."""
-        window = schedule.window_sum(self.phases, self.warmup_steps, self.settings.lr_scheduler_type)
-        return self.gate_lr * window
+        return self.gate_lr * schedule.window_sum(self.phases, self._lr_factor)
 
 
 @dataclass(frozen=True)
