@@ -156,6 +156,16 @@ def test_a_llama_factory_config_becomes_one_of_ours_but_for_its_data(
     assert "cosine_with_restarts is not one of" in found["notes"]["lr_scheduler_type"]
 
 
+def test_a_template_that_is_not_built_in_is_left_to_the_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = converted(capsys, tmp_path, AXOLOTL.replace("llama3", "qwen_25"))
+    assert "chat_template" not in found["config"]["data"] and "qwen_25" in found["notes"]["data.chat_template"]
+    (tmp_path / "mine.jinja").touch()
+    found = converted(capsys, tmp_path, AXOLOTL.replace("llama3", f"{tmp_path}/mine.jinja"))
+    assert found["config"]["data"]["chat_template"] == f"{tmp_path}/mine.jinja"
+
+
 def test_what_is_printed_can_be_read_and_says_what_is_not_in_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -196,11 +206,11 @@ def test_what_an_alternative_says_is_what_the_whole_says() -> None:
     ("text", "sentence"),
     [
         ("sora: {r: 8}\nmodel: {}", "there is nothing to translate"),
-        ("a: 1", "has none of the keys lora_r"),
-        ("", "has none of the keys lora_r"),
+        ("base_model: m\nmicro_batch_size: 1", "has none of the keys adapter"),
+        ("", "has none of the keys adapter"),
         ("[1]", "a config is a mapping"),
-        ("base_model: m\nrl: dpo", "rl: dpo; training here is supervised"),
-        ("model_name_or_path: m\nstage: rm", "stage: rm; training here is supervised"),
+        ("base_model: m\nadapter: lora\nrl: dpo", "rl: dpo; training here is supervised"),
+        ("lora_rank: 8\nstage: rm", "stage: rm; training here is supervised"),
         ("base_model: m\nadapter:", "adapter: null; only LoRA becomes SoRA"),
         ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: 'full'; only LoRA becomes SoRA"),
     ],
@@ -216,7 +226,7 @@ def test_what_cannot_be_converted_is_one_sentence(
 
 @pytest.mark.parametrize("entry", [{"type": {"field_output": "a"}}, {"type": "user_defined"}, {"type": 3}, {}])
 def test_types_of_rows_that_are_not_known_are_custom(entry: dict[str, Any]) -> None:
-    found = translate({"base_model": "m", "datasets": [{"path": "a.jsonl", **entry}]}, "theirs.yml")
+    found = translate({"lora_r": 8, "datasets": [{"path": "a.jsonl", **entry}]}, "theirs.yml")
     (ours,) = found.config["data"]["datasets"]
     assert ours.get("type") == ("custom" if entry else None)
     assert ("write custom" in found.notes.get("datasets.0.type", "")) == bool(entry)

@@ -8,6 +8,7 @@ from typing import Any
 from sora_llm.arguments import Parser
 from sora_llm.commands.common import run_command
 from sora_llm.config import from_dict, read_mapping, translate, write_yaml
+from sora_llm.data.builtin_templates import TEMPLATES
 from sora_llm.errors import UserError
 from sora_llm.files import user_path
 from sora_llm.terminal import warn
@@ -39,6 +40,12 @@ def converted(file: str) -> dict[str, Any]:
         UserError: the file cannot be read, or is no config for LoRA.
     """
     found = translate(read_mapping(user_path(file, "FILE")), file)
+    template = found.get("data.chat_template")
+    if isinstance(template, str) and template not in TEMPLATES and not user_path(template, "chat_template").is_file():
+        del found.config["data"]["chat_template"]
+        found.notes["data.chat_template"] = (
+            f"left to the tokenizer; {template} is neither built in ({', '.join(TEMPLATES)}) nor a file here"
+        )
     problem = None
     try:
         from_dict(found.config, f"converted from {file}")

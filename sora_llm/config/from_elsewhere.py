@@ -21,8 +21,8 @@ from sora_llm.errors import UserError
 KEPT_SHARE = 0.5
 """Of r: the target_rank of a config for plain LoRA, which does not say what is to be kept."""
 
-LORA_KEYS = ("lora_r", "lora_rank", "base_model", "model_name_or_path", "micro_batch_size", "lora_alpha")
-"""One of them is in every config that can be translated."""
+LORA_KEYS = ("adapter", "finetuning_type", "lora_r", "lora_rank", "lora_target")
+"""One of them is in every config for LoRA."""
 
 
 @dataclass
@@ -76,7 +76,9 @@ def _refuse(theirs: Mapping[str, Any], file: str) -> None:
     if any(isinstance(theirs.get(section), dict) for section in ("sora", "train", "quantization")):
         raise UserError(f"{file} has sections as a config of ours; there is nothing to translate")
     if not any(key in theirs for key in LORA_KEYS):
-        raise UserError(f"{file} has none of the keys {', '.join(LORA_KEYS)}; give axolotl's or LLaMA-Factory's YAML")
+        raise UserError(
+            f"{file} has none of the keys {', '.join(LORA_KEYS)}; give a config for LoRA with axolotl or LLaMA-Factory"
+        )
     for key, supervised in (("rl", ()), ("stage", ("sft", "pt"))):
         value = theirs.get(key)
         if _asks(value) and value not in supervised:
