@@ -194,6 +194,7 @@ def test_what_an_alternative_says_is_what_the_whole_says() -> None:
     assert config_of(deepspeed="ds_config.json")["distributed"] == {"deepspeed_config": "ds_config.json"}
     assert config_of(fsdp=["full_shard"])["distributed"] == {"strategy": "zero3"}
     assert config_of(hub_model_id="a/b")["output"] == {"push_to_hub": True, "hub_model_id": "a/b"}
+    assert config_of(lora_r=16, lora_alpha=8, peft_use_rslora=True)["sora"]["lora_alpha"] == 32, "32 / 16 = 8 / √16"
     floor = {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1}
     assert config_of(lr_scheduler="cosine", cosine_min_lr_ratio=0.1)["train"] == floor
     kwargs = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "learning_rate": 1e-4}

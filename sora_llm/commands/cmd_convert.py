@@ -57,6 +57,6 @@ def converted(file: str) -> dict[str, Any]:
 
 def as_text(result: Mapping[str, Any]) -> str:
     """The config as YAML, below comments."""
-    lines = [f"# converted from {result['source']}" + ("; see to" if result["notes"] else "")]
+    lines = [f"# converted from {result['source']}" + ("; see to:" if result["notes"] else "")]
     lines += [f"#   {key}: {' '.join(note.split())}" for key, note in result["notes"].items()]
     return "\n".join([*lines, "", write_yaml(result["config"]).rstrip("\n")])

@@ -359,13 +359,20 @@ def _settle(done: Translated, theirs: Mapping[str, Any]) -> None:
     r = r if isinstance(r, int) else Sora.r
     if "lora_rank" in theirs and done.get("sora.lora_alpha") is None:
         done.put("sora.lora_alpha", 2 * r)  # LLaMA-Factory's default
+    if any(theirs.get(key) is True for key in _RSLORA):
+        alpha = done.get("sora.lora_alpha")
+        alpha = alpha if isinstance(alpha, int | float) else Sora.lora_alpha
+        done.put("sora.lora_alpha", round(alpha * math.sqrt(r), 4))
+        done.notes["(sora.lora_alpha)"] = f"{alpha:g} · √r, for the scale of rsLoRA, which divides by √r instead of r"
     if all(done.get(f"sora.{name}") is None for name in ("target_rank", "target_params", "sparse_lambda")):
         kept = math.ceil(KEPT_SHARE * r)
         done.put("sora.target_rank", kept)
         done.notes["(sora.target_rank)"] = f"{kept}, half of r, was chosen here: the mean rank that is kept"
 
 
+_RSLORA = ("use_rslora", "peft_use_rslora")
 _HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(_RSLORA, _passed_over),  # see _settle
     **dict.fromkeys(
         ("strict", "model_type", "tokenizer_type", "is_llama_derived_model", "do_train", "stage", "rl"), _passed_over
     ),

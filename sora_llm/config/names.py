@@ -160,6 +160,12 @@ NO_EQUIVALENT = {
         ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), "leave it out; adapters are one fused function anyway"
     ),
     "plugins": "leave it out; there are none",
+    "conversation": "leave it out; data.chat_template says how turns are rendered",
+    "shards": "leave it out; use a smaller file",
+    **dict.fromkeys(
+        ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu", "liger_layer_norm"),
+        "set train.torch_compile, which fuses norms, rotary embedding and activations too",
+    ),
     "train_file": "set data.datasets",
     "validation_file": "set data.val_datasets",
     "ds_type": "leave it out; a file's name says its format",
