@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,10 @@ def test_adaloras_weight_and_rate_are_tuned_until_both_lie_between_what_was_trie
     lines: Lines = {}
     order: list[AdaLoraRun | Cell] = []
     while (run := next(queue.missing(lines), None)) is not None:
-        lines[run.key] = {"cell": run.fields if isinstance(run, Cell) else asdict(run), "loss": loss_of(run)}
+        lines[run.key] = {"cell": run.fields, "loss": loss_of(run)}
+        if isinstance(run, AdaLoraRun):
+            ranks = run.ranks or 168
+            lines[run.key] |= {"kept_params": 800 * ranks, "kept_ranks": ranks, "budget_params": 110_976}
         order.append(run)
     own = [run for run in order if isinstance(run, AdaLoraRun)]
     assert order[: len(own)] == own, "the others come last"
@@ -228,9 +231,9 @@ def test_adaloras_weight_and_rate_are_tuned_until_both_lie_between_what_was_trie
     assert own[: len(tuning)] == tuning
     assert {run.orthogonality for run in tuning} == {0.5, 0.1, 0.03, 0.01}, "0.03 lies between the last ones"
     assert queue.frozen(lines) == (0.03, 0.0226)
-    assert [(run.orthogonality, run.learning_rate, run.seed) for run in own[len(tuning) :]] == [
-        (0.03, 0.0226, seed) for seed in Protocol.seeds
-    ]
+    assert [(run.orthogonality, run.learning_rate, run.seed, run.ranks) for run in own[len(tuning) :]] == [
+        (0.03, 0.0226, seed, ranks) for ranks in (None, 138) for seed in Protocol.seeds
+    ], "138 ranks of 800 parameters are the largest number within the others' 110,976"
     for weight in queue.best_losses(lines):
         rates = queue.tuning_losses(weight, lines)
         assert min(rates) < best_rate(rates) < max(rates)

@@ -6,7 +6,8 @@ As many ranks in training as SoRA (init_r = 16, scale 1) and as many at the end 
 between the same steps (10 and 40 %), masked in every step of these; the same rows in the same order, loss, schedule of
 rates, clipping and AdamW.  The weight of its orthogonality loss is tuned beside the learning rate: PEFT's default of
 0.5 and 0.1, and while the best is at an edge the next one beyond it, each with the ladder of learning rates; the pair
-with the lowest tuning loss is frozen.  Its budget counts ranks, not parameters: every line has both.  The others have
+with the lowest tuning loss is frozen.  Its budget counts ranks, not parameters (every line has both), and wide modules
+keep more of them: so it runs again with fewer ranks, by what one costs it, for the others' parameters.  The others have
 the rates that grid.py froze (--runs), and run here because machines round bfloat16 differently and pairs want the same
 one.  Every run is a line of --out (default adalora.jsonl); one that is there is not made again.  Prints the numbers of
 README.md.
@@ -19,7 +20,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,19 +70,30 @@ class AdaLoraRun:
     learning_rate: float
     seed: int
     rows: str
+    ranks: int | None = None
+    """Of all modules together, at the end; None: as many as SoRA."""
 
     def __str__(self) -> str:
         settings = f"weight {self.orthogonality:<6g} lr {self.learning_rate:<8g}"
-        return f"adalora {settings} seed {self.seed:<4} {self.rows}"
+        return f"adalora {settings} seed {self.seed:<4} {self.rows}{self._of_ranks}"
 
     @property
     def key(self) -> str:
-        return f"adalora {self.orthogonality:g} {self.learning_rate:g} {self.seed} {self.rows}"
+        return f"adalora {self.orthogonality:g} {self.learning_rate:g} {self.seed} {self.rows}{self._of_ranks}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As its line says it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def _of_ranks(self) -> str:
+        return "" if self.ranks is None else f" {self.ranks} ranks"
 
 
 @dataclass(frozen=True)
 class AdaLoraQueue:
-    """Tuning, then the seeds, then those of the others."""
+    """Tuning, then the seeds, then those with fewer ranks, and those of the others."""
 
     protocol: Protocol = field(default_factory=Protocol)
 
@@ -93,7 +105,7 @@ class AdaLoraQueue:
         """What can be run now."""
         chosen = self.frozen(lines)
         if chosen is not None:
-            runs = self.test_runs(*chosen)
+            runs = [*self.test_runs(*chosen), *self.smaller_runs(lines)]
         else:
             pairs = (
                 (weight, rate)
@@ -113,6 +125,17 @@ class AdaLoraQueue:
 
     def test_runs(self, orthogonality: float, learning_rate: float) -> list[AdaLoraRun]:
         return [AdaLoraRun(orthogonality, learning_rate, seed, TEST) for seed in self.protocol.seeds]
+
+    def smaller_runs(self, lines: Lines) -> list[AdaLoraRun]:
+        """With so many ranks that it has about the parameters of the others: by those that it kept per rank."""
+        chosen = self.frozen(lines)
+        runs = [] if chosen is None else self.test_runs(*chosen)
+        found = [lines[run.key] for run in runs if "kept_params" in lines.get(run.key, {})]
+        if not runs or len(found) < len(runs):
+            return []
+        a_rank = sum(line["kept_params"] for line in found) / sum(line["kept_ranks"] for line in found)
+        ranks = math.floor(found[0]["budget_params"] / a_rank)
+        return [replace(run, ranks=ranks) for run in runs]
 
     def best_losses(self, lines: Lines) -> dict[float, float]:
         """{weight: tuning loss at its best learning rate} of the weights whose rates are tuned."""
@@ -141,7 +164,7 @@ def run(runner: Runner, run: AdaLoraRun | Cell) -> dict[str, Any]:
     """The run's line."""
     if isinstance(run, Cell):
         return runner.run(run)
-    described = {"key": run.key, "cell": asdict(run), "protocol": runner.protocol.fields}
+    described = {"key": run.key, "cell": run.fields, "protocol": runner.protocol.fields}
     return runner.line_of(described, lambda: trained(runner, run))
 
 
@@ -172,6 +195,8 @@ def trained(runner: Runner, run: AdaLoraRun) -> dict[str, Any]:
         ),
     )
     adalora: Any = model.base_model
+    if run.ranks is not None:  # its config has whole numbers per module
+        adalora.rankallocator.target_bgt = run.ranks
     try:
         # Of PEFT 0.21 `ranknum`, the divisor of the scale, takes gradients too: it is left as it was made.
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
@@ -224,19 +249,20 @@ def table(queue: AdaLoraQueue, lines: Lines) -> str:
     """Losses over test rows, and the pairs of one seed."""
     chosen = queue.frozen(lines)
     assert chosen is not None, "tuning has not ended"
-    runs = [lines[run.key] for run in queue.test_runs(*chosen)]
-    own = [line.get("loss", math.inf) for line in runs]
     rows = [f"weight of the orthogonality loss {chosen[0]:g}, learning rate {chosen[1]:g}", ""]
     for weight in sorted(queue.best_losses(lines)):
         tried = sorted(queue.tuning_losses(weight, lines).items())
         rows.append(f"tuning loss with {weight:g}: " + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in tried))
-    kept, budget = [line.get("kept_params", 0) for line in runs], runs[0].get("budget_params")
-    rows += ["", f"parameters {min(kept):,} to {max(kept):,}, budget of the others {budget:,}", ""]
-    rows += [f"test loss {statistics.mean(own):.4f}: " + ", ".join(f"{loss:.4f}" for loss in own), ""]
-    rows.append(PAIR_TABLE)
-    for group in RIVALS:
-        theirs = [lines[cell.key].get("loss", math.inf) for cell in queue.others.test_cells(group, lines)]
-        rows.append(pair_row(f"{group} − adalora", [a - b for a, b in zip(theirs, own, strict=True)]))
+    for part in (queue.test_runs(*chosen), queue.smaller_runs(lines)):
+        runs = [lines[run.key] for run in part]
+        own = [line.get("loss", math.inf) for line in runs]
+        ranks, kept = ([line.get(key, 0) for line in runs] for key in ("kept_ranks", "kept_params"))
+        rows += ["", f"{ranks[0]} ranks, {min(kept):,} to {max(kept):,} parameters (the others: "]
+        rows[-1] += f"{runs[0].get('budget_params', 0):,})"
+        rows += [f"test loss {statistics.mean(own):.4f}: " + ", ".join(f"{loss:.4f}" for loss in own), "", PAIR_TABLE]
+        for group in RIVALS:
+            theirs = [lines[cell.key].get("loss", math.inf) for cell in queue.others.test_cells(group, lines)]
+            rows.append(pair_row(f"{group} − adalora", [a - b for a, b in zip(theirs, own, strict=True)]))
     return "\n".join(rows)
 
 
