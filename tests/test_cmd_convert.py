@@ -233,6 +233,13 @@ def test_types_of_rows_that_are_not_known_are_custom(entry: dict[str, Any]) -> N
     assert ("write custom" in found.notes.get("datasets.0.type", "")) == bool(entry)
 
 
+def test_a_relative_of_alpaca_is_alpaca_with_a_note() -> None:
+    for type_, is_noted in (("alpaca", False), ("alpaca_chat.load_qa", True), ("alpaca:phi", True)):
+        found = translate({"lora_r": 8, "datasets": [{"path": "a.jsonl", "type": type_}]}, "theirs.yml")
+        assert found.config["data"]["datasets"] == [{"path": "a.jsonl", "type": "alpaca"}]
+        assert ("Alpaca's own prompt" in found.notes.get("datasets.0.type", "")) == is_noted
+
+
 KEYS = sorted({*_HANDLERS, *NO_EQUIVALENT, *(name for names in NAMES_ELSEWHERE.values() for name in names)})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 70) | st.floats(allow_nan=True) | st.text(max_size=9),

@@ -99,7 +99,7 @@ Handler = Callable[[Translated, str, Any, Mapping[str, Any]], None]
 
 
 def _passed_over(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    """Says nothing that our config has to say."""
+    """For keys that say nothing ours has to say."""
 
 
 def _noted_if_set(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
@@ -128,10 +128,10 @@ def _targets(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) 
 
 
 def _attention(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    known = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
+    by_key = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
     by_value = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager", True: "flash_attention_2"}
-    if key in known and value:
-        done.put("model.attn_implementation", known[key])
+    if key in by_key and value:
+        done.put("model.attn_implementation", by_key[key])
     elif key == "flash_attn" and isinstance(value, str | bool) and value in by_value:
         done.put("model.attn_implementation", by_value[value])
 
@@ -329,6 +329,11 @@ def _type(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> 
     if ours is None:
         done.notes[f"{key}.type"] = f"{show(value)}: write custom, with a function that makes messages of a row"
         return "custom"
+    if ours == "alpaca" and value != "alpaca":
+        done.notes[f"{key}.type"] = (
+            f"{value}: taken for alpaca, which has Alpaca's own prompt; set columns for fields that are not called "
+            "instruction, input and output"
+        )
     if ours != "messages":
         return ours
     turns = theirs.get("message_property_mappings") or {
