@@ -240,6 +240,12 @@ def test_a_relative_of_alpaca_is_alpaca_with_a_note() -> None:
         assert ("Alpaca's own prompt" in found.notes.get("datasets.0.type", "")) == is_noted
 
 
+def test_trackers_that_are_none_here_are_noted() -> None:
+    for theirs, ours, is_noted in (([], [], False), ("wandb", ["wandb"], False), (["mlflow"], [], True), (3, [], True)):
+        found = translate({"lora_r": 8, "report_to": theirs}, "theirs.yml")
+        assert found.config["output"]["report_to"] == ours and ("report_to" in found.notes) == is_noted
+
+
 KEYS = sorted({*_HANDLERS, *NO_EQUIVALENT, *(name for names in NAMES_ELSEWHERE.values() for name in names)})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 70) | st.floats(allow_nan=True) | st.text(max_size=9),

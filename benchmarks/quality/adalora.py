@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import TEST, TUNING, WHOLE, Cell, Group, Protocol, Queue, R, best_rate, read_lines, wanted_rates
+from protocol import TEST, TUNING, WHOLE, Cell, Group, Protocol, Queue, R, best_rate, tuning_lines, wanted_rates
 from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
 from workers import Lines, add_options, lines_there, missing_data, too_few_workers, unusable, work_off
@@ -50,8 +50,7 @@ def main() -> int:
         print(f"adalora.py: {wrong}", file=sys.stderr)
         return 2
     queue = AdaLoraQueue()
-    tuned = {key: line for key, line in read_lines(arguments.runs).items() if line["cell"]["rows"] == TUNING}
-    lines = {**tuned, **lines_there(arguments.out, arguments.again)}
+    lines = {**tuning_lines(arguments.runs), **lines_there(arguments.out, arguments.again)}
     if wrong := work_off(queue, lines, arguments.out, run, num_workers=arguments.workers):
         print(f"adalora.py: {wrong}", file=sys.stderr)
         return 1

@@ -17,11 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import run
-from protocol import TUNING, Group, Protocol, Queue, read_lines
+from protocol import Group, Protocol, Queue, tuning_lines
 from statistics_of_pairs import PAIR_TABLE, pair_row
 from tasks import HERE
-from workers import add_options, lines_there, missing_data, too_few_workers, unusable, work_off
+from workers import add_options, lines_there, missing_data, run_cell, too_few_workers, unusable, work_off
 
 SIZE = 0.25
 EARLY, LATE, SORA = (Group(SIZE, arm) for arm in ("svd4early", "svd4", "sora"))
@@ -38,9 +37,8 @@ def main() -> int:
         print(f"early.py: {wrong}", file=sys.stderr)
         return 2
     queue = Queue(Protocol(), [[EARLY, LATE, SORA]])
-    tuned = {key: line for key, line in read_lines(arguments.runs).items() if line["cell"]["rows"] == TUNING}
-    lines = {**tuned, **lines_there(arguments.out, arguments.again)}
-    if wrong := work_off(queue, lines, arguments.out, run, num_workers=arguments.workers):
+    lines = {**tuning_lines(arguments.runs), **lines_there(arguments.out, arguments.again)}
+    if wrong := work_off(queue, lines, arguments.out, run_cell, num_workers=arguments.workers):
         print(f"early.py: {wrong}", file=sys.stderr)
         return 1
     print(table(queue, lines))

@@ -25,7 +25,6 @@ from protocol import (
     ARMS,
     CORE_SIZES,
     WHOLE,
-    Cell,
     Group,
     Protocol,
     Queue,
@@ -33,10 +32,19 @@ from protocol import (
     extra_groups,
 )
 from tasks import GSM8K_ANSWERS, TASKS
-from workers import add_options, lines_there, missing_data, missing_device, too_few_workers, unusable, work_off
+from workers import (
+    add_options,
+    lines_there,
+    missing_data,
+    missing_device,
+    run_cell,
+    too_few_workers,
+    unusable,
+    work_off,
+)
 
 if TYPE_CHECKING:
-    from runner import Runner
+    pass
 
 
 def main() -> int:
@@ -73,16 +81,13 @@ def main() -> int:
         return 0
     seconds = None if arguments.minutes is None else 60 * arguments.minutes - (time.monotonic() - started)
     out.parent.mkdir(exist_ok=True)
-    wrong = work_off(queue, lines, out, run, device=arguments.device, num_workers=arguments.workers, seconds=seconds)
+    wrong = work_off(
+        queue, lines, out, run_cell, device=arguments.device, num_workers=arguments.workers, seconds=seconds
+    )
     print(overview(queue, lines))
     if wrong:
         print(f"grid.py: {wrong}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def run(runner: Runner, cell: Cell) -> dict[str, Any]:
-    """A cell's line."""
-    return runner.run(cell)
 
 
 def bad_input(arguments: argparse.Namespace) -> str | None:

@@ -302,6 +302,11 @@ def read_all(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def tuning_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """Those of `read_lines` that learning rates are chosen by."""
+    return {key: line for key, line in read_lines(file).items() if line["cell"]["rows"] == TUNING}
+
+
 def read_lines(file: Path) -> dict[str, dict[str, Any]]:
     """{key: line} of a file of runs.  Of two lines with one key the first counts that did not fail."""
     found: dict[str, dict[str, Any]] = {}

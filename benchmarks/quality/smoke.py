@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grid import overview, run
+from grid import overview
 from protocol import Group, Protocol, Queue, read_lines
 from tasks import HERE
-from workers import missing_data, too_few_workers, work_off
+from workers import missing_data, run_cell, too_few_workers, work_off
 
 SMALL = Protocol(
     steps=20,
@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or Path(folder) / "runs.jsonl"
         lines = read_lines(out)
-        if wrong := work_off(queue, lines, out, run, num_workers=arguments.workers):
+        if wrong := work_off(queue, lines, out, run_cell, num_workers=arguments.workers):
             print(f"smoke.py: {wrong}", file=sys.stderr)
             return 1
         print(overview(queue, lines))

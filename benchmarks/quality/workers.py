@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from typing import Protocol as Interface
 
-from protocol import Protocol, read_lines
+from protocol import Cell, Protocol, read_lines
 from tasks import GSM8K_ANSWERS, Task
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ def _run_and_write(execute: Callable[[Runner, RunT], Line], run: RunT, out: Path
     line = execute(_runner, run)
     append(out, line)
     return line
+
+
+def run_cell(runner: Runner, cell: Cell) -> Line:
+    """What is executed for a cell of protocol.py."""
+    return runner.run(cell)
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:

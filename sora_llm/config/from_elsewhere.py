@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from sora_llm.config.conversion import elsewhere
-from sora_llm.config.names import NO_EQUIVALENT, value_elsewhere
+from sora_llm.config.names import NO_EQUIVALENT, TYPES_ELSEWHERE, value_elsewhere
 from sora_llm.config.origin import show
-from sora_llm.config.schema import Config, Dataset, Sora
+from sora_llm.config.schema import Config, Dataset, Sora, Train
 from sora_llm.errors import UserError
 
 KEPT_SHARE = 0.5
@@ -54,11 +54,10 @@ def translate(theirs: Mapping[str, Any], file: str) -> Translated:
     _refuse(theirs, file)
     done = Translated()
     for key, value in theirs.items():
-        if key in _HANDLERS:
+        if not _asks(value):
+            _unset(done, key, value)
+        elif key in _HANDLERS:
             _HANDLERS[key](done, key, value, theirs)
-        elif not _asks(value):
-            if value is False and (ours := elsewhere(key)) is not None:
-                done.put(ours, False)  # our default may be true
         elif (ours := elsewhere(key)) is not None:
             done.put(ours, value)
         else:
@@ -93,18 +92,28 @@ def _asks(value: Any) -> bool:
     return not (value is None or value is False or value in ("", [], {}))
 
 
+def _unset(done: Translated, key: str, value: Any) -> None:
+    """A key that asks for nothing: only what our default would not say too."""
+    if key in _WHEN_UNSET:
+        done.put(*_WHEN_UNSET[key])
+    elif value is False and key not in _HANDLERS and (ours := elsewhere(key)) is not None:
+        done.put(ours, False)
+
+
 # ------------------------------------------------------------------------------------------------- keys of their own
 
 Handler = Callable[[Translated, str, Any, Mapping[str, Any]], None]
+"""For a key whose value asks for something: the translation, the key, its value, all of their keys."""
+
+_WHEN_UNSET = {"gradient_checkpointing": ("train.gradient_checkpointing", False), "report_to": ("output.report_to", [])}
 
 
 def _passed_over(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
     """For keys that say nothing ours has to say."""
 
 
-def _noted_if_set(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value):
-        done.notes[key] = NO_EQUIVALENT[key]
+def _noted(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
+    done.notes[key] = NO_EQUIVALENT[key]
 
 
 def _precision(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
@@ -120,7 +129,7 @@ def _all_linear(done: Translated, key: str, value: Any, theirs: Mapping[str, Any
 
 
 def _targets(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if not _asks(value) or theirs.get("lora_target_linear"):
+    if theirs.get("lora_target_linear"):
         return
     if isinstance(value, str) and key == "lora_target":
         value = "all-linear" if value == "all" else [name.strip() for name in value.split(",")]
@@ -139,7 +148,7 @@ def _attention(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]
 def _bits(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
     if value in (4, 8):
         done.put(f"quantization.load_in_{value}bit", True)
-    elif _asks(value):
+    else:
         done.notes[key] = NO_EQUIVALENT[key]
 
 
@@ -168,27 +177,25 @@ def _max_steps(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]
 
 
 def _epochs(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value) and done.get("train.max_steps") is None:
+    if done.get("train.max_steps") is None:
         done.put("train.num_train_epochs", value)
 
 
 def _per_epoch(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value) and (key == "saves_per_epoch" or theirs.get("val_set_size") or theirs.get("test_datasets")):
+    if key == "saves_per_epoch" or theirs.get("val_set_size") or theirs.get("test_datasets"):
         done.notes[key] = NO_EQUIVALENT[key]
 
 
 def _strategy(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value) and value not in ("no", "none", "steps"):
+    if value not in ("no", "none", "steps"):
         done.notes[key] = NO_EQUIVALENT[key]
 
 
 def _checkpointing(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    done.put("train.gradient_checkpointing", _asks(value))
+    done.put("train.gradient_checkpointing", True)  # also "unsloth", "offload"
 
 
 def _deepspeed(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if not _asks(value):
-        return
     stage = re.search(r"(?:zero|z|ds)[_-]?([123])", str(value).rpartition("/")[2].lower())
     if stage is None:
         done.put("distributed.deepspeed_config", value)
@@ -198,20 +205,18 @@ def _deepspeed(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]
 
 
 def _fsdp(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value):
-        done.put("distributed.strategy", "zero3")
-        done.notes[key] = "taken for distributed.strategy: zero3"
+    done.put("distributed.strategy", "zero3")
+    done.notes[key] = "taken for distributed.strategy: zero3"
 
 
 def _wandb(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value):
-        done.put("output.report_to", ["wandb"])
-        done.notes[key] = f"set the environment variable WANDB_PROJECT={value}"
+    done.put("output.report_to", ["wandb"])
+    done.notes[key] = f"set the environment variable WANDB_PROJECT={value}"
 
 
 def _report_to(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
     known = ("tensorboard", "wandb")
-    names = [value] if isinstance(value, str) else list(value or [])
+    names = value if isinstance(value, list) else [value]
     names = list(known) if "all" in names else [name for name in names if name != "none"]
     done.put("output.report_to", [name for name in names if name in known])
     if others := [str(name) for name in names if name not in known]:
@@ -219,14 +224,13 @@ def _report_to(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]
 
 
 def _hub(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if _asks(value):
-        done.put("output.push_to_hub", True)
-        done.put("output.hub_model_id", value)
+    done.put("output.push_to_hub", True)
+    done.put("output.hub_model_id", value)
 
 
 def _template(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
     ours = {"llama3": "llama-3", "llama2": "llama-2", "mistral_v1": "mistral"}
-    if not _asks(value) or value in ("default", "tokenizer_default", "empty"):
+    if value in ("default", "tokenizer_default", "empty"):
         return
     if key == "chat_template" and value == "jinja":
         value = theirs.get("chat_template_jinja")
@@ -243,12 +247,12 @@ def _template(done: Translated, key: str, value: Any, theirs: Mapping[str, Any])
 
 
 def _scheduler(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    known = ("linear", "cosine", "constant", "constant_with_warmup")
+    known = get_args(get_type_hints(Train)["lr_scheduler_type"])
     if value in known:
         done.put("train.lr_scheduler_type", value)
     elif value == "cosine_with_min_lr":
         done.put("train.lr_scheduler_type", "cosine")
-    elif _asks(value):
+    else:
         instead = value_elsewhere("train.lr_scheduler_type", value)
         done.notes[key] = f"{value} is not one of {', '.join(known)}{f' ({instead})' if instead else ''}"
 
@@ -262,13 +266,11 @@ def _scheduler_kwargs(done: Translated, key: str, value: Any, theirs: Mapping[st
         ratio = floor / peak
     if ratio is not None:
         done.put("train.min_lr_ratio", ratio)
-    if kwargs or (_asks(value) and ratio is None):
+    if kwargs or ratio is None:
         done.notes[key] = NO_EQUIVALENT[key]
 
 
 def _datasets(done: Translated, key: str, value: Any, theirs: Mapping[str, Any]) -> None:
-    if not _asks(value):
-        return
     ours = "data.val_datasets" if key == "test_datasets" else "data.datasets"
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         done.notes[key] = f"set {ours}, a list of data sets with a path and a type each"
@@ -278,12 +280,8 @@ def _datasets(done: Translated, key: str, value: Any, theirs: Mapping[str, Any])
 
 # ------------------------------------------------------------------------------------------------------- a data set
 
-_TYPES = {  # the first part of theirs: ours
-    **dict.fromkeys(("alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "instruct"), "alpaca"),
-    **dict.fromkeys(("chat_template", "chatml", "messages"), "messages"),
-    **dict.fromkeys(("completion", "text", "pretrain", "pretraining"), "completion"),
-    "sharegpt": "sharegpt",
-}
+_TYPES = {name: ours for ours, names in TYPES_ELSEWHERE.items() for name in (ours, *names)}
+"""The first part of theirs: ours."""
 _COLUMNS = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field": "text"}
 _PASSED_OVER = ("ds_type", "data_files", "field_messages", "message_property_mappings", "roles")
 _NAMES_OF_TURNS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
@@ -396,7 +394,7 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("fsdp", "fsdp_config"), _fsdp),
     **dict.fromkeys(("chat_template", "template"), _template),
     **dict.fromkeys(("datasets", "test_datasets"), _datasets),
-    **dict.fromkeys(("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model"), _noted_if_set),
+    **dict.fromkeys(("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model"), _noted),
     "lora_target_linear": _all_linear,
     "adapter": _adapter,
     **dict.fromkeys(("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"), _strategy),

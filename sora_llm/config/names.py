@@ -171,13 +171,20 @@ NO_EQUIVALENT = {
     "ds_type": "leave it out; a file's name says its format",
 }
 
+# Types of rows: ours → the names that others have for them.
+TYPES_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "alpaca": ("alpaca_chat", "alpaca_instruct", "alpaca_w_system", "instruct"),
+    "messages": ("chat_template", "chatml"),
+    "sharegpt": (),
+    "completion": ("text", "pretrain", "pretraining"),
+}
+
 # Values from elsewhere that are none here: our key → {value: what to write instead}.
 _MESSAGES = "write messages, or sharegpt for turns of from and value; data.chat_template says how they are rendered"
 VALUES_ELSEWHERE: dict[str, dict[Any, str]] = {
     "data.datasets.type": {
-        **dict.fromkeys(("chat_template", "chatml", "openai", "chat", "conversational"), _MESSAGES),
-        **dict.fromkeys(("alpaca_chat", "alpaca_instruct", "instruct", "alpaca_w_system"), "write alpaca"),
-        **dict.fromkeys(("text", "pretrain", "pretraining"), "write completion"),
+        **{name: f"write {ours}" for ours, names in TYPES_ELSEWHERE.items() for name in names},
+        **dict.fromkeys((*TYPES_ELSEWHERE["messages"], "openai", "chat", "conversational"), _MESSAGES),
         "input_output": "write custom, with a function that makes messages of the segments",
     },
     "data.val_set_size": {0: "null holds out no rows"},
