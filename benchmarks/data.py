@@ -5,11 +5,15 @@ over the same texts, already rendered.  Both on one core, in turn, medians of se
 
 `start`: preparing a data set, and the time to the first batch of a run that finds it in the cache, with the memory of
 both, for data sets of several sizes.
+
+`stream`: a training step alone, beside a thread of the same process that tokenises, and beside the processes that
+tokenise a stream, in turn.  The step is small on purpose: like a GPU's it consists of calls from Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,12 +32,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # both sides on one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from sora_llm import inject_sora
 from sora_llm.data.builtin_templates import TEMPLATES
+from sora_llm.data.chunks import Tokenizing, in_chunks
 from sora_llm.data.formats import Conversation, PromptCompletion, to_examples
 from sora_llm.data.sources import DatasetSpec
+from sora_llm.data.stream import Item, WindowTokenizer
 from sora_llm.data.templates import as_dicts, render
 from sora_llm.data.tokenize import tokenize_examples
 
@@ -134,8 +143,8 @@ imported, began = peak(), time.perf_counter()
 config, alone = load_config(sys.argv[1]), World(1, 0, 0)
 found = inputs.check_inputs(config, "none")
 data = training_data.load_data(config, found, alone)
-order = training_data.training_order(config, found, data, plan.rows_in_step(config, alone))
-batch = found.batch([sequence.read() for sequence in order.step(0)], packed=True)
+with training_data.training_order(config, found, data, plan.rows_in_step(config, alone)) as order:
+    batch = found.batch([sequence.read() for sequence in order.step(0)], packed=True)
 seconds = time.perf_counter() - began
 print(json.dumps({"seconds": seconds, "mib": peak() - imported, "shape": list(batch["input_ids"].shape)}))
 """
@@ -199,6 +208,83 @@ def child(command: list[str]) -> dict[str, Any]:
     return found
 
 
+# ----- stream ---------------------------------------------------------------------------------------------------------
+
+STEPS = 40
+
+
+def stream(rounds: int) -> None:
+    """Prints how much longer a step takes beside either way to tokenise, and the rows per second of those.  Means, as
+    what stops a thread now and then does not show in a median of steps."""
+    torch.set_num_threads(1)
+    lines = (SHARED / "data/gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
+    columns = {"instruction": "question", "output": "answer"}
+    work = Tokenizing((DatasetSpec("rows", "alpaca", columns=columns),), base5m(), TEMPLATES["alpaca"])
+    items: list[Item] = [(f"rows:{number}", json.loads(line), 0) for number, line in enumerate(lines[:2000])]
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(contextlib.closing(WindowTokenizer(work, 0.0, n))) for n in (1, 2))
+        ways: dict[str, Callable[[list[Item]], object]] = {
+            "a thread": lambda window: [work.tokenize((0, c)) for c in in_chunks((at, row) for at, row, _ in window)],
+            "a thread and 1 process": lambda window: one(window, [{}]),
+            "a thread and 2 processes": lambda window: two(window, [{}]),
+        }
+        ratios: dict[str, list[float]] = {name: [] for name in ways}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        alone, step = [], small_step()
+        for _ in range(rounds):
+            alone.append(mean_seconds(step))
+            for name, tokenise_window in ways.items():
+                with tokenising(tokenise_window, items) as rate:
+                    ratios[name].append(mean_seconds(step) / alone[-1])
+                rates[name].append(rate())
+    print(f"\na step of stories260k, 64 tokens, one thread: means of {STEPS} steps, medians of {rounds} rounds")
+    print(f"alone {statistics.median(alone) * 1e3:.1f} ms")
+    for name, found in ratios.items():
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        rows = statistics.median(rates[name])
+        print(f"beside {name:24}  {statistics.median(found):.2f} × ({spread}), {rows:,.0f} rows/s")
+
+
+def small_step() -> Callable[[], None]:
+    """Forward and backward pass of a small model with adapters."""
+    base = AutoModelForCausalLM.from_pretrained(SHARED / "models/stories260k", dtype=torch.float32)
+    ids = torch.randint(base.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    model = inject_sora(base, r=8)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    step()
+    return step
+
+
+def mean_seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return (time.perf_counter() - start) / STEPS
+
+
+@contextlib.contextmanager
+def tokenising(tokenise_window: Callable[[list[Item]], Any], items: list[Item]) -> Iterator[Callable[[], float]]:
+    """Context in which a thread tokenises one window after the other; yields its rows per second, once it has ended."""
+    done, is_over, start = [0], threading.Event(), time.perf_counter()
+
+    def work() -> None:
+        while not is_over.is_set():
+            tokenise_window(items)
+            done[0] += len(items)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield lambda: done[0] / (time.perf_counter() - start)
+    finally:
+        is_over.set()
+        thread.join()
+
+
 # ----- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -209,12 +295,16 @@ def main() -> None:
     parser.add_argument(
         "--start", type=int, nargs="*", default=[50_000, 200_000], help="rows of the sets to start with"
     )
+    parser.add_argument("--stream", type=int, default=5, help="rounds of stream; 0 leaves it out")
     args = parser.parse_args()
     datasets.disable_caching()
     datasets.disable_progress_bars()
     if args.rounds:
         tokenise(args.rows, args.rounds)
-    start(args.start)
+    if args.start:
+        start(args.start)
+    if args.stream:
+        stream(args.stream)
 
 
 if __name__ == "__main__":

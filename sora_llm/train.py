@@ -178,25 +178,25 @@ def run_config(config: Config, run_dir: Path, stop: StopRequest, liveness: Liven
         settings.strategy, world, os.environ, config.model.dtype, sync_every=settings.sync_every
     )
     refuse_other_step(os.environ, config.train.gradient_accumulation_steps, config.train.max_grad_norm)
-    with path_errors_as_user_errors():
-        zero_options = deepspeed_options(config, strategy)
-        if config.output.push_to_hub:
-            hub.check_target(config.output.hub_model_id, run_dir)
-        inputs = check_inputs(config, strategy)
-        check_attention(inputs.backbone)
-        if config.train.torch_compile:
-            check_compilable(inputs.skeleton, strategy, cuda=uses_cuda())
-        check_output(
-            run_dir, config.output.resume, [dataset.path for dataset in (*inputs.datasets, *inputs.val_datasets)]
-        )
-        shapes = target_shapes(config, inputs.skeleton)
-        check_layout(config.output.export_layout, inputs, shapes, run_dir)
-
-        data = load_data(config, inputs, world)  # before the process group, whose timeout it may exceed
-        order = training_order(config, inputs, data, rows_in_step(config, world))
-        plan = make_plan(config, strategy, world, order.steps_in, shapes)
-
     with contextlib.ExitStack() as stack:
+        with path_errors_as_user_errors():
+            zero_options = deepspeed_options(config, strategy)
+            if config.output.push_to_hub:
+                hub.check_target(config.output.hub_model_id, run_dir)
+            inputs = check_inputs(config, strategy)
+            check_attention(inputs.backbone)
+            if config.train.torch_compile:
+                check_compilable(inputs.skeleton, strategy, cuda=uses_cuda())
+            check_output(
+                run_dir, config.output.resume, [dataset.path for dataset in (*inputs.datasets, *inputs.val_datasets)]
+            )
+            shapes = target_shapes(config, inputs.skeleton)
+            check_layout(config.output.export_layout, inputs, shapes, run_dir)
+
+            data = load_data(config, inputs, world)  # before the process group, whose timeout it may exceed
+            order = stack.enter_context(training_order(config, inputs, data, rows_in_step(config, world)))
+            plan = make_plan(config, strategy, world, order.steps_in, shapes)
+
         group = process_group(config, strategy, world, run_dir, zero_options, liveness)
         accelerator = stack.enter_context(group)
         stop.at_once = False

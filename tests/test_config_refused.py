@@ -243,7 +243,6 @@ STREAMED = "data.datasets=[{path: a.jsonl, streaming: true}]"
         (["data.val_datasets=[{path: x, streaming: true}]"], "data.val_datasets.0.streaming is not for dev rows"),
         ([STREAMED, "train.max_steps=null", "train.num_train_epochs=1"], "set train.max_steps, and train.num_train_ep"),
         ([STREAMED, "data.val_set_size=10"], "data.val_set_size cannot hold out rows of streamed data sets"),
-        ([STREAMED, "data.num_proc=2"], "data.num_proc does not apply to streamed data"),
         ([STREAMED, "data.drop_duplicates=true"], "data.drop_duplicates would have to remember every row"),
     ],
 )

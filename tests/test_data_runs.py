@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import re
 import shutil
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_a_stream_is_saved_and_resumed_after_its_first_window(small, tmp_path):
     cursor = json.loads((tmp_path / "run" / "checkpoints" / "step-8" / "state.json").read_text())["order"]["cursor"]
     assert cursor["window"] >= 1 and cursor["counts"][0]["rows_read"] >= 5, "or the test shows nothing"
     run(CONFIG, *gsm8k_overrides(tmp_path / "again", **options, **start))
+    assert multiprocessing.active_children() == [], "those that tokenise end with their run"
     weights = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+from contextlib import closing
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers import token_row
+from preparing import decoded, run, texts
 
-from sora_llm.data.stream import StreamOrder
-from sora_llm.errors import UserError
+from sora_llm.data import chunks
+from sora_llm.data.chunks import Tokenizing
+from sora_llm.data.sources import read_rows
+from sora_llm.data.stream import StreamOrder, WindowTokenizer
+from sora_llm.errors import RunFailed, UserError
 
 
 def stream(*sizes, rows_per_step=4, mixture=None, pack_to=None, window_rows=16, seed=0, opened=None, change=0):
@@ -120,3 +129,60 @@ def test_a_stream_without_a_row_to_train_on_stops():
 def test_epochs_of_a_stream_cannot_be_counted():
     with pytest.raises(UserError, match=r"set train\.max_steps"):
         stream(5).steps_in(Fraction(1))
+
+
+# ----- the processes that tokenise ------------------------------------------------------------------------------------
+
+
+def tokenised(work: Tokenizing, num_proc: int) -> tuple[list[list[str]], object]:
+    """All rows of an epoch, as text, a list per step of eight; and what became of the rows."""
+    with closing(WindowTokenizer(work, 1.0, num_proc)) as tokenizer:
+        order = StreamOrder([partial(read_rows, spec) for spec in work.specs], tokenizer, 8, seed=1, window_rows=40)
+        steps = []
+        while not steps or order.position()["cursor"]["window"] < 5:
+            rows = [row for sequence in order.step(len(steps)) for row in sequence.read()]
+            steps.append([work.tokenizer.decode(ids) for ids, _ in rows])
+        return steps, order.counts
+
+
+def test_the_number_of_processes_changes_no_row_of_a_stream(tmp_path, byte, monkeypatch):
+    """In order, with the counts of each data set; and all of them are the rows that would be prepared."""
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
+    specs = (
+        texts(tmp_path, *[{"text": str(i)} if i % 9 else {"text": ""} for i in range(70)]),
+        texts(tmp_path, *[{"text": f"b{i}"} for i in range(50)], name="b.jsonl"),
+    )
+    work = Tokenizing(specs, byte, "")
+    (steps, counts), again = tokenised(work, 1), tokenised(work, 3)
+    assert (steps, counts) == again
+    assert [one["num_bad_rows"] for one in counts] == [16, 0], "each row has come twice, or was about to"
+    rows, _ = run(list(specs), byte, cache_dir=tmp_path / "cache", max_bad_row_fraction=1.0)
+    assert {text for step in steps for text in step} == set(decoded(rows, byte))
+
+
+def test_a_stream_is_tokenised_elsewhere_and_leaves_no_process_behind(tmp_path, byte, monkeypatch):
+    """In a thread of this process, templates and tokenizer would hold up the one that trains."""
+    work = Tokenizing((texts(tmp_path, *[{"text": str(i)} for i in range(9)]),), byte, "")
+
+    def here(*_: object) -> None:
+        pytest.fail("tokenised by the process that trains")
+
+    with closing(WindowTokenizer(work, 1.0, 2)) as tokenizer:
+        assert len(multiprocessing.active_children()) == 2, "forked before anything else begins"
+        monkeypatch.setattr(type(byte), "__call__", here)
+        rows, _ = tokenizer([("a:1", {"text": "abc"}, 0)], [{}])
+        assert len(rows) == 1
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("num_proc", "advice"), [(1, ""), (2, ": start again with data.num_proc=1")])
+def test_a_killed_process_ends_the_step_that_waits_for_it_with_a_sentence(num_proc, advice, tmp_path, byte):
+    work = Tokenizing((texts(tmp_path, *[{"text": str(i)} for i in range(40)]),), byte, "")
+    with closing(WindowTokenizer(work, 1.0, num_proc)) as tokenizer:
+        order = StreamOrder([partial(read_rows, work.specs[0])], tokenizer, 8, seed=1, window_rows=8)
+        order.step(0)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(RunFailed, match=f"was killed, perhaps for lack of memory{advice}$"):
+            for step in range(1, 9):
+                order.step(step)

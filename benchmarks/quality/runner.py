@@ -185,8 +185,8 @@ class Runner:
     def job(self, cell: Cell) -> Job:
         """The rows of its steps and the plan of its rates."""
         config = self.config(cell)
-        order = training_order(config, self.inputs, self.data, rows_in_step(config, ALONE))
-        plan = make_plan(config, "none", ALONE, order.steps_in, self.shapes)
+        with training_order(config, self.inputs, self.data, rows_in_step(config, ALONE)) as order:
+            plan = make_plan(config, "none", ALONE, order.steps_in, self.shapes)  # (only a stream's order ends here)
         if cell.arm.sora is None:
             plan = with_cuts(plan, cell)
         nobody: Any = None  # no one to stop it, and no other process that could die

@@ -221,7 +221,5 @@ def _streaming_problems(config: Config) -> Iterator[str]:
         )
     if config.data.val_set_size is not None:
         yield "data.val_set_size cannot hold out rows of streamed data sets; name dev rows in data.val_datasets."
-    if config.data.num_proc is not None:
-        yield "data.num_proc does not apply to streamed data, which is tokenised by a thread; set it to null."
     if config.data.drop_duplicates:
         yield "data.drop_duplicates would have to remember every row of a streamed data set; set it to false."

@@ -105,7 +105,8 @@ class Data:
     excess_length: Literal["drop", "truncate", "split", "error"] = "drop"  # longer rows; split: rows of type completion
     # become several of at most that length, other rows are dropped
     max_bad_row_fraction: Annotated[float, ">= 0", "<= 1"] = 0.01  # share of unusable rows skipped without failing
-    num_proc: Count | None = None  # workers that tokenise; null: chosen by the number of cores
+    num_proc: Count | None = None  # processes that tokenise; null: one per core, up to 8 (streaming: up to 2 for each
+    # process that trains)
     cache_dir: str | None = None  # of the tokenised data; null: ~/.cache/sora_llm/data
 
     @property

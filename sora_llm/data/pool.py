@@ -1,4 +1,4 @@
-"""Work shared among processes, with results in order: `map_in_order`."""
+"""Work shared among processes, with results in order: `map_in_order`, and `Workers` that stay for several calls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sora_llm.errors import RunFailed
 
@@ -22,13 +23,18 @@ R = TypeVar("R")
 
 TERM_GRACE_SECONDS = 5
 """How long a worker outlives a TERM, so that its parent can stop in order."""
+_IDLE_SECONDS = 0.2  # more than a fork takes
+
+
+def own_cores() -> int:
+    """The number of cores this process may use; not every system can restrict it or report it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: int) -> Generator[R]:
     """`function` of every item, in order, computed by `num_processes` processes (1: by this one).
 
-    Few items are in flight at any time, so memory does not grow with their number.  `function` reaches the workers
-    without being pickled.  Closing the generator ends them.
+    Few items are in flight at any time, so memory does not grow with their number.  Closing the generator ends them.
 
     Raises:
         RunFailed: a worker was killed.
@@ -36,27 +42,50 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_processes: 
     if num_processes == 1:
         yield from map(function, items)
         return
-    with ExitStack() as stack:
-        stack.enter_context(_single_threaded_tokenizers())
+    with closing(Workers(function, num_processes)) as workers:
+        yield from workers.map_in_order(items)
+
+
+class Workers(Generic[T, R]):
+    """Processes that compute `function`, until `close`, or until nobody refers to this any more.
+
+    All are forked here and now: later this process has threads and devices that a fork does not copy.  `function`
+    reaches them without being pickled.
+    """
+
+    def __init__(self, function: Callable[[T], R], num_processes: int) -> None:
+        self._num_processes = num_processes
         # Forked, not spawned: a spawned worker imports the caller's main module again, which costs seconds of
         # imports and breaks scripts without a __main__ guard.  The workers run no torch and no collective.
         context = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function,))
-        stack.callback(pool.shutdown, cancel_futures=True)
+        self._pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function,))
+        with _single_threaded_tokenizers():
+            for _ in range(num_processes):  # Python 3.10 forks a worker when there is work and none of them is idle
+                self._pool.submit(time.sleep, _IDLE_SECONDS)
+
+    def map_in_order(self, items: Iterable[T]) -> Generator[R]:
+        """The function of every item, in order; few items are in flight at any time.
+
+        Raises:
+            RunFailed: a worker was killed.
+        """
         waiting: deque[Future[R]] = deque()
         remaining = iter(items)
         try:
-            for item in itertools.islice(remaining, 2 * num_processes):
-                waiting.append(pool.submit(_apply, item))
+            for item in itertools.islice(remaining, 2 * self._num_processes):
+                waiting.append(self._pool.submit(_apply, item))
             while waiting:
                 result = waiting.popleft().result()
                 for item in itertools.islice(remaining, 1):
-                    waiting.append(pool.submit(_apply, item))
+                    waiting.append(self._pool.submit(_apply, item))
                 yield result
         except BrokenProcessPool:
-            raise RunFailed(
-                "a tokenising process was killed, perhaps for lack of memory: start again with data.num_proc=1"
-            ) from None
+            with_fewer = ": start again with data.num_proc=1" if self._num_processes > 1 else ""
+            raise RunFailed(f"a tokenising process was killed, perhaps for lack of memory{with_fewer}") from None
+
+    def close(self) -> None:
+        """End the processes, after the items that they are working on."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

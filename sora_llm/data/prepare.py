@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -28,7 +27,7 @@ from sora_llm.data.cache import fill_once, remembered_sha256
 from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenWriter
 from sora_llm.data.order import fill_rate
-from sora_llm.data.pool import map_in_order
+from sora_llm.data.pool import map_in_order, own_cores
 from sora_llm.data.progress import RowProgress
 from sora_llm.data.report import (
     REPORTED_BAD_ROWS,
@@ -188,11 +187,6 @@ def _tokenized(work: Tokenizing, num_proc: int | None, rows_each: int | None) ->
     processes = (num_proc or min(_MOST_PROCESSES, own_cores())) if is_large else 1
     with closing(map_in_order(work.tokenize, itertools.chain(head, chunks), processes)) as results:
         yield from results
-
-
-def own_cores() -> int:
-    """The number of cores this process may use; not every system can restrict it or report it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _raw_chunks(spec: DatasetSpec, source: int, rows_each: int | None) -> Iterator[RawChunk]:

@@ -2,26 +2,28 @@
 
 Rows are taken in windows, in the order of the files: a window is tokenised, shuffled and packed by itself, and steps
 take its sequences.  Everything is a function of the seed and the position, so every process reads the whole stream and
-takes its share of each step (`order.share`); the next window is made while the last one is trained on.
+takes its share of each step (`order.share`).  The next window is made while the last one is trained on: a thread reads
+and packs, other processes tokenise, because a thread that does would stop the training thread, call by call.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from sora_llm.data.chunks import Tokenizing, in_chunks
+from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import PackedRows, arranged
+from sora_llm.data.pool import Workers
 from sora_llm.data.readers import RowOrBad
 from sora_llm.data.report import too_long, too_many_bad_rows
 from sora_llm.errors import UserError
@@ -41,8 +43,8 @@ Counts = Mapping[str, int]
 """What became of the rows of a data set so far, in the form of `TokenChunk.counts`."""
 
 Tokenise = Callable[[list[Item], Sequence[Counts]], tuple[Sequence[TokenRow], Sequence[Counts]]]
-"""A window's rows and the counts before it → the rows to train on, in order, and the counts after it.  Called in a
-thread; may raise `UserError`."""
+"""A window's rows and the counts before it → the rows to train on, in order, and the counts after it.  Called in
+threads; may raise `UserError`."""
 
 
 @dataclass(frozen=True)
@@ -217,37 +219,41 @@ class StreamOrder:
 
 
 class WindowTokenizer:
-    """Implements `Tokenise` for data sets."""
+    """Implements `Tokenise` for data sets, in processes of its own."""
 
-    def __init__(self, work: Tokenizing, max_bad_row_fraction: float) -> None:
+    def __init__(self, work: Tokenizing, max_bad_row_fraction: float, num_proc: int) -> None:
         """Args:
         max_bad_row_fraction: of the rows so far; if more are malformed after a window, the run stops.
+        num_proc: number of processes.
         """
-        # A separate tokenizer, used by one thread at a time: encoding sets its truncation, and the library crashes (a
-        # segmentation fault, observed) if another thread encodes at the same time.
-        self._work = replace(work, tokenizer=copy.deepcopy(work.tokenizer))
-        self._one_at_a_time = threading.Lock()
+        self._work = work
         self._max_bad_row_fraction = max_bad_row_fraction
+        self._workers: Workers[RawChunk, TokenChunk] = Workers(work.tokenize, num_proc)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._workers.close()
 
     def __call__(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
         """UserError: too many bad rows, a row too long if that is an error, or a data set with nothing to train on."""
-        with self._one_at_a_time:
-            return self._tokenise(items, before)
-
-    def _tokenise(self, items: list[Item], before: Sequence[Counts]) -> tuple[list[TokenRow], list[Counts]]:
         rows: list[TokenRow] = []
         bad_rows: list[tuple[str, str]] = []
-        counts: list[Counts] = []
-        for source, so_far in enumerate(before):
-            counted = Counter(so_far)
-            for raw in in_chunks((place, row) for place, row, number in items if number == source):
-                chunk = self._work.tokenize((source, raw))
+        counted = [Counter(so_far) for so_far in before]
+        raw = (
+            (source, chunk)
+            for source in range(len(before))
+            for chunk in in_chunks((place, row) for place, row, number in items if number == source)
+        )
+        with closing(self._workers.map_in_order(raw)) as chunks:
+            for chunk in chunks:
                 if self._work.excess_length == "error" and chunk.first_too_long is not None:
                     raise too_long(*chunk.first_too_long, self._work.sequence_len)
-                counted.update(chunk.counts)
+                counted[chunk.source].update(chunk.counts)
                 bad_rows += chunk.bad_rows
                 rows += chunk.rows()
-            counts.append(dict(counted))  # asdict would turn a Counter, item by item, into one that counts the items
+        counts: list[Counts] = [
+            dict(one) for one in counted
+        ]  # asdict would turn a Counter into one that counts its items
         self._check(counts, bad_rows)
         return rows, counts
 

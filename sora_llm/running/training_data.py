@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, Order, split_validation
+from sora_llm.data.pool import own_cores
 from sora_llm.data.prepare import default_cache_dir, prepare
 from sora_llm.data.report import DataReport
 from sora_llm.data.show import decoded
@@ -25,6 +27,7 @@ from sora_llm.running.inputs import Inputs
 from sora_llm.topology import World
 
 _HEAD_START_SECONDS = 2.0  # for a machine's first process, so that the one whose output is shown prepares the data
+_STREAM_PROCESSES = 2  # that tokenise a stream by default, for each training process, which keeps a core to itself
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,10 @@ def tokenizing(config: Config, inputs: Inputs, specs: Sequence[DatasetSpec]) -> 
     )
 
 
-def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_step: int) -> Order:
-    """The order of training: which rows each optimizer step takes.
+@contextlib.contextmanager
+def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_step: int) -> Iterator[Order]:
+    """Context with the order of training: which rows each optimizer step takes.  At its end the processes end that
+    tokenise a stream; they are forked at its beginning, so that is to come before devices and process groups.
 
     Raises:
         UserError: a stream that cannot be read, or whose first rows cannot be used.
@@ -140,17 +145,15 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
     mixture = weights or None
     pack_to = config.data.sequence_len if config.data.sample_packing else None
     if data.train is not None:
-        return EpochOrder(data.train, rows_per_step, config.train.seed, pack_to, mixture)
-    order = StreamOrder(
-        [functools.partial(read_rows, spec) for spec in inputs.datasets],
-        WindowTokenizer(tokenizing(config, inputs, inputs.datasets), config.data.max_bad_row_fraction),
-        rows_per_step,
-        config.train.seed,
-        pack_to,
-        mixture,
-    )
-    order.sample()  # so that errors in the first window are raised now
-    return order
+        yield EpochOrder(data.train, rows_per_step, config.train.seed, pack_to, mixture)
+        return
+    work, num_proc = tokenizing(config, inputs, inputs.datasets), config.data.num_proc
+    processes = num_proc or max(1, min(_STREAM_PROCESSES, own_cores() - 1))
+    with contextlib.closing(WindowTokenizer(work, config.data.max_bad_row_fraction, processes)) as tokenizer:
+        sources = [functools.partial(read_rows, spec) for spec in inputs.datasets]
+        order = StreamOrder(sources, tokenizer, rows_per_step, config.train.seed, pack_to, mixture)
+        order.sample()  # so that errors in the first window are raised now
+        yield order
 
 
 def data_report(config: Config, inputs: Inputs, data: TrainingData) -> dict[str, Any]:
