@@ -251,9 +251,8 @@ class WindowTokenizer:
                 counted[chunk.source].update(chunk.counts)
                 bad_rows += chunk.bad_rows
                 rows += chunk.rows()
-        counts: list[Counts] = [
-            dict(one) for one in counted
-        ]  # asdict would turn a Counter into one that counts its items
+        # asdict would turn a Counter, item by item, into one that counts the items.
+        counts: list[Counts] = [dict(one) for one in counted]
         self._check(counts, bad_rows)
         return rows, counts
 
