@@ -235,6 +235,7 @@ def _draw_data(random: Random, datasets: list[Settings]) -> Settings:
         "data.drop_duplicates": not streaming and random.random() < 0.2,
         "data.chat_template": random.choice([None, "chatml", "llama-2", "vicuna"]),
     }
+    settings["data.num_proc"] = {192: None, 256: 1}.get(settings["data.sequence_len"], 2)
     settings[random.choice(["data.train_on_inputs", "data.train_on_last_turn_only"])] = random.choice([True, False])
     if streaming or random.random() < 0.3:
         settings["data.val_datasets"] = [random.choice(datasets)]

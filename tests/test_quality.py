@@ -10,16 +10,22 @@ import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, SHARED
 
+from sora_llm.config import Config, Train
+from sora_llm.running.plan import Plan, Stage
+from sora_llm.schedule import phases
+
 QUALITY = ROOT / "benchmarks/quality"
 with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are for no other file of tests
     patch.setattr(sys, "path", [str(QUALITY), *sys.path])
     from adalora import AdaLoraQueue, AdaLoraRun
+    from plain import with_cuts
     from protocol import (
         ARMS,
         CORE_SIZES,
@@ -42,7 +48,7 @@ with pytest.MonkeyPatch.context() as patch:  # names as general as theirs are fo
     from tasks import GSM8K_ANSWERS, ROLE_PLAY, TASKS, Task
     from verdicts import Found, difference_table, found_in, hypotheses, results, verdict_table
     from workers import Scheduler, append
-for imported in ("adalora", "protocol", "speed", "statistics_of_pairs", "tasks", "verdicts", "workers"):
+for imported in ("adalora", "plain", "protocol", "speed", "statistics_of_pairs", "tasks", "verdicts", "workers"):
     del sys.modules[imported]
 
 FIRST = Protocol.rates
@@ -106,7 +112,7 @@ def test_each_block_is_tuned_as_a_whole_and_then_confirmed_seed_by_seed() -> Non
         assert len(confirmed) == len(block) * len(Protocol.seeds)
 
 
-def test_other_tasks_have_the_blocks_that_their_hypotheses_need_and_no_extras() -> None:
+def test_other_tasks_have_the_blocks_that_their_hypotheses_need_and_extras_that_decide_none() -> None:
     blocks = core_blocks(ROLE_PLAY)
     assert [str(group) for block in blocks for group in block] == [
         "lora", "uniform 25%", "sora 25%", "uniform 70%", "sora 70%",
@@ -114,7 +120,18 @@ def test_other_tasks_have_the_blocks_that_their_hypotheses_need_and_no_extras() 
     asked = hypotheses(ROLE_PLAY)
     assert [h.name for h in asked] == ["H1", "H2 at 25%", "H2 at 70%"], "of SVD arms there are no runs"
     assert {group for h in asked for group in (*h.rivals, Group(h.size, "sora"))} <= set(core_groups(ROLE_PLAY))
-    assert extra_groups(ROLE_PLAY) == []
+    assert not {group.arm for h in asked for group in h.rivals} & {group.arm for group in extra_groups(ROLE_PLAY)}
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.cuts])
+def test_a_plain_lora_changes_its_form_where_its_arm_says_and_its_rate_ramps_up_again(arm: str) -> None:
+    settings = Train(warmup_ratio=0.1, lr_scheduler_type="constant")
+    whole = Stage(None, phases(100, 0.1, 1.0), Fraction(1, 10), settings, 1e-2, is_adaptive=False)
+    cell = Cell(Group(0.25, arm), 8e-3, 11, TEST)
+    (stage,) = with_cuts(Plan(Config(), "none", 1, (whole,), ()), cell).stages
+    assert stage.form_changes == tuple(round(100 * share) for share in ARMS[arm].cuts)
+    rates = [stage.rates(step)["learning_rate"] for step in range(100)]
+    assert all(rates[step] < 0.5 * rates[step - 1] for step in stage.form_changes)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

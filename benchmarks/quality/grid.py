@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protocol import (
     ARMS,
@@ -42,9 +42,6 @@ from workers import (
     unusable,
     work_off,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> int:

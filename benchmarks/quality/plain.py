@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from protocol import Cell, R
 from torch import Tensor, nn
+from typing_extensions import override
 
 from sora_llm.allocation import allocate
 from sora_llm.consensus import cut_slots, cut_svd
@@ -28,7 +29,8 @@ class CutStage(Stage):
     cuts: tuple[int, ...] = ()
 
     @property
-    def changes(self) -> tuple[int, ...]:
+    @override
+    def form_changes(self) -> tuple[int, ...]:
         return self.cuts
 
 

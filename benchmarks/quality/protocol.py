@@ -234,9 +234,9 @@ def core_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
 
 
 def extra_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
-    """By priority, for the time that is left; none but for the first task."""
+    """By priority, for the time that is left."""
     if not task.is_first:
-        return []
+        return [Group(WHOLE, name) for name in task.uncut]
     variants = [*(Group(WHOLE, name) for name in PARTS), *(Group(0.25, name) for name in EXTRAS)]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
     return [*variants, *sizes]

@@ -43,6 +43,7 @@ from sora_llm.budget import params_of
 from sora_llm.config import Config, Dataset, load_config
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.distributed.group import make_accelerator
+from sora_llm.errors import RunFailed
 from sora_llm.inject import adapters, inject_sora
 from sora_llm.pipeline import full_params
 from sora_llm.running.alarms import Alarms
@@ -155,6 +156,8 @@ class Runner:
         masters = training.engine.masters()
         with training.engine.released() as model:
             cut = cut_adapter(training, model, masters, dtype=torch.float32)
+        if cut.ranks.kept_params > budget:
+            raise RunFailed(f"{cut.ranks.kept_params:,} parameters are left, of a budget of {budget:,}")
         return {
             "base_loss": base_loss,
             "loss": self.loss(rows),

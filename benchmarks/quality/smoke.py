@@ -2,9 +2,9 @@
 
     python benchmarks/quality/smoke.py [--workers 2] [--out FILE] [--commit]
 
-LoRA at r = 16, and LoRA and SoRA of a quarter of its parameters; twenty steps of four rows: a check of the pipeline,
-not a measurement.  With --out it goes on from the runs that are there.  --commit writes smoke.json, what later runs are
-compared with.
+LoRA at r = 16; LoRA, LoRA cut to singular components, and SoRA of a quarter of its parameters; twenty steps of four
+rows: a check of the pipeline, not a measurement.  With --out it goes on from the runs that are there.  --commit writes
+smoke.json, what later runs are compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = Protocol(
     tuning_seeds=(101,),
     seeds=(1, 2),
 )
-GROUPS = [Group(1.0, "lora"), *(Group(0.25, arm) for arm in ("uniform", "sora"))]
+GROUPS = [Group(1.0, "lora"), *(Group(0.25, arm) for arm in ("uniform", "svd4", "sora"))]
 COMMITTED = HERE / "smoke.json"
 CLEAR = 0.04
 """Arms whose committed losses are nearer than this may change places: other kernels round otherwise."""

@@ -39,6 +39,8 @@ class Task:
     num_test: int
     load_in_4bit: bool = False
     rivals: tuple[str, ...] = AGAIN
+    uncut: tuple[str, ...] = ()
+    """Arms of LoRA's own size that are run last, and decide no hypothesis; the first task has more of them."""
 
     @property
     def is_first(self) -> bool:
@@ -96,5 +98,6 @@ ROLE_PLAY = Task(
     num_train=1000,
     num_tuning=200,
     num_test=400,
+    uncut=("balanced", "components"),
 )
 TASKS = {task.name: task for task in (GSM8K_ANSWERS, ON_4_BITS, ROLE_PLAY)}
