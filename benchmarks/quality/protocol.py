@@ -236,7 +236,7 @@ def core_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
 def extra_groups(task: Task = GSM8K_ANSWERS) -> list[Group]:
     """By priority, for the time that is left."""
     if not task.is_first:
-        return [Group(WHOLE, name) for name in task.uncut]
+        return [Group(size, arm) for size, arm in task.extras]
     variants = [*(Group(WHOLE, name) for name in PARTS), *(Group(0.25, name) for name in EXTRAS)]
     sizes = [Group(size, name) for size in EXTRA_SIZES for name in ("uniform", "svd4", "sora")]
     return [*variants, *sizes]

@@ -39,8 +39,8 @@ class Task:
     num_test: int
     load_in_4bit: bool = False
     rivals: tuple[str, ...] = AGAIN
-    uncut: tuple[str, ...] = ()
-    """Arms of LoRA's own size that are run last, and decide no hypothesis; the first task has more of them."""
+    extras: tuple[tuple[float, str], ...] = ()
+    """(size, arm) of what is run last, and decides no hypothesis; those of the first task are in protocol.py."""
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +98,6 @@ ROLE_PLAY = Task(
     num_train=1000,
     num_tuning=200,
     num_test=400,
-    uncut=("balanced", "components"),
+    extras=((1.0, "balanced"), (1.0, "components"), (0.25, "svd4early"), (0.25, "svd4")),
 )
 TASKS = {task.name: task for task in (GSM8K_ANSWERS, ON_4_BITS, ROLE_PLAY)}
