@@ -118,9 +118,12 @@ def test_other_tasks_have_the_blocks_that_their_hypotheses_need_and_extras_that_
         "lora", "uniform 25%", "sora 25%", "uniform 70%", "sora 70%",
     ]  # fmt: skip
     asked = hypotheses(ROLE_PLAY)
-    assert [h.name for h in asked] == ["H1", "H2 at 25%", "H2 at 70%"], "of SVD arms there are no runs"
+    assert [h.name for h in asked] == ["H1", "H2 at 25%", "H2 at 70%"], "SVD arms are among its extras"
     assert {group for h in asked for group in (*h.rivals, Group(h.size, "sora"))} <= set(core_groups(ROLE_PLAY))
-    assert not {group.arm for h in asked for group in h.rivals} & {group.arm for group in extra_groups(ROLE_PLAY)}
+    extras = extra_groups(ROLE_PLAY)
+    assert [str(group) for group in extras] == ["balanced", "components", "svd4early 25%", "svd4 25%"]
+    assert not {group for h in asked for group in h.rivals} & set(extras)
+    assert extra_groups(TASKS["gsm8k_nf4"]) == []
 
 
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.cuts])

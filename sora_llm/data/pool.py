@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +22,6 @@ R = TypeVar("R")
 
 TERM_GRACE_SECONDS = 5
 """How long a worker outlives a TERM, so that its parent can stop in order."""
-_BUSY_SECONDS = 0.2  # for a new worker; longer than it takes to fork the others
 
 
 def own_cores() -> int:
@@ -60,8 +58,7 @@ class Workers(Generic[T, R]):
         context = multiprocessing.get_context("fork")
         self._pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function,))
         with _single_threaded_tokenizers():
-            for _ in range(num_processes):  # Python 3.10 forks one more only if there is work and none of them is idle
-                self._pool.submit(time.sleep, _BUSY_SECONDS)
+            self._pool.submit(int)  # the first item forks all of them
 
     def map_in_order(self, items: Iterable[T]) -> Generator[R]:
         """The function of every item, in order; few items are in flight at any time.

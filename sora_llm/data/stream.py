@@ -23,7 +23,7 @@ import numpy as np
 from sora_llm.data.chunks import RawChunk, TokenChunk, Tokenizing, in_chunks
 from sora_llm.data.dataset import TokenDataset, TokenRow
 from sora_llm.data.order import PackedRows, arranged
-from sora_llm.data.pool import Workers
+from sora_llm.data.pool import Workers, own_cores
 from sora_llm.data.readers import RowOrBad
 from sora_llm.data.report import too_long, too_many_bad_rows
 from sora_llm.errors import UserError
@@ -31,6 +31,7 @@ from sora_llm.errors import UserError
 WINDOW_ROWS = 4096
 """Rows that are shuffled and packed together."""
 
+_MOST_PROCESSES = 2  # used by default, for each process that trains, which keeps a core to itself
 _ENOUGH_ROWS = 100  # if none of this many rows is usable, neither is the data set
 
 Item = tuple[str, RowOrBad, int]
@@ -221,14 +222,15 @@ class StreamOrder:
 class WindowTokenizer:
     """Implements `Tokenise` for data sets, in processes of its own."""
 
-    def __init__(self, work: Tokenizing, max_bad_row_fraction: float, num_proc: int) -> None:
+    def __init__(self, work: Tokenizing, max_bad_row_fraction: float, num_proc: int | None) -> None:
         """Args:
         max_bad_row_fraction: of the rows so far; if more are malformed after a window, the run stops.
-        num_proc: number of processes.
+        num_proc: processes that tokenise; None uses up to 2, and leaves a core to training.
         """
         self._work = work
         self._max_bad_row_fraction = max_bad_row_fraction
-        self._workers: Workers[RawChunk, TokenChunk] = Workers(work.tokenize, num_proc)
+        processes = num_proc or max(1, min(_MOST_PROCESSES, own_cores() - 1))
+        self._workers: Workers[RawChunk, TokenChunk] = Workers(work.tokenize, processes)
 
     def close(self) -> None:
         """End the processes."""

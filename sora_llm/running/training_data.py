@@ -15,7 +15,6 @@ from sora_llm.data.builtin_templates import DEFAULT_TEMPLATE
 from sora_llm.data.chunks import Tokenizing
 from sora_llm.data.dataset import TokenDataset
 from sora_llm.data.order import EpochOrder, Order, split_validation
-from sora_llm.data.pool import own_cores
 from sora_llm.data.prepare import default_cache_dir, prepare
 from sora_llm.data.report import DataReport
 from sora_llm.data.show import decoded
@@ -27,7 +26,6 @@ from sora_llm.running.inputs import Inputs
 from sora_llm.topology import World
 
 _HEAD_START_SECONDS = 2.0  # for a machine's first process, so that the one whose output is shown prepares the data
-_STREAM_PROCESSES = 2  # that tokenise a stream by default, for each training process, which keeps a core to itself
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,8 @@ def training_order(config: Config, inputs: Inputs, data: TrainingData, rows_per_
     if data.train is not None:
         yield EpochOrder(data.train, rows_per_step, config.train.seed, pack_to, mixture)
         return
-    work, num_proc = tokenizing(config, inputs, inputs.datasets), config.data.num_proc
-    processes = num_proc or max(1, min(_STREAM_PROCESSES, own_cores() - 1))
-    with contextlib.closing(WindowTokenizer(work, config.data.max_bad_row_fraction, processes)) as tokenizer:
+    work, options = tokenizing(config, inputs, inputs.datasets), config.data
+    with contextlib.closing(WindowTokenizer(work, options.max_bad_row_fraction, options.num_proc)) as tokenizer:
         sources = [functools.partial(read_rows, spec) for spec in inputs.datasets]
         order = StreamOrder(sources, tokenizer, rows_per_step, config.train.seed, pack_to, mixture)
         order.sample()  # so that errors in the first window are raised now
